@@ -1,0 +1,90 @@
+"""Fixtures of all tests: each starts from the same seed and leaves no setting behind."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from hypothesis import settings
+
+try:
+    from fastadapt import _C
+except ImportError as error:
+    pytest.exit(
+        f"fastadapt._C cannot be imported ({error}). The tests test the installed package: "
+        'run `pip install -c constraints.txt ".[test]"`, then `pytest`, not `python -m pytest`, '
+        "which finds the sources here, where the extension is not compiled.",
+        returncode=4,
+    )
+
+settings.register_profile("fastadapt", deadline=None, derandomize=True)
+settings.load_profile("fastadapt")
+
+CAPABILITIES = ("scalar", "avx2", "avx512")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skips the tests marked `gpu` where there is no CUDA device."""
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device: torch.cuda.is_available() is False")
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """Seeds torch's default generator."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    """A seeded CPU generator, apart from the default one."""
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture(params=CAPABILITIES)
+def cpu_capability(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test once with each instruction set; skips those that this CPU lacks."""
+    supported = _C.cpu_capabilities()
+    assert set(supported) <= set(CAPABILITIES), "an instruction set that no test runs with"
+    if request.param not in supported:
+        pytest.skip(f"this CPU supports {', '.join(supported)}, not {request.param}")
+    before = _C.cpu_capability()
+    _C.set_cpu_capability(request.param)
+    yield request.param
+    _C.set_cpu_capability(before)
+
+
+@pytest.fixture
+def num_threads() -> Iterator[Callable[[int], None]]:
+    """`torch.set_num_threads`, undone after the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def _rows(kind: str, n: int, v: int) -> torch.Tensor:
+    """(n, v) float32 rows of one kind, from torch's default generator."""
+    x = torch.randn(n, v)
+    if kind == "flat":
+        return torch.full((n, v), 3.5)
+    if kind == "ties":
+        return (x * 3).round()
+    if kind == "two_level":
+        return (torch.rand(n, v) > 0.5).float() * 1.5
+    if kind == "one_hot":
+        return torch.full((n, v), -100.0).scatter(1, torch.randint(v, (n, 1)), 7.0)
+    if kind == "holes":
+        rows = torch.where(torch.rand(n, v) < 0.9, float("-inf"), x * 3)
+        return rows.scatter(1, torch.randint(v, (n, 1)), 2.0)
+    if kind == "far":
+        return x * 3 - 10_000
+    if kind == "bf16":
+        return (x * 3).bfloat16().float()
+    if kind == "power":
+        return -torch.randperm(v).add(1).float().log().expand(n, v).clone()
+    return x * {"normal": 1.0, "spread": 3.0, "near_flat": 1e-3, "huge": 1e3}[kind]
+
+
+@pytest.fixture
+def rows() -> Callable[[str, int, int], torch.Tensor]:
+    """Makes rows of a kind: what a threshold meets in practice, and what breaks it."""
+    return _rows

@@ -1,0 +1,376 @@
+"""The rules of the code base, read from its source: who imports whom, and what nobody does."""
+
+import ast
+import importlib.metadata
+import inspect
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from types import FunctionType
+from typing import NamedTuple
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+import fastadapt
+import fastadapt.reference
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "fastadapt"
+CSRC = ROOT / "csrc"
+MODULES = sorted(p.relative_to(PACKAGE).as_posix() for p in PACKAGE.rglob("*.py"))
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+# What each module (or folder) of the package may import: modules of ours ("" is the package
+# itself, so a public name), and packages of others beside the standard library.
+LEAVES = {"adaptor", "results"}
+PUBLIC = {"", "sampling", "losses"} | LEAVES
+OURS = {
+    "__init__": PUBLIC - {""},
+    "adaptor": set(),
+    "results": set(),
+    "sampling": {"ops"} | LEAVES,
+    "losses": {"ops"} | LEAVES,
+    "ops": {"_C", "kernels"},
+    "kernels": {"kernels"},
+    "reference": {"reference", "results"},
+    "hf": PUBLIC,
+    "trl": PUBLIC,
+    "study": PUBLIC | {"study"},
+    "pretrained": set(),
+    "measure": PUBLIC | {"hf"},
+    "demo": PUBLIC | {"hf", "measure", "pretrained"},
+    "cli": PUBLIC | {"demo", "hf", "pretrained", "study"},
+}
+OTHERS = {
+    "kernels": {"torch", "triton"},
+    "hf": {"torch", "transformers"},
+    "trl": {"torch", "transformers", "trl"},
+    "study": {"torch", "matplotlib"},
+    "pretrained": {"torch", "transformers", "platformdirs"},
+    "measure": {"torch", "transformers"},
+    "demo": {"torch", "transformers", "rich"},
+    "cli": set(),
+}
+
+
+class Import(NamedTuple):
+    """One imported module; `path` is absolute, `lazy` says that it happens inside a function."""
+
+    path: str
+    bound: str
+    lazy: bool
+    line: int
+
+
+def _role(module: str) -> str:
+    """The entry of `OURS` for a file or a dotted path below the package."""
+    return re.split(r"[./]", module.removesuffix(".py"))[0]
+
+
+def _tree(module: str) -> ast.Module:
+    return ast.parse((PACKAGE / module).read_text(), module)
+
+
+def _imports(module: str) -> list[Import]:
+    """All imports of a file, relative ones made absolute."""
+    parts = ("fastadapt", *Path(module).parent.parts)
+    found: list[Import] = []
+
+    def visit(node: ast.AST, lazy: bool) -> None:
+        if isinstance(node, ast.Import):
+            for a in node.names:
+                bound = a.asname or a.name.split(".")[0]
+                found.append(Import(a.name, bound, lazy, node.lineno))
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(parts[: len(parts) + 1 - node.level]) if node.level else ""
+            base = ".".join(filter(None, (base, node.module)))
+            for a in node.names:
+                path = f"{base}.{a.name}"
+                found.append(Import(path, a.asname or a.name, lazy, node.lineno))
+        elif isinstance(node, ast.Call) and _dotted(node.func).endswith("import_module"):
+            named = node.args[0] if node.args else None
+            if isinstance(named, ast.Constant):
+                found.append(Import(named.value, "", lazy, node.lineno))
+        inside = lazy or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        for child in ast.iter_child_nodes(node):
+            visit(child, inside)
+
+    visit(_tree(module), False)
+    return found
+
+
+def _imported_role(path: str) -> str:
+    """The module of ours that an absolute path names; "" for a name of the package itself."""
+    name = path.split(".")[1] if "." in path else ""
+    is_module = name == "_C" or (PACKAGE / name).is_dir() or (PACKAGE / f"{name}.py").exists()
+    return name if name and is_module else ""
+
+
+def _dotted(node: ast.AST) -> str:
+    """`a.b.c` of an attribute chain, with subscripts and calls left out; "" for anything else."""
+    if isinstance(node, ast.Name):
+        return node.id
+    if isinstance(node, ast.Attribute):
+        base = _dotted(node.value)
+        return f"{base}.{node.attr}" if base else ""
+    return _dotted(node.value) if isinstance(node, ast.Subscript) else ""
+
+
+def test_every_module_has_a_rule() -> None:
+    assert {_role(m) for m in MODULES} <= set(OURS)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports(module: str) -> None:
+    role = _role(module)
+    others = OTHERS.get(role, {"torch"})
+    for path, _, lazy, line in _imports(module):
+        top = path.split(".")[0]
+        where = f"{module}:{line} imports {path}"
+        if top == "fastadapt":
+            target = _imported_role(path)
+            assert target in OURS[role], f"{where}; {role} may import {sorted(OURS[role])}"
+            assert target != "kernels" or role == "kernels" or lazy, f"{where} outside a function"
+        elif top != "__future__":
+            assert top in others | sys.stdlib_module_names, f"{where}; allowed: {sorted(others)}"
+
+
+def _forbidden(module: str) -> Iterator[str]:
+    """Every use of what library code never does."""
+    tree, imported = _tree(module), {i.bound for i in _imports(module)} - {""}
+    for i in _imports(module):
+        if i.path in {"os.environ", "os.environb", "os.getenv", "os.putenv"}:
+            yield f"{i.line}: imports {i.path}"
+    for node in ast.walk(tree):
+        line = getattr(node, "lineno", 0)
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store | ast.Del):
+            if _dotted(node).split(".")[0] in imported:
+                yield f"{line}: assigns to {_dotted(node)}, an attribute of an imported object"
+        elif isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store | ast.Del):
+            if _dotted(node).split(".")[0] in imported:
+                yield f"{line}: writes into {_dotted(node)}, which is imported"
+        elif isinstance(node, ast.Attribute):
+            if _dotted(node) in {"os.environ", "os.environb", "os.getenv", "os.putenv"}:
+                yield f"{line}: uses {_dotted(node)}"
+        elif isinstance(node, ast.Call):
+            called = _dotted(node.func)
+            if called in {"print", "globals", "exec", "eval"}:
+                yield f"{line}: calls {called}"
+            if called in {"setattr", "delattr"} and _dotted(node.args[0]).split(".")[0] in imported:
+                yield f"{line}: {called} on {_dotted(node.args[0])}, which is imported"
+        elif isinstance(node, ast.Global):
+            yield f"{line}: global {', '.join(node.names)}"
+        elif isinstance(node, ast.ExceptHandler) and node.type is None:
+            yield f"{line}: a bare except"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_nothing_forbidden(module: str) -> None:
+    assert list(_forbidden(module)) == []
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_import_only_defines(module: str) -> None:
+    """Module level: imports, definitions, constants. Only `ops` calls anything: registration."""
+    allowed = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)
+    if module == "__init__.py":
+        allowed = (ast.Import, ast.ImportFrom, ast.Assign)
+    for node in _tree(module).body:
+        docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        typing = isinstance(node, ast.If) and _dotted(node.test).endswith("TYPE_CHECKING")
+        registers = module == "ops.py" and isinstance(node, ast.Expr | ast.For)
+        assert isinstance(node, allowed) or docstring or typing or registers, (
+            f"{module}:{node.lineno}: {type(node).__name__} at import"
+        )
+
+
+def test_sizes() -> None:
+    """At most 400 lines a file, tests aside, and 12 arguments a function."""
+    folders = [PACKAGE, CSRC, ROOT / "benchmarks"]
+    files = [p for f in folders for p in f.rglob("*") if p.suffix in {".py", ".pyi", ".cpp", ".h"}]
+    lengths = {p.relative_to(ROOT).as_posix(): len(p.read_text().splitlines()) for p in files}
+    assert {name: n for name, n in lengths.items() if n > 400} == {}
+    for module in MODULES:
+        for node in ast.walk(_tree(module)):
+            if isinstance(node, ast.FunctionDef):
+                a = node.args
+                count = len(a.posonlyargs) + len(a.args) + len(a.kwonlyargs)
+                assert count <= 12, f"{module}:{node.lineno}: {node.name} has {count} arguments"
+
+
+def test_installed_package_is_this_one() -> None:
+    """The tests test the installed package; it holds these sources and no others."""
+    installed = Path(fastadapt.__file__).parent
+    for pattern in ("*.py", "*.pyi", "py.typed"):
+        here, there = (
+            {p.relative_to(f).as_posix(): p.read_bytes() for p in f.rglob(pattern)}
+            for f in (PACKAGE, installed)
+        )
+        changed = {name for name in here | there if here.get(name) != there.get(name)}
+        assert not changed, f"installed in {installed} with other contents; install again"
+
+
+def test_version() -> None:
+    assert fastadapt.__version__ == PYPROJECT["project"]["version"]
+    assert fastadapt.__version__ == importlib.metadata.version("fastadapt")
+
+
+def test_import_is_light(tmp_path: Path) -> None:
+    """`import fastadapt` loads none of the optional packages and no module that needs one."""
+    code = (
+        "import sys, torch; before = set(sys.modules); import fastadapt; "
+        "print(*sorted(set(sys.modules) - before))"
+    )
+    run = [sys.executable, "-P", "-c", code]
+    loaded = subprocess.run(run, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+    names = loaded.split()
+    assert "fastadapt._C" in names
+    heavy = {"triton", "transformers", "trl", "matplotlib", "rich", "numpy", "platformdirs"}
+    assert {n for n in names if n.split(".")[0] in heavy} == set()
+    own = {n.split(".")[1] for n in names if n.startswith("fastadapt.")}
+    assert (
+        own & {"hf", "trl", "cli", "demo", "pretrained", "study", "reference", "kernels"} == set()
+    )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/maps")
+def test_one_openmp_runtime(tmp_path: Path) -> None:
+    """The extension runs on the libgomp that torch has loaded, so there is one pool of threads."""
+    code = (
+        "import torch, fastadapt; torch.set_num_threads(2); "
+        "fastadapt.sample(torch.randn(8, 1000), fastadapt.Adaptor(top_p=0.9)); "
+        "print(*{line.split()[-1] for line in open('/proc/self/maps') if 'gomp' in line})"
+    )
+    run = [sys.executable, "-P", "-c", code]
+    loaded = subprocess.run(run, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+    assert len(loaded.split()) == 1, loaded
+
+
+def _public_functions() -> list[str]:
+    return [n for n in fastadapt.__all__ if isinstance(getattr(fastadapt, n), FunctionType)]
+
+
+def test_public_names_exist() -> None:
+    assert all(hasattr(fastadapt, name) for name in fastadapt.__all__)
+    assert {"filter_logits", "sample", "score"} <= set(_public_functions())
+
+
+@pytest.mark.parametrize("name", _public_functions())
+def test_reference_has_the_same_signature(name: str) -> None:
+    public = inspect.signature(getattr(fastadapt, name)).parameters.values()
+    twin = inspect.signature(getattr(fastadapt.reference, name)).parameters.values()
+    assert [(p.name, p.kind, p.default) for p in public] == [
+        (p.name, p.kind, p.default) for p in twin
+    ]
+
+
+def _csrc() -> dict[str, str]:
+    """The C++ sources without comments."""
+    comment = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)
+    files = [p for p in sorted(CSRC.iterdir()) if p.suffix in {".cpp", ".h"}]
+    return {p.name: comment.sub("", p.read_text()) for p in files}
+
+
+def test_csrc_rules() -> None:
+    """Python in one file only, torch in none; no environment, no output, no exit."""
+    sources = _csrc()
+    assert {"kernels.h", "dispatch.cpp", "bindings.cpp", "isa_scalar.cpp"} <= set(sources)
+    assert "pybind11" in sources["bindings.cpp"]
+    for name, text in sources.items():
+        included = re.findall(r'#\s*include\s*[<"]([^>"]+)[>"]', text)
+        assert not [i for i in included if re.match(r"(torch|ATen|c10|caffe2)/", i)], name
+        assert not re.search(r"\b(getenv|setenv|putenv|printf|cout|cerr|exit|abort)\b", text), name
+        if name != "bindings.cpp":
+            assert not re.search(r"pybind11|Python\.h|\bPy[A-Z_]\w*", text), name
+            assert not [i for i in included if "/" in i], name
+
+
+def test_system_headers_precede_the_target_pragma() -> None:
+    """A std header read under `#pragma GCC target` would leak AVX code into the other sources."""
+    sources = _csrc()
+    token = re.compile(r'#\s*include\s*([<"])([^>"]+)[>"]|#\s*pragma\s+GCC\s+(target)')
+
+    def walk(name: str, seen: set[str], under_target: bool) -> bool:
+        """Reads a file as the preprocessor does; returns whether the pragma has been met."""
+        for quote, header, target in token.findall(sources[name]):
+            if target:
+                under_target = True
+            elif header not in seen:
+                seen.add(header)
+                assert quote == '"' or not under_target, f"<{header}> in {name}, after the pragma"
+                if quote == '"':
+                    under_target = walk(header, seen, under_target)
+        return under_target
+
+    for name in sources:
+        met = walk(name, set(), False) if name.endswith(".cpp") else False
+        assert met == name.startswith("isa_avx") or not name.endswith(".cpp"), name
+
+
+@pytest.mark.skipif(not shutil.which("objdump"), reason="needs objdump")
+def test_no_avx_outside_its_namespace() -> None:
+    """On a CPU without AVX no such instruction may be reached: the machine code has them only in
+    functions of the namespaces avx2 and avx512."""
+    command = ["objdump", "-d", "-C", "--no-show-raw-insn", fastadapt._C.__file__]
+    code = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    if "<fastadapt::avx2::" not in code:
+        pytest.skip("no AVX code, or no symbols, in this build")
+    function, found = "", set()
+    for line in code.splitlines():
+        if line.endswith(">:"):
+            function = line.partition(" ")[2]
+        elif re.search(r"%[yz]mm|\tv[a-z]+\d*[a-z]* ", line):
+            found.add(function)
+    assert {name for name in found if not re.search(r"::avx(2|512)::", name)} == set()
+
+
+def _pins() -> dict[str, str]:
+    """Name and version of each line of constraints.txt."""
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    stated = [line for line in lines if line and not line.startswith("#")]
+    pins = dict(line.split("==") for line in stated)
+    assert len(pins) == len(stated)
+    return {canonicalize_name(name): version for name, version in pins.items()}
+
+
+def test_constraints_pin_every_requirement() -> None:
+    """One exact version each, satisfying pyproject.toml, for every platform (no `+cpu`)."""
+    pins, project = _pins(), PYPROJECT["project"]
+    assert not [version for version in pins.values() if "+" in version]
+    extras = project["optional-dependencies"]
+    for line in [*project["dependencies"], *(r for e in extras.values() for r in e)]:
+        requirement = Requirement(line)
+        pin = pins.get(canonicalize_name(requirement.name))
+        assert pin and requirement.specifier.contains(pin), f"{line}: constraints.txt has {pin}"
+
+
+def test_development_tools_have_one_version() -> None:
+    """Each tool of the dev extra is pinned; pre-commit runs those and none of its own."""
+    dev = [Requirement(line) for line in PYPROJECT["project"]["optional-dependencies"]["dev"]]
+    pins = _pins()
+    for r in dev:
+        assert str(r.specifier) == f"=={pins[canonicalize_name(r.name)]}", r.name
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text()
+    assert set(re.findall(r"repo: (\S+)", hooks)) == {"local"}
+    assert set(re.findall(r"language: (\S+)", hooks)) == {"system"}
+    assert {"ruff", "clang-format", "mypy"} <= set(re.findall(r"entry: (\S+)", hooks))
+
+
+def test_readme_has_the_commands_of_ci() -> None:
+    """What .ci/run installs and runs is what README.md tells a reader to install and run."""
+    readme = (ROOT / "README.md").read_text()
+    told = {
+        line.strip()
+        for block in re.findall(r"```.*?```", readme, re.DOTALL)
+        for line in block.splitlines()
+    }
+    run = [line for line in (ROOT / ".ci/run").read_text().splitlines() if line.startswith("pip ")]
+    assert run == ['pip install -c constraints.txt ".[test]" && pytest']
+    assert set(run) <= told
+    assert 'pip install -c constraints.txt ".[demo]" && fastadapt demo' in told
