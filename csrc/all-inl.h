@@ -1,0 +1,16 @@
+// Everything that is compiled once per ISA, inside that ISA's namespace and after its target
+// pragma. No standard header may be included from here on: its inline functions would be compiled
+// for the ISA and could replace those of the whole program.
+
+#include "numerics-inl.h"
+#include "passes-inl.h"
+
+#include "select-inl.h"
+
+#include "filters-inl.h"
+
+#include "draw-inl.h"
+#include "margins-inl.h"
+#include "score-inl.h"
+
+#include "table-inl.h"

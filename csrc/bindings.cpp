@@ -1,0 +1,158 @@
+// The Python module: addresses and sizes in, kernels run with the GIL released. Checks of shapes
+// and dtypes are made in fastadapt/ops.py; here only what would be unsafe is refused.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+#include "parallel.h"
+
+namespace py = pybind11;
+
+namespace fastadapt {
+namespace {
+
+template <class T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// (address, dtype code, n, v, row stride)
+using RowsTuple = std::tuple<uintptr_t, int, int64_t, int64_t, int64_t>;
+// (address, R, order code)
+using KnobsTuple = std::tuple<uintptr_t, int64_t, int>;
+
+Rows rows_of(const RowsTuple& t) {
+  const auto& [address, dtype, n, v, stride] = t;
+  if (v < 1 || v > kMaxVocab)
+    throw std::invalid_argument("logits: expected 1 to " + std::to_string(kMaxVocab) +
+                                " entries a row, got " + std::to_string(v));
+  return {pointer<const void>(address), static_cast<DType>(dtype), n, v, stride};
+}
+
+Knobs knobs_of(const KnobsTuple& t, int64_t n) {
+  const auto& [address, r, order] = t;
+  if (r != 1 && r != n)
+    throw std::invalid_argument("knobs: expected 1 or " + std::to_string(n) + " columns, got " +
+                                std::to_string(r));
+  return {pointer<const double>(address), r, r == 1 ? 0 : 1, static_cast<Order>(order)};
+}
+
+// Row of the first token outside [0, V) that is not ignored, or -1.
+int64_t first_bad_token(uintptr_t tokens, int64_t n, int64_t v, int64_t ignore_index) {
+  const int64_t* y = pointer<const int64_t>(tokens);
+  for (int64_t r = 0; r < n; ++r)
+    if (y[r] != ignore_index && (y[r] < 0 || y[r] >= v)) return r;
+  return -1;
+}
+
+void filter(const RowsTuple& rows, const KnobsTuple& knobs, uintptr_t out, int num_threads) {
+  const Rows x = rows_of(rows);
+  const FilterArgs args{x, knobs_of(knobs, x.n), pointer<void>(out)};
+  py::gil_scoped_release release;
+  run_rows(kernels().filter, args, x.n, x.v, num_threads);
+}
+
+void sample(const RowsTuple& rows, const KnobsTuple& knobs, uintptr_t seeds, uintptr_t positions,
+            uintptr_t tokens, uintptr_t logprobs, uintptr_t kept, uintptr_t status,
+            uintptr_t base_logprobs, uintptr_t log_mass, int64_t top_n, uintptr_t top_ids,
+            uintptr_t top_logprobs, uintptr_t rank, int num_threads) {
+  const Rows x = rows_of(rows);
+  const SampleArgs args{x,
+                        knobs_of(knobs, x.n),
+                        pointer<const int64_t>(seeds),
+                        pointer<const int64_t>(positions),
+                        pointer<int64_t>(tokens),
+                        pointer<float>(logprobs),
+                        pointer<int32_t>(kept),
+                        pointer<uint8_t>(status),
+                        pointer<float>(base_logprobs),
+                        pointer<float>(log_mass),
+                        top_n,
+                        pointer<int64_t>(top_ids),
+                        pointer<float>(top_logprobs),
+                        pointer<int32_t>(rank)};
+  py::gil_scoped_release release;
+  run_rows(kernels().sample, args, x.n, x.v, num_threads);
+}
+
+void score(const RowsTuple& rows, const std::vector<KnobsTuple>& adaptors, uintptr_t tokens,
+           int64_t ignore_index, uintptr_t logprobs, uintptr_t log_norm, uintptr_t kept,
+           uintptr_t base_logprobs, uintptr_t entropy, int num_threads) {
+  const Rows x = rows_of(rows);
+  std::vector<Knobs> knobs;
+  for (const KnobsTuple& t : adaptors) knobs.push_back(knobs_of(t, x.n));
+  const ScoreArgs args{x,
+                       pointer<const int64_t>(tokens),
+                       ignore_index,
+                       static_cast<int64_t>(knobs.size()),
+                       knobs.data(),
+                       pointer<float>(logprobs),
+                       pointer<float>(log_norm),
+                       pointer<int32_t>(kept),
+                       pointer<float>(base_logprobs),
+                       pointer<float>(entropy)};
+  py::gil_scoped_release release;
+  run_rows(kernels().score, args, x.n, x.v, num_threads);
+}
+
+void margins(const RowsTuple& rows, const KnobsTuple& knobs, uintptr_t tokens, int64_t ignore_index,
+             uintptr_t out, uintptr_t support, uintptr_t stats, int num_threads) {
+  const Rows x = rows_of(rows);
+  const MarginArgs args{x,
+                        knobs_of(knobs, x.n),
+                        pointer<const int64_t>(tokens),
+                        ignore_index,
+                        pointer<void>(out),
+                        pointer<uint8_t>(support),
+                        pointer<double>(stats)};
+  py::gil_scoped_release release;
+  run_rows(kernels().margins, args, x.n, x.v, num_threads);
+}
+
+void margins_backward(const RowsTuple& rows, const KnobsTuple& knobs, uintptr_t tokens,
+                      int64_t ignore_index, uintptr_t dmargins, uintptr_t support, uintptr_t stats,
+                      uintptr_t dlogits, int num_threads) {
+  const Rows x = rows_of(rows);
+  const MarginBackwardArgs args{x,
+                                knobs_of(knobs, x.n),
+                                pointer<const int64_t>(tokens),
+                                ignore_index,
+                                pointer<const void>(dmargins),
+                                pointer<const uint8_t>(support),
+                                pointer<const double>(stats),
+                                pointer<void>(dlogits)};
+  py::gil_scoped_release release;
+  run_rows(kernels().margins_backward, args, x.n, x.v, num_threads);
+}
+
+std::vector<std::string> capabilities() {
+  std::vector<std::string> names;
+  for (const char* const* name = cpu_capabilities(); *name; ++name) names.push_back(*name);
+  return names;
+}
+
+void set_capability(const std::string& name) {
+  if (!set_cpu_capability(name.c_str()))
+    throw py::value_error("cpu capability: not known or not supported here: '" + name + "'");
+}
+
+}  // namespace
+}  // namespace fastadapt
+
+PYBIND11_MODULE(_C, m) {
+  using namespace fastadapt;
+  m.doc() = "CPU kernels of fastadapt; pointers in, nothing allocated.";
+  m.def("filter", &filter);
+  m.def("sample", &sample);
+  m.def("score", &score);
+  m.def("margins", &margins);
+  m.def("margins_backward", &margins_backward);
+  m.def("first_bad_token", &first_bad_token);
+  m.def("cpu_capabilities", &capabilities, "Names this processor can run, worst first.");
+  m.def("cpu_capability", [] { return std::string(kernels().name); }, "The name in use.");
+  m.def("set_cpu_capability", &set_capability, py::arg("name"), "For tests: forces one by name.");
+}

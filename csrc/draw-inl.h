@@ -1,0 +1,184 @@
+// Sampling: filter_logits and sample for rows [begin, end).
+
+// The lowest id of the largest logit.
+template <class T>
+static int64_t argmax(const T* x, int64_t n, float max) {
+  for (int64_t i = 0; i + W <= n; i += W) {
+    const uint32_t hit = bits(eq(load(x + i), fset(max)));
+    if (hit) return i + __builtin_ctz(hit);
+  }
+  for (int64_t i = n / W * W; i < n; ++i)
+    if (to_float(x[i]) == max) return i;
+  return 0;
+}
+
+template <class T>
+static void fill_minus_inf(T* out, int64_t n) {
+  T none;
+  set_minus_inf(&none);
+  for (int64_t i = 0; i < n; ++i) out[i] = none;
+}
+
+template <class T>
+static void filter_row(const FilterArgs& a, int64_t r, const Scratch& scratch) {
+  const int64_t v = a.rows.v;
+  const T* x = static_cast<const T*>(a.rows.data) + r * a.rows.stride;
+  T* out = static_cast<T*>(a.out) + r * v;
+  const RowKnobs k = knobs_of(a.knobs, r);
+  Row<T> row;
+  const RowStats stats = scan(x, v);
+  if (!in_range(k) || open_row(x, v, k.inv_t, stats, &row) != kOk) {
+    std::memcpy(out, x, static_cast<size_t>(v) * sizeof(T));
+    return;
+  }
+  if (k.greedy()) {
+    const int64_t best = argmax(x, v, stats.max);
+    fill_minus_inf(out, v);
+    out[best] = x[best];
+    return;
+  }
+  const Survivors<T> survivors(row, k, scratch);
+  if (survivors.listed()) fill_minus_inf(out, v);
+  survivors.visit([&](const auto& view, const auto& test) {
+    for_survivors(view, test, [&](int64_t i, F s, F, I, M chosen) {
+      if (view.id) {
+        for (uint32_t b = bits(chosen); b; b &= b - 1) {
+          const int64_t at = i + __builtin_ctz(b);
+          from_float(view.s_at(at), out + view.id[at]);
+        }
+        return;
+      }
+      const F kept = choose(chosen, s, fset(-kInf));
+      if (i + W <= v) return store(out + i, kept);
+      T tail[W];
+      store(tail, kept);
+      std::memcpy(out + i, tail, static_cast<size_t>(v - i) * sizeof(T));
+    });
+  });
+}
+
+// The first survivor, by id, whose running mass exceeds the target; blocks holds their masses.
+template <class T, class Test>
+static int64_t locate(const View<T>& view, const Test& test, int64_t target,
+                      const Scratch& scratch) {
+  int64_t running = 0, b = 0;
+  while (running + scratch.blocks[b] <= target) running += scratch.blocks[b++];
+  const int64_t begin = b * kBlock;
+  View<T> part = view;
+  part.x += begin;
+  part.n = view.n - begin < kBlock ? view.n - begin : kBlock;
+  part.e = view.e ? view.e + begin : scratch.cand_e;
+  part.id = view.id ? view.id + begin : nullptr;
+  if (!view.e) weigh<false>(part, scratch.cand_e, nullptr);
+  // without ids of its own, a part would count from 0
+  for_row(part.x, 0, part.n, part.inv_t, [&](int64_t i, F s) {
+    const F e = load(part.e + i);
+    const M chosen = test(s, e, ids_of(view, begin + i));
+    store(scratch.cand_key + i, keep_if(chosen, e));
+  });
+  for (int64_t i = 0; i < part.n; ++i) {
+    running += static_cast<int64_t>(scratch.cand_key[i]);
+    if (running > target) return view.id_at(begin + i);
+  }
+  return view.id_at(view.n - 1);  // not reached: the target is below the total
+}
+
+// The n most probable ids under the base law and their log-probabilities.
+template <class T>
+static void top_tokens(const Row<T>& base, double log_z, int64_t n, int64_t* ids, float* logprobs,
+                       const Scratch& scratch) {
+  const View<T>& v = base.view;
+  const int64_t finite = n < base.finite ? n : base.finite;
+  View<T> counted = v;
+  counted.e = nullptr;
+  const RankCut cut = select<true>(counted, RankKey{}, finite, v.n, scratch);
+  gather(counted, cut, scratch.cand_key, scratch.cand_e, scratch.cand_id);
+  for (int64_t i = 0; i < finite; ++i) {
+    const float s = scratch.cand_key[i];
+    int64_t at = i;  // ids ascend in the list, so equal logits keep that order
+    for (; at > 0 && v.s_at(ids[at - 1]) < s; --at) ids[at] = ids[at - 1];
+    ids[at] = scratch.cand_id[i];
+  }
+  for (int64_t i = 0; i < finite; ++i)
+    logprobs[i] = static_cast<float>(static_cast<double>(v.s_at(ids[i])) - v.m - log_z);
+  for (int64_t i = 0, at = finite; at < n; ++i) {
+    if (v.s_at(i) != -kInf) continue;
+    ids[at] = i;
+    logprobs[at++] = -kInf;
+  }
+}
+
+template <class T>
+static void bad_sample(const SampleArgs& a, int64_t r, Status status) {
+  const float nan = __builtin_nanf("");
+  a.tokens[r] = -1;
+  a.logprobs[r] = nan;
+  a.kept[r] = 0;
+  a.status[r] = status;
+  if (a.base_logprobs) a.base_logprobs[r] = nan;
+  if (a.log_mass) a.log_mass[r] = nan;
+  if (a.rank) a.rank[r] = 0;
+  for (int64_t i = 0; i < a.top_n; ++i) {
+    a.top_ids[r * a.top_n + i] = -1;
+    a.top_logprobs[r * a.top_n + i] = nan;
+  }
+}
+
+template <class T>
+static void sample_row(const SampleArgs& a, int64_t r, const Scratch& scratch) {
+  const int64_t v = a.rows.v;
+  const T* x = static_cast<const T*>(a.rows.data) + r * a.rows.stride;
+  const RowKnobs k = knobs_of(a.knobs, r);
+  Row<T> row;
+  const RowStats stats = scan(x, v);
+  const Status status = in_range(k) ? open_row(x, v, k.inv_t, stats, &row) : kBadKnob;
+  if (status != kOk) return bad_sample<T>(a, r, status);
+
+  int64_t token = 0, kept = 1;
+  double logprob = 0, log_s = 0;
+  if (k.greedy()) {
+    token = argmax(x, v, stats.max);
+  } else {
+    Survivors<T> survivors(row, k, scratch);
+    const uint64_t random =
+        philox64(static_cast<uint64_t>(a.seeds[r]), static_cast<uint64_t>(a.positions[r]));
+    int64_t s = 0;
+    if (survivors.untouched()) {
+      weigh_row(row, false, false, scratch);
+      kept = row.finite;
+      s = row.sums.z;
+      token = locate(row.view, Everything{}, draw_target(random, s), scratch);
+    } else {
+      survivors.visit_weighed([&](const auto& view, const auto& test) {
+        const Tally t = tally(view, test, scratch.blocks);
+        kept = t.count;
+        s = t.z;
+        token = locate(view, test, draw_target(random, s), scratch);
+      });
+    }
+    log_s = log_mass(s);
+    logprob = static_cast<double>(row.view.s_at(token)) - row.view.m - log_s;
+  }
+  a.tokens[r] = token;
+  a.logprobs[r] = static_cast<float>(logprob);
+  a.kept[r] = static_cast<int32_t>(kept);
+  a.status[r] = kOk;
+
+  if (a.log_mass) {
+    weigh_row(row, false, false, scratch);
+    a.log_mass[r] = k.greedy() ? 0.0f : static_cast<float>(log_s - log_mass(row.sums.z));
+  }
+  if (!a.base_logprobs && !a.top_n) return;
+  Row<T> base = row;
+  if (k.inv_t != 1.0f) open_row(x, v, 1.0f, stats, &base);
+  weigh_row(base, false, false, scratch);
+  const double log_z = log_mass(base.sums.z);
+  if (a.base_logprobs)
+    a.base_logprobs[r] =
+        static_cast<float>(static_cast<double>(base.view.s_at(token)) - base.view.m - log_z);
+  if (!a.top_n) return;
+  top_tokens(base, log_z, a.top_n, a.top_ids + r * a.top_n, a.top_logprobs + r * a.top_n, scratch);
+  const RankCut before{base.view.s_at(token), static_cast<int32_t>(token)};
+  base.view.e = nullptr;
+  a.rank[r] = static_cast<int32_t>(count_chosen(base.view, before));
+}

@@ -1,0 +1,35 @@
+// The kernels for avx2.
+#include <cstdint>
+#include <cstring>
+
+#include <immintrin.h>
+
+#include "kernels.h"
+#include "vec_types.h"
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,f16c"))), apply_to = function)
+#elif defined(__GNUC__)
+#pragma GCC push_options
+#pragma GCC target("avx2,f16c")
+#endif
+
+namespace fastadapt {
+namespace avx2 {
+
+#include "vec_avx2.h"
+
+#include "all-inl.h"
+
+}  // namespace avx2
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#elif defined(__GNUC__)
+#pragma GCC pop_options
+#endif
+
+extern const KernelTable kAvx2Kernels = {
+    "avx2",           avx2::filter_rows, avx2::sample_rows,
+    avx2::score_rows, avx2::margin_rows, avx2::margin_backward_rows};
+}  // namespace fastadapt

@@ -1,0 +1,36 @@
+// The kernels for avx512.
+#include <cstdint>
+#include <cstring>
+
+#include <immintrin.h>
+
+#include "kernels.h"
+#include "vec_types.h"
+
+#if defined(__clang__)
+#pragma clang attribute push( \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,f16c"))), apply_to = function)
+#elif defined(__GNUC__)
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,f16c")
+#endif
+
+namespace fastadapt {
+namespace avx512 {
+
+#include "vec_avx512.h"
+
+#include "all-inl.h"
+
+}  // namespace avx512
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#elif defined(__GNUC__)
+#pragma GCC pop_options
+#endif
+
+extern const KernelTable kAvx512Kernels = {
+    "avx512",           avx512::filter_rows, avx512::sample_rows,
+    avx512::score_rows, avx512::margin_rows, avx512::margin_backward_rows};
+}  // namespace fastadapt

@@ -1,0 +1,19 @@
+// The kernels for any processor.
+#include <cstdint>
+#include <cstring>
+
+#include "kernels.h"
+#include "vec_types.h"
+
+namespace fastadapt {
+namespace scalar {
+
+#include "vec_scalar.h"
+
+#include "all-inl.h"
+
+}  // namespace scalar
+extern const KernelTable kScalarKernels = {
+    "scalar",           scalar::filter_rows, scalar::sample_rows,
+    scalar::score_rows, scalar::margin_rows, scalar::margin_backward_rows};
+}  // namespace fastadapt

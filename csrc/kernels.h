@@ -1,0 +1,143 @@
+// The contract between the binding, the dispatcher and the kernels of each ISA: plain pointers,
+// sizes and strides. All strides are in elements, not bytes. No torch, no Python, no SIMD types.
+#pragma once
+
+#include <cstdint>
+
+namespace fastadapt {
+
+enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
+
+// The largest row: sums of masses, each at most 2^40, then stay below 2^62.
+constexpr int64_t kMaxVocab = int64_t{1} << 22;
+
+// Row status; a bad row never disturbs its batch mates.
+enum Status : uint8_t { kOk = 0, kNaN = 1, kPosInf = 2, kNoFinite = 3, kBadKnob = 4 };
+
+// The order of the packed knobs, as in fastadapt/adaptor.py.
+enum Knob : int {
+  kTemperature = 0,
+  kTopK,
+  kTopP,
+  kMinP,
+  kTypicalP,
+  kEpsilon,
+  kEta,
+  kKeep,
+  kNumKnobs
+};
+
+enum class Order : int { kHf = 0, kVllm = 1 };
+
+// N rows of V logits; the last dimension is contiguous.
+struct Rows {
+  const void* data;
+  DType dtype;
+  int64_t n;
+  int64_t v;
+  int64_t stride;
+};
+
+// Packed knobs (kNumKnobs, R): R is 1 (shared by all rows, row_step 0) or N (row_step 1).
+struct Knobs {
+  const double* data;
+  int64_t knob_step;
+  int64_t row_step;
+  Order order;
+};
+
+// Buffers of one thread. Every array holds V rounded up plus a vector of padding.
+struct Scratch {
+  float* row_e;     // masses of the whole row before truncation to integers
+  int64_t* blocks;  // integer mass of each block of a view
+  float* list_s;    // survivors: scaled logit, mass, id
+  float* list_e;
+  int32_t* list_id;
+  float* cand_key;  // candidates for a threshold: key, mass, id
+  float* cand_e;
+  int32_t* cand_id;
+  float* row_f32;  // a float64 row rounded to float32
+};
+
+struct FilterArgs {
+  Rows rows;
+  Knobs knobs;
+  void* out;  // (N, V), contiguous, dtype of rows
+};
+
+// Optional outputs are null.
+struct SampleArgs {
+  Rows rows;
+  Knobs knobs;
+  const int64_t* seeds;      // (N,)
+  const int64_t* positions;  // (N,)
+  int64_t* tokens;           // (N,)
+  float* logprobs;           // (N,)
+  int32_t* kept;             // (N,)
+  uint8_t* status;           // (N,)
+  float* base_logprobs;      // (N,)
+  float* log_mass;           // (N,)
+  int64_t top_n;
+  int64_t* top_ids;     // (N, top_n)
+  float* top_logprobs;  // (N, top_n)
+  int32_t* rank;        // (N,)
+};
+
+struct ScoreArgs {
+  Rows rows;
+  const int64_t* tokens;  // (N,)
+  int64_t ignore_index;
+  int64_t num_adaptors;
+  const Knobs* knobs;    // (A,)
+  float* logprobs;       // (N, A)
+  float* log_norm;       // (N, A)
+  int32_t* kept;         // (N, A)
+  float* base_logprobs;  // (N,)
+  float* entropy;        // (N,)
+};
+
+struct MarginArgs {
+  Rows rows;
+  Knobs knobs;
+  const int64_t* tokens;  // (N,)
+  int64_t ignore_index;
+  void* margins;     // (N,), float32, or float64 for float64 rows
+  uint8_t* support;  // (N, ceil(V / 8)), bit j % 8 of byte j / 8 is token j
+  double* stats;     // (N, 2): maximum and summed mass (in units of 1) of the surviving others
+};
+
+struct MarginBackwardArgs {
+  Rows rows;
+  Knobs knobs;
+  const int64_t* tokens;
+  int64_t ignore_index;
+  const void* dmargins;    // (N,), dtype of the margins
+  const uint8_t* support;  // as written by the forward
+  const double* stats;
+  void* dlogits;  // (N, V), contiguous, dtype of rows
+};
+
+// One table per ISA. Each function handles rows [begin, end) and allocates nothing.
+struct KernelTable {
+  const char* name;
+  void (*filter)(const FilterArgs&, const Scratch&, int64_t begin, int64_t end);
+  void (*sample)(const SampleArgs&, const Scratch&, int64_t begin, int64_t end);
+  void (*score)(const ScoreArgs&, const Scratch&, int64_t begin, int64_t end);
+  void (*margins)(const MarginArgs&, const Scratch&, int64_t begin, int64_t end);
+  void (*margins_backward)(const MarginBackwardArgs&, const Scratch&, int64_t begin, int64_t end);
+};
+
+extern const KernelTable kScalarKernels;
+extern const KernelTable kAvx2Kernels;
+extern const KernelTable kAvx512Kernels;
+
+// The table in use: the best this processor has, or the one set for a test.
+const KernelTable& kernels();
+
+// Null-terminated names of the tables that this processor can run, worst first.
+const char* const* cpu_capabilities();
+
+// Chooses a table by name; false if the name is unknown or not supported here.
+bool set_cpu_capability(const char* name);
+
+}  // namespace fastadapt

@@ -1,0 +1,177 @@
+// The label against the surviving others, and its gradient. The support is decided by the integer
+// rule on float32 values; for float64 rows the margin itself is float64.
+
+static inline bool in_support(const uint8_t* support, int64_t i) {
+  return support[i >> 3] >> (i & 7) & 1;
+}
+
+// Writes W bits of a row's support; never past its last byte.
+static inline void store_bits(uint8_t* support, int64_t bytes, int64_t i, uint32_t b) {
+  if (W == 1) {
+    support[i >> 3] |= static_cast<uint8_t>(b << (i & 7));
+    return;
+  }
+  for (int64_t j = 0; j < W / 8 && i / 8 + j < bytes; ++j)
+    support[i / 8 + j] = static_cast<uint8_t>(b >> 8 * j);
+}
+static inline uint32_t load_bits(const uint8_t* support, int64_t bytes, int64_t i) {
+  if (W == 1) return in_support(support, i);
+  uint32_t b = 0;
+  for (int64_t j = 0; j < W / 8 && i / 8 + j < bytes; ++j)
+    b |= static_cast<uint32_t>(support[i / 8 + j]) << 8 * j;
+  return b;
+}
+
+// Decides the support of a row; false leaves it empty and the margin NaN.
+template <class T>
+static bool write_support(const T* x, int64_t v, const RowKnobs& k, uint8_t* support,
+                          const Scratch& scratch) {
+  const int64_t bytes = (v + 7) / 8;
+  std::memset(support, 0, static_cast<size_t>(bytes));
+  Row<T> row;
+  if (!in_range(k) || k.greedy() || open_row(x, v, k.inv_t, scan(x, v), &row) != kOk) return false;
+  const Survivors<T> survivors(row, k, scratch);
+  survivors.visit([&](const auto& view, const auto& test) {
+    for_survivors(view, test, [&](int64_t i, F, F, I, M chosen) {
+      uint32_t b = bits(chosen);
+      if (!view.id) return store_bits(support, bytes, i, b);
+      for (; b; b &= b - 1) {
+        const int32_t id = view.id[i + __builtin_ctz(b)];
+        support[id >> 3] |= static_cast<uint8_t>(1 << (id & 7));
+      }
+    });
+  });
+  return true;
+}
+
+// Calls f(i, s, others): the surviving lanes other than y.
+template <class T, class Fn>
+static inline void for_others(const T* x, int64_t v, float inv_t, const uint8_t* support, int64_t y,
+                              Fn&& f) {
+  const int64_t bytes = (v + 7) / 8;
+  for_row(x, 0, v, inv_t, [&](int64_t i, F s) {
+    const M alive = from_bits(load_bits(support, bytes, i));
+    f(i, s, but_not(alive, ieq(iota(static_cast<int32_t>(i)), iset(static_cast<int32_t>(y)))));
+  });
+}
+
+// Maximum and summed mass, in units of 1, of the surviving others.
+template <class T>
+static void others_stats(const T* x, int64_t v, const RowKnobs& k, const uint8_t* support,
+                         int64_t y, double* stats) {
+  F best = fset(-kInf);
+  for_others(x, v, k.inv_t, support, y,
+             [&](int64_t, F s, M others) { best = maximum(best, choose(others, s, fset(-kInf))); });
+  const float m = max_lane(best);
+  L z = lzero();
+  for_others(x, v, k.inv_t, support, y, [&](int64_t, F s, M others) {
+    z = add_truncated(z, keep_if(others, mass(sub(s, fset(m)))));
+  });
+  stats[0] = m;
+  stats[1] = m == -kInf ? 0 : static_cast<double>(total(z)) / kUnit;
+}
+
+static void others_stats(const double* x, int64_t v, const RowKnobs& k, const uint8_t* support,
+                         int64_t y, double* stats) {
+  const double t = k[kTemperature];
+  double m = -__builtin_inf(), z = 0;
+  for (int64_t i = 0; i < v; ++i)
+    if (i != y && in_support(support, i) && x[i] / t > m) m = x[i] / t;
+  for (int64_t i = 0; i < v; ++i)
+    if (i != y && in_support(support, i)) z += __builtin_exp(x[i] / t - m);
+  stats[0] = m;
+  stats[1] = z;
+}
+
+template <class T>
+struct MarginOf {
+  using type = float;
+};
+template <>
+struct MarginOf<double> {
+  using type = double;
+};
+
+static inline const float* as_float32(const double* x, int64_t v, const Scratch& scratch) {
+  for (int64_t i = 0; i < v; ++i) scratch.row_f32[i] = static_cast<float>(x[i]);
+  return scratch.row_f32;
+}
+template <class T>
+static inline const T* as_float32(const T* x, int64_t, const Scratch&) {
+  return x;
+}
+
+static inline double scaled(double x, const RowKnobs& k) { return x / k[kTemperature]; }
+template <class T>
+static inline double scaled(T x, const RowKnobs& k) {
+  return to_float(x) * k.inv_t;
+}
+
+template <class T>
+static void margin_row(const MarginArgs& a, int64_t r, const Scratch& scratch) {
+  const int64_t v = a.rows.v, y = a.tokens[r];
+  const T* x = static_cast<const T*>(a.rows.data) + r * a.rows.stride;
+  uint8_t* support = a.support + r * ((v + 7) / 8);
+  double* stats = a.stats + 2 * r;
+  double margin;
+  stats[0] = stats[1] = 0;
+  const RowKnobs k = knobs_of(a.knobs, r);
+  if (y == a.ignore_index) {
+    std::memset(support, 0, static_cast<size_t>((v + 7) / 8));
+    margin = 0;
+  } else if (!write_support(as_float32(x, v, scratch), v, k, support, scratch)) {
+    margin = __builtin_nan("");
+  } else if (!in_support(support, y)) {
+    margin = -__builtin_inf();
+  } else {
+    others_stats(x, v, k, support, y, stats);
+    margin = stats[1] > 0 ? scaled(x[y], k) - stats[0] - log64(stats[1]) : __builtin_inf();
+  }
+  using Out = typename MarginOf<T>::type;
+  static_cast<Out*>(a.margins)[r] = static_cast<Out>(margin);
+}
+
+// dlogits = g / T (onehot(y) - q), q the law of the surviving others.
+template <class T>
+static void margin_gradient(const T* x, int64_t v, const RowKnobs& k, const uint8_t* support,
+                            int64_t y, const double* stats, double g, T* out) {
+  const double gain = g * k.inv_t;
+  const F per_mass = fset(static_cast<float>(-gain / stats[1] / kUnit));
+  const F m = fset(static_cast<float>(stats[0]));
+  for_others(x, v, k.inv_t, support, y, [&](int64_t i, F s, M others) {
+    const F d = sub(s, m);
+    const F dx = keep_if(both(others, ge(d, fset(kLowest))), mul(per_mass, mass(d)));
+    if (i + W <= v) return store(out + i, dx);
+    T tail[W];
+    store(tail, dx);
+    std::memcpy(out + i, tail, static_cast<size_t>(v - i) * sizeof(T));
+  });
+  from_float(static_cast<float>(gain), out + y);
+}
+
+static void margin_gradient(const double* x, int64_t v, const RowKnobs& k, const uint8_t* support,
+                            int64_t y, const double* stats, double g, double* out) {
+  const double t = k[kTemperature];
+  for (int64_t i = 0; i < v; ++i) {
+    const bool other = i != y && in_support(support, i);
+    out[i] = other ? -g / t * __builtin_exp(x[i] / t - stats[0]) / stats[1] : 0;
+  }
+  out[y] = g / t;
+}
+
+template <class T>
+static void margin_backward_row(const MarginBackwardArgs& a, int64_t r, const Scratch&) {
+  const int64_t v = a.rows.v, y = a.tokens[r];
+  T* out = static_cast<T*>(a.dlogits) + r * v;
+  const double* stats = a.stats + 2 * r;
+  using In = typename MarginOf<T>::type;
+  const double g = static_cast<double>(static_cast<const In*>(a.dmargins)[r]);
+  // ignored and bad rows, tokens outside the support or alone in it: no gradient, whatever g is
+  if (y == a.ignore_index || !(stats[1] > 0)) {
+    std::memset(out, 0, static_cast<size_t>(v) * sizeof(T));
+    return;
+  }
+  const T* x = static_cast<const T*>(a.rows.data) + r * a.rows.stride;
+  const uint8_t* support = a.support + r * ((v + 7) / 8);
+  margin_gradient(x, v, knobs_of(a.knobs, r), support, y, stats, g, out);
+}
