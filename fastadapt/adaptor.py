@@ -1,0 +1,189 @@
+"""The sampling adaptor as a value: temperature, truncation knobs and their order."""
+
+from dataclasses import dataclass, field, fields
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Filter orders, by the code that the kernels know them by (csrc/kernels.h).
+ORDER_CODES = {"hf": 0, "vllm": 1}
+
+INTEGER_KNOBS = frozenset({"top_k", "min_tokens_to_keep"})
+
+
+class _Range(NamedTuple):
+    """What a knob may be: an interval, open at the marked ends, and zero where it is a case."""
+
+    text: str
+    low: float
+    high: float
+    open_low: bool = False
+    open_high: bool = False
+    or_zero: bool = False
+
+    def holds(self, value: float) -> bool:
+        """Whether a value is allowed; NaN never is."""
+        above = value > self.low if self.open_low else value >= self.low
+        below = value < self.high if self.open_high else value <= self.high
+        return (above and below) or (self.or_zero and value == 0)
+
+
+_UNIT = _Range("a value in [0, 1]", 0, 1)
+_CUTOFF = _Range("a value in [0, 1)", 0, 1, open_high=True)
+# In the order of the packed knobs, which csrc/kernels.h repeats.
+RANGES = {
+    # the upper end is float32's largest number
+    "temperature": _Range(
+        "0 or a value in [1e-6, 3.4e38]", 1e-6, 3.4028234663852886e38, or_zero=True
+    ),
+    "top_k": _Range("an integer >= 0", 0, 2**31 - 1),
+    "top_p": _UNIT,
+    "min_p": _UNIT,
+    "typical_p": _Range("a value in (0, 1]", 0, 1, open_low=True),
+    "epsilon_cutoff": _CUTOFF,
+    "eta_cutoff": _CUTOFF,
+    "min_tokens_to_keep": _Range("an integer >= 1", 1, 2**31 - 1),
+}
+KNOBS = tuple(RANGES)
+
+Knob = float | int | Tensor
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Adaptor:
+    """Temperature, six truncation filters and the order in which they run.
+
+    The neutral value of every knob is its default, so `Adaptor()` changes nothing. Each knob is a
+    Python number or a 1-d tensor with one value per row. Filters run one after the other, each on
+    the renormalised survivors of the one before. The exact integer rule, the same on every device,
+    is in the documentation of `fastadapt.reference`.
+
+    Args:
+        temperature: divides the logits; finite, 0 (the argmax) or >= 1e-6.
+        top_k: integer >= 0, 0 is off. Keeps logits >= the k-th largest; ties all stay.
+        top_p: in [0, 1], 1 is off. Removes the least probable tokens while their cumulated mass
+            is <= 1 - top_p; among equal values the lowest ids stay.
+        min_p: in [0, 1], 0 is off. Keeps p >= min_p * max p.
+        typical_p: in (0, 1], 1 is off. Keeps the tokens whose -log p is nearest the entropy, up to
+            this mass (Meister et al. 2022, arXiv 2202.00666).
+        epsilon_cutoff: in [0, 1), 0 is off. Keeps p >= epsilon (Hewitt et al. 2022, arXiv
+            2210.15191).
+        eta_cutoff: in [0, 1), 0 is off. Keeps p >= min(eta, sqrt(eta) * exp(-H)) (the same paper).
+        min_tokens_to_keep: integer >= 1; every filter leaves at least so many tokens.
+        order: "hf" (top-k, top-p, min-p, typical, epsilon, eta) or "vllm" (min-p first).
+
+    Raises:
+        TypeError: a knob is neither a number nor a 1-d tensor, or an integer knob is not integral.
+        ValueError: a number or a CPU tensor is out of range, per-row tensors differ in length or
+            device, or `order` is unknown. Values of CUDA tensors are not read (that would
+            synchronise): a bad one gives its row status 4.
+    """
+
+    temperature: Knob = 1.0
+    top_k: Knob = 0
+    top_p: Knob = 1.0
+    min_p: Knob = 0.0
+    typical_p: Knob = 1.0
+    epsilon_cutoff: Knob = 0.0
+    eta_cutoff: Knob = 0.0
+    min_tokens_to_keep: Knob = 1
+    order: str = "hf"
+    packed: Tensor = field(init=False, repr=False)  # (8, R) float64, R = 1 or the number of rows
+    rows: int | None = field(init=False, repr=False)  # None: every knob is a number
+    order_code: int = field(init=False, repr=False)
+    greedy: bool = field(init=False, repr=False)  # some temperature is known to be 0
+
+    def __post_init__(self) -> None:
+        """Checks every knob and packs them once, so that a call has nothing left to prepare."""
+        if self.order not in ORDER_CODES:
+            raise ValueError(f"order: expected one of {list(ORDER_CODES)}, got {self.order!r}")
+        knobs = {name: getattr(self, name) for name in KNOBS}
+        for name, value in knobs.items():
+            _check_knob(name, value)
+        tensors = {name: value for name, value in knobs.items() if isinstance(value, Tensor)}
+        packed = _pack(knobs, tensors)
+        object.__setattr__(self, "packed", packed)
+        object.__setattr__(self, "rows", packed.shape[1] if tensors else None)
+        object.__setattr__(self, "order_code", ORDER_CODES[self.order])
+        object.__setattr__(self, "greedy", _is_greedy(self.temperature))
+
+    def __eq__(self, other: object) -> bool:
+        """Equal order and equal knobs, row by row; a number differs from a tensor of it."""
+        if not isinstance(other, Adaptor):
+            return NotImplemented
+        same_shape = self.order == other.order and self.rows == other.rows
+        return (
+            same_shape
+            and self.packed.device == other.packed.device
+            and bool(torch.equal(self.packed, other.packed))
+        )
+
+    def __hash__(self) -> int:
+        """Hash of the order and, where every knob is a number, of the knobs."""
+        if self.rows is not None:
+            return hash((self.order, self.rows))
+        return hash((self.order, *(float(getattr(self, name)) for name in KNOBS)))
+
+    def __repr__(self) -> str:
+        """The knobs that are not neutral."""
+        shown = (f for f in fields(self) if f.init)
+        changed = [
+            f"{f.name}={getattr(self, f.name)!r}"
+            for f in shown
+            if isinstance(getattr(self, f.name), Tensor) or getattr(self, f.name) != f.default
+        ]
+        return f"Adaptor({', '.join(changed)})"
+
+
+def _check_knob(name: str, value: object) -> None:
+    """Raises unless a knob has the right type and, where it can be read, the right range."""
+    if isinstance(value, Tensor):
+        _check_tensor(name, value)
+        return
+    kinds = int if name in INTEGER_KNOBS else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds):
+        raise TypeError(f"{name}: expected {RANGES[name].text} or a tensor, got {value!r}")
+    if not RANGES[name].holds(value):
+        raise ValueError(f"{name}: expected {RANGES[name].text}, got {float(value)}")
+
+
+def _check_tensor(name: str, value: Tensor) -> None:
+    """The same for one value per row; values on another device are not read."""
+    if value.dim() != 1:
+        shape = tuple(value.shape)
+        raise TypeError(f"{name}: expected a number or a 1-d tensor, got shape {shape}")
+    wrong = value.dtype.is_complex or value.dtype == torch.bool
+    if wrong or (name in INTEGER_KNOBS and value.dtype.is_floating_point):
+        kind = "an integer" if name in INTEGER_KNOBS else "a real"
+        raise TypeError(f"{name}: expected {kind} tensor, got {value.dtype}")
+    if value.device.type != "cpu":
+        return
+    for row, number in enumerate(value.tolist()):
+        if not RANGES[name].holds(number):
+            text = RANGES[name].text
+            raise ValueError(f"{name}: expected {text}, got {float(number)} in row {row}")
+
+
+def _is_greedy(temperature: Knob) -> bool:
+    """Whether some temperature is 0, as far as it can be told without synchronising."""
+    if isinstance(temperature, Tensor):
+        return temperature.device.type == "cpu" and bool((temperature == 0).any())
+    return temperature == 0
+
+
+def _pack(knobs: dict[str, Knob], tensors: dict[str, Tensor]) -> Tensor:
+    """One float64 tensor (8, R) in the order of `KNOBS`; R = 1 when every knob is a number."""
+    if not tensors:
+        return torch.tensor([[float(v)] for v in knobs.values()], dtype=torch.float64)
+    lengths = {name: t.shape[0] for name, t in tensors.items()}
+    devices = {name: str(t.device) for name, t in tensors.items()}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"per-row knobs: expected tensors of one length, got {lengths}")
+    if len(set(devices.values())) > 1:
+        raise ValueError(f"per-row knobs: expected tensors on one device, got {devices}")
+    rows, device = next(iter(lengths.values())), next(iter(tensors.values())).device
+    packed = torch.empty(len(knobs), rows, dtype=torch.float64, device=device)
+    for row, value in zip(packed, knobs.values(), strict=True):
+        row.copy_(value.detach()) if isinstance(value, Tensor) else row.fill_(value)
+    return packed

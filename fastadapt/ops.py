@@ -1,0 +1,294 @@
+"""The operators: one schema each, CPU implementations, fakes and autograd.
+
+PyTorch's dispatcher chooses the implementation by device. Inputs arrive checked and folded by
+`sampling`; rows may have any stride, the last dimension is contiguous. Knobs are the packed
+(8, R) float64 tensor of an `Adaptor`. Operators without a gradient fall through autograd: their
+outputs are detached.
+"""
+
+import torch
+from torch import Tensor
+
+from fastadapt import _C
+
+MAX_ADAPTORS = 256  # csrc/score-inl.h
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+
+_library = torch.library.Library("fastadapt", "DEF")
+_library.define("filter_logits(Tensor logits, Tensor knobs, int order) -> Tensor")
+_library.define(
+    "sample(Tensor logits, Tensor knobs, int order, Tensor seeds, Tensor positions,"
+    " bool base_logprobs, bool log_mass, int top_n) -> Tensor[]"
+)
+_library.define(
+    "score(Tensor logits, Tensor tokens, Tensor[] knobs, int[] orders, int ignore_index)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+_library.define(
+    "adapted_margins(Tensor logits, Tensor tokens, Tensor knobs, int order, int ignore_index)"
+    " -> (Tensor, Tensor, Tensor)"
+)
+_library.define(
+    "adapted_margins_backward(Tensor dmargins, Tensor logits, Tensor tokens, Tensor knobs,"
+    " int order, int ignore_index, Tensor support, Tensor stats) -> Tensor"
+)
+
+Rows = tuple[int, int, int, int, int]
+
+
+def _rows(logits: Tensor) -> Rows:
+    """What the kernels need to know of (N, V) logits."""
+    n, v = logits.shape
+    return logits.data_ptr(), DTYPE_CODES[logits.dtype], n, v, logits.stride(0)
+
+
+def _knobs(knobs: Tensor, order: int) -> tuple[int, int, int]:
+    """What the kernels need to know of packed knobs."""
+    return knobs.data_ptr(), knobs.shape[1], order
+
+
+def _check_tokens(tokens: Tensor, v: int, ignore_index: int) -> None:
+    """Raises for the first token that is neither an id nor the ignored one."""
+    row = _C.first_bad_token(tokens.data_ptr(), tokens.shape[0], v, ignore_index)
+    if row >= 0:
+        got = int(tokens[row])
+        raise ValueError(f"tokens: expected ids in [0, {v}) or {ignore_index}, got {got} in {row=}")
+
+
+def _filter_logits_cpu(logits: Tensor, knobs: Tensor, order: int) -> Tensor:
+    """(N, V) in the dtype of the logits."""
+    out = logits.new_empty(logits.shape)
+    _C.filter(_rows(logits), _knobs(knobs, order), out.data_ptr(), torch.get_num_threads())
+    return out
+
+
+def _sample_outputs(logits: Tensor, base: bool, log_mass: bool, top_n: int) -> list[Tensor]:
+    """Empty outputs: the four of every draw, then those asked for, in the order of `Sample`."""
+    n = logits.shape[0]
+    out = [
+        logits.new_empty(n, dtype=torch.int64),
+        logits.new_empty(n, dtype=torch.float32),
+        logits.new_empty(n, dtype=torch.int32),
+        logits.new_empty(n, dtype=torch.uint8),
+    ]
+    out += [logits.new_empty(n, dtype=torch.float32) for wanted in (base, log_mass) if wanted]
+    if top_n:
+        out.append(logits.new_empty(n, top_n, dtype=torch.int64))
+        out.append(logits.new_empty(n, top_n, dtype=torch.float32))
+        out.append(logits.new_empty(n, dtype=torch.int32))
+    return out
+
+
+def _sample_cpu(
+    logits: Tensor,
+    knobs: Tensor,
+    order: int,
+    seeds: Tensor,
+    positions: Tensor,
+    base_logprobs: bool,
+    log_mass: bool,
+    top_n: int,
+) -> list[Tensor]:
+    """Allocates only what was asked for."""
+    out = _sample_outputs(logits, base_logprobs, log_mass, top_n)
+    tokens, logprobs, kept, status = (t.data_ptr() for t in out[:4])
+    base = out[4].data_ptr() if base_logprobs else 0
+    mass = out[4 + base_logprobs].data_ptr() if log_mass else 0
+    top_ids, top_logprobs, rank = (t.data_ptr() for t in out[-3:]) if top_n else (0, 0, 0)
+    _C.sample(
+        _rows(logits),
+        _knobs(knobs, order),
+        seeds.data_ptr(),
+        positions.data_ptr(),
+        tokens,
+        logprobs,
+        kept,
+        status,
+        base,
+        mass,
+        top_n,
+        top_ids,
+        top_logprobs,
+        rank,
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def _sample_fake(
+    logits: Tensor,
+    knobs: Tensor,
+    order: int,
+    seeds: Tensor,
+    positions: Tensor,
+    base_logprobs: bool,
+    log_mass: bool,
+    top_n: int,
+) -> list[Tensor]:
+    """Shapes and dtypes of `_sample_cpu`."""
+    return _sample_outputs(logits, base_logprobs, log_mass, top_n)
+
+
+Scores = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def _score_outputs(logits: Tensor, adaptors: int) -> Scores:
+    """Empty outputs in the order of `Score`."""
+    n = logits.shape[0]
+    return (
+        logits.new_empty(n, adaptors, dtype=torch.float32),
+        logits.new_empty(n, adaptors, dtype=torch.float32),
+        logits.new_empty(n, adaptors, dtype=torch.int32),
+        logits.new_empty(n, dtype=torch.float32),
+        logits.new_empty(n, dtype=torch.float32),
+    )
+
+
+def _score_cpu(
+    logits: Tensor, tokens: Tensor, knobs: list[Tensor], orders: list[int], ignore_index: int
+) -> Scores:
+    """One visit of each row for all adaptors."""
+    _check_tokens(tokens, logits.shape[1], ignore_index)
+    out = _score_outputs(logits, len(knobs))
+    logprobs, log_norm, kept, base_logprobs, entropy = (t.data_ptr() for t in out)
+    _C.score(
+        _rows(logits),
+        [_knobs(k, o) for k, o in zip(knobs, orders, strict=True)],
+        tokens.data_ptr(),
+        ignore_index,
+        logprobs,
+        log_norm,
+        kept,
+        base_logprobs,
+        entropy,
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def _score_fake(
+    logits: Tensor, tokens: Tensor, knobs: list[Tensor], orders: list[int], ignore_index: int
+) -> Scores:
+    """Shapes and dtypes of `_score_cpu`."""
+    return _score_outputs(logits, len(knobs))
+
+
+Margins = tuple[Tensor, Tensor, Tensor]
+
+
+def _margin_outputs(logits: Tensor) -> Margins:
+    """Margins, the support as bits, maximum and mass of the surviving others."""
+    n, v = logits.shape
+    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    return (
+        logits.new_empty(n, dtype=wide),
+        logits.new_empty(n, (v + 7) // 8, dtype=torch.uint8),
+        logits.new_empty(n, 2, dtype=torch.float64),
+    )
+
+
+def _adapted_margins_cpu(
+    logits: Tensor, tokens: Tensor, knobs: Tensor, order: int, ignore_index: int
+) -> Margins:
+    """Forward; the last two outputs are what the backward needs."""
+    _check_tokens(tokens, logits.shape[1], ignore_index)
+    out = _margin_outputs(logits)
+    margins, support, stats = (t.data_ptr() for t in out)
+    _C.margins(
+        _rows(logits),
+        _knobs(knobs, order),
+        tokens.data_ptr(),
+        ignore_index,
+        margins,
+        support,
+        stats,
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def _adapted_margins_fake(
+    logits: Tensor, tokens: Tensor, knobs: Tensor, order: int, ignore_index: int
+) -> Margins:
+    """Shapes and dtypes of `_adapted_margins_cpu`."""
+    return _margin_outputs(logits)
+
+
+def _adapted_margins_backward_cpu(
+    dmargins: Tensor,
+    logits: Tensor,
+    tokens: Tensor,
+    knobs: Tensor,
+    order: int,
+    ignore_index: int,
+    support: Tensor,
+    stats: Tensor,
+) -> Tensor:
+    """One read of the logits, one write of their gradient."""
+    out = logits.new_empty(logits.shape)
+    dmargins = dmargins.contiguous()  # a name of its own: a temporary would be freed too early
+    _C.margins_backward(
+        _rows(logits),
+        _knobs(knobs, order),
+        tokens.data_ptr(),
+        ignore_index,
+        dmargins.data_ptr(),
+        support.data_ptr(),
+        stats.data_ptr(),
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def _save_for_margins(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    """Keeps the logits and one bit a token."""
+    logits, tokens, knobs, ctx.order, ctx.ignore_index = inputs
+    _, support, stats = output
+    ctx.mark_non_differentiable(support, stats)
+    ctx.save_for_backward(logits, tokens, knobs, support, stats)
+
+
+def _margins_gradient(ctx, dmargins, *_):  # type: ignore[no-untyped-def]
+    """dL/dlogits = dL/dm / T * (onehot(y) - q)."""
+    logits, tokens, knobs, support, stats = ctx.saved_tensors
+    dlogits = torch.ops.fastadapt.adapted_margins_backward(
+        dmargins, logits, tokens, knobs, ctx.order, ctx.ignore_index, support, stats
+    )
+    return dlogits, None, None, None, None
+
+
+def _no_double_backward(ctx, *_):  # type: ignore[no-untyped-def]
+    """Without this, autograd would return zeros."""
+    raise RuntimeError("adapted_margins: expected a first-order gradient, got a double backward")
+
+
+def _register() -> None:
+    """Implementations, fakes and autograd of every operator."""
+    for name, cpu, fake in (
+        ("filter_logits", _filter_logits_cpu, lambda x, knobs, order: x.new_empty(x.shape)),
+        ("sample", _sample_cpu, _sample_fake),
+        ("score", _score_cpu, _score_fake),
+        ("adapted_margins", _adapted_margins_cpu, _adapted_margins_fake),
+        (
+            "adapted_margins_backward",
+            _adapted_margins_backward_cpu,
+            lambda dmargins, logits, *_: logits.new_empty(logits.shape),
+        ),
+    ):
+        _library.impl(name, cpu, "CPU")
+        torch.library.register_fake(f"fastadapt::{name}", fake, lib=_library)
+    for name in ("filter_logits", "sample", "score"):
+        _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
+    torch.library.register_autograd(
+        "fastadapt::adapted_margins",
+        _margins_gradient,
+        setup_context=_save_for_margins,
+        lib=_library,
+    )
+    torch.library.register_autograd(
+        "fastadapt::adapted_margins_backward", _no_double_backward, lib=_library
+    )
+
+
+_register()

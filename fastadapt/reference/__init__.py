@@ -1,0 +1,167 @@
+"""PyTorch twins of the public functions: the same names, signatures and results, no kernel.
+
+The rule for float32, bfloat16 and float16 logits is made of integers, so that sums do not depend
+on their order and every implementation decides alike, bit for bit:
+
+1. `s = x * fl32(1 / T)` in float32; tokens with s = -inf are out from the start.
+2. `d = s - max s`; the mass of a token is `w = trunc(2^40 * e^d)`, a 64-bit integer from one
+   polynomial whose operations are rounded separately, and `u = trunc(2^40 * e^d * (-d))`.
+3. Tokens are ranked by (s descending, id ascending).
+4. Filters run in the adaptor's order, each on the survivors of the one before, with their
+   `Z = sum w` and `U = sum u`; scalars of a row are float64.
+5. The draw inverts the cumulated masses at `floor(x * S / 2^64)`, x one 64-bit Philox number.
+
+For float64 logits the same steps run on plain float64 probabilities: the textbook form.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastadapt.reference.law import Knobs, Law
+from fastadapt.results import Sample, Score
+
+__all__ = ["adapted_logps", "adapted_margins", "filter_logits", "sample", "score"]
+
+
+def filter_logits(logits: Tensor, adaptor: Knobs) -> Tensor:
+    """Twin of `fastadapt.filter_logits`; float64 logits take the textbook form."""
+    x = _fold(logits)
+    law = Law(x, adaptor)
+    scaled = torch.where(law.greedy, law.x, law.s).to(logits.dtype)
+    out = torch.where(law.alive, scaled, float("-inf"))
+    return torch.where((law.status == 0)[:, None], out, x).view(logits.shape)
+
+
+def sample(
+    logits: Tensor,
+    adaptor: Knobs,
+    *,
+    seeds: Tensor | None = None,
+    positions: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    base_logprobs: bool = False,
+    log_mass: bool = False,
+    top_logprobs: int = 0,
+) -> Sample:
+    """Twin of `fastadapt.sample`; float64 logits take the textbook form."""
+    x, shape = _fold(logits), logits.shape[:-1]
+    n = x.shape[0]
+    if seeds is None:
+        seeds = torch.randint(2**63 - 1, (n,), generator=generator, device=x.device)
+    positions = torch.zeros_like(seeds) if positions is None else positions
+    law = Law(x, adaptor)
+    ok = law.status == 0
+    w = law.w * law.alive
+    running = w.cumsum(-1)  # (N, V)
+    target = law.draw_target(seeds.reshape(-1), positions.reshape(-1), running[:, -1])
+    tokens = (running <= target[:, None]).sum(-1).clamp(max=x.shape[1] - 1)
+    tokens = torch.where(law.greedy[:, 0], law.best, tokens)
+    logprobs = _log_ratio(law, tokens, law.log(w.sum(-1)))
+    logprobs = torch.where(law.greedy[:, 0], 0.0, logprobs)
+    result = {
+        "tokens": torch.where(ok, tokens, -1),
+        "logprobs": torch.where(ok, logprobs, float("nan")),
+        "kept": torch.where(ok, law.alive.sum(-1), 0).int(),
+        "status": law.status,
+    }
+    base = Law(x, None)
+    log_z = base.log(base.w.sum(-1))
+    if base_logprobs:
+        value = _log_ratio(base, tokens, log_z)
+        result["base_logprobs"] = torch.where(ok, value, float("nan"))
+    if log_mass:
+        value = (law.log(w.sum(-1)) - law.log(law.w.sum(-1))).float()
+        value = torch.where(law.greedy[:, 0], 0.0, value)
+        result["log_mass"] = torch.where(ok, value, float("nan"))
+    if top_logprobs:
+        top = base.ranking[:, :top_logprobs]
+        values = (base.x.gather(1, top).double() - base.m.double() - log_z[:, None]).float()
+        result["top_ids"] = torch.where(ok[:, None], top, -1)
+        result["top_logprobs"] = torch.where(ok[:, None], values, float("nan"))
+        position = (base.ranking == tokens[:, None]).int().argmax(-1) + 1
+        result["rank"] = torch.where(ok, position, 0).int()
+    return Sample(**{k: v.reshape(shape + v.shape[1:]) for k, v in result.items()})
+
+
+def score(
+    logits: Tensor, tokens: Tensor, adaptors: Sequence[Knobs], *, ignore_index: int = -100
+) -> Score:
+    """Twin of `fastadapt.score`; float64 logits take the textbook form."""
+    if any(adaptor.greedy for adaptor in adaptors):
+        raise ValueError("score: expected temperature > 0, got 0")
+    x, shape = _fold(logits), tokens.shape
+    flat = tokens.reshape(-1)
+    used = flat != ignore_index
+    y = torch.where(used, flat, 0)
+    base = Law(x, None)
+    log_z = base.log(base.w.sum(-1))
+    columns = []
+    for adaptor in adaptors:
+        law = Law(x, adaptor)
+        ok = (law.status == 0) & used
+        log_s = law.log((law.w * law.alive).sum(-1))
+        inside = law.alive.gather(1, y[:, None])[:, 0]
+        logprobs = torch.where(inside, _log_ratio(law, y, log_s), float("-inf"))
+        inverse = law.inverse[:, 0].double()
+        shift = law.m[:, 0].double() - base.m[:, 0].double() * inverse
+        log_norm = (shift + log_s - log_z * inverse).float()
+        kept = torch.where(ok, law.alive.sum(-1), 0).int()
+        bad = torch.where(used, float("nan"), 0.0)
+        columns.append((torch.where(ok, logprobs, bad), torch.where(ok, log_norm, bad), kept))
+    logprobs, log_norm, kept = (torch.stack(c, -1) for c in zip(*columns, strict=True))
+    ok, bad = (base.status == 0) & used, torch.where(used, float("nan"), 0.0)
+    base_logprobs = torch.where(ok, _log_ratio(base, y, log_z), bad)
+    entropy = torch.where(ok, base.entropy(base.alive).float(), bad)
+    many = (*shape, len(adaptors))
+    return Score(
+        logprobs.view(many),
+        log_norm.view(many),
+        kept.view(many),
+        base_logprobs.view(shape),
+        entropy.view(shape),
+    )
+
+
+def adapted_margins(
+    logits: Tensor, tokens: Tensor, adaptor: Knobs, *, ignore_index: int = -100
+) -> Tensor:
+    """Twin of `fastadapt.adapted_margins`, differentiable through autograd."""
+    x, flat = _fold(logits), tokens.reshape(-1)
+    used = flat != ignore_index
+    y = torch.where(used, flat, 0)[:, None]
+    decided = Law(x.detach().float(), adaptor)
+    law = Law(x, adaptor, survivors=decided.alive)
+    others = decided.alive.scatter(1, y, False)
+    some = others.any(-1)
+    # a row without other survivors has m = +inf and no gradient: keep logsumexp away from it
+    best = torch.where(others, law.s, float("-inf")).amax(-1, keepdim=True).detach()
+    d = law.s - torch.where(some[:, None], best, 0.0)  # subtracting first keeps far rows exact
+    lse = torch.where(some[:, None], torch.where(others, d, float("-inf")), 0.0).logsumexp(-1)
+    inside = decided.alive.gather(1, y)[:, 0]
+    margin = torch.where(inside & some, d.gather(1, y)[:, 0] - lse, 0.0)
+    margin = torch.where(some, margin, float("inf"))
+    margin = torch.where(inside, margin, float("-inf"))
+    margin = torch.where(decided.status == 0, margin, float("nan"))
+    return torch.where(used, margin, 0.0).view(tokens.shape)
+
+
+def adapted_logps(
+    logits: Tensor, tokens: Tensor, adaptor: Knobs, *, ignore_index: int = -100
+) -> Tensor:
+    """Twin of `fastadapt.adapted_logps`."""
+    margins = adapted_margins(logits, tokens, adaptor, ignore_index=ignore_index)
+    logps = -torch.nn.functional.softplus(-margins, threshold=1e6)
+    return torch.where(tokens == ignore_index, 0.0, logps)
+
+
+def _fold(logits: Tensor) -> Tensor:
+    """(..., V) as (N, V)."""
+    return logits.reshape(-1, logits.shape[-1])
+
+
+def _log_ratio(law: Law, tokens: Tensor, log_mass: Tensor) -> Tensor:
+    """s_y - m - log mass, float64 inside, float32 (N,) outside."""
+    y = tokens.clamp(0, law.v - 1)[:, None]
+    return ((law.s.gather(1, y).double() - law.m.double())[:, 0] - log_mass).float()

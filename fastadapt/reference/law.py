@@ -1,0 +1,183 @@
+"""The adapted law of each row: scaled logits, masses, ranking, survivors."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastadapt.reference.arithmetic import UNIT, exp64, log64, masses, philox
+
+Knobs = Any  # an Adaptor, or anything with its attributes
+FILTERS = {
+    "hf": ("top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"),
+    "vllm": ("min_p", "top_k", "top_p", "typical_p", "epsilon_cutoff", "eta_cutoff"),
+}
+
+
+class Law:
+    """The adapted law of each row: scaled logits, masses, ranking, survivors, status."""
+
+    def __init__(self, x: Tensor, adaptor: Knobs | None, survivors: Tensor | None = None) -> None:
+        """Runs steps 1 to 4; `survivors` replaces the filters by a known support."""
+        self.exact = x.dtype != torch.float64
+        self.x = x.float() if self.exact else x
+        self.n, self.v = x.shape
+        self.unit = UNIT if self.exact else 1.0
+        self.temperature = self._knob(adaptor, "temperature", 1.0)
+        self.greedy = self.temperature == 0
+        divisor = torch.where(self.greedy, 1.0, self.temperature)
+        self.inverse = 1 / divisor.float() if self.exact else 1 / divisor
+        self.s = self.x * self.inverse if self.exact else self.x / divisor
+        self.m = self.s.amax(-1, keepdim=True)
+        self.status = self._status(adaptor)
+        usable = (self.status == 0)[:, None]
+        self.d = torch.where(usable, self.s - self.m, 0.0)
+        self.w, self.u = masses(self.d) if self.exact else self._probabilities()
+        self.ranking = self.s.sort(stable=True, dim=-1, descending=True).indices
+        self.best = self.ranking[:, 0]
+        self.alive = (self.s > float("-inf")) & usable
+        if survivors is not None:
+            self.alive = survivors
+        elif adaptor is not None:
+            self.keep = self._knob(adaptor, "min_tokens_to_keep", 1)
+            for name in FILTERS[adaptor.order]:
+                knob = self._knob(adaptor, name, 0.0)
+                kept = getattr(self, f"_{name}")(knob)
+                self.alive &= kept | self.greedy
+            only_best = torch.zeros_like(self.alive).scatter(1, self.best[:, None], True)
+            self.alive &= only_best | ~self.greedy
+
+    def _knob(self, adaptor: Knobs | None, name: str, default: float) -> Tensor:
+        """A knob as float64 (N, 1)."""
+        value = default if adaptor is None else getattr(adaptor, name)
+        column = torch.as_tensor(value, dtype=torch.float64, device=self.x.device)
+        return column.reshape(-1, 1).expand(self.n, 1)
+
+    def _status(self, adaptor: Knobs | None) -> Tensor:
+        """The first failing condition of each row, uint8."""
+        status = torch.where(self.m == float("-inf"), 3, 0)
+        status = torch.where(self.m == float("inf"), 2, status)
+        status = torch.where(self.s.isnan().any(-1, keepdim=True), 1, status)
+        if adaptor is not None:
+            status = torch.where(self._bad_knobs(adaptor), 4, status)
+        return status[:, 0].to(torch.uint8)
+
+    def _bad_knobs(self, adaptor: Knobs) -> Tensor:
+        """Rows with a knob out of range: only per-row tensors on CUDA can hold one."""
+        t = self.temperature
+        bad = ~((t == 0) | ((t >= 1e-6) & (t <= torch.finfo(torch.float32).max)))
+        bad |= ~(self._knob(adaptor, "top_k", 0) >= 0)
+        bad |= ~(self._knob(adaptor, "min_tokens_to_keep", 1) >= 1)
+        for name, closed in (("top_p", True), ("min_p", True), ("typical_p", True)):
+            knob = self._knob(adaptor, name, 0.0)
+            low = knob > 0 if name == "typical_p" else knob >= 0
+            bad |= ~(low & (knob <= 1) & closed)
+        for name in ("epsilon_cutoff", "eta_cutoff"):
+            knob = self._knob(adaptor, name, 0.0)
+            bad |= ~((knob >= 0) & (knob < 1))
+        return bad
+
+    def _probabilities(self) -> tuple[Tensor, Tensor]:
+        """The float64 counterparts of the masses, unnormalised."""
+        w = self.d.exp()
+        return w, torch.where(w > 0, w * -self.d, 0.0)
+
+    def log(self, mass: Tensor) -> Tensor:
+        """ln(mass / unit), float64; for integers by the one specified polynomial."""
+        return log64(mass.double() / self.unit) if self.exact else mass.log()
+
+    def entropy(self, alive: Tensor) -> Tensor:
+        """Entropy in nats of the law restricted to `alive`, float64 (N,)."""
+        z, u = (self.w * alive).sum(-1), (self.u * alive).sum(-1)
+        return self.log(z) + u.double() / z.double()
+
+    def draw_target(self, seeds: Tensor, positions: Tensor, total: Tensor) -> Tensor:
+        """Step 5: floor(x * S / 2^64), x = x0 + 2^32 * x1; real for float64."""
+        x0, x1 = philox(seeds, positions)
+        if not self.exact:
+            return (x1.double() + x0.double() / 2.0**32) / 2.0**32 * total
+        mask = 0xFFFFFFFF
+        s0, s1 = total & mask, total >> 32
+        low = ((x0 * s0) >> 32) & mask
+        middle = x1 * s0 + low  # below 2^64: its bits are right although int64 wraps
+        cross = (middle & mask) + x0 * s1
+        return x1 * s1 + ((middle >> 32) & mask) + (cross >> 32)
+
+    def _floor(self, value: Tensor) -> Tensor:
+        """Integer thresholds round down; float64 ones stay."""
+        return value.floor().to(torch.int64) if self.exact else value
+
+    def _ceil(self, value: Tensor) -> Tensor:
+        """Integer thresholds round up; float64 ones stay."""
+        return value.ceil().to(torch.int64) if self.exact else value
+
+    def _sums(self) -> list[Tensor]:
+        """Z and U of the survivors, (N, 1)."""
+        return [(a * self.alive).sum(-1, keepdim=True) for a in (self.w, self.u)]
+
+    def _before(self, order: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Survivors in `order`: which there are, how many up to each, and the mass before each."""
+        there = self.alive.gather(1, order)
+        mass = self.w.gather(1, order) * there
+        return there, there.cumsum(-1), mass.cumsum(-1) - mass
+
+    def _in_place(self, order: Tensor, chosen: Tensor) -> Tensor:
+        """A mask given in `order`, by token id."""
+        return torch.zeros_like(chosen).scatter(1, order, chosen)
+
+    def _smallest(self, value: Tensor, order: Tensor, chosen: Tensor) -> Tensor:
+        """The smallest value among the chosen ones, (N, 1)."""
+        inf = float("inf")
+        return torch.where(chosen, value.gather(1, order), inf).amin(-1, keepdim=True)
+
+    def _top_k(self, k: Tensor) -> Tensor:
+        """Survivors with s >= the k'-th largest; ties stay."""
+        there, count, _ = self._before(self.ranking)
+        limit = torch.maximum(k, self.keep)
+        threshold = self._smallest(self.s, self.ranking, there & (count <= limit))
+        return (self.s >= threshold) | (k == 0)
+
+    def _top_p(self, p: Tensor) -> Tensor:
+        """The best-ranked until what is left has mass <= floor((1 - p) Z)."""
+        there, count, before = self._before(self.ranking)
+        z = self._sums()[0]
+        kept = before < z - self._floor((1 - p) * z.double())
+        kept = there & (kept | (count <= self.keep))
+        return self._in_place(self.ranking, kept) | (p == 1)
+
+    def _min_p(self, min_p: Tensor) -> Tensor:
+        """Survivors with w >= ceil(f32(min_p) max w), and the best-ranked `keep`."""
+        there, count, _ = self._before(self.ranking)
+        top = (self.w * self.alive).amax(-1, keepdim=True)
+        kept = self.w >= self._ceil(min_p.float().double() * top.double())
+        best = self._in_place(self.ranking, there & (count <= self.keep))
+        return kept | best | (min_p == 0)
+
+    def _typical_p(self, tau: Tensor) -> Tensor:
+        """The nearest to the entropy, up to mass tau; ties in distance stay."""
+        z, u = self._sums()
+        centre = (u.double() / z.double()).to(self.d.dtype)
+        kappa = torch.where(self.alive, (self.d + centre).abs(), float("inf"))
+        order = kappa.sort(stable=True, dim=-1).indices
+        there, count, before = self._before(order)
+        nearest = there & (before < self._ceil(tau * z.double()))
+        radius = torch.where(nearest, kappa.gather(1, order), -1.0).amax(-1, keepdim=True)
+        first = self._in_place(order, there & (count <= self.keep))
+        return (kappa <= radius) | first | (tau == 1)
+
+    def _at_least(self, cutoff: Tensor) -> Tensor:
+        """Survivors with w >= ceil(cutoff Z) or s >= the keep-th largest."""
+        there, count, _ = self._before(self.ranking)
+        z = self._sums()[0]
+        threshold = self._smallest(self.s, self.ranking, there & (count <= self.keep))
+        return (self.w >= self._ceil(cutoff * z.double())) | (self.s >= threshold)
+
+    def _epsilon_cutoff(self, epsilon: Tensor) -> Tensor:
+        """Survivors of probability >= epsilon."""
+        return self._at_least(epsilon) | (epsilon == 0)
+
+    def _eta_cutoff(self, eta: Tensor) -> Tensor:
+        """Survivors of probability >= min(eta, sqrt(eta) e^-H)."""
+        minus_h = -self.entropy(self.alive)[:, None]
+        decay = exp64(minus_h) if self.exact else minus_h.exp()
+        return self._at_least(torch.minimum(eta, eta.sqrt() * decay)) | (eta == 0)

@@ -1,0 +1,56 @@
+"""What the sampling verbs return; a leaf shared by `sampling` and its PyTorch twin."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Sample(NamedTuple):
+    """One draw per row. Every field has the shape `logits.shape[:-1]` (written `...` below).
+
+    Attributes:
+        tokens: (...), int64; the drawn ids, -1 in a bad row.
+        logprobs: (...), float32, nats; log-probability of the token under the adapted law,
+            NaN in a bad row.
+        kept: (...), int32; number of finite tokens that survived the filters, 0 in a bad row.
+        status: (...), uint8; 0 ok, 1 NaN in the row, 2 +inf in the row (after scaling),
+            3 nothing finite, 4 a knob of the row out of range (only knobs on CUDA get this far).
+        base_logprobs: (...), float32, nats; the token's log-probability at temperature 1
+            without filters, or None.
+        log_mass: (...), float32, nats; `lse_kept(z/T) - lse(z/T)`, the log of the kept
+            probability mass at the adaptor's temperature, or None. 0 where temperature is 0.
+        top_ids: (..., n), int64; the n most probable ids (lowest id first among equals), or None.
+        top_logprobs: (..., n), float32, nats; their base log-probabilities, or None.
+        rank: (...), int32; 1 + the number of tokens ranked before the drawn one by
+            (logit descending, id ascending), 0 in a bad row, or None.
+    """
+
+    tokens: Tensor
+    logprobs: Tensor
+    kept: Tensor
+    status: Tensor
+    base_logprobs: Tensor | None = None
+    log_mass: Tensor | None = None
+    top_ids: Tensor | None = None
+    top_logprobs: Tensor | None = None
+    rank: Tensor | None = None
+
+
+class Score(NamedTuple):
+    """Given tokens under A adaptors. `...` is the shape of `tokens`.
+
+    Attributes:
+        logprobs: (..., A), float32, nats; log-probability under each adapted law, -inf outside
+            its support, NaN in a bad row, 0 in an ignored row.
+        log_norm: (..., A), float32, nats; `lse_kept(z/T) - lse(z)/T`, the log normaliser log Z_t
+            of the adaptor at this step (reference `tradeoff`, section 1.2).
+        kept: (..., A), int32; number of finite tokens in the support.
+        base_logprobs: (...), float32, nats; log-probability at temperature 1, unfiltered.
+        entropy: (...), float32, nats; entropy of that base law.
+    """
+
+    logprobs: Tensor
+    log_norm: Tensor
+    kept: Tensor
+    base_logprobs: Tensor
+    entropy: Tensor

@@ -1,0 +1,235 @@
+"""The sampling verbs: filter, sample, score and the differentiable score."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastadapt import ops
+from fastadapt.adaptor import Adaptor
+from fastadapt.results import Sample, Score
+
+MAX_TOP_LOGPROBS = 1024
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def filter_logits(logits: Tensor, adaptor: Adaptor) -> Tensor:
+    """Returns the logits an adaptor leaves: survivors divided by T, all others -inf.
+
+    Equivalent to transformers' warpers in the adaptor's order (`fastadapt.reference.filter_logits`
+    is the rule in PyTorch). Reads the logits about twice, the second time from cache.
+
+    Args:
+        logits (Tensor): (..., V), float32, bfloat16 or float16, finite or -inf. The rows may have
+            any stride; a last stride other than 1 costs one copy.
+        adaptor (Adaptor): its per-row knobs, if any, have as many values as there are rows.
+
+    Returns:
+        Tensor: shape and dtype of `logits`, contiguous. Survivors hold x / T, computed in float32
+        as `x * fl(1 / T)` and rounded once; where temperature is 0 only the lowest id of the
+        largest logit stays, undivided. A bad row (NaN, +inf, nothing finite) comes back as it is.
+
+    Raises:
+        TypeError: the dtype is not one of the three (`fastadapt.reference` takes float64).
+        ValueError: no vocabulary dimension, a device other than the adaptor's, or per-row knobs of
+            another length.
+    """
+    rows = _fold(logits)
+    knobs = _knobs_for(rows, adaptor)
+    out: Tensor = torch.ops.fastadapt.filter_logits(rows, knobs, adaptor.order_code)
+    return out.view(logits.shape)
+
+
+def sample(
+    logits: Tensor,
+    adaptor: Adaptor,
+    *,
+    seeds: Tensor | None = None,
+    positions: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    base_logprobs: bool = False,
+    log_mass: bool = False,
+    top_logprobs: int = 0,
+) -> Sample:
+    """Draws one token per row from the adapted law.
+
+    Equivalent to `softmax(filter_logits(logits, adaptor)).multinomial(1)`, by an exact inverse CDF
+    on 64-bit integer masses with one Philox number per row. A row's result depends on its own
+    logits, knobs, seed and position and on nothing else: batch, threads, instruction set and device
+    change no bit of it.
+
+    Args:
+        logits (Tensor): (..., V), as in `filter_logits`.
+        adaptor (Adaptor): as in `filter_logits`.
+        seeds (Tensor | None): `logits.shape[:-1]`, int64, the Philox key of each row. None: drawn
+            from `generator`, or from torch's default one, so that `torch.manual_seed` works.
+        positions (Tensor | None): `logits.shape[:-1]`, int64, the Philox counter of each row (the
+            number of tokens generated so far, say). None: 0.
+        generator (torch.Generator | None): where seeds come from if none are given.
+        base_logprobs (bool): also return log-probabilities at temperature 1, unfiltered.
+        log_mass (bool): also return the log of the kept mass at the adaptor's temperature.
+        top_logprobs (int): n > 0: also return the n most probable ids with their base
+            log-probabilities, and the rank of the drawn token. At most 1024 and at most V.
+
+    Returns:
+        Sample: see there for shapes, dtypes and bad rows. Log-probabilities are exact to 2e-6.
+
+    Raises:
+        TypeError, ValueError: as `filter_logits`, and for seeds or positions of the wrong dtype,
+            shape or device.
+    """
+    rows = _fold(logits)
+    knobs = _knobs_for(rows, adaptor)
+    shape = logits.shape[:-1]
+    if seeds is None:
+        seeds = torch.randint(2**63 - 1, (rows.shape[0],), generator=generator, device=rows.device)
+    else:
+        seeds = _per_row("seeds", seeds, shape, rows)
+    positions = (
+        torch.zeros_like(seeds)
+        if positions is None
+        else _per_row("positions", positions, shape, rows)
+    )
+    if not 0 <= top_logprobs <= min(MAX_TOP_LOGPROBS, rows.shape[1]):
+        limit = min(MAX_TOP_LOGPROBS, rows.shape[1])
+        raise ValueError(f"top_logprobs: expected 0 to {limit}, got {top_logprobs}")
+    out = torch.ops.fastadapt.sample(
+        rows, knobs, adaptor.order_code, seeds, positions, base_logprobs, log_mass, top_logprobs
+    )
+    if logits.dim() != 2:
+        out = [t.view(shape + t.shape[1:]) for t in out]
+    tokens, logprobs, kept, status = out[:4]
+    base = out[4] if base_logprobs else None
+    mass = out[4 + base_logprobs] if log_mass else None
+    top_ids, top, rank = out[-3:] if top_logprobs else (None, None, None)
+    return Sample(tokens, logprobs, kept, status, base, mass, top_ids, top, rank)
+
+
+def score(
+    logits: Tensor, tokens: Tensor, adaptors: Sequence[Adaptor], *, ignore_index: int = -100
+) -> Score:
+    """Returns the log-probabilities of given tokens under many adaptors at once.
+
+    The support is decided by the rule that `sample` draws by, so a sampled token is always inside
+    the support it is scored under. Each row is visited once for all adaptors; adaptors of equal
+    temperature share one exponential pass.
+
+    Args:
+        logits (Tensor): (..., V), as in `filter_logits`.
+        tokens (Tensor): `logits.shape[:-1]`, int64, ids in [0, V) or `ignore_index`.
+        adaptors (Sequence[Adaptor]): A of them, 1 to 256.
+        ignore_index (int): rows with this token give zeros.
+
+    Returns:
+        Score: see there for shapes, dtypes and bad rows. Not differentiable: `adapted_logps` is.
+
+    Raises:
+        TypeError, ValueError: as `filter_logits`; a token out of range; temperature 0, whose law
+            has no normaliser; no adaptor or more than 256.
+    """
+    rows = _fold(logits)
+    flat = _per_row("tokens", tokens, logits.shape[:-1], rows)
+    if not 1 <= len(adaptors) <= ops.MAX_ADAPTORS:
+        raise ValueError(f"adaptors: expected 1 to {ops.MAX_ADAPTORS}, got {len(adaptors)}")
+    for adaptor in adaptors:
+        _refuse_greedy(adaptor, "score")
+    knobs = [_knobs_for(rows, adaptor) for adaptor in adaptors]
+    orders = [adaptor.order_code for adaptor in adaptors]
+    out = torch.ops.fastadapt.score(rows, flat, knobs, orders, ignore_index)
+    return Score(*(t.view(tokens.shape + t.shape[1:]) for t in out))
+
+
+def adapted_margins(
+    logits: Tensor, tokens: Tensor, adaptor: Adaptor, *, ignore_index: int = -100
+) -> Tensor:
+    """Returns each token's log-odds against the other survivors of the adaptor, differentiably.
+
+    `m = s_y - logsumexp(s_j, j surviving, j != y)` with s = z / T: what every loss of this package
+    takes, so that one trains on the support one samples from. The support is held constant and is
+    decided on the values in float32.
+
+    Args:
+        logits (Tensor): (..., V), float32, bfloat16, float16, or float64 (for checks).
+        tokens (Tensor): `logits.shape[:-1]`, int64, ids in [0, V) or `ignore_index`.
+        adaptor (Adaptor): temperature above 0.
+        ignore_index (int): rows with this token give 0 and no gradient.
+
+    Returns:
+        Tensor: shape of `tokens`, float32 (float64 for float64 logits), nats. -inf for a token
+        outside the support, +inf for one that survives alone, NaN for a bad row; these three have
+        zero gradient. `dm/dz = (onehot(y) - q) / T`, q the law of the other survivors. The backward
+        reads the logits once and one bit a token, and raises when differentiated again.
+
+    Raises:
+        TypeError, ValueError: as `score`.
+    """
+    rows = _fold(logits, also=torch.float64)
+    flat = _per_row("tokens", tokens, logits.shape[:-1], rows)
+    _refuse_greedy(adaptor, "adapted_margins")
+    margins: Tensor = torch.ops.fastadapt.adapted_margins(
+        rows, flat, _knobs_for(rows, adaptor), adaptor.order_code, ignore_index
+    )[0]
+    return margins.view(tokens.shape)
+
+
+def adapted_logps(
+    logits: Tensor, tokens: Tensor, adaptor: Adaptor, *, ignore_index: int = -100
+) -> Tensor:
+    """Returns log-probabilities under the adapted law: `-softplus(-adapted_margins(...))`.
+
+    Args and errors are those of `adapted_margins`. A token outside the support gives -inf and no
+    gradient, one alone in it 0 and no gradient, an ignored row 0.
+    """
+    margins = adapted_margins(logits, tokens, adaptor, ignore_index=ignore_index)
+    # softplus turns linear at its threshold, and beyond 20 it would lose log p = -e^-m
+    logps = -torch.nn.functional.softplus(-margins, threshold=1e6)
+    return torch.where(tokens == ignore_index, 0.0, logps)
+
+
+def _fold(logits: Tensor, also: torch.dtype | None = None) -> Tensor:
+    """(..., V) as (N, V) with a contiguous last dimension; raises on a wrong shape or dtype."""
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"logits: expected a Tensor, got {type(logits).__name__}")
+    if logits.dtype not in _FLOATS and logits.dtype != also:
+        hint = "; fastadapt.reference takes it" if logits.dtype == torch.float64 else ""
+        raise TypeError(f"logits: expected float32, bfloat16 or float16, got {logits.dtype}{hint}")
+    if logits.dim() == 0 or logits.shape[-1] == 0:
+        shape = tuple(logits.shape)
+        raise ValueError(f"logits: expected (..., V) with V >= 1, got shape {shape}")
+    rows = logits if logits.dim() == 2 else logits.reshape(-1, logits.shape[-1])
+    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
+
+
+def _knobs_for(rows: Tensor, adaptor: Adaptor) -> Tensor:
+    """The packed knobs, checked against the rows they are for."""
+    if not isinstance(adaptor, Adaptor):
+        raise TypeError(f"adaptor: expected an Adaptor, got {type(adaptor).__name__}")
+    if adaptor.rows is not None and adaptor.rows != rows.shape[0]:
+        raise ValueError(
+            f"adaptor: expected per-row knobs of {rows.shape[0]} values, got {adaptor.rows}"
+        )
+    if adaptor.packed.device != rows.device:
+        if adaptor.rows is not None:
+            raise ValueError(
+                f"adaptor: expected per-row knobs on {rows.device}, got {adaptor.packed.device}"
+            )
+        return adaptor.packed.to(rows.device)
+    return adaptor.packed
+
+
+def _per_row(name: str, value: Tensor, shape: torch.Size, rows: Tensor) -> Tensor:
+    """One int64 per row, flat and contiguous."""
+    if not isinstance(value, Tensor) or value.dtype != torch.int64:
+        got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{name}: expected an int64 tensor, got {got}")
+    if value.shape != shape:
+        raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(value.shape)}")
+    if value.device != rows.device:
+        raise ValueError(f"{name}: expected device {rows.device}, got {value.device}")
+    return value.reshape(-1).contiguous()
+
+
+def _refuse_greedy(adaptor: Adaptor, what: str) -> None:
+    """Temperature 0 has no law to score under."""
+    if isinstance(adaptor, Adaptor) and adaptor.greedy:
+        raise ValueError(f"{what}: expected temperature > 0, got 0")
