@@ -1,0 +1,103 @@
+"""The adaptor as a value: what it accepts, refuses and packs."""
+
+import pytest
+import torch
+
+from fastadapt import Adaptor
+
+OUT_OF_RANGE = [
+    ("temperature", -1.0),
+    ("temperature", 1e-7),
+    ("temperature", float("inf")),
+    ("temperature", float("nan")),
+    ("top_k", -1),
+    ("top_p", -0.1),
+    ("top_p", 1.1),
+    ("min_p", 1.5),
+    ("typical_p", 0.0),
+    ("typical_p", 1.01),
+    ("epsilon_cutoff", 1.0),
+    ("epsilon_cutoff", -1e-9),
+    ("eta_cutoff", 1.0),
+    ("min_tokens_to_keep", 0),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), OUT_OF_RANGE)
+def test_number_out_of_range_names_argument_and_value(name, value):
+    with pytest.raises(
+        ValueError, match=rf"{name}: expected .* got {float(value)}".replace("+", r"\+")
+    ):
+        Adaptor(**{name: value})
+
+
+@pytest.mark.parametrize(("name", "value"), OUT_OF_RANGE)
+def test_tensor_out_of_range_names_row(name, value):
+    good = {"temperature": 1.0, "top_k": 1, "top_p": 0.5, "typical_p": 0.5, "min_tokens_to_keep": 1}
+    dtype = torch.int64 if isinstance(value, int) else torch.float64
+    knob = torch.tensor([good.get(name, 0), value], dtype=dtype)
+    with pytest.raises(ValueError, match=rf"{name}: expected .* in row 1"):
+        Adaptor(**{name: knob})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("top_k", 1.5),
+        ("top_k", True),
+        ("top_k", torch.tensor([1.5])),
+        ("min_tokens_to_keep", 2.0),
+        ("top_p", None),
+        ("top_p", "0.9"),
+        ("top_p", torch.tensor([[0.9]])),
+        ("top_p", torch.tensor(0.9)),
+        ("temperature", torch.tensor([True])),
+    ],
+)
+def test_wrong_type_raises(name, value):
+    with pytest.raises(TypeError, match=f"{name}: expected"):
+        Adaptor(**{name: value})
+
+
+def test_unknown_order_raises():
+    with pytest.raises(ValueError, match="order: expected one of .* got 'sglang'"):
+        Adaptor(order="sglang")
+
+
+def test_per_row_lengths_must_agree():
+    with pytest.raises(ValueError, match="expected tensors of one length"):
+        Adaptor(top_p=torch.tensor([0.5, 0.9]), top_k=torch.tensor([1, 2, 3]))
+
+
+def test_packed_holds_numbers_once_and_rows_each():
+    one = Adaptor(temperature=0.5, top_k=3)
+    assert one.packed.tolist() == [[0.5], [3], [1], [0], [1], [0], [0], [1]]
+    assert one.rows is None
+    many = Adaptor(temperature=0.5, top_p=torch.tensor([0.25, 0.75]))
+    assert many.packed[0].tolist() == [0.5, 0.5]
+    assert many.packed[2].tolist() == [0.25, 0.75]
+    assert many.rows == 2
+
+
+def test_packed_is_a_copy():
+    top_p = torch.tensor([0.25, 0.75])
+    adaptor = Adaptor(top_p=top_p)
+    top_p.fill_(7.0)
+    assert adaptor.packed[2].tolist() == [0.25, 0.75]
+
+
+def test_equality_and_hash_are_those_of_the_knobs():
+    assert Adaptor(top_p=0.9) == Adaptor(top_p=0.9)
+    assert hash(Adaptor(top_p=0.9)) == hash(Adaptor(top_p=0.9))
+    assert Adaptor(top_p=0.9) != Adaptor(top_p=0.9, order="vllm")
+    assert Adaptor(top_k=2) != Adaptor(top_k=3)
+    rows = torch.tensor([0.5, 0.9])
+    assert Adaptor(top_p=rows) == Adaptor(top_p=rows.clone())
+    assert Adaptor(top_p=rows) != Adaptor(top_p=rows.flip(0))
+    assert Adaptor(top_p=0.9) != "Adaptor(top_p=0.9)"
+
+
+def test_repr_shows_what_is_not_neutral():
+    assert repr(Adaptor()) == "Adaptor()"
+    assert repr(Adaptor(top_p=0.9, order="vllm")) == "Adaptor(top_p=0.9, order='vllm')"
+    assert "tensor" in repr(Adaptor(top_k=torch.tensor([1, 2])))

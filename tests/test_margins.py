@@ -1,0 +1,173 @@
+"""The differentiable score: values, gradients, edges, and what autograd may and may not do."""
+
+import pytest
+import torch
+
+from fastadapt import Adaptor, adapted_logps, adapted_margins, filter_logits, reference, sample
+
+ADAPTORS = {
+    "neutral": Adaptor(),
+    "temperature": Adaptor(temperature=0.7),
+    "top_p": Adaptor(temperature=1.3, top_p=0.9),
+    "top_k": Adaptor(top_k=5),
+    "typical": Adaptor(typical_p=0.9),
+    "eta": Adaptor(temperature=0.8, eta_cutoff=1e-2),
+}
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
+
+
+def truth(x, y, adaptor, upstream):
+    """Margins and gradient in float64 on the support of the float32 values."""
+    z = x.double().requires_grad_()
+    support = filter_logits(x.float(), adaptor) > float("-inf")
+    s = (z / adaptor.temperature).masked_fill(~support, float("-inf"))
+    others = s.scatter(1, y[:, None], float("-inf"))
+    margins = s.gather(1, y[:, None])[:, 0] - others.logsumexp(-1)
+    (gradient,) = torch.autograd.grad(margins, z, upstream.double())
+    return margins.detach(), gradient
+
+
+def plain_torch(x, y, adaptor, upstream):
+    """The same in the dtype of x, as one would write it without the package."""
+    z = x.clone().requires_grad_()
+    support = filter_logits(x.float(), adaptor) > float("-inf")
+    s = (z / adaptor.temperature).masked_fill(~support, float("-inf"))
+    others = s.scatter(1, y[:, None], float("-inf"))
+    margins = s.gather(1, y[:, None])[:, 0] - others.logsumexp(-1)
+    (gradient,) = torch.autograd.grad(margins, z, upstream.to(x.dtype))
+    return margins.detach(), gradient
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("name", ADAPTORS)
+def test_error_is_no_more_than_that_of_plain_torch(rows, cpu_capability, name, dtype):
+    adaptor = ADAPTORS[name]
+    for kind, v in (("spread", 1000), ("normal", 5003), ("ties", 333)):
+        x = rows(kind, 6, v).to(dtype)
+        y = sample(x, adaptor).tokens
+        upstream = torch.randn(6)
+        exact, exact_gradient = truth(x, y, adaptor, upstream)
+        inside = exact.isfinite()
+        plain, plain_gradient = plain_torch(x, y, adaptor, upstream)
+        leaf = x.clone().requires_grad_()
+        margins = adapted_margins(leaf, y, adaptor)
+        (gradient,) = torch.autograd.grad(margins, leaf, upstream)
+        assert margins.dtype == torch.float32
+        assert gradient.dtype == dtype
+
+        def error(a, b, inside=inside):
+            return float((a.double() - b)[inside].abs().max())
+
+        tolerance = TOLERANCE[dtype]
+        assert error(margins.detach(), exact) <= error(plain, exact) + tolerance
+        assert error(gradient, exact_gradient) <= error(plain_gradient, exact_gradient) + tolerance
+
+
+@pytest.mark.parametrize("name", ADAPTORS)
+def test_equals_its_twin(rows, cpu_capability, name):
+    adaptor = ADAPTORS[name]
+    for dtype in (torch.float32, torch.float64):
+        x = rows("spread", 8, 777).to(dtype)
+        y = torch.where(torch.arange(8) < 2, -100, sample(x.float(), Adaptor(top_k=20)).tokens)
+        upstream = torch.randn(8).to(dtype)
+        results = []
+        for margins_of in (adapted_margins, reference.adapted_margins):
+            leaf = x.clone().requires_grad_()
+            margins = margins_of(leaf, y, adaptor)
+            results.append((margins.detach(), *torch.autograd.grad(margins, leaf, upstream)))
+        for ours, twin in zip(*results, strict=True):
+            tolerance = 2e-5 if dtype == torch.float32 else 1e-12
+            torch.testing.assert_close(ours, twin, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", ADAPTORS)
+def test_gradcheck_in_float64(rows, name):
+    x = rows("spread", 3, 23).double().requires_grad_()
+    y = sample(x.detach().float(), ADAPTORS[name]).tokens
+    many = ADAPTORS[name]
+    inside = adapted_margins(x, y, many).isfinite()
+    assert inside.any()
+    torch.autograd.gradcheck(lambda z: adapted_margins(z, y, many)[inside], (x,))
+    torch.autograd.gradcheck(lambda z: adapted_logps(z, y, many), (x,))
+
+
+def test_edges_have_the_stated_value_and_no_gradient():
+    x = torch.tensor(
+        [
+            [9.0, 1.0, 0.0],  # outside the support
+            [9.0, 1.0, 0.0],  # alone in it
+            [float("nan"), 1.0, 0.0],
+            [1.0, 2.0, 3.0],  # ignored
+            [9.0, float("-inf"), float("-inf")],  # V = 1 in effect
+        ],
+        requires_grad=True,
+    )
+    y = torch.tensor([1, 0, 1, -100, 0])
+    margins = adapted_margins(x, y, Adaptor(top_k=1))
+    wanted = torch.tensor([float("-inf"), float("inf"), float("nan"), 0.0, float("inf")])
+    torch.testing.assert_close(margins.detach(), wanted, equal_nan=True)
+    logps = adapted_logps(x, y, Adaptor(top_k=1))
+    assert logps.tolist()[:2] == [float("-inf"), 0.0]
+    assert logps.tolist()[3:] == [0.0, 0.0]
+    for upstream in (torch.randn(5), torch.full((5,), float("inf"))):
+        (gradient,) = torch.autograd.grad(margins, x, upstream, retain_graph=True)
+        assert (gradient == 0).all()
+    (gradient,) = torch.autograd.grad(logps[[0, 1, 3, 4]].sum(), x)
+    assert (gradient == 0).all()
+
+
+def test_large_margins_keep_their_digits():
+    """log p = -e^-m where z_y - lse would round to 0."""
+    for m in (8.0, 17.0, 25.0):
+        x = torch.tensor([[m, 0.0]], requires_grad=True)
+        logps = adapted_logps(x, torch.tensor([0]), Adaptor())
+        exact = -torch.log1p(torch.exp(torch.tensor(-m, dtype=torch.float64)))
+        torch.testing.assert_close(logps.double()[0], exact, rtol=1e-5, atol=0)
+
+
+def test_gradient_is_that_of_the_log_probability(rows):
+    """d log p / dz = (onehot - p) / T on the support."""
+    x = rows("spread", 4, 200).requires_grad_()
+    adaptor = Adaptor(temperature=0.8, top_p=0.95)
+    y = sample(x, adaptor).tokens
+    (gradient,) = torch.autograd.grad(adapted_logps(x, y, adaptor).sum(), x)
+    p = filter_logits(x.detach(), adaptor).double().softmax(-1)
+    wanted = (torch.nn.functional.one_hot(y, 200) - p) / 0.8
+    torch.testing.assert_close(gradient.double(), wanted, rtol=0, atol=1e-5)
+
+
+def test_logps_agree_with_the_sampler(rows):
+    x = rows("spread", 32, 500)
+    for adaptor in ADAPTORS.values():
+        drawn = sample(x, adaptor)
+        logps = adapted_logps(x, drawn.tokens, adaptor)
+        torch.testing.assert_close(logps, drawn.logprobs, rtol=0, atol=5e-6)
+
+
+def test_per_row_knobs_and_shapes_fold(rows):
+    x = rows("spread", 6, 100)
+    adaptor = Adaptor(temperature=torch.linspace(0.5, 2, 6), top_k=torch.arange(3, 9))
+    y = x.argmax(-1)
+    flat = adapted_margins(x, y, adaptor)
+    assert torch.equal(adapted_margins(x.view(2, 3, 100), y.view(2, 3), adaptor).view(6), flat)
+
+
+def test_double_backward_raises(rows):
+    x = rows("spread", 2, 50).requires_grad_()
+    margins = adapted_margins(x, x.argmax(-1), Adaptor())
+    (gradient,) = torch.autograd.grad(margins.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward"):
+        gradient.sum().backward()
+
+
+def test_non_contiguous_upstream_gradient(rows):
+    x = rows("spread", 4, 50).requires_grad_()
+    y = x.detach().argmax(-1)
+    upstream = torch.randn(4, 2)
+    strided, dense = (
+        torch.autograd.grad(adapted_margins(x, y, Adaptor()), x, g)[0]
+        for g in (upstream[:, 0], upstream[:, 0].contiguous())
+    )
+    assert torch.equal(strided, dense)
+    (expanded,) = torch.autograd.grad(adapted_margins(x, y, Adaptor()).sum(), x)
+    assert expanded.abs().sum() > 0

@@ -1,0 +1,139 @@
+"""Registration: fakes, opcheck, torch.compile, autograd of what is not differentiable."""
+
+import pytest
+import torch
+
+import fastadapt
+from fastadapt import Adaptor
+
+ADAPTOR = Adaptor(temperature=0.8, top_k=20, top_p=0.9)
+OPS = torch.ops.fastadapt
+
+
+def op_cases():
+    """Every operator with arguments of every kind it takes."""
+    x = torch.randn(3, 50)
+    y, seeds = torch.tensor([1, -100, 7]), torch.arange(3)
+    knobs = ADAPTOR.packed
+    margins, support, stats = OPS.adapted_margins(x, y, knobs, 0, -100)
+    return {
+        "filter_logits": (x.bfloat16(), knobs, 1),
+        "sample": (x, knobs, 0, seeds, seeds, False, False, 0),
+        "sample_all": (x.half(), knobs, 0, seeds, seeds, True, True, 4),
+        "score": (x, y, [knobs, Adaptor().packed], [0, 1], -100),
+        "adapted_margins": (x.clone().requires_grad_(), y, knobs, 0, -100),
+        "adapted_margins_backward": (margins, x, y, knobs, 0, -100, support, stats),
+    }
+
+
+@pytest.mark.parametrize("name", op_cases())
+def test_opcheck(name):
+    arguments = op_cases()[name]
+    op = getattr(OPS, name.removesuffix("_all")).default
+    torch.library.opcheck(op, arguments)
+
+
+def test_compiled_without_graph_breaks(rows):
+    x = rows("spread", 4, 300)
+    y, seeds = x.argmax(-1), torch.arange(4)
+
+    def pipeline(x, y, seeds):
+        drawn = fastadapt.sample(x * 2, ADAPTOR, seeds=seeds, base_logprobs=True, top_logprobs=2)
+        masked = fastadapt.filter_logits(x, ADAPTOR)
+        scored = fastadapt.score(x, y, [ADAPTOR, Adaptor(typical_p=0.9)])
+        return drawn.tokens, drawn.rank, masked, scored.logprobs, drawn.base_logprobs + 1
+
+    compiled = torch.compile(pipeline, fullgraph=True, backend="aot_eager")
+    for got, wanted in zip(compiled(x, y, seeds), pipeline(x, y, seeds), strict=True):
+        assert torch.equal(got, wanted)
+
+
+def test_compiled_gradient(rows):
+    x = rows("spread", 4, 300).requires_grad_()
+    y = x.detach().argmax(-1)
+
+    def loss(x):
+        return -fastadapt.adapted_logps(x * 0.5, y, ADAPTOR).mean()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    gradients = [torch.autograd.grad(f(x), x)[0] for f in (loss, compiled)]
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-7)
+
+
+def test_compiled_with_default_generator(rows):
+    x = rows("spread", 64, 300)
+    compiled = torch.compile(
+        lambda x: fastadapt.sample(x, ADAPTOR).tokens, fullgraph=True, backend="aot_eager"
+    )
+    torch.manual_seed(3)
+    first, second = compiled(x), compiled(x)
+    torch.manual_seed(3)
+    assert torch.equal(first, compiled(x))
+    assert not torch.equal(first, second)
+
+
+def test_compiled_by_inductor(rows):
+    """The default backend generates C++: it must leave our operators and their order alone."""
+    x, seeds = rows("spread", 4, 300), torch.arange(4)
+    compiled = torch.compile(
+        lambda x, s: fastadapt.sample(x + 1, ADAPTOR, seeds=s).tokens + 1, fullgraph=True
+    )
+    assert torch.equal(compiled(x, seeds), fastadapt.sample(x + 1, ADAPTOR, seeds=seeds).tokens + 1)
+
+
+def test_undifferentiable_results_are_detached(rows):
+    x = rows("spread", 2, 50).requires_grad_()
+    drawn = fastadapt.sample(x, ADAPTOR, base_logprobs=True, log_mass=True)
+    scored = fastadapt.score(x, drawn.tokens, [ADAPTOR])
+    results = [*drawn[:6], *scored, fastadapt.filter_logits(x, ADAPTOR)]
+    assert not any(t.requires_grad for t in results if t is not None)
+
+
+def test_inputs_are_never_written(rows):
+    x = rows("spread", 4, 300).bfloat16()
+    before = x.clone()
+    fastadapt.sample(x, ADAPTOR, base_logprobs=True, top_logprobs=3)
+    fastadapt.filter_logits(x, ADAPTOR)
+    fastadapt.score(x, x.argmax(-1), [ADAPTOR])
+    assert torch.equal(x, before)
+
+
+def test_meta_tensors_have_the_right_shapes():
+    x = torch.empty(5, 100, device="meta", dtype=torch.bfloat16)
+    seeds = torch.empty(5, device="meta", dtype=torch.int64)
+    knobs = torch.empty(8, 1, device="meta", dtype=torch.float64)
+    outputs = OPS.sample(x, knobs, 0, seeds, seeds, True, False, 3)
+    shapes = [tuple(t.shape) for t in outputs]
+    assert shapes == [(5,)] * 5 + [(5, 3), (5, 3), (5,)]
+
+
+def test_unsupported_device_is_an_error():
+    x = torch.empty(2, 10, device="meta")
+    with pytest.raises((NotImplementedError, RuntimeError)):
+        OPS.adapted_margins_backward.default.redispatch(
+            torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), x, x, x, x, 0, 0, x, x
+        )
+
+
+def test_operator_refuses_what_the_kernel_cannot_take():
+    x = torch.zeros(3, 10)
+    with pytest.raises(ValueError, match="knobs: expected 1 or 3 columns, got 2"):
+        OPS.filter_logits(x, Adaptor(top_p=torch.tensor([0.1, 0.2])).packed, 0)
+    wide = torch.zeros(1).expand(1, 2**22 + 1)
+    with pytest.raises(ValueError, match="expected 1 to 4194304 entries a row, got 4194305"):
+        fastadapt.filter_logits(wide.contiguous(), Adaptor())
+
+
+def test_knob_out_of_range_in_the_operator_is_a_status(rows):
+    """What a bad knob on CUDA comes to: only packing on the CPU reads values."""
+    x = rows("spread", 3, 40)
+    good = Adaptor(top_p=torch.tensor([0.9, 0.9, 0.9]))
+    clean = fastadapt.sample(x, good, seeds=torch.arange(3))
+    for knob, value in ((0, -1.0), (0, 1e-9), (1, -1.0), (2, 1.5), (4, 0.0), (5, 1.0), (7, 0.0),
+                        (3, float("nan"))):  # fmt: skip
+        packed = good.packed.clone()
+        packed[knob, 1] = value
+        out = OPS.sample(x, packed, 0, torch.arange(3), torch.zeros(3).long(), False, False, 0)
+        assert out[3].tolist() == [0, 4, 0]
+        assert out[0].tolist() == [clean.tokens[0], -1, clean.tokens[2]]
+        assert torch.equal(OPS.filter_logits(x, packed, 0)[1], x[1])

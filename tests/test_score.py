@@ -1,0 +1,88 @@
+"""Scores of given tokens: closed forms in float64, and consistency with what was drawn."""
+
+import torch
+
+from fastadapt import Adaptor, filter_logits, sample, score
+
+ADAPTORS = [
+    Adaptor(),
+    Adaptor(temperature=0.7),
+    Adaptor(temperature=1.5, top_p=0.9),
+    Adaptor(top_k=40),
+    Adaptor(temperature=0.7, typical_p=0.8),
+    Adaptor(eta_cutoff=1e-3),
+    Adaptor(temperature=1.5, min_p=0.05, order="vllm"),
+]
+CLOSE = {"rtol": 0, "atol": 2e-5}
+
+
+def test_scores_are_those_of_float64(rows):
+    for kind in ("normal", "spread", "far", "ties", "holes"):
+        x = rows(kind, 6, 3000)
+        y = sample(x, Adaptor(temperature=1.5)).tokens
+        got = score(x, y, ADAPTORS)
+        z = x.double()
+        base = z.log_softmax(-1)
+        torch.testing.assert_close(
+            got.base_logprobs.double(), base.gather(1, y[:, None])[:, 0], **CLOSE
+        )
+        entropy = torch.special.entr(base.exp()).sum(-1)
+        torch.testing.assert_close(got.entropy.double(), entropy, **CLOSE)
+        for a, adaptor in enumerate(ADAPTORS):
+            s = filter_logits(x, Adaptor(temperature=adaptor.temperature)).double()
+            support = filter_logits(x, adaptor) > float("-inf")
+            kept = s.masked_fill(~support, float("-inf"))
+            logprobs = kept.log_softmax(-1).gather(1, y[:, None])[:, 0]
+            torch.testing.assert_close(got.logprobs[:, a].double(), logprobs, **CLOSE)
+            assert torch.equal(got.kept[:, a].long(), support.sum(-1))
+            if kind != "far":  # z / T in float32 is 1e-3 off z / T in float64 there
+                log_norm = kept.logsumexp(-1) - z.logsumexp(-1) / adaptor.temperature
+                torch.testing.assert_close(got.log_norm[:, a].double(), log_norm, **CLOSE)
+
+
+def test_every_sampled_token_is_inside_the_support_it_is_scored_under(rows):
+    x = torch.cat([rows(kind, 50, 2000) for kind in ("normal", "ties", "holes", "bf16")])
+    for adaptor in ADAPTORS:
+        drawn = sample(x, adaptor)
+        got = score(x, drawn.tokens, [adaptor])
+        assert torch.equal(got.logprobs[:, 0], drawn.logprobs)
+        assert torch.equal(got.kept[:, 0], drawn.kept)
+
+
+def test_many_adaptors_are_each_alone(rows):
+    x = rows("spread", 5, 3000)
+    y = torch.randint(3000, (5,))
+    together = score(x, y, ADAPTORS)
+    for a, adaptor in enumerate(ADAPTORS):
+        alone = score(x, y, [adaptor])
+        for name in ("logprobs", "log_norm", "kept"):
+            assert torch.equal(getattr(together, name)[:, a], getattr(alone, name)[:, 0])
+
+
+def test_identity_of_truncation_and_temperature(rows):
+    """log q = log p / T - log Z_t for a token inside the support (trade-off study, section 1.2)."""
+    x = rows("spread", 64, 2000)
+    y = sample(x, Adaptor(top_k=5)).tokens
+    got = score(x, y, ADAPTORS)
+    for a, adaptor in enumerate(ADAPTORS):
+        inside = got.logprobs[:, a].isfinite()
+        assert inside.any()
+        predicted = got.base_logprobs / adaptor.temperature - got.log_norm[:, a]
+        torch.testing.assert_close(got.logprobs[inside, a], predicted[inside], rtol=0, atol=4e-5)
+
+
+def test_ignored_rows_are_zero_and_outside_is_minus_infinity(rows):
+    x = rows("spread", 3, 100)
+    y = torch.tensor([-100, int(x[1].argmin()), int(x[2].argmax())])
+    got = score(x, y, [Adaptor(top_k=3)])
+    for field in got:
+        assert (field[0] == 0).all()
+    assert got.logprobs[1, 0] == float("-inf")
+    assert got.logprobs[2, 0] > -5
+    assert score(x, torch.tensor([1, 2, -1]), [Adaptor()], ignore_index=-1).kept[2, 0] == 0
+
+
+def test_shapes_fold(rows):
+    x = rows("spread", 6, 100).view(2, 3, 100)
+    got = score(x, torch.zeros(2, 3, dtype=torch.int64), ADAPTORS[:2])
+    assert [tuple(t.shape) for t in got] == [(2, 3, 2)] * 3 + [(2, 3)] * 2
