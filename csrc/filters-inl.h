@@ -39,6 +39,7 @@ template <class T>
 struct Row {
   View<T> view;
   int64_t finite;  // number of tokens above -inf
+  float lowest;    // the smallest scaled logit
   Sums sums;
   bool weighed;  // sums.z, scratch.blocks; with masses, view.e too
   bool with_u;
@@ -56,11 +57,12 @@ static Status open_row(const T* x, int64_t v, float inv_t, const RowStats& stats
   const float m = stats.max * inv_t;
   row->view = {x, v, inv_t, m, nullptr, nullptr};
   row->finite = v;
+  row->lowest = stats.min * inv_t;
   row->weighed = row->with_u = false;
   if (stats.nan) return kNaN;
   if (m == kInf) return kPosInf;
   if (m == -kInf) return kNoFinite;
-  if (stats.min * inv_t == -kInf) row->finite = count_chosen(row->view, {kLowestKey, kAllIds});
+  if (row->lowest == -kInf) row->finite = count_chosen(row->view, {kLowestKey, kAllIds});
   return kOk;
 }
 
@@ -94,7 +96,7 @@ template <class T>
 class Survivors {
  public:
   Survivors(Row<T>& row, const RowKnobs& knobs, const Scratch& scratch)
-      : row_(row), k_(knobs), scratch_(scratch) {
+      : row_(row), k_(knobs), scratch_(scratch), floor_(row.lowest) {
     static constexpr int kHfOrder[] = {kTopK, kTopP, kMinP, kTypicalP, kEpsilon, kEta};
     static constexpr int kVllmOrder[] = {kMinP, kTopK, kTopP, kTypicalP, kEpsilon, kEta};
     for (int knob : knobs.order == Order::kHf ? kHfOrder : kVllmOrder) {
@@ -156,6 +158,7 @@ class Survivors {
     list_ = {scratch_.list_s, n, 1.0f, row_.view.m, masses ? scratch_.list_e : nullptr,
              scratch_.list_id};
     listed_ = true;
+    summed_ = false;
     pending_ = Pending::kNone;
   }
 
@@ -175,7 +178,10 @@ class Survivors {
 
   Sums sums(bool with_u) {
     weigh_view(with_u);
-    return listed_ ? sums_of(list_) : row_.sums;
+    if (!listed_) return row_.sums;
+    if (!summed_) list_sums_ = sums_of(list_);
+    summed_ = true;
+    return list_sums_;
   }
 
   template <class V>
@@ -184,9 +190,22 @@ class Survivors {
   }
 
   void keep_rank(RankCut cut) {
+    if (cut.id == kAllIds && cut.key <= floor_) return;
     pending_ = Pending::kRank;
     rank_ = cut;
+    floor_ = cut.key > floor_ ? cut.key : floor_;
   }
+
+  void keep_mass(MassCut cut) {
+    // masses fall with s but for their last bits, 1.2e-7; 1e-5 is far from them
+    const F lowest = mass(fset(floor_ - row_.view.m));
+    if (max_lane(lowest) >= cut.e * 1.00001f) return;
+    pending_ = Pending::kMass;
+    mass_ = cut;
+  }
+
+  // All survivors are equal, so that ties decide.
+  bool constant() const { return floor_ == row_.view.m; }
 
   template <class V>
   void run(int knob, V& view, int64_t alive) {
@@ -215,15 +234,17 @@ class Survivors {
 
   template <class V>
   void top_p(V& view, int64_t alive) {
-    const int64_t z = sums(false).z;
+    const int64_t z = constant() ? alive * static_cast<int64_t>(kUnit) : sums(false).z;
     const double removed = __builtin_floor((1 - k_[kTopP]) * static_cast<double>(z));
     int64_t target = z - static_cast<int64_t>(removed);
     target = target > 0 ? target : 1;
-    RankCut cut = select<false>(view, RankKey{}, target, z, scratch_);
-    if (k_.keep > 1) {
-      if (k_.keep >= alive) return;
-      cut = lower(cut, best(view, k_.keep));
+    if (k_.keep >= alive) return;
+    if (constant()) {
+      const int64_t last = (target - 1) / static_cast<int64_t>(kUnit);
+      return keep_rank({view.m, view.id_at(last >= k_.keep ? last : k_.keep - 1)});
     }
+    RankCut cut = select<false>(view, RankKey{}, target, z, scratch_);
+    if (k_.keep > 1) cut = lower(cut, best(view, k_.keep));
     keep_rank(cut);
   }
 
@@ -234,6 +255,7 @@ class Survivors {
 
   template <class V>
   void min_p(V& view) {
+    if (constant()) return;
     // the most probable token is among the survivors and has mass 2^40
     const double least = __builtin_ceil(static_cast<float>(k_[kMinP]) * kUnit);
     MassCut cut{float_at_least(static_cast<int64_t>(least)), {kInf, 0}};
@@ -244,15 +266,15 @@ class Survivors {
       const double low = view.m + log64(least / kUnit) - 1e-4;
       const float key = static_cast<float>(low);
       keep_rank({key - __builtin_fabsf(key) * 1e-6f, kAllIds});
-      to_list();
+      if (pending_ != Pending::kNone) to_list();
     }
-    weigh_view(false);
-    pending_ = Pending::kMass;
-    mass_ = cut;
+    keep_mass(cut);
+    if (pending_ != Pending::kNone) weigh_view(false);
   }
 
   template <class V>
   void typical(V& view, int64_t alive) {
+    if (constant() || k_.keep >= alive) return;
     const Sums s = sums(true);
     const double z = static_cast<double>(s.z);
     const TypicalKey key{view.m, static_cast<float>(static_cast<double>(s.u) / z)};
@@ -260,10 +282,7 @@ class Survivors {
     const int64_t target = static_cast<int64_t>(__builtin_ceil(k_[kTypicalP] * z));
     RankCut cut = select<false>(view, rank, target, s.z, scratch_);
     cut.id = kAllIds;
-    if (k_.keep > 1) {
-      if (k_.keep >= alive) return;
-      cut = lower(cut, select<true>(view, rank, k_.keep, view.n, scratch_));
-    }
+    if (k_.keep > 1) cut = lower(cut, select<true>(view, rank, k_.keep, view.n, scratch_));
     pending_ = Pending::kBand;
     band_ = {key, cut};
     typical_ran_ = true;
@@ -272,6 +291,7 @@ class Survivors {
   // Epsilon, and eta with its cutoff lowered by the entropy.
   template <class V>
   void cutoff(V& view, int64_t alive, int knob) {
+    if (constant() || k_.keep >= alive) return;
     const Sums s = sums(knob == kEta);
     double p = k_[knob];
     if (knob == kEta) {
@@ -280,23 +300,24 @@ class Survivors {
     }
     const int64_t least = static_cast<int64_t>(__builtin_ceil(p * static_cast<double>(s.z)));
     MassCut cut{float_at_least(least), {view.m, kAllIds}};
-    if (k_.keep >= alive) return;
     if (k_.keep > 1) {
       cut.guard = {best(view, k_.keep).key, kAllIds};
     } else if (typical_ran_) {  // the row's maximum may be gone
       cut.guard.key = scan(view.x, view.n).max * view.inv_t;
     }
-    pending_ = Pending::kMass;
-    mass_ = cut;
+    keep_mass(cut);
   }
 
   Row<T>& row_;
   const RowKnobs& k_;
   const Scratch& scratch_;
   bool listed_ = false;
+  bool summed_ = false;  // list_sums_ are those of the list
   bool typical_ran_ = false;
+  float floor_;  // no survivor is below
   Pending pending_ = Pending::kNone;
   View<float> list_{};
+  Sums list_sums_{};
   RankCut rank_{};
   MassCut mass_{};
   Band band_{};

@@ -115,31 +115,78 @@ static Window window_of(const float* pivots, const Sum* sums, Sum target) {
   return {kLowestKey, pivots[kPivots - 1]};
 }
 
-// A window that very probably holds the target; `all` is the weight of the whole view.
-template <bool kCount, class T, class Key>
-static Window guess(const View<T>& v, Key key, int64_t target, int64_t all) {
+// A strided sample, keys descending, and where among it the target probably lies.
+struct Sample {
   float keys[kSamples], weights[kSamples];
-  sorted_sample<kCount>(v, key, keys, weights);
+  int at;
+
+  float key(int i) const {
+    const float k = keys[i < 0 ? 0 : i < kSamples ? i : kSamples - 1];
+    return k > kLowestKey ? k : kLowestKey;
+  }
+  // Three equal keys in a row: a value that a few per cent of the elements share.
+  bool tied() const { return at > 0 && at + 1 < kSamples && keys[at - 1] == keys[at + 1]; }
+};
+
+template <bool kCount, class T, class Key>
+static Sample take_sample(const View<T>& v, Key key, int64_t target, int64_t all) {
+  Sample sample;
+  sorted_sample<kCount>(v, key, sample.keys, sample.weights);
   const double removed = static_cast<double>(all - target);
   const double step = static_cast<double>(v.n) / kSamples;
   // the sample tells the tail well, the head (few heavy tokens) badly: count from below
   int at = kSamples;
-  for (double tail = 0; at > 0 && tail <= removed; --at) tail += step * weights[at - 1];
+  for (double tail = 0; at > 0 && tail <= removed; --at) tail += step * sample.weights[at - 1];
+  sample.at = at;
+  return sample;
+}
+
+// A window that very probably holds the target.
+template <bool kCount, class T, class Key>
+static Window guess(const View<T>& v, Key key, int64_t target, const Sample& sample) {
   const int slack = kCount ? 1 : 3;
-  if (at <= slack) {
-    const float low = keys[at + slack];
-    return {low > kLowestKey ? low : kLowestKey, kInf};
-  }
+  if (sample.at <= slack) return {sample.key(sample.at + slack), kInf};
   static constexpr int kOffsets[kPivots] = {-9, -5, -3, -1, 1, 3, 5, 9};
   float pivots[kPivots];
-  for (int p = 0; p < kPivots; ++p) {
-    int j = at + kOffsets[p];
-    j = j < 0 ? 0 : j >= kSamples ? kSamples - 1 : j;
-    pivots[p] = keys[j] > kLowestKey ? keys[j] : kLowestKey;
-  }
   double sums[kPivots];
+  for (int p = 0; p < kPivots; ++p) pivots[p] = sample.key(sample.at + kOffsets[p]);
   sums_above<kCount>(v, key, pivots, sums);
   return window_of(pivots, sums, static_cast<double>(target));
+}
+
+// Decides a target among many equal keys without copying them; false if it lies elsewhere.
+template <bool kCount, class T, class Key>
+static bool cut_at_tie(const View<T>& v, Key key, float tie, int64_t mass, int64_t target,
+                       RankCut* cut) {
+  const F value = fset(tie);
+  L above = lzero(), equal = lzero();
+  for_view(v, [&](int64_t i, F s) {
+    const F k = key(s), w = weight<kCount>(v, i);
+    above = add_truncated(above, keep_if(gt(k, value), w));
+    equal = add_truncated(equal, keep_if(eq(k, value), w));
+  });
+  const int64_t before = total(above);
+  if (before >= target || before + total(equal) < target) return false;
+  if (!kCount && !Key::kEqualKeysEqualMass) {
+    *cut = {tie, kAllIds};  // two masses, one on either side of the centre; ties stay
+    return true;
+  }
+  int64_t left = (target - before - 1) / mass;
+  for (int64_t begin = 0; begin < v.n; begin += kBlock) {
+    const int64_t end = begin + kBlock < v.n ? begin + kBlock : v.n;
+    int64_t here = 0;
+    for_row(v.x, begin, end, v.inv_t, [&](int64_t, F s) { here += count(eq(key(s), value)); });
+    if (left >= here) {
+      left -= here;
+      continue;
+    }
+    for (int64_t i = begin;; ++i) {
+      if (key.scalar(v.s_at(i)) != tie || left--) continue;
+      *cut = {tie, v.id_at(i)};
+      return true;
+    }
+  }
+  return false;
 }
 
 struct Range {
@@ -223,7 +270,15 @@ template <bool kCount, class T, class Key>
 static RankCut select(const View<T>& v, Key key, int64_t target, int64_t all,
                       const Scratch& scratch) {
   Window window{kLowestKey, kInf};
-  if (v.n > kSmall) window = guess<kCount>(v, key, target, all);
+  if (v.n > kSmall) {
+    const Sample sample = take_sample<kCount>(v, key, target, all);
+    if (sample.tied()) {
+      const int64_t mass = kCount ? 1 : static_cast<int64_t>(sample.weights[sample.at]);
+      RankCut cut;
+      if (cut_at_tie<kCount>(v, key, sample.keys[sample.at], mass, target, &cut)) return cut;
+    }
+    window = guess<kCount>(v, key, target, sample);
+  }
   Split s = split<kCount>(v, key, window, scratch);
   if (s.above >= target) {
     s = split<kCount>(v, key, {window.high, kInf}, scratch);
