@@ -140,8 +140,9 @@ static void sample_row(const SampleArgs& a, int64_t r, const Scratch& scratch) {
     token = argmax(x, v, stats.max);
   } else {
     Survivors<T> survivors(row, k, scratch);
+    const int64_t position = a.positions ? a.positions[r] : 0;
     const uint64_t random =
-        philox64(static_cast<uint64_t>(a.seeds[r]), static_cast<uint64_t>(a.positions[r]));
+        philox64(static_cast<uint64_t>(a.seeds[r]), static_cast<uint64_t>(position));
     int64_t s = 0;
     if (survivors.untouched()) {
       weigh_row(row, false, false, scratch);

@@ -18,7 +18,9 @@ static RowKnobs knobs_of(const Knobs& knobs, int64_t row) {
     k.value[i] = knobs.data[i * knobs.knob_step + row * knobs.row_step];
   k.order = knobs.order;
   k.inv_t = k.greedy() ? 1.0f : 1.0f / static_cast<float>(k[kTemperature]);
-  k.keep = static_cast<int64_t>(k[kKeep]);
+  // a NaN becomes 1 here and a bad knob in in_range
+  const double most = static_cast<double>(kMaxVocab);
+  k.keep = k[kKeep] >= 1 ? static_cast<int64_t>(k[kKeep] < most ? k[kKeep] : most) : 1;
   return k;
 }
 

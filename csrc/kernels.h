@@ -70,7 +70,7 @@ struct SampleArgs {
   Rows rows;
   Knobs knobs;
   const int64_t* seeds;      // (N,)
-  const int64_t* positions;  // (N,)
+  const int64_t* positions;  // (N,), or null: all 0
   int64_t* tokens;           // (N,)
   float* logprobs;           // (N,)
   int32_t* kept;             // (N,)

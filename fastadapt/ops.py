@@ -17,7 +17,7 @@ DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.floa
 _library = torch.library.Library("fastadapt", "DEF")
 _library.define("filter_logits(Tensor logits, Tensor knobs, int order) -> Tensor")
 _library.define(
-    "sample(Tensor logits, Tensor knobs, int order, Tensor seeds, Tensor positions,"
+    "sample(Tensor logits, Tensor knobs, int order, Tensor seeds, Tensor? positions,"
     " bool base_logprobs, bool log_mass, int top_n) -> Tensor[]"
 )
 _library.define(
@@ -84,7 +84,7 @@ def _sample_cpu(
     knobs: Tensor,
     order: int,
     seeds: Tensor,
-    positions: Tensor,
+    positions: Tensor | None,
     base_logprobs: bool,
     log_mass: bool,
     top_n: int,
@@ -99,7 +99,7 @@ def _sample_cpu(
         _rows(logits),
         _knobs(knobs, order),
         seeds.data_ptr(),
-        positions.data_ptr(),
+        0 if positions is None else positions.data_ptr(),
         tokens,
         logprobs,
         kept,
@@ -120,7 +120,7 @@ def _sample_fake(
     knobs: Tensor,
     order: int,
     seeds: Tensor,
-    positions: Tensor,
+    positions: Tensor | None,
     base_logprobs: bool,
     log_mass: bool,
     top_n: int,

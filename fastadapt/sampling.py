@@ -85,11 +85,8 @@ def sample(
         seeds = torch.randint(2**63 - 1, (rows.shape[0],), generator=generator, device=rows.device)
     else:
         seeds = _per_row("seeds", seeds, shape, rows)
-    positions = (
-        torch.zeros_like(seeds)
-        if positions is None
-        else _per_row("positions", positions, shape, rows)
-    )
+    if positions is not None:
+        positions = _per_row("positions", positions, shape, rows)
     if not 0 <= top_logprobs <= min(MAX_TOP_LOGPROBS, rows.shape[1]):
         limit = min(MAX_TOP_LOGPROBS, rows.shape[1])
         raise ValueError(f"top_logprobs: expected 0 to {limit}, got {top_logprobs}")
