@@ -216,6 +216,13 @@ def test_installed_package_is_this_one() -> None:
         assert not changed, f"installed in {installed} with other contents; install again"
 
 
+def test_child_processes_test_the_installed_package() -> None:
+    """`python -c` without -P puts the current folder first, and there the sources of the clone."""
+    for path in sorted((ROOT / "tests").glob("*.py")):
+        for command in re.findall(r"\[sys\.executable,[^\]]*\]", path.read_text()):
+            assert '"-c"' not in command or '"-P"' in command, f"{path.name}: {command}"
+
+
 def test_version() -> None:
     assert fastadapt.__version__ == PYPROJECT["project"]["version"]
     assert fastadapt.__version__ == importlib.metadata.version("fastadapt")
