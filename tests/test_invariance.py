@@ -189,5 +189,6 @@ os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
     if not hasattr(os, "fork"):
         pytest.skip("this system has no fork")
-    done = subprocess.run([sys.executable, "-P", "-W", "ignore", "-c", code], timeout=120, check=False)
+    command = [sys.executable, "-P", "-W", "ignore", "-c", code]
+    done = subprocess.run(command, timeout=120, check=False)
     assert done.returncode == 0
