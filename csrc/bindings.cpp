@@ -25,19 +25,26 @@ using RowsTuple = std::tuple<uintptr_t, int, int64_t, int64_t, int64_t>;
 // (address, R, order code)
 using KnobsTuple = std::tuple<uintptr_t, int64_t, int>;
 
-Rows rows_of(const RowsTuple& t) {
+std::string text(int64_t x) { return std::to_string(x); }
+
+// The last dtype code that a kernel takes: all but float64, or all.
+Rows rows_of(const RowsTuple& t, DType last = DType::kFloat16) {
   const auto& [address, dtype, n, v, stride] = t;
+  if (dtype < 0 || dtype > static_cast<int>(last))
+    throw std::invalid_argument("logits: expected a dtype code of 0 to " +
+                                text(static_cast<int>(last)) + ", got " + text(dtype));
   if (v < 1 || v > kMaxVocab)
-    throw std::invalid_argument("logits: expected 1 to " + std::to_string(kMaxVocab) +
-                                " entries a row, got " + std::to_string(v));
+    throw std::invalid_argument("logits: expected 1 to " + text(kMaxVocab) +
+                                " entries a row, got " + text(v));
   return {pointer<const void>(address), static_cast<DType>(dtype), n, v, stride};
 }
 
 Knobs knobs_of(const KnobsTuple& t, int64_t n) {
   const auto& [address, r, order] = t;
   if (r != 1 && r != n)
-    throw std::invalid_argument("knobs: expected 1 or " + std::to_string(n) + " columns, got " +
-                                std::to_string(r));
+    throw std::invalid_argument("knobs: expected 1 or " + text(n) + " columns, got " + text(r));
+  if (order != static_cast<int>(Order::kHf) && order != static_cast<int>(Order::kVllm))
+    throw std::invalid_argument("order: expected 0 or 1, got " + text(order));
   return {pointer<const double>(address), r, r == 1 ? 0 : 1, static_cast<Order>(order)};
 }
 
@@ -83,12 +90,16 @@ void score(const RowsTuple& rows, const std::vector<KnobsTuple>& adaptors, uintp
            int64_t ignore_index, uintptr_t logprobs, uintptr_t log_norm, uintptr_t kept,
            uintptr_t base_logprobs, uintptr_t entropy, int num_threads) {
   const Rows x = rows_of(rows);
+  const int64_t a = static_cast<int64_t>(adaptors.size());
+  if (a < 1 || a > kMaxAdaptors)
+    throw std::invalid_argument("adaptors: expected 1 to " + text(kMaxAdaptors) + ", got " +
+                                text(a));
   std::vector<Knobs> knobs;
   for (const KnobsTuple& t : adaptors) knobs.push_back(knobs_of(t, x.n));
   const ScoreArgs args{x,
                        pointer<const int64_t>(tokens),
                        ignore_index,
-                       static_cast<int64_t>(knobs.size()),
+                       a,
                        knobs.data(),
                        pointer<float>(logprobs),
                        pointer<float>(log_norm),
@@ -101,7 +112,7 @@ void score(const RowsTuple& rows, const std::vector<KnobsTuple>& adaptors, uintp
 
 void margins(const RowsTuple& rows, const KnobsTuple& knobs, uintptr_t tokens, int64_t ignore_index,
              uintptr_t out, uintptr_t support, uintptr_t stats, int num_threads) {
-  const Rows x = rows_of(rows);
+  const Rows x = rows_of(rows, DType::kFloat64);
   const MarginArgs args{x,
                         knobs_of(knobs, x.n),
                         pointer<const int64_t>(tokens),
@@ -116,7 +127,7 @@ void margins(const RowsTuple& rows, const KnobsTuple& knobs, uintptr_t tokens, i
 void margins_backward(const RowsTuple& rows, const KnobsTuple& knobs, uintptr_t tokens,
                       int64_t ignore_index, uintptr_t dmargins, uintptr_t support, uintptr_t stats,
                       uintptr_t dlogits, int num_threads) {
-  const Rows x = rows_of(rows);
+  const Rows x = rows_of(rows, DType::kFloat64);
   const MarginBackwardArgs args{x,
                                 knobs_of(knobs, x.n),
                                 pointer<const int64_t>(tokens),

@@ -16,7 +16,8 @@ struct Supported {
     offer(&kScalarKernels);
 #if defined(__x86_64__) || defined(_M_X64)
     __builtin_cpu_init();
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
+    // every processor with AVX2 has F16C, which older compilers cannot ask for
+    const bool avx2 = __builtin_cpu_supports("avx2");
     if (avx2) offer(&kAvx2Kernels);
     if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))

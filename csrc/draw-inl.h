@@ -62,7 +62,8 @@ template <class T, class Test>
 static int64_t locate(const View<T>& view, const Test& test, int64_t target,
                       const Scratch& scratch) {
   int64_t running = 0, b = 0;
-  while (running + scratch.blocks[b] <= target) running += scratch.blocks[b++];
+  const int64_t last = (view.n - 1) / kBlock;
+  while (b < last && running + scratch.blocks[b] <= target) running += scratch.blocks[b++];
   const int64_t begin = b * kBlock;
   View<T> part = view;
   part.x += begin;

@@ -1,4 +1,5 @@
-// The kernels for avx2.
+// The kernels for avx2; nothing on other processors, so that every source can always be compiled.
+#if defined(__x86_64__) || defined(_M_X64)
 #include <cstdint>
 #include <cstring>
 
@@ -33,3 +34,5 @@ extern const KernelTable kAvx2Kernels = {
     "avx2",           avx2::filter_rows, avx2::sample_rows,
     avx2::score_rows, avx2::margin_rows, avx2::margin_backward_rows};
 }  // namespace fastadapt
+
+#endif

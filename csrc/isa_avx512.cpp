@@ -1,4 +1,5 @@
-// The kernels for avx512.
+// The kernels for avx512; nothing on other processors, so that every source can always be compiled.
+#if defined(__x86_64__) || defined(_M_X64)
 #include <cstdint>
 #include <cstring>
 
@@ -11,6 +12,8 @@
 #pragma clang attribute push( \
     __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,f16c"))), apply_to = function)
 #elif defined(__GNUC__)
+// GCC 12 takes the undefined operands of its own avx512fintrin.h for mistakes
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,f16c")
 #endif
@@ -34,3 +37,5 @@ extern const KernelTable kAvx512Kernels = {
     "avx512",           avx512::filter_rows, avx512::sample_rows,
     avx512::score_rows, avx512::margin_rows, avx512::margin_backward_rows};
 }  // namespace fastadapt
+
+#endif

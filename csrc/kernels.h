@@ -11,6 +11,9 @@ enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3
 // The largest row: sums of masses, each at most 2^40, then stay below 2^62.
 constexpr int64_t kMaxVocab = int64_t{1} << 22;
 
+// The most adaptors that score takes at once.
+constexpr int64_t kMaxAdaptors = 256;
+
 // Row status; a bad row never disturbs its batch mates.
 enum Status : uint8_t { kOk = 0, kNaN = 1, kPosInf = 2, kNoFinite = 3, kBadKnob = 4 };
 

@@ -62,7 +62,7 @@ static void others_stats(const T* x, int64_t v, const RowKnobs& k, const uint8_t
   F best = fset(-kInf);
   for_others(x, v, k.inv_t, support, y,
              [&](int64_t, F s, M others) { best = maximum(best, choose(others, s, fset(-kInf))); });
-  const float m = max_lane(best);
+  const float m = max_lane(best) + 0.0f;
   L z = lzero();
   for_others(x, v, k.inv_t, support, y, [&](int64_t, F s, M others) {
     z = add_truncated(z, keep_if(others, mass(sub(s, fset(m)))));
@@ -135,12 +135,14 @@ static void margin_row(const MarginArgs& a, int64_t r, const Scratch& scratch) {
 template <class T>
 static void margin_gradient(const T* x, int64_t v, const RowKnobs& k, const uint8_t* support,
                             int64_t y, const double* stats, double g, T* out) {
-  const double gain = g * k.inv_t;
-  const F per_mass = fset(static_cast<float>(-gain / stats[1] / kUnit));
+  // a NaN of the caller's may have bits that rounding would carry away; this one has not
+  const double gain = g == g ? g * k.inv_t : __builtin_nan("");
+  const F per_mass = fset(static_cast<float>(-gain / stats[1]));
+  const F unit = fset(static_cast<float>(1 / kUnit));
   const F m = fset(static_cast<float>(stats[0]));
   for_others(x, v, k.inv_t, support, y, [&](int64_t i, F s, M others) {
     const F d = sub(s, m);
-    const F dx = keep_if(both(others, ge(d, fset(kLowest))), mul(per_mass, mass(d)));
+    const F dx = keep_if(both(others, ge(d, fset(kLowest))), mul(per_mass, mul(mass(d), unit)));
     if (i + W <= v) return store(out + i, dx);
     T tail[W];
     store(tail, dx);

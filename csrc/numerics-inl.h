@@ -105,7 +105,7 @@ static inline float float_at_least(int64_t c) {
   return static_cast<int64_t>(f) >= c ? f : bits_float(float_bits(f) + 1);
 }
 
-// Order-preserving map of floats to integers; -0 and +0 are neighbours.
+// Order-preserving map of floats to integers; -0 and +0 become one.
 static inline int32_t ordered(float x) {
   const int32_t b = static_cast<int32_t>(float_bits(x));
   return b >= 0 ? b : static_cast<int32_t>(0x80000000u - static_cast<uint32_t>(b));

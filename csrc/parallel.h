@@ -56,9 +56,9 @@ class ScratchBuffers {
 // forked child of a process whose pool has run would hang in it.
 template <class Args>
 void run_rows(void (*kernel)(const Args&, const Scratch&, int64_t, int64_t), const Args& args,
-              int64_t n, int64_t v, int num_threads) {
-  const int threads = n < num_threads ? static_cast<int>(n) : num_threads;
+              int64_t n, int64_t v, [[maybe_unused]] int num_threads) {
 #ifdef _OPENMP
+  const int threads = n < num_threads ? static_cast<int>(n) : num_threads;
   if (threads > 1) {
     std::exception_ptr failure;
 #pragma omp parallel for num_threads(threads) schedule(dynamic)

@@ -3,6 +3,7 @@
 constexpr int64_t kBlock = 1024;  // elements whose masses are summed together for the draw
 constexpr int32_t kAllIds = 0x7fffffff;
 constexpr float kInf = __builtin_inff();
+constexpr float kLowestKey = -0x1.fffffep127f;  // the smallest key of a token above -inf
 
 // Scaled logits are x[i] * inv_t; a survivor of a filter has an entry in the lists of a view.
 template <class T>
@@ -125,7 +126,11 @@ struct MassCut {
 // Minus the distance to the mean surprisal: typical's key, the larger the more typical.
 struct TypicalKey {
   float m, centre;
-  F operator()(F s) const { return neg(absolute(add(sub(s, fset(m)), fset(centre)))); }
+  F operator()(F s) const {
+    const F key = neg(absolute(add(sub(s, fset(m)), fset(centre))));
+    // s - m may overflow: such a token is the least typical, but alive
+    return choose(gt(s, fset(-kInf)), maximum(key, fset(kLowestKey)), fset(-kInf));
+  }
 };
 
 struct Band {

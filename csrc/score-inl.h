@@ -1,8 +1,6 @@
 // Given tokens under many adaptors: each row is scanned once, and adaptors of equal temperature
 // share one pass of masses.
 
-constexpr int kMaxAdaptors = 256;
-
 // Whether a token is among the survivors.
 template <class T, class Test>
 static bool survives(const View<T>& view, const Test& test, int64_t token) {
@@ -56,6 +54,10 @@ static void score_row(const ScoreArgs& a, int64_t r, const Scratch& scratch) {
   for (int64_t first = 0; first < a.num_adaptors; ++first) {
     if (done[first]) continue;
     const RowKnobs leader = knobs_of(a.knobs[first], r);
+    if (!in_range(leader)) {  // its inv_t may be NaN, which equals nothing
+      fill_score(a, r, first, nan);
+      continue;
+    }
     const bool shared = leader.inv_t == row.view.inv_t;
     const Status status = shared ? kOk : open_row(x, v, leader.inv_t, stats, &row);
     for (int64_t i = first; i < a.num_adaptors; ++i) {

@@ -6,7 +6,6 @@ constexpr int kPivots = 8;
 constexpr int kSamples = 64;
 constexpr int64_t kSmall = 1024;  // from here on a sample pays
 constexpr int64_t kSorted = 32;   // candidates that are simply sorted
-constexpr float kLowestKey = -0x1.fffffep127f;
 
 struct RankKey {
   static constexpr bool kEqualKeysEqualMass = true;
@@ -16,7 +15,10 @@ struct RankKey {
 
 struct TypicalRank : TypicalKey {
   static constexpr bool kEqualKeysEqualMass = false;
-  float scalar(float s) const { return -__builtin_fabsf((s - m) + centre); }
+  float scalar(float s) const {
+    const float key = -__builtin_fabsf((s - m) + centre);
+    return key < kLowestKey && s > -kInf ? kLowestKey : key;
+  }
 };
 
 struct Window {

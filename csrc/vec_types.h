@@ -38,7 +38,7 @@ static inline float to_float(f16 x) {
   return bits_float(sign | float_bits(subnormal));
 }
 
-// Conversions from float round once, to nearest even. Values are never NaN here.
+// Conversions from float round once, to nearest even. NaN (a gradient may be) stays NaN.
 static inline void from_float(float x, float* out) { *out = x; }
 
 static inline void from_float(float x, bf16* out) {
@@ -51,7 +51,9 @@ static inline void from_float(float x, f16* out) {
   const uint32_t sign = (b >> 16) & 0x8000;
   const uint32_t magnitude = b & 0x7fffffff;
   uint32_t half;
-  if (magnitude >= 0x477ff000) {  // rounds to 65536 or more
+  if (magnitude > 0x7f800000) {
+    half = 0x7e00 | (magnitude >> 13 & 0x1ff);
+  } else if (magnitude >= 0x477ff000) {  // rounds to 65536 or more
     half = 0x7c00;
   } else if (magnitude >= 0x38800000) {  // normal
     const uint32_t rebased = magnitude - (112u << 23);

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastadapt import _C
 
-MAX_ADAPTORS = 256  # csrc/score-inl.h
+MAX_ADAPTORS = 256  # csrc/kernels.h
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
 _library = torch.library.Library("fastadapt", "DEF")

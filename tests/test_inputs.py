@@ -152,3 +152,9 @@ def test_temperature_zero_is_the_argmax_of_lowest_id(cpu_capability):
     assert (masked[0] > float("-inf")).sum() == 1
     assert sample(x, mixed).tokens[0] == 40
     assert filter_logits(x, mixed)[1, 99] == 12.0
+
+
+def test_typical_keeps_its_minimum_where_distances_overflow(cpu_capability):
+    x = torch.tensor([[3e38, -3e38, -3e38, -3e38]])
+    kept = filter_logits(x, Adaptor(typical_p=0.5, min_tokens_to_keep=2)) > float("-inf")
+    assert kept.tolist() == [[True, True, False, False]]

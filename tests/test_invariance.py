@@ -71,6 +71,19 @@ def test_instruction_sets_agree(batch):
         assert_all_equal(results[0], other)
 
 
+def test_instruction_sets_agree_on_the_sign_of_zero():
+    """Zeros of both signs compete for the maximum; torch.equal would not see which one won."""
+    x = torch.full((1, 4096), -100.0)
+    x[0, 0], x[0, 1000] = -0.0, 0.0
+    before, seen = _C.cpu_capability(), set()
+    for name in _C.cpu_capabilities():
+        _C.set_cpu_capability(name)
+        drawn = sample(x, Adaptor(top_p=0.1), seeds=torch.zeros(1, dtype=torch.int64))
+        seen.add(str(drawn.logprobs.item()))
+    _C.set_cpu_capability(before)
+    assert len(seen) == 1
+
+
 def test_unknown_instruction_set_raises():
     with pytest.raises(ValueError, match="cpu capability: not known .* 'sse9'"):
         _C.set_cpu_capability("sse9")

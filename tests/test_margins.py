@@ -171,3 +171,22 @@ def test_non_contiguous_upstream_gradient(rows):
     assert torch.equal(strided, dense)
     (expanded,) = torch.autograd.grad(adapted_margins(x, y, Adaptor()).sum(), x)
     assert expanded.abs().sum() > 0
+
+
+def test_small_upstream_gradients_keep_their_digits(cpu_capability):
+    """Scaling by 2^-40 before the mass is large would underflow."""
+    x = torch.zeros(1, 100_000, requires_grad=True)
+    for upstream in (1.0, 1e-22, 1e-28):
+        margins = adapted_margins(x, torch.tensor([5]), Adaptor())
+        (gradient,) = torch.autograd.grad(margins, x, torch.tensor([upstream]))
+        wanted = torch.tensor(-upstream / 99_999)
+        torch.testing.assert_close(gradient[0, 0], wanted, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_nan_upstream_gradient_stays_nan(cpu_capability, dtype):
+    x = torch.zeros(1, 33, dtype=dtype, requires_grad=True)
+    worst = torch.tensor([0x7FFFFFFF], dtype=torch.int32).view(torch.float32)
+    margins = adapted_margins(x, torch.tensor([5]), Adaptor())
+    (gradient,) = torch.autograd.grad(margins, x, worst)
+    assert gradient.isnan().all()

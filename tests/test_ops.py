@@ -119,6 +119,12 @@ def test_operator_refuses_what_the_kernel_cannot_take():
     x = torch.zeros(3, 10)
     with pytest.raises(ValueError, match="knobs: expected 1 or 3 columns, got 2"):
         OPS.filter_logits(x, Adaptor(top_p=torch.tensor([0.1, 0.2])).packed, 0)
+    with pytest.raises(ValueError, match="logits: expected a dtype code of 0 to 2, got 3"):
+        OPS.filter_logits(x.double(), Adaptor().packed, 0)
+    with pytest.raises(ValueError, match="order: expected 0 or 1, got 7"):
+        OPS.filter_logits(x, Adaptor().packed, 7)
+    with pytest.raises(ValueError, match="adaptors: expected 1 to 256, got 257"):
+        OPS.score(x, torch.zeros(3).long(), [Adaptor().packed] * 257, [0] * 257, -100)
     wide = torch.zeros(1).expand(1, 2**22 + 1)
     with pytest.raises(ValueError, match="expected 1 to 4194304 entries a row, got 4194305"):
         fastadapt.filter_logits(wide.contiguous(), Adaptor())
@@ -137,3 +143,12 @@ def test_knob_out_of_range_in_the_operator_is_a_status(rows):
         assert out[3].tolist() == [0, 4, 0]
         assert out[0].tolist() == [clean.tokens[0], -1, clean.tokens[2]]
         assert torch.equal(OPS.filter_logits(x, packed, 0)[1], x[1])
+
+
+def test_nan_temperature_in_the_operator_scores_nan(rows):
+    x, packed = rows("spread", 2, 40), Adaptor().packed.clone()
+    packed[0] = float("nan")
+    logprobs, log_norm, kept, *_ = OPS.score(x, torch.zeros(2).long(), [packed], [0], -100)
+    assert logprobs.isnan().all()
+    assert log_norm.isnan().all()
+    assert kept.tolist() == [[0], [0]]
