@@ -280,14 +280,21 @@ class Survivors {
     const Sums s = sums(true);
     const double z = static_cast<double>(s.z);
     const TypicalKey key{view.m, static_cast<float>(static_cast<double>(s.u) / z)};
-    const TypicalRank rank{key};
     const int64_t target = static_cast<int64_t>(__builtin_ceil(k_[kTypicalP] * z));
-    RankCut cut = select<false>(view, rank, target, s.z, scratch_);
-    cut.id = kAllIds;
-    if (k_.keep > 1) cut = lower(cut, select<true>(view, rank, k_.keep, view.n, scratch_));
+    const RankCut cut = view.m < 0x1p102f ? band(view, TypicalRank<false>{key}, target, s.z)
+                                          : band(view, TypicalRank<true>{key}, target, s.z);
     pending_ = Pending::kBand;
     band_ = {key, cut};
     typical_ran_ = true;
+  }
+
+  // The least typical token that stays: ties stay, unless the minimum decides.
+  template <class V, class Key>
+  RankCut band(const V& view, Key key, int64_t target, int64_t z) const {
+    RankCut cut = select<false>(view, key, target, z, scratch_);
+    cut.id = kAllIds;
+    if (k_.keep > 1) cut = lower(cut, select<true>(view, key, k_.keep, view.n, scratch_));
+    return cut;
   }
 
   // Epsilon, and eta with its cutoff lowered by the entropy.

@@ -13,8 +13,14 @@ struct RankKey {
   float scalar(float s) const { return s; }
 };
 
+// Typical's key in a search; the plain form where s - m cannot overflow, that is m < 2^102.
+template <bool kHuge>
 struct TypicalRank : TypicalKey {
   static constexpr bool kEqualKeysEqualMass = false;
+  F operator()(F s) const {
+    if (kHuge) return TypicalKey::operator()(s);
+    return neg(absolute(add(sub(s, fset(m)), fset(centre))));
+  }
   float scalar(float s) const {
     const float key = -__builtin_fabsf((s - m) + centre);
     return key < kLowestKey && s > -kInf ? kLowestKey : key;
