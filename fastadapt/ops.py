@@ -6,6 +6,8 @@ PyTorch's dispatcher chooses the implementation by device. Inputs arrive checked
 outputs are detached.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -115,20 +117,6 @@ def _sample_cpu(
     return out
 
 
-def _sample_fake(
-    logits: Tensor,
-    knobs: Tensor,
-    order: int,
-    seeds: Tensor,
-    positions: Tensor | None,
-    base_logprobs: bool,
-    log_mass: bool,
-    top_n: int,
-) -> list[Tensor]:
-    """Shapes and dtypes of `_sample_cpu`."""
-    return _sample_outputs(logits, base_logprobs, log_mass, top_n)
-
-
 Scores = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
@@ -166,13 +154,6 @@ def _score_cpu(
     return out
 
 
-def _score_fake(
-    logits: Tensor, tokens: Tensor, knobs: list[Tensor], orders: list[int], ignore_index: int
-) -> Scores:
-    """Shapes and dtypes of `_score_cpu`."""
-    return _score_outputs(logits, len(knobs))
-
-
 Margins = tuple[Tensor, Tensor, Tensor]
 
 
@@ -205,13 +186,6 @@ def _adapted_margins_cpu(
         torch.get_num_threads(),
     )
     return out
-
-
-def _adapted_margins_fake(
-    logits: Tensor, tokens: Tensor, knobs: Tensor, order: int, ignore_index: int
-) -> Margins:
-    """Shapes and dtypes of `_adapted_margins_cpu`."""
-    return _margin_outputs(logits)
 
 
 def _adapted_margins_backward_cpu(
@@ -265,17 +239,26 @@ def _no_double_backward(ctx, *_):  # type: ignore[no-untyped-def]
 
 def _register() -> None:
     """Implementations, fakes and autograd of every operator."""
-    for name, cpu, fake in (
-        ("filter_logits", _filter_logits_cpu, lambda x, knobs, order: x.new_empty(x.shape)),
-        ("sample", _sample_cpu, _sample_fake),
-        ("score", _score_cpu, _score_fake),
-        ("adapted_margins", _adapted_margins_cpu, _adapted_margins_fake),
-        (
-            "adapted_margins_backward",
-            _adapted_margins_backward_cpu,
-            lambda dmargins, logits, *_: logits.new_empty(logits.shape),
+    implementations: dict[str, tuple[Callable[..., object], Callable[..., object]]] = {
+        "filter_logits": (_filter_logits_cpu, lambda x, knobs, order: x.new_empty(x.shape)),
+        "sample": (
+            _sample_cpu,
+            lambda x, knobs, order, seeds, positions, *asked: _sample_outputs(x, *asked),
         ),
-    ):
+        "score": (
+            _score_cpu,
+            lambda x, tokens, knobs, orders, ignore_index: _score_outputs(x, len(knobs)),
+        ),
+        "adapted_margins": (
+            _adapted_margins_cpu,
+            lambda x, tokens, knobs, order, ignore_index: _margin_outputs(x),
+        ),
+        "adapted_margins_backward": (
+            _adapted_margins_backward_cpu,
+            lambda dmargins, x, *_: x.new_empty(x.shape),
+        ),
+    }
+    for name, (cpu, fake) in implementations.items():
         _library.impl(name, cpu, "CPU")
         torch.library.register_fake(f"fastadapt::{name}", fake, lib=_library)
     for name in ("filter_logits", "sample", "score"):
