@@ -45,6 +45,9 @@ struct Row {
   Sums sums;
   bool weighed;  // sums.z, scratch.blocks; with masses, view.e too
   bool with_u;
+  View<float> head;  // the tokens at or above head_floor, or none
+  float head_floor;
+  int64_t head_z;
 };
 
 template <class T>
@@ -61,6 +64,7 @@ static Status open_row(const T* x, int64_t v, float inv_t, const RowStats& stats
   row->finite = v;
   row->lowest = stats.min * inv_t;
   row->weighed = row->with_u = false;
+  row->head.n = 0;
   if (stats.nan) return kNaN;
   if (m == kInf) return kPosInf;
   if (m == -kInf) return kNoFinite;
@@ -90,6 +94,24 @@ static Sums sums_of(const View<float>& v) {
     u = add_truncated(u, surprisal_mass(alive, sub(s, fset(v.m))));
   });
   return {total(z), total(u)};
+}
+
+// Copies the best sixteenth or so of a long row whose masses are known: most filters of most
+// adaptors cut inside it. Not where many tokens are equal.
+template <class T>
+static void make_head(Row<T>& row, const Scratch& scratch) {
+  constexpr int64_t kLong = 8192;
+  constexpr int kRank = 4;  // of kSamples
+  if (row.view.n < kLong) return;
+  float keys[kSamples], weights[kSamples];
+  sorted_sample<false>(row.view, RankKey{}, keys, weights);
+  if (!(keys[kRank] > kLowestKey) || keys[0] == keys[kRank] || keys[kRank] == keys[2 * kRank])
+    return;
+  row.head_floor = keys[kRank];
+  const int64_t n = gather(row.view, RankCut{row.head_floor, kAllIds}, scratch.head_s,
+                           scratch.head_e, scratch.head_id);
+  row.head = {scratch.head_s, n, 1.0f, row.view.m, scratch.head_e, scratch.head_id};
+  row.head_z = sums_of(row.head).z;
 }
 
 enum class Pending { kNone, kRank, kMass, kBand };
@@ -206,6 +228,25 @@ class Survivors {
     mass_ = cut;
   }
 
+  // The filter at hand may look at the head of the row instead of the row.
+  bool head_holds(int64_t weight, int64_t n) const {
+    return !listed_ && row_.head.n > 0 && row_.head_z >= weight && row_.head.n >= n;
+  }
+
+  // All tokens of at least this mass are in the head.
+  bool head_holds_mass(float e) const {
+    return head_holds(0, k_.keep) &&
+           max_lane(mass(fset(row_.head_floor - row_.view.m))) * 1.00001f < e;
+  }
+
+  // The pending test was found in the head and is applied there.
+  void adopt_head() {
+    if (pending_ == Pending::kNone) return;
+    list_ = row_.head;
+    listed_ = true;
+    summed_ = false;
+  }
+
   // All survivors are equal, so that ties decide.
   bool constant() const { return floor_ == row_.view.m; }
 
@@ -229,9 +270,12 @@ class Survivors {
   void top_k(V& view, int64_t alive) {
     const double wanted = k_[kTopK] > k_[kKeep] ? k_[kTopK] : k_[kKeep];
     if (wanted >= static_cast<double>(alive)) return;
-    RankCut cut = best(view, static_cast<int64_t>(wanted));
+    const int64_t n = static_cast<int64_t>(wanted);
+    const bool head = head_holds(0, n);
+    RankCut cut = head ? best(row_.head, n) : best(view, n);
     cut.id = kAllIds;
     keep_rank(cut);
+    if (head) adopt_head();
   }
 
   template <class V>
@@ -245,9 +289,15 @@ class Survivors {
       const int64_t last = (target - 1) / static_cast<int64_t>(kUnit);
       return keep_rank({view.m, view.id_at(last >= k_.keep ? last : k_.keep - 1)});
     }
-    RankCut cut = select<false>(view, RankKey{}, target, z, scratch_);
-    if (k_.keep > 1) cut = lower(cut, best(view, k_.keep));
-    keep_rank(cut);
+    if (!head_holds(target, k_.keep)) return keep_rank(mass_cut(view, target, z));
+    keep_rank(mass_cut(row_.head, target, row_.head_z));
+    adopt_head();
+  }
+
+  template <class V>
+  RankCut mass_cut(const V& view, int64_t target, int64_t all) const {
+    const RankCut cut = select<false>(view, RankKey{}, target, all, scratch_);
+    return k_.keep > 1 ? lower(cut, best(view, k_.keep)) : cut;
   }
 
   // Of two cuts in rank order, the one that keeps more.
@@ -261,8 +311,9 @@ class Survivors {
     // the most probable token is among the survivors and has mass 2^40
     const double least = __builtin_ceil(static_cast<float>(k_[kMinP]) * kUnit);
     MassCut cut{float_at_least(static_cast<int64_t>(least)), {kInf, 0}};
+    const bool head = head_holds_mass(cut.e);
     if (k_.keep > 1) {
-      cut.guard = best(view, k_.keep);
+      cut.guard = head ? best(row_.head, k_.keep) : best(view, k_.keep);
     } else if (!view.e && least > 1) {
       // no mass is known yet: first drop what is clearly below, then weigh the rest
       const double low = view.m + log64(least / kUnit) - 1e-4;
@@ -271,6 +322,7 @@ class Survivors {
       if (pending_ != Pending::kNone) to_list();
     }
     keep_mass(cut);
+    if (head) return adopt_head();
     if (pending_ != Pending::kNone) weigh_view(false);
   }
 
@@ -281,11 +333,16 @@ class Survivors {
     const double z = static_cast<double>(s.z);
     const TypicalKey key{view.m, static_cast<float>(static_cast<double>(s.u) / z)};
     const int64_t target = static_cast<int64_t>(__builtin_ceil(k_[kTypicalP] * z));
-    const RankCut cut = view.m < 0x1p102f ? band(view, TypicalRank<false>{key}, target, s.z)
-                                          : band(view, TypicalRank<true>{key}, target, s.z);
+    const TypicalRank<false> rank{key};
     pending_ = Pending::kBand;
-    band_ = {key, cut};
     typical_ran_ = true;
+    // below the centre typicality falls with s, so that no token outside the head is nearer
+    if (view.m < kHuge && head_holds(target, k_.keep) && row_.head_floor - view.m < -key.centre) {
+      band_ = {key, band(row_.head, rank, target, row_.head_z)};
+      if (band_.cut.key > rank.scalar(row_.head_floor)) return adopt_head();
+    }
+    band_ = {key, view.m < kHuge ? band(view, rank, target, s.z)
+                                 : band(view, TypicalRank<true>{key}, target, s.z)};
   }
 
   // The least typical token that stays: ties stay, unless the minimum decides.
@@ -309,13 +366,17 @@ class Survivors {
     }
     const int64_t least = static_cast<int64_t>(__builtin_ceil(p * static_cast<double>(s.z)));
     MassCut cut{float_at_least(least), {view.m, kAllIds}};
+    const bool head = head_holds_mass(cut.e);
     if (k_.keep > 1) {
-      cut.guard = {best(view, k_.keep).key, kAllIds};
+      cut.guard = {(head ? best(row_.head, k_.keep) : best(view, k_.keep)).key, kAllIds};
     } else if (typical_ran_) {  // the row's maximum may be gone
       cut.guard.key = scan(view.x, view.n).max * view.inv_t;
     }
     keep_mass(cut);
+    if (head) adopt_head();
   }
+
+  static constexpr float kHuge = 0x1p102f;  // from here on s - m may overflow
 
   Row<T>& row_;
   const RowKnobs& k_;

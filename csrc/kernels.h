@@ -59,6 +59,9 @@ struct Scratch {
   float* cand_key;  // candidates for a threshold: key, mass, id
   float* cand_e;
   int32_t* cand_id;
+  float* head_s;  // the head of a row, which adaptors share: scaled logit, mass, id
+  float* head_e;
+  int32_t* head_id;
   float* row_f32;  // a float64 row rounded to float32
 };
 

@@ -28,7 +28,7 @@ class ScratchBuffers {
 
  private:
   void grow(int64_t v) {
-    constexpr size_t kLine = 64, kArrays = 9;
+    constexpr size_t kLine = 64, kArrays = 12;
     // two vectors of padding, rounded up to lines
     const size_t bytes = (static_cast<size_t>(v) * 4 + 2 * 64 + kLine) / kLine * kLine;
     std::free(memory_);
@@ -43,7 +43,8 @@ class ScratchBuffers {
                 floats(2), floats(3),
                 ints(4),   floats(5),
                 floats(6), ints(7),
-                floats(8)};
+                floats(8), floats(9),
+                ints(10),  floats(11)};
     capacity_ = v;
   }
 

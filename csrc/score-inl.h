@@ -28,6 +28,42 @@ static void fill_score(const ScoreArgs& a, int64_t r, int64_t adaptor, float val
   a.kept[at] = 0;
 }
 
+// Scores the adaptors of one temperature that are not done yet.
+template <class T>
+static void score_group(const ScoreArgs& a, int64_t r, float inv_t, Row<T>& row, Status status,
+                        double base_max, double log_z, bool* done, const Scratch& scratch) {
+  const int64_t y = a.tokens[r];
+  int64_t members = 0;
+  for (int64_t i = 0; i < a.num_adaptors; ++i)
+    members += !done[i] && knobs_of(a.knobs[i], r).inv_t == inv_t;
+  // what several adaptors share is made once and whole; one alone asks for what it needs
+  if (status == kOk && members > 2) {
+    weigh_row(row, true, true, scratch);
+    make_head(row, scratch);
+  }
+  for (int64_t i = 0; i < a.num_adaptors; ++i) {
+    if (done[i]) continue;
+    const RowKnobs k = knobs_of(a.knobs[i], r);
+    if (!in_range(k) || k.greedy() || k.inv_t != inv_t) continue;
+    done[i] = true;
+    if (status != kOk) {
+      fill_score(a, r, i, __builtin_nanf(""));
+      continue;
+    }
+    Survivors<T> survivors(row, k, scratch);
+    survivors.visit_weighed([&](const auto& view, const auto& test) {
+      const Tally t = tally(view, test, scratch.blocks);
+      const double log_s = log_mass(t.z);
+      const double shift = row.view.m - base_max * inv_t;
+      const double s = row.view.s_at(y);
+      const int64_t at = r * a.num_adaptors + i;
+      a.logprobs[at] = survives(view, test, y) ? static_cast<float>(s - row.view.m - log_s) : -kInf;
+      a.log_norm[at] = static_cast<float>(shift + log_s - log_z * inv_t);
+      a.kept[at] = static_cast<int32_t>(t.count);
+    });
+  }
+}
+
 template <class T>
 static void score_row(const ScoreArgs& a, int64_t r, const Scratch& scratch) {
   const int64_t v = a.rows.v, y = a.tokens[r];
@@ -50,39 +86,17 @@ static void score_row(const ScoreArgs& a, int64_t r, const Scratch& scratch) {
   a.base_logprobs[r] = static_cast<float>(static_cast<double>(row.view.s_at(y)) - base_max - log_z);
   a.entropy[r] = static_cast<float>(entropy_of(row.sums.z, row.sums.u));
 
+  // the base law is that of temperature 1: its adaptors first, while its masses are there
   bool done[kMaxAdaptors] = {};
-  for (int64_t first = 0; first < a.num_adaptors; ++first) {
-    if (done[first]) continue;
-    const RowKnobs leader = knobs_of(a.knobs[first], r);
-    if (!in_range(leader)) {  // its inv_t may be NaN, which equals nothing
-      fill_score(a, r, first, nan);
+  score_group(a, r, 1.0f, row, kOk, base_max, log_z, done, scratch);
+  for (int64_t i = 0; i < a.num_adaptors; ++i) {
+    if (done[i]) continue;
+    const RowKnobs k = knobs_of(a.knobs[i], r);
+    if (!in_range(k) || k.greedy()) {
+      fill_score(a, r, i, nan);
       continue;
     }
-    const bool shared = leader.inv_t == row.view.inv_t;
-    const Status status = shared ? kOk : open_row(x, v, leader.inv_t, stats, &row);
-    for (int64_t i = first; i < a.num_adaptors; ++i) {
-      if (done[i]) continue;
-      const RowKnobs k = knobs_of(a.knobs[i], r);
-      if (k.inv_t != leader.inv_t) continue;
-      done[i] = true;
-      if (status != kOk || !in_range(k) || k.greedy()) {
-        fill_score(a, r, i, nan);
-        continue;
-      }
-      Survivors<T> survivors(row, k, scratch);
-      survivors.visit_weighed([&](const auto& view, const auto& test) {
-        const Tally t = tally(view, test, scratch.blocks);
-        const double log_s = log_mass(t.z);
-        const double shift = row.view.m - base_max * leader.inv_t;
-        const double s = row.view.s_at(y);
-        const int64_t at = r * a.num_adaptors + i;
-        a.logprobs[at] =
-            survives(view, test, y) ? static_cast<float>(s - row.view.m - log_s) : -kInf;
-        a.log_norm[at] = static_cast<float>(shift + log_s - log_z * leader.inv_t);
-        a.kept[at] = static_cast<int32_t>(t.count);
-      });
-    }
-    // the masses of this temperature are overwritten by the next
-    if (!shared) row.view.inv_t = __builtin_nanf("");
+    const Status status = open_row(x, v, k.inv_t, stats, &row);
+    score_group(a, r, k.inv_t, row, status, base_max, log_z, done, scratch);
   }
 }

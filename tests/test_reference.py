@@ -155,6 +155,28 @@ def test_large_rows_equal_their_twins(rows, kind, v):
     _C.set_cpu_capability(before)
 
 
+@pytest.mark.parametrize("kind", ["normal", "spread", "ties", "holes", "power", "two_level"])
+def test_many_adaptors_of_one_temperature_equal_their_twins(rows, cpu_capability, kind):
+    """Adaptors of equal temperature share masses and, on long rows, the row's head."""
+    x = rows(kind, 2, 30_000)
+    knobs = [
+        {"top_k": 50},
+        {"top_k": 9000},
+        {"top_p": 0.5},
+        {"top_p": 0.95},
+        {"min_p": 0.05},
+        {"typical_p": 0.2},
+        {"typical_p": 0.9},
+        {"epsilon_cutoff": 1e-3},
+        {"eta_cutoff": 9e-4},
+        {"typical_p": 0.3, "min_tokens_to_keep": 9, "epsilon_cutoff": 0.01},
+        {"top_k": 200, "top_p": 0.9, "min_p": 0.01, "typical_p": 0.9, "eta_cutoff": 1e-3},
+    ]
+    many = [Adaptor(temperature=t, **k) for t in (0.7, 1.0) for k in knobs]
+    for tokens in (x.argmax(-1), torch.tensor([17, 29_999])):
+        assert_same_bits(score(x, tokens, many), reference.score(x, tokens, many))
+
+
 def test_generator_and_default_seeds_are_those_of_the_twin(rows):
     x = rows("spread", 5, 100)
     for generator in (None, torch.Generator()):
