@@ -185,7 +185,7 @@ class Generate:
             generation_config = copy.copy(generation_config)
             generation_config.do_sample = False
         if self.streamer is not None:
-            self.streamer.put(input_ids.cpu())  # type: ignore[no-untyped-call]
+            self.streamer.put(input_ids.cpu())
         output = model._sample(
             input_ids,
             logits_processor=logits_processor,
@@ -368,7 +368,7 @@ def _pad_token(config: GenerationConfig) -> int:
 
 def _is_sharded(model: Any) -> bool:
     """Whether ranks share the weights and so must call the model equally often."""
-    zero3 = is_deepspeed_zero3_enabled()  # type: ignore[no-untyped-call]
+    zero3 = is_deepspeed_zero3_enabled()
     if not (zero3 or is_fsdp_managed_module(model)):
         return False
     distributed = torch.distributed

@@ -7,6 +7,7 @@ outputs are detached.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -215,7 +216,7 @@ def _adapted_margins_backward_cpu(
     return out
 
 
-def _save_for_margins(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def _save_for_margins(ctx: Any, inputs: tuple[Any, ...], output: Margins) -> None:
     """Keeps the logits and one bit a token."""
     logits, tokens, knobs, ctx.order, ctx.ignore_index = inputs
     _, support, stats = output
@@ -223,7 +224,7 @@ def _save_for_margins(ctx, inputs, output):  # type: ignore[no-untyped-def]
     ctx.save_for_backward(logits, tokens, knobs, support, stats)
 
 
-def _margins_gradient(ctx, dmargins, *_):  # type: ignore[no-untyped-def]
+def _margins_gradient(ctx: Any, dmargins: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     """dL/dlogits = dL/dm / T * (onehot(y) - q)."""
     logits, tokens, knobs, support, stats = ctx.saved_tensors
     dlogits = torch.ops.fastadapt.adapted_margins_backward(
@@ -232,7 +233,7 @@ def _margins_gradient(ctx, dmargins, *_):  # type: ignore[no-untyped-def]
     return dlogits, None, None, None, None
 
 
-def _no_double_backward(ctx, *_):  # type: ignore[no-untyped-def]
+def _no_double_backward(ctx: Any, *_: Tensor) -> None:
     """Without this, autograd would return zeros."""
     raise RuntimeError("adapted_margins: expected a first-order gradient, got a double backward")
 
