@@ -69,9 +69,8 @@ static int64_t locate(const View<T>& view, const Test& test, int64_t target,
   part.x += begin;
   part.n = view.n - begin < kBlock ? view.n - begin : kBlock;
   part.e = view.e ? view.e + begin : scratch.cand_e;
-  part.id = view.id ? view.id + begin : nullptr;
   if (!view.e) weigh<false>(part, scratch.cand_e, nullptr);
-  // without ids of its own, a part would count from 0
+  // ids come from the view: a part without ids of its own would count from 0
   for_row(part.x, 0, part.n, part.inv_t, [&](int64_t i, F s) {
     const F e = load(part.e + i);
     const M chosen = test(s, e, ids_of(view, begin + i));
@@ -109,7 +108,6 @@ static void top_tokens(const Row<T>& base, double log_z, int64_t n, int64_t* ids
   }
 }
 
-template <class T>
 static void bad_sample(const SampleArgs& a, int64_t r, Status status) {
   const float nan = __builtin_nanf("");
   a.tokens[r] = -1;
@@ -133,7 +131,7 @@ static void sample_row(const SampleArgs& a, int64_t r, const Scratch& scratch) {
   Row<T> row;
   const RowStats stats = scan(x, v);
   const Status status = in_range(k) ? open_row(x, v, k.inv_t, stats, &row) : kBadKnob;
-  if (status != kOk) return bad_sample<T>(a, r, status);
+  if (status != kOk) return bad_sample(a, r, status);
 
   int64_t token = 0, kept = 1;
   double logprob = 0, log_s = 0;

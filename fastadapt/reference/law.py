@@ -68,10 +68,10 @@ class Law:
         bad = ~((t == 0) | ((t >= 1e-6) & (t <= torch.finfo(torch.float32).max)))
         bad |= ~(self._knob(adaptor, "top_k", 0) >= 0)
         bad |= ~(self._knob(adaptor, "min_tokens_to_keep", 1) >= 1)
-        for name, closed in (("top_p", True), ("min_p", True), ("typical_p", True)):
+        for name in ("top_p", "min_p", "typical_p"):
             knob = self._knob(adaptor, name, 0.0)
             low = knob > 0 if name == "typical_p" else knob >= 0
-            bad |= ~(low & (knob <= 1) & closed)
+            bad |= ~(low & (knob <= 1))
         for name in ("epsilon_cutoff", "eta_cutoff"):
             knob = self._knob(adaptor, name, 0.0)
             bad |= ~((knob >= 0) & (knob < 1))
