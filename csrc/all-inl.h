@@ -5,7 +5,11 @@
 #include "numerics-inl.h"
 #include "passes-inl.h"
 
+#include "window-inl.h"
+
 #include "select-inl.h"
+
+#include "row-inl.h"
 
 #include "filters-inl.h"
 

@@ -40,7 +40,7 @@ static void filter_row(const FilterArgs& a, int64_t r, const Scratch& scratch) {
   const Survivors<T> survivors(row, k, scratch);
   if (survivors.listed()) fill_minus_inf(out, v);
   survivors.visit([&](const auto& view, const auto& test) {
-    for_survivors(view, test, [&](int64_t i, F s, F, I, M chosen) {
+    for_survivors(view, test, [&](int64_t i, F s, M chosen) {
       if (view.id) {
         for (uint32_t b = bits(chosen); b; b &= b - 1) {
           const int64_t at = i + __builtin_ctz(b);
@@ -57,24 +57,29 @@ static void filter_row(const FilterArgs& a, int64_t r, const Scratch& scratch) {
   });
 }
 
-// The first survivor, by id, whose running mass exceeds the target; blocks holds their masses.
-template <class T, class Test>
-static int64_t locate(const View<T>& view, const Test& test, int64_t target,
+// The first survivor, by id, whose running mass exceeds the target; blocks(b) is the mass of those
+// in block b.
+template <class T, class Test, class Blocks>
+static int64_t locate(const View<T>& view, const Test& test, int64_t target, const Blocks& blocks,
                       const Scratch& scratch) {
   int64_t running = 0, b = 0;
   const int64_t last = (view.n - 1) / kBlock;
-  while (b < last && running + scratch.blocks[b] <= target) running += scratch.blocks[b++];
+  for (; b < last; ++b) {
+    const int64_t here = blocks(b);
+    if (running + here > target) break;
+    running += here;
+  }
   const int64_t begin = b * kBlock;
   View<T> part = view;
   part.x += begin;
   part.n = view.n - begin < kBlock ? view.n - begin : kBlock;
-  part.e = view.e ? view.e + begin : scratch.cand_e;
-  if (!view.e) weigh<false>(part, scratch.cand_e, nullptr);
-  // ids come from the view: a part without ids of its own would count from 0
-  for_row(part.x, 0, part.n, part.inv_t, [&](int64_t i, F s) {
-    const F e = load(part.e + i);
-    const M chosen = test(s, e, ids_of(view, begin + i));
-    store(scratch.cand_key + i, keep_if(chosen, e));
+  part.e = view.e ? view.e + begin : nullptr;
+  with_masses(part, [&](const auto& mass_at) {
+    for_view(part, [&](int64_t i, F s) {
+      // ids come from the view: a part without ids of its own would count from 0
+      const F e = mass_at(i, s);
+      store(scratch.cand_key + i, keep_if(test(s, e, ids_of(view, begin + i)), e));
+    });
   });
   for (int64_t i = 0; i < part.n; ++i) {
     running += static_cast<int64_t>(scratch.cand_key[i]);
@@ -91,8 +96,8 @@ static void top_tokens(const Row<T>& base, double log_z, int64_t n, int64_t* ids
   const int64_t finite = n < base.finite ? n : base.finite;
   View<T> counted = v;
   counted.e = nullptr;
-  const RankCut cut = select<true>(counted, RankKey{}, finite, v.n, scratch);
-  gather(counted, cut, scratch.cand_key, scratch.cand_e, scratch.cand_id);
+  const RankCut cut = select<true>(counted, RankKey{}, finite, v.n, false, scratch).cut;
+  gather(counted, cut, List{scratch.cand_key, scratch.cand_e, scratch.cand_id});
   for (int64_t i = 0; i < finite; ++i) {
     const float s = scratch.cand_key[i];
     int64_t at = i;  // ids ascend in the list, so equal logits keep that order
@@ -147,13 +152,17 @@ static void sample_row(const SampleArgs& a, int64_t r, const Scratch& scratch) {
       weigh_row(row, false, false, scratch);
       kept = row.finite;
       s = row.sums.z;
-      token = locate(row.view, Everything{}, draw_target(random, s), scratch);
+      token = locate(
+          row.view, Everything{}, draw_target(random, s),
+          [&](int64_t b) { return scratch.blocks[b]; }, scratch);
     } else {
-      survivors.visit_weighed([&](const auto& view, const auto& test) {
-        const Tally t = tally(view, test, scratch.blocks);
+      survivors.visit([&](const auto& view, const auto& test) {
+        const Tally t = survivors.settle(view, test);
         kept = t.count;
         s = t.z;
-        token = locate(view, test, draw_target(random, s), scratch);
+        token = locate(
+            view, test, draw_target(random, s),
+            [&](int64_t b) { return survivors.mass_of_block(b); }, scratch);
       });
     }
     log_s = log_mass(s);

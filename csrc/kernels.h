@@ -51,14 +51,19 @@ struct Knobs {
 
 // Buffers of one thread. Every array holds V rounded up plus a vector of padding.
 struct Scratch {
-  float* row_e;     // masses of the whole row before truncation to integers
-  int64_t* blocks;  // integer mass of each block of a view
-  float* list_s;    // survivors: scaled logit, mass, id
+  float* row_e;       // masses of the whole row before truncation to integers
+  int64_t* blocks;    // integer mass of each block of a view
+  int64_t* above;     // the same of what is certain to survive a cut
+  int64_t* cand_end;  // where the candidates of each block end
+  float* list_s;      // survivors: scaled logit, mass, id
   float* list_e;
   int32_t* list_id;
   float* cand_key;  // candidates for a threshold: key, mass, id
   float* cand_e;
   int32_t* cand_id;
+  float* fine_key;  // those that are left of them
+  float* fine_e;
+  int32_t* fine_id;
   float* head_s;  // the head of a row, which adaptors share: scaled logit, mass, id
   float* head_e;
   int32_t* head_id;

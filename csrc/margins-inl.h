@@ -32,7 +32,7 @@ static bool write_support(const T* x, int64_t v, const RowKnobs& k, uint8_t* sup
   if (!in_range(k) || k.greedy() || open_row(x, v, k.inv_t, scan(x, v), &row) != kOk) return false;
   const Survivors<T> survivors(row, k, scratch);
   survivors.visit([&](const auto& view, const auto& test) {
-    for_survivors(view, test, [&](int64_t i, F, F, I, M chosen) {
+    for_survivors(view, test, [&](int64_t i, F, M chosen) {
       uint32_t b = bits(chosen);
       if (!view.id) return store_bits(support, bytes, i, b);
       for (; b; b &= b - 1) {

@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <exception>
 #include <new>
+#include <type_traits>
 
 #include "kernels.h"
 
@@ -28,23 +29,24 @@ class ScratchBuffers {
 
  private:
   void grow(int64_t v) {
-    constexpr size_t kLine = 64, kArrays = 12;
+    constexpr size_t kLine = 64, kArrays = 17;
     // two vectors of padding, rounded up to lines
     const size_t bytes = (static_cast<size_t>(v) * 4 + 2 * 64 + kLine) / kLine * kLine;
     std::free(memory_);
     capacity_ = 0;
     memory_ = static_cast<char*>(std::aligned_alloc(kLine, bytes * kArrays));
     if (!memory_) throw std::bad_alloc();
-    char* at[kArrays];
-    for (size_t i = 0; i < kArrays; ++i) at[i] = memory_ + i * bytes;
-    auto floats = [&](int i) { return reinterpret_cast<float*>(at[i]); };
-    auto ints = [&](int i) { return reinterpret_cast<int32_t*>(at[i]); };
-    scratch_ = {floats(0), reinterpret_cast<int64_t*>(at[1]),
-                floats(2), floats(3),
-                ints(4),   floats(5),
-                floats(6), ints(7),
-                floats(8), floats(9),
-                ints(10),  floats(11)};
+    char* next = memory_;
+    const auto take = [&](auto*& array) {
+      array = reinterpret_cast<std::remove_reference_t<decltype(array)>>(next);
+      next += bytes;
+    };
+    Scratch& s = scratch_;
+    take(s.row_e), take(s.blocks), take(s.above), take(s.cand_end);
+    take(s.list_s), take(s.list_e), take(s.list_id);
+    take(s.cand_key), take(s.cand_e), take(s.cand_id);
+    take(s.fine_key), take(s.fine_e), take(s.fine_id);
+    take(s.head_s), take(s.head_e), take(s.head_id), take(s.row_f32);
     capacity_ = v;
   }
 

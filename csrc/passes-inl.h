@@ -12,7 +12,7 @@ struct View {
   int64_t n;
   float inv_t;
   float m;            // the row's largest scaled logit
-  const float* e;     // masses, or null while not known
+  const float* e;     // masses, or null: they are made where they are needed
   const int32_t* id;  // token ids, or null where the index is the id
 
   int32_t id_at(int64_t i) const { return id ? id[i] : static_cast<int32_t>(i); }
@@ -24,11 +24,20 @@ struct Sums {
   int64_t u;  // sum of surprisal masses
 };
 
-// Calls f(i, s) for each vector of a row; lanes past the end hold -inf.
-template <class T, class Fn>
+// Calls f(i, s) for each vector of a row; lanes past the end hold -inf. A short f gains a tenth
+// from four copies of it side by side, a long one is no longer inlined.
+template <int kUnroll = 1, class T, class Fn>
 static inline void for_row(const T* x, int64_t begin, int64_t end, float inv_t, Fn&& f) {
   const F scale = fset(inv_t);
   int64_t i = begin;
+  for (; kUnroll == 4 && i + 4 * W <= end; i += 4 * W) {
+    const F a = mul(load(x + i), scale), b = mul(load(x + i + W), scale);
+    const F c = mul(load(x + i + 2 * W), scale), d = mul(load(x + i + 3 * W), scale);
+    f(i, a);
+    f(i + W, b);
+    f(i + 2 * W, c);
+    f(i + 3 * W, d);
+  }
   for (; i + W <= end; i += W) f(i, mul(load(x + i), scale));
   if (i < end) {
     T tail[W];
@@ -36,6 +45,27 @@ static inline void for_row(const T* x, int64_t begin, int64_t end, float inv_t, 
     std::memcpy(tail, x + i, static_cast<size_t>(end - i) * sizeof(T));
     f(i, mul(load(tail), scale));
   }
+}
+
+// As for_row, but only where `wanted` says yes for a lane of four vectors: where few lanes are
+// wanted that is one branch for four, and where many are, f needs none.
+template <class T, class Wanted, class Fn>
+static inline void for_wanted(const T* x, int64_t begin, int64_t end, float inv_t, Wanted&& wanted,
+                              Fn&& f) {
+  const F scale = fset(inv_t);
+  int64_t i = begin;
+  for (; i + 4 * W <= end; i += 4 * W) {
+    const F a = mul(load(x + i), scale), b = mul(load(x + i + W), scale);
+    const F c = mul(load(x + i + 2 * W), scale), d = mul(load(x + i + 3 * W), scale);
+    if (!any(either(either(wanted(i, a), wanted(i + W, b)),
+                    either(wanted(i + 2 * W, c), wanted(i + 3 * W, d)))))
+      continue;
+    f(i, a);
+    f(i + W, b);
+    f(i + 2 * W, c);
+    f(i + 3 * W, d);
+  }
+  for_row(x, i, end, inv_t, static_cast<Fn&&>(f));
 }
 
 template <class T, class Fn>
@@ -85,7 +115,7 @@ static Sums weigh(const View<T>& v, float* e_out, int64_t* blocks) {
   for (int64_t begin = 0, b = 0; begin < v.n; begin += kBlock, ++b) {
     const int64_t end = begin + kBlock < v.n ? begin + kBlock : v.n;
     L z = lzero(), u = lzero();
-    for_row(v.x, begin, end, v.inv_t, [&](int64_t i, F s) {
+    for_row<4>(v.x, begin, end, v.inv_t, [&](int64_t i, F s) {
       const F d = sub(s, m);
       const F e = mass(d);
       if (e_out) store(e_out + i, e);
@@ -123,6 +153,12 @@ struct MassCut {
   }
 };
 
+// The same where only the masses decide: of a row, where no token of less can be the guard's.
+struct LightCut {
+  float e;
+  M operator()(F, F mass, I) const { return ge(mass, fset(e)); }
+};
+
 // Minus the distance to the mean surprisal: typical's key, the larger the more typical.
 struct TypicalKey {
   float m, centre;
@@ -139,51 +175,79 @@ struct Band {
   M operator()(F s, F e, I ids) const { return both(gt(s, fset(-kInf)), cut(key(s), e, ids)); }
 };
 
-// Calls f(i, s, e, ids, chosen) for each vector of a view; e is 0 where masses are not known.
+// Calls f(mass_at), mass_at(i, s) being the masses at i: stored ones, or made from s.
+template <class T, class Fn>
+static inline auto with_masses(const View<T>& v, Fn&& f) {
+  const float* e = v.e;
+  if (e) return f([e](int64_t i, F) { return load(e + i); });
+  const F m = fset(v.m);
+  return f([m](int64_t, F s) { return mass(sub(s, m)); });
+}
+
+// Calls f(i, s, chosen) for each vector of a view.
 template <class T, class Test, class Fn>
 static inline void for_survivors(const View<T>& v, const Test& test, Fn&& f) {
-  for_view(v, [&](int64_t i, F s) {
-    const F e = v.e ? load(v.e + i) : fset(0.0f);
-    const I ids = ids_of(v, i);
-    f(i, s, e, ids, test(s, e, ids));
+  with_masses(v, [&](const auto& mass_at) {
+    for_view(v, [&](int64_t i, F s) { f(i, s, test(s, mass_at(i, s), ids_of(v, i))); });
   });
 }
 
-// Number of survivors and their masses; one sum per block for the draw.
+// Exact integer mass and number of some tokens.
 struct Tally {
-  int64_t count;
   int64_t z;
+  int64_t count;
 };
+
+// What a test keeps of a view; one sum per block where asked for.
 template <class T, class Test>
 static Tally tally(const View<T>& v, const Test& test, int64_t* blocks) {
   Tally t{0, 0};
-  for (int64_t begin = 0, b = 0; begin < v.n; begin += kBlock, ++b) {
-    View<T> part = v;
-    part.n = begin + kBlock < v.n ? begin + kBlock : v.n;
-    L z = lzero();
-    for_row(v.x, begin, part.n, v.inv_t, [&](int64_t i, F s) {
-      const F e = load(v.e + i);
-      const M chosen = test(s, e, ids_of(v, i));
-      t.count += count(chosen);
-      z = add_truncated(z, keep_if(chosen, e));
-    });
-    blocks[b] = total(z);
-    t.z += blocks[b];
-  }
+  with_masses(v, [&](const auto& mass_at) {
+    for (int64_t begin = 0, b = 0; begin < v.n; begin += kBlock, ++b) {
+      const int64_t end = begin + kBlock < v.n ? begin + kBlock : v.n;
+      L z = lzero();
+      for_row(v.x, begin, end, v.inv_t, [&](int64_t i, F s) {
+        const F e = mass_at(i, s);
+        const M chosen = test(s, e, ids_of(v, i));
+        t.count += count(chosen);
+        z = add_if(chosen, z, truncated(e));
+      });
+      const int64_t block = total(z);
+      if (blocks) blocks[b] = block;
+      t.z += block;
+    }
+  });
   return t;
+}
+
+// Elements side by side: keys, masses and ids, in the order of the view they come from.
+struct List {
+  float* key;
+  float* e;
+  int32_t* id;
+};
+static inline View<float> view_of(const List& list, int64_t n) {
+  return {list.key, n, 1.0f, 0.0f, list.e, list.id};
 }
 
 // Copies the survivors, in order, to a list; the view may be that list itself.
 template <class T, class Test>
-static int64_t gather(const View<T>& v, const Test& test, float* s_out, float* e_out,
-                      int32_t* id_out) {
-  int64_t n = 0;
-  for_survivors(v, test, [&](int64_t, F s, F e, I ids, M chosen) {
-    if (!any(chosen)) return;
-    compress(s_out + n, chosen, s);
-    compress(e_out + n, chosen, e);
-    compress(id_out + n, chosen, ids);
-    n += count(chosen);
+static int64_t gather(const View<T>& view, const Test& test, const List& list) {
+  // copies: the compiler takes every vector that is written for a change of what a reference holds
+  const View<T> v = view;
+  const List out = list;
+  return with_masses(v, [&](const auto& mass_at) {
+    int64_t n = 0;
+    const auto chosen = [&](int64_t i, F s) { return test(s, mass_at(i, s), ids_of(v, i)); };
+    for_wanted(v.x, 0, v.n, v.inv_t, chosen, [&](int64_t i, F s) {
+      const F e = mass_at(i, s);
+      const I ids = ids_of(v, i);
+      const M m = test(s, e, ids);
+      compress(out.key + n, m, s);
+      compress(out.e + n, m, e);
+      compress(out.id + n, m, ids);
+      n += count(m);
+    });
+    return n;
   });
-  return n;
 }

@@ -18,8 +18,8 @@ static bool survives(const View<T>& view, const Test& test, int64_t token) {
     if (low == view.n || view.id[low] != token) return false;
     at = low;
   }
-  const F e = fset(view.e ? view.e[at] : 0.0f);
-  return bits(test(fset(view.s_at(at)), e, iset(static_cast<int32_t>(token)))) & 1;
+  const float s = view.s_at(at);
+  return bits(test(fset(s), mass(fset(s - view.m)), iset(static_cast<int32_t>(token)))) & 1;
 }
 
 static void fill_score(const ScoreArgs& a, int64_t r, int64_t adaptor, float value) {
@@ -51,8 +51,8 @@ static void score_group(const ScoreArgs& a, int64_t r, float inv_t, Row<T>& row,
       continue;
     }
     Survivors<T> survivors(row, k, scratch);
-    survivors.visit_weighed([&](const auto& view, const auto& test) {
-      const Tally t = tally(view, test, scratch.blocks);
+    survivors.visit([&](const auto& view, const auto& test) {
+      const Tally t = survivors.settle(view, test);
       const double log_s = log_mass(t.z);
       const double shift = row.view.m - base_max * inv_t;
       const double s = row.view.s_at(y);

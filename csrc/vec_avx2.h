@@ -90,12 +90,21 @@ static inline __m256i truncated(__m128i e) {
   const __m256i right = _mm256_cvtepi32_epi64(_mm_sub_epi32(_mm_set1_epi32(150), exponent));
   return _mm256_or_si256(_mm256_sllv_epi64(wide, left), _mm256_srlv_epi64(wide, right));
 }
-static inline L add_truncated(L sum, F e) {
+using Q = L;
+static inline Q truncated(F e) {
   const __m256i b = _mm256_castps_si256(e);
-  sum.low = _mm256_add_epi64(sum.low, truncated(_mm256_castsi256_si128(b)));
-  sum.high = _mm256_add_epi64(sum.high, truncated(_mm256_extracti128_si256(b, 1)));
-  return sum;
+  return {truncated(_mm256_castsi256_si128(b)), truncated(_mm256_extracti128_si256(b, 1))};
 }
+static inline L add(L sum, Q q) {
+  return {_mm256_add_epi64(sum.low, q.low), _mm256_add_epi64(sum.high, q.high)};
+}
+static inline L add_if(M m, L sum, Q q) {
+  const __m256i b = _mm256_castps_si256(m);
+  const __m256i low = _mm256_cvtepi32_epi64(_mm256_castsi256_si128(b));
+  const __m256i high = _mm256_cvtepi32_epi64(_mm256_extracti128_si256(b, 1));
+  return add(sum, {_mm256_and_si256(low, q.low), _mm256_and_si256(high, q.high)});
+}
+static inline L add_truncated(L sum, F e) { return add(sum, truncated(e)); }
 static inline int64_t total(L sum) {
   alignas(32) int64_t lanes[4];
   _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), _mm256_add_epi64(sum.low, sum.high));

@@ -67,11 +67,19 @@ static inline F scale_by(F p, F biased, int offset) {
   return _mm512_mul_ps(p, _mm512_castsi512_ps(exponent));
 }
 
-static inline L add_truncated(L sum, F e) {
-  const __m512i low = _mm512_cvttps_epi64(_mm512_castps512_ps256(e));
-  const __m512i high = _mm512_cvttps_epi64(_mm512_extractf32x8_ps(e, 1));
-  return _mm512_add_epi64(sum, _mm512_add_epi64(low, high));
+struct Q {
+  __m512i low, high;
+};
+static inline Q truncated(F e) {
+  return {_mm512_cvttps_epi64(_mm512_castps512_ps256(e)),
+          _mm512_cvttps_epi64(_mm512_extractf32x8_ps(e, 1))};
 }
+static inline L add(L sum, Q q) { return _mm512_add_epi64(sum, _mm512_add_epi64(q.low, q.high)); }
+static inline L add_if(M m, L sum, Q q) {
+  const L low = _mm512_mask_add_epi64(sum, static_cast<__mmask8>(m), sum, q.low);
+  return _mm512_mask_add_epi64(low, static_cast<__mmask8>(m >> 8), low, q.high);
+}
+static inline L add_truncated(L sum, F e) { return add(sum, truncated(e)); }
 static inline int64_t total(L sum) { return _mm512_reduce_add_epi64(sum); }
 
 static inline float max_lane(F a) { return _mm512_reduce_max_ps(a); }

@@ -1,9 +1,10 @@
 // One lane: the portable form of the vector vocabulary, and its documentation.
-// F: floats, I: int32, M: a mask of lanes, L: int64 sums of truncated floats.
+// F: floats, I: int32, M: a mask of lanes, Q: floats truncated to int64, L: int64 sums of those.
 
 using F = float;
 using I = int32_t;
 using M = bool;
+using Q = int64_t;
 using L = int64_t;
 constexpr int W = 1;
 
@@ -53,7 +54,10 @@ static inline F scale_by(F p, F biased, int offset) {
   return p * bits_float((float_bits(biased) << 23) + (static_cast<uint32_t>(offset + 127) << 23));
 }
 
-static inline L add_truncated(L sum, F e) { return sum + static_cast<int64_t>(e); }
+static inline Q truncated(F e) { return static_cast<int64_t>(e); }
+static inline L add(L sum, Q q) { return sum + q; }
+static inline L add_if(M m, L sum, Q q) { return m ? sum + q : sum; }
+static inline L add_truncated(L sum, F e) { return add(sum, truncated(e)); }
 static inline int64_t total(L sum) { return sum; }
 
 static inline float max_lane(F a) { return a; }
