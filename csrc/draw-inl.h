@@ -26,7 +26,7 @@ static void filter_row(const FilterArgs& a, int64_t r, const Scratch& scratch) {
   T* out = static_cast<T*>(a.out) + r * v;
   const RowKnobs k = knobs_of(a.knobs, r);
   Row<T> row;
-  const RowStats stats = scan(x, v);
+  const RowStats stats = scan(x, v, scratch.team);
   if (!in_range(k) || open_row(x, v, k.inv_t, stats, &row) != kOk) {
     std::memcpy(out, x, static_cast<size_t>(v) * sizeof(T));
     return;
@@ -134,7 +134,7 @@ static void sample_row(const SampleArgs& a, int64_t r, const Scratch& scratch) {
   const T* x = static_cast<const T*>(a.rows.data) + r * a.rows.stride;
   const RowKnobs k = knobs_of(a.knobs, r);
   Row<T> row;
-  const RowStats stats = scan(x, v);
+  const RowStats stats = scan(x, v, scratch.team);
   const Status status = in_range(k) ? open_row(x, v, k.inv_t, stats, &row) : kBadKnob;
   if (status != kOk) return bad_sample(a, r, status);
 

@@ -34,7 +34,7 @@ class Survivors {
   // Mass and number of the survivors, in the view that visit gives.
   template <class V, class Test>
   Tally settle(const V& view, const Test& test) const {
-    return kept_known_ ? kept_ : tally(view, test, scratch_.blocks);
+    return kept_known_ ? kept_ : tally(view, test, scratch_.blocks, scratch_.team);
   }
 
   // After settle: the mass of the survivors in a block of that view.
@@ -209,8 +209,7 @@ class Survivors {
   // Top-p of a row that is not weighed yet, in the pass that weighs it.
   template <class V>
   void top_p_in(Window window, V& view) {
-    const List inside{scratch_.cand_key, scratch_.cand_e, scratch_.cand_id};
-    const Split s = split<false, true>(view, RankKey{}, window, inside, &scratch_);
+    const Split s = split<false, true>(view, RankKey{}, window, scratch_);
     row_.sums = {s.all, 0};
     row_.weighed = true;
     keep_at_least(view,
@@ -299,7 +298,7 @@ class Survivors {
     if (k_.keep > 1) {
       cut.guard = {(head ? best(row_.head, k_.keep) : best(view, k_.keep)).key, kAllIds};
     } else if (typical_ran_) {  // the row's maximum may be gone
-      cut.guard.key = scan(view.x, view.n).max * view.inv_t;
+      cut.guard.key = scan(view.x, view.n, scratch_.team).max * view.inv_t;
     }
     keep_mass(cut);
     if (head) adopt_head();

@@ -49,6 +49,14 @@ struct Knobs {
   Order order;
 };
 
+// Threads that share one long row.
+struct Team {
+  int size;  // at most kMaxTeam
+  // Calls part(context, 0) to part(context, parts - 1) at the same time, and waits for them.
+  void (*run)(int parts, void (*part)(void* context, int index), void* context);
+};
+constexpr int kMaxTeam = 64;
+
 // Buffers of one thread. Every array holds V rounded up plus a vector of padding.
 struct Scratch {
   float* row_e;       // masses of the whole row before truncation to integers
@@ -67,7 +75,8 @@ struct Scratch {
   float* head_s;  // the head of a row, which adaptors share: scaled logit, mass, id
   float* head_e;
   int32_t* head_id;
-  float* row_f32;  // a float64 row rounded to float32
+  float* row_f32;    // a float64 row rounded to float32
+  const Team* team;  // null where the thread is alone
 };
 
 struct FilterArgs {

@@ -29,7 +29,8 @@ static bool write_support(const T* x, int64_t v, const RowKnobs& k, uint8_t* sup
   const int64_t bytes = (v + 7) / 8;
   std::memset(support, 0, static_cast<size_t>(bytes));
   Row<T> row;
-  if (!in_range(k) || k.greedy() || open_row(x, v, k.inv_t, scan(x, v), &row) != kOk) return false;
+  if (!in_range(k) || k.greedy() || open_row(x, v, k.inv_t, scan(x, v, scratch.team), &row) != kOk)
+    return false;
   const Survivors<T> survivors(row, k, scratch);
   survivors.visit([&](const auto& view, const auto& test) {
     for_survivors(view, test, [&](int64_t i, F, M chosen) {

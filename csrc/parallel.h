@@ -55,12 +55,26 @@ class ScratchBuffers {
   Scratch scratch_{};
 };
 
-// Runs rows [0, n) on up to num_threads threads. With one thread no parallel region is entered: a
-// forked child of a process whose pool has run would hang in it.
+#ifdef _OPENMP
+inline void run_team(int parts, void (*part)(void*, int), void* context) {
+#pragma omp parallel for num_threads(parts) schedule(static, 1)
+  for (int i = 0; i < parts; ++i) part(context, i);
+}
+#endif
+
+// Runs rows [0, n) on up to num_threads threads: a row on each, or, where that would leave half of
+// them idle, one row after the other on all of them. With one thread no parallel region is entered:
+// a forked child of a process whose pool has run would hang in it.
 template <class Args>
 void run_rows(void (*kernel)(const Args&, const Scratch&, int64_t, int64_t), const Args& args,
               int64_t n, int64_t v, [[maybe_unused]] int num_threads) {
 #ifdef _OPENMP
+  if (2 * n <= num_threads) {
+    const Team team{num_threads < kMaxTeam ? num_threads : kMaxTeam, run_team};
+    Scratch scratch = ScratchBuffers::of_this_thread().of(v);
+    scratch.team = &team;
+    return kernel(args, scratch, 0, n);
+  }
   const int threads = n < num_threads ? static_cast<int>(n) : num_threads;
   if (threads > 1) {
     std::exception_ptr failure;

@@ -77,8 +77,8 @@ static void weigh_row(Row<T>& row, bool with_u, bool with_masses, const Scratch&
   const bool have = row.weighed && (row.with_u || !with_u) && (row.view.e || !with_masses);
   if (have) return;
   float* e = with_masses ? scratch.row_e : nullptr;
-  row.sums =
-      with_u ? weigh<true>(row.view, e, scratch.blocks) : weigh<false>(row.view, e, scratch.blocks);
+  row.sums = with_u ? weigh<true>(row.view, e, scratch.blocks, scratch.team)
+                    : weigh<false>(row.view, e, scratch.blocks, scratch.team);
   row.view.e = with_masses ? e : row.view.e;
   row.weighed = true;
   row.with_u = with_u;

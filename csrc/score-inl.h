@@ -74,7 +74,7 @@ static void score_row(const ScoreArgs& a, int64_t r, const Scratch& scratch) {
     for (int64_t i = 0; i < a.num_adaptors; ++i) fill_score(a, r, i, 0);
     return;
   }
-  const RowStats stats = scan(x, v);
+  const RowStats stats = scan(x, v, scratch.team);
   Row<T> row;
   if (open_row(x, v, 1.0f, stats, &row) != kOk) {
     a.base_logprobs[r] = a.entropy[r] = nan;

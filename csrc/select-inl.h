@@ -10,44 +10,47 @@ struct Split {
   int64_t all;  // exact weight of the view, where it is asked for
 };
 
-// Copies key, mass and id of the elements inside a window to a list, in order. Where marks are
-// asked for, they hold for each block the weight above and where its candidates end, and with kAll
-// the weight of the block.
+// Where a split notes, for each block, the weight above the window and where its candidates end;
+// with kAll also the weight of the block.
+struct Marks {
+  int64_t* above;
+  int64_t* cand_end;
+  int64_t* blocks;
+};
+
+// Copies key, mass and id of the elements inside a window to a list, in order, for a part of a view
+// that begins with a block. Marks may be null.
 template <bool kCount, bool kAll, class T, class Key>
-static Split split(const View<T>& view, Key key, Window window, const List& list,
-                   const Scratch* marks) {
+static Split split_part(const View<T>& view, int64_t from, int64_t to, Key key, Window window,
+                        const List& list, const Marks* marks) {
   // copies: the compiler takes every vector that is written for a change of what a reference holds
   const View<T> v = view;
   const List out = list;
   int64_t all = 0, z = 0, above_count = 0, n = 0;
   const F low = fset(window.low), high = fset(window.high);
   with_masses(v, [&](const auto& mass_at) {
-    for (int64_t begin = 0, b = 0; begin < v.n; begin += kBlock, ++b) {
-      const int64_t end = begin + kBlock < v.n ? begin + kBlock : v.n;
+    for (int64_t begin = from, b = from / kBlock; begin < to; begin += kBlock, ++b) {
+      const int64_t end = begin + kBlock < to ? begin + kBlock : to;
       L above = lzero(), whole = lzero();
-      for_row(v.x, begin, end, v.inv_t, [&](int64_t i, F x) {
-        const F k = key(x);
-        const M not_below = ge(k, low);
-        F e;
-        Q q;
-        if (kAll) {
-          e = mass_at(i, x);
-          q = truncated(e);
-          whole = add(whole, q);
-        }
-        if (window.sparse && !any(not_below)) return;  // the branch pays only then
-        if (!kAll) {
-          e = mass_at(i, x);
-          q = truncated(e);
-        }
-        const M is_above = ge(k, high), is_inside = but_not(not_below, is_above);
+      const auto sort_out = [&](int64_t i, F x) __attribute__((always_inline)) {
+        const F k = key(x), e = mass_at(i, x);
+        const M not_below = ge(k, low), is_above = ge(k, high);
+        const M is_inside = but_not(not_below, is_above);
+        const Q q = truncated(e);
+        if (kAll) whole = add(whole, q);
         above_count += count(is_above);
         if (!kCount) above = add_if(is_above, above, q);
         compress(out.key + n, is_inside, k);
         compress(out.id + n, is_inside, ids_of(v, i));
         compress(out.e + n, is_inside, e);
         n += count(is_inside);
-      });
+      };
+      if (window.sparse && !kAll) {
+        const auto not_below = [&](int64_t, F x) { return ge(key(x), low); };
+        for_wanted(v.x, begin, end, v.inv_t, not_below, sort_out);
+      } else {
+        for_row(v.x, begin, end, v.inv_t, sort_out);
+      }
       const int64_t here = total(above);
       z += here;
       if (kAll) all += total(whole);
@@ -58,6 +61,34 @@ static Split split(const View<T>& view, Key key, Window window, const List& list
     }
   });
   return {{kCount ? above_count : z, above_count}, n, all};
+}
+
+// Splits a view; the candidates and their marks go to the scratch buffers.
+template <bool kCount, bool kAll, class T, class Key>
+static Split split(const View<T>& v, Key key, Window window, const Scratch& scratch) {
+  const List list{scratch.cand_key, scratch.cand_e, scratch.cand_id};
+  const Marks marks{scratch.above, scratch.cand_end, scratch.blocks};
+  Split of_part[kMaxTeam];
+  int64_t begins[kMaxTeam], ends[kMaxTeam];
+  const int parts = in_parts(scratch.team, v.n, [&](int part, int64_t begin, int64_t end) {
+    const List here{list.key + begin, list.e + begin, list.id + begin};
+    of_part[part] = split_part<kCount, kAll>(v, begin, end, key, window, here, &marks);
+    begins[part] = begin;
+    ends[part] = end;
+  });
+  Split s = of_part[0];
+  for (int i = 1; i < parts; ++i) {  // side by side
+    const Split& p = of_part[i];
+    if (p.n > 0) {
+      const size_t bytes = static_cast<size_t>(p.n) * 4;
+      std::memmove(list.key + s.n, list.key + begins[i], bytes);
+      std::memmove(list.e + s.n, list.e + begins[i], bytes);
+      std::memmove(list.id + s.n, list.id + begins[i], bytes);
+    }
+    for (int64_t b = begins[i] / kBlock; b * kBlock < ends[i]; ++b) marks.cand_end[b] += s.n;
+    s = {{s.above.z + p.above.z, s.above.count + p.above.count}, s.n + p.n, s.all + p.all};
+  }
+  return s;
 }
 
 // The window between two neighbouring pivots, or beyond the last, that holds the target.
@@ -117,7 +148,7 @@ static RankCut cut_among(int64_t n, int64_t target, const Scratch& scratch) {
       sums_above<kCount>(v, pivots, sums);
       window = window_of(pivots, sums, static_cast<double>(target));
     }
-    const Split s = split<kCount, false>(v, RankKey{}, window, fine, nullptr);
+    const Split s = split_part<kCount, false>(v, 0, v.n, RankKey{}, window, fine, nullptr);
     // approximate sums may miss the target by a hair
     if (!careful && (s.above.z >= target || s.above.z + weight_of<kCount>(fine, s.n) < target)) {
       careful = true;
@@ -145,10 +176,10 @@ static Selection select_in(Window window, Split s, const View<T>& v, Key key, in
                            bool ties_stay, const Scratch& scratch) {
   const List inside{scratch.cand_key, scratch.cand_e, scratch.cand_id};
   if (s.above.z >= target) {
-    s = split<kCount, false>(v, key, {window.high, kInf, window.sparse}, inside, &scratch);
+    s = split<kCount, false>(v, key, {window.high, kInf, window.sparse}, scratch);
   } else if (s.above.z + weight_of<kCount>(inside, s.n) < target) {
     if (window.low > kLowestKey)
-      s = split<kCount, false>(v, key, {kLowestKey, window.low, false}, inside, &scratch);
+      s = split<kCount, false>(v, key, {kLowestKey, window.low, false}, scratch);
     if (s.above.z + weight_of<kCount>(inside, s.n) < target)
       return {{kLowestKey, kAllIds}, {0, 0}, false, -1};  // everything stays
   }
@@ -156,7 +187,7 @@ static Selection select_in(Window window, Split s, const View<T>& v, Key key, in
   if (ties_stay) cut.id = kAllIds;
   const int64_t listed = s.above.count == 0 ? s.n : -1;
   if (kCount) return {cut, {0, 0}, false, listed};
-  const Tally t = tally(candidates(s.n, scratch), cut, nullptr);
+  const Tally t = tally(candidates(s.n, scratch), cut, nullptr, nullptr);
   return {cut, {s.above.z + t.z, s.above.count + t.count}, true, listed};
 }
 
@@ -164,7 +195,6 @@ static Selection select_in(Window window, Split s, const View<T>& v, Key key, in
 template <bool kCount, class T, class Key>
 static Selection select(const View<T>& v, Key key, int64_t target, int64_t all, bool ties_stay,
                         const Scratch& scratch) {
-  const List inside{scratch.cand_key, scratch.cand_e, scratch.cand_id};
   const List heavy{scratch.fine_key, scratch.fine_e, scratch.fine_id};
   Window window = kEverywhere;
   if (Sample<kCount>::pays(v.n)) {
@@ -174,7 +204,7 @@ static Selection select(const View<T>& v, Key key, int64_t target, int64_t all, 
       window = Sample<kCount>(v, key, all, heavy).window(all - target);
     }
   }
-  const Split s = split<kCount, false>(v, key, window, inside, &scratch);
+  const Split s = split<kCount, false>(v, key, window, scratch);
   return select_in<kCount>(window, s, v, key, target, ties_stay, scratch);
 }
 
@@ -182,5 +212,6 @@ static Selection select(const View<T>& v, Key key, int64_t target, int64_t all, 
 static int64_t kept_of_block(int64_t b, const RankCut& cut, const Scratch& scratch) {
   const int64_t begin = b > 0 ? scratch.cand_end[b - 1] : 0;
   const List here{scratch.cand_key + begin, scratch.cand_e + begin, scratch.cand_id + begin};
-  return scratch.above[b] + tally(view_of(here, scratch.cand_end[b] - begin), cut, nullptr).z;
+  return scratch.above[b] +
+         tally(view_of(here, scratch.cand_end[b] - begin), cut, nullptr, nullptr).z;
 }

@@ -171,7 +171,7 @@ class Sample {
     }
     int64_t present = 0;
     for (int64_t j = 0; j < n_; j += W) present += count(ge(load(keys_ + j), fset(window_.low)));
-    window_.sparse = present * 32 < n_;
+    window_.sparse = present * 16 < n_;
     return window_;
   }
 

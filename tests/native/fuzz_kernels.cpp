@@ -161,7 +161,8 @@ Arrays run(const KernelTable& table, const Problem& p) {
   const auto f = [&] { return buffers.add<float>("", (p.v + 15) / 16 * 16 + 16); };
   const auto i = [&] { return reinterpret_cast<int32_t*>(f()); };
   const auto l = [&] { return reinterpret_cast<int64_t*>(f()); };
-  const Scratch scratch{f(), l(), l(), l(), f(), f(), i(), f(), f(), i(), f(), f(), i(), f(), f(), i(), f()};
+  const Scratch scratch{f(), l(), l(), l(), f(), f(), i(), f(), f(),
+                        i(), f(), f(), i(), f(), f(), i(), f()};
   const Rows rows{p.logits.get(), p.dtype, p.n, p.v, p.stride};
   const int64_t n = p.n, v = p.v, a = static_cast<int64_t>(p.knobs.size()), t = p.top_n;
   const int64_t* y = p.tokens.data();
