@@ -17,10 +17,9 @@ else
   checks=(-O1 -g -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all)
 fi
 
-sources=(csrc/dispatch.cpp csrc/isa_scalar.cpp tests/native/fuzz_kernels.cpp)
-[[ $(uname -m) == x86_64 ]] && sources+=(csrc/isa_avx2.cpp csrc/isa_avx512.cpp)
 flags=(-std=c++17 -ffp-contract=off -fno-math-errno -Icsrc "${checks[@]}")
-for source in "${sources[@]}"; do
+for source in csrc/*.cpp tests/native/fuzz_kernels.cpp; do
+  [[ $source == *bindings.cpp ]] && continue
   ${CXX:-g++} "${flags[@]}" -c "$source" -o "$work/$(basename "$source").o"
 done
 ${CXX:-g++} "${flags[@]}" "$work"/*.o -o "$work/fuzz"
