@@ -22,6 +22,34 @@ settings.load_profile("fastadapt")
 CAPABILITIES = ("scalar", "avx2", "avx512")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Adds `--cpu-capability`: the whole list with one instruction set, not the best one."""
+    parser.addoption(
+        "--cpu-capability",
+        choices=_C.cpu_capabilities(),
+        help="run all tests with this instruction set of the kernels",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Sets the instruction set that was asked for."""
+    if asked := config.getoption("--cpu-capability"):
+        _C.set_cpu_capability(asked)
+
+
+def pytest_report_header() -> str:
+    """Says which instruction set the tests start from."""
+    return f"kernels: {_C.cpu_capability()} of {', '.join(_C.cpu_capabilities())}"
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Runs tests that take `cpu_capability` with each instruction set, or the one asked for."""
+    if "cpu_capability" in metafunc.fixturenames:
+        asked = metafunc.config.getoption("--cpu-capability")
+        names = (asked,) if asked else CAPABILITIES
+        metafunc.parametrize("cpu_capability", names, indirect=True)
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skips the tests marked `gpu` where there is no CUDA device."""
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
@@ -34,23 +62,29 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _same_cpu_capability() -> Iterator[None]:
+    """Puts back the instruction set that a test has changed."""
+    before = _C.cpu_capability()
+    yield
+    _C.set_cpu_capability(before)
+
+
 @pytest.fixture
 def generator() -> torch.Generator:
     """A seeded CPU generator, apart from the default one."""
     return torch.Generator().manual_seed(0)
 
 
-@pytest.fixture(params=CAPABILITIES)
-def cpu_capability(request: pytest.FixtureRequest) -> Iterator[str]:
+@pytest.fixture
+def cpu_capability(request: pytest.FixtureRequest) -> str:
     """Runs the test once with each instruction set; skips those that this CPU lacks."""
     supported = _C.cpu_capabilities()
     assert set(supported) <= set(CAPABILITIES), "an instruction set that no test runs with"
     if request.param not in supported:
         pytest.skip(f"this CPU supports {', '.join(supported)}, not {request.param}")
-    before = _C.cpu_capability()
     _C.set_cpu_capability(request.param)
-    yield request.param
-    _C.set_cpu_capability(before)
+    return request.param
 
 
 @pytest.fixture

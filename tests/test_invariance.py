@@ -12,6 +12,15 @@ from fastadapt import _C, Adaptor, adapted_margins, filter_logits, sample, score
 
 V, N = 5003, 24
 ASKED = {"base_logprobs": True, "log_mass": True, "top_logprobs": 5}
+MORE_THAN_CORES = (os.cpu_count() or 1) + 3
+# One for each way through the kernels: a plain draw, one threshold, several, a band.
+ADAPTORS = {
+    "temperature": Adaptor(temperature=0.8),
+    "top_p": Adaptor(temperature=0.8, top_p=0.9),
+    "top_k": Adaptor(top_k=50, top_p=0.95, min_p=1e-4),
+    "typical": Adaptor(typical_p=0.9),
+    "tails": Adaptor(temperature=1.2, epsilon_cutoff=1e-6, eta_cutoff=1e-4, order="vllm"),
+}
 
 
 @pytest.fixture
@@ -62,11 +71,10 @@ def assert_all_equal(a, b):
 
 def test_instruction_sets_agree(batch):
     adaptor = per_row_adaptor()
-    before, results = _C.cpu_capability(), []
+    results = []
     for name in _C.cpu_capabilities():
         _C.set_cpu_capability(name)
         results.append(everything(batch[0], adaptor, *batch[1:]))
-    _C.set_cpu_capability(before)
     for other in results[1:]:
         assert_all_equal(results[0], other)
 
@@ -75,12 +83,11 @@ def test_instruction_sets_agree_on_the_sign_of_zero():
     """Zeros of both signs compete for the maximum; torch.equal would not see which one won."""
     x = torch.full((1, 4096), -100.0)
     x[0, 0], x[0, 1000] = -0.0, 0.0
-    before, seen = _C.cpu_capability(), set()
+    seen = set()
     for name in _C.cpu_capabilities():
         _C.set_cpu_capability(name)
         drawn = sample(x, Adaptor(top_p=0.1), seeds=torch.zeros(1, dtype=torch.int64))
         seen.add(str(drawn.logprobs.item()))
-    _C.set_cpu_capability(before)
     assert len(seen) == 1
 
 
@@ -89,13 +96,41 @@ def test_unknown_instruction_set_raises():
         _C.set_cpu_capability("sse9")
 
 
-@pytest.mark.parametrize("threads", [2, 3, 7])
+@pytest.mark.parametrize("threads", [2, 3, 7, MORE_THAN_CORES])
 def test_threads_change_nothing(batch, num_threads, threads):
     adaptor = per_row_adaptor()
     num_threads(1)
     one = everything(batch[0], adaptor, *batch[1:])
     num_threads(threads)
     assert_all_equal(one, everything(batch[0], adaptor, *batch[1:]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ADAPTORS)
+@pytest.mark.parametrize(("n", "v"), [(1, 5), (1, 1000), (1, 65_537), (1, 262_144), (3, 128_256)])
+def test_fewer_rows_than_threads(rows, num_threads, n, v, name, dtype):
+    """A row is the same bits whether or not several threads share it."""
+    x = torch.cat([rows(kind, n, v) for kind in ("spread", "ties", "power")]).to(dtype)
+    seeds = torch.arange(n)
+    for part in x.split(n):
+        num_threads(1)
+        one = everything(part, ADAPTORS[name], seeds, seeds)
+        for threads in (2, 3, 4, 7):
+            num_threads(threads)
+            assert_all_equal(one, everything(part, ADAPTORS[name], seeds, seeds))
+
+
+def test_bad_and_good_rows_share_threads(rows, num_threads):
+    """A row that fails early frees its thread; its batch mates are what they are without it."""
+    x = rows("spread", 6, 70_000)
+    x[1, 69_999], x[3] = float("nan"), float("-inf")
+    seeds = torch.arange(6)
+    num_threads(1)
+    one = sample(x, ADAPTORS["top_p"], seeds=seeds, **ASKED)
+    assert one.status.tolist() == [0, 1, 0, 3, 0, 0]
+    for threads in (2, 5, MORE_THAN_CORES):
+        num_threads(threads)
+        assert_all_equal(one, sample(x, ADAPTORS["top_p"], seeds=seeds, **ASKED))
 
 
 def test_row_alone_is_row_in_batch(batch):
@@ -168,37 +203,52 @@ def test_empty_batch_and_smallest_vocabulary():
 
 
 def test_python_threads_may_call_at_once(batch):
+    """Eight callers, each with a number of OpenMP threads of its own and another adaptor first."""
     x, seeds, positions = batch
-    adaptor = per_row_adaptor()
-    wanted = sample(x, adaptor, seeds=seeds, positions=positions, **ASKED)
+    adaptors = [per_row_adaptor(), *ADAPTORS.values()]
+    wanted = [everything(x, adaptor, seeds, positions) for adaptor in adaptors]
     results = []
 
-    def work():
-        for _ in range(20):
-            results.append(sample(x, adaptor, seeds=seeds, positions=positions, **ASKED))
+    def work(caller):
+        torch.set_num_threads(1 + caller % 4)  # of the calling thread only
+        for i in range(2 * len(adaptors)):
+            at = (caller + i) % len(adaptors)
+            results.append((at, everything(x, adaptors[at], seeds, positions)))
 
-    threads = [threading.Thread(target=work) for _ in range(4)]
+    before = torch.get_num_threads()
+    threads = [threading.Thread(target=work, args=(caller,)) for caller in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(results) == 80
-    for result in results:
-        assert_all_equal(wanted, result)
+    assert torch.get_num_threads() == before
+    assert len(results) == 8 * 2 * len(adaptors)
+    for at, result in results:
+        assert_all_equal(wanted[at], result)
 
 
 def test_forked_child_with_one_thread_works():
     """A child of a process whose thread pool has run must enter no parallel region."""
     code = """
 import os, torch, fastadapt
-x = torch.randn(64, 1000)
-fastadapt.sample(x, fastadapt.Adaptor(top_p=0.9))  # starts the pool
+torch.set_num_threads(3)
+adaptor = fastadapt.Adaptor(top_p=0.9)
+many, seeds = torch.randn(64, 1000), torch.arange(64)
+long = torch.randn(1, 262144)
+
+def draw():
+    drawn = fastadapt.sample(many, adaptor, seeds=seeds)
+    scored = fastadapt.score(many, drawn.tokens, [adaptor])
+    one = fastadapt.sample(long, adaptor, seeds=seeds[:1])
+    return [drawn.tokens, drawn.logprobs, scored.log_norm, one.tokens, one.logprobs]
+
+wanted = draw()  # starts the pool
 child = os.fork()
 if child == 0:
     torch.set_num_threads(1)
-    drawn = fastadapt.sample(x, fastadapt.Adaptor(top_p=0.9))
-    os._exit(0 if int(drawn.status.sum()) == 0 else 3)
-os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    os._exit(0 if all(map(torch.equal, draw(), wanted)) else 3)
+status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+os._exit(status or (0 if all(map(torch.equal, draw(), wanted)) else 4))  # the pool still runs
 """
     if not hasattr(os, "fork"):
         pytest.skip("this system has no fork")

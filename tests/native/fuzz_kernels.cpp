@@ -1,248 +1,66 @@
-// Fuzzes every function of every kernel table; fuzz.sh builds it with sanitizers. All arrays are
-// exact-size allocations, outputs and scratch begin as garbage, outputs must be the same bits on
-// each ISA, and filter and sample must agree with a sort-based form of the rule.
+// Fuzzes every function of every kernel table; fuzz.sh builds it. All arrays are exact-size
+// allocations, outputs and scratch begin as garbage, outputs must be the same bits on each ISA, and
+// all of them must agree with a sort-based form of the rule.
 //
-//   fuzz_kernels [SEED [SECONDS]]
-#include <algorithm>
+//   fuzz_kernels mixed|short FIRST_SEED STEP SECONDS ROWS
+//
+// takes the seeds FIRST_SEED, FIRST_SEED + STEP, ... until either limit is reached. With `short`,
+// three problems of four are batches of 16 to 48 rows of 1 to 64 entries.
 #include <chrono>
-#include <cmath>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <limits>
-#include <memory>
-#include <random>
-#include <vector>
 
-#include "kernels.h"
-#include "vec_types.h"
+#include "problems-inl.h"
+#include "rule-inl.h"
 
 namespace {
 
-using namespace fastadapt;
-using Bytes = std::unique_ptr<uint8_t[]>;
-
-constexpr double kInf = std::numeric_limits<double>::infinity();
-constexpr int64_t kIgnored = -100;
-std::mt19937_64 rng;
-
-int64_t below(int64_t n) { return static_cast<int64_t>(rng() % static_cast<uint64_t>(n)); }
-bool one_in(int64_t n) { return below(n) == 0; }
-double normal() { return std::normal_distribution<double>()(rng); }
-template <class T>
-T pick(std::initializer_list<T> from) {
-  return from.begin()[below(static_cast<int64_t>(from.size()))];
-}
-
-Bytes garbage(int64_t bytes) {
-  Bytes b(new uint8_t[static_cast<size_t>(bytes)]);
-  const int value = pick({0x7f, 0xff, 0x01, -1});  // huge, NaN, small, noise
-  for (int64_t i = 0; i < bytes; ++i) b[i] = static_cast<uint8_t>(value < 0 ? below(256) : value);
-  return b;
-}
-
-struct Array {
-  const char* name;
-  Bytes data;
-  int64_t bytes;
-};
-
-// Arrays of garbage that live as long as this.
-struct Arrays {
-  std::vector<Array> all;
-
-  template <class T>
-  T* add(const char* name, int64_t n, int64_t element = sizeof(T)) {
-    all.push_back({name, garbage(n * element), n * element});
-    return reinterpret_cast<T*>(all.back().data.get());
-  }
-};
-
-void fill_row(std::vector<double>& x) {
-  const double scale = pick({1e-3, 1., 3., 8., 50., 1e20}), shift = pick({0., 0., 1e4, -1e4, 3e5});
-  const double level = pick({.1, 1., 5., 20., 28., 200.}), share = pick({.5, .03, .99});
-  const int64_t v = static_cast<int64_t>(x.size()), kind = below(17), one = below(v);
-  for (int64_t i = 0; i < v; ++i) {
-    const double g = normal(), u = static_cast<double>(rng() >> 11) * 0x1p-53;
-    double& z = x[static_cast<size_t>(i)];
-    if (kind == 0) z = g * scale + shift;
-    if (kind == 1) z = scale;                                                // flat
-    if (kind == 2) z = std::nearbyint(g * scale) + shift;                    // ties
-    if (kind == 3) z = u < share ? level : 0;                                // two levels
-    if (kind == 4) z = i == one ? 7 : scale == 50 ? -kInf : -level;          // one hot
-    if (kind == 5) z = u < share ? -kInf : g * scale;                        // holes
-    if (kind == 6) z = (u < .5 ? 3e38 : -3e38) * (one_in(3) ? g : 1);        // huge
-    if (kind == 7) z = one_in(200) ? pick({kInf, -kInf, std::nan("")}) : g;  // bad
-    if (kind == 8) z = -kInf;                                                // nothing finite
-    if (kind == 9) z = (u - .5) * 1e-43;                                     // denormal
-    if (kind == 10) z = u < share ? -0. : 0.;                                // both zeros
-    if (kind == 11) z = -std::exp2(static_cast<double>(below(250)) - 125);   // every magnitude
-    if (kind == 12) z = -level * static_cast<double>(i) / static_cast<double>(v);
-    if (kind == 13) z = bits_float(0x41200000u - static_cast<uint32_t>(below(40)));  // neighbours
-    if (kind == 14) z = i == one ? -1e30 : 1 + 1e-6 * g;                             // outlier
-    if (kind == 15) z = -level - std::log1p(static_cast<double>(i));                 // power law
-    if (kind == 16) z = u < share ? std::nearbyint(g * 8) / 8 : pick({-0., 0., 0., -kInf});
-  }
-}
-
-void fill_knobs(double* k, int64_t step, int64_t v) {
-  const double some = static_cast<double>(1 + below(v));
-  const double share = some / static_cast<double>(v);  // lands on the borders of flat rows
-  const double tail = pick({1e-12, 1e-5, 3e-4, .01, .5, .99, 1e-300, .9 / some});
-  const double neutral[kNumKnobs] = {1, 0, 1, 0, 1, 0, 0, 1};
-  const double other[kNumKnobs] = {pick({.7, 1.3, .1, 2.5, 0., 1e-6, 100., 3.4e38}),
-                                   pick({1., 2., 5., 50., 200., 1e6, some}),
-                                   pick({0., .1, .5, .9, .999, .999999, 1e-9, share, 1 - 1e-15}),
-                                   pick({1e-12, 1e-7, .01, .1, .5, 1., share}),
-                                   pick({1e-9, .1, .5, .9, .999, .999999999, share}),
-                                   tail,
-                                   tail,
-                                   pick({2., 3., 10., 70., 5000., some, some + 5})};
-  for (int i = 0; i < kNumKnobs; ++i) k[i * step] = one_in(3) ? other[i] : neutral[i];
-  if (one_in(60)) k[below(kNumKnobs) * step] = pick({-1., 2.5e300, std::nan("")});
-}
-
-void put(double z, DType dtype, uint8_t* to) {
-  const float x = static_cast<float>(z);
-  bf16 b;
-  f16 h;
-  from_float(x, &b);
-  from_float(x, &h);
-  if (dtype == DType::kFloat32) std::memcpy(to, &x, 4);
-  if (dtype == DType::kBFloat16) std::memcpy(to, &b, 2);
-  if (dtype == DType::kFloat16) std::memcpy(to, &h, 2);
-  if (dtype == DType::kFloat64) std::memcpy(to, &z, 8);
-}
-
-// Everything that the functions read.
-struct Problem {
-  DType dtype =
-      pick({DType::kFloat32, DType::kFloat32, DType::kBFloat16, DType::kFloat16, DType::kFloat64});
-  int64_t element = dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
-  int64_t n = 1 + below(3);
-  int64_t v = one_in(40) ? 5000 + below(35000)
-                         : pick({1 + below(70), 1 + below(1500), 1 + below(5000),
-                                 pick({8, 16, 32, 1024, 2048, 4096}) + below(3) - 1});
-  int64_t stride = pick({v, v, v, v + below(9), int64_t{0}});
-  int64_t top_n = one_in(2) ? 0 : std::min(v, 1 + below(one_in(9) ? 1024 : 6));
-  bool base = one_in(2), mass = one_in(2), placed = !one_in(4);
-  Bytes logits = garbage(((n - 1) * stride + v) * element);
-  std::vector<std::vector<double>> packed;  // (kNumKnobs, R) for each adaptor
-  std::vector<Knobs> knobs;
-  std::vector<int64_t> seeds, positions, tokens;
-  std::vector<float> dmargins;
-  std::vector<double> dmargins64;
-
-  Problem() {
-    std::vector<double> row(static_cast<size_t>(v));
-    for (int64_t r = 0; r < n; ++r) {
-      fill_row(row);
-      uint8_t* to = logits.get() + r * stride * element;
-      for (double z : row) put(z, dtype, to), to += element;
-      seeds.push_back(static_cast<int64_t>(rng()));
-      positions.push_back(static_cast<int64_t>(rng() >> below(64)));
-      tokens.push_back(one_in(9) ? kIgnored : below(v));
-      dmargins64.push_back(one_in(30) ? pick({kInf, std::nan(""), 1e-30}) : normal());
-      dmargins.push_back(static_cast<float>(dmargins64.back()));
-    }
-    for (int64_t a = 1 + below(4); a > 0; --a) {
-      const int64_t columns = one_in(2) ? 1 : n;
-      packed.emplace_back(static_cast<size_t>(kNumKnobs * columns));
-      for (int64_t r = 0; r < columns; ++r) fill_knobs(packed.back().data() + r, columns, v);
-      const Order order = pick({Order::kHf, Order::kVllm});
-      knobs.push_back({packed.back().data(), columns, columns == 1 ? 0 : 1, order});
-    }
-  }
-};
-
-// All outputs of all functions, always in the same order.
+// One table on all rows, with one set of buffers.
 Arrays run(const KernelTable& table, const Problem& p) {
-  Arrays o, buffers;
+  Arrays buffers;
   const auto f = [&] { return buffers.add<float>("", (p.v + 15) / 16 * 16 + 16); };
   const auto i = [&] { return reinterpret_cast<int32_t*>(f()); };
   const auto l = [&] { return reinterpret_cast<int64_t*>(f()); };
   const Scratch scratch{f(), l(), l(), l(), f(), f(), i(), f(), f(),
-                        i(), f(), f(), i(), f(), f(), i(), f()};
-  const Rows rows{p.logits.get(), p.dtype, p.n, p.v, p.stride};
-  const int64_t n = p.n, v = p.v, a = static_cast<int64_t>(p.knobs.size()), t = p.top_n;
-  const int64_t* y = p.tokens.data();
-  const bool wide = p.dtype == DType::kFloat64;
-  if (!wide) {
-    table.filter({rows, p.knobs[0], o.add<uint8_t>("filtered", n * v, p.element)}, scratch, 0, n);
-    const SampleArgs s{rows,
-                       p.knobs[0],
-                       p.seeds.data(),
-                       p.placed ? p.positions.data() : nullptr,
-                       o.add<int64_t>("tokens", n),
-                       o.add<float>("logprobs", n),
-                       o.add<int32_t>("kept", n),
-                       o.add<uint8_t>("status", n),
-                       p.base ? o.add<float>("base_logprobs", n) : nullptr,
-                       p.mass ? o.add<float>("log_mass", n) : nullptr,
-                       t,
-                       t ? o.add<int64_t>("top_ids", n * t) : nullptr,
-                       t ? o.add<float>("top_logprobs", n * t) : nullptr,
-                       t ? o.add<int32_t>("rank", n) : nullptr};
-    table.sample(s, scratch, 0, n);
-    const ScoreArgs c{rows,
-                      y,
-                      kIgnored,
-                      a,
-                      p.knobs.data(),
-                      o.add<float>("score.logprobs", n * a),
-                      o.add<float>("score.log_norm", n * a),
-                      o.add<int32_t>("score.kept", n * a),
-                      o.add<float>("score.base_logprobs", n),
-                      o.add<float>("score.entropy", n)};
-    table.score(c, scratch, 0, n);
-  }
-  const MarginArgs m{rows,
-                     p.knobs[0],
-                     y,
-                     kIgnored,
-                     o.add<uint8_t>("margins", n, wide ? 8 : 4),
-                     o.add<uint8_t>("support", n * ((v + 7) / 8)),
-                     o.add<double>("stats", n * 2)};
-  table.margins(m, scratch, 0, n);
-  const void* g = p.dmargins.data();
-  if (wide) g = p.dmargins64.data();
-  uint8_t* dlogits = o.add<uint8_t>("dlogits", n * v, p.element);
-  table.margins_backward({rows, p.knobs[0], y, kIgnored, g, m.support, m.stats, dlogits}, scratch,
-                         0, n);
-  return o;
+                        i(), f(), f(), i(), f(), f(), i(), f(), nullptr};
+  return outputs(table, p, [&](auto kernel, const auto& args) { kernel(args, scratch, 0, p.n); });
 }
 
 }  // namespace
 
-#include "naive_rule-inl.h"
-
 int main(int argc, char** argv) {
-  uint64_t seed = argc > 1 ? std::strtoull(argv[1], nullptr, 10) : 0;
-  const std::chrono::duration<double> limit(argc > 2 ? std::atof(argv[2]) : 10);
+  if (argc != 6) return std::puts("expected: mixed|short FIRST_SEED STEP SECONDS ROWS"), 2;
+  const bool short_rows = !std::strcmp(argv[1], "short");
+  const uint64_t step = std::strtoull(argv[3], nullptr, 10);
+  const std::chrono::duration<double> limit(std::atof(argv[4]));
+  const int64_t enough = std::atoll(argv[5]);
   const auto start = std::chrono::steady_clock::now();
-  int64_t rows = 0, bad = 0;
-  for (; std::chrono::steady_clock::now() - start < limit && bad < 20; ++seed) {
+  int64_t rows = 0, elements = 0, bad = 0;
+  for (uint64_t seed = std::strtoull(argv[2], nullptr, 10);
+       std::chrono::steady_clock::now() - start < limit && rows < enough && bad < 20;
+       seed += step) {
     rng.seed(seed);
-    const Problem p;
+    const Lengths mixed = one_in(400) ? Lengths::kLong : Lengths::kAll;
+    const Problem p(short_rows && !one_in(4) ? Lengths::kShort : mixed);
     rows += p.n;
+    elements += p.n * p.v;
     Arrays first;
+    const auto report = [&](const char* who, const char* what) {
+      if (!what) return;
+      std::printf("%s: %s differs at seed %llu (%s)\n", who, what,
+                  static_cast<unsigned long long>(seed), argv[1]);
+      ++bad;
+    };
     for (const char* const* isa = cpu_capabilities(); *isa; ++isa) {
       set_cpu_capability(*isa);
       Arrays o = run(kernels(), p);
-      for (size_t j = 0; j < first.all.size(); ++j) {
-        const Array &x = o.all[j], &y = first.all[j];
-        if (!std::memcmp(x.data.get(), y.data.get(), static_cast<size_t>(x.bytes))) continue;
-        std::printf("%s: %s differs at seed %llu\n", *isa, x.name,
-                    static_cast<unsigned long long>(seed));
-        ++bad;
+      if (first.all.empty()) {
+        first = std::move(o);
+      } else {
+        report(*isa, o.differs_from(first));
       }
-      if (first.all.empty()) first = std::move(o);
     }
-    if (agrees_with_rule(p, first)) continue;
-    std::printf("rule: differs at seed %llu\n", static_cast<unsigned long long>(seed));
-    ++bad;
+    report("rule", differs_from_rule(p, first));
   }
-  std::printf("%lld rows, %lld differences\n", static_cast<long long>(rows),
-              static_cast<long long>(bad));
+  std::printf("%lld rows, %lld elements, %lld differences\n", static_cast<long long>(rows),
+              static_cast<long long>(elements), static_cast<long long>(bad));
   return bad != 0;
 }
