@@ -124,7 +124,7 @@ class Survivors {
     const F lowest = mass(fset(floor_ - row_.view.m));
     if (max_lane(lowest) >= cut.e * 1.00001f) return;
     // one token of all the mass is the guard's, and nothing of less can be
-    const bool light = cut.guard.key >= row_.view.m && !typical_ran_ && !listed_ && cut.e >= 1 &&
+    const bool light = cut.guard.key >= row_.view.m && !typical_ran_ && cut.e >= 1 &&
                        cut.e <= static_cast<float>(kUnit);
     pending_ = light ? Pending::kLight : Pending::kMass;
     mass_ = cut;

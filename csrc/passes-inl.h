@@ -204,10 +204,10 @@ struct MassCut {
   }
 };
 
-// The same where only the masses decide: of a row, where no token of less can be the guard's.
+// The same where the guard keeps nothing else.
 struct LightCut {
   float e;
-  M operator()(F, F mass, I) const { return ge(mass, fset(e)); }
+  M operator()(F s, F mass, I) const { return both(gt(s, fset(-kInf)), ge(mass, fset(e))); }
 };
 
 // Minus the distance to the mean surprisal: typical's key, the larger the more typical.
