@@ -10,14 +10,8 @@ the host record holds the load average at the start.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import os
-import platform
-import statistics
-import subprocess
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +31,7 @@ from fastadapt.measure import (
     tokens_per_s,
 )
 from fastadapt.pretrained import load_demo_model, load_model
-
-ROOT = Path(__file__).resolve().parent.parent
+from host import host_record, quartiles
 
 
 def main() -> None:
@@ -85,28 +78,6 @@ def main() -> None:
         options.out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
-def host_record() -> dict[str, Any]:
-    """Describe the machine and the software, without anything that names the machine."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    packages = ("fastadapt", "torch", "transformers")
-    return {
-        "cpu": _cpu_name(),
-        "cores": len(affinity(0)) if affinity else os.cpu_count(),
-        "torch_threads": torch.get_num_threads(),
-        "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "load_average": round(os.getloadavg()[0], 2),
-        "system": f"{platform.system()} {platform.machine()}",
-        "versions": {
-            "python": platform.python_version(),
-            **{name: _version(name) for name in packages},
-        },
-        "commit": _git("rev-parse", "HEAD") or None,
-        # the results are written by the benchmarks themselves
-        "dirty": bool(_git("status", "--porcelain", "--", ".", ":!benchmarks/results")),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
-
-
 def _parse() -> argparse.Namespace:
     """Read the arguments."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -141,8 +112,8 @@ def _mode_record(runs: Sequence[Generation], greedy: Sequence[Generation]) -> di
 
 def _summary(values: Sequence[float]) -> dict[str, float]:
     """Median and quartiles."""
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-    return {"median": round(middle, 4), "q1": round(low, 4), "q3": round(high, 4)}
+    low, middle, high = quartiles(values)
+    return {"median": middle, "q1": low, "q3": high}
 
 
 def _print(record: dict[str, Any]) -> None:
@@ -168,35 +139,6 @@ def _print(record: dict[str, Any]) -> None:
             f"{mode['tokens_per_s']:.1f}",
         )
     Console().print(table)
-
-
-def _cpu_name() -> str:
-    """Name the processor's model."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
-def _version(package: str) -> str | None:
-    """Version of an installed package; None in a checkout that is not installed."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _git(*arguments: str) -> str:
-    """Output of a git command in the checkout, empty where git or the repository is missing."""
-    try:
-        done = subprocess.run(
-            ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-    return done.stdout.strip()
 
 
 if __name__ == "__main__":

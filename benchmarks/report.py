@@ -1,7 +1,7 @@
 """Writes the README's figures from benchmarks/results/*.json; no figure is typed by hand.
 
-    python benchmarks/report.py           # rewrites README.md
-    python benchmarks/report.py --check   # exit code 1 where README.md is not what they say
+    python benchmarks/report.py           # rewrites README.md and draws sampling.png
+    python benchmarks/report.py --check   # exit code 1 where they are not what the results say
 
 A result that was measured with uncommitted changes in the tree is refused.
 """
@@ -12,11 +12,15 @@ import argparse
 import json
 import re
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from limits import Limit, geometric_mean, sampling_limits, score_limits
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+FIGURE = "sampling.png"
 MODES = {
     "greedy": "greedy search",
     "stock": "transformers, {adaptor}",
@@ -25,7 +29,7 @@ MODES = {
 
 
 def main() -> int:
-    """Rewrite or check the README."""
+    """Rewrite or check the README and the figure."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--check", action="store_true", help="change nothing, compare")
     options = parser.parse_args()
@@ -33,14 +37,21 @@ def main() -> int:
     before = readme.read_text(encoding="utf-8")
     after = render(before)
     if options.check:
-        return int(before != after)
+        return int(before != after or (FIGURE in after and not figure_is_current()))
     readme.write_text(after, encoding="utf-8")
+    if FIGURE in after:
+        import figure  # the tables need no matplotlib
+
+        figure.draw(load("sampling"), RESULTS / FIGURE)
     return 0
 
 
 def render(readme: str) -> str:
-    """The README with every marked block made anew."""
-    for name, table in (("generation", generation_table),):
+    """The README with every marked block made anew; each result has one, each block a result."""
+    for name, table in TABLES.items():
+        measured = (RESULTS / f"{name}.json").exists()
+        if not measured and f"<!-- {name} -->" not in readme:
+            continue
         block = f"<!-- {name} -->\n{table(load(name))}<!-- /{name} -->"
         readme, found = re.subn(
             rf"<!-- {name} -->\n.*?<!-- /{name} -->", lambda _, b=block: b, readme, flags=re.DOTALL
@@ -59,6 +70,12 @@ def load(name: str) -> dict[str, Any]:
     return record
 
 
+def figure_is_current() -> bool:
+    """Whether the figure was drawn from the result that is there: it names the commit."""
+    path = RESULTS / FIGURE
+    return path.exists() and load("sampling")["host"]["commit"].encode() in path.read_bytes()
+
+
 def generation_table(record: dict[str, Any]) -> str:
     """Cost of a generation step, a row per mode, and the machine below."""
     host, settings = record["host"], record["settings"]
@@ -69,15 +86,99 @@ def generation_table(record: dict[str, Any]) -> str:
         label = MODES[name].format(adaptor=knobs)
         spread = f"{ratio['median']:.3f} ({ratio['q1']:.3f} to {ratio['q3']:.3f})"
         lines.append(f"| {label} | {mode['step_ms']['median']:.1f} | {spread} |")
-    versions = host["versions"]
+    lines += ["", f"{_host(host, settings['dtype'])}, vocabulary {settings['vocabulary']:,}, "]
+    lines[-1] += f"{settings['rounds']} rounds in turns, {_software(host)}."
+    return "\n".join(lines) + "\n"
+
+
+def sampling_table(record: dict[str, Any]) -> str:
+    """What `sample` must show, where it is fast and slow, the figure and the machine."""
+    cells = record["cells"]
+    kinds = list(record["settings"]["rows"])
+    lines = [*_limit_rows(sampling_limits(record)), ""]
+    lines += [
+        "Time of `sample` to that of torch.softmax of the same rows: geometric mean (largest).",
+        "",
+        f"| adaptor | {' | '.join(kinds)} |",
+        "|---|" + "---|" * len(kinds),
+    ]
+    for adaptor in record["settings"]["adaptors"]:
+        entries = []
+        for kind in kinds:
+            ratios = [
+                cell["to_softmax"]["fastadapt"][1]
+                for cell in cells
+                if cell["adaptor"] == adaptor and cell["rows"] == kind
+            ]
+            entries.append(f"{geometric_mean(ratios):.2f} ({max(ratios):.2f})")
+        lines.append(f"| {adaptor} | {' | '.join(entries)} |")
     lines += [
         "",
-        f"{host['cpu']}, {host['torch_threads']} threads, {settings['dtype']}, vocabulary "
-        f"{settings['vocabulary']:,}, {settings['rounds']} rounds in turns, torch "
-        f"{versions['torch']}, transformers {versions['transformers']}, commit "
-        f"{host['commit'][:7]}.",
+        f"![time per row against V](benchmarks/results/{FIGURE})",
+        "",
+        f"{_host(record['host'], ' and '.join(record['settings']['dtypes']))}, {len(cells)} cells "
+        f"of {_counts(cells)}, up to {record['settings']['rounds']} rounds in turns, medians, "
+        f"{_software(record['host'])}.",
+        *(f"Note: {note}." for note in record["notes"]),
     ]
     return "\n".join(lines) + "\n"
+
+
+def score_table(record: dict[str, Any]) -> str:
+    """What `score` must show, its times and the machine."""
+    host, settings = record["host"], record["settings"]
+    count = settings["adaptors"]
+    lines = [*_limit_rows(score_limits(record)), ""]
+    lines += [
+        f"| V, rows | one adaptor, µs | {count} in one call, µs | {count} calls, µs | "
+        f"transformers, {count} chains, µs |",
+        "|---|---|---|---|---|",
+    ]
+    for cell in record["cells"]:
+        times = [f"{cell['us'][name][1]:,.0f}" for name in ("one", "all", "calls", "stock")]
+        lines.append(f"| {cell['vocabulary']:,}, {cell['rows']} | {' | '.join(times)} |")
+    lines += [
+        "",
+        f"{_host(host, settings['dtype'])}, N = {record['cells'][0]['batch']}, "
+        f"{settings['rounds']} rounds in turns, medians, {_software(host)}.",
+        *(f"Note: {note}." for note in record["notes"]),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _limit_rows(limits: Iterable[Limit]) -> list[str]:
+    """A table with a row per demand."""
+    rows = [f"| {x.label} | {x.shown} | {x.demanded} | {x.met} |" for x in limits]
+    return ["| demand | measured | bound | met |", "|---|---|---|---|", *rows]
+
+
+def _counts(cells: list[dict[str, Any]]) -> str:
+    """How many values each axis of the grid has."""
+    axes = {"vocabulary": "V", "batch": "N", "rows": "rows", "adaptor": "adaptors"}
+    names = {**axes, "dtype": "dtypes"}
+    return " x ".join(f"{len({cell[key] for cell in cells})} {name}" for key, name in names.items())
+
+
+def _host(host: dict[str, Any], dtypes: str) -> str:
+    """The machine and the dtypes."""
+    threads = host["torch_threads"]
+    return f"{host['cpu']}, {threads} thread{'s' if threads > 1 else ''}, {dtypes}"
+
+
+def _software(host: dict[str, Any]) -> str:
+    """Versions and commit."""
+    versions = host["versions"]
+    return (
+        f"torch {versions['torch']}, transformers {versions['transformers']}, commit "
+        f"{host['commit'][:7]}"
+    )
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "generation": generation_table,
+    "sampling": sampling_table,
+    "score": score_table,
+}
 
 
 if __name__ == "__main__":

@@ -84,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Run benchmarks/bench_NAME.py of a checkout with the arguments that follow.",
     )
     bench.set_defaults(run=_run_bench, subparser=bench)
-    bench.add_argument("name", choices=["generation"], help="the benchmark")
+    bench.add_argument("name", choices=["generation", "sampling", "score"], help="the benchmark")
     bench.add_argument("rest", nargs=argparse.REMAINDER, metavar="...", help="its own arguments")
     return parser
 

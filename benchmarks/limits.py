@@ -1,0 +1,128 @@
+"""What the benchmarks must show: each figure is computed from a result and set beside its bound."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+
+FAST_US = 60  # a call as short as this may cost any multiple of a softmax
+
+
+class Limit(NamedTuple):
+    """One demand. `figure` is None where the result has nothing to compute it from."""
+
+    label: str
+    figure: float | None
+    bound: float
+    unit: str = "x"
+    at_least: bool = False
+    where: str = ""
+
+    @property
+    def met(self) -> str:
+        """Whether the figure is within its bound, in words."""
+        if self.figure is None:
+            return "not measured"
+        within = self.figure >= self.bound if self.at_least else self.figure <= self.bound
+        return "yes" if within else "no"
+
+    @property
+    def shown(self) -> str:
+        """The figure with its unit and, if it is one cell's, the cell."""
+        if self.figure is None:
+            return "-"
+        digits = 0 if self.figure >= 100 else 1 if self.figure >= 10 else 2
+        text = f"{self.figure:,.{digits}f} {self.unit}"
+        return f"{text} ({self.where})" if self.where else text
+
+    @property
+    def demanded(self) -> str:
+        """The bound with its unit."""
+        return f"{'at least' if self.at_least else 'at most'} {self.bound:g} {self.unit}"
+
+
+def sampling_limits(record: dict[str, Any]) -> list[Limit]:
+    """The demands on `sample`."""
+    cells, peers = record["cells"], record["peers"]
+    plain = [(_ratio(c, "fastadapt"), c) for c in cells]
+    slow = [(ratio, c) for ratio, c in plain if c["us"]["fastadapt"][1] >= FAST_US]
+    fields = [_ratio(c, "with_fields") for c in cells]
+    narrow = [(c["to_float32"][1], c) for c in cells if "to_float32" in c]
+    stock = [
+        (p["to_fastadapt"]["stock"][1], p)
+        for p in peers
+        if p["adaptor"] == "T+p" and p["vocabulary"] >= 128_000 and "stock" in p["to_fastadapt"]
+    ]
+    return [
+        Limit(
+            f"time to that of torch.softmax, geometric mean of {len(cells)} cells",
+            geometric_mean([ratio for ratio, _ in plain]),
+            1.2,
+        ),
+        _cell_limit(f"the same, worst cell of {FAST_US} µs or more", slow, 2.5, max),
+        Limit(
+            "the same with `base_logprobs` and `log_mass`, geometric mean",
+            geometric_mean(fields),
+            1.8,
+        ),
+        Limit(
+            "bfloat16 rows to float32 rows, geometric mean",
+            geometric_mean([ratio for ratio, _ in narrow]),
+            1.0,
+        ),
+        _cell_limit("the same, worst cell (5 % for noise)", narrow, 1.05, max),
+        _cell_limit(
+            "transformers' chain for T+p, softmax and multinomial to `sample`, V >= 128,000, least",
+            stock,
+            100,
+            min,
+        ),
+        Limit("a call on one row of 8 logits: Python's share", record["call_us"][1], 12, "µs"),
+    ]
+
+
+def score_limits(record: dict[str, Any]) -> list[Limit]:
+    """The demands on `score`."""
+    many = [(c["to_one"]["all"][1], c) for c in record["cells"]]
+    stock = [(c["stock_to_all"][1], c) for c in record["cells"]]
+    count = record["settings"]["adaptors"]
+    return [
+        _cell_limit(f"{count} adaptors in one call to one adaptor, worst cell", many, 8, max),
+        _cell_limit(f"transformers' {count} chains to one call, least", stock, 50, min),
+    ]
+
+
+def geometric_mean(values: list[float]) -> float | None:
+    """None where there is no value."""
+    return statistics.geometric_mean(values) if values else None
+
+
+def print_limits(limits: Iterable[Limit]) -> None:
+    """Print the demands as a table."""
+    table = Table()
+    for name in ("demand", "measured", "bound", "met"):
+        table.add_column(name)
+    for limit in limits:
+        table.add_row(limit.label, limit.shown, limit.demanded, limit.met)
+    Console().print(table)
+
+
+def _cell_limit(label: str, cells: list[tuple[float, Any]], bound: float, pick: Any) -> Limit:
+    """A demand on the worst of some cells."""
+    figure, cell = pick(cells, key=lambda pair: pair[0]) if cells else (None, None)
+    return Limit(label, figure, bound, at_least=pick is min, where=_place(cell) if cell else "")
+
+
+def _place(cell: dict[str, Any]) -> str:
+    """Names a cell."""
+    names = [cell["rows"], *(cell[k] for k in ("adaptor", "dtype") if k in cell)]
+    return f"V = {cell['vocabulary']:,}, N = {cell['batch']}, {', '.join(names)}"
+
+
+def _ratio(cell: dict[str, Any], name: str) -> float:
+    """Median ratio to softmax."""
+    return float(cell["to_softmax"][name][1])
