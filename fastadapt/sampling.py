@@ -172,14 +172,13 @@ def adapted_margins(
 def adapted_logps(
     logits: Tensor, tokens: Tensor, adaptor: Adaptor, *, ignore_index: int = -100
 ) -> Tensor:
-    """Returns log-probabilities under the adapted law: `-softplus(-adapted_margins(...))`.
+    """Returns log-probabilities under the adapted law: `logsigmoid(adapted_margins(...))`.
 
     Args and errors are those of `adapted_margins`. A token outside the support gives -inf and no
     gradient, one alone in it 0 and no gradient, an ignored row 0.
     """
     margins = adapted_margins(logits, tokens, adaptor, ignore_index=ignore_index)
-    # softplus turns linear at its threshold, and beyond 20 it would lose log p = -e^-m
-    logps = -torch.nn.functional.softplus(-margins, threshold=1e6)
+    logps = torch.nn.functional.logsigmoid(margins)
     return torch.where(tokens == ignore_index, 0.0, logps)
 
 

@@ -117,6 +117,18 @@ def test_large_margins_keep_their_digits():
         torch.testing.assert_close(logps.double()[0], exact, rtol=1e-5, atol=0)
 
 
+def test_logps_of_any_margin_in_float32_have_a_value_and_a_gradient():
+    margins = torch.tensor([-300.0, -100, -89, -88, -20, 0, 20, 80, 85])
+    x = torch.stack([margins, torch.zeros(9)], 1).requires_grad_()
+    for logps in (adapted_logps, reference.adapted_logps):
+        got = logps(x, torch.zeros(9, dtype=torch.int64), Adaptor())
+        (gradient,) = torch.autograd.grad(got.sum(), x)
+        truth = torch.nn.functional.logsigmoid(margins.double())
+        torch.testing.assert_close(got.double(), truth, rtol=1e-5, atol=0)
+        share = torch.sigmoid(-margins.double())  # 1 - p
+        torch.testing.assert_close(gradient[:, 0].double(), share, rtol=1e-5, atol=0)
+
+
 def test_gradient_is_that_of_the_log_probability(rows):
     """d log p / dz = (onehot - p) / T on the support."""
     x = rows("spread", 4, 200).requires_grad_()

@@ -152,7 +152,7 @@ def adapted_logps(
 ) -> Tensor:
     """Twin of `fastadapt.adapted_logps`."""
     margins = adapted_margins(logits, tokens, adaptor, ignore_index=ignore_index)
-    logps = -torch.nn.functional.softplus(-margins, threshold=1e6)
+    logps = torch.nn.functional.logsigmoid(margins)
     return torch.where(tokens == ignore_index, 0.0, logps)
 
 
