@@ -10,11 +10,12 @@ from fastadapt.losses.formulas import (
     unlikelihood_loss,
     unlikelihood_penalty,
 )
-from fastadapt.losses.mixture import FORMULAS, RewardPenalizeLoss
+from fastadapt.losses.mixture import CONTAIN_MLE, FORMULAS, RewardPenalizeLoss
 from fastadapt.losses.preference import dpo_loss
 from fastadapt.losses.responses import Responses, label_logps, sequence_logps
 
 __all__ = [
+    "CONTAIN_MLE",
     "FORMULAS",
     "Responses",
     "RewardPenalizeLoss",

@@ -145,7 +145,8 @@ def exmate_penalty(bad: Responses, *, norm: str = "sequence_mean") -> Tensor:
     one_of("norm", norm, EXMATE_NORMS)
     rows = checked("bad", bad)
     if norm == "token":
-        return rows.token_mean(torch.sigmoid(rows.margins))
+        # not sigmoid, whose gradient p (1 - p) has lost 1 - p
+        return rows.token_mean(F.logsigmoid(rows.margins).exp())
     if norm == "batch_token_mean":
         if bad.total_tokens is not None:
             raise ValueError("bad.total_tokens: expected None for batch_token_mean, one mean of it")

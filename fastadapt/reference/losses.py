@@ -39,9 +39,8 @@ def unlikelihood_penalty(bad: Side, *, level: str = "token") -> Tensor:
             total = total - rest.log().sum()
         elif level == "sequence":
             total = total - _miss(p, rest).log()
-        elif len(m):  # 1 - r^(1/T) with r = 1 - miss
-            root = torch.log1p(-_miss(p, rest)) / len(m)
-            total = total - torch.log(-torch.expm1(root))
+        elif len(m):
+            total = total - torch.log(-torch.expm1(_log(p, rest).sum() / len(m)))
     return (total / (_tokens if level == "token" else _sequences)(bad)).to(_dtype(bad.margins))
 
 
