@@ -370,6 +370,18 @@ def test_unlikelihood_has_no_dead_zone(first, second):
     assert gradient.tolist()[0] == pytest.approx(slopes, rel=slack, abs=1e-37)
 
 
+@pytest.mark.parametrize("m", [(20.5, 21.0), (19.0, 20.1), (300.0, 301.0), (-0.4, 3.0), (1.0, -9)])
+def test_sequence_unlikelihood_in_float64(m):
+    """Near the joints of its branches, m = 20 and P = 1/e."""
+    leaf = torch.tensor([m], dtype=torch.float64, requires_grad=True)
+    bad = Responses(leaf, torch.ones(1, 2, dtype=torch.bool))
+    loss = fastadapt.unlikelihood_penalty(bad, level="sequence")
+    (gradient,) = torch.autograd.grad(loss, leaf)
+    value, slopes = truth_of_a_pair(m)
+    assert loss.item() == pytest.approx(value, rel=1e-14)
+    assert gradient.tolist()[0] == pytest.approx(slopes, rel=1e-12)
+
+
 @given(any_float32)
 @example(3.4e38)
 @example(-3.4e38)
@@ -421,6 +433,13 @@ def test_dpo_gradient_is_zero_on_a_shared_prefix():
         assert all(g.abs().sum() > 0 for g in apart)
     normalized = fastadapt.dpo_loss(*sides, length_normalized=True)
     assert torch.autograd.grad(normalized, prefix)[0].abs().sum() > 0
+
+
+def test_the_reference_is_held_constant():
+    x = Batch()
+    refs = [r.clone().requires_grad_() for r in x.refs]
+    loss = fastadapt.dpo_loss(x.good.responses, x.bad.responses, *refs)
+    assert torch.autograd.grad(loss, [x.good.z, *refs], allow_unused=True)[1:] == (None, None)
 
 
 @pytest.mark.parametrize("alpha", [0.25, 1.0, 3.0])
@@ -615,6 +634,19 @@ def test_metrics_by_hand():
     for key, value in wanted.items():
         assert float(metrics[key]) == pytest.approx(value, rel=1e-12), key
     assert not any(v.requires_grad for v in metrics.values())
+
+
+def test_gradient_shares_take_each_row_by_its_size():
+    """IPO pushes pairs up or down: rows of both signs are on each side."""
+    x = Batch(B=4)
+    objective = RewardPenalizeLoss({"dpo": 1.0, "mle": 2.0}, loss_type="ipo", beta=1.0)
+    loss, metrics = objective(x.good.responses, x.bad.responses)
+    margins = [x.good.margins, x.bad.margins]
+    slopes = torch.autograd.grad(loss, margins, retain_graph=True)
+    assert all((g > 0).any() and (g < 0).any() for g in slopes)
+    norms = [float(g.abs().sum()) for g in torch.autograd.grad(loss, [x.good.z, x.bad.z])]
+    for k, norm in zip(("good", "bad"), norms, strict=True):
+        assert float(metrics[f"gradients/{k}"]) == pytest.approx(norm / sum(norms), rel=1e-12)
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
@@ -843,6 +875,11 @@ ROW = Responses(torch.zeros(3), segments=torch.tensor([0, 1, 1]))
             lambda: fastadapt.mle_loss(ROW._replace(num_segments=0)),
             ValueError,
             "good.num_segments: expected an integer >= 1, got 0",
+        ),
+        (
+            lambda: fastadapt.mle_loss(ROW._replace(num_segments=1)),
+            ValueError,
+            "good.segments: expected ids < 1, got 1",
         ),
         (
             lambda: fastadapt.mle_loss(PAIR._replace(total_tokens=-1)),

@@ -42,7 +42,8 @@ def dpo_loss(
             mean divides by `good.total_sequences`, by default the pairs with any token.
         bad (Responses): the rejected ones, as many, with the same `total_sequences`.
         ref_good_logps (Tensor | None): (B,), a float dtype; the reference model's
-            `sequence_logps(good)`. None, both: reference-free, as if its two were equal.
+            `sequence_logps(good)`, held constant. None, both: reference-free, as if the two were
+            equal.
         ref_bad_logps (Tensor | None): the same for `bad`.
         beta (float): > 0.
         loss_type (str): as above.

@@ -21,8 +21,10 @@ class Responses(NamedTuple):
             `m = z_y - logsumexp(z_j, j != y)`, from `adapted_margins` or any such operator. Sums
             are float32, float64 for float64. A token of probability 0 has m = -inf.
         mask: (B, T), bool; the tokens that count.
-        segments: (N,), int64; the response of each token in [0, B), in any order, or negative.
-        num_segments: B of the packed layout. None: 1 + the largest id, which reads the device.
+        segments: (N,), int64; the response of each token in [0, B), in any order, or negative. An
+            id >= B is an error on the CPU and undefined elsewhere.
+        num_segments: B of the packed layout. None: 1 + the largest id, which reads the device and
+            cannot be compiled without a graph break.
         total_tokens: what token means divide by: an int or a tensor of one value, such as
             transformers' `num_items_in_batch`. The losses of micro-batches then add up to the loss
             of the whole batch. None: the tokens that count here.
@@ -118,7 +120,7 @@ def sequence_logps(responses: Responses) -> Tensor:
 
 
 def checked(name: str, responses: Responses) -> Rows:
-    """The checks of one argument, by name, and its common form; no value of a tensor is read."""
+    """One argument, by name, checked and in its common form; only an unknown B reads a device."""
     if not isinstance(responses, Responses):
         raise TypeError(f"{name}: expected Responses, got {type(responses).__name__}")
     margins, mask, segments, size, tokens, sequences = responses
@@ -135,6 +137,9 @@ def checked(name: str, responses: Responses) -> Rows:
         least = min(segments.numel(), 1)
         if isinstance(size, bool) or not isinstance(size, int) or size < least:
             raise ValueError(f"{name}.num_segments: expected an integer >= {least}, got {size!r}")
+        on_cpu = segments.device.type == "cpu" and not torch.compiler.is_compiling()
+        if on_cpu and bool((segments >= size).any()):
+            raise ValueError(f"{name}.segments: expected ids < {size}, got {int(segments.max())}")
         kept = segments >= 0
         segments = segments.clamp(min=0)
         lengths = _scatter_sum(kept.long(), segments, size)
