@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Callable
+from inspect import signature
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -87,26 +88,13 @@ class Case(NamedTuple):
 
     def __call__(self, inputs, functions=FORMULAS):
         """The loss of the inputs that it takes."""
-        taken = {k: inputs[k] for k in TAKES[self.name]}
+        names = signature(FORMULAS[self.name]).parameters
+        taken = {k: v for k, v in inputs.items() if k in names}
         return functions[self.name](**taken, **self.options)
 
 
 DPO_INPUTS = ("good", "bad", "ref_good_logps", "ref_bad_logps")
-TAKES = {
-    "mle": ("good",),
-    "unlikelihood": ("good", "bad"),
-    "exmate": ("good", "bad"),
-    "mate": ("good", "bad"),
-    "dpo": DPO_INPUTS,
-    "unlikelihood_penalty": ("bad",),
-    "candidate_unlikelihood_penalty": ("good", "candidates", "candidate_mask"),
-    "exmate_penalty": ("bad",),
-    "mate_penalty": ("bad",),
-}
-TWINS = {
-    name: getattr(reference, name if name.endswith("_penalty") else f"{name}_loss")
-    for name in FORMULAS
-}
+TWINS = {name: getattr(reference, f.__name__) for name, f in FORMULAS.items()}
 
 
 def dpo_case(k, **options):
@@ -190,7 +178,7 @@ def packed(side, order):
 
 
 def test_every_loss_has_a_case_and_a_twin():
-    assert {case.name for case in CASES} == set(FORMULAS) == set(TAKES)
+    assert {case.name for case in CASES} == set(FORMULAS)
     public = {f.__name__ for f in FORMULAS.values()}
     assert public <= set(fastadapt.__all__) and public <= set(reference.__all__)
 
@@ -230,39 +218,28 @@ def test_candidates_gradient_is_that_of_the_table():
 
 
 MIXES = [
-    {"dpo": 1.0, "mle": 0.4},
-    {"dpo": 1.0, "exmate": 0.5},
-    {"dpo": 0.5, "unlikelihood": 2.0},
-    {"mle": 1.0, "unlikelihood_penalty": 0.3, "exmate_penalty": 0.2, "mate_penalty": 0.1},
+    ({"dpo": 1.0, "mle": 0.4}, {"beta": 0.3}),
+    ({"dpo": 1.0, "exmate": 0.5}, {"beta": 0.3}),
+    ({"dpo": 0.5, "unlikelihood": 2.0}, {"beta": 0.3, "coefficient": 0.7}),
+    ({"mle": 1.0, "unlikelihood_penalty": 0.3, "exmate_penalty": 0.2, "mate_penalty": 0.1}, {}),
 ]
 
 
-@pytest.mark.parametrize("weights", MIXES, ids="+".join)
-def test_mixture_is_the_weighted_sum_of_the_table(weights):
+@pytest.mark.parametrize("weights, options", MIXES, ids=["+".join(w) for w, _ in MIXES])
+def test_mixture_is_the_weighted_sum_of_the_table(weights, options):
     x = Batch()
-    inputs = {k: v for k, v in x.inputs().items() if k in DPO_INPUTS}
-    loss, metrics = (
-        RewardPenalizeLoss(weights, beta=0.3)(**inputs)
-        if "dpo" in weights
-        else (RewardPenalizeLoss(weights)(**inputs))
-    )
-    plain = {case.name: case for case in reversed(CASES)}  # the first of each name
-    parts = {"exmate": CASES[10], "unlikelihood": CASES[2]._replace(options={})}
-    coefficient = {"unlikelihood": 1 / 0.7}
+    loss, metrics = RewardPenalizeLoss(weights, **options)(*(x.inputs()[k] for k in DPO_INPUTS))
     good, bad, total = 0.0, 0.0, 0.0
     for name, weight in weights.items():
-        case = parts.get(name, plain[name])
-        c = case.c(x)
-        good = good + weight * c[0]
-        bad = bad + weight * c[1] * coefficient.get(name, 1)
+        case = next(c for c in CASES if c.name == name and c.options.items() <= options.items())
         value = case(x.inputs(), TWINS)
-        total += weight * value
         torch.testing.assert_close(metrics[f"loss/{name}"], value.detach(), rtol=1e-12, atol=1e-12)
+        c_good, c_bad = case.c(x)
+        good, bad, total = good + weight * c_good, bad + weight * c_bad, total + weight * value
     torch.testing.assert_close(loss, total, rtol=1e-12, atol=1e-12)
     gradients = torch.autograd.grad(loss, [x.good.z, x.bad.z])
     for side, c, gradient in zip((x.good, x.bad), (good, bad), gradients, strict=True):
-        c = torch.as_tensor(c) * side.mask
-        wanted = c[..., None] * (side.s - F.one_hot(side.y, V))
+        wanted = (torch.as_tensor(c) * side.mask)[..., None] * (side.s - F.one_hot(side.y, V))
         torch.testing.assert_close(gradient, wanted, rtol=0, atol=1e-12)
     # the metric is the share of the norms of these rows
     norms = [float(g.abs().sum()) for g in gradients]
