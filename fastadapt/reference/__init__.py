@@ -20,9 +20,39 @@ import torch
 from torch import Tensor
 
 from fastadapt.reference.law import Knobs, Law
+from fastadapt.reference.losses import (
+    candidate_unlikelihood_penalty,
+    dpo_loss,
+    exmate_loss,
+    exmate_penalty,
+    label_logps,
+    mate_loss,
+    mate_penalty,
+    mle_loss,
+    sequence_logps,
+    unlikelihood_loss,
+    unlikelihood_penalty,
+)
 from fastadapt.results import Sample, Score
 
-__all__ = ["adapted_logps", "adapted_margins", "filter_logits", "sample", "score"]
+__all__ = [
+    "adapted_logps",
+    "adapted_margins",
+    "candidate_unlikelihood_penalty",
+    "dpo_loss",
+    "exmate_loss",
+    "exmate_penalty",
+    "filter_logits",
+    "label_logps",
+    "mate_loss",
+    "mate_penalty",
+    "mle_loss",
+    "sample",
+    "score",
+    "sequence_logps",
+    "unlikelihood_loss",
+    "unlikelihood_penalty",
+]
 
 
 def filter_logits(logits: Tensor, adaptor: Knobs) -> Tensor:

@@ -1,0 +1,33 @@
+"""Losses that reward good responses and penalise bad ones, as formulas on margins."""
+
+from fastadapt.losses.formulas import (
+    candidate_unlikelihood_penalty,
+    exmate_loss,
+    exmate_penalty,
+    mate_loss,
+    mate_penalty,
+    mle_loss,
+    unlikelihood_loss,
+    unlikelihood_penalty,
+)
+from fastadapt.losses.mixture import CONTAIN_MLE, FORMULAS, RewardPenalizeLoss
+from fastadapt.losses.preference import dpo_loss
+from fastadapt.losses.responses import Responses, label_logps, sequence_logps
+
+__all__ = [
+    "CONTAIN_MLE",
+    "FORMULAS",
+    "Responses",
+    "RewardPenalizeLoss",
+    "candidate_unlikelihood_penalty",
+    "dpo_loss",
+    "exmate_loss",
+    "exmate_penalty",
+    "label_logps",
+    "mate_loss",
+    "mate_penalty",
+    "mle_loss",
+    "sequence_logps",
+    "unlikelihood_loss",
+    "unlikelihood_penalty",
+]

@@ -1,0 +1,216 @@
+"""Weighted sums of losses, and what to watch while training on them."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastadapt.losses.formulas import (
+    candidate_unlikelihood_penalty,
+    exmate_loss,
+    exmate_penalty,
+    mate_loss,
+    mate_penalty,
+    mle_loss,
+    unlikelihood_loss,
+    unlikelihood_penalty,
+)
+from fastadapt.losses.preference import dpo_loss, log_ratios
+from fastadapt.losses.responses import Responses, Rows, accumulated, checked
+
+# Every loss there is. A formula takes the parameters of `RewardPenalizeLoss.forward` by name; its
+# other parameters are options of the mixture.
+FORMULAS: dict[str, Callable[..., Tensor]] = {
+    "mle": mle_loss,
+    "unlikelihood": unlikelihood_loss,
+    "exmate": exmate_loss,
+    "mate": mate_loss,
+    "dpo": dpo_loss,
+    "unlikelihood_penalty": unlikelihood_penalty,
+    "candidate_unlikelihood_penalty": candidate_unlikelihood_penalty,
+    "exmate_penalty": exmate_penalty,
+    "mate_penalty": mate_penalty,
+}
+CONTAIN_MLE = frozenset({"mle", "unlikelihood", "exmate", "mate"})
+
+
+class RewardPenalizeLoss(nn.Module):
+    """A weighted sum of losses that reward good responses and penalise bad ones.
+
+    Example:
+        >>> objective = RewardPenalizeLoss({"dpo": 1.0, "exmate": 1.0}, beta=0.1)
+        >>> good = Responses(good_margins, good_mask)
+        >>> bad = Responses(bad_margins, bad_mask)
+        >>> loss, metrics = objective(good, bad, ref_good_logps, ref_bad_logps)
+        >>> loss.backward()
+
+    Args:
+        weights (Mapping[str, float]): names of `FORMULAS` and their weights: "mle", "unlikelihood",
+            "exmate", "mate", "dpo", "unlikelihood_penalty", "candidate_unlikelihood_penalty",
+            "exmate_penalty", "mate_penalty".
+        **options (Any): keyword arguments of the losses named (`beta`, `coefficient`, `norm`,
+            ...), each given to every one of them that has it.
+
+    Raises:
+        ValueError: no loss or an unknown one; more than one that contains MLE ("mle",
+            "unlikelihood", "exmate", "mate"), which would count twice; an option of none of them.
+    """
+
+    def __init__(self, weights: Mapping[str, float], **options: Any) -> None:
+        """See the class."""
+        super().__init__()
+        unknown = sorted(set(weights) - set(FORMULAS))
+        if unknown or not weights:
+            raise ValueError(f"weights: expected some of {', '.join(FORMULAS)}, got {unknown}")
+        twice = [name for name in weights if name in CONTAIN_MLE]
+        if len(twice) > 1:
+            raise ValueError(
+                f"weights: expected one loss that contains MLE, got {', '.join(twice)}; "
+                "name the bare penalties beside it, such as exmate_penalty"
+            )
+        self.weights = dict(weights)
+        self.options = dict(options)
+        inputs = inspect.signature(self.forward).parameters
+        self._inputs: dict[str, dict[str, bool]] = {}  # of each loss, and whether it must be there
+        self._options: dict[str, dict[str, Any]] = {}
+        self._beta = options.get("beta", inspect.signature(dpo_loss).parameters["beta"].default)
+        left = set(options)
+        for name in weights:
+            own = inspect.signature(FORMULAS[name]).parameters
+            self._inputs[name] = {k: p.default is p.empty for k, p in own.items() if k in inputs}
+            self._options[name] = {k: options[k] for k in own if k in options and k not in inputs}
+            left -= set(self._options[name])
+        if left:
+            raise ValueError(f"options: expected those of {', '.join(weights)}, got {sorted(left)}")
+
+    def extra_repr(self) -> str:
+        """The weights and options."""
+        options = "".join(f", {k}={v!r}" for k, v in self.options.items())
+        return f"{self.weights}{options}"
+
+    def forward(
+        self,
+        good: Responses,
+        bad: Responses | None = None,
+        ref_good_logps: Tensor | None = None,
+        ref_bad_logps: Tensor | None = None,
+        *,
+        candidates: Tensor | None = None,
+        candidate_mask: Tensor | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Returns the loss and its metrics.
+
+        Args:
+            good (Responses): the responses to reward.
+            bad (Responses | None): those to penalise. None: for losses on the good side alone.
+            ref_good_logps (Tensor | None): as in `dpo_loss`.
+            ref_bad_logps (Tensor | None): as in `dpo_loss`.
+            candidates (Tensor | None): as in `candidate_unlikelihood_penalty`.
+            candidate_mask (Tensor | None): as in `candidate_unlikelihood_penalty`.
+
+        Returns:
+            tuple[Tensor, dict[str, Tensor]]: the loss, a scalar, and detached scalars of its dtype,
+            made without reading the device. Means are over this call's responses or pairs:
+
+            - "loss/NAME": each loss named, before its weight.
+            - "logps/good", "logps/bad": mean log P of a response.
+            - "pairs/margins", "pairs/accuracies": mean log P⁺ - log P⁻, and how often it is > 0.
+              Only with as many good as bad responses: the i-th against the i-th.
+            - "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies": of DPO,
+              with the reward β (S - S_ref). Only with "dpo".
+            - "gradients/good", "gradients/bad": shares, in [0, 1], of Σ ‖∂L/∂z_t‖₁ = 2 Σ |g_t| that
+              fall on good and on bad labels, from one more forward and a backward of these
+              formulas on the margins alone; the rows of logits are not visited. 0 both where no
+              gradient is. A row in both counts in both; candidates count in neither.
+
+        Raises:
+            TypeError, ValueError: those of the losses; an input that one needs is None.
+        """
+        inputs = {
+            "good": good,
+            "bad": bad,
+            "ref_good_logps": ref_good_logps,
+            "ref_bad_logps": ref_bad_logps,
+            "candidates": candidates,
+            "candidate_mask": candidate_mask,
+        }
+        terms = self._terms(inputs)
+        loss = self._total(terms)
+        metrics = {f"loss/{name}": term.detach() for name, term in terms.items()}
+        with torch.no_grad():
+            metrics |= self._sides(good, bad, ref_good_logps, ref_bad_logps)
+        metrics |= self._gradient_shares(good, bad, inputs)
+        return loss, metrics
+
+    def _terms(self, inputs: Mapping[str, object]) -> dict[str, Tensor]:
+        """Each loss, before its weight."""
+        terms = {}
+        for name, wanted in self._inputs.items():
+            missing = [k for k, required in wanted.items() if required and inputs[k] is None]
+            if missing:
+                raise ValueError(f"{missing[0]}: expected it for the loss {name}, got None")
+            own = {k: inputs[k] for k in wanted}
+            terms[name] = FORMULAS[name](**own, **self._options[name])
+        return terms
+
+    def _total(self, terms: Mapping[str, Tensor]) -> Tensor:
+        """The weighted sum."""
+        weighted = [weight * terms[name] for name, weight in self.weights.items()]
+        return torch.stack(weighted).sum()
+
+    def _sides(
+        self,
+        good: Responses,
+        bad: Responses | None,
+        ref_good_logps: Tensor | None,
+        ref_bad_logps: Tensor | None,
+    ) -> dict[str, Tensor]:
+        """What the metrics say of the log-probabilities."""
+        g = checked("good", good)
+        metrics = {"logps/good": _mean(g.logps(), g.lengths > 0)}
+        if bad is None:
+            return metrics
+        b = checked("bad", bad)
+        metrics["logps/bad"] = _mean(b.logps(), b.lengths > 0)
+        if g.size == b.size:
+            metrics |= _compare("pairs", g, b, g.logps(), b.logps())
+        if "dpo" in self.weights:
+            beta = self._beta
+            chosen = beta * log_ratios("ref_good_logps", g, ref_good_logps)
+            rejected = beta * log_ratios("ref_bad_logps", b, ref_bad_logps)
+            pairs = g.lengths + b.lengths > 0
+            metrics["rewards/chosen"] = _mean(chosen, pairs)
+            metrics["rewards/rejected"] = _mean(rejected, pairs)
+            metrics |= _compare("rewards", g, b, chosen, rejected)
+        return metrics
+
+    def _gradient_shares(
+        self, good: Responses, bad: Responses | None, inputs: Mapping[str, object]
+    ) -> dict[str, Tensor]:
+        """The shares of Σ |g_t|, from the gradient of the loss with respect to the margins."""
+        sides = {"good": good} if bad is None else {"good": good, "bad": bad}
+
+        def loss_of(margins: Mapping[str, Tensor]) -> Tensor:
+            moved = {k: side._replace(margins=margins[k]) for k, side in sides.items()}
+            return self._total(self._terms({**inputs, **moved}))
+
+        points = {k: accumulated(k, side.margins).detach() for k, side in sides.items()}
+        masses = {k: g.abs().sum() for k, g in torch.func.grad(loss_of)(points).items()}
+        total = torch.stack(list(masses.values())).sum()
+        return {f"gradients/{k}": m / torch.where(total > 0, total, 1) for k, m in masses.items()}
+
+
+def _mean(x: Tensor, counted: Tensor) -> Tensor:
+    """The mean of the responses or pairs that count; 0 if there are none."""
+    return torch.where(counted, x, 0).sum() / counted.sum().clamp(min=1)
+
+
+def _compare(name: str, g: Rows, b: Rows, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+    """How far and how often the good one of a pair is ahead."""
+    pairs = g.lengths + b.lengths > 0
+    return {
+        f"{name}/margins": _mean(x - y, pairs),
+        f"{name}/accuracies": _mean((x > y).to(x.dtype), pairs),
+    }

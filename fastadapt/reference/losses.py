@@ -1,0 +1,188 @@
+"""Twins of the losses: probabilities in float64, one response after the other, loops and products.
+
+Nothing here is written for speed or for lower precision: every margin becomes the two probabilities
+`softmax([m, 0])`, that of the label and that of all else, which neither rounds to 1.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Side = Any  # a fastadapt.Responses, or anything with its attributes
+
+
+def label_logps(margins: Tensor) -> Tensor:
+    """Twin of `fastadapt.label_logps`."""
+    return _log(*_probabilities(margins)).to(_dtype(margins))
+
+
+def sequence_logps(responses: Side) -> Tensor:
+    """Twin of `fastadapt.sequence_logps`."""
+    sums = [_log(*_probabilities(m)).sum() for m in _each(responses)]
+    return _stack(sums, responses.margins).to(_dtype(responses.margins))
+
+
+def mle_loss(good: Side, *, reduction: str = "token_mean") -> Tensor:
+    """Twin of `fastadapt.mle_loss`."""
+    total = sum((-_log(*_probabilities(m)).sum() for m in _each(good)), _zero(good))
+    divisor = {"token_mean": _tokens, "sequence_sum": _sequences}[reduction](good)
+    return (total / divisor).to(_dtype(good.margins))
+
+
+def unlikelihood_penalty(bad: Side, *, level: str = "token") -> Tensor:
+    """Twin of `fastadapt.unlikelihood_penalty`."""
+    total = _zero(bad)
+    for m in _each(bad):
+        p, rest = _probabilities(m)
+        if level == "token":
+            total = total - rest.log().sum()
+        elif level == "sequence":
+            total = total - _miss(p, rest).log()
+        elif len(m):
+            total = total - torch.log(-torch.expm1(_log(p, rest).sum() / len(m)))
+    return (total / (_tokens if level == "token" else _sequences)(bad)).to(_dtype(bad.margins))
+
+
+def candidate_unlikelihood_penalty(
+    good: Side, candidates: Tensor, candidate_mask: Tensor
+) -> Tensor:
+    """Twin of `fastadapt.candidate_unlikelihood_penalty`."""
+    counted = good.mask if good.segments is None else good.segments >= 0
+    total = _zero(good)
+    for row, mask in zip(candidates[counted], candidate_mask[counted], strict=True):
+        for m in row[mask]:
+            total = total - _probabilities(m)[1].log()
+    return (total / _tokens(good)).to(_dtype(good.margins))
+
+
+def exmate_penalty(bad: Side, *, norm: str = "sequence_mean") -> Tensor:
+    """Twin of `fastadapt.exmate_penalty`."""
+    total, product, count = _zero(bad), _zero(bad) + 1, _tokens(bad)
+    for m in _each(bad):
+        p = _probabilities(m)[0]
+        if norm == "token":
+            total = total + p.sum() / count
+        elif norm == "batch_token_mean":
+            product = product * (p ** (1 / count)).prod()
+        elif len(m):
+            power = 1 / len(m) if norm == "sequence_mean" else 1.0
+            total = total + (p**power).prod() / _sequences(bad)
+    if norm == "batch_token_mean" and any(len(m) for m in _each(bad)):
+        total = product
+    return total.to(_dtype(bad.margins))
+
+
+def mate_penalty(bad: Side) -> Tensor:
+    """Twin of `fastadapt.mate_penalty`."""
+    return -mle_loss(bad)
+
+
+def unlikelihood_loss(
+    good: Side, bad: Side, *, coefficient: float = 1.0, level: str = "token"
+) -> Tensor:
+    """Twin of `fastadapt.unlikelihood_loss`."""
+    return mle_loss(good) + coefficient * unlikelihood_penalty(bad, level=level)
+
+
+def exmate_loss(
+    good: Side, bad: Side, *, coefficient: float = 1.0, norm: str = "sequence_mean"
+) -> Tensor:
+    """Twin of `fastadapt.exmate_loss`."""
+    return mle_loss(good) + coefficient * exmate_penalty(bad, norm=norm)
+
+
+def mate_loss(good: Side, bad: Side, *, coefficient: float = 1.0) -> Tensor:
+    """Twin of `fastadapt.mate_loss`."""
+    return mle_loss(good) + coefficient * mate_penalty(bad)
+
+
+def dpo_loss(
+    good: Side,
+    bad: Side,
+    ref_good_logps: Tensor | None = None,
+    ref_bad_logps: Tensor | None = None,
+    *,
+    beta: float = 0.1,
+    loss_type: str = "sigmoid",
+    label_smoothing: float = 0.0,
+    length_normalized: bool = False,
+) -> Tensor:
+    """Twin of `fastadapt.dpo_loss`: the odds of a pair as a quotient of probabilities."""
+    total, pairs, eps = _zero(good), 0, label_smoothing
+    for i, (g, b) in enumerate(zip(_each(good), _each(bad), strict=True)):
+        if not len(g) + len(b):
+            continue
+        pairs += 1
+        ratios = []
+        for m, ref in ((g, ref_good_logps), (b, ref_bad_logps)):
+            ratio = _log(*_probabilities(m)).sum() - (0.0 if ref is None else float(ref[i]))
+            ratios.append(ratio / max(len(m), 1) if length_normalized else ratio)
+        gap = ratios[0] - ratios[1]
+        preferred = torch.stack([beta * gap, torch.zeros_like(gap)]).softmax(0)
+        if loss_type == "hinge":
+            total = total + max(1 - beta * gap, 0 * gap)
+        elif loss_type == "ipo":
+            total = total + (gap - 0.5 / beta) ** 2
+        elif loss_type == "sigmoid":
+            total = total - (1 - eps) * preferred[0].log() - eps * preferred[1].log()
+        else:
+            clean = -(1 - eps) * preferred[0].log() + eps * preferred[1].log()
+            total = total + clean / (1 - 2 * eps)
+    divisor = max(pairs, 1) if good.total_sequences is None else _sequences(good)
+    return (total / divisor).to(_dtype(good.margins))
+
+
+def _dtype(margins: Tensor) -> torch.dtype:
+    """That of the results."""
+    return torch.float64 if margins.dtype == torch.float64 else torch.float32
+
+
+def _probabilities(margins: Tensor) -> tuple[Tensor, Tensor]:
+    """(p, 1 - p)."""
+    p, rest = torch.stack([margins.double(), torch.zeros_like(margins.double())]).softmax(0)
+    return p, rest
+
+
+def _log(p: Tensor, rest: Tensor) -> Tensor:
+    """log p, from 1 - p where p is near 1."""
+    return torch.where(p > 0.5, torch.log1p(-rest.clamp(max=0.75)), p.log())
+
+
+def _miss(p: Tensor, rest: Tensor) -> Tensor:
+    """1 - Π p as the probability that some token is missed: (1-p_1) + p_1 (1-p_2) + ..."""
+    before = torch.cat([p.new_ones(1), p.cumprod(0)])[: len(p)]
+    return (before * rest).sum() if len(p) else p.new_ones(())
+
+
+def _each(side: Side) -> list[Tensor]:
+    """The margins of each response, in the order of its tokens."""
+    if side.segments is None:
+        return [m[kept] for m, kept in zip(side.margins, side.mask, strict=True)]
+    size = side.num_segments
+    if size is None:
+        size = max([1, *(1 + side.segments).tolist()])
+    return [side.margins[side.segments == i] for i in range(size)]
+
+
+def _tokens(side: Side) -> float:
+    """What a mean over tokens divides by."""
+    count = sum(map(len, _each(side))) if side.total_tokens is None else side.total_tokens
+    return max(float(count), 1.0)
+
+
+def _sequences(side: Side) -> float:
+    """What a mean over responses divides by."""
+    count = side.total_sequences
+    return max(float(sum(len(m) > 0 for m in _each(side)) if count is None else count), 1.0)
+
+
+def _zero(side: Side) -> Tensor:
+    """0 with a graph."""
+    margins: Tensor = side.margins
+    return margins.flatten()[:0].double().sum()
+
+
+def _stack(values: list[Tensor], like: Tensor) -> Tensor:
+    """(B,), also for B = 0."""
+    return torch.stack(values) if values else like.new_zeros(0)

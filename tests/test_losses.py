@@ -1,0 +1,949 @@
+"""The losses against the table of their gradients, their twins, the truth and other libraries.
+
+`CASES` has a row for every loss and option: adding a loss means adding its row.
+"""
+
+from collections.abc import Callable
+from inspect import signature
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import mpmath
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+import fastadapt
+from fastadapt import Adaptor, Responses, RewardPenalizeLoss, adapted_margins, reference
+from fastadapt.losses import CONTAIN_MLE, FORMULAS
+
+V = 11
+
+
+def margins_of(z, y):
+    """z_y - logsumexp of the others, by autograd."""
+    others = z.scatter(-1, y[..., None], float("-inf"))
+    return z.gather(-1, y[..., None])[..., 0] - others.logsumexp(-1)
+
+
+class Side:
+    """Logits, labels and a mask, and the quantities of the table in probability space."""
+
+    def __init__(self, B=3, T=5, dtype=torch.float64, scale=2.0):
+        self.z = (torch.randn(B, T, V, dtype=dtype) * scale).requires_grad_()
+        self.y = torch.randint(V, (B, T))
+        self.mask = torch.rand(B, T) < 0.7
+        self.mask[:, 1] = True
+        self.margins = margins_of(self.z, self.y)
+        self.responses = Responses(self.margins, self.mask)
+        self.s = self.z.detach().softmax(-1)
+        self.p = self.s.gather(-1, self.y[..., None])[..., 0]
+        self.logp = self.z.detach().log_softmax(-1).gather(-1, self.y[..., None])[..., 0]
+        self.N, self.B = self.mask.sum().double(), B
+        self.T = self.mask.sum(-1, keepdim=True).double()
+        self.S = (self.logp * self.mask).sum(-1, keepdim=True)
+        self.P, self.root = self.S.exp(), (self.S / self.T).exp()
+
+
+class Batch:
+    """Good and bad responses, a reference and candidates."""
+
+    def __init__(self, B=3, T=5, dtype=torch.float64):
+        self.good, self.bad = Side(B, T, dtype), Side(B, T, dtype)
+        self.refs = (torch.randn(B, dtype=dtype) - 8, torch.randn(B, dtype=dtype) - 8)
+        self.ids = torch.rand(B, T, V).argsort(-1)[..., :4]  # no id twice in a row
+        self.candidate_mask = (torch.rand(B, T, 4) < 0.6) & (self.ids != self.good.y[..., None])
+        rows = self.good.z[..., None, :].expand(B, T, 4, V)
+        self.candidates = margins_of(rows, self.ids)
+
+    def inputs(self):
+        """The arguments of `RewardPenalizeLoss.forward`."""
+        return {
+            "good": self.good.responses,
+            "bad": self.bad.responses,
+            "ref_good_logps": self.refs[0],
+            "ref_bad_logps": self.refs[1],
+            "candidates": self.candidates,
+            "candidate_mask": self.candidate_mask,
+        }
+
+    def gaps(self, normalized=False):
+        """(B, 1): the difference of the log-ratios, u / beta."""
+        g, b = self.good, self.bad
+        x, y = g.S - self.refs[0][:, None], b.S - self.refs[1][:, None]
+        return x / g.T - y / b.T if normalized else x - y
+
+
+class Case(NamedTuple):
+    """A loss with options, and the table's c_t of good and of bad rows: ∂L/∂z = c_t (s - e_y)."""
+
+    name: str
+    options: dict
+    c: Callable[[Batch], tuple] | None
+
+    def __str__(self):
+        return "-".join([self.name, *map(str, self.options.values())])
+
+    def __call__(self, inputs, functions=FORMULAS):
+        """The loss of the inputs that it takes."""
+        names = signature(FORMULAS[self.name]).parameters
+        taken = {k: v for k, v in inputs.items() if k in names}
+        return functions[self.name](**taken, **self.options)
+
+
+DPO_INPUTS = ("good", "bad", "ref_good_logps", "ref_bad_logps")
+TWINS = {name: getattr(reference, f.__name__) for name, f in FORMULAS.items()}
+
+
+def dpo_case(k, **options):
+    """A DPO loss, by its -∂L/∂S⁺ per pair as a function of u / beta."""
+
+    def c(x):
+        g, b = x.good, x.bad
+        weight = k(x.gaps(options.get("length_normalized", False))) / g.B
+        if options.get("length_normalized"):
+            return weight / g.T, -weight / b.T
+        return weight, -weight
+
+    return Case("dpo", {"beta": 0.3} | options, c)
+
+
+def odds(p):
+    return p / (1 - p)
+
+
+def mle(x):
+    return 1 / x.good.N
+
+
+def sigma(x):
+    return 1 / (1 + torch.exp(-x))
+
+
+CASES = [
+    Case("mle", {}, lambda x: (mle(x), 0)),
+    Case("mle", {"reduction": "sequence_sum"}, lambda x: (1 / x.good.B, 0)),
+    Case(
+        "unlikelihood",
+        {"coefficient": 0.7},
+        lambda x: (mle(x), -0.7 / x.bad.N * odds(x.bad.p)),
+    ),
+    Case("unlikelihood_penalty", {}, lambda x: (0, -1 / x.bad.N * odds(x.bad.p))),
+    Case(
+        "unlikelihood_penalty", {"level": "sequence"}, lambda x: (0, -1 / x.bad.B * odds(x.bad.P))
+    ),
+    Case(
+        "unlikelihood_penalty",
+        {"level": "sequence_mean"},
+        lambda x: (0, -1 / (x.bad.B * x.bad.T) * odds(x.bad.root)),
+    ),
+    Case("candidate_unlikelihood_penalty", {}, None),  # not of this form: see the test below
+    Case("mate", {"coefficient": 0.05}, lambda x: (mle(x), -0.05 / x.bad.N)),
+    Case("mate_penalty", {}, lambda x: (0, -1 / x.bad.N)),
+    Case(
+        "exmate",
+        {"coefficient": 0.05, "norm": "batch_token_mean"},
+        lambda x: (mle(x), -0.05 / x.bad.N * ((x.bad.logp * x.bad.mask).sum() / x.bad.N).exp()),
+    ),
+    Case("exmate", {}, lambda x: (mle(x), -x.bad.root / (x.bad.B * x.bad.T))),
+    Case("exmate_penalty", {}, lambda x: (0, -x.bad.root / (x.bad.B * x.bad.T))),
+    Case("exmate_penalty", {"norm": "sequence_sum"}, lambda x: (0, -x.bad.P / x.bad.B)),
+    Case("exmate_penalty", {"norm": "token"}, lambda x: (0, -x.bad.p / x.bad.N)),
+    dpo_case(lambda d: 0.3 * sigma(-0.3 * d)),
+    dpo_case(lambda d: 0.3 * (0.8 * sigma(-0.3 * d) - 0.2 * sigma(0.3 * d)), label_smoothing=0.2),
+    dpo_case(lambda d: 0.3 * sigma(-0.3 * d), length_normalized=True),
+    dpo_case(lambda d: 0.3 * (0.3 * d < 1).double(), loss_type="hinge"),
+    dpo_case(lambda d: -2 * (d - 1 / 0.6), loss_type="ipo"),
+    dpo_case(lambda d: -2 * (d - 1 / 0.6), loss_type="ipo", length_normalized=True),
+    dpo_case(
+        lambda d: 0.3 * (0.8 * sigma(-0.3 * d) + 0.2 * sigma(0.3 * d)) / 0.6,
+        loss_type="robust",
+        label_smoothing=0.2,
+    ),
+]
+IDS = [str(case) for case in CASES]
+each_case = pytest.mark.parametrize("case", CASES, ids=IDS)
+# the published norm is the one whose value depends on how the batch is split
+SPLITTABLE = [c for c in CASES if c.options.get("norm") != "batch_token_mean"]
+ONE_EACH = list({case.name: case for case in CASES}.values())
+
+
+def packed(side, order):
+    """A padded side in the packed layout, its tokens in another order, ignored ones among them."""
+    ids = torch.arange(side.mask.shape[0])[:, None].expand_as(side.mask)
+    ids = torch.where(side.mask, ids, -1).flatten()[order]
+    return Responses(side.margins.flatten()[order], segments=ids, num_segments=len(side.mask))
+
+
+def test_every_loss_has_a_case_and_a_twin():
+    assert {case.name for case in CASES} == set(FORMULAS)
+    public = {f.__name__ for f in FORMULAS.values()}
+    assert public <= set(fastadapt.__all__) and public <= set(reference.__all__)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.c], ids=str)
+def test_gradient_is_that_of_the_table(case):
+    """∂L/∂z through explicit logits, with a signed upstream, against c_t (s - e_y)."""
+    for _ in range(3):
+        x, upstream = Batch(), torch.randn((), dtype=torch.float64)
+        loss = case(x.inputs())
+        assert loss.dtype == torch.float64 and loss.shape == ()
+        z = [x.good.z, x.bad.z]
+        gradients = torch.autograd.grad(loss, z, upstream, allow_unused=True)
+        for side, c, gradient in zip((x.good, x.bad), case.c(x), gradients, strict=True):
+            c = torch.as_tensor(c, dtype=torch.float64) * side.mask
+            onehot = F.one_hot(side.y, V)
+            wanted = upstream * c[..., None] * (side.s - onehot)
+            gradient = torch.zeros_like(wanted) if gradient is None else gradient
+            torch.testing.assert_close(gradient, wanted, rtol=0, atol=1e-12)
+
+
+def test_candidates_gradient_is_that_of_the_table():
+    """s (w - Σ a_c) - w e_y + Σ a_c e_c, a_c = α/N p_c/(1-p_c), w = 1/N, for the sum with MLE."""
+    x, alpha = Batch(), 0.6
+    objective = RewardPenalizeLoss({"mle": 1.0, "candidate_unlikelihood_penalty": alpha})
+    inputs = x.inputs()
+    loss, _ = objective(inputs["good"], candidates=x.candidates, candidate_mask=x.candidate_mask)
+    upstream = torch.randn((), dtype=torch.float64)
+    (gradient,) = torch.autograd.grad(loss, x.good.z, upstream)
+    g = x.good
+    w = 1 / g.N
+    a = alpha / g.N * odds(g.s.gather(-1, x.ids)) * x.candidate_mask
+    at_candidates = torch.zeros_like(g.s).scatter_add(-1, x.ids, a)
+    wanted = g.s * (w - a.sum(-1, keepdim=True)) - w * F.one_hot(g.y, V) + at_candidates
+    wanted = upstream * wanted * g.mask[..., None]
+    torch.testing.assert_close(gradient, wanted, rtol=0, atol=1e-12)
+
+
+MIXES = [
+    ({"dpo": 1.0, "mle": 0.4}, {"beta": 0.3}),
+    ({"dpo": 1.0, "exmate": 0.5}, {"beta": 0.3}),
+    ({"dpo": 0.5, "unlikelihood": 2.0}, {"beta": 0.3, "coefficient": 0.7}),
+    ({"mle": 1.0, "unlikelihood_penalty": 0.3, "exmate_penalty": 0.2, "mate_penalty": 0.1}, {}),
+]
+
+
+@pytest.mark.parametrize("weights, options", MIXES, ids=["+".join(w) for w, _ in MIXES])
+def test_mixture_is_the_weighted_sum_of_the_table(weights, options):
+    x = Batch()
+    loss, metrics = RewardPenalizeLoss(weights, **options)(*(x.inputs()[k] for k in DPO_INPUTS))
+    good, bad, total = 0.0, 0.0, 0.0
+    for name, weight in weights.items():
+        case = next(c for c in CASES if c.name == name and c.options.items() <= options.items())
+        value = case(x.inputs(), TWINS)
+        torch.testing.assert_close(metrics[f"loss/{name}"], value.detach(), rtol=1e-12, atol=1e-12)
+        c_good, c_bad = case.c(x)
+        good, bad, total = good + weight * c_good, bad + weight * c_bad, total + weight * value
+    torch.testing.assert_close(loss, total, rtol=1e-12, atol=1e-12)
+    gradients = torch.autograd.grad(loss, [x.good.z, x.bad.z])
+    for side, c, gradient in zip((x.good, x.bad), (good, bad), gradients, strict=True):
+        wanted = (torch.as_tensor(c) * side.mask)[..., None] * (side.s - F.one_hot(side.y, V))
+        torch.testing.assert_close(gradient, wanted, rtol=0, atol=1e-12)
+    # the metric is the share of the norms of these rows
+    norms = [float(g.abs().sum()) for g in gradients]
+    assert float(metrics["gradients/bad"]) == pytest.approx(norms[1] / sum(norms), rel=1e-12)
+
+
+@each_case
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_equals_its_twin(case, layout, dtype):
+    x = Batch(B=4, T=6, dtype=dtype)
+    x.bad.mask[2] = False  # a response without tokens
+    x.bad.responses = Responses(x.bad.margins, x.bad.mask)
+    inputs = x.inputs()
+    if layout == "packed":
+        order = torch.randperm(24)
+        inputs["good"], inputs["bad"] = packed(x.good, order), packed(x.bad, order)
+        inputs["candidates"] = x.candidates.flatten(0, 1)[order]
+        inputs["candidate_mask"] = x.candidate_mask.flatten(0, 1)[order]
+    tolerance = 1e-12 if dtype == torch.float64 else 2e-5
+    values = [case(inputs, f) for f in (FORMULAS, TWINS)]
+    assert values[0].dtype == values[1].dtype == dtype
+    torch.testing.assert_close(*values, rtol=tolerance, atol=tolerance)
+    leaves = [x.good.z, x.bad.z]
+    gradients = [
+        torch.autograd.grad(v, leaves, allow_unused=True, retain_graph=True) for v in values
+    ]
+    for ours, twin in zip(*gradients, strict=True):
+        assert (ours is None) == (twin is None)
+        if ours is not None:
+            torch.testing.assert_close(ours, twin, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("segments", [[2, 0, -1, 2, 0], [-1] * 5, []], ids=str)
+def test_logps_equal_their_twins(segments):
+    ids, m = torch.tensor(segments, dtype=torch.int64), torch.randn(len(segments)) * 20
+    given_b = Responses(m, segments=ids, num_segments=4)
+    assert fastadapt.sequence_logps(given_b).shape == (4,)
+    for responses in (given_b, Responses(m, segments=ids)):
+        ours, twin = (f.sequence_logps(responses) for f in (fastadapt, reference))
+        torch.testing.assert_close(ours, twin)
+    torch.testing.assert_close(fastadapt.label_logps(m), reference.label_logps(m))
+
+
+@pytest.mark.parametrize("m", [0, 8, 17, 40, 100, -8, -100])
+def test_float32_is_exact_at_any_margin(m):
+    """Values and gradients against 60 digits; l = z_y - lse rounds to 0 from m = 17 on."""
+    with mpmath.workdps(60):
+        p = 1 / (1 + mpmath.exp(-mpmath.mpf(m)))
+        rest = 1 / (1 + mpmath.exp(mpmath.mpf(m)))
+        wanted = {  # value and ∂/∂m for one response of one token
+            "mle": (-mpmath.log(p), -rest),
+            "unlikelihood_penalty": (-mpmath.log(rest), p),
+            "exmate_penalty": (p, p * rest),
+            "mate_penalty": (mpmath.log(p), rest),
+        }
+        levels = [("unlikelihood_penalty", {"level": k}) for k in ("sequence", "sequence_mean")]
+        norms = [("exmate_penalty", {"norm": k}) for k in ("batch_token_mean", "token")]
+        for name, options in [(name, {}) for name in wanted] + levels + norms:
+            leaf = torch.tensor([float(m)], requires_grad=True)
+            loss = FORMULAS[name](Responses(leaf, segments=torch.tensor([0])), **options)
+            (gradient,) = torch.autograd.grad(loss, leaf)
+            value, slope = (float(v) for v in wanted[name])
+            # from m = 100 on p rounds to 1, and p - p² is within the last digit of that
+            assert loss.item() == pytest.approx(value, rel=1e-6, abs=1e-42), (name, options)
+            assert float(gradient) == pytest.approx(slope, rel=1e-6, abs=1e-42), (name, options)
+    logp = fastadapt.label_logps(torch.tensor(float(m)))
+    assert float(logp) == pytest.approx(float(mpmath.log(p)), rel=1e-6)
+
+
+any_float32 = st.floats(width=32, allow_nan=False, allow_infinity=False)
+
+
+def truth_of_a_pair(m):
+    """-log(1 - P) of two tokens and its two slopes: 1 - P = q1 + p1 q2, nothing cancels."""
+    with mpmath.workdps(50):
+        q = [1 / (1 + mpmath.exp(mpmath.mpf(x))) for x in m]
+        p = [1 / (1 + mpmath.exp(-mpmath.mpf(x))) for x in m]
+        miss = q[0] + p[0] * q[1]
+        slopes = [float(p[0] * p[1] / miss * x) for x in q]
+        return float(-mpmath.log(miss)), slopes
+
+
+@given(any_float32, any_float32)
+@example(0.0, 3.4e38)
+@example(20.0, 20.000002)
+@example(-0.0, 1e-45)
+@example(104.0, 104.0)
+@example(200.0, 300.0)
+@example(-3.4e38, -3.4e38)
+def test_unlikelihood_has_no_dead_zone(first, second):
+    """Finite, and right, for every float32 margin: a certain bad token is pushed hardest."""
+    leaf = torch.tensor([[first, second]], requires_grad=True)
+    bad = Responses(leaf, torch.ones(1, 2, dtype=torch.bool))
+    loss = fastadapt.unlikelihood_penalty(bad._replace(total_tokens=1))
+    (gradient,) = torch.autograd.grad(loss, leaf)
+    wanted = [1 / (1 + mpmath.exp(-mpmath.mpf(m))) for m in (first, second)]
+    assert gradient.tolist()[0] == pytest.approx([float(g) for g in wanted], rel=1e-6, abs=1e-37)
+    loss = fastadapt.unlikelihood_penalty(bad, level="sequence")
+    (gradient,) = torch.autograd.grad(loss, leaf)
+    value, slopes = truth_of_a_pair((first, second))
+    # digits of m itself are lost in m - m: the last of them bounds what a slope can have
+    slack = 1e-5 + 1e-7 * min(abs(first - second), 100)
+    assert loss.item() == pytest.approx(value, rel=3e-6, abs=1e-37)
+    assert gradient.tolist()[0] == pytest.approx(slopes, rel=slack, abs=1e-37)
+
+
+@pytest.mark.parametrize("m", [(20.5, 21.0), (19.0, 20.1), (300.0, 301.0), (-0.4, 3.0), (1.0, -9)])
+def test_sequence_unlikelihood_in_float64(m):
+    """Near the joints of its branches, m = 20 and P = 1/e."""
+    leaf = torch.tensor([m], dtype=torch.float64, requires_grad=True)
+    bad = Responses(leaf, torch.ones(1, 2, dtype=torch.bool))
+    loss = fastadapt.unlikelihood_penalty(bad, level="sequence")
+    (gradient,) = torch.autograd.grad(loss, leaf)
+    value, slopes = truth_of_a_pair(m)
+    assert loss.item() == pytest.approx(value, rel=1e-14)
+    assert gradient.tolist()[0] == pytest.approx(slopes, rel=1e-12)
+
+
+@given(any_float32)
+@example(3.4e38)
+@example(-3.4e38)
+def test_every_gradient_is_finite_for_every_float32(m):
+    one = torch.tensor([0])
+    for case in CASES:
+        if case.name == "candidate_unlikelihood_penalty":
+            continue  # the formula of unlikelihood_penalty
+        if case.options.get("loss_type") == "ipo" and abs(m) > 1e18:
+            continue  # a square of log p that overflows, as it must
+        leaf = torch.tensor([m], requires_grad=True)
+        side = Responses(leaf, segments=one)
+        inputs = dict.fromkeys(DPO_INPUTS[2:], torch.tensor([-1.0])) | {"good": side, "bad": side}
+        (gradient,) = torch.autograd.grad(case(inputs), leaf)
+        assert gradient.isfinite().all(), (case, m)
+
+
+@pytest.mark.parametrize("level", ["token", "sequence", "sequence_mean"])
+@pytest.mark.parametrize("infinite", [float("inf"), float("-inf")], ids=str)
+def test_infinite_margins_take_the_limit(level, infinite):
+    """A bad token outside the truncated support has m = -inf: no penalty, and no NaN."""
+    leaf = torch.tensor([[infinite, infinite]], requires_grad=True)
+    bad = Responses(leaf, torch.ones(1, 2, dtype=torch.bool))
+    loss = fastadapt.unlikelihood_penalty(bad, level=level)
+    assert loss.item() == max(infinite, 0.0)
+    (gradient,) = torch.autograd.grad(loss, leaf)
+    assert not gradient.isnan().any()
+    exmate = fastadapt.exmate_penalty(bad)
+    assert exmate.item() == (infinite > 0)
+    assert (torch.autograd.grad(exmate, leaf)[0] == 0).all()
+    assert fastadapt.mle_loss(bad).item() == max(-infinite, 0.0)
+
+
+def test_dpo_gradient_is_zero_on_a_shared_prefix():
+    prefix = torch.randn(2, 3, V, requires_grad=True)
+    y = torch.randint(V, (2, 7))
+    tails = [torch.randn(2, 4, V, requires_grad=True) for _ in range(2)]
+    mask = torch.ones(2, 7, dtype=torch.bool)
+    labels = [y, torch.cat([y[:, :3], torch.randint(V, (2, 4))], 1)]
+    margins = [
+        margins_of(torch.cat([prefix, t], 1), lab) for t, lab in zip(tails, labels, strict=True)
+    ]
+    masks = [mask, mask & (torch.arange(7) < 5)]  # unequal lengths
+    sides = [Responses(m, k) for m, k in zip(margins, masks, strict=True)]
+    for loss_type in ("sigmoid", "hinge", "ipo", "robust"):
+        loss = fastadapt.dpo_loss(*sides, loss_type=loss_type)
+        shared, *apart = torch.autograd.grad(loss, [prefix, *tails], retain_graph=True)
+        assert (shared == 0).all()
+        assert all(g.abs().sum() > 0 for g in apart)
+    normalized = fastadapt.dpo_loss(*sides, length_normalized=True)
+    assert torch.autograd.grad(normalized, prefix)[0].abs().sum() > 0
+
+
+def test_the_reference_is_held_constant():
+    x = Batch()
+    refs = [r.clone().requires_grad_() for r in x.refs]
+    loss = fastadapt.dpo_loss(x.good.responses, x.bad.responses, *refs)
+    assert torch.autograd.grad(loss, [x.good.z, *refs], allow_unused=True)[1:] == (None, None)
+
+
+@pytest.mark.parametrize("alpha", [0.25, 1.0, 3.0])
+def test_unlikelihood_fixed_point_on_a_shared_row(alpha):
+    """MLE + α UL on one and the same row has its minimum at p = 1/(1+α), log-odds -log α."""
+
+    def slope(m):
+        leaf = torch.tensor([[m]], dtype=torch.float64, requires_grad=True)
+        side = Responses(leaf, torch.ones(1, 1, dtype=torch.bool))
+        loss = fastadapt.unlikelihood_loss(side, side, coefficient=alpha)
+        return float(torch.autograd.grad(loss, leaf)[0])
+
+    fixed = -float(torch.tensor(alpha, dtype=torch.float64).log())
+    assert abs(slope(fixed)) < 1e-15
+    assert slope(fixed - 0.01) < 0 < slope(fixed + 0.01)
+
+
+@pytest.mark.parametrize("case", SPLITTABLE, ids=str)
+def test_micro_batches_add_up(case):
+    """With the totals given, the losses of parts of a batch sum to the loss of the batch."""
+    x = Batch(B=5)
+    inputs = x.inputs()
+    whole = case(inputs)
+    totals = {"total_sequences": 5}
+    sides = {
+        k: inputs[k]._replace(
+            total_tokens=inputs[k].mask.sum() if i else int(inputs[k].mask.sum()), **totals
+        )
+        for i, k in enumerate(("good", "bad"))
+    }
+    parts = []
+    for rows in (slice(0, 2), slice(2, 5)):
+        part = {k: v[rows] for k, v in inputs.items() if k not in sides}
+        for k, side in sides.items():
+            part[k] = side._replace(margins=side.margins[rows], mask=side.mask[rows])
+        parts.append(case(part))
+    torch.testing.assert_close(sum(parts), whole, rtol=1e-12, atol=1e-14)
+
+
+def test_published_exmate_depends_on_the_split():
+    m = torch.tensor([[-1.0, -2.0], [-3.0, -4.0], [-0.5, 0.5], [1.0, -6.0]], dtype=torch.float64)
+    mask = torch.ones(4, 2, dtype=torch.bool)
+
+    def mean_of_halves(norm):
+        halves = [Responses(h, k) for h, k in zip(m.chunk(2), mask.chunk(2), strict=True)]
+        return sum(float(fastadapt.exmate_penalty(h, norm=norm)) for h in halves) / 2
+
+    whole = Responses(m, mask)
+    by_sequence = float(fastadapt.exmate_penalty(whole))
+    by_batch = float(fastadapt.exmate_penalty(whole, norm="batch_token_mean"))
+    assert mean_of_halves("sequence_mean") == pytest.approx(by_sequence, rel=1e-14)
+    assert by_batch == pytest.approx(0.1019, abs=5e-5)
+    assert mean_of_halves("batch_token_mean") == pytest.approx(0.1079, abs=5e-5)
+    with pytest.raises(ValueError, match=r"bad.total_tokens: expected None"):
+        fastadapt.exmate_penalty(whole._replace(total_tokens=8), norm="batch_token_mean")
+
+
+def test_batch_token_mean_is_the_published_code():
+    """The coefficient times exp of minus the cross-entropy of the bad batch."""
+    x = Batch()
+    y = torch.where(x.bad.mask, x.bad.y, -100)
+    wanted = 0.05 * torch.exp(-F.cross_entropy(x.bad.z.flatten(0, 1), y.flatten()))
+    ours = 0.05 * fastadapt.exmate_penalty(x.bad.responses, norm="batch_token_mean")
+    torch.testing.assert_close(ours, wanted, rtol=1e-13, atol=0)
+
+
+def test_mle_is_the_loss_of_transformers():
+    loss_utils = pytest.importorskip("transformers.loss.loss_utils")
+    side = Side(dtype=torch.float32)
+    shifted = torch.where(side.mask, side.y, -100)
+    for items in (None, torch.tensor(17), 17):
+        theirs = loss_utils.ForCausalLMLoss(
+            side.z, None, V, num_items_in_batch=items, shift_labels=shifted
+        )
+        ours = fastadapt.mle_loss(side.responses._replace(total_tokens=items))
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
+        gradients = [torch.autograd.grad(x, side.z, retain_graph=True)[0] for x in (ours, theirs)]
+        torch.testing.assert_close(*gradients, rtol=0, atol=1e-7)
+
+
+class TrlStub(SimpleNamespace):
+    """What trl's `DPOTrainer._compute_loss` reads of its trainer."""
+
+    def __init__(self, loss_type, beta, label_smoothing):
+        def gather(x):
+            return x
+
+        accelerator = SimpleNamespace(
+            device=torch.device("cpu"), gather=gather, gather_for_metrics=gather
+        )
+        super().__init__(
+            model=SimpleNamespace(training=True), accelerator=accelerator, beta=beta,
+            loss_types=[loss_type], loss_weights=[1.0],
+            label_smoothing=label_smoothing, f_divergence_type="reverse_kl", ld_alpha=None,
+            precompute_ref_logps=True, aux_loss_enabled=False, use_weighting=False, _tp_size=1,
+            _total_train_tokens=0, _metrics={"train": _Lists(), "eval": _Lists()},
+        )  # fmt: skip
+
+
+class _Lists(dict):
+    """A defaultdict of lists."""
+
+    def __missing__(self, key):
+        self[key] = []
+        return self[key]
+
+
+@pytest.mark.parametrize(
+    "theirs, options",
+    [
+        ("sigmoid", {}),
+        ("sigmoid_norm", {"length_normalized": True}),
+        ("hinge", {"loss_type": "hinge"}),
+        ("ipo", {"loss_type": "ipo", "length_normalized": True}),
+        ("robust", {"loss_type": "robust", "label_smoothing": 0.1}),
+    ],
+)
+def test_dpo_is_the_loss_of_trl(theirs, options):
+    """Loss and gradient through trl's own function, with a trainer of a few attributes."""
+    trl = pytest.importorskip("trl.trainer.dpo_trainer", reason="trl is not installed")
+    if not hasattr(trl.DPOTrainer, "_compute_loss"):
+        pytest.skip("this trl computes its loss elsewhere")
+    x, beta = Batch(B=4), 0.3
+    margins = torch.cat([x.good.margins, x.bad.margins])
+    completion = torch.cat([x.good.mask, x.bad.mask])
+    zeros = torch.zeros_like(margins)
+    outputs = SimpleNamespace(
+        log_probs=torch.where(completion, fastadapt.label_logps(margins), 0),
+        entropy=zeros, mean_logits=zeros, is_top1=completion, aux_loss=None,
+    )  # fmt: skip
+    with_prompt = F.pad(completion, (1, 0)).long()  # the first token of a row has no prediction
+    inputs = {
+        "input_ids": with_prompt, "completion_mask": with_prompt, "attention_mask": with_prompt,
+        "ref_chosen_logps": x.refs[0], "ref_rejected_logps": x.refs[1],
+    }  # fmt: skip
+
+    class Model(torch.nn.Module):
+        def forward(self, **_):
+            return outputs
+
+    stub = TrlStub(theirs, beta, options.get("label_smoothing", 0.0))
+    wanted = trl.DPOTrainer._compute_loss(stub, Model(), inputs, return_outputs=False)
+    sides = x.good.responses, x.bad.responses
+    objective = RewardPenalizeLoss({"dpo": 1.0}, beta=beta, **options)
+    loss, metrics = objective(*sides, *x.refs)
+    torch.testing.assert_close(loss, wanted, rtol=1e-12, atol=1e-12)
+    leaves = [x.good.z, x.bad.z]
+    gradients = [torch.autograd.grad(v, leaves, retain_graph=True) for v in (loss, wanted)]
+    for ours, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, other, rtol=0, atol=1e-12)
+    logged = {k: v[0] for k, v in stub._metrics["train"].items() if k.startswith("rewards/")}
+    assert len(logged) == 4
+    for key, value in logged.items():
+        assert float(metrics[key]) == pytest.approx(value, abs=1e-6), key
+
+
+def test_metrics_by_hand():
+    """Two pairs, p = 1/2 and 3/4, 1/4: every number is a logarithm of small integers."""
+    log3 = float(torch.tensor(3.0, dtype=torch.float64).log())
+    log2 = float(torch.tensor(2.0, dtype=torch.float64).log())
+    half, high, low = 0.0, log3, -log3  # margins of p = 1/2, 3/4, 1/4
+    good = torch.tensor([[half, high], [low, 9.0]], dtype=torch.float64)
+    bad = torch.tensor([[low, half], [half, 9.0]], dtype=torch.float64)
+    mask = torch.tensor([[True, True], [True, False]])
+    objective = RewardPenalizeLoss({"dpo": 1.0, "exmate_penalty": 1.0}, beta=0.5)
+    refs = torch.tensor([-1.0, -2.0]), torch.tensor([-3.0, -1.0])
+    _, metrics = objective(Responses(good, mask), Responses(bad, mask), *refs)
+    s_good = [log3 - 3 * log2, -2 * log2]  # 3/8, 1/4
+    s_bad = [-3 * log2, -log2]  # 1/8, 1/2
+    chosen = [0.5 * (s_good[0] + 1), 0.5 * (s_good[1] + 2)]
+    rejected = [0.5 * (s_bad[0] + 3), 0.5 * (s_bad[1] + 1)]
+    u = [c - r for c, r in zip(chosen, rejected, strict=True)]
+    k = [0.5 / (1 + float(torch.tensor(v, dtype=torch.float64).exp())) / 2 for v in u]
+    root = 8**-0.5
+    # |g| = |c| (1 - p): c of DPO and, on the bad side, of ExMATE, (1/B) e^S̄ / T
+    g_good = k[0] * (1 / 2 + 1 / 4) + k[1] * 3 / 4
+    g_bad = (k[0] + root / 4) * (3 / 4 + 1 / 2) + (k[1] + 1 / 2 / 2) * 1 / 2
+    wanted = {
+        "logps/good": sum(s_good) / 2,
+        "logps/bad": sum(s_bad) / 2,
+        "pairs/margins": (log3 - log2) / 2,
+        "pairs/accuracies": 1 / 2,
+        "rewards/chosen": sum(chosen) / 2,
+        "rewards/rejected": sum(rejected) / 2,
+        "rewards/margins": sum(u) / 2,
+        "rewards/accuracies": sum(v > 0 for v in u) / 2,
+        "loss/exmate_penalty": (root + 1 / 2) / 2,
+        "gradients/good": g_good / (g_good + g_bad),
+        "gradients/bad": g_bad / (g_good + g_bad),
+    }
+    assert set(metrics) == set(wanted) | {"loss/dpo"}
+    for key, value in wanted.items():
+        assert float(metrics[key]) == pytest.approx(value, rel=1e-12), key
+    assert not any(v.requires_grad for v in metrics.values())
+
+
+def test_gradient_shares_take_each_row_by_its_size():
+    """IPO pushes pairs up or down: rows of both signs are on each side."""
+    x = Batch(B=4)
+    objective = RewardPenalizeLoss({"dpo": 1.0, "mle": 2.0}, loss_type="ipo", beta=1.0)
+    loss, metrics = objective(x.good.responses, x.bad.responses)
+    margins = [x.good.margins, x.bad.margins]
+    slopes = torch.autograd.grad(loss, margins, retain_graph=True)
+    assert all((g > 0).any() and (g < 0).any() for g in slopes)
+    norms = [float(g.abs().sum()) for g in torch.autograd.grad(loss, [x.good.z, x.bad.z])]
+    for k, norm in zip(("good", "bad"), norms, strict=True):
+        assert float(metrics[f"gradients/{k}"]) == pytest.approx(norm / sum(norms), rel=1e-12)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_metrics_do_not_need_a_graph(mode):
+    x = Batch()
+    objective = RewardPenalizeLoss({"dpo": 1.0, "exmate": 1.0})
+    _, training = objective(x.good.responses, x.bad.responses, *x.refs)
+    with mode():
+        loss, evaluating = objective(x.good.responses, x.bad.responses, *x.refs)
+    assert not loss.requires_grad
+    assert {k: float(v) for k, v in training.items()} == pytest.approx(
+        {k: float(v) for k, v in evaluating.items()}
+    )
+
+
+def test_unpaired_responses_have_no_pair_metrics():
+    good, bad = Side(B=3).responses, Side(B=2).responses
+    _, metrics = RewardPenalizeLoss({"exmate": 1.0})(good, bad)
+    assert set(metrics) == {
+        "loss/exmate", "logps/good", "logps/bad", "gradients/good", "gradients/bad",
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="bad: expected 3 responses, as many as good, got 2"):
+        fastadapt.dpo_loss(good, bad)
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+def test_nothing_reads_the_device(layout):
+    """Tensors of the meta device have no values: whatever asks for one raises."""
+    m = torch.randn(3, 4, device="meta", requires_grad=True)
+    side = Responses(m, torch.ones(3, 4, dtype=torch.bool, device="meta"))
+    if layout == "packed":
+        ids = torch.ones(12, dtype=torch.int64, device="meta")
+        side = Responses(m.flatten(), segments=ids, num_segments=3, total_tokens=m.sum().long())
+    weights = dict.fromkeys([*FORMULAS.keys() - CONTAIN_MLE, "exmate"], 1.0)
+    shape = (*side.margins.shape, 2)
+    loss, metrics = RewardPenalizeLoss(weights)(
+        side,
+        side,
+        candidates=torch.randn(shape, device="meta"),
+        candidate_mask=torch.ones(shape, dtype=torch.bool, device="meta"),
+    )
+    loss.backward()
+    assert {v.device.type for v in metrics.values()} == {"meta"} and m.grad.shape == m.shape
+
+
+@each_case
+@pytest.mark.parametrize("kind", ["all masked", "B = 0", "T = 0", "N = 0", "all negative"])
+def test_nothing_to_learn_from_is_zero_with_a_graph(case, kind):
+    B, T = (0 if kind == "B = 0" else 2), (0 if kind == "T = 0" else 3)
+    leaf = torch.full((B, T), float("nan"), requires_grad=True)
+    side, refs = Responses(leaf, torch.zeros(B, T, dtype=torch.bool)), torch.randn(2, B)
+    if kind in ("N = 0", "all negative"):
+        leaf = torch.randn(0 if kind == "N = 0" else 4, requires_grad=True)
+        ids = torch.full(leaf.shape, -1)
+        side, refs = Responses(leaf, segments=ids), torch.randn(2, 1)
+    shape = (*leaf.shape, 2)
+    inputs = {
+        "good": side, "bad": side, "ref_good_logps": refs[0], "ref_bad_logps": refs[1],
+        "candidates": leaf[..., None].expand(shape),
+        "candidate_mask": torch.zeros(shape, dtype=torch.bool),
+    }  # fmt: skip
+    loss = case(inputs)
+    assert loss.item() == 0 and loss.requires_grad
+    loss.backward()
+    assert leaf.grad is not None and (leaf.grad == 0).all()
+    assert case(inputs, TWINS).item() == 0
+
+
+@each_case
+def test_what_does_not_count_changes_nothing(case):
+    """Ignored margins and candidates may hold anything; their gradient is 0."""
+    x = Batch()
+    results = []
+    for junk in (0.0, float("nan"), float("inf")):
+        inputs, leaves = x.inputs(), []
+        for k in ("good", "bad"):
+            m = inputs[k].margins.detach().masked_fill(~inputs[k].mask, junk).requires_grad_()
+            inputs[k] = inputs[k]._replace(margins=m)
+            leaves.append(m)
+        c = x.candidates.detach().masked_fill(~x.candidate_mask, junk).requires_grad_()
+        inputs["candidates"] = c
+        loss = case(inputs)
+        gradients = torch.autograd.grad(loss, [*leaves, c], allow_unused=True)
+        results.append((loss.detach(), *(g for g in gradients if g is not None)))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@each_case
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_lower_precision_is_summed_in_float32(case, dtype):
+    x = Batch(B=2, T=4, dtype=torch.float32)
+    results = []
+    for kind in (dtype, torch.float32):
+        inputs = x.inputs()
+        leaves = []
+        for k in ("good", "bad"):
+            m = inputs[k].margins.detach().to(dtype).to(kind).requires_grad_()
+            inputs[k] = inputs[k]._replace(margins=m)
+            leaves.append(m)
+        inputs["candidates"] = inputs["candidates"].detach().to(dtype).to(kind).requires_grad_()
+        loss = case(inputs)
+        gradients = torch.autograd.grad(loss, [*leaves, inputs["candidates"]], allow_unused=True)
+        results.append((loss, [g for g in gradients if g is not None]))
+    (low, low_gradients), (full, full_gradients) = results
+    assert low.dtype == torch.float32 and torch.equal(low, full)
+    for g, wanted in zip(low_gradients, full_gradients, strict=True):
+        assert g.dtype == dtype and torch.equal(g, wanted.to(dtype))
+
+
+def with_leaves(x):
+    """The inputs with margins that are leaves, good padded and bad packed."""
+    inputs = x.inputs() | {"bad": packed(x.bad, torch.randperm(x.bad.mask.numel()))}
+    for k in ("good", "bad"):
+        inputs[k] = inputs[k]._replace(margins=inputs[k].margins.detach().requires_grad_())
+    inputs["candidates"] = x.candidates.detach().requires_grad_()
+    return inputs, [inputs["good"].margins, inputs["bad"].margins, inputs["candidates"]]
+
+
+@pytest.mark.parametrize("case", ONE_EACH, ids=str)
+def test_compiles_without_a_graph_break(case):
+    torch.compiler.reset()  # one compiled `case` a test, or the limit of variants is met
+    inputs, leaves = with_leaves(Batch(dtype=torch.float32))
+    results = []
+    for f in (torch.compile(case, fullgraph=True, backend="aot_eager"), case):
+        loss = f(inputs)
+        gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
+        results.append([loss.detach(), *(g for g in gradients if g is not None)])
+    torch.testing.assert_close(*results)
+
+
+def test_mixture_and_metrics_compile_without_a_graph_break():
+    x = Batch(dtype=torch.float32)
+    inputs, leaves = with_leaves(x)
+    objective = RewardPenalizeLoss({"dpo": 1.0, "exmate": 0.5, "unlikelihood_penalty": 1.0})
+    results = []
+    for f in (torch.compile(objective, fullgraph=True), objective):
+        loss, metrics = f(inputs["good"], inputs["bad"], *x.refs)
+        results.append((metrics, loss.detach(), *torch.autograd.grad(loss, leaves[:2])))
+    torch.testing.assert_close(*results)
+
+
+def test_gradcheck_and_second_derivatives():
+    """The formulas are ordinary torch, so they differentiate twice as well."""
+    mask = torch.tensor([[True, True, False], [True, False, True]])
+    m = [torch.randn(2, 3, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+
+    def loss(good, bad):
+        sides = Responses(good, mask), Responses(bad, mask)
+        sequence = fastadapt.unlikelihood_penalty(sides[1], level="sequence")
+        return fastadapt.dpo_loss(*sides) + fastadapt.exmate_loss(*sides) + sequence
+
+    torch.autograd.gradcheck(loss, m)
+    torch.autograd.gradgradcheck(loss, m)
+
+
+def test_trains_on_the_support_that_was_sampled_from():
+    """The losses take `adapted_margins`: tokens outside the support get and give nothing."""
+    torch.manual_seed(1)
+    z = (torch.randn(2, 4, 50) * 3).requires_grad_()
+    y = z.detach().topk(3).indices[..., 2]  # the third most probable
+    bad_y = z.detach().argmin(-1)
+    adaptor = Adaptor(top_k=5)
+    mask = torch.ones(2, 4, dtype=torch.bool)
+    good, bad = (Responses(adapted_margins(z, ids, adaptor), mask) for ids in (y, bad_y))
+    loss, metrics = RewardPenalizeLoss({"unlikelihood": 1.0})(good, bad)
+    loss.backward()
+    dead = fastadapt.filter_logits(z.detach(), adaptor) == float("-inf")
+    assert loss.isfinite() and float(metrics["loss/unlikelihood"]) > 0
+    assert (z.grad[dead] == 0).all() and (z.grad.gather(-1, y[..., None]) < 0).all()
+    assert float(metrics["gradients/bad"]) == 0
+
+
+PAIR = Responses(torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool))
+ROW = Responses(torch.zeros(3), segments=torch.tensor([0, 1, 1]))
+
+
+@pytest.mark.parametrize(
+    "call, error, message",
+    [
+        (lambda: fastadapt.mle_loss(PAIR.margins), TypeError, "good: expected Responses, got Tens"),
+        (lambda: fastadapt.label_logps(torch.ones(3).int()), TypeError, "margins: expected fl"),
+        (lambda: fastadapt.label_logps([0.0]), TypeError, "got list"),
+        (
+            lambda: fastadapt.mle_loss(PAIR._replace(margins=torch.zeros(2, 3).long())),
+            TypeError,
+            r"good.margins: expected float32, float64, bfloat16 or float16, got torch.int64",
+        ),
+        (
+            lambda: fastadapt.mle_loss(PAIR._replace(mask=torch.ones(2, 3))),
+            TypeError,
+            r"good.mask: expected a tensor of torch.bool, got torch.float32",
+        ),
+        (
+            lambda: fastadapt.mle_loss(PAIR._replace(mask=PAIR.mask[:1])),
+            ValueError,
+            r"good.mask: .* of one shape \(B, T\), got \(2, 3\) and \(1, 3\)",
+        ),
+        (
+            lambda: fastadapt.mle_loss(Responses(torch.zeros(3), PAIR.mask[0])),
+            ValueError,
+            r"of one shape \(B, T\), got \(3,\) and \(3,\)",
+        ),
+        (
+            lambda: fastadapt.mle_loss(Responses(PAIR.margins, segments=PAIR.mask.long())),
+            ValueError,
+            r"of one shape \(N,\), got \(2, 3\)",
+        ),
+        (lambda: fastadapt.mle_loss(Responses(PAIR.margins)), ValueError, "got neither"),
+        (
+            lambda: fastadapt.mle_loss(PAIR._replace(segments=ROW.segments)),
+            ValueError,
+            "got both",
+        ),
+        (
+            lambda: fastadapt.mle_loss(PAIR._replace(num_segments=2)),
+            ValueError,
+            "num_segments: expected None beside a mask, got 2",
+        ),
+        (
+            lambda: fastadapt.mle_loss(ROW._replace(segments=ROW.segments.int())),
+            TypeError,
+            "good.segments: expected a tensor of torch.int64, got torch.int32",
+        ),
+        (
+            lambda: fastadapt.mle_loss(ROW._replace(num_segments=0)),
+            ValueError,
+            "good.num_segments: expected an integer >= 1, got 0",
+        ),
+        (
+            lambda: fastadapt.mle_loss(ROW._replace(num_segments=1)),
+            ValueError,
+            "good.segments: expected ids < 1, got 1",
+        ),
+        (
+            lambda: fastadapt.mle_loss(PAIR._replace(total_tokens=-1)),
+            ValueError,
+            "good.total_tokens: expected an integer >= 0, got -1",
+        ),
+        (
+            lambda: fastadapt.mle_loss(PAIR._replace(total_tokens=1.5)),
+            TypeError,
+            "good.total_tokens: expected an integer or a tensor, got 1.5",
+        ),
+        (
+            lambda: fastadapt.mle_loss(PAIR._replace(total_tokens=torch.ones(2))),
+            ValueError,
+            r"good.total_tokens: expected one value, got shape \(2,\)",
+        ),
+        (
+            lambda: fastadapt.mle_loss(
+                Responses(PAIR.margins, torch.ones(2, 3, dtype=torch.bool, device="meta"))
+            ),
+            ValueError,
+            "good.mask: expected device cpu, got meta",
+        ),
+        (lambda: fastadapt.mle_loss(PAIR, reduction="mean"), ValueError, "one of token_mean, seq"),
+        (lambda: fastadapt.unlikelihood_penalty(PAIR, level="x"), ValueError, "level: .*got 'x'"),
+        (lambda: fastadapt.exmate_penalty(PAIR, norm="sum"), ValueError, "norm: .*got 'sum'"),
+        (lambda: fastadapt.dpo_loss(PAIR, PAIR, loss_type="kto"), ValueError, "got 'kto'"),
+        (lambda: fastadapt.dpo_loss(PAIR, PAIR, beta=0), ValueError, "beta: expected a value > 0"),
+        (
+            lambda: fastadapt.dpo_loss(PAIR, PAIR, label_smoothing=0.5),
+            ValueError,
+            r"label_smoothing: expected a value in \[0, 0.5\), got 0.5",
+        ),
+        (
+            lambda: fastadapt.dpo_loss(PAIR, PAIR, loss_type="ipo", label_smoothing=0.1),
+            ValueError,
+            "label_smoothing: expected 0 for ipo, got 0.1",
+        ),
+        (
+            lambda: fastadapt.dpo_loss(PAIR, PAIR, torch.zeros(2)),
+            ValueError,
+            "ref_good_logps, ref_bad_logps: expected both or none, got one",
+        ),
+        (
+            lambda: fastadapt.dpo_loss(PAIR, PAIR, torch.zeros(2), torch.zeros(3)),
+            ValueError,
+            r"ref_bad_logps: expected \(2,\), got \(3,\)",
+        ),
+        (
+            lambda: fastadapt.dpo_loss(PAIR, PAIR, torch.zeros(2).long(), torch.zeros(2)),
+            TypeError,
+            "ref_good_logps: expected a float tensor, got torch.int64",
+        ),
+        (
+            lambda: fastadapt.dpo_loss(PAIR._replace(total_sequences=4), PAIR),
+            ValueError,
+            "total_sequences: expected it for both sides or for none, got one",
+        ),
+        (
+            lambda: fastadapt.candidate_unlikelihood_penalty(PAIR, torch.zeros(2, 4), PAIR.mask),
+            ValueError,
+            r"candidates: expected shape \(2, 3, 'K'\), got \(2, 4\)",
+        ),
+        (
+            lambda: fastadapt.candidate_unlikelihood_penalty(PAIR, torch.zeros(2, 3, 4), PAIR.mask),
+            ValueError,
+            "candidate_mask: expected shape",
+        ),
+        (lambda: RewardPenalizeLoss({}), ValueError, "weights: expected some of mle, "),
+        (lambda: RewardPenalizeLoss({"kto": 1.0}), ValueError, r"got \['kto'\]"),
+        (
+            lambda: RewardPenalizeLoss({"mle": 1.0, "exmate": 1.0}),
+            ValueError,
+            "one loss that contains MLE, got mle, exmate; name the bare penalties",
+        ),
+        (
+            lambda: RewardPenalizeLoss({"dpo": 1.0}, norm="token"),
+            ValueError,
+            r"options: expected those of dpo, got \['norm'\]",
+        ),
+        (
+            lambda: RewardPenalizeLoss({"dpo": 1.0, "mle": 1.0})(PAIR),
+            ValueError,
+            "bad: expected it for the loss dpo, got None",
+        ),
+    ],
+)  # fmt: skip
+def test_bad_input_says_what_is_wrong(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
