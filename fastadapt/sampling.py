@@ -222,7 +222,7 @@ def _per_row(name: str, value: Tensor, shape: torch.Size, rows: Tensor) -> Tenso
         raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(value.shape)}")
     if value.device != rows.device:
         raise ValueError(f"{name}: expected device {rows.device}, got {value.device}")
-    return value.reshape(-1).contiguous()
+    return value if value.dim() == 1 and value.is_contiguous() else value.reshape(-1).contiguous()
 
 
 def _refuse_greedy(adaptor: Adaptor, what: str) -> None:
