@@ -79,21 +79,15 @@ static inline F scale_by(F p, F biased, int offset) {
   return _mm256_mul_ps(p, _mm256_castsi256_ps(exponent));
 }
 
-// AVX2 has no float32 -> int64 conversion. A float e >= 0 is mantissa * 2^(exponent - 150); one of
-// the two shifts has a count of 64 or more (read as unsigned) and gives 0, or both have count 0.
-static inline __m256i truncated(__m128i e) {
-  const __m128i exponent = _mm_srli_epi32(e, 23);
-  const __m128i mantissa =
-      _mm_or_si128(_mm_and_si128(e, _mm_set1_epi32(0x7fffff)), _mm_set1_epi32(0x800000));
-  const __m256i wide = _mm256_cvtepu32_epi64(mantissa);
-  const __m256i left = _mm256_cvtepi32_epi64(_mm_sub_epi32(exponent, _mm_set1_epi32(150)));
-  const __m256i right = _mm256_cvtepi32_epi64(_mm_sub_epi32(_mm_set1_epi32(150), exponent));
-  return _mm256_or_si256(_mm256_sllv_epi64(wide, left), _mm256_srlv_epi64(wide, right));
+// AVX2 has no conversion to int64: added to 2^52, an integer below that is the mantissa of the sum.
+static inline __m256i truncated(__m128 e) {
+  const __m256d whole = _mm256_round_pd(_mm256_cvtps_pd(e), _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC);
+  const __m256i sum = _mm256_castpd_si256(_mm256_add_pd(whole, _mm256_set1_pd(0x1p52)));
+  return _mm256_and_si256(sum, _mm256_set1_epi64x(0xfffffffffffff));
 }
 using Q = L;
 static inline Q truncated(F e) {
-  const __m256i b = _mm256_castps_si256(e);
-  return {truncated(_mm256_castsi256_si128(b)), truncated(_mm256_extracti128_si256(b, 1))};
+  return {truncated(_mm256_castps256_ps128(e)), truncated(_mm256_extractf128_ps(e, 1))};
 }
 static inline L add(L sum, Q q) {
   return {_mm256_add_epi64(sum.low, q.low), _mm256_add_epi64(sum.high, q.high)};
