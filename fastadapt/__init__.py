@@ -3,6 +3,7 @@
 from importlib.metadata import version
 
 from fastadapt.adaptor import Adaptor
+from fastadapt.margins import candidate_margins, label_margins, linear_label_margins
 from fastadapt.results import Sample, Score
 from fastadapt.sampling import adapted_logps, adapted_margins, filter_logits, sample, score
 
@@ -13,7 +14,10 @@ __all__ = [
     "Score",
     "adapted_logps",
     "adapted_margins",
+    "candidate_margins",
     "filter_logits",
+    "label_margins",
+    "linear_label_margins",
     "sample",
     "score",
 ]

@@ -20,9 +20,19 @@ import torch
 from torch import Tensor
 
 from fastadapt.reference.law import Knobs, Law
+from fastadapt.reference.margins import candidate_margins, label_margins, linear_label_margins
 from fastadapt.results import Sample, Score
 
-__all__ = ["adapted_logps", "adapted_margins", "filter_logits", "sample", "score"]
+__all__ = [
+    "adapted_logps",
+    "adapted_margins",
+    "candidate_margins",
+    "filter_logits",
+    "label_margins",
+    "linear_label_margins",
+    "sample",
+    "score",
+]
 
 
 def filter_logits(logits: Tensor, adaptor: Knobs) -> Tensor:
