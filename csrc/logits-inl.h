@@ -3,7 +3,7 @@
 // its own in plain double arithmetic.
 
 constexpr float kLeastExponent = -87.0f;  // e^d is 0 below: 2^-126 is the last normal number
-constexpr int64_t kSumBlock = 1024;       // float sums run this far, then go to a double
+constexpr int64_t kSumVectors = 64;       // float sums run this far, then go to a double
 
 // (e^r - 1) / r of the reduced argument r = d - k ln 2; minimax on |r| <= ln 2 / 2, error 2e-9.
 struct Exponent {
@@ -50,7 +50,8 @@ struct Wide {
   using type = float;
   using Lanes = F;
   static constexpr int lanes = W;
-  static F set(double x) { return fset(static_cast<float>(x)); }
+  // a NaN of the caller's may have bits that rounding would carry away; this one has not
+  static F set(double x) { return fset(x == x ? static_cast<float>(x) : __builtin_nanf("")); }
   static F get(const float* p) { return load(p); }
 };
 template <>
@@ -141,8 +142,9 @@ struct Stretch {
   template <bool kWeighted, class Fn>
   void sum(double m, double* total, double* weighted, Fn&& f) const {
     const Lanes top = Wide<T>::set(m);
-    for (int64_t begin = 0; begin < n; begin += kSumBlock) {
-      const int64_t end = begin + kSumBlock < n ? begin + kSumBlock : n;
+    constexpr int64_t block = kSumVectors * lanes;
+    for (int64_t begin = 0; begin < n; begin += block) {
+      const int64_t end = begin + block < n ? begin + block : n;
       Lanes s[2] = {Wide<T>::set(0), Wide<T>::set(0)}, w = Wide<T>::set(0);
       for (int64_t i = begin; i < end; i += 2 * lanes) {
         for (int j = 0; j < 2; ++j) {
@@ -234,7 +236,6 @@ static inline void store_until(T* out, int64_t i, int64_t end, Lanes x) {
 static inline void from_double(double x, double* out) { *out = x; }
 template <class T>
 static inline void from_double(double x, T* out) {
-  // a NaN of the caller's may have bits that rounding would carry away; this one has not
   from_float(x == x ? static_cast<float>(x) : __builtin_nanf(""), out);
 }
 

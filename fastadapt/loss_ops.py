@@ -43,15 +43,15 @@ def rows_of(x: Tensor) -> tuple[int, int, int, int, int]:
     return x.data_ptr(), DTYPE_CODES[x.dtype], x.shape[0], x.shape[1], x.stride(0)
 
 
-def check_labels(name: str, labels: Tensor, v: int, ignore_index: int) -> None:
+def check_labels(name: str, labels: Tensor, v: int, ignore_index: int | None) -> None:
     """Raises for the first label that is neither an id nor the ignored one."""
-    at = _C.first_bad_token(labels.data_ptr(), labels.numel(), v, ignore_index)
+    at = _C.first_bad_token(
+        labels.data_ptr(), labels.numel(), v, 0 if ignore_index is None else ignore_index
+    )
     if at >= 0:
-        got = int(labels.view(-1)[at])
-        where = f"row {at // labels[0].numel()}"
-        raise ValueError(
-            f"{name}: expected ids in [0, {v}) or {ignore_index}, got {got} in {where}"
-        )
+        got, row = int(labels.view(-1)[at]), at // labels[0].numel()
+        ids = f"[0, {v})" if ignore_index is None else f"[0, {v}) or {ignore_index}"
+        raise ValueError(f"{name}: expected ids in {ids}, got {got} in {row=}")
 
 
 def _label_outputs(logits: Tensor) -> Pair:
@@ -104,7 +104,7 @@ def _candidate_margins_cpu(logits: Tensor, index: Tensor, mask: Tensor | None) -
     """Two reads of the logits, the second from cache."""
     used = index if mask is None else torch.where(mask, index, 0)
     if index.numel():
-        check_labels("index", used, logits.shape[1], 0)
+        check_labels("index", used, logits.shape[1], None)
     margins, stats = out = _candidate_outputs(logits, index)
     _C.candidate_margins(
         rows_of(logits),

@@ -22,8 +22,8 @@ OUTPUTS = ("entropy", "logsumexp", "hit")
 def label_margins(logits: Tensor, labels: Tensor, *, ignore_index: int = -100) -> Tensor:
     """Returns each label's log-odds `z_y - logsumexp(z_j, j != y)`, differentiably.
 
-    One read of the logits forward, one read and one write backward. Sums are float32 over stretches
-    of 1024 and float64 beyond; at any margin the relative error is that of float32.
+    One read of the logits forward, one read and one write backward. Sums are float32 over
+    stretches of 1024 ids and float64 beyond; at any margin the relative error is that of float32.
 
     Args:
         logits (Tensor): (..., V), float32, bfloat16, float16, or float64 (for checks); any row
@@ -68,9 +68,9 @@ def candidate_margins(logits: Tensor, index: Tensor, mask: Tensor | None = None)
     """
     rows = fold_rows("logits", logits)
     shape = torch.Size((*logits.shape[:-1], index.shape[-1] if index.dim() else 0))
-    flat = per_row("index", index, torch.int64, shape, rows).view(-1, shape[-1])
+    flat = per_row("index", index, torch.int64, shape, rows).view(rows.shape[0], shape[-1])
     if mask is not None:
-        mask = per_row("mask", mask, torch.bool, shape, rows).view(-1, shape[-1])
+        mask = per_row("mask", mask, torch.bool, shape, rows).view(rows.shape[0], shape[-1])
     margins: Tensor = loss_ops.candidate_margins(rows, flat, mask)[0]
     return margins.view(index.shape)
 

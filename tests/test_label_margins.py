@@ -27,7 +27,8 @@ def with_gradient(f, x, upstream):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_error_is_no_more_than_that_of_plain_torch(rows, cpu_capability, dtype):
-    for kind, v in (("spread", 1000), ("normal", 5003), ("power", 9001), ("far", 4096), ("flat", 1)):
+    sizes = {"spread": 1000, "normal": 5003, "power": 9001, "far": 4096, "flat": 1}
+    for kind, v in sizes.items():
         x = rows(kind, 6, v).to(dtype)
         y, upstream = torch.randint(v, (6,)), torch.randn(6)
         if v == 1:
@@ -41,7 +42,9 @@ def test_error_is_no_more_than_that_of_plain_torch(rows, cpu_capability, dtype):
         worst = exact.abs().max() * 2e-7 + 5e-7
         assert (ours - exact).abs().max() <= (theirs - exact).abs().max() + worst
         error = (gradient - exact_gradient).abs().max()
-        assert error <= (their_gradient - exact_gradient).abs().max() + 1e-7
+        assert (
+            error <= (their_gradient - exact_gradient).abs().max() + 1.5e-7 * upstream.abs().max()
+        )
         assert error <= ROUNDING[dtype] * upstream.abs().max()
 
 
@@ -57,7 +60,7 @@ def test_margins_that_log_probabilities_lose(cpu_capability, margin):
     m = label_margins(x, y)
     torch.testing.assert_close(m.double(), exact, rtol=3e-7, atol=2e-6)
     leaf = x.clone().requires_grad_()
-    penalty = torch.nn.functional.softplus(label_margins(leaf, y), threshold=1e6).sum()
+    penalty = -torch.nn.functional.logsigmoid(-label_margins(leaf, y)).sum()
     (gradient,) = torch.autograd.grad(penalty, leaf)
     p = exact.sigmoid()
     torch.testing.assert_close(gradient[:, 0].double(), p, rtol=2e-6, atol=0)
@@ -158,13 +161,13 @@ def test_no_rows_and_nothing_but_ignored_rows():
 
 def test_arguments_are_checked():
     x, y = torch.randn(3, 7), torch.tensor([0, 6, -100])
-    with pytest.raises(ValueError, match=r"labels: expected ids in \[0, 7\) or -100, got 7 in row=1"):
+    with pytest.raises(ValueError, match=r"labels: expected ids in \[0, 7\) or -100, got 7 .*1"):
         label_margins(x, torch.tensor([0, 7, 0]))
     with pytest.raises(ValueError, match="labels: expected ids"):
         label_margins(x, torch.tensor([0, -1, 0]))
     with pytest.raises(ValueError, match=r"labels: expected shape \(3,\), got \(2,\)"):
         label_margins(x, y[:2])
-    with pytest.raises(TypeError, match="labels: expected a tensor of torch.int64, got torch.int32"):
+    with pytest.raises(TypeError, match="labels: expected a tensor of torch.int64, got .*32"):
         label_margins(x, y.int())
     with pytest.raises(TypeError, match="logits: expected float32"):
         label_margins(x.long(), y)
