@@ -42,6 +42,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Triple) -> None:
     )
     _, stats, kept = output
     ctx.mark_non_differentiable(stats, kept)
+    ctx.set_materialize_grads(False)  # else the backward gets zeros as large as `kept`
     ctx.dtype = hidden.dtype
     if ctx.plan == FROZEN_HEAD:
         ctx.save_for_backward(labels, stats, kept)
@@ -49,8 +50,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Triple) -> None:
         ctx.save_for_backward(hidden, weight, labels, bias, stats, kept)
 
 
-def _gradient(ctx: Any, dmargins: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _gradient(ctx: Any, dmargins: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     """Gradients of hidden, weight and bias, each only when wanted."""
+    if dmargins is None:
+        return (None,) * 10
     wanted = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
     rest = (None,) * 6
     if ctx.plan == FROZEN_HEAD:
