@@ -17,4 +17,9 @@
 #include "margins-inl.h"
 #include "score-inl.h"
 
+#include "logits-inl.h"
+
+#include "label-inl.h"
+#include "tile-inl.h"
+
 #include "table-inl.h"

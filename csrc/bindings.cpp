@@ -2,6 +2,9 @@
 // and dtypes are made in fastadapt/ops.py; here only what would be unsafe is refused.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include <stdexcept>
 #include <string>
@@ -140,6 +143,145 @@ void margins_backward(const RowsTuple& rows, const KnobsTuple& knobs, uintptr_t 
   run_rows(kernels().margins_backward, args, x.n, x.v, num_threads);
 }
 
+void label_margins(const RowsTuple& rows, uintptr_t labels, int64_t ignore_index, uintptr_t out,
+                   uintptr_t stats, int num_threads) {
+  const Rows x = rows_of(rows, DType::kFloat64);
+  const LabelArgs args{x, pointer<const int64_t>(labels), ignore_index, pointer<void>(out),
+                       pointer<double>(stats)};
+  py::gil_scoped_release release;
+  run_rows(kernels().label_margins, args, x.n, 1, num_threads);
+}
+
+void label_margins_backward(const RowsTuple& rows, uintptr_t labels, int64_t ignore_index,
+                            uintptr_t dmargins, uintptr_t stats, uintptr_t dlogits,
+                            int num_threads) {
+  const Rows x = rows_of(rows, DType::kFloat64);
+  const LabelBackwardArgs args{x,
+                               pointer<const int64_t>(labels),
+                               ignore_index,
+                               pointer<const void>(dmargins),
+                               pointer<const double>(stats),
+                               pointer<void>(dlogits)};
+  py::gil_scoped_release release;
+  run_rows(kernels().label_margins_backward, args, x.n, 1, num_threads);
+}
+
+void candidate_margins(const RowsTuple& rows, int64_t k, uintptr_t index, uintptr_t mask,
+                       uintptr_t out, uintptr_t stats, int num_threads) {
+  const Rows x = rows_of(rows, DType::kFloat64);
+  const CandidateArgs args{x,
+                           k,
+                           pointer<const int64_t>(index),
+                           pointer<const uint8_t>(mask),
+                           pointer<void>(out),
+                           pointer<double>(stats)};
+  py::gil_scoped_release release;
+  run_rows(kernels().candidate_margins, args, x.n, 1, num_threads);
+}
+
+void candidate_margins_backward(const RowsTuple& rows, int64_t k, uintptr_t index, uintptr_t mask,
+                                uintptr_t dmargins, uintptr_t stats, uintptr_t dlogits,
+                                int num_threads) {
+  const Rows x = rows_of(rows, DType::kFloat64);
+  const CandidateBackwardArgs args{x,
+                                   k,
+                                   pointer<const int64_t>(index),
+                                   pointer<const uint8_t>(mask),
+                                   pointer<const void>(dmargins),
+                                   pointer<const double>(stats),
+                                   pointer<void>(dlogits)};
+  py::gil_scoped_release release;
+  run_rows(kernels().candidate_margins_backward, args, x.n, x.v, num_threads);
+}
+
+// (rows, first id, labels, bias or 0, scale, cap)
+using TileTuple = std::tuple<RowsTuple, int64_t, uintptr_t, uintptr_t, double, double>;
+
+Tile tile_of(const TileTuple& t) {
+  const auto& [rows, first, labels, bias, scale, cap] = t;
+  const Rows x = rows_of(rows, DType::kFloat64);
+  if (x.v > kMaxTile)
+    throw std::invalid_argument("tile: expected 1 to " + text(kMaxTile) + " columns, got " +
+                                text(x.v));
+  return {x, first, pointer<const int64_t>(labels), pointer<const void>(bias), scale, cap};
+}
+
+DType dtype_of(int code) {
+  if (code < 0 || code > static_cast<int>(DType::kFloat64))
+    throw std::invalid_argument("expected a dtype code of 0 to 3, got " + text(code));
+  return static_cast<DType>(code);
+}
+
+void tile(const TileTuple& tile, bool weighted, uintptr_t stats, uintptr_t exps, uintptr_t shrinks,
+          int num_threads) {
+  const TileArgs args{tile_of(tile), weighted, pointer<double>(stats), pointer<void>(exps),
+                      pointer<double>(shrinks)};
+  py::gil_scoped_release release;
+  run_rows(kernels().tile, args, args.tile.rows.n, 1, num_threads);
+}
+
+void tile_backward(const TileTuple& tile, uintptr_t stats, uintptr_t gains, uintptr_t out,
+                   int num_threads) {
+  const TileBackwardArgs args{tile_of(tile), pointer<const double>(stats),
+                              pointer<const double>(gains), pointer<void>(out)};
+  py::gil_scoped_release release;
+  run_rows(kernels().tile_backward, args, args.tile.rows.n, 1, num_threads);
+}
+
+void mix(int dtype, int64_t n, int64_t h, uintptr_t dst, uintptr_t factor, uintptr_t gain,
+         uintptr_t index, uintptr_t src, int64_t src_stride, int num_threads) {
+  const MixArgs args{dtype_of(dtype),
+                     n,
+                     h,
+                     pointer<void>(dst),
+                     pointer<const double>(factor),
+                     pointer<const double>(gain),
+                     pointer<const int64_t>(index),
+                     pointer<const void>(src),
+                     src_stride};
+  py::gil_scoped_release release;
+  run_rows(kernels().mix, args, n, 1, num_threads);
+}
+
+void scatter(int dtype, int64_t n, int64_t h, uintptr_t src, uintptr_t gain, uintptr_t index,
+             uintptr_t out, int num_threads) {
+  const ScatterArgs args{dtype_of(dtype),
+                         n,
+                         h,
+                         pointer<const void>(src),
+                         pointer<const double>(gain),
+                         pointer<const int64_t>(index),
+                         pointer<void>(out)};
+  py::gil_scoped_release release;
+  run_rows(kernels().scatter, args, n, 1, num_threads);
+}
+
+void dot(int dtype, int64_t n, int64_t h, uintptr_t a, int64_t a_stride, uintptr_t b,
+         int64_t b_stride, uintptr_t index, uintptr_t out, int num_threads) {
+  const DotArgs args{dtype_of(dtype),
+                     n,
+                     h,
+                     pointer<const void>(a),
+                     a_stride,
+                     pointer<const void>(b),
+                     b_stride,
+                     pointer<const int64_t>(index),
+                     pointer<double>(out)};
+  py::gil_scoped_release release;
+  run_rows(kernels().dot, args, n, 1, num_threads);
+}
+
+// Asks for huge pages under a large buffer that is about to be written: at 1 to 2 us a page fault,
+// the first touch of 64 MiB costs 20 ms in small pages and 5 in huge ones. A hint, nothing else.
+void prefer_huge_pages([[maybe_unused]] uintptr_t address, [[maybe_unused]] int64_t bytes) {
+#if defined(__linux__)
+  constexpr uintptr_t kHuge = uintptr_t{1} << 21;
+  const uintptr_t begin = (address + kHuge - 1) / kHuge * kHuge;
+  const uintptr_t end = (address + static_cast<uintptr_t>(bytes)) / kHuge * kHuge;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
 std::vector<std::string> capabilities() {
   std::vector<std::string> names;
   for (const char* const* name = cpu_capabilities(); *name; ++name) names.push_back(*name);
@@ -162,6 +304,16 @@ PYBIND11_MODULE(_C, m) {
   m.def("score", &score);
   m.def("margins", &margins);
   m.def("margins_backward", &margins_backward);
+  m.def("label_margins", &label_margins);
+  m.def("label_margins_backward", &label_margins_backward);
+  m.def("candidate_margins", &candidate_margins);
+  m.def("candidate_margins_backward", &candidate_margins_backward);
+  m.def("tile", &tile);
+  m.def("tile_backward", &tile_backward);
+  m.def("mix", &mix);
+  m.def("scatter", &scatter);
+  m.def("dot", &dot);
+  m.def("prefer_huge_pages", &prefer_huge_pages);
   m.def("first_bad_token", &first_bad_token);
   m.def("cpu_capabilities", &capabilities, "Names this processor can run, worst first.");
   m.def("cpu_capability", [] { return std::string(kernels().name); }, "The name in use.");

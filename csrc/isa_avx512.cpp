@@ -33,9 +33,21 @@ namespace avx512 {
 #pragma GCC pop_options
 #endif
 
-extern const KernelTable kAvx512Kernels = {
-    "avx512",           avx512::filter_rows, avx512::sample_rows,
-    avx512::score_rows, avx512::margin_rows, avx512::margin_backward_rows};
+extern const KernelTable kAvx512Kernels = {"avx512",
+                                           avx512::filter_rows,
+                                           avx512::sample_rows,
+                                           avx512::score_rows,
+                                           avx512::margin_rows,
+                                           avx512::margin_backward_rows,
+                                           avx512::label_margin_rows,
+                                           avx512::label_margin_backward_rows,
+                                           avx512::candidate_rows,
+                                           avx512::candidate_backward_rows,
+                                           avx512::tile_rows,
+                                           avx512::tile_backward_rows,
+                                           avx512::mix_rows,
+                                           avx512::scatter_rows,
+                                           avx512::dot_rows};
 }  // namespace fastadapt
 
 #endif

@@ -137,6 +137,115 @@ struct MarginBackwardArgs {
   void* dlogits;  // (N, V), contiguous, dtype of rows
 };
 
+// Rows of the loss operators: what the others of a label come to.
+enum Stat : int {
+  kOthersMax = 0,   // their largest logit m, -inf if there are none
+  kOthersSum,       // sum of e^(z - m), 0 if there are none
+  kOthersWeighted,  // sum of e^(z - m) (z - m), where asked for
+  kLabelLogit,
+  kNumStats
+};
+
+// The widest stretch of a row that is mapped, and then summed, in one go.
+constexpr int64_t kMaxTile = 4096;
+
+// Margins are float32, or float64 for float64 rows.
+struct LabelArgs {
+  Rows rows;
+  const int64_t* labels;  // (N,)
+  int64_t ignore_index;
+  void* margins;  // (N,)
+  double* stats;  // (N, kNumStats)
+};
+
+struct LabelBackwardArgs {
+  Rows rows;
+  const int64_t* labels;
+  int64_t ignore_index;
+  const void* dmargins;  // (N,)
+  const double* stats;   // as written by the forward
+  void* dlogits;         // (N, V), contiguous, dtype of rows
+};
+
+struct CandidateArgs {
+  Rows rows;
+  int64_t k;
+  const int64_t* index;  // (N, K)
+  const uint8_t* mask;   // (N, K), or null: all
+  void* margins;         // (N, K)
+  double* stats;  // (N, kNumStats): label = largest entry, its id in the place of kOthersWeighted
+};
+
+struct CandidateBackwardArgs {
+  Rows rows;
+  int64_t k;
+  const int64_t* index;
+  const uint8_t* mask;
+  const void* dmargins;  // (N, K)
+  const double* stats;
+  void* dlogits;
+};
+
+// A tile: ids [first, first + V) of rows whose vocabulary is wider; V at most kMaxTile. A logit is
+// cap * tanh(scale * (x + bias) / cap), without a cap where it is 0.
+struct Tile {
+  Rows rows;
+  int64_t first;
+  const int64_t* labels;  // (N,)
+  const void* bias;       // (V,), the tile's; float32 or float64; or null
+  double scale, cap;
+};
+
+struct TileArgs {
+  Tile tile;
+  bool weighted;
+  double* stats;    // (N, kNumStats), updated
+  void* exps;       // (N, V), may be the tile: e^(z - m) dz/dx / scale, 0 at the label; or null
+  double* shrinks;  // (N,), with exps: the factor of what was summed before
+};
+
+struct TileBackwardArgs {
+  Tile tile;
+  const double* stats;
+  const double* gains;  // (N,), dL/dm, 0 for rows without others
+  void* out;            // (N, V), dL/dx, 0 at the label; may be the tile itself
+};
+
+// dst[r] = factor[r] dst[r] + gain[r] src[index[r]] over H; dst float32 or float64, src of any
+// type. A null factor or gain is 1, a null index is r.
+struct MixArgs {
+  DType dtype;  // of src; dst is float64 if that is, else float32
+  int64_t n, h;
+  void* dst;
+  const double* factor;
+  const double* gain;
+  const int64_t* index;
+  const void* src;
+  int64_t src_stride;
+};
+
+// out[index[r]] = gain[r] src[r] over H, rounded once.
+struct ScatterArgs {
+  DType dtype;  // of out; src is float64 if that is, else float32
+  int64_t n, h;
+  const void* src;
+  const double* gain;    // or null: 1
+  const int64_t* index;  // or null: r
+  void* out;
+};
+
+// Dot products of each row with a row of the head, in float32 (float64) sums.
+struct DotArgs {
+  DType dtype;
+  int64_t n, h;
+  const void* a;
+  int64_t a_stride;
+  const void* b;
+  int64_t b_stride;
+  const int64_t* index;  // row of b, or null: r
+  double* out;           // (N,)
+};
+
 // One table per ISA. Each function handles rows [begin, end) and allocates nothing.
 struct KernelTable {
   const char* name;
@@ -145,6 +254,16 @@ struct KernelTable {
   void (*score)(const ScoreArgs&, const Scratch&, int64_t begin, int64_t end);
   void (*margins)(const MarginArgs&, const Scratch&, int64_t begin, int64_t end);
   void (*margins_backward)(const MarginBackwardArgs&, const Scratch&, int64_t begin, int64_t end);
+  void (*label_margins)(const LabelArgs&, const Scratch&, int64_t begin, int64_t end);
+  void (*label_margins_backward)(const LabelBackwardArgs&, const Scratch&, int64_t, int64_t);
+  void (*candidate_margins)(const CandidateArgs&, const Scratch&, int64_t begin, int64_t end);
+  void (*candidate_margins_backward)(const CandidateBackwardArgs&, const Scratch&, int64_t,
+                                     int64_t);
+  void (*tile)(const TileArgs&, const Scratch&, int64_t begin, int64_t end);
+  void (*tile_backward)(const TileBackwardArgs&, const Scratch&, int64_t begin, int64_t end);
+  void (*mix)(const MixArgs&, const Scratch&, int64_t begin, int64_t end);
+  void (*scatter)(const ScatterArgs&, const Scratch&, int64_t begin, int64_t end);
+  void (*dot)(const DotArgs&, const Scratch&, int64_t begin, int64_t end);
 };
 
 extern const KernelTable kScalarKernels;

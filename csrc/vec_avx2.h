@@ -142,3 +142,6 @@ static inline void compress(int32_t* p, M m, I a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
                       _mm256_permutevar8x32_epi32(a, compress_order(m)));
 }
+
+static inline F quotient(F a, F b) { return _mm256_div_ps(a, b); }
+static inline F fused(F a, F b, F c) { return _mm256_add_ps(_mm256_mul_ps(a, b), c); }

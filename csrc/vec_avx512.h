@@ -93,3 +93,7 @@ static inline void compress(float* p, M m, F a) {
 static inline void compress(int32_t* p, M m, I a) {
   _mm512_storeu_si512(p, _mm512_maskz_compress_epi32(m, a));
 }
+
+static inline F quotient(F a, F b) { return _mm512_div_ps(a, b); }
+// a b + c; rounded once here, twice where there is no such instruction.
+static inline F fused(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }

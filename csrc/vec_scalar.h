@@ -71,3 +71,6 @@ static inline void compress(float* p, M m, F a) {
 static inline void compress(int32_t* p, M m, I a) {
   if (m) *p = a;
 }
+
+static inline F quotient(F a, F b) { return a / b; }
+static inline F fused(F a, F b, F c) { return a * b + c; }  // rounded once where it costs nothing

@@ -18,6 +18,7 @@ from fastadapt.losses import (
     unlikelihood_loss,
     unlikelihood_penalty,
 )
+from fastadapt.margins import candidate_margins, label_margins, linear_label_margins
 from fastadapt.results import Sample, Score
 from fastadapt.sampling import adapted_logps, adapted_margins, filter_logits, sample, score
 
@@ -30,12 +31,15 @@ __all__ = [
     "Score",
     "adapted_logps",
     "adapted_margins",
+    "candidate_margins",
     "candidate_unlikelihood_penalty",
     "dpo_loss",
     "exmate_loss",
     "exmate_penalty",
     "filter_logits",
     "label_logps",
+    "label_margins",
+    "linear_label_margins",
     "mate_loss",
     "mate_penalty",
     "mle_loss",

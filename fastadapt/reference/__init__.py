@@ -33,17 +33,21 @@ from fastadapt.reference.losses import (
     unlikelihood_loss,
     unlikelihood_penalty,
 )
+from fastadapt.reference.margins import candidate_margins, label_margins, linear_label_margins
 from fastadapt.results import Sample, Score
 
 __all__ = [
     "adapted_logps",
     "adapted_margins",
+    "candidate_margins",
     "candidate_unlikelihood_penalty",
     "dpo_loss",
     "exmate_loss",
     "exmate_penalty",
     "filter_logits",
     "label_logps",
+    "label_margins",
+    "linear_label_margins",
     "mate_loss",
     "mate_penalty",
     "mle_loss",

@@ -1,0 +1,236 @@
+"""Margins: the log-odds of a label against everything else, which all losses are made of.
+
+`m = z_y - logsumexp(z_j, j != y)`, so that `log p = -softplus(-m)`, `log(1 - p) = -softplus(m)` and
+`dm/dz = onehot(y) - q` with q the softmax of the others, all without cancellation.
+"""
+
+from collections.abc import Sequence
+from math import isfinite
+from typing import overload
+
+import torch
+from torch import Tensor
+
+from fastadapt import linear_ops, loss_ops
+from fastadapt.checks import fold_rows, per_row
+from fastadapt.linear_head import FORWARD_ONLY, FROZEN_HEAD, RECOMPUTE
+
+KEPT_BYTES = 1 << 26  # logits kept for the backward where no budget is given and all fit
+OUTPUTS = ("entropy", "logsumexp", "hit")
+
+
+def label_margins(logits: Tensor, labels: Tensor, *, ignore_index: int = -100) -> Tensor:
+    """Returns each label's log-odds `z_y - logsumexp(z_j, j != y)`, differentiably.
+
+    One read of the logits forward, one read and one write backward. Sums are float32 over
+    stretches of 1024 ids and float64 beyond; at any margin the relative error is that of float32.
+
+    Args:
+        logits (Tensor): (..., V), float32, bfloat16, float16, or float64 (for checks); any row
+            stride, a last stride other than 1 costs one copy.
+        labels (Tensor): `logits.shape[:-1]`, int64, ids in [0, V) or `ignore_index`.
+        ignore_index (int): rows with this label give 0 and no gradient.
+
+    Returns:
+        Tensor: shape of `labels`, float32 (float64 for float64 logits), nats. +inf and zero
+        gradient where V is 1 or all other logits are -inf; NaN where one of the others is NaN or
+        +inf, or the label's own is NaN. Raises when differentiated twice.
+
+    Raises:
+        TypeError: logits or labels of another dtype.
+        ValueError: another shape or device; on the CPU a label out of range, before any work.
+    """
+    rows = fold_rows("logits", logits)
+    flat = per_row("labels", labels, torch.int64, logits.shape[:-1], rows).view(-1)
+    margins: Tensor = loss_ops.label_margins(rows, flat, ignore_index)[0]
+    return margins.view(labels.shape)
+
+
+def candidate_margins(logits: Tensor, index: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Returns the log-odds of several ids of one row, each against all other entries.
+
+    `m_c = z_c - logsumexp(z_j, j != c)`: what token unlikelihood over previous tokens penalises
+    (`-log(1 - p_c) = softplus(m_c)`). Exact also where one candidate holds nearly all the mass,
+    because the largest entry is kept apart from the sum of all others.
+
+    Args:
+        logits (Tensor): (..., V), as in `label_margins`.
+        index (Tensor): `(*logits.shape[:-1], K)`, int64, ids in [0, V); an id may come repeatedly.
+        mask (Tensor | None): shape of `index`, bool; candidates with False give 0 and no gradient,
+            whatever their id. None: all are meant.
+
+    Returns:
+        Tensor: shape of `index`, float32 (float64 for float64 logits), nats; edges and gradients
+        as in `label_margins`. Raises when differentiated twice.
+
+    Raises:
+        TypeError, ValueError: as `label_margins`.
+    """
+    rows = fold_rows("logits", logits)
+    shape = torch.Size((*logits.shape[:-1], index.shape[-1] if index.dim() else 0))
+    flat = per_row("index", index, torch.int64, shape, rows).view(rows.shape[0], shape[-1])
+    if mask is not None:
+        mask = per_row("mask", mask, torch.bool, shape, rows).view(rows.shape[0], shape[-1])
+    margins: Tensor = loss_ops.candidate_margins(rows, flat, mask)[0]
+    return margins.view(index.shape)
+
+
+@overload
+def linear_label_margins(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    *,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    memory_budget: int | None = None,
+    outputs: Sequence[str],
+) -> tuple[Tensor, ...]: ...
+@overload
+def linear_label_margins(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    *,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    memory_budget: int | None = None,
+    outputs: tuple[()] = (),
+) -> Tensor: ...
+def linear_label_margins(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    *,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    memory_budget: int | None = None,
+    outputs: Sequence[str] = (),
+) -> Tensor | tuple[Tensor, ...]:
+    """Returns the label margins of a linear head without its (N, V) logits.
+
+    Equals `label_margins(z, labels)` with
+    `z = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap)`, made in tiles of 2048
+    ids. Products are torch's, in the dtype of the inputs; a product of half type is rounded once
+    before its logsumexp, while the label's own logit is a float32 dot product, so that the margin's
+    error is about a twentieth of that of rounded logits. Sums are float32 and float64.
+
+    With 1M = one product of N * H * V: a head that needs gradients costs 4M, forward and backward,
+    or 3M for the logits that `memory_budget` lets the forward keep; a head that needs none 2M, with
+    no product in the backward, which then holds N * H numbers of float32 and not the head; without
+    gradients 1M. Ignored rows are dropped before the first product. The gradient of each block of
+    the head is finished in one product and rounded once. Beside inputs and gradients, forward and
+    backward hold 2 N H numbers of float32 at most, one tile and what `memory_budget` allows.
+
+    Args:
+        hidden (Tensor): (..., H), float32, bfloat16, float16, or float64 (for checks). Under
+            autocast hidden, weight and bias are cast to its dtype.
+        weight (Tensor): (V, H), dtype of `hidden`.
+        labels (Tensor): `hidden.shape[:-1]`, int64, ids in [0, V) or `ignore_index`.
+        bias (Tensor | None): (V,), dtype of `hidden`.
+        softcap (float | None): above 0, bounds the logits smoothly.
+        logit_scale (float): finite, multiplies the logits before the cap.
+        ignore_index (int): rows with this label give 0 and no gradient.
+        memory_budget (int | None): bytes of logits to keep from the forward to the backward of a
+            head that needs gradients; fewer are kept if fewer are needed. None: all of them where
+            they take 64 MiB at most, else none.
+        outputs (Sequence[str]): of "entropy" (nats), "logsumexp" (of all logits, nats) and "hit"
+            (bool, no logit is larger than the label's), from the same pass and detached.
+
+    Returns:
+        Tensor: shape of `labels`, float32 (float64 for float64 inputs), nats, edges as in
+        `label_margins`; with `outputs` a tuple of the margins and those outputs, in their order and
+        of the same shape, 0 or False in ignored rows. Raises when differentiated twice.
+
+    Raises:
+        TypeError: inputs of another dtype than `hidden`'s.
+        ValueError: shapes or devices that do not agree, a softcap that is not positive, an unknown
+            output; on the CPU a label out of range, before any work.
+    """
+    rows = fold_rows("hidden", hidden)
+    flat = per_row("labels", labels, torch.int64, hidden.shape[:-1], rows).view(-1)
+    _check_head(rows, weight, bias)
+    cap = 0.0 if softcap is None else float(softcap)
+    if softcap is not None and not (cap > 0 and isfinite(cap)):
+        raise ValueError(f"softcap: expected a finite number above 0 or None, got {softcap}")
+    if not isfinite(logit_scale):
+        raise ValueError(f"logit_scale: expected a finite number, got {logit_scale}")
+    if memory_budget is not None and memory_budget < 0:
+        raise ValueError(f"memory_budget: expected bytes >= 0 or None, got {memory_budget}")
+    for name in outputs:
+        if name not in OUTPUTS:
+            raise ValueError(f"outputs: expected names of {OUTPUTS}, got {name!r}")
+    margins: Tensor
+    stats: Tensor
+    margins, stats, _ = linear_ops.linear_label_margins(
+        rows,
+        weight,
+        flat,
+        bias,
+        cap,
+        logit_scale,
+        ignore_index,
+        _plan(rows, weight, bias),
+        _kept_bytes(rows, weight, memory_budget),
+        "entropy" in outputs,
+    )
+    margins = margins.view(labels.shape)
+    if not outputs:
+        return margins
+    extra = _extra_outputs(margins.detach(), stats.view(*labels.shape, -1), labels != ignore_index)
+    return (margins, *(extra[name] for name in outputs))
+
+
+def _check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Shapes, devices and, outside autocast, dtypes."""
+    h = hidden.shape[1]
+    if weight.dim() != 2 or weight.shape[1] != h or weight.shape[0] == 0:
+        raise ValueError(f"weight: expected shape (V, {h}), V >= 1, got {tuple(weight.shape)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias: expected shape ({weight.shape[0]},), got {tuple(bias.shape)}")
+    casts = torch.is_autocast_enabled(hidden.device.type)
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is None:
+            continue
+        if tensor.dtype != hidden.dtype and not casts:
+            raise TypeError(f"{name}: expected {hidden.dtype} as hidden, got {tensor.dtype}")
+        if tensor.device != hidden.device:
+            raise ValueError(f"{name}: expected device {hidden.device}, got {tensor.device}")
+
+
+def _plan(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> int:
+    """What the backward will want."""
+    if not torch.is_grad_enabled():
+        return FORWARD_ONLY
+    if weight.requires_grad or (bias is not None and bias.requires_grad):
+        return RECOMPUTE
+    return FROZEN_HEAD if hidden.requires_grad else FORWARD_ONLY
+
+
+def _kept_bytes(hidden: Tensor, weight: Tensor, memory_budget: int | None) -> int:
+    """All logits or none where the budget is left to us."""
+    if memory_budget is not None:
+        return memory_budget
+    needed = hidden.shape[0] * weight.shape[0] * hidden.element_size()
+    return KEPT_BYTES if needed <= KEPT_BYTES else 0
+
+
+def _extra_outputs(margins: Tensor, stats: Tensor, used: Tensor) -> dict[str, Tensor]:
+    """From the sums over the others and the label's own logit, float64 inside."""
+    best, mass, weighted, label = stats.unbind(-1)
+    others = torch.where(mass == 0, float("-inf"), best + mass.log())
+    logsumexp = torch.logaddexp(others, label)
+    p = margins.double().sigmoid()
+    mean = torch.where(mass == 0, 0.0, best + weighted / mass)  # of the others' logits, under q
+    entropy = logsumexp - p * label - (1 - p) * mean
+    return {
+        "entropy": torch.where(used, entropy, 0.0).to(margins.dtype),
+        "logsumexp": torch.where(used, logsumexp, 0.0).to(margins.dtype),
+        "hit": used & (label >= best),
+    }

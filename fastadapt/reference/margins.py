@@ -1,0 +1,61 @@
+"""Twins of the margin operators: the whole logits, masked logsumexp, autograd."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def label_margins(logits: Tensor, labels: Tensor, *, ignore_index: int = -100) -> Tensor:
+    """Twin of `fastadapt.label_margins`."""
+    used = labels != ignore_index
+    index = torch.where(used, labels, 0)[..., None]
+    margins = candidate_margins(logits, index, used[..., None])
+    return margins[..., 0]
+
+
+def candidate_margins(logits: Tensor, index: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Twin of `fastadapt.candidate_margins`; holds K copies of the logits."""
+    x = logits if logits.dtype == torch.float64 else logits.float()
+    used = torch.ones_like(index, dtype=torch.bool) if mask is None else mask
+    c = torch.where(used, index, 0)[..., None]  # (..., K, 1)
+    rows = x[..., None, :].expand(*index.shape, x.shape[-1])
+    others = rows.scatter(-1, c, float("-inf"))
+    some = (others != float("-inf")).any(-1)
+    # a row without others has m = +inf and no gradient: keep logsumexp away from it
+    lse = torch.where(some[..., None], others, 0.0).logsumexp(-1)
+    lse = torch.where(others.amax(-1) == float("inf"), float("nan"), lse)
+    margins = torch.where(some, rows.gather(-1, c)[..., 0] - lse, float("inf"))
+    return torch.where(used, margins, 0.0)
+
+
+def linear_label_margins(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    *,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    memory_budget: int | None = None,
+    outputs: Sequence[str] = (),
+) -> Tensor | tuple[Tensor, ...]:
+    """Twin of `fastadapt.linear_label_margins`; holds all logits whatever `memory_budget` says."""
+    z = torch.nn.functional.linear(hidden, weight, bias) * logit_scale
+    if softcap is not None:
+        z = softcap * (z / softcap).tanh()
+    margins = label_margins(z, labels, ignore_index=ignore_index)
+    if not outputs:
+        return margins
+    used = labels != ignore_index
+    y = torch.where(used, labels, 0)[..., None]
+    z = z.detach() if z.dtype == torch.float64 else z.detach().float()
+    p = z.softmax(-1)
+    entropy = -torch.where(p > 0, p * z.log_softmax(-1), 0.0).sum(-1)
+    extra = {
+        "entropy": torch.where(used, entropy, 0.0),
+        "logsumexp": torch.where(used, z.logsumexp(-1), 0.0),
+        "hit": used & (z.gather(-1, y)[..., 0] >= z.amax(-1)),
+    }
+    return (margins, *(extra[name] for name in outputs))
