@@ -94,6 +94,18 @@ struct LogitMap {
     if (cap == 0) return x;
     return mul(Wide<T>::set(cap), hyperbolic_tangent(mul(x, Wide<T>::set(1 / cap))));
   }
+  // One vector whose lanes from n on are past the end, and mean nothing.
+  Lanes partial(const T* x, int64_t i, int64_t n) const {
+    constexpr int lanes = Wide<T>::lanes;
+    T part[lanes];
+    Real shift[lanes];
+    for (int j = 0; j < lanes; ++j) {
+      const int64_t at = i + j < n ? i + j : i;
+      part[j] = x[at];
+      shift[j] = bias ? bias[at] : 0;
+    }
+    return plain() ? load(part) : (*this)(load(part), shift);
+  }
   // dz / dx
   Lanes slope(Lanes z) const {
     if (cap == 0) return Wide<T>::set(scale);
@@ -127,7 +139,7 @@ struct Stretch {
         best[j] = maximum(value, best[j]);
       }
     }
-    for (; i < n; i += lanes) partial(x, map, i);
+    for (; i < n; i += lanes) store(z + i, map.partial(x, i, n));
     for (int j = 0; j < lanes; ++j) z[n + j] = -static_cast<Real>(__builtin_inf());
     if (label >= 0 && label < n) {
       z[label] = -static_cast<Real>(__builtin_inf());
@@ -170,18 +182,6 @@ struct Stretch {
   }
 
  private:
-  // One vector whose last lanes are past the end.
-  void partial(const T* x, const LogitMap<T>& map, int64_t i) {
-    T part[lanes];
-    Real bias[lanes];
-    for (int j = 0; j < lanes; ++j) {
-      const bool inside = i + j < n;
-      part[j] = x[inside ? i + j : i];
-      bias[j] = inside && map.bias ? map.bias[i + j] : 0;
-    }
-    const Lanes value = load(part);
-    store(z + i, map.plain() ? value : map(value, bias));
-  }
   double largest(int64_t begin) const {
     double m = -__builtin_inf();
     for (int64_t i = begin; i < n; ++i)
@@ -239,18 +239,23 @@ static inline void from_double(double x, T* out) {
   from_float(x == x ? static_cast<float>(x) : __builtin_nanf(""), out);
 }
 
-// out_j = per_e e^(z_j - m) dz/dx over a stretch; 0 at the label.
+// out_j = per_e e^(z_j - m) dz/dx over a stretch; 0 at the label. May work in place.
 template <class T, class Out>
 static inline void write_gradient(const T* x, const LogitMap<T>& map, int64_t n, int64_t label,
                                   double m, double per_e, Out* out) {
-  Stretch<T> stretch;
-  stretch.fill(x, map, n, label);
-  const auto top = Wide<T>::set(m), gain = Wide<T>::set(per_e * (map.cap == 0 ? map.scale : 1));
-  for (int64_t i = 0; i < n; i += Wide<T>::lanes) {
-    const auto z = Wide<T>::get(stretch.z + i);
-    auto g = mul(gain, exponential(sub(z, top)));
-    if (map.cap != 0) g = mul(g, map.slope(z));
-    store_until(out, i, n, g);
-  }
+  constexpr int lanes = Wide<T>::lanes;
+  using Lanes = typename Wide<T>::Lanes;
+  const bool capped = map.cap != 0, plain = map.plain();
+  const Lanes top = Wide<T>::set(m), gain = Wide<T>::set(per_e * (capped ? 1 : map.scale));
+  auto gradient = [&](Lanes z) {
+    const Lanes g = mul(gain, exponential(sub(z, top)));
+    return capped ? mul(g, map.slope(z)) : g;
+  };
+  int64_t i = 0;
+  if (plain)
+    for (; i + lanes <= n; i += lanes) store(out + i, gradient(load(x + i)));
+  for (; i + lanes <= n; i += lanes)
+    store(out + i, gradient(map(load(x + i), map.bias ? map.bias + i : nullptr)));
+  if (i < n) store_until(out, i, n, gradient(map.partial(x, i, n)));
   if (label >= 0 && label < n) from_double(0, out + label);
 }

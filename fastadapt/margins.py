@@ -5,7 +5,7 @@
 """
 
 from collections.abc import Sequence
-from math import isfinite
+from math import inf
 from typing import overload
 
 import torch
@@ -15,7 +15,7 @@ from fastadapt import linear_ops, loss_ops
 from fastadapt.checks import fold_rows, per_row
 from fastadapt.linear_head import FORWARD_ONLY, FROZEN_HEAD, RECOMPUTE
 
-KEPT_BYTES = 1 << 26  # logits kept for the backward where no budget is given and all fit
+KEPT_BYTES = 1 << 27  # logits kept for the backward where no budget is given and all fit
 OUTPUTS = ("entropy", "logsumexp", "hit")
 
 
@@ -139,7 +139,7 @@ def linear_label_margins(
         ignore_index (int): rows with this label give 0 and no gradient.
         memory_budget (int | None): bytes of logits to keep from the forward to the backward of a
             head that needs gradients; fewer are kept if fewer are needed. None: all of them where
-            they take 64 MiB at most, else none.
+            they take 128 MiB at most, else none.
         outputs (Sequence[str]): of "entropy" (nats), "logsumexp" (of all logits, nats) and "hit"
             (bool, no logit is larger than the label's), from the same pass and detached.
 
@@ -157,9 +157,9 @@ def linear_label_margins(
     flat = per_row("labels", labels, torch.int64, hidden.shape[:-1], rows).view(-1)
     _check_head(rows, weight, bias)
     cap = 0.0 if softcap is None else float(softcap)
-    if softcap is not None and not (cap > 0 and isfinite(cap)):
+    if softcap is not None and not 0 < cap < inf:
         raise ValueError(f"softcap: expected a finite number above 0 or None, got {softcap}")
-    if not isfinite(logit_scale):
+    if not -inf < logit_scale < inf:
         raise ValueError(f"logit_scale: expected a finite number, got {logit_scale}")
     if memory_budget is not None and memory_budget < 0:
         raise ValueError(f"memory_budget: expected bytes >= 0 or None, got {memory_budget}")
