@@ -6,12 +6,13 @@ from torch import Tensor
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def fold_rows(name: str, x: Tensor) -> Tensor:
+def fold_rows(name: str, x: Tensor, *, double: bool = True) -> Tensor:
     """(..., V) as (N, V) with a contiguous last dimension; raises on a wrong shape or dtype.
 
     Args:
         name (str): of the argument, for the message.
-        x (Tensor): float32, bfloat16, float16 or float64.
+        x (Tensor): float32, bfloat16, float16, or float64 where that is allowed.
+        double (bool): whether it is.
 
     Raises:
         TypeError: not a tensor, or another dtype.
@@ -19,10 +20,14 @@ def fold_rows(name: str, x: Tensor) -> Tensor:
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a Tensor, got {type(x).__name__}")
-    if x.dtype not in FLOATS and x.dtype != torch.float64:
-        raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {x.dtype}")
+    if x.dtype not in FLOATS and not (double and x.dtype == torch.float64):
+        expected = (
+            "float32, bfloat16, float16 or float64" if double else "float32, bfloat16 or float16"
+        )
+        hint = "; fastadapt.reference takes it" if x.dtype == torch.float64 else ""
+        raise TypeError(f"{name}: expected {expected}, got {x.dtype}{hint}")
     if x.dim() == 0 or x.shape[-1] == 0:
-        raise ValueError(f"{name}: expected (..., n) with n >= 1, got shape {tuple(x.shape)}")
+        raise ValueError(f"{name}: expected (..., V) with V >= 1, got shape {tuple(x.shape)}")
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 
@@ -30,7 +35,7 @@ def fold_rows(name: str, x: Tensor) -> Tensor:
 def per_row(
     name: str, value: Tensor, dtype: torch.dtype, shape: torch.Size, like: Tensor
 ) -> Tensor:
-    """A contiguous tensor of one dtype, shape and device; raises on another.
+    """One value of a dtype per row, flat and contiguous; raises on another shape or device.
 
     Raises:
         TypeError: not a tensor, or another dtype.
@@ -43,4 +48,5 @@ def per_row(
         raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(value.shape)}")
     if value.device != like.device:
         raise ValueError(f"{name}: expected device {like.device}, got {value.device}")
-    return value.contiguous()
+    flat = value.dim() == 1 and value.is_contiguous()
+    return value if flat else value.reshape(-1).contiguous()

@@ -41,7 +41,7 @@ def label_margins(logits: Tensor, labels: Tensor, *, ignore_index: int = -100) -
         ValueError: another shape or device; on the CPU a label out of range, before any work.
     """
     rows = fold_rows("logits", logits)
-    flat = per_row("labels", labels, torch.int64, logits.shape[:-1], rows).view(-1)
+    flat = per_row("labels", labels, torch.int64, logits.shape[:-1], rows)
     margins: Tensor = loss_ops.label_margins(rows, flat, ignore_index)[0]
     return margins.view(labels.shape)
 
@@ -154,7 +154,7 @@ def linear_label_margins(
             output; on the CPU a label out of range, before any work.
     """
     rows = fold_rows("hidden", hidden)
-    flat = per_row("labels", labels, torch.int64, hidden.shape[:-1], rows).view(-1)
+    flat = per_row("labels", labels, torch.int64, hidden.shape[:-1], rows)
     _check_head(rows, weight, bias)
     cap = 0.0 if softcap is None else float(softcap)
     if softcap is not None and not 0 < cap < inf:

@@ -7,10 +7,10 @@ from torch import Tensor
 
 from fastadapt import ops
 from fastadapt.adaptor import Adaptor
+from fastadapt.checks import fold_rows, per_row
 from fastadapt.results import Sample, Score
 
 MAX_TOP_LOGPROBS = 1024
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def filter_logits(logits: Tensor, adaptor: Adaptor) -> Tensor:
@@ -34,7 +34,7 @@ def filter_logits(logits: Tensor, adaptor: Adaptor) -> Tensor:
         ValueError: no vocabulary dimension, a device other than the adaptor's, or per-row knobs of
             another length.
     """
-    rows = _fold(logits)
+    rows = fold_rows("logits", logits, double=False)
     knobs = _knobs_for(rows, adaptor)
     out: Tensor = torch.ops.fastadapt.filter_logits(rows, knobs, adaptor.order_code)
     return out.view(logits.shape)
@@ -78,15 +78,15 @@ def sample(
         TypeError, ValueError: as `filter_logits`, and for seeds or positions of the wrong dtype,
             shape or device.
     """
-    rows = _fold(logits)
+    rows = fold_rows("logits", logits, double=False)
     knobs = _knobs_for(rows, adaptor)
     shape = logits.shape[:-1]
     if seeds is None:
         seeds = torch.randint(2**63 - 1, (rows.shape[0],), generator=generator, device=rows.device)
     else:
-        seeds = _per_row("seeds", seeds, shape, rows)
+        seeds = per_row("seeds", seeds, torch.int64, shape, rows)
     if positions is not None:
-        positions = _per_row("positions", positions, shape, rows)
+        positions = per_row("positions", positions, torch.int64, shape, rows)
     if not 0 <= top_logprobs <= min(MAX_TOP_LOGPROBS, rows.shape[1]):
         limit = min(MAX_TOP_LOGPROBS, rows.shape[1])
         raise ValueError(f"top_logprobs: expected 0 to {limit}, got {top_logprobs}")
@@ -124,8 +124,8 @@ def score(
         TypeError, ValueError: as `filter_logits`; a token out of range; temperature 0, whose law
             has no normaliser; no adaptor or more than 256.
     """
-    rows = _fold(logits)
-    flat = _per_row("tokens", tokens, logits.shape[:-1], rows)
+    rows = fold_rows("logits", logits, double=False)
+    flat = per_row("tokens", tokens, torch.int64, logits.shape[:-1], rows)
     if not 1 <= len(adaptors) <= ops.MAX_ADAPTORS:
         raise ValueError(f"adaptors: expected 1 to {ops.MAX_ADAPTORS}, got {len(adaptors)}")
     for adaptor in adaptors:
@@ -160,8 +160,8 @@ def adapted_margins(
     Raises:
         TypeError, ValueError: as `score`.
     """
-    rows = _fold(logits, also=torch.float64)
-    flat = _per_row("tokens", tokens, logits.shape[:-1], rows)
+    rows = fold_rows("logits", logits)
+    flat = per_row("tokens", tokens, torch.int64, logits.shape[:-1], rows)
     _refuse_greedy(adaptor, "adapted_margins")
     margins: Tensor = torch.ops.fastadapt.adapted_margins(
         rows, flat, _knobs_for(rows, adaptor), adaptor.order_code, ignore_index
@@ -182,20 +182,6 @@ def adapted_logps(
     return torch.where(tokens == ignore_index, 0.0, logps)
 
 
-def _fold(logits: Tensor, also: torch.dtype | None = None) -> Tensor:
-    """(..., V) as (N, V) with a contiguous last dimension; raises on a wrong shape or dtype."""
-    if not isinstance(logits, Tensor):
-        raise TypeError(f"logits: expected a Tensor, got {type(logits).__name__}")
-    if logits.dtype not in _FLOATS and logits.dtype != also:
-        hint = "; fastadapt.reference takes it" if logits.dtype == torch.float64 else ""
-        raise TypeError(f"logits: expected float32, bfloat16 or float16, got {logits.dtype}{hint}")
-    if logits.dim() == 0 or logits.shape[-1] == 0:
-        shape = tuple(logits.shape)
-        raise ValueError(f"logits: expected (..., V) with V >= 1, got shape {shape}")
-    rows = logits if logits.dim() == 2 else logits.reshape(-1, logits.shape[-1])
-    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
-
-
 def _knobs_for(rows: Tensor, adaptor: Adaptor) -> Tensor:
     """The packed knobs, checked against the rows they are for."""
     if not isinstance(adaptor, Adaptor):
@@ -211,18 +197,6 @@ def _knobs_for(rows: Tensor, adaptor: Adaptor) -> Tensor:
             )
         return adaptor.packed.to(rows.device)
     return adaptor.packed
-
-
-def _per_row(name: str, value: Tensor, shape: torch.Size, rows: Tensor) -> Tensor:
-    """One int64 per row, flat and contiguous."""
-    if not isinstance(value, Tensor) or value.dtype != torch.int64:
-        got = value.dtype if isinstance(value, Tensor) else type(value).__name__
-        raise TypeError(f"{name}: expected an int64 tensor, got {got}")
-    if value.shape != shape:
-        raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(value.shape)}")
-    if value.device != rows.device:
-        raise ValueError(f"{name}: expected device {rows.device}, got {value.device}")
-    return value if value.dim() == 1 and value.is_contiguous() else value.reshape(-1).contiguous()
 
 
 def _refuse_greedy(adaptor: Adaptor, what: str) -> None:
