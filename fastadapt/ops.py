@@ -221,11 +221,14 @@ def _save_for_margins(ctx: Any, inputs: tuple[Any, ...], output: Margins) -> Non
     logits, tokens, knobs, ctx.order, ctx.ignore_index = inputs
     _, support, stats = output
     ctx.mark_non_differentiable(support, stats)
+    ctx.set_materialize_grads(False)  # else the backward gets zeros as large as the support
     ctx.save_for_backward(logits, tokens, knobs, support, stats)
 
 
-def _margins_gradient(ctx: Any, dmargins: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _margins_gradient(ctx: Any, dmargins: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     """dL/dlogits = dL/dm / T * (onehot(y) - q)."""
+    if dmargins is None:
+        return (None,) * 5
     logits, tokens, knobs, support, stats = ctx.saved_tensors
     dlogits = torch.ops.fastadapt.adapted_margins_backward(
         dmargins, logits, tokens, knobs, ctx.order, ctx.ignore_index, support, stats
