@@ -17,11 +17,9 @@ from fastadapt import _C
 from fastadapt.loss_ops import (
     NUM_STATS,
     address,
-    check_labels,
-    rows_of,
     wide_dtype,
 )
-from fastadapt.ops import DTYPE_CODES
+from fastadapt.ops import DTYPE_CODES, check_ids, rows_of
 
 FORWARD_ONLY, RECOMPUTE, FROZEN_HEAD = 0, 1, 2  # plans
 TILE = 2048  # ids a tile; csrc/kernels.h: at most 4096
@@ -211,7 +209,7 @@ def forward(
 ) -> Triple:
     """One product a tile, two with a frozen head."""
     v = weight.shape[0]
-    check_labels("labels", labels, v, ignore_index)
+    check_ids("labels", labels, v, ignore_index)
     margins, all_stats, kept = out = empty_outputs(hidden, weight, plan, kept_bytes)
     head = _head(hidden, weight, labels, bias, softcap, logit_scale, ignore_index)
     n = head.hidden.shape[0]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastadapt import _C
-from fastadapt.ops import DTYPE_CODES
+from fastadapt.ops import check_ids, rows_of
 
 NUM_STATS = 4  # csrc/kernels.h, Stat
 
@@ -38,22 +38,6 @@ def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def rows_of(x: Tensor) -> tuple[int, int, int, int, int]:
-    """What the kernels need to know of (N, V) logits."""
-    return x.data_ptr(), DTYPE_CODES[x.dtype], x.shape[0], x.shape[1], x.stride(0)
-
-
-def check_labels(name: str, labels: Tensor, v: int, ignore_index: int | None) -> None:
-    """Raises for the first label that is neither an id nor the ignored one."""
-    at = _C.first_bad_token(
-        labels.data_ptr(), labels.numel(), v, 0 if ignore_index is None else ignore_index
-    )
-    if at >= 0:
-        got, row = int(labels.view(-1)[at]), at // labels[0].numel()
-        ids = f"[0, {v})" if ignore_index is None else f"[0, {v}) or {ignore_index}"
-        raise ValueError(f"{name}: expected ids in {ids}, got {got} in {row=}")
-
-
 def _label_outputs(logits: Tensor) -> Pair:
     """Margins and statistics of the others."""
     n = logits.shape[0]
@@ -63,7 +47,7 @@ def _label_outputs(logits: Tensor) -> Pair:
 
 def _label_margins_cpu(logits: Tensor, labels: Tensor, ignore_index: int) -> Pair:
     """One read of the logits."""
-    check_labels("labels", labels, logits.shape[1], ignore_index)
+    check_ids("labels", labels, logits.shape[1], ignore_index)
     margins, stats = out = _label_outputs(logits)
     _C.label_margins(
         rows_of(logits),
@@ -104,7 +88,7 @@ def _candidate_margins_cpu(logits: Tensor, index: Tensor, mask: Tensor | None) -
     """Two reads of the logits, the second from cache."""
     used = index if mask is None else torch.where(mask, index, 0)
     if index.numel():
-        check_labels("index", used, logits.shape[1], None)
+        check_ids("index", used, logits.shape[1], None)
     margins, stats = out = _candidate_outputs(logits, index)
     _C.candidate_margins(
         rows_of(logits),

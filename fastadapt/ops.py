@@ -39,7 +39,7 @@ _library.define(
 Rows = tuple[int, int, int, int, int]
 
 
-def _rows(logits: Tensor) -> Rows:
+def rows_of(logits: Tensor) -> Rows:
     """What the kernels need to know of (N, V) logits."""
     n, v = logits.shape
     return logits.data_ptr(), DTYPE_CODES[logits.dtype], n, v, logits.stride(0)
@@ -50,18 +50,20 @@ def _knobs(knobs: Tensor, order: int) -> tuple[int, int, int]:
     return knobs.data_ptr(), knobs.shape[1], order
 
 
-def _check_tokens(tokens: Tensor, v: int, ignore_index: int) -> None:
-    """Raises for the first token that is neither an id nor the ignored one."""
-    row = _C.first_bad_token(tokens.data_ptr(), tokens.shape[0], v, ignore_index)
-    if row >= 0:
-        got = int(tokens[row])
-        raise ValueError(f"tokens: expected ids in [0, {v}) or {ignore_index}, got {got} in {row=}")
+def check_ids(name: str, ids: Tensor, v: int, ignore_index: int | None) -> None:
+    """Raises for the first entry that is neither an id nor the ignored one."""
+    ignored = 0 if ignore_index is None else ignore_index
+    at = _C.first_bad_token(ids.data_ptr(), ids.numel(), v, ignored)
+    if at >= 0:
+        got, row = int(ids.view(-1)[at]), at // ids[0].numel()
+        expected = f"[0, {v})" if ignore_index is None else f"[0, {v}) or {ignore_index}"
+        raise ValueError(f"{name}: expected ids in {expected}, got {got} in {row=}")
 
 
 def _filter_logits_cpu(logits: Tensor, knobs: Tensor, order: int) -> Tensor:
     """(N, V) in the dtype of the logits."""
     out = logits.new_empty(logits.shape)
-    _C.filter(_rows(logits), _knobs(knobs, order), out.data_ptr(), torch.get_num_threads())
+    _C.filter(rows_of(logits), _knobs(knobs, order), out.data_ptr(), torch.get_num_threads())
     return out
 
 
@@ -99,7 +101,7 @@ def _sample_cpu(
     mass = out[4 + base_logprobs].data_ptr() if log_mass else 0
     top_ids, top_logprobs, rank = (t.data_ptr() for t in out[-3:]) if top_n else (0, 0, 0)
     _C.sample(
-        _rows(logits),
+        rows_of(logits),
         _knobs(knobs, order),
         seeds.data_ptr(),
         0 if positions is None else positions.data_ptr(),
@@ -137,11 +139,11 @@ def _score_cpu(
     logits: Tensor, tokens: Tensor, knobs: list[Tensor], orders: list[int], ignore_index: int
 ) -> Scores:
     """One visit of each row for all adaptors."""
-    _check_tokens(tokens, logits.shape[1], ignore_index)
+    check_ids("tokens", tokens, logits.shape[1], ignore_index)
     out = _score_outputs(logits, len(knobs))
     logprobs, log_norm, kept, base_logprobs, entropy = (t.data_ptr() for t in out)
     _C.score(
-        _rows(logits),
+        rows_of(logits),
         [_knobs(k, o) for k, o in zip(knobs, orders, strict=True)],
         tokens.data_ptr(),
         ignore_index,
@@ -173,11 +175,11 @@ def _adapted_margins_cpu(
     logits: Tensor, tokens: Tensor, knobs: Tensor, order: int, ignore_index: int
 ) -> Margins:
     """Forward; the last two outputs are what the backward needs."""
-    _check_tokens(tokens, logits.shape[1], ignore_index)
+    check_ids("tokens", tokens, logits.shape[1], ignore_index)
     out = _margin_outputs(logits)
     margins, support, stats = (t.data_ptr() for t in out)
     _C.margins(
-        _rows(logits),
+        rows_of(logits),
         _knobs(knobs, order),
         tokens.data_ptr(),
         ignore_index,
@@ -203,7 +205,7 @@ def _adapted_margins_backward_cpu(
     out = logits.new_empty(logits.shape)
     dmargins = dmargins.contiguous()  # a name of its own: a temporary would be freed too early
     _C.margins_backward(
-        _rows(logits),
+        rows_of(logits),
         _knobs(knobs, order),
         tokens.data_ptr(),
         ignore_index,
