@@ -5,7 +5,7 @@
 // Tokens of piece p have low[p] <= x <= high[p] and indices begin(p) to end[p]. Among equal logits
 // ids ascend, but where scaling makes logits of two pieces equal.
 struct Pieces {
-  static constexpr int kMost = 16;
+  static constexpr int kMost = 32;  // at most 4 + 4 * 3, and 3 for each level of the best
 
   int count = 0;
   int64_t end[kMost];
@@ -32,11 +32,14 @@ static void quartiles(const T* x, int64_t n, float* pivots) {
   for (int p = 0; p < 3; ++p) pivots[p] = pivots[p] > kLowestKey ? pivots[p] : kLowestKey;
 }
 
-// Copies the logits above -inf to four lists, split at three pivots, each in order.
+// Writes the logits above -inf in four parts, split at three pivots and each in order; out may be
+// x.
 template <class T>
-static void split_in_four(const T* x, int64_t n, const float* pivots, float* const* lists,
-                          int64_t* sizes) {
+static void split_in_four(const T* x, int64_t n, const float* pivots, float* out, int64_t* sizes,
+                          const Scratch& scratch) {
+  float* const lists[4] = {out, scratch.row_e, scratch.fine_key, scratch.fine_e};
   float *a = lists[0], *b = lists[1], *c = lists[2], *d = lists[3];
+  const F behind = load(out + n);  // of the next part: the last vectors are written whole
   const F low_a = fset(pivots[0]), low_b = fset(pivots[1]), low_c = fset(pivots[2]);
   for_row(x, 0, n, 1.0f, [&](int64_t, F v) __attribute__((always_inline)) {
     const M in_a = ge(v, low_a), in_ab = ge(v, low_b), in_abc = ge(v, low_c);
@@ -51,54 +54,47 @@ static void split_in_four(const T* x, int64_t n, const float* pivots, float* con
     c += count(in_c);
     d += count(in_d);
   });
-  sizes[0] = a - lists[0];
-  sizes[1] = b - lists[1];
-  sizes[2] = c - lists[2];
-  sizes[3] = d - lists[3];
+  store(out + n, behind);
+  float* const ends[4] = {a, b, c, d};
+  for (int q = 0; q < 4; out += sizes[q++]) {
+    sizes[q] = ends[q] - lists[q];
+    if (q > 0) std::memcpy(out, lists[q], static_cast<size_t>(sizes[q]) * 4);
+  }
 }
 
-static void add_piece(Pieces* pieces, int64_t size, float low, float high) {
-  if (size == 0) return;
-  const int p = pieces->count++;
-  pieces->end[p] = (p > 0 ? pieces->end[p - 1] : 0) + size;
-  pieces->low[p] = low;
-  pieces->high[p] = high;
+// Splits a part of a row, with low <= x <= high and in place where it is one already, until its
+// pieces are short. The best of them hold most of the mass and are split further.
+template <class T>
+static void order_part(const T* x, int64_t n, float low, float high, int depth, int64_t piece,
+                       const Scratch& scratch, Pieces* pieces) {
+  constexpr int64_t kShort = 64;
+  const int64_t begin = pieces->begin(pieces->count);
+  const bool best = begin == 0;
+  if (depth > 0 && (n <= (best ? kShort : piece) || depth >= (best ? 7 : 2))) {
+    if (n == 0) return;
+    const int p = pieces->count++;
+    pieces->end[p] = begin + n;
+    pieces->low[p] = low;
+    pieces->high[p] = high;
+    return;
+  }
+  float pivots[4], *out = scratch.ordered + begin;
+  int64_t sizes[4];
+  quartiles(x, n, pivots);
+  pivots[3] = low;
+  split_in_four(x, n, pivots, out, sizes, scratch);
+  for (int q = 0; q < 4; high = pivots[q], out += sizes[q++])
+    order_part(out, sizes[q], pivots[q], high, depth + 1, piece, scratch, pieces);
 }
 
 // Writes the logits above -inf to scratch.ordered, in pieces; returns how many there are.
 template <class T>
 static int64_t order_row(const T* x, int64_t v, float max, const Scratch& scratch, Pieces* pieces) {
-  constexpr int64_t kLong = 512;
-  float* const quarters[4] = {scratch.list_s, scratch.list_e, scratch.cand_key, scratch.cand_e};
-  int64_t sizes[4], n = 0;
-  float pivots[4], high = max;
-  quartiles(x, v, pivots);
-  pivots[3] = kLowestKey;
-  split_in_four(x, v, pivots, quarters, sizes);
-  for (int q = 0; q < 4; high = pivots[q++]) {
-    float* const out = scratch.ordered + n;
-    const size_t bytes = static_cast<size_t>(sizes[q]) * 4;
-    n += sizes[q];
-    if (sizes[q] < kLong) {
-      std::memcpy(out, quarters[q], bytes);
-      add_piece(pieces, sizes[q], pivots[q], high);
-      continue;
-    }
-    float* const lists[4] = {out, scratch.row_e, scratch.fine_key, scratch.fine_e};
-    float inner[4];
-    int64_t parts[4], at = 0;
-    quartiles(quarters[q], sizes[q], inner);
-    inner[3] = pivots[q];
-    split_in_four(quarters[q], sizes[q], inner, lists, parts);
-    for (int p = 0; p < 4; at += parts[p++]) {
-      if (p > 0) std::memcpy(out + at, lists[p], static_cast<size_t>(parts[p]) * 4);
-      add_piece(pieces, parts[p], inner[p], p > 0 ? inner[p - 1] : high);
-    }
-  }
+  order_part(x, v, kLowestKey, max, 0, v / 8, scratch, pieces);
   const int last = pieces->count - 1;
   pieces->low[last] = key_range(scratch.ordered + pieces->begin(last), pieces->size(last)).low;
   for (int p = pieces->count; p < Pieces::kMost; ++p) pieces->low[p] = pieces->high[p] = -kInf;
-  return n;
+  return pieces->end[last];
 }
 
 // The mass of each piece, of a row that was weighed whole.
@@ -194,48 +190,73 @@ static Selection select_rank(const View<float>& v, const Pieces& pieces, int64_t
   return s;
 }
 
+// Typical's keys in a row in pieces.
+class KeyedPieces {
+ public:
+  KeyedPieces(const View<float>& v, const Pieces& pieces, const TypicalRank<false>& key)
+      : v_(v), pieces_(pieces), key_(key) {
+    const F scale = fset(v.inv_t);
+    for (int p = 0; p < Pieces::kMost; p += W) {
+      F least, most;
+      key_bounds(key, mul(load(pieces.low + p), scale), mul(load(pieces.high + p), scale), &least,
+                 &most);
+      store(least_ + p, least);
+      store(most_ + p, most);
+    }
+  }
+
+  // The window that holds the cut: from where pieces that are wholly inside suffice, to where those
+  // that begin above do not.
+  Window window(int64_t target) const {
+    float low = kLowestKey, high = 0;
+    for (int p = 0; p < pieces_.count; ++p) {
+      int64_t surely = 0, perhaps = 0;
+      for (int q = 0; q < pieces_.count; ++q) {
+        surely += least_[q] >= least_[p] ? pieces_.z[q] : 0;
+        perhaps += most_[q] > most_[p] ? pieces_.z[q] : 0;
+      }
+      if (surely >= target && least_[p] > low) low = least_[p];
+      if (perhaps < target && most_[p] < high) high = most_[p];
+    }
+    return {low, high < 0 ? from_ordered(ordered(high) + 1) : kInf, false};
+  }
+
+  // Splits what is undecided at a window into the candidates.
+  Split split(Window window, const Scratch& scratch) const {
+    Split sum{{0, 0}, 0, 0};
+    for (int p = 0; p < pieces_.count; ++p) {
+      if (most_[p] < window.low) continue;
+      Split s{{pieces_.z[p], pieces_.size(p)}, 0, 0};
+      if (undecided(p, window)) {
+        const List list{scratch.cand_key + sum.n, scratch.cand_e + sum.n, scratch.cand_id + sum.n};
+        s = split_part<false, false>(v_, pieces_.begin(p), pieces_.end[p], key_, window, list,
+                                     nullptr);
+      }
+      sum = {{sum.above.z + s.above.z, sum.above.count + s.above.count}, sum.n + s.n, 0};
+    }
+    return sum;
+  }
+
+ private:
+  bool undecided(int p, Window window) const {
+    return most_[p] >= window.low && least_[p] < window.high;
+  }
+
+  const View<float>& v_;
+  const Pieces& pieces_;
+  const TypicalRank<false>& key_;
+  float least_[Pieces::kMost], most_[Pieces::kMost];  // keys of each piece lie between
+};
+
 // As select by typicality with ties that stay, for a row in pieces of mass z.
 static Selection select_band(const View<float>& v, const Pieces& pieces,
                              const TypicalRank<false>& key, int64_t target, int64_t z,
                              const Scratch& scratch) {
   if (target > z) return {{kLowestKey, kAllIds}, {0, 0}, false, -1};  // by rounding, of a large z
-  float least[Pieces::kMost], most[Pieces::kMost];
-  for (int p = 0; p < Pieces::kMost; p += W) {
-    const F scale = fset(v.inv_t);
-    F lower, upper;
-    key_bounds(key, mul(load(pieces.low + p), scale), mul(load(pieces.high + p), scale), &lower,
-               &upper);
-    store(least + p, lower);
-    store(most + p, upper);
-  }
-  // the cut is where pieces that are wholly as typical suffice, and where others are needed
-  float low = kLowestKey, high = 0;
-  for (int p = 0; p < pieces.count; ++p) {
-    int64_t surely = 0, others = 0;
-    for (int q = 0; q < pieces.count; ++q) {
-      surely += least[q] >= least[p] ? pieces.z[q] : 0;
-      others += most[q] > most[p] ? pieces.z[q] : 0;
-    }
-    if (surely >= target && least[p] > low) low = least[p];
-    if (others < target && most[p] < high) high = most[p];
-  }
-  const Window window{low, high < 0 ? from_ordered(ordered(high) + 1) : kInf, false};
-  Tally above{0, 0};
-  int64_t n = 0;
-  for (int p = 0; p < pieces.count; ++p) {
-    if (most[p] < low) continue;
-    Tally t{pieces.z[p], pieces.size(p)};
-    if (least[p] <= high) {
-      const List list{scratch.cand_key + n, scratch.cand_e + n, scratch.cand_id + n};
-      const Split s =
-          split_part<false, false>(v, pieces.begin(p), pieces.end[p], key, window, list, nullptr);
-      t = s.above;
-      n += s.n;
-    }
-    above = {above.z + t.z, above.count + t.count};
-  }
-  RankCut cut = cut_among<false, false>(n, target - above.z, scratch);
+  const KeyedPieces keyed(v, pieces, key);
+  const Split s = keyed.split(keyed.window(target), scratch);
+  RankCut cut = cut_among<false, false>(s.n, target - s.above.z, scratch);
   cut.id = kAllIds;
-  const Tally t = tally(candidates(n, scratch), cut, nullptr, nullptr);
-  return {cut, {above.z + t.z, above.count + t.count}, true, -1};
+  const Tally t = tally(candidates(s.n, scratch), cut, nullptr, nullptr);
+  return {cut, {s.above.z + t.z, s.above.count + t.count}, true, -1};
 }
