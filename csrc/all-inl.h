@@ -9,6 +9,8 @@
 
 #include "select-inl.h"
 
+#include "pieces-inl.h"
+
 #include "row-inl.h"
 
 #include "filters-inl.h"

@@ -34,7 +34,11 @@ class Survivors {
   // Mass and number of the survivors, in the view that visit gives.
   template <class V, class Test>
   Tally settle(const V& view, const Test& test) const {
-    return kept_known_ ? kept_ : tally(view, test, scratch_.blocks, scratch_.team);
+    if (kept_known_) return kept_;
+    if constexpr (may_be_in_pieces(V{})) {
+      if (in_pieces()) return tally_pieces(view, *row_.pieces, test);
+    }
+    return tally(view, test, scratch_.blocks, scratch_.team);
   }
 
   // After settle: the mass of the survivors in a block of that view.
@@ -46,6 +50,8 @@ class Survivors {
   // All finite tokens of the row survive, untested.
   bool untouched() const { return !listed_ && pending_ == Pending::kNone; }
   bool listed() const { return listed_; }
+  // Some of equal tokens may be missing from the list.
+  bool listed_by_id() const { return listed_by_id_; }
 
  private:
   template <class V, class Fn>
@@ -64,8 +70,23 @@ class Survivors {
     }
   }
 
+  // The pending test may part equal tokens.
+  bool by_id() const {
+    switch (pending_) {
+      case Pending::kRank:
+        return rank_.id != kAllIds;
+      case Pending::kMass:
+        return mass_.guard.id != kAllIds;
+      case Pending::kBand:
+        return band_.cut.id != kAllIds;
+      default:
+        return false;
+    }
+  }
+
   // Applies the pending test: the survivors become a list.
   void to_list() {
+    listed_by_id_ |= by_id();
     const List out{scratch_.list_s, scratch_.list_e, scratch_.list_id};
     int64_t n = 0;
     if (candidates_ >= 0) {
@@ -94,6 +115,14 @@ class Survivors {
       summed_ = Summed::kZAndU;
     }
     return list_sums_;
+  }
+
+  template <bool kCount, class V>
+  Selection by_rank(const V& view, int64_t target, int64_t all, bool ties_stay) const {
+    if constexpr (may_be_in_pieces(V{})) {
+      if (in_pieces()) return select_rank<kCount>(view, *row_.pieces, target, ties_stay, scratch_);
+    }
+    return select<kCount>(view, RankKey{}, target, all, ties_stay, scratch_);
   }
 
   template <class V>
@@ -130,24 +159,14 @@ class Survivors {
     mass_ = cut;
   }
 
-  // The filter at hand may look at the head of the row instead of the row.
-  bool head_holds(int64_t weight, int64_t n) const {
-    return !listed_ && row_.head.n > 0 && row_.head_z >= weight && row_.head.n >= n;
+  // The filter at hand looks at a row in pieces: of float32, and not where s - m may overflow.
+  static constexpr bool may_be_in_pieces(const View<float>&) { return true; }
+  static constexpr bool may_be_in_pieces(const TypicalRank<false>&) { return true; }
+  template <class Other>
+  static constexpr bool may_be_in_pieces(const Other&) {
+    return false;
   }
-
-  // All tokens of at least this mass are in the head.
-  bool head_holds_mass(float e) const {
-    return head_holds(0, k_.keep) &&
-           max_lane(mass(fset(row_.head_floor - row_.view.m))) * 1.00001f < e;
-  }
-
-  // The pending test was found in the head and is applied there.
-  void adopt_head() {
-    if (pending_ == Pending::kNone) return;
-    list_ = row_.head;
-    listed_ = true;
-    summed_ = Summed::kNone;
-  }
+  bool in_pieces() const { return !listed_ && row_.pieces; }
 
   // All survivors are equal, so that ties decide.
   bool constant() const { return floor_ == row_.view.m; }
@@ -173,10 +192,7 @@ class Survivors {
     const double wanted = k_[kTopK] > k_[kKeep] ? k_[kTopK] : k_[kKeep];
     if (constant() || wanted >= static_cast<double>(alive)) return;
     const int64_t n = static_cast<int64_t>(wanted);
-    if (!head_holds(0, n))
-      return keep_selection(select<true>(view, RankKey{}, n, view.n, true, scratch_));
-    keep_selection(select<true>(row_.head, RankKey{}, n, row_.head.n, true, scratch_));
-    adopt_head();
+    keep_selection(by_rank<true>(view, n, view.n, true));
   }
 
   // What top-p keeps of survivors of mass z: the first whose masses reach this.
@@ -199,11 +215,7 @@ class Survivors {
       if (sample.even()) return top_p_in(sample.window_of_part(1 - k_[kTopP]), view);
     }
     const int64_t z = sums(false, false).z, target = nucleus(z);
-    if (!head_holds(target, k_.keep))
-      return keep_at_least(view, select<false>(view, RankKey{}, target, z, false, scratch_));
-    keep_at_least(row_.head,
-                  select<false>(row_.head, RankKey{}, target, row_.head_z, false, scratch_));
-    adopt_head();
+    keep_at_least(view, by_rank<false>(view, target, z, false));
   }
 
   // Top-p of a row that is not weighed yet, in the pass that weighs it.
@@ -233,9 +245,8 @@ class Survivors {
     // the most probable token is among the survivors and has mass 2^40
     const double least = __builtin_ceil(static_cast<float>(k_[kMinP]) * kUnit);
     MassCut cut{float_at_least(static_cast<int64_t>(least)), {kInf, 0}};
-    const bool head = head_holds_mass(cut.e);
     if (k_.keep > 1) {
-      cut.guard = head ? best(row_.head, k_.keep) : best(view, k_.keep);
+      cut.guard = best(view, k_.keep);
     } else if (!view.e && least > 1) {
       // no mass is known yet: first drop what is clearly below, then weigh the rest
       const double low = view.m + log64(least / kUnit) - 1e-4;
@@ -244,7 +255,6 @@ class Survivors {
       if (pending_ != Pending::kNone) to_list();
     }
     keep_mass(cut);
-    if (head) adopt_head();
   }
 
   template <class V>
@@ -254,19 +264,10 @@ class Survivors {
     const double z = static_cast<double>(s.z);
     const TypicalKey key{view.m, static_cast<float>(static_cast<double>(s.u) / z)};
     const int64_t target = static_cast<int64_t>(__builtin_ceil(k_[kTypicalP] * z));
-    const TypicalRank<false> rank{key};
     pending_ = Pending::kBand;
     typical_ran_ = true;
-    // below the centre typicality falls with s, so that no token outside the head is nearer
-    if (view.m < kHuge && head_holds(target, k_.keep) && row_.head_floor - view.m < -key.centre) {
-      keep_band(key, band(row_.head, rank, target, row_.head_z));
-      if (band_.cut.key > max_lane(rank(fset(row_.head_floor)))) return adopt_head();
-    }
-    keep_band(key, view.m < kHuge ? band(view, rank, target, s.z)
-                                  : band(view, TypicalRank<true>{key}, target, s.z));
-  }
-
-  void keep_band(const TypicalKey& key, const Selection& selection) {
+    const Selection selection = view.m < kHuge ? band(view, TypicalRank<false>{key}, target, s.z)
+                                               : band(view, TypicalRank<true>{key}, target, s.z);
     band_ = {key, selection.cut};
     know(selection);
   }
@@ -274,6 +275,9 @@ class Survivors {
   // The least typical token that stays: ties stay, unless the minimum decides.
   template <class V, class Key>
   Selection band(const V& view, Key key, int64_t target, int64_t z) const {
+    if constexpr (may_be_in_pieces(V{}) && may_be_in_pieces(key)) {
+      if (in_pieces()) return select_band(view, *row_.pieces, key, target, z, scratch_);
+    }
     Selection s = select<false>(view, key, target, z, true, scratch_);
     if (k_.keep > 1) {
       const RankCut least = select<true>(view, key, k_.keep, view.n, false, scratch_).cut;
@@ -294,14 +298,12 @@ class Survivors {
     }
     const int64_t least = static_cast<int64_t>(__builtin_ceil(p * static_cast<double>(s.z)));
     MassCut cut{float_at_least(least), {view.m, kAllIds}};
-    const bool head = head_holds_mass(cut.e);
     if (k_.keep > 1) {
-      cut.guard = {(head ? best(row_.head, k_.keep) : best(view, k_.keep)).key, kAllIds};
+      cut.guard = {best(view, k_.keep).key, kAllIds};
     } else if (typical_ran_) {  // the row's maximum may be gone
       cut.guard.key = scan(view.x, view.n, scratch_.team).max * view.inv_t;
     }
     keep_mass(cut);
-    if (head) adopt_head();
   }
 
   static constexpr float kHuge = 0x1p102f;  // from here on s - m may overflow
@@ -309,7 +311,7 @@ class Survivors {
   Row<T>& row_;
   const RowKnobs& k_;
   const Scratch& scratch_;
-  bool listed_ = false;
+  bool listed_ = false, listed_by_id_ = false;
   enum class Summed { kNone, kZ, kZAndU } summed_ = Summed::kNone;  // what list_sums_ hold
   bool kept_known_ = false;  // kept_ is what the pending test keeps, also by block
   bool typical_ran_ = false;

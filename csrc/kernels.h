@@ -72,9 +72,7 @@ struct Scratch {
   float* fine_key;  // those that are left of them
   float* fine_e;
   int32_t* fine_id;
-  float* head_s;  // the head of a row, which adaptors share: scaled logit, mass, id
-  float* head_e;
-  int32_t* head_id;
+  float* ordered;    // the logits of a row in pieces
   float* row_f32;    // a float64 row rounded to float32
   const Team* team;  // null where the thread is alone
 };

@@ -29,7 +29,7 @@ class ScratchBuffers {
 
  private:
   void grow(int64_t v) {
-    constexpr size_t kLine = 64, kArrays = 17;
+    constexpr size_t kLine = 64, kArrays = 15;
     // two vectors of padding, rounded up to lines
     const size_t bytes = (static_cast<size_t>(v) * 4 + 2 * 64 + kLine) / kLine * kLine;
     std::free(memory_);
@@ -46,7 +46,7 @@ class ScratchBuffers {
     take(s.list_s), take(s.list_e), take(s.list_id);
     take(s.cand_key), take(s.cand_e), take(s.cand_id);
     take(s.fine_key), take(s.fine_e), take(s.fine_id);
-    take(s.head_s), take(s.head_e), take(s.head_id), take(s.row_f32);
+    take(s.ordered), take(s.row_f32);
     capacity_ = v;
   }
 

@@ -1,4 +1,4 @@
-// A row: its knobs, what is known of it, and its head.
+// A row: its knobs, and what is known of it.
 
 // Knobs of one row.
 struct RowKnobs {
@@ -44,9 +44,7 @@ struct Row {
   Sums sums;
   bool weighed;  // sums.z, scratch.blocks; with masses, view.e too
   bool with_u;
-  View<float> head;  // the tokens at or above head_floor, or none
-  float head_floor;
-  int64_t head_z;
+  const Pieces* pieces;  // where the row is in pieces and they are weighed, else null
 };
 
 template <class T>
@@ -63,7 +61,7 @@ static Status open_row(const T* x, int64_t v, float inv_t, const RowStats& stats
   row->finite = v;
   row->lowest = stats.min * inv_t;
   row->weighed = row->with_u = false;
-  row->head.n = 0;
+  row->pieces = nullptr;
   if (stats.nan) return kNaN;
   if (m == kInf) return kPosInf;
   if (m == -kInf) return kNoFinite;
@@ -93,19 +91,4 @@ static Sums sums_of(const View<float>& v) {
     u = add_truncated(u, surprisal_mass(alive, sub(s, fset(v.m))));
   });
   return {total(z), total(u)};
-}
-
-// Copies the best sixteenth or so of a long row whose masses are known: most filters of most
-// adaptors cut inside it. Not where many tokens are equal.
-template <class T>
-static void make_head(Row<T>& row, const Scratch& scratch) {
-  constexpr int64_t kLong = 8192;
-  if (row.view.n < kLong) return;
-  const int64_t rank = row.view.n / 16;
-  row.head_floor = Sample<true>(row.view, RankKey{}).window(row.view.n - rank).low;
-  if (row.head_floor == kLowestKey || row.head_floor == row.view.m) return;
-  const List head{scratch.head_s, scratch.head_e, scratch.head_id};
-  const int64_t n = gather(row.view, RankCut{row.head_floor, kAllIds}, head);
-  row.head = {scratch.head_s, n, 1.0f, row.view.m, scratch.head_e, scratch.head_id};
-  row.head_z = sums_of(row.head).z;
 }

@@ -157,7 +157,7 @@ def test_large_rows_equal_their_twins(rows, kind, v):
 
 @pytest.mark.parametrize("kind", ["normal", "spread", "ties", "holes", "power", "two_level"])
 def test_many_adaptors_of_one_temperature_equal_their_twins(rows, cpu_capability, kind):
-    """Adaptors of equal temperature share masses and, on long rows, the row's head."""
+    """Adaptors of equal temperature share masses, and many adaptors the row in pieces."""
     x = rows(kind, 2, 30_000)
     knobs = [
         {"top_k": 50},

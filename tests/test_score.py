@@ -1,5 +1,6 @@
 """Scores of given tokens: closed forms in float64, and consistency with what was drawn."""
 
+import pytest
 import torch
 
 from fastadapt import Adaptor, filter_logits, sample, score
@@ -14,6 +15,22 @@ ADAPTORS = [
     Adaptor(temperature=1.5, min_p=0.05, order="vllm"),
 ]
 CLOSE = {"rtol": 0, "atol": 2e-5}
+# five temperatures of six truncations, as in the trade-off study, chains, and minima of tokens
+MANY = [
+    Adaptor(temperature=t, **knobs)
+    for t in (0.5, 0.75, 1.0, 1.25, 1.5)
+    for knobs in (
+        {"top_k": 50},
+        {"top_p": 0.9},
+        {"min_p": 0.02},
+        {"typical_p": 0.9},
+        {"eta_cutoff": 9e-4},
+        {"epsilon_cutoff": 3e-4},
+        {"top_p": 0.9, "typical_p": 0.5, "top_k": 300},
+        {"top_p": 0.5, "min_tokens_to_keep": 70},
+        {"typical_p": 0.2, "min_tokens_to_keep": 70},
+    )
+]
 
 
 def test_scores_are_those_of_float64(rows):
@@ -57,6 +74,38 @@ def test_many_adaptors_are_each_alone(rows):
         alone = score(x, y, [adaptor])
         for name in ("logprobs", "log_norm", "kept"):
             assert torch.equal(getattr(together, name)[:, a], getattr(alone, name)[:, 0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "kind", ["normal", "spread", "far", "flat", "ties", "holes", "power", "two_level", "one_hot"]
+)
+def test_a_row_in_pieces_gives_what_each_adaptor_alone_does(rows, cpu_capability, kind, dtype):
+    for v in (1024, 9000):
+        x = rows(kind, 1, v).to(dtype).expand(6, v)
+        # two tokens that were drawn, and of the 90 % that are kept at temperature 1 the last four:
+        # of equal logits some stay, and it is by id that they do
+        order = x[0].float().argsort(descending=True, stable=True)
+        kept = int(score(x[:1], order[:1], [Adaptor(top_p=0.9)]).kept)
+        near = order[torch.arange(kept - 2, kept + 2).clamp(0, v - 1)]
+        y = torch.cat([sample(x[:2], Adaptor()).tokens, near])
+        together = score(x, y, MANY)
+        for a, adaptor in enumerate(MANY):
+            alone = score(x, y, [adaptor])
+            for name in ("logprobs", "log_norm", "kept"):
+                assert torch.equal(getattr(together, name)[:, a], getattr(alone, name)[:, 0])
+
+
+def test_logits_that_scaling_makes_equal_keep_the_order_of_their_ids(rows, cpu_capability):
+    """Neighbouring floats fall together when they are scaled, also where they are in two pieces."""
+    v = 2000
+    x = torch.tensor(1.0) + torch.arange(v) % 97 * 2.0**-23
+    x = x[torch.randperm(v)].expand(v, v)
+    adaptors = [Adaptor(temperature=t, top_p=p) for t in (0.7, 1.3, 1.9) for p in (0.3, 0.6, 0.9)]
+    got = score(x, torch.arange(v), adaptors)
+    for a, adaptor in enumerate(adaptors):
+        support = filter_logits(x[0], adaptor) > float("-inf")
+        assert torch.equal(got.logprobs[:, a].isfinite(), support)
 
 
 def test_identity_of_truncation_and_temperature(rows):

@@ -19,8 +19,8 @@ Arrays run(const KernelTable& table, const Problem& p) {
   const auto f = [&] { return buffers.add<float>("", (p.v + 15) / 16 * 16 + 16); };
   const auto i = [&] { return reinterpret_cast<int32_t*>(f()); };
   const auto l = [&] { return reinterpret_cast<int64_t*>(f()); };
-  const Scratch scratch{f(), l(), l(), l(), f(), f(), i(), f(), f(),
-                        i(), f(), f(), i(), f(), f(), i(), f(), nullptr};
+  const Scratch scratch{f(), l(), l(), l(), f(), f(), i(), f(),
+                        f(), i(), f(), f(), i(), f(), f(), nullptr};
   return outputs(table, p, [&](auto kernel, const auto& args) { kernel(args, scratch, 0, p.n); });
 }
 
