@@ -48,8 +48,12 @@ OURS = {
     "trl": PUBLIC,
     "study": PUBLIC | {"study"},
     "pretrained": set(),
+    "memory": set(),
+    "preferences": set(),
+    "training": PUBLIC | {"preferences"},
     "measure": PUBLIC | {"hf"},
-    "demo": PUBLIC | {"hf", "measure", "pretrained"},
+    "demo": PUBLIC | {"demo_training", "hf", "measure", "pretrained"},
+    "demo_training": PUBLIC | {"memory", "preferences", "training"},
     "cli": PUBLIC | {"demo", "hf", "pretrained", "study"},
 }
 OTHERS = {
@@ -59,7 +63,9 @@ OTHERS = {
     "study": {"torch", "matplotlib"},
     "pretrained": {"torch", "transformers", "platformdirs"},
     "measure": {"torch", "transformers"},
+    "memory": set(),
     "demo": {"torch", "transformers", "rich"},
+    "demo_training": {"torch", "rich"},
     "cli": set(),
 }
 
