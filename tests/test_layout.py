@@ -253,7 +253,9 @@ def test_import_is_light(tmp_path: Path) -> None:
     assert {n for n in names if n.split(".")[0] in heavy} == set()
     own = {n.split(".")[1] for n in names if n.startswith("fastadapt.")}
     assert (
-        own & {"hf", "trl", "cli", "demo", "pretrained", "study", "reference", "kernels"} == set()
+        own
+        & {"hf", "trl", "cli", "demo", "pretrained", "study", "reference", "kernels", "training"}
+        == set()
     )
 
 
