@@ -1,21 +1,22 @@
-"""Runs a generator function in a process of its own, whose memory nothing else has touched."""
+"""Runs a function that yields in a process of its own, whose memory nothing else has touched."""
 
 from __future__ import annotations
 
 import multiprocessing
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection
 from typing import Any
 
 _ITEM, _END, _ERROR = range(3)
 
 
-def in_fresh_process(function: Callable[..., Iterator[Any]], *arguments: Any) -> Iterator[Any]:
+def in_fresh_process(function: Callable[..., Iterable[Any]], *arguments: Any) -> Iterator[Any]:
     """Yields what `function(*arguments)` yields in a new interpreter.
 
     Args:
-        function: a generator function that can be imported; its items and arguments can be pickled.
+        function: one that can be imported; it returns or yields items, which like its arguments
+            can be pickled.
         *arguments: of the function.
 
     Raises:
@@ -48,7 +49,7 @@ def in_fresh_process(function: Callable[..., Iterator[Any]], *arguments: Any) ->
 
 
 def _send_all(
-    sender: Connection, function: Callable[..., Iterator[Any]], arguments: tuple[Any, ...]
+    sender: Connection, function: Callable[..., Iterable[Any]], arguments: tuple[Any, ...]
 ) -> None:
     """The new process."""
     try:

@@ -33,7 +33,7 @@ MODES = {
     "stock": "transformers, {adaptor}",
     "fused": "`fastadapt.hf.generate`, {adaptor}",
 }
-LOSS_PEERS = {
+LOSS_NAMES = {
     "fastadapt": "`linear_label_margins`",
     "plain": "plain PyTorch",
     "compiled": "`torch.compile` of it",
@@ -165,7 +165,7 @@ def score_table(record: dict[str, Any]) -> str:
 def losses_table(record: dict[str, Any]) -> str:
     """What `linear_label_margins` must show, its times and memory, and the machine."""
     names = ["fastadapt", *record["settings"]["peers"]]
-    head = " | ".join(LOSS_PEERS[name] for name in names)
+    head = " | ".join(LOSS_NAMES[name] for name in names)
     lines = [*_limit_rows(losses_limits(record)), ""]
     lines += [
         "Forward and backward, ms (peak memory over inputs and gradients, MB):",

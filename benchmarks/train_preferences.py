@@ -76,8 +76,8 @@ def choose_pairs(pairs: list[Pair], count: int, seed: int) -> list[Pair]:
     """As many pairs as asked for, without repetition while there are new ones, in random order."""
     if not pairs:
         raise ValueError("data: expected at least one pair, got none")
-    random.Random(seed).shuffle(pairs)
-    return list(itertools.islice(itertools.cycle(pairs), count))
+    shuffled = random.Random(seed).sample(pairs, len(pairs))
+    return list(itertools.islice(itertools.cycle(shuffled), count))
 
 
 def train(name: str, pairs: list[Pair], options: argparse.Namespace) -> Iterator[dict[str, Any]]:

@@ -111,6 +111,11 @@ class DemoOptions:
                 "search is timed beside it anyway"
             )
 
+    @property
+    def trains(self) -> bool:
+        """Whether the second part follows."""
+        return self.model is None if self.train is None else self.train
+
     def filled_prompts(self) -> list[str]:
         """Return one prompt per sequence of the batch."""
         prompts = self.prompts or PROMPTS
@@ -159,7 +164,7 @@ def run(options: DemoOptions, *, out: Console | None = None, err: Console | None
     out.print(_generation_table(runs))
     out.print(Text(_agreement(audit, torch.equal(runs["fused"][0].tokens, audited.tokens))))
     out.print(_kernel_table(timings, audit.scores))
-    if options.model is None if options.train is None else options.train:
+    if options.trains:
         with _threads(options.threads), progress_bar(err, auto_refresh=False) as bar:
             step = stepper(bar, "training", demo_training.count_steps())
             report = demo_training.train(model, tokenizer, on_step=step)

@@ -43,6 +43,7 @@ def head_of(model: Any) -> Head:
     Args:
         model: with `get_output_embeddings()`; its `config` may name `final_logit_softcapping`
             (Gemma), `logit_scale` (Cohere: a factor) or `logits_scaling` (Granite: a divisor).
+            Whatever else a model does to its logits is not seen; `logits_margins` has it.
 
     Raises:
         ValueError: the model has no linear head.
@@ -60,11 +61,18 @@ def head_of(model: Any) -> Head:
 
 
 def hidden_states(model: Any, batch: PairBatch) -> Tensor:
-    """Returns what the head would read: (2B, T-1, H), position t before token t+1."""
-    body = model.base_model
-    states: Tensor = body(
+    """Returns what the head would read: (2B, T-1, H), position t before token t+1.
+
+    Raises:
+        ValueError: the model's body, `model.base_model`, returns no hidden states.
+    """
+    output = model.base_model(
         input_ids=batch.tokens, attention_mask=batch.attention_mask, use_cache=False
-    ).last_hidden_state
+    )
+    states = getattr(output, "last_hidden_state", None)
+    if not isinstance(states, Tensor):
+        name = type(model).__name__
+        raise ValueError(f"model: expected one whose body returns hidden states, got {name}")
     return states[:, :-1]
 
 

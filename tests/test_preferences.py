@@ -208,6 +208,12 @@ def test_model_without_a_linear_head_is_refused(model):
         training.head_of(model)
 
 
+def test_model_without_a_body_is_refused(model, batch):
+    model.base_model_prefix = "none"  # transformers then takes the model for its own body
+    with pytest.raises(ValueError, match="body returns hidden states, got LlamaForCausalLM"):
+        training.hidden_states(model, batch)
+
+
 def test_sides_are_good_and_bad(model, batch):
     margins = training.response_margins(model, batch)
     good, bad = training.sides(batch, margins)
