@@ -184,10 +184,11 @@ def losses_table(record: dict[str, Any]) -> str:
         shape = f"{cell['n']:,}, {cell['h']:,}, {cell['v']:,}, {cell['dtype']}, {cell['head']}"
         entries.append("-" if formula is None else f"({formula:,.0f})")
         lines.append(f"| {shape} | {' | '.join(entries)} |")
-    rounds = [cell["rounds"] for cell in record["cells"]]
+    counts = sorted({cell["rounds"] for cell in record["cells"]})
+    rounds = " to ".join(str(count) for count in dict.fromkeys((counts[0], counts[-1])))
     lines += [
         "",
-        f"{_host(record['host'], 'medians')} of {min(rounds)} to {max(rounds)} rounds in turns, "
+        f"{_host(record['host'], 'medians')} of {rounds} rounds in turns, "
         f"{_software(record['host'])}{_peer_versions(record['host'])}. -: not run there, since a "
         "round would take minutes.",
         *(f"Note: {note}." for note in record["notes"]),
