@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
+LOSS_SHAPE = (1024, 896, 32_768)  # N, H, V of the demands on time and error
 FAST_US = 60  # a call as short as this may cost any multiple of a softmax
 
 
@@ -96,6 +97,64 @@ def score_limits(record: dict[str, Any]) -> list[Limit]:
     ]
 
 
+def losses_limits(record: dict[str, Any]) -> list[Limit]:
+    """The demands on `linear_label_margins`."""
+    cells = record["cells"]
+    here = {(c["dtype"], c["head"]): c for c in cells if (c["n"], c["h"], c["v"]) == LOSS_SHAPE}
+    shape = "N = {:,}, H = {:,}, V = {:,}".format(*LOSS_SHAPE)
+
+    def faster(dtype: str, head: str, peer: str, name: str, bound: float) -> Limit:
+        ratio = here.get((dtype, head), {"to_fastadapt": {}})["to_fastadapt"].get(peer)
+        label = f"{name}'s time to ours, forward and backward, {dtype}, {head} head"
+        return Limit(label, ratio and ratio[1], bound, at_least=True, where=shape)
+
+    wide = [
+        (100e6 * c["memory_mb"]["fastadapt"] / (4 * c["n"] * c["v"]), c)
+        for c in cells
+        if c["v"] >= 128_256 and "memory_mb" in c
+    ]
+    share, worst = max(wide, key=lambda pair: pair[0]) if wide else (None, None)
+    errors = [c["rms_error"] for (dtype, _), c in here.items() if dtype == "bfloat16"]
+    return [
+        faster("bfloat16", "trainable", "plain", "plain PyTorch", 1.5),
+        faster("bfloat16", "trainable", "trl", "trl", 2.5),
+        faster("bfloat16", "frozen", "plain", "plain PyTorch", 1.7),
+        faster("float32", "trainable", "plain", "plain PyTorch", 1.0),
+        faster("float32", "frozen", "plain", "plain PyTorch", 1.0),
+        Limit(
+            "peak memory over inputs and gradients, of float32 logits, V >= 128,256, worst cell",
+            share,
+            5,
+            "%",
+            where=_loss_place(worst) if worst else "",
+        ),
+        Limit(
+            "rms error of bfloat16 margins to that of full bfloat16 logits",
+            max((e["fastadapt"] / e["plain"] for e in errors), default=None),
+            0.2,
+            where=shape,
+        ),
+    ]
+
+
+def train_limits(record: dict[str, Any]) -> list[Limit]:
+    """The demands on the training run."""
+    linear, logits = (record["variants"][name] for name in ("linear", "logits"))
+    curves = zip(linear["curves"]["loss"], logits["curves"]["loss"], strict=True)
+    apart = max(abs(one - other) / abs(other) for one, other in curves)
+    memory = linear["memory_mb"]["extra"] / logits["memory_mb"]["extra"]
+    return [
+        Limit(
+            f"loss of {record['settings']['steps']} steps, largest relative difference from the "
+            "run with full logits",
+            1e6 * apart,
+            100,
+            "ppm",
+        ),
+        Limit("peak memory over the loaded model, to that with full logits", memory, 1.0),
+    ]
+
+
 def geometric_mean(values: list[float]) -> float | None:
     """None where there is no value."""
     return statistics.geometric_mean(values) if values else None
@@ -121,6 +180,12 @@ def _place(cell: dict[str, Any]) -> str:
     """Names a cell."""
     names = [cell["rows"], *(cell[k] for k in ("adaptor", "dtype") if k in cell)]
     return f"V = {cell['vocabulary']:,}, N = {cell['batch']}, {', '.join(names)}"
+
+
+def _loss_place(cell: dict[str, Any]) -> str:
+    """Names a cell of the losses."""
+    shape = f"N = {cell['n']:,}, H = {cell['h']:,}, V = {cell['v']:,}"
+    return f"{shape}, {cell['dtype']}, {cell['head']} head"
 
 
 def _ratio(cell: dict[str, Any], name: str) -> float:

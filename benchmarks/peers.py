@@ -2,6 +2,7 @@
 
 Each is made for one adaptor and takes rows (N, V), float32; what its time includes is said where it
 is made. A peer that this machine lacks is not replaced by another: making it raises `MissingPeer`.
+Those of the losses are in `loss_peers`.
 """
 
 from __future__ import annotations

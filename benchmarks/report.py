@@ -16,7 +16,14 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from limits import Limit, geometric_mean, sampling_limits, score_limits
+from limits import (
+    Limit,
+    geometric_mean,
+    losses_limits,
+    sampling_limits,
+    score_limits,
+    train_limits,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -26,6 +33,15 @@ MODES = {
     "stock": "transformers, {adaptor}",
     "fused": "`fastadapt.hf.generate`, {adaptor}",
 }
+LOSS_NAMES = {
+    "fastadapt": "`linear_label_margins`",
+    "plain": "plain PyTorch",
+    "compiled": "`torch.compile` of it",
+    "torch": "`linear_cross_entropy`",
+    "trl": "trl",
+    "liger": "Liger",
+}
+TRAINING = {"linear": "`linear_label_margins`", "logits": "full logits, `label_margins`"}
 
 
 def main() -> int:
@@ -146,6 +162,69 @@ def score_table(record: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def losses_table(record: dict[str, Any]) -> str:
+    """What `linear_label_margins` must show, its times and memory, and the machine."""
+    names = ["fastadapt", *record["settings"]["peers"]]
+    head = " | ".join(LOSS_NAMES[name] for name in names)
+    lines = [*_limit_rows(losses_limits(record)), ""]
+    lines += [
+        "Forward and backward, ms (peak memory over inputs and gradients, MB):",
+        "",
+        f"| N, H, V, dtype, head | {head} | formula |",
+        "|---|" + "---|" * (len(names) + 1),
+    ]
+    for cell in record["cells"]:
+        memory = cell.get("memory_mb", {})
+        entries = []
+        for name in names:
+            took = cell["ms"].get(name)
+            text = f"{took['both'][1]:,.0f}" if took else "-"
+            entries.append(f"{text} ({memory[name]:,.0f})" if name in memory else text)
+        formula = cell.get("memory_formula_mb")
+        shape = f"{cell['n']:,}, {cell['h']:,}, {cell['v']:,}, {cell['dtype']}, {cell['head']}"
+        entries.append("-" if formula is None else f"({formula:,.0f})")
+        lines.append(f"| {shape} | {' | '.join(entries)} |")
+    counts = sorted({cell["rounds"] for cell in record["cells"]})
+    rounds = " to ".join(str(count) for count in dict.fromkeys((counts[0], counts[-1])))
+    lines += [
+        "",
+        f"{_host(record['host'], 'medians')} of {rounds} rounds in turns, "
+        f"{_software(record['host'])}{_peer_versions(record['host'])}. -: not run there, since a "
+        "round would take minutes.",
+        *(f"Note: {note}." for note in record["notes"]),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def train_table(record: dict[str, Any]) -> str:
+    """What the training run must show, where it began and ended, and the machine."""
+    host, settings = record["host"], record["settings"]
+    lines = [*_limit_rows(train_limits(record)), ""]
+    lines += [
+        "| run | loss, first and last step | s/step, median | peak memory over the model, MB |",
+        "|---|---|---|---|",
+    ]
+    for name, label in TRAINING.items():
+        run = record["variants"][name]
+        first, *_, last = run["curves"]["loss"]
+        seconds, memory = run["step_s"][1], run["memory_mb"]["extra"]
+        lines.append(f"| {label} | {first:.5f}, {last:.5f} | {seconds:.1f} | {memory:,} |")
+    fixed = record["variants"]["linear"]["memory_mb"]["gradients_and_optimizer"]
+    lines += [
+        "",
+        f"{settings['model']}, {settings['steps']} steps of DPO+ExMATE, {settings['batch']} pairs "
+        f"each, at most {settings['max_length']} tokens with a prompt, AdamW; gradients and its "
+        f"state take {fixed:,} MB in both. {_host(host, settings['dtype'])}, {_software(host)}.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _peer_versions(host: dict[str, Any]) -> str:
+    """Versions of the peers that are there."""
+    found = ((name, host["versions"].get(name)) for name in ("trl", "liger-kernel"))
+    return "".join(f", {name} {version}" for name, version in found if version)
+
+
 def _limit_rows(limits: Iterable[Limit]) -> list[str]:
     """A table with a row per demand."""
     rows = [f"| {x.label} | {x.shown} | {x.demanded} | {x.met} |" for x in limits]
@@ -178,6 +257,8 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "generation": generation_table,
     "sampling": sampling_table,
     "score": score_table,
+    "losses": losses_table,
+    "train_preferences": train_table,
 }
 
 

