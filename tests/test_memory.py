@@ -21,7 +21,7 @@ def test_freed_blocks_are_returned(tmp_path):
     code = (
         "import torch; from fastadapt import memory\n"
         "assert memory.return_freed_blocks()\n"
-        "torch.ones(8 << 20)\n"
+        "torch.ones(4 << 20)  # freed, it raises the bound to its 16 MB\n"
         "blocks = [torch.ones(1 << 19) for _ in range(64)]\n"
         "full = memory._kilobytes('VmRSS')\n"
         "del blocks[::2]\n"
