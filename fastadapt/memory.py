@@ -7,7 +7,22 @@ import gc
 from pathlib import Path
 
 _PROCESS = Path("/proc/self")
+_M_MMAP_THRESHOLD = -3  # malloc.h
 _RESET_PEAK = "5"  # proc(5): sets VmHWM to VmRSS
+
+
+def return_freed_blocks() -> bool:
+    """Makes malloc take blocks of 1 MB and more from the system, and return them when freed.
+
+    By default glibc raises that bound to 32 MB as a program goes on and keeps smaller blocks in a
+    heap with holes, so that a peak tells where the holes lay and not what was alive. It holds for
+    the rest of the process and makes such blocks slower: for a process that measures memory.
+
+    Returns:
+        bool: whether the C library does it; glibc does.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    return mallopt is not None and mallopt(_M_MMAP_THRESHOLD, 1 << 20) == 1
 
 
 class PeakMemory:

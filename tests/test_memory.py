@@ -1,5 +1,9 @@
 """The peak of resident memory."""
 
+import platform
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -8,6 +12,24 @@ from fastadapt import memory
 needs_peak = pytest.mark.skipif(
     not memory.is_measurable(), reason="this system does not tell the peak of a process"
 )
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc's malloc")
+@needs_peak
+def test_freed_blocks_are_returned(tmp_path):
+    """Holes of 2 MB between blocks that stay are no longer resident."""
+    code = (
+        "import torch; from fastadapt import memory\n"
+        "assert memory.return_freed_blocks()\n"
+        "torch.ones(4 << 20)  # freed, it raises the bound to its 16 MB\n"
+        "blocks = [torch.ones(1 << 19) for _ in range(64)]\n"
+        "full = memory._kilobytes('VmRSS')\n"
+        "del blocks[::2]\n"
+        "assert full - memory._kilobytes('VmRSS') > 60_000"
+    )
+    run = [sys.executable, "-P", "-c", code]
+    done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @needs_peak
