@@ -139,7 +139,8 @@ def main() -> None:
 def cells(options: argparse.Namespace) -> Iterator[Cell]:
     """The grid that was asked for."""
     for shape, dtype, head in itertools.product(options.shapes, options.dtypes, options.heads):
-        yield Cell(*shape, dtype, head)
+        if options.large_float32 or dtype != "float32" or math.prod(shape) < SLOW_PRODUCT:
+            yield Cell(*shape, dtype, head)
 
 
 def peers_of(cell: Cell, peers: list[str]) -> list[str]:
@@ -268,6 +269,12 @@ def _parse() -> argparse.Namespace:
     filters = {"dtypes": tuple(DTYPES), "heads": HEADS, "peers": tuple(LOSS_PEERS)}
     for name, known in filters.items():
         add(f"--{name}", nargs="*" if name == "peers" else "+", choices=known, metavar="X")
+    add(
+        "--no-large-float32",
+        dest="large_float32",
+        action="store_false",
+        help="leave out the cells whose float32 products take a quarter of a minute each",
+    )
     add("--no-memory", dest="memory", action="store_false", help="time only")
     add("--rounds", type=int, default=9, help="at most (default: %(default)s)")
     add("--seconds", type=float, default=60, help="per cell, about (default: %(default)s)")
