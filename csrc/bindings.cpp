@@ -63,7 +63,7 @@ void filter(const RowsTuple& rows, const KnobsTuple& knobs, uintptr_t out, int n
   const Rows x = rows_of(rows);
   const FilterArgs args{x, knobs_of(knobs, x.n), pointer<void>(out)};
   py::gil_scoped_release release;
-  run_rows(kernels().filter, args, x.n, x.v, num_threads);
+  run_rows(kernels().filter, args, x.n, x.v, num_threads, x.v / kLeastPart);
 }
 
 void sample(const RowsTuple& rows, const KnobsTuple& knobs, uintptr_t seeds, uintptr_t positions,
@@ -86,7 +86,7 @@ void sample(const RowsTuple& rows, const KnobsTuple& knobs, uintptr_t seeds, uin
                         pointer<float>(top_logprobs),
                         pointer<int32_t>(rank)};
   py::gil_scoped_release release;
-  run_rows(kernels().sample, args, x.n, x.v, num_threads);
+  run_rows(kernels().sample, args, x.n, x.v, num_threads, x.v / kLeastPart);
 }
 
 void score(const RowsTuple& rows, const std::vector<KnobsTuple>& adaptors, uintptr_t tokens,
@@ -110,7 +110,7 @@ void score(const RowsTuple& rows, const std::vector<KnobsTuple>& adaptors, uintp
                        pointer<float>(base_logprobs),
                        pointer<float>(entropy)};
   py::gil_scoped_release release;
-  run_rows(kernels().score, args, x.n, x.v, num_threads);
+  run_rows(kernels().score, args, x.n, x.v, num_threads, x.v / kLeastPart);
 }
 
 void margins(const RowsTuple& rows, const KnobsTuple& knobs, uintptr_t tokens, int64_t ignore_index,
@@ -124,7 +124,7 @@ void margins(const RowsTuple& rows, const KnobsTuple& knobs, uintptr_t tokens, i
                         pointer<uint8_t>(support),
                         pointer<double>(stats)};
   py::gil_scoped_release release;
-  run_rows(kernels().margins, args, x.n, x.v, num_threads);
+  run_rows(kernels().margins, args, x.n, x.v, num_threads, x.v / kLeastPart);
 }
 
 void margins_backward(const RowsTuple& rows, const KnobsTuple& knobs, uintptr_t tokens,

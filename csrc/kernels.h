@@ -57,6 +57,9 @@ struct Team {
 };
 constexpr int kMaxTeam = 64;
 
+// Entries of a row that are worth a thread of a team: about 4 us of work.
+constexpr int64_t kLeastPart = 1 << 14;
+
 // Buffers of one thread. Every array holds V rounded up plus a vector of padding.
 struct Scratch {
   float* row_e;       // masses of the whole row before truncation to integers

@@ -63,14 +63,18 @@ inline void run_team(int parts, void (*part)(void*, int), void* context) {
 #endif
 
 // Runs rows [0, n) on up to num_threads threads: a row on each, or, where that would leave half of
-// them idle, one row after the other on all of them. With one thread no parallel region is entered:
-// a forked child of a process whose pool has run would hang in it.
+// them idle, one row after the other on all of them, if the kernel can split a row into so many
+// parts. With one thread no parallel region is entered: a forked child of a process whose pool has
+// run would hang in it. v is the row length that the buffers are for.
 template <class Args>
 void run_rows(void (*kernel)(const Args&, const Scratch&, int64_t, int64_t), const Args& args,
-              int64_t n, int64_t v, [[maybe_unused]] int num_threads) {
+              int64_t n, int64_t v, [[maybe_unused]] int num_threads,
+              [[maybe_unused]] int64_t parts = 1) {
 #ifdef _OPENMP
-  if (2 * n <= num_threads) {
-    const Team team{num_threads < kMaxTeam ? num_threads : kMaxTeam, run_team};
+  const int most = num_threads < kMaxTeam ? num_threads : kMaxTeam;
+  const int together = parts < most ? static_cast<int>(parts) : most;
+  if (n > 0 && together >= 2 * n) {
+    const Team team{together, run_team};
     Scratch scratch = ScratchBuffers::of_this_thread().of(v);
     scratch.team = &team;
     return kernel(args, scratch, 0, n);

@@ -84,12 +84,11 @@ static inline I ids_of(const View<T>& v, int64_t i) {
 }
 
 // Calls f(part, begin, end) for parts of [0, n) that begin with a block, at the same time where
-// there is a team and a part is worth a thread (about 4 us of work). Returns how many there were.
+// there is a team and a part is worth a thread. Returns how many there were.
 template <class Fn>
 static int in_parts(const Team* team, int64_t n, Fn&& f) {
-  constexpr int64_t kLeast = 16 * kBlock;
   const int64_t most = team ? team->size : 1;
-  const int64_t parts = n / kLeast < most ? n / kLeast : most;
+  const int64_t parts = n / kLeastPart < most ? n / kLeastPart : most;
   if (parts <= 1) {
     f(0, int64_t{0}, n);
     return 1;

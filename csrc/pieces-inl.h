@@ -255,8 +255,5 @@ static Selection select_band(const View<float>& v, const Pieces& pieces,
   if (target > z) return {{kLowestKey, kAllIds}, {0, 0}, false, -1};  // by rounding, of a large z
   const KeyedPieces keyed(v, pieces, key);
   const Split s = keyed.split(keyed.window(target), scratch);
-  RankCut cut = cut_among<false, false>(s.n, target - s.above.z, scratch);
-  cut.id = kAllIds;
-  const Tally t = tally(candidates(s.n, scratch), cut, nullptr, nullptr);
-  return {cut, {s.above.z + t.z, s.above.count + t.count}, true, -1};
+  return decide<false, TypicalRank<false>>(s, target, true, scratch);
 }

@@ -170,6 +170,17 @@ struct Selection {
   int64_t listed;  // the number of candidates where they hold all that is kept, else -1
 };
 
+// The cut among the candidates of a split that surrounds the target.
+template <bool kCount, class Key>
+static Selection decide(const Split& s, int64_t target, bool ties_stay, const Scratch& scratch) {
+  RankCut cut = cut_among<kCount, Key::kHeaviestFirst>(s.n, target - s.above.z, scratch);
+  if (ties_stay) cut.id = kAllIds;
+  const int64_t listed = s.above.count == 0 ? s.n : -1;
+  if (kCount) return {cut, {0, 0}, false, listed};
+  const Tally t = tally(candidates(s.n, scratch), cut, nullptr, nullptr);
+  return {cut, {s.above.z + t.z, s.above.count + t.count}, true, listed};
+}
+
 // The cut of a view that a window has split, for a target in [1, the view's weight].
 template <bool kCount, class T, class Key>
 static Selection select_in(Window window, Split s, const View<T>& v, Key key, int64_t target,
@@ -183,12 +194,7 @@ static Selection select_in(Window window, Split s, const View<T>& v, Key key, in
     if (s.above.z + weight_of<kCount>(inside, s.n) < target)
       return {{kLowestKey, kAllIds}, {0, 0}, false, -1};  // everything stays
   }
-  RankCut cut = cut_among<kCount, Key::kHeaviestFirst>(s.n, target - s.above.z, scratch);
-  if (ties_stay) cut.id = kAllIds;
-  const int64_t listed = s.above.count == 0 ? s.n : -1;
-  if (kCount) return {cut, {0, 0}, false, listed};
-  const Tally t = tally(candidates(s.n, scratch), cut, nullptr, nullptr);
-  return {cut, {s.above.z + t.z, s.above.count + t.count}, true, listed};
+  return decide<kCount, Key>(s, target, ties_stay, scratch);
 }
 
 // The cut of a view of some weight for a target in [1, all].

@@ -6,46 +6,8 @@ static inline void each_row(int64_t begin, int64_t end, const Args& args, const 
   for (int64_t r = begin; r < end; ++r) row(args, r, scratch);
 }
 
-#define FASTADAPT_BY_DTYPE(row_fn)                               \
-  switch (args.rows.dtype) {                                     \
-    case DType::kFloat32:                                        \
-      return each_row(begin, end, args, scratch, row_fn<float>); \
-    case DType::kBFloat16:                                       \
-      return each_row(begin, end, args, scratch, row_fn<bf16>);  \
-    case DType::kFloat16:                                        \
-      return each_row(begin, end, args, scratch, row_fn<f16>);   \
-    default:                                                     \
-      return;                                                    \
-  }
-
-static void filter_rows(const FilterArgs& args, const Scratch& scratch, int64_t begin,
-                        int64_t end) {
-  FASTADAPT_BY_DTYPE(filter_row)
-}
-static void sample_rows(const SampleArgs& args, const Scratch& scratch, int64_t begin,
-                        int64_t end) {
-  FASTADAPT_BY_DTYPE(sample_row)
-}
-static void score_rows(const ScoreArgs& args, const Scratch& scratch, int64_t begin, int64_t end) {
-  FASTADAPT_BY_DTYPE(score_row)
-}
-static void margin_rows(const MarginArgs& args, const Scratch& scratch, int64_t begin,
-                        int64_t end) {
-  if (args.rows.dtype == DType::kFloat64)
-    return each_row(begin, end, args, scratch, margin_row<double>);
-  FASTADAPT_BY_DTYPE(margin_row)
-}
-static void margin_backward_rows(const MarginBackwardArgs& args, const Scratch& scratch,
-                                 int64_t begin, int64_t end) {
-  if (args.rows.dtype == DType::kFloat64)
-    return each_row(begin, end, args, scratch, margin_backward_row<double>);
-  FASTADAPT_BY_DTYPE(margin_backward_row)
-}
-
-#undef FASTADAPT_BY_DTYPE
-
-// The loss operators take float64 as well; their element type may stand elsewhere in the arguments.
-#define FASTADAPT_LOSS_ROWS(name, Args, dtype_field, row_fn)                               \
+// The function of the contract `name`; the element type stands in a field of its arguments.
+#define FASTADAPT_ROWS(name, Args, dtype_field, row_fn, otherwise)                         \
   static void name(const Args& args, const Scratch& scratch, int64_t begin, int64_t end) { \
     switch (args.dtype_field) {                                                            \
       case DType::kFloat32:                                                                \
@@ -55,20 +17,32 @@ static void margin_backward_rows(const MarginBackwardArgs& args, const Scratch& 
       case DType::kFloat16:                                                                \
         return each_row(begin, end, args, scratch, row_fn<f16>);                           \
       default:                                                                             \
-        return each_row(begin, end, args, scratch, row_fn<double>);                        \
+        otherwise;                                                                         \
     }                                                                                      \
   }
+#define FASTADAPT_WITHOUT_DOUBLE(name, Args, row_fn) \
+  FASTADAPT_ROWS(name, Args, rows.dtype, row_fn, return)
+#define FASTADAPT_WITH_DOUBLE(name, Args, dtype_field, row_fn) \
+  FASTADAPT_ROWS(name, Args, dtype_field, row_fn,              \
+                 return each_row(begin, end, args, scratch, row_fn<double>))
 
-FASTADAPT_LOSS_ROWS(label_margin_rows, LabelArgs, rows.dtype, label_margin_row)
-FASTADAPT_LOSS_ROWS(label_margin_backward_rows, LabelBackwardArgs, rows.dtype,
-                    label_margin_backward_row)
-FASTADAPT_LOSS_ROWS(candidate_rows, CandidateArgs, rows.dtype, candidate_row)
-FASTADAPT_LOSS_ROWS(candidate_backward_rows, CandidateBackwardArgs, rows.dtype,
-                    candidate_backward_row)
-FASTADAPT_LOSS_ROWS(tile_rows, TileArgs, tile.rows.dtype, tile_row)
-FASTADAPT_LOSS_ROWS(tile_backward_rows, TileBackwardArgs, tile.rows.dtype, tile_backward_row)
-FASTADAPT_LOSS_ROWS(mix_rows, MixArgs, dtype, mix_row)
-FASTADAPT_LOSS_ROWS(scatter_rows, ScatterArgs, dtype, scatter_row)
-FASTADAPT_LOSS_ROWS(dot_rows, DotArgs, dtype, dot_row)
+FASTADAPT_WITHOUT_DOUBLE(filter_rows, FilterArgs, filter_row)
+FASTADAPT_WITHOUT_DOUBLE(sample_rows, SampleArgs, sample_row)
+FASTADAPT_WITHOUT_DOUBLE(score_rows, ScoreArgs, score_row)
+FASTADAPT_WITH_DOUBLE(margin_rows, MarginArgs, rows.dtype, margin_row)
+FASTADAPT_WITH_DOUBLE(margin_backward_rows, MarginBackwardArgs, rows.dtype, margin_backward_row)
+FASTADAPT_WITH_DOUBLE(label_margin_rows, LabelArgs, rows.dtype, label_margin_row)
+FASTADAPT_WITH_DOUBLE(label_margin_backward_rows, LabelBackwardArgs, rows.dtype,
+                      label_margin_backward_row)
+FASTADAPT_WITH_DOUBLE(candidate_rows, CandidateArgs, rows.dtype, candidate_row)
+FASTADAPT_WITH_DOUBLE(candidate_backward_rows, CandidateBackwardArgs, rows.dtype,
+                      candidate_backward_row)
+FASTADAPT_WITH_DOUBLE(tile_rows, TileArgs, tile.rows.dtype, tile_row)
+FASTADAPT_WITH_DOUBLE(tile_backward_rows, TileBackwardArgs, tile.rows.dtype, tile_backward_row)
+FASTADAPT_WITH_DOUBLE(mix_rows, MixArgs, dtype, mix_row)
+FASTADAPT_WITH_DOUBLE(scatter_rows, ScatterArgs, dtype, scatter_row)
+FASTADAPT_WITH_DOUBLE(dot_rows, DotArgs, dtype, dot_row)
 
-#undef FASTADAPT_LOSS_ROWS
+#undef FASTADAPT_WITH_DOUBLE
+#undef FASTADAPT_WITHOUT_DOUBLE
+#undef FASTADAPT_ROWS

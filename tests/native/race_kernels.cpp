@@ -30,8 +30,9 @@ void kernel_on_shared_buffers(const Args& args, const Scratch&, int64_t begin, i
 }
 
 Arrays on_threads(const Problem& p, int threads) {
-  return outputs(kernels(), p,
-                 [&](auto kernel, const auto& args) { run_rows(kernel, args, p.n, p.v, threads); });
+  return outputs(kernels(), p, [&](auto kernel, const auto& args) {
+    run_rows(kernel, args, p.n, p.v, threads, p.v / kLeastPart);
+  });
 }
 
 // A row that cannot get its buffers, while others are at work: the call throws, once.
