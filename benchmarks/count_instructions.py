@@ -12,8 +12,6 @@ its headers; no Python package.
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import platform
 import subprocess
 import sys
@@ -21,7 +19,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from host import ROOT, tree_record, write_record
+
 FLAGS = ["-std=c++17", "-O3", "-g", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden"]
 KERNELS = sorted(str(p) for p in (ROOT / "csrc").glob("*.cpp") if p.name != "bindings.cpp")
 DRIVER = "benchmarks/count_instructions.cpp"
@@ -38,8 +37,7 @@ def main() -> None:
     record = {"benchmark": "instructions", "host": _host(options.cxx), "per_element": counts}
     _print(counts)
     if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        write_record(options.out, record)
 
 
 def _parse() -> argparse.Namespace:
@@ -74,10 +72,7 @@ def _host(cxx: str) -> dict[str, Any]:
         "compiler": _run([cxx, "--version"]).splitlines()[0],
         "flags": " ".join(FLAGS),
         "valgrind": _run(["valgrind", "--version"]).strip(),
-        "commit": _run(["git", "rev-parse", "HEAD"]).strip(),
-        # the results are written by the benchmarks themselves
-        "dirty": bool(_run(["git", "status", "--porcelain", "--", ".", ":!benchmarks/results"])),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        **tree_record(),
     }
 
 

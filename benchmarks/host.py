@@ -36,6 +36,13 @@ def host_record(packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
             "python": platform.python_version(),
             **{name: _version(name) for name in packages},
         },
+        **tree_record(),
+    }
+
+
+def tree_record() -> dict[str, Any]:
+    """Describe the tree that is measured, and when."""
+    return {
         "commit": _git("rev-parse", "HEAD") or None,
         # the results are written by the benchmarks themselves
         "dirty": bool(_git("status", "--porcelain", "--", ".", ":!benchmarks/results")),

@@ -1,6 +1,5 @@
 """The operator under `linear_label_margins`: its schema, fakes, autograd and autocast."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from fastadapt.linear_head import (
     forward,
     frozen_head_backward,
 )
-from fastadapt.loss_ops import no_double_backward
+from fastadapt.ops import Implementations, no_double_backward, register
 
 _library = torch.library.Library("fastadapt", "FRAGMENT")
 _library.define(
@@ -99,7 +98,7 @@ def _autocast(
 
 def _register() -> None:
     """Implementations, fakes, autograd and autocast."""
-    implementations: dict[str, tuple[Callable[..., object], Callable[..., object]]] = {
+    implementations: Implementations = {
         "linear_label_margins": (
             forward,
             lambda hidden, weight, labels, bias, cap, scale, ignored, plan, kept_bytes, weighted: (
@@ -119,14 +118,14 @@ def _register() -> None:
             ),
         ),
     }
-    for name, (cpu, fake) in implementations.items():
-        _library.impl(name, cpu, "CPU")
-        torch.library.register_fake(f"fastadapt::{name}", fake, lib=_library)
+    register(_library, implementations)
     torch.library.register_autograd(
         "fastadapt::linear_label_margins", _gradient, setup_context=_save, lib=_library
     )
     for name in ("linear_label_margins_backward", "frozen_head_backward"):
-        torch.library.register_autograd(f"fastadapt::{name}", no_double_backward, lib=_library)
+        torch.library.register_autograd(
+            f"fastadapt::{name}", no_double_backward("label margins"), lib=_library
+        )
     for key in ("AutocastCPU", "AutocastCUDA"):
         _library.impl("linear_label_margins", _autocast, key)
 

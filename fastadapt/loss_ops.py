@@ -3,14 +3,13 @@
 As in `ops`: one schema each, chosen by device; arguments come checked and folded by `margins`.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastadapt import _C
-from fastadapt.ops import check_ids, rows_of
+from fastadapt.ops import Implementations, check_ids, no_double_backward, register, rows_of
 
 NUM_STATS = 4  # csrc/kernels.h, Stat
 
@@ -121,11 +120,6 @@ def _candidate_margins_backward_cpu(
     return out
 
 
-def no_double_backward(ctx: Any, *_: Tensor) -> None:
-    """Without this, autograd would return zeros."""
-    raise RuntimeError("label margins: expected a first-order gradient, got a double backward")
-
-
 def _save_label(ctx: Any, inputs: tuple[Any, ...], output: Pair) -> None:
     """Keeps the logits and four numbers a row."""
     logits, labels, ctx.ignore_index = inputs
@@ -156,7 +150,7 @@ def _candidate_gradient(ctx: Any, dmargins: Tensor, _: Tensor) -> tuple[Tensor |
 
 def _register() -> None:
     """Implementations, fakes and autograd."""
-    implementations: dict[str, tuple[Callable[..., object], Callable[..., object]]] = {
+    implementations: Implementations = {
         "label_margins": (_label_margins_cpu, lambda x, labels, ignore_index: _label_outputs(x)),
         "label_margins_backward": (
             _label_margins_backward_cpu,
@@ -171,9 +165,7 @@ def _register() -> None:
             lambda dmargins, x, *_: x.new_empty(x.shape),
         ),
     }
-    for name, (cpu, fake) in implementations.items():
-        _library.impl(name, cpu, "CPU")
-        torch.library.register_fake(f"fastadapt::{name}", fake, lib=_library)
+    register(_library, implementations)
     gradients = {
         "label_margins": (_label_gradient, _save_label),
         "candidate_margins": (_candidate_gradient, _save_candidates),
@@ -183,7 +175,7 @@ def _register() -> None:
             f"fastadapt::{name}", gradient, setup_context=save, lib=_library
         )
         torch.library.register_autograd(
-            f"fastadapt::{name}_backward", no_double_backward, lib=_library
+            f"fastadapt::{name}_backward", no_double_backward("label margins"), lib=_library
         )
 
 

@@ -37,6 +37,7 @@ _library.define(
 )
 
 Rows = tuple[int, int, int, int, int]
+Implementations = dict[str, tuple[Callable[..., object], Callable[..., object]]]
 
 
 def rows_of(logits: Tensor) -> Rows:
@@ -238,14 +239,25 @@ def _margins_gradient(ctx: Any, dmargins: Tensor | None, *_: None) -> tuple[Tens
     return dlogits, None, None, None, None
 
 
-def _no_double_backward(ctx: Any, *_: Tensor) -> None:
-    """Without this, autograd would return zeros."""
-    raise RuntimeError("adapted_margins: expected a first-order gradient, got a double backward")
+def no_double_backward(name: str) -> Callable[..., None]:
+    """The gradient of a backward: without it, autograd would return zeros."""
+
+    def refuse(ctx: Any, *_: Tensor) -> None:
+        raise RuntimeError(f"{name}: expected a first-order gradient, got a double backward")
+
+    return refuse
+
+
+def register(library: torch.library.Library, implementations: Implementations) -> None:
+    """Registers the CPU implementation and the fake of each operator of a library, by name."""
+    for name, (cpu, fake) in implementations.items():
+        library.impl(name, cpu, "CPU")
+        torch.library.register_fake(f"fastadapt::{name}", fake, lib=library)
 
 
 def _register() -> None:
     """Implementations, fakes and autograd of every operator."""
-    implementations: dict[str, tuple[Callable[..., object], Callable[..., object]]] = {
+    implementations: Implementations = {
         "filter_logits": (_filter_logits_cpu, lambda x, knobs, order: x.new_empty(x.shape)),
         "sample": (
             _sample_cpu,
@@ -264,9 +276,7 @@ def _register() -> None:
             lambda dmargins, x, *_: x.new_empty(x.shape),
         ),
     }
-    for name, (cpu, fake) in implementations.items():
-        _library.impl(name, cpu, "CPU")
-        torch.library.register_fake(f"fastadapt::{name}", fake, lib=_library)
+    register(_library, implementations)
     for name in ("filter_logits", "sample", "score"):
         _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
     torch.library.register_autograd(
@@ -276,7 +286,7 @@ def _register() -> None:
         lib=_library,
     )
     torch.library.register_autograd(
-        "fastadapt::adapted_margins_backward", _no_double_backward, lib=_library
+        "fastadapt::adapted_margins_backward", no_double_backward("adapted_margins"), lib=_library
     )
 
 

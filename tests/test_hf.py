@@ -7,9 +7,9 @@ import torch
 
 transformers = pytest.importorskip("transformers", reason="the hooks need transformers")
 
-from fastadapt import hf  # noqa: E402
-from fastadapt.adaptor import Adaptor  # noqa: E402
-from fastadapt.sampling import filter_logits, sample  # noqa: E402
+from fastadapt import hf  # noqa: E402, only where transformers is
+from fastadapt.adaptor import Adaptor  # noqa: E402, as above
+from fastadapt.sampling import filter_logits, sample  # noqa: E402, as above
 
 VOCAB = 199
 STEPS = 6

@@ -34,9 +34,9 @@ def test_error_is_no_more_than_that_of_plain_torch(rows, cpu_capability, dtype):
         if v == 1:
             assert (label_margins(x, y) == float("inf")).all()
             continue
-        exact, exact_gradient = with_gradient(lambda z: plain(z, y), x.double(), upstream)  # noqa: B023
-        theirs, their_gradient = with_gradient(lambda z: plain(z, y), x, upstream)  # noqa: B023
-        ours, gradient = with_gradient(lambda z: label_margins(z, y), x, upstream)  # noqa: B023
+        exact, exact_gradient = with_gradient(lambda z: plain(z, y), x.double(), upstream)  # noqa: B023, called at once
+        theirs, their_gradient = with_gradient(lambda z: plain(z, y), x, upstream)  # noqa: B023, called at once
+        ours, gradient = with_gradient(lambda z: label_margins(z, y), x, upstream)  # noqa: B023, called at once
         assert ours.dtype == torch.float32
         assert gradient.dtype == dtype
         worst = exact.abs().max() * 2e-7 + 5e-7
@@ -191,7 +191,7 @@ def test_candidates_equal_their_twin(rows, cpu_capability, dtype):
             index = x.topk(6).indices
         mask = torch.rand(5, 6) < 0.7
         upstream = torch.randn(5, 6)
-        ours = with_gradient(lambda z: candidate_margins(z, index, mask), x, upstream)  # noqa: B023
+        ours = with_gradient(lambda z: candidate_margins(z, index, mask), x, upstream)  # noqa: B023, called at once
         twin = with_gradient(
             lambda z: reference.candidate_margins(z, index, mask),  # noqa: B023
             x.double(),
@@ -209,7 +209,7 @@ def test_candidates_are_exact_where_one_holds_nearly_all_the_mass(cpu_capability
         x[:, 5] = gap
         index = torch.tensor([[5, 7, 5, 8]] * 2)
         upstream = torch.randn(2, 4)
-        ours = with_gradient(lambda z: candidate_margins(z, index), x, upstream)  # noqa: B023
+        ours = with_gradient(lambda z: candidate_margins(z, index), x, upstream)  # noqa: B023, called at once
         twin = with_gradient(
             lambda z: reference.candidate_margins(z, index),  # noqa: B023
             x.double(),

@@ -40,7 +40,7 @@ OURS = {
     "margins": {"linear_head", "linear_ops", "loss_ops"} | LEAVES,
     "ops": {"_C", "kernels"},
     "loss_ops": {"_C", "ops"},
-    "linear_ops": {"linear_head", "loss_ops"},
+    "linear_ops": {"linear_head", "ops"},
     "linear_head": {"_C", "loss_ops", "ops"},
     "kernels": {"kernels"},
     "reference": {"reference", "results"},

