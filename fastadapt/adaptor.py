@@ -93,6 +93,7 @@ class Adaptor:
     rows: int | None = field(init=False, repr=False)  # None: every knob is a number
     order_code: int = field(init=False, repr=False)
     greedy: bool = field(init=False, repr=False)  # some temperature is known to be 0
+    _copies: dict[torch.device, Tensor] = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         """Checks every knob and packs them once, so that a call has nothing left to prepare."""
@@ -102,11 +103,32 @@ class Adaptor:
         for name, value in knobs.items():
             _check_knob(name, value)
         tensors = {name: value for name, value in knobs.items() if isinstance(value, Tensor)}
-        packed = _pack(knobs, tensors)
+        with torch.inference_mode(False):  # else they could not be saved for a backward
+            packed = _pack(knobs, tensors)
         object.__setattr__(self, "packed", packed)
         object.__setattr__(self, "rows", packed.shape[1] if tensors else None)
         object.__setattr__(self, "order_code", ORDER_CODES[self.order])
         object.__setattr__(self, "greedy", _is_greedy(self.temperature))
+
+    def packed_on(self, device: torch.device) -> Tensor:
+        """The packed knobs on a device; those of numbers are copied there once and kept.
+
+        The copy is one from the host, which a CUDA graph cannot capture: call once before a
+        capture, or before a compilation that is to hold no copy.
+        """
+        if self.packed.device == device:
+            return self.packed
+        copy = self._copies.get(device)
+        if copy is None:
+            with torch.inference_mode(False):  # else it could not be saved for a backward
+                copy = self.packed.to(device)
+            if not torch.compiler.is_compiling() and type(copy) is Tensor:  # a fake one is not kept
+                self._copies[device] = copy
+        return copy
+
+    def __getstate__(self) -> dict[str, object]:
+        """Without the copies, whose devices another machine may not have."""
+        return self.__dict__ | {"_copies": {}}
 
     def __eq__(self, other: object) -> bool:
         """Equal order and equal knobs, row by row; a number differs from a tensor of it."""

@@ -14,12 +14,9 @@ import torch
 from torch import Tensor
 
 from fastadapt import _C
-from fastadapt.loss_ops import (
-    NUM_STATS,
-    address,
-    wide_dtype,
-)
+from fastadapt.loss_ops import address
 from fastadapt.ops import DTYPE_CODES, check_ids, rows_of
+from fastadapt.outputs import NUM_STATS, wide_dtype
 
 FORWARD_ONLY, RECOMPUTE, FROZEN_HEAD = 0, 1, 2  # plans
 TILE = 2048  # ids a tile; csrc/kernels.h: at most 4096

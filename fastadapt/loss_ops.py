@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastadapt import _C
+from fastadapt import _C, cuda_loss_ops
 from fastadapt.ops import Implementations, check_ids, no_double_backward, register, rows_of
-
-NUM_STATS = 4  # csrc/kernels.h, Stat
+from fastadapt.outputs import Pair, candidate_outputs, label_outputs
 
 _library = torch.library.Library("fastadapt", "FRAGMENT")
 _library.define("label_margins(Tensor logits, Tensor labels, int ignore_index) -> (Tensor, Tensor)")
@@ -24,12 +23,6 @@ _library.define(
     "candidate_margins_backward(Tensor dmargins, Tensor logits, Tensor index, Tensor? mask,"
     " Tensor stats) -> Tensor"
 )
-Pair = tuple[Tensor, Tensor]
-
-
-def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The type of margins and sums."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def address(tensor: Tensor | None) -> int:
@@ -37,17 +30,10 @@ def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _label_outputs(logits: Tensor) -> Pair:
-    """Margins and statistics of the others."""
-    n = logits.shape[0]
-    stats = logits.new_empty(n, NUM_STATS, dtype=torch.float64)
-    return logits.new_empty(n, dtype=wide_dtype(logits.dtype)), stats
-
-
 def _label_margins_cpu(logits: Tensor, labels: Tensor, ignore_index: int) -> Pair:
     """One read of the logits."""
     check_ids("labels", labels, logits.shape[1], ignore_index)
-    margins, stats = out = _label_outputs(logits)
+    margins, stats = out = label_outputs(logits)
     _C.label_margins(
         rows_of(logits),
         labels.data_ptr(),
@@ -77,18 +63,12 @@ def _label_margins_backward_cpu(
     return out
 
 
-def _candidate_outputs(logits: Tensor, index: Tensor) -> Pair:
-    """Margins and statistics of the entries but the largest."""
-    stats = logits.new_empty(logits.shape[0], NUM_STATS, dtype=torch.float64)
-    return logits.new_empty(index.shape, dtype=wide_dtype(logits.dtype)), stats
-
-
 def _candidate_margins_cpu(logits: Tensor, index: Tensor, mask: Tensor | None) -> Pair:
     """Two reads of the logits, the second from cache."""
     used = index if mask is None else torch.where(mask, index, 0)
     if index.numel():
         check_ids("index", used, logits.shape[1], None)
-    margins, stats = out = _candidate_outputs(logits, index)
+    margins, stats = out = candidate_outputs(logits, index)
     _C.candidate_margins(
         rows_of(logits),
         index.shape[1],
@@ -151,21 +131,21 @@ def _candidate_gradient(ctx: Any, dmargins: Tensor, _: Tensor) -> tuple[Tensor |
 def _register() -> None:
     """Implementations, fakes and autograd."""
     implementations: Implementations = {
-        "label_margins": (_label_margins_cpu, lambda x, labels, ignore_index: _label_outputs(x)),
+        "label_margins": (_label_margins_cpu, lambda x, labels, ignore_index: label_outputs(x)),
         "label_margins_backward": (
             _label_margins_backward_cpu,
             lambda dmargins, x, *_: x.new_empty(x.shape),
         ),
         "candidate_margins": (
             _candidate_margins_cpu,
-            lambda x, index, mask: _candidate_outputs(x, index),
+            lambda x, index, mask: candidate_outputs(x, index),
         ),
         "candidate_margins_backward": (
             _candidate_margins_backward_cpu,
             lambda dmargins, x, *_: x.new_empty(x.shape),
         ),
     }
-    register(_library, implementations)
+    register(_library, implementations, cuda_loss_ops)
     gradients = {
         "label_margins": (_label_gradient, _save_label),
         "candidate_margins": (_candidate_gradient, _save_candidates),

@@ -1,4 +1,4 @@
-"""The operators: one schema each, CPU implementations, fakes and autograd.
+"""The operators of sampling: one schema each, CPU implementations, fakes and autograd.
 
 PyTorch's dispatcher chooses the implementation by device. Inputs arrive checked and folded by
 `sampling`; rows may have any stride, the last dimension is contiguous. Knobs are the packed
@@ -7,12 +7,14 @@ outputs are detached.
 """
 
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastadapt import _C
+from fastadapt import _C, cuda_ops
+from fastadapt.outputs import Margins, Scores, margin_outputs, sample_outputs, score_outputs
 
 MAX_ADAPTORS = 256  # csrc/kernels.h
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
@@ -68,23 +70,6 @@ def _filter_logits_cpu(logits: Tensor, knobs: Tensor, order: int) -> Tensor:
     return out
 
 
-def _sample_outputs(logits: Tensor, base: bool, log_mass: bool, top_n: int) -> list[Tensor]:
-    """Empty outputs: the four of every draw, then those asked for, in the order of `Sample`."""
-    n = logits.shape[0]
-    out = [
-        logits.new_empty(n, dtype=torch.int64),
-        logits.new_empty(n, dtype=torch.float32),
-        logits.new_empty(n, dtype=torch.int32),
-        logits.new_empty(n, dtype=torch.uint8),
-    ]
-    out += [logits.new_empty(n, dtype=torch.float32) for wanted in (base, log_mass) if wanted]
-    if top_n:
-        out.append(logits.new_empty(n, top_n, dtype=torch.int64))
-        out.append(logits.new_empty(n, top_n, dtype=torch.float32))
-        out.append(logits.new_empty(n, dtype=torch.int32))
-    return out
-
-
 def _sample_cpu(
     logits: Tensor,
     knobs: Tensor,
@@ -96,7 +81,7 @@ def _sample_cpu(
     top_n: int,
 ) -> list[Tensor]:
     """Allocates only what was asked for."""
-    out = _sample_outputs(logits, base_logprobs, log_mass, top_n)
+    out = sample_outputs(logits, base_logprobs, log_mass, top_n)
     tokens, logprobs, kept, status = (t.data_ptr() for t in out[:4])
     base = out[4].data_ptr() if base_logprobs else 0
     mass = out[4 + base_logprobs].data_ptr() if log_mass else 0
@@ -121,27 +106,12 @@ def _sample_cpu(
     return out
 
 
-Scores = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-
-
-def _score_outputs(logits: Tensor, adaptors: int) -> Scores:
-    """Empty outputs in the order of `Score`."""
-    n = logits.shape[0]
-    return (
-        logits.new_empty(n, adaptors, dtype=torch.float32),
-        logits.new_empty(n, adaptors, dtype=torch.float32),
-        logits.new_empty(n, adaptors, dtype=torch.int32),
-        logits.new_empty(n, dtype=torch.float32),
-        logits.new_empty(n, dtype=torch.float32),
-    )
-
-
 def _score_cpu(
     logits: Tensor, tokens: Tensor, knobs: list[Tensor], orders: list[int], ignore_index: int
 ) -> Scores:
     """One visit of each row for all adaptors."""
     check_ids("tokens", tokens, logits.shape[1], ignore_index)
-    out = _score_outputs(logits, len(knobs))
+    out = score_outputs(logits, len(knobs))
     logprobs, log_norm, kept, base_logprobs, entropy = (t.data_ptr() for t in out)
     _C.score(
         rows_of(logits),
@@ -158,26 +128,12 @@ def _score_cpu(
     return out
 
 
-Margins = tuple[Tensor, Tensor, Tensor]
-
-
-def _margin_outputs(logits: Tensor) -> Margins:
-    """Margins, the support as bits, maximum and mass of the surviving others."""
-    n, v = logits.shape
-    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    return (
-        logits.new_empty(n, dtype=wide),
-        logits.new_empty(n, (v + 7) // 8, dtype=torch.uint8),
-        logits.new_empty(n, 2, dtype=torch.float64),
-    )
-
-
 def _adapted_margins_cpu(
     logits: Tensor, tokens: Tensor, knobs: Tensor, order: int, ignore_index: int
 ) -> Margins:
     """Forward; the last two outputs are what the backward needs."""
     check_ids("tokens", tokens, logits.shape[1], ignore_index)
-    out = _margin_outputs(logits)
+    out = margin_outputs(logits)
     margins, support, stats = (t.data_ptr() for t in out)
     _C.margins(
         rows_of(logits),
@@ -248,10 +204,16 @@ def no_double_backward(name: str) -> Callable[..., None]:
     return refuse
 
 
-def register(library: torch.library.Library, implementations: Implementations) -> None:
-    """Registers the CPU implementation and the fake of each operator of a library, by name."""
+def register(
+    library: torch.library.Library,
+    implementations: Implementations,
+    cuda: ModuleType | None = None,
+) -> None:
+    """Registers each operator of a library: for the CPU, for CUDA by its name, and its fake."""
     for name, (cpu, fake) in implementations.items():
         library.impl(name, cpu, "CPU")
+        if cuda is not None:
+            library.impl(name, getattr(cuda, name), "CUDA")
         torch.library.register_fake(f"fastadapt::{name}", fake, lib=library)
 
 
@@ -261,22 +223,22 @@ def _register() -> None:
         "filter_logits": (_filter_logits_cpu, lambda x, knobs, order: x.new_empty(x.shape)),
         "sample": (
             _sample_cpu,
-            lambda x, knobs, order, seeds, positions, *asked: _sample_outputs(x, *asked),
+            lambda x, knobs, order, seeds, positions, *asked: sample_outputs(x, *asked),
         ),
         "score": (
             _score_cpu,
-            lambda x, tokens, knobs, orders, ignore_index: _score_outputs(x, len(knobs)),
+            lambda x, tokens, knobs, orders, ignore_index: score_outputs(x, len(knobs)),
         ),
         "adapted_margins": (
             _adapted_margins_cpu,
-            lambda x, tokens, knobs, order, ignore_index: _margin_outputs(x),
+            lambda x, tokens, knobs, order, ignore_index: margin_outputs(x),
         ),
         "adapted_margins_backward": (
             _adapted_margins_backward_cpu,
             lambda dmargins, x, *_: x.new_empty(x.shape),
         ),
     }
-    register(_library, implementations)
+    register(_library, implementations, cuda_ops)
     for name in ("filter_logits", "sample", "score"):
         _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
     torch.library.register_autograd(

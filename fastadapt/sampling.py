@@ -190,13 +190,11 @@ def _knobs_for(rows: Tensor, adaptor: Adaptor) -> Tensor:
         raise ValueError(
             f"adaptor: expected per-row knobs of {rows.shape[0]} values, got {adaptor.rows}"
         )
-    if adaptor.packed.device != rows.device:
-        if adaptor.rows is not None:
-            raise ValueError(
-                f"adaptor: expected per-row knobs on {rows.device}, got {adaptor.packed.device}"
-            )
-        return adaptor.packed.to(rows.device)
-    return adaptor.packed
+    if adaptor.rows is not None and adaptor.packed.device != rows.device:
+        raise ValueError(
+            f"adaptor: expected per-row knobs on {rows.device}, got {adaptor.packed.device}"
+        )
+    return adaptor.packed_on(rows.device)
 
 
 def _refuse_greedy(adaptor: Adaptor, what: str) -> None:

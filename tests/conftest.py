@@ -1,14 +1,18 @@
 """Fixtures of all tests: each starts from the same seed and leaves no setting behind."""
 
+import dataclasses
+import os
 from collections.abc import Callable, Iterator
 from importlib import metadata
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import settings
+from torch.utils._pytree import tree_map
 
 try:
-    from fastadapt import _C
+    from fastadapt import _C, Adaptor
 except ImportError as error:
     pytest.exit(
         f"fastadapt._C cannot be imported ({error}). The tests test the installed package: "
@@ -17,10 +21,15 @@ except ImportError as error:
         returncode=4,
     )
 
+if not torch.cuda.is_available():
+    # Read when triton is imported: its kernels then run on CPU tensors.
+    os.environ["TRITON_INTERPRET"] = "1"
+
 settings.register_profile("fastadapt", deadline=None, derandomize=True)
 settings.load_profile("fastadapt")
 
 CAPABILITIES = ("scalar", "avx2", "avx512")
+DEVICE = "cuda"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -44,11 +53,22 @@ def pytest_report_header() -> str:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Runs tests that take `cpu_capability` with each instruction set, or the one asked for."""
-    if "cpu_capability" in metafunc.fixturenames:
-        asked = metafunc.config.getoption("--cpu-capability")
-        names = (asked,) if asked else CAPABILITIES
-        metafunc.parametrize("cpu_capability", names, indirect=True)
+    """Runs tests with each instruction set, or the one asked for, and on each device.
+
+    That is with those of the two fixtures that they take. Tests marked gpu take CUDA alone.
+    """
+    asked = metafunc.config.getoption("--cpu-capability")
+    capabilities = (asked,) if asked else CAPABILITIES
+    on_gpu = pytest.param(DEVICE, marks=pytest.mark.gpu)
+    if {"device", "cpu_capability"} <= set(metafunc.fixturenames):
+        both = [("cpu", name) for name in capabilities]
+        both.append(pytest.param(DEVICE, None, marks=pytest.mark.gpu, id=DEVICE))
+        metafunc.parametrize(("device", "cpu_capability"), both, indirect=["cpu_capability"])
+    elif "cpu_capability" in metafunc.fixturenames:
+        metafunc.parametrize("cpu_capability", capabilities, indirect=True)
+    elif "device" in metafunc.fixturenames:
+        alone = metafunc.definition.get_closest_marker("gpu")
+        metafunc.parametrize("device", [on_gpu] if alone else ["cpu", on_gpu])
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -88,8 +108,10 @@ def generator() -> torch.Generator:
 
 
 @pytest.fixture
-def cpu_capability(request: pytest.FixtureRequest) -> str:
+def cpu_capability(request: pytest.FixtureRequest) -> str | None:
     """Runs the test once with each instruction set; skips those that this CPU lacks."""
+    if request.param is None:
+        return None  # on another device
     supported = _C.cpu_capabilities()
     assert set(supported) <= set(CAPABILITIES), "an instruction set that no test runs with"
     if request.param not in supported:
@@ -129,7 +151,66 @@ def _rows(kind: str, n: int, v: int) -> torch.Tensor:
     return x * {"normal": 1.0, "spread": 3.0, "near_flat": 1e-3, "huge": 1e3}[kind]
 
 
+def _device_of(request: pytest.FixtureRequest) -> str:
+    """The device of a test that takes one, else the CPU."""
+    device: str = request.getfixturevalue("device") if "device" in request.fixturenames else "cpu"
+    return device
+
+
 @pytest.fixture
-def rows() -> Callable[[str, int, int], torch.Tensor]:
-    """Makes rows of a kind: what a threshold meets in practice, and what breaks it."""
-    return _rows
+def rows(request: pytest.FixtureRequest) -> Callable[[str, int, int], torch.Tensor]:
+    """Makes rows of a kind: what a threshold meets in practice, and what breaks it.
+
+    They are on the device of the test, and the same there as on the CPU.
+    """
+    device = _device_of(request)
+    return lambda kind, n, v: _rows(kind, n, v).to(device)
+
+
+def _moved(tree: Any, device: str) -> Any:
+    """Nested lists, tuples and dictionaries with their tensors and per-row knobs on a device."""
+
+    def move(leaf: Any) -> Any:
+        if isinstance(leaf, torch.Tensor):
+            return leaf.to(device)
+        if not isinstance(leaf, Adaptor) or leaf.rows is None:
+            return leaf
+        knobs = {f.name: getattr(leaf, f.name) for f in dataclasses.fields(leaf) if f.init}
+        return Adaptor(**_moved(knobs, device))
+
+    return tree_map(move, tree)
+
+
+@pytest.fixture
+def per_row_adaptor(request: pytest.FixtureRequest) -> Callable[[int, int], Adaptor]:
+    """Makes an adaptor for (n, v) logits; every knob differs from row to row."""
+
+    def make(n: int, v: int) -> Adaptor:
+        r = torch.rand(n, 5).double()
+        adaptor = Adaptor(
+            temperature=0.5 + r[:, 0],
+            top_k=torch.randint(0, v, (n,)),
+            top_p=0.5 + r[:, 1] / 2,
+            min_p=r[:, 2] * 1e-3,
+            typical_p=0.5 + r[:, 3] / 2,
+            eta_cutoff=r[:, 4] * 1e-3,
+            min_tokens_to_keep=torch.randint(1, 4, (n,)),
+        )
+        moved: Adaptor = _moved(adaptor, _device_of(request))
+        return moved
+
+    return make
+
+
+@pytest.fixture
+def on_device(device: str) -> Callable[..., Any]:
+    """Calls a function with its tensors and per-row knobs on the test's device.
+
+    What it returns comes back to the CPU.
+    """
+
+    def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        args, kwargs = _moved((args, kwargs), device)
+        return _moved(function(*args, **kwargs), "cpu")
+
+    return call

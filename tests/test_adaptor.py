@@ -1,9 +1,11 @@
 """The adaptor as a value: what it accepts, refuses and packs."""
 
+import pickle
+
 import pytest
 import torch
 
-from fastadapt import Adaptor
+from fastadapt import Adaptor, adapted_margins
 
 OUT_OF_RANGE = [
     ("temperature", -1.0),
@@ -101,3 +103,19 @@ def test_repr_shows_what_is_not_neutral():
     assert repr(Adaptor()) == "Adaptor()"
     assert repr(Adaptor(top_p=0.9, order="vllm")) == "Adaptor(top_p=0.9, order='vllm')"
     assert "tensor" in repr(Adaptor(top_k=torch.tensor([1, 2])))
+
+
+def test_made_in_inference_mode_trains_outside() -> None:
+    with torch.inference_mode():
+        adaptor = Adaptor(top_k=3, temperature=0.5)
+    logits = torch.randn(2, 7, requires_grad=True)
+    adapted_margins(logits, logits.argmax(-1), adaptor).sum().backward()
+    assert logits.grad.abs().sum() > 0
+
+
+def test_copies_stay_behind_when_pickled() -> None:
+    adaptor = Adaptor(top_p=0.9)
+    meta = torch.device("meta")
+    assert adaptor.packed_on(meta) is adaptor.packed_on(meta)
+    other = pickle.loads(pickle.dumps(adaptor))
+    assert other == adaptor and not other._copies

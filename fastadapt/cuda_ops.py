@@ -1,0 +1,138 @@
+"""The operators of sampling for CUDA tensors: outputs, and the Triton kernels that fill them.
+
+Triton is imported when the first CUDA tensor meets an operator. `plan`, a `kernels.launch.Plan`, is
+for tests: they run the same functions under Triton's interpreter on small sizes.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastadapt.outputs import Margins, Scores, margin_outputs, sample_outputs, score_outputs
+
+
+def device_of(x: Tensor) -> AbstractContextManager[Any]:
+    """Makes the device of a tensor the current one."""
+    if x.device.type != "cuda" or x.device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(x.device)
+
+
+def given(plan: Any) -> dict[str, Any]:
+    """Keyword arguments of a launch."""
+    return {} if plan is None else {"plan": plan}
+
+
+def filter_logits(logits: Tensor, knobs: Tensor, order: int, *, plan: Any = None) -> Tensor:
+    """(N, V) in the dtype of the logits."""
+    from fastadapt.kernels import launch
+
+    out = logits.new_empty(logits.shape)
+    with device_of(logits):
+        launch.filter_logits(logits, knobs, order, out, **given(plan))
+    return out
+
+
+def sample(
+    logits: Tensor,
+    knobs: Tensor,
+    order: int,
+    seeds: Tensor,
+    positions: Tensor | None,
+    base_logprobs: bool,
+    log_mass: bool,
+    top_n: int,
+    *,
+    plan: Any = None,
+) -> list[Tensor]:
+    """Draws; only what was asked for is computed."""
+    from fastadapt.kernels import launch
+
+    out = sample_outputs(logits, base_logprobs, log_mass, top_n)
+    base = out[4] if base_logprobs else None
+    mass = out[4 + base_logprobs] if log_mass else None
+    top = out[-3:] if top_n else []
+    with device_of(logits):
+        launch.sample(
+            logits, knobs, order, seeds, positions, out[:4], base, mass, top, **given(plan)
+        )
+    return out
+
+
+def score(
+    logits: Tensor,
+    tokens: Tensor,
+    knobs: list[Tensor],
+    orders: list[int],
+    ignore_index: int,
+    *,
+    plan: Any = None,
+) -> Scores:
+    """All adaptors of one order at a time."""
+    from fastadapt.kernels import launch
+
+    out = score_outputs(logits, len(knobs))
+    for order in sorted(set(orders)):
+        members = [i for i, o in enumerate(orders) if o == order]
+        rows = max(knobs[i].shape[1] for i in members)
+        packed = torch.stack([knobs[i].expand(-1, rows) for i in members])
+        part = out if len(members) == len(knobs) else score_outputs(logits, len(members))
+        with device_of(logits):
+            launch.score(logits, tokens, packed, order, ignore_index, part, **given(plan))
+        if part is not out:
+            for whole, some in zip(out[:3], part[:3], strict=True):
+                for column, i in enumerate(members):
+                    whole[:, i] = some[:, column]
+            out = (*out[:3], *part[3:])
+    return out
+
+
+def adapted_margins(
+    logits: Tensor,
+    tokens: Tensor,
+    knobs: Tensor,
+    order: int,
+    ignore_index: int,
+    *,
+    plan: Any = None,
+) -> Margins:
+    """Forward; the last two outputs are what the backward needs."""
+    from fastadapt.kernels import launch
+
+    out = margin_outputs(logits)
+    with device_of(logits):
+        launch.adapted_margins(logits, tokens, knobs, order, ignore_index, out, **given(plan))
+    return out
+
+
+def adapted_margins_backward(
+    dmargins: Tensor,
+    logits: Tensor,
+    tokens: Tensor,
+    knobs: Tensor,
+    order: int,
+    ignore_index: int,
+    support: Tensor,
+    stats: Tensor,
+    *,
+    plan: Any = None,
+) -> Tensor:
+    """One read of the logits, one write of their gradient."""
+    from fastadapt.kernels import launch
+
+    out = logits.new_empty(logits.shape)
+    with device_of(logits):
+        launch.adapted_margins_backward(
+            dmargins.contiguous(),
+            logits,
+            tokens,
+            knobs,
+            ignore_index,
+            support,
+            stats,
+            out,
+            **given(plan),
+        )
+    return out

@@ -1,0 +1,130 @@
+"""The specified arithmetic: masses, ranks, logarithm, exponential, the draw's random number.
+
+Every operation is rounded separately: kernels that make masses are launched with
+`enable_fp_fusion=False`. Constants are those of `reference.arithmetic`.
+"""
+
+import math
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950216)
+ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds to the nearest integer
+UNIT_BITS = tl.constexpr(40)  # a token of probability 1 has mass 2^40
+ROUND64 = tl.constexpr(6755399441055744.0)  # 1.5 * 2^52
+LN2_HIGH = tl.constexpr(0.693147180369123816490)
+LN2_LOW = tl.constexpr(1.90821492927058770002e-10)
+EXP64 = tl.constexpr(tuple(1 / math.factorial(i) for i in range(13, -1, -1)))
+LAST_ID = tl.constexpr(0x7FFFFFFF)
+MIN_INT32 = tl.constexpr(-(2**31))
+ANY_RANK = tl.constexpr(-(2**63))
+NO_RANK = tl.constexpr(2**63 - 1)
+FINITE_RANK = tl.constexpr((-2139095040 + 1) << 32)  # above every rank of -inf
+
+
+@triton.jit
+def exponentials(d):
+    """2^40 e^d in float32, 0 below d = -28."""
+    t = tl.maximum(d, -29.0) * LOG2E
+    biased = t + ROUND
+    f = t - (biased - ROUND)
+    p = f * 0.00132646 + 0.00967149
+    p = p * f + 0.05550734
+    p = p * f + 0.24022242
+    p = p * f + 0.69314698
+    p = p * f + 1.0
+    # the low bits of biased are the exponent: shifted, they and 40 are added to that of p
+    shift = (biased.to(tl.int32, bitcast=True) << 23) + (UNIT_BITS << 23)
+    e = (p.to(tl.int32, bitcast=True) + shift).to(tl.float32, bitcast=True)
+    return tl.where(d >= -28.0, e, 0.0)
+
+
+@triton.jit
+def masses(d):
+    """Integer masses of float32 distances to the maximum."""
+    return exponentials(d).to(tl.int64)
+
+
+@triton.jit
+def surprisals(d):
+    """Integer masses times -d, truncated from their product."""
+    e = exponentials(d)
+    return tl.where(e > 0, e * -d, 0.0).to(tl.int64)
+
+
+@triton.jit
+def keys(s):
+    """Integers in the order of floats; the two zeros are one."""
+    b = s.to(tl.int32, bitcast=True)
+    return tl.where(b >= 0, b, MIN_INT32 - b)
+
+
+@triton.jit
+def values(key):
+    """The floats of integers of `keys`."""
+    return tl.where(key >= 0, key, MIN_INT32 - key).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def ranks(key, ids):
+    """Key and then id, the lowest id first: a larger rank is more probable."""
+    return (key.to(tl.int64) << 32) + (LAST_ID - ids)
+
+
+@triton.jit
+def with_ties(rank):
+    """The lowest rank of the same key."""
+    return rank & -0x100000000
+
+
+@triton.jit
+def log64(value):
+    """ln of a positive normal float64: atanh series of (f - 1) / (f + 1)."""
+    bits = value.to(tl.int64, bitcast=True)
+    exponent = ((bits >> 52) & 0x7FF) - 1023
+    f = ((bits & 0xFFFFFFFFFFFFF) | 0x3FF0000000000000).to(tl.float64, bitcast=True)
+    large = f > 1.4142135623730951
+    f = tl.where(large, f * 0.5, f)
+    k = (exponent + large.to(tl.int64)).to(tl.float64)
+    q = (f - 1.0) / (f + 1.0)
+    g = q * q
+    series = g * 0.0 + (1 / 21)
+    for i in tl.static_range(10):
+        series = series * g + 1 / (19 - 2 * i)
+    return k * LN2_HIGH + (2.0 * q * series + k * LN2_LOW)
+
+
+@triton.jit
+def log_mass(mass):
+    """ln(mass / 2^40), float64."""
+    return log64(mass.to(tl.float64) * 9.094947017729282e-13)  # 2^-40
+
+
+@triton.jit
+def exp64(value):
+    """e^value for float64 in [-700, 700]: Taylor series after a shift by k ln 2."""
+    k = (value * 1.4426950408889634 + ROUND64) - ROUND64
+    r = (value - k * LN2_HIGH) - k * LN2_LOW
+    series = r * 0.0 + EXP64[0]
+    for i in tl.static_range(1, 14):
+        series = series * r + EXP64[i]
+    return series * ((k.to(tl.int64) + 1023) << 52).to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def draw_target(seed, position, total):
+    """floor(U total / 2^64), U the first 64 bits of Philox: key = seed, counter = position."""
+    low = (position & 0xFFFFFFFF).to(tl.uint32)
+    high = ((position >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    zero = low * 0
+    x0, x1, _, _ = tl.philox(seed, low, high, zero, zero)
+    u = x0.to(tl.uint64) + (x1.to(tl.uint64) << 32)
+    return tl.umulhi(u, total.to(tl.uint64)).to(tl.int64)
+
+
+@triton.jit
+def ceil64(value):
+    """Smallest integer above a non-negative float64 under 2^63."""
+    whole = value.to(tl.int64)
+    return whole + (whole.to(tl.float64) < value).to(tl.int64)

@@ -1,0 +1,66 @@
+"""Empty outputs of the operators, for every device and for their fakes."""
+
+import torch
+from torch import Tensor
+
+Scores = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+Margins = tuple[Tensor, Tensor, Tensor]
+Pair = tuple[Tensor, Tensor]
+
+NUM_STATS = 4  # csrc/kernels.h, Stat
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type of margins and sums."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def sample_outputs(logits: Tensor, base: bool, log_mass: bool, top_n: int) -> list[Tensor]:
+    """Empty outputs: the four of every draw, then those asked for, in the order of `Sample`."""
+    n = logits.shape[0]
+    out = [
+        logits.new_empty(n, dtype=torch.int64),
+        logits.new_empty(n, dtype=torch.float32),
+        logits.new_empty(n, dtype=torch.int32),
+        logits.new_empty(n, dtype=torch.uint8),
+    ]
+    out += [logits.new_empty(n, dtype=torch.float32) for wanted in (base, log_mass) if wanted]
+    if top_n:
+        out.append(logits.new_empty(n, top_n, dtype=torch.int64))
+        out.append(logits.new_empty(n, top_n, dtype=torch.float32))
+        out.append(logits.new_empty(n, dtype=torch.int32))
+    return out
+
+
+def score_outputs(logits: Tensor, adaptors: int) -> Scores:
+    """Empty outputs in the order of `Score`."""
+    n = logits.shape[0]
+    return (
+        logits.new_empty(n, adaptors, dtype=torch.float32),
+        logits.new_empty(n, adaptors, dtype=torch.float32),
+        logits.new_empty(n, adaptors, dtype=torch.int32),
+        logits.new_empty(n, dtype=torch.float32),
+        logits.new_empty(n, dtype=torch.float32),
+    )
+
+
+def margin_outputs(logits: Tensor) -> Margins:
+    """Margins, the support as bits, maximum and mass of the surviving others."""
+    n, v = logits.shape
+    return (
+        logits.new_empty(n, dtype=wide_dtype(logits.dtype)),
+        logits.new_empty(n, (v + 7) // 8, dtype=torch.uint8),
+        logits.new_empty(n, 2, dtype=torch.float64),
+    )
+
+
+def label_outputs(logits: Tensor) -> Pair:
+    """Margins and statistics of the others."""
+    stats = logits.new_empty(logits.shape[0], NUM_STATS, dtype=torch.float64)
+    return logits.new_empty(logits.shape[0], dtype=wide_dtype(logits.dtype)), stats
+
+
+def candidate_outputs(logits: Tensor, index: Tensor) -> Pair:
+    """Margins and statistics of the entries but the largest."""
+    stats = logits.new_empty(logits.shape[0], NUM_STATS, dtype=torch.float64)
+    return logits.new_empty(index.shape, dtype=wide_dtype(logits.dtype)), stats

@@ -1,0 +1,205 @@
+"""Compiles every Triton kernel ahead of time for GPUs that need not be there, and reads the machine
+code's demands: no spill, no stack, no local memory, no fused multiply-add, and no more shared
+memory than the target has.
+
+    python tests/native/compile_kernels.py [--targets 80 90 100] [--jobs 2]
+
+Needs triton; the package it comes with has the assembler and `cuobjdump`.
+"""
+
+import argparse
+import itertools
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fastadapt.kernels import draw, label, launch_losses, law, scan, top, write
+from fastadapt.kernels.launch import DECIDING_WARPS, NARROW_WARPS, PLAN, WIDE_WARPS
+
+# KiB a block may have: CUDA's table of compute capabilities
+SHARED = {80: 163, 90: 227, 100: 227}
+DTYPES = ("fp32", "bf16", "fp16", "fp64")
+LONGEST = 262_144
+POINTERS = {
+    "*fp64": "knobs largest_others stats tops seconds totals factors",
+    "*fp32": "parts listed floors spare logprobs log_norms entropies base_logprobs log_masses"
+    " top_logprobs",
+    "*i64": "sums surprisal_sums base_sums base_surprisal_sums seeds positions tokens laws top_ids"
+    " labels index",
+    "*i32": "first_ids count counts listed_ids spare_ids finite kept_out token_ranks",
+    "*u8": "status status_out support mask",
+    "i64": "stride ignore_index",
+    "i32": "v adaptors knob_step row_step vllm splits blocks tiles number",
+}
+TYPES = {name: kind for kind, names in POINTERS.items() for name in names.split()}
+
+
+class Variant(NamedTuple):
+    """One compilation."""
+
+    target: int
+    module: str
+    kernel: str
+    dtype: str
+    constants: tuple[tuple[str, int | bool], ...]
+    warps: int
+
+    def __str__(self) -> str:
+        """Where to look when it fails."""
+        asked = " ".join(f"{k}={v}" for k, v in self.constants if isinstance(v, bool) and v)
+        return f"sm_{self.target} {self.kernel} {self.dtype} {asked}".rstrip()
+
+
+class Demand(NamedTuple):
+    """What the machine code of a variant needs."""
+
+    registers: int
+    stack: int
+    local: int
+    shared: int
+    fused: int
+
+
+def _variant(
+    target: int,
+    dtype: str,
+    module: ModuleType,
+    kernel: str,
+    constants: dict[str, int | bool],
+    warps: int = NARROW_WARPS,
+) -> Variant:
+    """What can be sent to another process."""
+    name = module.__name__.rpartition(".")[2]
+    return Variant(target, name, kernel, dtype, tuple(constants.items()), warps)
+
+
+def variants(targets: list[int]) -> Iterator[Variant]:
+    """Every kernel, dtype and set of options, at the sizes that the launches use."""
+    blocks = triton.next_power_of_2(LONGEST // PLAN.block)
+    block = {"BLOCK": PLAN.block}
+    parts = {**block, "SPLITS": blocks}
+    search = {**parts, "LIST": PLAN.list_size, "BINS": PLAN.bins, "BLOCKS": blocks}
+    for target, dtype in itertools.product(targets, DTYPES):
+        one = partial(_variant, target, dtype)
+        double = {"DOUBLE": dtype == "fp64"}
+        listing = {"LIST": PLAN.list_size, "SAMPLE": PLAN.sample_size}
+        for wide, warps in ((1, NARROW_WARPS), (PLAN.wide, WIDE_WARPS)):
+            yield one(scan, "scan_kernel", {"BLOCK": PLAN.block * wide, **listing}, warps)
+        for wide in (1, PLAN.wide_weigh):
+            asked = wide > 1
+            base = {"ALWAYS": asked, "BASE": asked, "BASE_SURPRISAL": asked}
+            yield one(scan, "weigh_kernel", {**parts, "TOGETHER": wide, **base}, NARROW_WARPS)
+        for asked in (False, True):
+            options = {"POSITIONS": asked, "BASE": asked, "LOG_MASS": asked}
+            fields = {**search, "ALL_WEIGHED": asked, **options}
+            if dtype != "fp64":
+                yield one(draw, "sample_kernel", fields, DECIDING_WARPS)
+        yield one(law, "law_kernel", {**search, "ALL_WEIGHED": False}, DECIDING_WARPS)
+        yield one(write, "support_kernel", {**parts, **double})
+        yield one(write, "margin_kernel", {**block, "BLOCKS": blocks, **double})
+        yield one(write, "margin_backward_kernel", {**block, **double})
+        yield from _loss_variants(partial(one, label), double)
+        if dtype == "fp64":
+            continue
+        yield one(law, "score_kernel", {**search, "ALL_WEIGHED": True}, DECIDING_WARPS)
+        yield one(write, "filter_kernel", parts)
+        collect = {name: size for name, size in search.items() if name != "BLOCKS"}
+        yield one(top, "top_kernel", collect)
+        sort = {name: size for name, size in search.items() if name not in ("BLOCK", "BINS")}
+        for number in (1, 1024):
+            yield one(top, "sort_kernel", {**sort, "TOP": number})
+
+
+def _loss_variants(one: Callable[..., Variant], double: dict[str, bool]) -> Iterator[Variant]:
+    """Margins of labels and candidates."""
+    plan, tile, row = launch_losses.PLAN, launch_losses.TILE_WARPS, launch_losses.ROW_WARPS
+    block = {**double, "BLOCK": plan.block}
+    tiles = {"TILES": triton.next_power_of_2(LONGEST // plan.block)}
+    yield one("label_sum_kernel", block, tile)
+    yield one("label_margin_kernel", {**double, **tiles}, row)
+    yield one("label_backward_kernel", block, tile)
+    yield one("top_sum_kernel", block, tile)
+    yield one("candidate_backward_kernel", block, tile)
+    for masked in (False, True):
+        each = {**double, "MASKED": masked, "CANDIDATES": plan.candidates}
+        yield one("candidate_margin_kernel", {**block, **each, **tiles}, row)
+        yield one("candidate_factor_kernel", each, row)
+        yield one("candidate_own_kernel", each, tile)
+
+
+def demand_of(variant: Variant) -> Demand:
+    """Compiles a variant."""
+    modules = {"draw": draw, "label": label, "law": law, "scan": scan, "top": top, "write": write}
+    kernel = getattr(modules[variant.module], variant.kernel)
+    constants = dict(variant.constants)
+    wide = "*fp64" if variant.dtype == "fp64" else "*fp32"
+    types = TYPES | {"logits": f"*{variant.dtype}", "out": f"*{variant.dtype}"}
+    types |= {"margins": wide, "dmargins": wide} | dict.fromkeys(constants, "constexpr")
+    source = ASTSource(
+        fn=kernel, signature={n: types[n] for n in kernel.arg_names}, constexprs=constants
+    )
+    options = {"num_warps": variant.warps, "enable_fp_fusion": False}
+    binary = triton.compile(source, GPUTarget("cuda", variant.target, 32), options)
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(binary.asm["cubin"])
+        command = [str(tool), "-res-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = {name: int(number) for name, number in re.findall(r"([A-Z]+):(\d+)", usage)}
+    shared = max(found["SHARED"], binary.metadata.shared)
+    # margins of labels are of no specified arithmetic: float64's e^x is CUDA's own, which fuses
+    pattern = "fma.rn.f32" if variant.module == "label" else "fma.rn.f"
+    fused = binary.asm["ptx"].count(pattern)
+    return Demand(found["REG"], found["STACK"], found["LOCAL"], shared, fused)
+
+
+def complaints(variant: Variant, demand: Demand) -> list[str]:
+    """What of the machine code must not be."""
+    most = SHARED[variant.target] * 1024
+    wrong = [
+        f"{name} {n} bytes" for name, n in (("stack", demand.stack), ("local", demand.local)) if n
+    ]
+    wrong += [f"shared {demand.shared} of {most} bytes"] if demand.shared > most else []
+    return wrong + ([f"{demand.fused} fused multiply-adds"] if demand.fused else [])
+
+
+def main() -> int:
+    """Compiles all, prints what each kernel needs at most, and fails where one must not be."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--targets", nargs="+", type=int, choices=SHARED, default=list(SHARED))
+    parser.add_argument("--jobs", type=int, default=2)
+    options = parser.parse_args()
+    work = list(variants(options.targets))
+    failed = 0
+    lines: list[str] = []
+    most: dict[tuple[int, str], Demand] = {}
+    with ProcessPoolExecutor(options.jobs) as pool:
+        for variant, demand in zip(work, pool.map(demand_of, work), strict=True):
+            for wrong in complaints(variant, demand):
+                failed += 1
+                lines.append(f"{variant}: {wrong}")
+            key = variant.target, variant.kernel
+            before = most.get(key, demand)
+            most[key] = Demand(*(max(pair) for pair in zip(before, demand, strict=True)))
+    for (target, kernel), demand in most.items():
+        lines.append(
+            f"sm_{target} {kernel}: {demand.registers} registers, {demand.shared} B shared"
+        )
+    lines.append(f"triton {triton.__version__}, {len(work)} compilations, {failed} complaints")
+    sys.stdout.write("\n".join(lines) + "\n")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
