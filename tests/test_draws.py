@@ -10,6 +10,8 @@ from scipy import stats
 
 from fastadapt import Adaptor, filter_logits, sample
 
+pytestmark = pytest.mark.usefixtures("device")
+
 DRAWS = 400_000
 SIGNIFICANCE = 1e-5
 ADAPTORS = {
@@ -43,27 +45,28 @@ def assert_law(x, adaptor, tokens):
 
 @pytest.mark.parametrize("name", ADAPTORS)
 @pytest.mark.parametrize("kind", ["spread", "ties", "two_level"])
-def test_draws_over_seeds(rows, kind, name):
+def test_draws_over_seeds(rows, device, kind, name):
     x = rows(kind, 1, 300)[0]
-    seeds = torch.randint(-(2**63), 2**63 - 1, (DRAWS,))
+    seeds = torch.randint(-(2**63), 2**63 - 1, (DRAWS,)).to(device)
     drawn = sample(x.expand(DRAWS, -1), ADAPTORS[name], seeds=seeds)
     assert_law(x, ADAPTORS[name], drawn.tokens)
 
 
 @pytest.mark.parametrize("name", ADAPTORS)
-def test_draws_over_consecutive_seeds(rows, name):
+def test_draws_over_consecutive_seeds(rows, device, name):
     x = rows("spread", 1, 300)[0]
-    drawn = sample(x.expand(DRAWS, -1), ADAPTORS[name], seeds=torch.arange(DRAWS))
+    seeds = torch.arange(DRAWS, device=device)
+    drawn = sample(x.expand(DRAWS, -1), ADAPTORS[name], seeds=seeds)
     assert_law(x, ADAPTORS[name], drawn.tokens)
 
 
 @pytest.mark.parametrize("name", ADAPTORS)
 @pytest.mark.parametrize("kind", ["spread", "power"])
-def test_draws_over_rows_of_one_seed(rows, kind, name):
+def test_draws_over_rows_of_one_seed(rows, device, kind, name):
     """One seed, the position of each row as its counter: what one sequence draws over time."""
     x = rows(kind, 1, 300)[0]
-    seeds = torch.full((DRAWS,), 12345)
-    drawn = sample(x.expand(DRAWS, -1), ADAPTORS[name], seeds=seeds, positions=torch.arange(DRAWS))
+    seeds, positions = torch.full((DRAWS,), 12345), torch.arange(DRAWS, device=device)
+    drawn = sample(x.expand(DRAWS, -1), ADAPTORS[name], seeds=seeds.to(device), positions=positions)
     assert_law(x, ADAPTORS[name], drawn.tokens)
 
 
@@ -72,32 +75,32 @@ def test_draws_of_default_seeds(rows):
     assert_law(x, Adaptor(top_p=0.9), sample(x.expand(DRAWS, -1), Adaptor(top_p=0.9)).tokens)
 
 
-def test_consecutive_positions_are_independent():
+def test_consecutive_positions_are_independent(device):
     """G-test of pairs of successive draws: 16 equally likely pairs."""
     n = 2 * DRAWS
     tokens = sample(
-        torch.zeros(1, 4).expand(n, -1),
+        torch.zeros(1, 4, device=device).expand(n, -1),
         Adaptor(),
-        seeds=torch.full((n,), 7),
-        positions=torch.arange(n),
+        seeds=torch.full((n,), 7, device=device),
+        positions=torch.arange(n, device=device),
     ).tokens.view(-1, 2)
     counts = torch.bincount(tokens[:, 0] * 4 + tokens[:, 1], minlength=16)
     assert stats.power_divergence(counts.tolist(), lambda_="log-likelihood").pvalue > SIGNIFICANCE
 
 
 @pytest.mark.parametrize("place", ["first", "middle", "last"])
-def test_tail_tokens_come_as_often_as_they_should(place):
+def test_tail_tokens_come_as_often_as_they_should(device, place):
     """32 tokens of probability 1e-7 each, 2e7 draws: 64 expected, by a Poisson test."""
     n, v, rare, p = 20_000_000, 64, 32, 1e-7
     start = {"first": 0, "middle": 16, "last": 32}[place]
     common = (1 - rare * p) / (v - rare)
     probs = torch.full((v,), common, dtype=torch.float64)
     probs[start : start + rare] = p
-    x = probs.log().float()
+    x = probs.log().float().to(device)
     hits = 0
     for chunk in range(10):
         m = n // 10
-        positions = torch.arange(chunk * m, (chunk + 1) * m)
+        positions = torch.arange(chunk * m, (chunk + 1) * m, device=device)
         tokens = sample(x.expand(m, -1), Adaptor(), seeds=torch.zeros_like(positions),
                         positions=positions).tokens  # fmt: skip
         hits += int(((tokens >= start) & (tokens < start + rare)).sum())

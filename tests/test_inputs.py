@@ -106,15 +106,13 @@ def test_number_of_adaptors():
 @pytest.mark.parametrize(
     "adaptor", [Adaptor(), Adaptor(top_k=3, top_p=0.9), Adaptor(typical_p=0.9)]
 )
-def test_bad_rows_get_a_status_and_disturb_nobody(rows, cpu_capability, adaptor, dtype):
-    x = rows("spread", 6, 100).to(dtype)
-    clean = sample(x, adaptor, seeds=torch.arange(6), base_logprobs=True, top_logprobs=2)
+def test_bad_rows_get_a_status_and_disturb_nobody(rows, device, cpu_capability, adaptor, dtype):
+    x, seeds = rows("spread", 6, 100).to(dtype), torch.arange(6, device=device)
+    clean = sample(x, adaptor, seeds=seeds, base_logprobs=True, top_logprobs=2)
     bad = x.clone()
     bad[1, 99], bad[2, 0], bad[3] = float("nan"), float("inf"), float("-inf")
     bad[4, 5], bad[4, 6] = float("nan"), float("inf")
-    got = sample(
-        bad, adaptor, seeds=torch.arange(6), base_logprobs=True, log_mass=True, top_logprobs=2
-    )
+    got = sample(bad, adaptor, seeds=seeds, base_logprobs=True, log_mass=True, top_logprobs=2)
     assert got.status.tolist() == [0, 1, 2, 3, 1, 0]
     assert got.tokens[1:5].tolist() == [-1] * 4
     assert got.kept[1:5].tolist() == [0] * 4
@@ -128,21 +126,27 @@ def test_bad_rows_get_a_status_and_disturb_nobody(rows, cpu_capability, adaptor,
     masked = filter_logits(bad, adaptor)
     torch.testing.assert_close(masked[1:5], bad[1:5], rtol=0, atol=0, equal_nan=True)
     assert torch.equal(masked[0], filter_logits(x, adaptor)[0])
-    scored = score(bad, torch.zeros(6, dtype=torch.int64), [adaptor])
+    tokens = torch.zeros(6, dtype=torch.int64, device=device)
+    scored = score(bad, tokens, [adaptor])
     assert scored.logprobs[1:5].isnan().all()
     assert scored.entropy[1:5].isnan().all()
     assert not scored.base_logprobs[[0, 5]].isnan().any()
+    margins = adapted_margins(bad.requires_grad_(), tokens, adaptor)
+    (gradient,) = torch.autograd.grad(margins, bad, torch.ones(6, device=device))
+    assert margins.isnan().tolist() == [False, *[True] * 4, False]
+    assert (gradient[1:5] == 0).all()
+    assert gradient.isfinite().all()
 
 
-def test_scaling_that_overflows_is_status_two():
-    x = torch.tensor([[1e38, 0.0], [1.0, 0.0]])
+def test_scaling_that_overflows_is_status_two(device):
+    x = torch.tensor([[1e38, 0.0], [1.0, 0.0]], device=device)
     assert sample(x, Adaptor(temperature=1e-3)).status.tolist() == [2, 0]
 
 
-def test_temperature_zero_is_the_argmax_of_lowest_id(cpu_capability):
-    x = torch.full((2, 100), -3.0)
+def test_temperature_zero_is_the_argmax_of_lowest_id(device, cpu_capability):
+    x = torch.full((2, 100), -3.0, device=device)
     x[0, [40, 70]], x[1, 99] = 5.0, 6.0
-    mixed = Adaptor(temperature=torch.tensor([0.0, 0.5]), top_k=2)
+    mixed = Adaptor(temperature=torch.tensor([0.0, 0.5], device=device), top_k=2)
     got = sample(x, Adaptor(temperature=0, top_p=0.1, typical_p=0.2), log_mass=True)
     assert got.tokens.tolist() == [40, 99]
     assert got.logprobs.tolist() == [0.0, 0.0]
@@ -155,7 +159,7 @@ def test_temperature_zero_is_the_argmax_of_lowest_id(cpu_capability):
     assert filter_logits(x, mixed)[1, 99] == 12.0
 
 
-def test_typical_keeps_its_minimum_where_distances_overflow(cpu_capability):
-    x = torch.tensor([[3e38, -3e38, -3e38, -3e38]])
+def test_typical_keeps_its_minimum_where_distances_overflow(device, cpu_capability):
+    x = torch.tensor([[3e38, -3e38, -3e38, -3e38]], device=device)
     kept = filter_logits(x, Adaptor(typical_p=0.5, min_tokens_to_keep=2)) > float("-inf")
     assert kept.tolist() == [[True, True, False, False]]

@@ -14,6 +14,7 @@ V, N = 5003, 24
 ASKED = {"base_logprobs": True, "log_mass": True, "top_logprobs": 5}
 MORE_THAN_CORES = (os.cpu_count() or 1) + 3
 # One for each way through the kernels: a plain draw, one threshold, several, a band.
+KINDS = ["normal", "spread", "flat", "ties", "two_level", "one_hot", "holes", "far"]
 ADAPTORS = {
     "temperature": Adaptor(temperature=0.8),
     "top_p": Adaptor(temperature=0.8, top_p=0.9),
@@ -26,23 +27,9 @@ ADAPTORS = {
 @pytest.fixture
 def batch(rows):
     """(x, seeds, positions): rows of every kind in one batch."""
-    kinds = ["normal", "spread", "flat", "ties", "two_level", "one_hot", "holes", "far"]
-    x = torch.cat([rows(kind, N // len(kinds), V) for kind in kinds])
-    return x, torch.randint(-(2**63), 2**63 - 1, (N,)), torch.randint(2**62, (N,))
-
-
-def per_row_adaptor():
-    """Every knob differs from row to row."""
-    r = torch.rand(N, 5).double()
-    return Adaptor(
-        temperature=0.5 + r[:, 0],
-        top_k=torch.randint(0, V, (N,)),
-        top_p=0.5 + r[:, 1] / 2,
-        min_p=r[:, 2] * 1e-3,
-        typical_p=0.5 + r[:, 3] / 2,
-        eta_cutoff=r[:, 4] * 1e-3,
-        min_tokens_to_keep=torch.randint(1, 4, (N,)),
-    )
+    x = torch.cat([rows(kind, N // len(KINDS), V) for kind in KINDS])
+    seeds, positions = torch.randint(-(2**63), 2**63 - 1, (N,)), torch.randint(2**62, (N,))
+    return x, seeds.to(x.device), positions.to(x.device)
 
 
 def pick(adaptor, index):
@@ -52,13 +39,13 @@ def pick(adaptor, index):
     return Adaptor(**{name: getattr(adaptor, name)[index] for name in names})
 
 
-def everything(x, adaptor, seeds, positions):
+def everything(x, adaptor, seeds, positions, asked=ASKED):
     """All results of all verbs, as one list of tensors."""
-    drawn = sample(x, adaptor, seeds=seeds, positions=positions, **ASKED)
+    drawn = sample(x, adaptor, seeds=seeds, positions=positions, **asked)
     y = drawn.tokens
     leaf = x.detach().clone().requires_grad_()
     margins = adapted_margins(leaf, y, adaptor)
-    upstream = torch.linspace(-1, 1, y.shape[0])
+    upstream = torch.linspace(-1, 1, y.shape[0], device=x.device)
     (gradient,) = torch.autograd.grad(margins, leaf, upstream)
     many = score(x, y, [adaptor, Adaptor(top_p=0.9), Adaptor(temperature=2.0)])
     return [*drawn, *many, filter_logits(x, adaptor), margins.detach(), gradient]
@@ -69,14 +56,62 @@ def assert_all_equal(a, b):
         torch.testing.assert_close(left, right, rtol=0, atol=0, equal_nan=True)
 
 
-def test_instruction_sets_agree(batch):
-    adaptor = per_row_adaptor()
+def test_instruction_sets_agree(batch, per_row_adaptor):
+    adaptor = per_row_adaptor(N, V)
     results = []
     for name in _C.cpu_capabilities():
         _C.set_cpu_capability(name)
         results.append(everything(batch[0], adaptor, *batch[1:]))
     for other in results[1:]:
         assert_all_equal(results[0], other)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("v", [1, 2, 31, 1000, 5003, 50_257, 128_256, 262_144])
+def test_devices_agree(rows, on_device, per_row_adaptor, v, dtype):
+    """All bits, except the last one of a margin and the last digits of a gradient."""
+    x = torch.cat([rows(kind, 1, v) for kind in KINDS]).to(dtype).cpu()
+    n = x.shape[0]
+    seeds, positions = torch.randint(-(2**63), 2**63 - 1, (n,)), torch.randint(2**62, (n,))
+    digits = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}[dtype]
+    asked = {**ASKED, "top_logprobs": min(5, v)}
+    for adaptor in (per_row_adaptor(n, v), *ADAPTORS.values()):
+        arguments = (x, adaptor, seeds, positions, asked)
+        *ours, margins, gradient = on_device(everything, *arguments)
+        adaptor = on_device(lambda a: a, adaptor)
+        *wanted, cpu_margins, cpu_gradient = everything(x, adaptor, *arguments[2:])
+        assert_all_equal(wanted, ours)
+        last = {"rtol": 2**-23, "atol": 0, "equal_nan": True}
+        torch.testing.assert_close(margins, cpu_margins, **last)
+        small = torch.finfo(dtype).smallest_normal * (2**-10 if dtype == torch.float16 else 1)
+        torch.testing.assert_close(gradient, cpu_gradient, rtol=digits, atol=small)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("v", [1000, 128_256])
+def test_rows_of_a_large_batch_are_those_of_small_ones(rows, device, per_row_adaptor, v):
+    """One program a row where there are many rows, several a row where there are few."""
+    n = 300
+    x = torch.cat([rows(kind, n // 3, v) for kind in ("spread", "ties", "normal")])
+    seeds = torch.arange(n, device=device)
+    adaptor = per_row_adaptor(n, v)
+    together = sample(x, adaptor, seeds=seeds, **ASKED)
+    for few in (1, 2, 17, 140):
+        i = slice(95, 95 + few)
+        alone = sample(x[i], pick(adaptor, i), seeds=seeds[i], **ASKED)
+        assert_all_equal([t[i] for t in together], alone)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("n", [1, N])
+def test_every_call_gives_the_same_bits(batch, per_row_adaptor, n):
+    """A race between programs would show sooner or later."""
+    x, seeds, positions = (t[:n] for t in batch)
+    adaptor = pick(per_row_adaptor(N, V), slice(n))
+    first = everything(x, adaptor, seeds, positions)
+    for _ in range(100):
+        assert_all_equal(first, everything(x, adaptor, seeds, positions))
 
 
 def test_instruction_sets_agree_on_the_sign_of_zero():
@@ -97,8 +132,8 @@ def test_unknown_instruction_set_raises():
 
 
 @pytest.mark.parametrize("threads", [2, 3, 7, MORE_THAN_CORES])
-def test_threads_change_nothing(batch, num_threads, threads):
-    adaptor = per_row_adaptor()
+def test_threads_change_nothing(batch, per_row_adaptor, num_threads, threads):
+    adaptor = per_row_adaptor(N, V)
     num_threads(1)
     one = everything(batch[0], adaptor, *batch[1:])
     num_threads(threads)
@@ -133,9 +168,9 @@ def test_bad_and_good_rows_share_threads(rows, num_threads):
         assert_all_equal(one, sample(x, ADAPTORS["top_p"], seeds=seeds, **ASKED))
 
 
-def test_row_alone_is_row_in_batch(batch):
+def test_row_alone_is_row_in_batch(device, batch, per_row_adaptor):
     x, seeds, positions = batch
-    adaptor = per_row_adaptor()
+    adaptor = per_row_adaptor(N, V)
     together = sample(x, adaptor, seeds=seeds, positions=positions, **ASKED)
     for r in range(N):
         i = slice(r, r + 1)
@@ -143,9 +178,9 @@ def test_row_alone_is_row_in_batch(batch):
         assert_all_equal([t[i] for t in together], alone)
 
 
-def test_permuted_batch_gives_permuted_result(batch):
+def test_permuted_batch_gives_permuted_result(device, batch, per_row_adaptor):
     x, seeds, positions = batch
-    adaptor, order = per_row_adaptor(), torch.randperm(N)
+    adaptor, order = per_row_adaptor(N, V), torch.randperm(N).to(device)
     plain = sample(x, adaptor, seeds=seeds, positions=positions, **ASKED)
     shuffled = sample(
         x[order], pick(adaptor, order), seeds=seeds[order], positions=positions[order], **ASKED
@@ -153,29 +188,42 @@ def test_permuted_batch_gives_permuted_result(batch):
     assert_all_equal([t[order] for t in plain], shuffled)
 
 
-def test_strides_change_nothing(batch):
+def test_strides_change_nothing(device, batch, per_row_adaptor):
     x, seeds, positions = batch
-    adaptor = per_row_adaptor()
+    adaptor = per_row_adaptor(N, V)
     plain = everything(x, adaptor, seeds, positions)
-    padded = torch.full((N, V + 61), float("nan"))
+    padded = torch.full((N, V + 61), float("nan"), device=device)
     padded[:, 3 : V + 3] = x
     column_major = x.t().contiguous().t()
     for view in (padded[:, 3 : V + 3], column_major, torch.stack([x, x * 0])[0]):
         assert_all_equal(plain, everything(view, adaptor, seeds, positions))
 
 
-def test_expanded_row_is_read_in_place(batch):
+@pytest.mark.parametrize("v", [4096, 4099])
+def test_alignment_changes_nothing(rows, device, v):
+    """Rows that start at and apart by what is a multiple of 16 bytes and what is not."""
+    for dtype in (torch.float32, torch.bfloat16):
+        x, seeds = rows("spread", 3, v).to(dtype), torch.arange(3, device=device)
+        plain = everything(x, ADAPTORS["top_k"], seeds, seeds)
+        for offset, gap in ((0, 1), (1, 0), (3, 13), (16, 16)):
+            room = torch.full((offset + 3 * (v + gap),), float("nan"), dtype=dtype, device=device)
+            view = room[offset:].view(3, v + gap)[:, :v]
+            view.copy_(x)
+            assert_all_equal(plain, everything(view, ADAPTORS["top_k"], seeds, seeds))
+
+
+def test_expanded_row_is_read_in_place(device, batch, per_row_adaptor):
     x, seeds, positions = batch
     wide, repeated = x[:1].expand(N, -1), x[:1].repeat(N, 1)
-    adaptor = per_row_adaptor()
+    adaptor = per_row_adaptor(N, V)
     assert_all_equal(
         everything(repeated, adaptor, seeds, positions), everything(wide, adaptor, seeds, positions)
     )
 
 
-def test_leading_dimensions_fold(batch):
+def test_leading_dimensions_fold(device, batch, per_row_adaptor):
     x, seeds, positions = batch
-    adaptor = per_row_adaptor()
+    adaptor = per_row_adaptor(N, V)
     flat = sample(x, adaptor, seeds=seeds, positions=positions, **ASKED)
     shape = (2, 3, N // 6)
     folded = sample(
@@ -192,20 +240,23 @@ def test_leading_dimensions_fold(batch):
     assert one.tokens.shape == ()
 
 
-def test_empty_batch_and_smallest_vocabulary():
-    empty = torch.empty(0, V)
+def test_empty_batch_and_smallest_vocabulary(device):
+    empty = torch.empty(0, V, device=device)
     drawn = sample(empty, Adaptor(top_p=0.9), **ASKED)
     assert [tuple(t.shape) for t in drawn] == [(0,)] * 6 + [(0, 5)] * 2 + [(0,)]
     assert filter_logits(empty, Adaptor()).shape == (0, V)
-    assert score(empty, torch.empty(0, dtype=torch.int64), [Adaptor()]).logprobs.shape == (0, 1)
-    single = sample(torch.tensor([[-5.0]]), Adaptor(top_p=0.1, typical_p=0.1, epsilon_cutoff=0.9))
+    none = torch.empty(0, dtype=torch.int64, device=device)
+    assert score(empty, none, [Adaptor()]).logprobs.shape == (0, 1)
+    assert adapted_margins(empty.requires_grad_(), none, Adaptor()).shape == (0,)
+    lone = torch.tensor([[-5.0]], device=device)
+    single = sample(lone, Adaptor(top_p=0.1, typical_p=0.1, epsilon_cutoff=0.9))
     assert (single.tokens.item(), single.logprobs.item(), single.kept.item()) == (0, 0.0, 1)
 
 
-def test_python_threads_may_call_at_once(batch):
+def test_python_threads_may_call_at_once(device, batch, per_row_adaptor):
     """Eight callers, each with a number of OpenMP threads of its own and another adaptor first."""
     x, seeds, positions = batch
-    adaptors = [per_row_adaptor(), *ADAPTORS.values()]
+    adaptors = [per_row_adaptor(N, V), *ADAPTORS.values()]
     wanted = [everything(x, adaptor, seeds, positions) for adaptor in adaptors]
     results = []
 

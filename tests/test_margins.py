@@ -5,6 +5,8 @@ import torch
 
 from fastadapt import Adaptor, adapted_logps, adapted_margins, filter_logits, reference, sample
 
+pytestmark = pytest.mark.usefixtures("device")
+
 ADAPTORS = {
     "neutral": Adaptor(),
     "temperature": Adaptor(temperature=0.7),
@@ -37,7 +39,7 @@ def test_error_is_no_more_than_that_of_plain_torch(rows, cpu_capability, name, d
     for kind, v in (("spread", 1000), ("normal", 5003), ("ties", 333)):
         x = rows(kind, 6, v).to(dtype)
         y = sample(x, adaptor).tokens
-        upstream = torch.randn(6)
+        upstream = torch.randn(6).to(x.device)
         exact, exact_gradient = plain_torch(x.double(), y, adaptor, upstream)
         inside = exact.isfinite()
         plain, plain_gradient = plain_torch(x, y, adaptor, upstream)
@@ -60,8 +62,9 @@ def test_equals_its_twin(rows, cpu_capability, name):
     adaptor = ADAPTORS[name]
     for dtype in (torch.float32, torch.float64):
         x = rows("spread", 8, 777).to(dtype)
-        y = torch.where(torch.arange(8) < 2, -100, sample(x.float(), Adaptor(top_k=20)).tokens)
-        upstream = torch.randn(8).to(dtype)
+        y = sample(x.float(), Adaptor(top_k=20)).tokens
+        y[:2] = -100
+        upstream = torch.randn(8).to(x)
         results = []
         for margins_of in (adapted_margins, reference.adapted_margins):
             leaf = x.clone().requires_grad_()
@@ -83,7 +86,7 @@ def test_gradcheck_in_float64(rows, name):
     torch.autograd.gradcheck(lambda z: adapted_logps(z, y, many), (x,))
 
 
-def test_edges_have_the_stated_value_and_no_gradient():
+def test_edges_have_the_stated_value_and_no_gradient(device):
     x = torch.tensor(
         [
             [9.0, 1.0, 0.0],  # outside the support
@@ -92,36 +95,38 @@ def test_edges_have_the_stated_value_and_no_gradient():
             [1.0, 2.0, 3.0],  # ignored
             [9.0, float("-inf"), float("-inf")],  # V = 1 in effect
         ],
+        device=device,
         requires_grad=True,
     )
-    y = torch.tensor([1, 0, 1, -100, 0])
+    y = torch.tensor([1, 0, 1, -100, 0], device=device)
     margins = adapted_margins(x, y, Adaptor(top_k=1))
     wanted = torch.tensor([float("-inf"), float("inf"), float("nan"), 0.0, float("inf")])
-    torch.testing.assert_close(margins.detach(), wanted, equal_nan=True)
+    torch.testing.assert_close(margins.detach().cpu(), wanted, equal_nan=True)
     logps = adapted_logps(x, y, Adaptor(top_k=1))
     assert logps.tolist()[:2] == [float("-inf"), 0.0]
     assert logps.tolist()[3:] == [0.0, 0.0]
     for upstream in (torch.randn(5), torch.full((5,), float("inf"))):
-        (gradient,) = torch.autograd.grad(margins, x, upstream, retain_graph=True)
+        (gradient,) = torch.autograd.grad(margins, x, upstream.to(device), retain_graph=True)
         assert (gradient == 0).all()
     (gradient,) = torch.autograd.grad(logps[[0, 1, 3, 4]].sum(), x)
     assert (gradient == 0).all()
 
 
-def test_large_margins_keep_their_digits():
+def test_large_margins_keep_their_digits(device):
     """log p = -e^-m where z_y - lse would round to 0."""
     for m in (8.0, 17.0, 25.0):
-        x = torch.tensor([[m, 0.0]], requires_grad=True)
-        logps = adapted_logps(x, torch.tensor([0]), Adaptor())
+        x = torch.tensor([[m, 0.0]], device=device, requires_grad=True)
+        logps = adapted_logps(x, torch.tensor([0], device=device), Adaptor())
         exact = -torch.log1p(torch.exp(torch.tensor(-m, dtype=torch.float64)))
-        torch.testing.assert_close(logps.double()[0], exact, rtol=1e-5, atol=0)
+        torch.testing.assert_close(logps.double()[0].cpu(), exact, rtol=1e-5, atol=0)
 
 
-def test_logps_of_any_margin_in_float32_have_a_value_and_a_gradient():
-    margins = torch.tensor([-300.0, -100, -89, -88, -20, 0, 20, 80, 85])
-    x = torch.stack([margins, torch.zeros(9)], 1).requires_grad_()
+def test_logps_of_any_margin_in_float32_have_a_value_and_a_gradient(device):
+    margins = torch.tensor([-300.0, -100, -89, -88, -20, 0, 20, 80, 85], device=device)
+    x = torch.stack([margins, torch.zeros_like(margins)], 1).requires_grad_()
+    y = torch.zeros(9, dtype=torch.int64, device=device)
     for logps in (adapted_logps, reference.adapted_logps):
-        got = logps(x, torch.zeros(9, dtype=torch.int64), Adaptor())
+        got = logps(x, y, Adaptor())
         (gradient,) = torch.autograd.grad(got.sum(), x)
         truth = torch.nn.functional.logsigmoid(margins.double())
         torch.testing.assert_close(got.double(), truth, rtol=1e-5, atol=0)
@@ -148,9 +153,12 @@ def test_logps_agree_with_the_sampler(rows):
         torch.testing.assert_close(logps, drawn.logprobs, rtol=0, atol=5e-6)
 
 
-def test_per_row_knobs_and_shapes_fold(rows):
+def test_per_row_knobs_and_shapes_fold(rows, device):
     x = rows("spread", 6, 100)
-    adaptor = Adaptor(temperature=torch.linspace(0.5, 2, 6), top_k=torch.arange(3, 9))
+    adaptor = Adaptor(
+        temperature=torch.linspace(0.5, 2, 6, device=device),
+        top_k=torch.arange(3, 9, device=device),
+    )
     y = x.argmax(-1)
     flat = adapted_margins(x, y, adaptor)
     assert torch.equal(adapted_margins(x.view(2, 3, 100), y.view(2, 3), adaptor).view(6), flat)
@@ -167,7 +175,7 @@ def test_double_backward_raises(rows):
 def test_non_contiguous_upstream_gradient(rows):
     x = rows("spread", 4, 50).requires_grad_()
     y = x.detach().argmax(-1)
-    upstream = torch.randn(4, 2)
+    upstream = torch.randn(4, 2).to(x.device)
     strided, dense = (
         torch.autograd.grad(adapted_margins(x, y, Adaptor()), x, g)[0]
         for g in (upstream[:, 0], upstream[:, 0].contiguous())
@@ -177,20 +185,20 @@ def test_non_contiguous_upstream_gradient(rows):
     assert expanded.abs().sum() > 0
 
 
-def test_small_upstream_gradients_keep_their_digits(cpu_capability):
+def test_small_upstream_gradients_keep_their_digits(device, cpu_capability):
     """Scaling by 2^-40 before the mass is large would underflow."""
-    x = torch.zeros(1, 100_000, requires_grad=True)
+    x = torch.zeros(1, 100_000, device=device, requires_grad=True)
     for upstream in (1.0, 1e-22, 1e-28):
-        margins = adapted_margins(x, torch.tensor([5]), Adaptor())
-        (gradient,) = torch.autograd.grad(margins, x, torch.tensor([upstream]))
-        wanted = torch.tensor(-upstream / 99_999)
+        margins = adapted_margins(x, torch.tensor([5], device=device), Adaptor())
+        (gradient,) = torch.autograd.grad(margins, x, torch.tensor([upstream], device=device))
+        wanted = torch.tensor(-upstream / 99_999, device=device)
         torch.testing.assert_close(gradient[0, 0], wanted, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_nan_upstream_gradient_stays_nan(cpu_capability, dtype):
-    x = torch.zeros(1, 33, dtype=dtype, requires_grad=True)
-    worst = torch.tensor([0x7FFFFFFF], dtype=torch.int32).view(torch.float32)
-    margins = adapted_margins(x, torch.tensor([5]), Adaptor())
+def test_nan_upstream_gradient_stays_nan(device, cpu_capability, dtype):
+    x = torch.zeros(1, 33, dtype=dtype, device=device, requires_grad=True)
+    worst = torch.tensor([0x7FFFFFFF], dtype=torch.int32, device=device).view(torch.float32)
+    margins = adapted_margins(x, torch.tensor([5], device=device), Adaptor())
     (gradient,) = torch.autograd.grad(margins, x, worst)
     assert gradient.isnan().all()

@@ -11,13 +11,15 @@ import itertools
 import pytest
 import torch
 
-from fastadapt import Adaptor, filter_logits
+from fastadapt import Adaptor, filter_logits, sample
 
 warpers = pytest.importorskip(
     "transformers.generation.logits_process", reason="masks are compared with transformers"
 )
 
 BAND = 1e-5
+pytestmark = pytest.mark.usefixtures("device")
+
 KINDS = ["normal", "spread", "flat", "ties", "two_level", "one_hot", "holes", "far", "bf16"]
 ORDERS = {
     "hf": ["top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"],
@@ -45,7 +47,8 @@ def stock_mask(name, value, keep, scores):
         "epsilon_cutoff": warpers.EpsilonLogitsWarper,
         "eta_cutoff": warpers.EtaLogitsWarper,
     }
-    warper = kinds[name](value, min_tokens_to_keep=keep)
+    device = {"device": scores.device} if name == "eta_cutoff" else {}
+    warper = kinds[name](value, min_tokens_to_keep=keep, **device)
     return warper(None, scores) > float("-inf")
 
 
@@ -107,6 +110,22 @@ def test_every_combination_of_knobs(rows, kind, order):
         check(x, order, {name: KNOBS[name] for name in subset}, temperature=0.8)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("order", ["hf", "vllm"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_every_combination_of_knobs_is_that_of_the_cpu(rows, on_device, dtype, order):
+    """Also where a token lies at a threshold, as the comparisons above do not ask."""
+    x = torch.cat([rows(kind, 3, 1000) for kind in KINDS]).to(dtype).cpu()
+    seeds = torch.arange(x.shape[0])
+    for subset in SUBSETS:
+        adaptor = Adaptor(temperature=0.8, order=order, **{name: KNOBS[name] for name in subset})
+        masked = on_device(filter_logits, x, adaptor)
+        assert torch.equal(masked, filter_logits(x, adaptor)), subset
+        drawn = on_device(sample, x, adaptor, seeds=seeds)
+        for got, wanted in zip(drawn[:4], sample(x, adaptor, seeds=seeds)[:4], strict=True):
+            assert torch.equal(got, wanted), subset
+
+
 @pytest.mark.parametrize("v", SIZES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_size(rows, kind, v):
@@ -155,7 +174,7 @@ def test_temperature_multiplies_by_the_rounded_inverse(rows):
     """As transformers does on CUDA; its CPU division differs by a unit in the last place."""
     x = rows("spread", 2, 1000)
     scaled = filter_logits(x, Adaptor(temperature=0.7))
-    assert torch.equal(scaled, x * (1 / torch.tensor(0.7)))
+    assert torch.equal(scaled, x * (1 / torch.tensor(0.7, device=x.device)))
     stock = warpers.TemperatureLogitsWarper(0.7)(None, x)
     torch.testing.assert_close(scaled, stock, rtol=2e-7, atol=0)
 
@@ -171,38 +190,38 @@ def test_short_dtypes_keep_what_their_float32_values_keep(rows, dtype):
 # Regressions that peers have met: sampling semantics, section 8.
 
 
-def test_top_p_keeps_the_crossing_token():
-    x = torch.tensor([[0.5, 0.3, 0.2]]).log()
+def test_top_p_keeps_the_crossing_token(device):
+    x = torch.tensor([[0.5, 0.3, 0.2]], device=device).log()
     kept = filter_logits(x, Adaptor(top_p=0.6)) > float("-inf")
     assert kept.tolist() == [[True, True, False]]
 
 
-def test_top_p_zero_keeps_one_and_ties_keep_the_lowest_ids():
-    x = torch.zeros(1, 10)
+def test_top_p_zero_keeps_one_and_ties_keep_the_lowest_ids(device):
+    x = torch.zeros(1, 10, device=device)
     assert (filter_logits(x, Adaptor(top_p=0.0)) == 0).nonzero()[:, 1].tolist() == [0]
     assert (filter_logits(x, Adaptor(top_p=0.35)) == 0).nonzero()[:, 1].tolist() == [0, 1, 2, 3]
 
 
-def test_top_k_keeps_all_ties_and_more_than_v():
-    x = torch.tensor([[1.0, 2.0, 2.0, 2.0, 0.0]])
+def test_top_k_keeps_all_ties_and_more_than_v(device):
+    x = torch.tensor([[1.0, 2.0, 2.0, 2.0, 0.0]], device=device)
     assert (filter_logits(x, Adaptor(top_k=2)) > -9).sum() == 3
     assert torch.equal(filter_logits(x, Adaptor(top_k=99)), x)
-    one_hot = torch.tensor([[-100.0, 50.0, -100.0]])
+    one_hot = torch.tensor([[-100.0, 50.0, -100.0]], device=device)
     assert (filter_logits(one_hot, Adaptor(top_k=2)) > -1e9).sum() == 3
 
 
-def test_signed_zeros_are_equal():
-    x = torch.tensor([[0.0, -0.0, -1.0, 0.0]])
+def test_signed_zeros_are_equal(device):
+    x = torch.tensor([[0.0, -0.0, -1.0, 0.0]], device=device)
     assert (filter_logits(x, Adaptor(top_k=1)) > -9).tolist() == [[True, True, False, True]]
     assert (filter_logits(x, Adaptor(top_p=0.2)) > -9).tolist() == [[True, False, False, False]]
 
 
-def test_typical_matches_worked_examples():
+def test_typical_matches_worked_examples(device):
     for p, table in (
         ([0.5, 0.25, 0.125, 0.125], {0.1: [1], 0.5: [0, 1], 0.8: [0, 1, 2, 3]}),
         ([0.4, 0.3, 0.2, 0.1], {0.25: [1], 0.49: [1, 2], 0.7: [0, 1, 2]}),
     ):
         for mass, ids in table.items():
-            x = torch.tensor([p]).log()
+            x = torch.tensor([p], device=device).log()
             kept = filter_logits(x, Adaptor(typical_p=mass)) > float("-inf")
             assert kept.nonzero()[:, 1].tolist() == ids, (p, mass)

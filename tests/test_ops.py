@@ -10,32 +10,36 @@ ADAPTOR = Adaptor(temperature=0.8, top_k=20, top_p=0.9)
 OPS = torch.ops.fastadapt
 
 
-def op_cases():
+OP_CASES = ["filter_logits", "sample", "sample_all", "score", "adapted_margins"]
+OP_CASES.append("adapted_margins_backward")
+
+
+def op_cases(device):
     """Every operator with arguments of every kind it takes."""
-    x = torch.randn(3, 50)
-    y, seeds = torch.tensor([1, -100, 7]), torch.arange(3)
-    knobs = ADAPTOR.packed
+    x = torch.randn(3, 50, device=device)
+    y, seeds = torch.tensor([1, -100, 7], device=device), torch.arange(3, device=device)
+    knobs, neutral = ADAPTOR.packed.to(device), Adaptor().packed.to(device)
     margins, support, stats = OPS.adapted_margins(x, y, knobs, 0, -100)
     return {
         "filter_logits": (x.bfloat16(), knobs, 1),
         "sample": (x, knobs, 0, seeds, seeds, False, False, 0),
         "sample_all": (x.half(), knobs, 0, seeds, seeds, True, True, 4),
-        "score": (x, y, [knobs, Adaptor().packed], [0, 1], -100),
+        "score": (x, y, [knobs, neutral], [0, 1], -100),
         "adapted_margins": (x.clone().requires_grad_(), y, knobs, 0, -100),
         "adapted_margins_backward": (margins, x, y, knobs, 0, -100, support, stats),
     }
 
 
-@pytest.mark.parametrize("name", op_cases())
-def test_opcheck(name):
-    arguments = op_cases()[name]
+@pytest.mark.parametrize("name", OP_CASES)
+def test_opcheck(device, name):
+    arguments = op_cases(device)[name]
     op = getattr(OPS, name.removesuffix("_all")).default
     torch.library.opcheck(op, arguments)
 
 
-def test_compiled_without_graph_breaks(rows):
+def test_compiled_without_graph_breaks(rows, device):
     x = rows("spread", 4, 300)
-    y, seeds = x.argmax(-1), torch.arange(4)
+    y, seeds = x.argmax(-1), torch.arange(4, device=device)
 
     def pipeline(x, y, seeds):
         drawn = fastadapt.sample(x * 2, ADAPTOR, seeds=seeds, base_logprobs=True, top_logprobs=2)
@@ -48,7 +52,7 @@ def test_compiled_without_graph_breaks(rows):
         assert torch.equal(got, wanted)
 
 
-def test_compiled_gradient(rows):
+def test_compiled_gradient(rows, device):
     x = rows("spread", 4, 300).requires_grad_()
     y = x.detach().argmax(-1)
 
@@ -60,7 +64,7 @@ def test_compiled_gradient(rows):
     torch.testing.assert_close(*gradients, rtol=0, atol=1e-7)
 
 
-def test_compiled_with_default_generator(rows):
+def test_compiled_with_default_generator(rows, device):
     x = rows("spread", 64, 300)
     compiled = torch.compile(
         lambda x: fastadapt.sample(x, ADAPTOR).tokens, fullgraph=True, backend="aot_eager"
@@ -72,16 +76,16 @@ def test_compiled_with_default_generator(rows):
     assert not torch.equal(first, second)
 
 
-def test_compiled_by_inductor(rows):
-    """The default backend generates C++: it must leave our operators and their order alone."""
-    x, seeds = rows("spread", 4, 300), torch.arange(4)
+def test_compiled_by_inductor(rows, device):
+    """The default backend generates code: it must leave our operators and their order alone."""
+    x, seeds = rows("spread", 4, 300), torch.arange(4, device=device)
     compiled = torch.compile(
         lambda x, s: fastadapt.sample(x + 1, ADAPTOR, seeds=s).tokens + 1, fullgraph=True
     )
     assert torch.equal(compiled(x, seeds), fastadapt.sample(x + 1, ADAPTOR, seeds=seeds).tokens + 1)
 
 
-def test_undifferentiable_results_are_detached(rows):
+def test_undifferentiable_results_are_detached(rows, device):
     x = rows("spread", 2, 50).requires_grad_()
     drawn = fastadapt.sample(x, ADAPTOR, base_logprobs=True, log_mass=True)
     scored = fastadapt.score(x, drawn.tokens, [ADAPTOR])
@@ -89,7 +93,7 @@ def test_undifferentiable_results_are_detached(rows):
     assert not any(t.requires_grad for t in results if t is not None)
 
 
-def test_inputs_are_never_written(rows):
+def test_inputs_are_never_written(rows, device):
     x = rows("spread", 4, 300).bfloat16()
     before = x.clone()
     fastadapt.sample(x, ADAPTOR, base_logprobs=True, top_logprobs=3)
@@ -130,25 +134,28 @@ def test_operator_refuses_what_the_kernel_cannot_take():
         fastadapt.filter_logits(wide.contiguous(), Adaptor())
 
 
-def test_knob_out_of_range_in_the_operator_is_a_status(rows):
+def test_knob_out_of_range_in_the_operator_is_a_status(rows, device):
     """What a bad knob on CUDA comes to: only packing on the CPU reads values."""
     x = rows("spread", 3, 40)
-    good = Adaptor(top_p=torch.tensor([0.9, 0.9, 0.9]))
-    clean = fastadapt.sample(x, good, seeds=torch.arange(3))
+    good = Adaptor(top_p=torch.tensor([0.9, 0.9, 0.9], device=device))
+    seeds = torch.arange(3, device=device)
+    clean = fastadapt.sample(x, good, seeds=seeds)
     for knob, value in ((0, -1.0), (0, 1e-9), (1, -1.0), (2, 1.5), (4, 0.0), (5, 1.0), (7, 0.0),
                         (3, float("nan"))):  # fmt: skip
         packed = good.packed.clone()
         packed[knob, 1] = value
-        out = OPS.sample(x, packed, 0, torch.arange(3), torch.zeros(3).long(), False, False, 0)
+        out = OPS.sample(x, packed, 0, seeds, torch.zeros_like(seeds), False, False, 0)
         assert out[3].tolist() == [0, 4, 0]
         assert out[0].tolist() == [clean.tokens[0], -1, clean.tokens[2]]
         assert torch.equal(OPS.filter_logits(x, packed, 0)[1], x[1])
 
 
-def test_nan_temperature_in_the_operator_scores_nan(rows):
-    x, packed = rows("spread", 2, 40), Adaptor().packed.clone()
-    packed[0] = float("nan")
-    logprobs, log_norm, kept, *_ = OPS.score(x, torch.zeros(2).long(), [packed], [0], -100)
+@pytest.mark.parametrize("temperature", [float("nan"), 0.0])
+def test_bad_temperature_in_the_operator_scores_nan(rows, device, temperature):
+    x, packed = rows("spread", 2, 40), Adaptor().packed.to(device, copy=True)
+    packed[0] = temperature
+    tokens = torch.zeros(2, dtype=torch.int64, device=device)
+    logprobs, log_norm, kept, *_ = OPS.score(x, tokens, [packed], [0], -100)
     assert logprobs.isnan().all()
     assert log_norm.isnan().all()
     assert kept.tolist() == [[0], [0]]

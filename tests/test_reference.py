@@ -80,7 +80,7 @@ def make(rows, kind, n, v, dtype, special, seed):
         x[0, seed % v] = values.get(special, 0.0)
         if special == "none":
             x[0] = float("-inf")
-    return x.to(dtype)
+    return x.to(dtype).cpu()  # where the twin runs
 
 
 def assert_same_bits(ours, twin):
@@ -105,7 +105,7 @@ exhaustive = settings(
 
 @exhaustive
 @given(case=cases(), optional=st.booleans())
-def test_sample_and_filter_equal_their_twins(rows, cpu_capability, case, optional):
+def test_sample_and_filter_equal_their_twins(rows, on_device, cpu_capability, case, optional):
     *made, adaptor, seed = case
     x = make(rows, *made, seed)
     n, v = x.shape
@@ -116,21 +116,22 @@ def test_sample_and_filter_equal_their_twins(rows, cpu_capability, case, optiona
         "log_mass": optional,
         "top_logprobs": min(7, v) if optional else 0,
     }
-    assert_same_bits(sample(x, adaptor, **asked), reference.sample(x, adaptor, **asked))
-    ours, twin = filter_logits(x, adaptor), reference.filter_logits(x, adaptor)
+    drawn = on_device(sample, x, adaptor, **asked)
+    assert_same_bits(drawn, reference.sample(x, adaptor, **asked))
+    ours, twin = on_device(filter_logits, x, adaptor), reference.filter_logits(x, adaptor)
     assert ours.dtype == twin.dtype
     torch.testing.assert_close(ours, twin, rtol=0, atol=0, equal_nan=True)
 
 
 @exhaustive
 @given(case=cases(greedy=False), data=st.data())
-def test_score_equals_its_twin(rows, cpu_capability, case, data):
+def test_score_equals_its_twin(rows, on_device, cpu_capability, case, data):
     *made, adaptor, seed = case
     x = make(rows, *made, seed)
     n, v = x.shape
     many = [adaptor, *data.draw(st.lists(adaptors(n, greedy=False), max_size=4))]
     tokens = torch.where(torch.rand(n) < 0.2, -100, torch.randint(v, (n,)))
-    assert_same_bits(score(x, tokens, many), reference.score(x, tokens, many))
+    assert_same_bits(on_device(score, x, tokens, many), reference.score(x, tokens, many))
 
 
 @pytest.mark.parametrize("v", [50_257, 128_256, 151_936, 262_144])
@@ -156,9 +157,9 @@ def test_large_rows_equal_their_twins(rows, kind, v):
 
 
 @pytest.mark.parametrize("kind", ["normal", "spread", "ties", "holes", "power", "two_level"])
-def test_many_adaptors_of_one_temperature_equal_their_twins(rows, cpu_capability, kind):
+def test_many_adaptors_of_one_temperature_equal_their_twins(rows, on_device, cpu_capability, kind):
     """Adaptors of equal temperature share masses, and many adaptors the row in pieces."""
-    x = rows(kind, 2, 30_000)
+    x = rows(kind, 2, 30_000).cpu()
     knobs = [
         {"top_k": 50},
         {"top_k": 9000},
@@ -174,7 +175,7 @@ def test_many_adaptors_of_one_temperature_equal_their_twins(rows, cpu_capability
     ]
     many = [Adaptor(temperature=t, **k) for t in (0.7, 1.0) for k in knobs]
     for tokens in (x.argmax(-1), torch.tensor([17, 29_999])):
-        assert_same_bits(score(x, tokens, many), reference.score(x, tokens, many))
+        assert_same_bits(on_device(score, x, tokens, many), reference.score(x, tokens, many))
 
 
 def test_generator_and_default_seeds_are_those_of_the_twin(rows):

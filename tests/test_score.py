@@ -5,6 +5,8 @@ import torch
 
 from fastadapt import Adaptor, filter_logits, sample, score
 
+pytestmark = pytest.mark.usefixtures("device")
+
 ADAPTORS = [
     Adaptor(),
     Adaptor(temperature=0.7),
@@ -68,7 +70,7 @@ def test_every_sampled_token_is_inside_the_support_it_is_scored_under(rows):
 
 def test_many_adaptors_are_each_alone(rows):
     x = rows("spread", 5, 3000)
-    y = torch.randint(3000, (5,))
+    y = torch.randint(3000, (5,)).to(x.device)
     together = score(x, y, ADAPTORS)
     for a, adaptor in enumerate(ADAPTORS):
         alone = score(x, y, [adaptor])
@@ -87,7 +89,7 @@ def test_a_row_in_pieces_gives_what_each_adaptor_alone_does(rows, cpu_capability
         # of equal logits some stay, and it is by id that they do
         order = x[0].float().argsort(descending=True, stable=True)
         kept = int(score(x[:1], order[:1], [Adaptor(top_p=0.9)]).kept)
-        near = order[torch.arange(kept - 2, kept + 2).clamp(0, v - 1)]
+        near = order[torch.arange(kept - 2, kept + 2, device=x.device).clamp(0, v - 1)]
         y = torch.cat([sample(x[:2], Adaptor()).tokens, near])
         together = score(x, y, MANY)
         for a, adaptor in enumerate(MANY):
@@ -96,13 +98,13 @@ def test_a_row_in_pieces_gives_what_each_adaptor_alone_does(rows, cpu_capability
                 assert torch.equal(getattr(together, name)[:, a], getattr(alone, name)[:, 0])
 
 
-def test_logits_that_scaling_makes_equal_keep_the_order_of_their_ids(rows, cpu_capability):
+def test_logits_that_scaling_makes_equal_keep_the_order_of_their_ids(device, cpu_capability):
     """Neighbouring floats fall together when they are scaled, also where they are in two pieces."""
     v = 2000
     x = torch.tensor(1.0) + torch.arange(v) % 97 * 2.0**-23
-    x = x[torch.randperm(v)].expand(v, v)
+    x = x[torch.randperm(v)].to(device).expand(v, v)
     adaptors = [Adaptor(temperature=t, top_p=p) for t in (0.7, 1.3, 1.9) for p in (0.3, 0.6, 0.9)]
-    got = score(x, torch.arange(v), adaptors)
+    got = score(x, torch.arange(v, device=device), adaptors)
     for a, adaptor in enumerate(adaptors):
         support = filter_logits(x[0], adaptor) > float("-inf")
         assert torch.equal(got.logprobs[:, a].isfinite(), support)
@@ -122,16 +124,17 @@ def test_identity_of_truncation_and_temperature(rows):
 
 def test_ignored_rows_are_zero_and_outside_is_minus_infinity(rows):
     x = rows("spread", 3, 100)
-    y = torch.tensor([-100, int(x[1].argmin()), int(x[2].argmax())])
+    y = torch.tensor([-100, int(x[1].argmin()), int(x[2].argmax())], device=x.device)
     got = score(x, y, [Adaptor(top_k=3)])
     for field in got:
         assert (field[0] == 0).all()
     assert got.logprobs[1, 0] == float("-inf")
     assert got.logprobs[2, 0] > -5
-    assert score(x, torch.tensor([1, 2, -1]), [Adaptor()], ignore_index=-1).kept[2, 0] == 0
+    last = torch.tensor([1, 2, -1], device=x.device)
+    assert score(x, last, [Adaptor()], ignore_index=-1).kept[2, 0] == 0
 
 
 def test_shapes_fold(rows):
     x = rows("spread", 6, 100).view(2, 3, 100)
-    got = score(x, torch.zeros(2, 3, dtype=torch.int64), ADAPTORS[:2])
+    got = score(x, torch.zeros(2, 3, dtype=torch.int64, device=x.device), ADAPTORS[:2])
     assert [tuple(t.shape) for t in got] == [(2, 3, 2)] * 3 + [(2, 3)] * 2
