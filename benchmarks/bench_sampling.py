@@ -27,12 +27,14 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from cases import ADAPTORS, BATCHES, DTYPES, ROWS, VOCABULARIES, chosen, make_rows, real_logits
+from cases import ADAPTORS, BATCHES, DTYPES, ROWS, VOCABULARIES, make_rows
 from fastadapt import Adaptor, sample
 from fastadapt.demo import progress_bar, stepper
-from host import PACKAGES, host_record, quartiles, write_record
+from filters import add_filters, at_least, fill_filters
+from host import PACKAGES, host_record, quartiles, times_us, write_record
 from limits import print_limits, sampling_limits
 from peers import LlamaChain, MissingPeer, compiled_draw, stock_draw
+from real_rows import real_logits
 from timing import Call, in_turns, ratios
 
 # Which adaptors a peer can do; transformers' chain is the only one that has them all.
@@ -201,8 +203,7 @@ def _record(cell: Cell, dtype: str, took: dict[str, list[float]]) -> dict[str, A
     return {
         **cell._asdict(),
         "dtype": dtype,
-        "rounds": len(next(iter(took.values()))),
-        "us": {name: quartiles([1e6 * s for s in seconds], 2) for name, seconds in took.items()},
+        **times_us(took),
     }
 
 
@@ -218,8 +219,7 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
     add("--out", type=Path, help="JSON file to write")
-    add("--quick", action="store_true", help="few cells; the filters below still widen or narrow")
-    filters: dict[str, Any] = {
+    axes = {
         "vocab": VOCABULARIES,
         "batch": BATCHES,
         "rows": tuple(ROWS),
@@ -227,28 +227,16 @@ def _parse() -> argparse.Namespace:
         "dtypes": tuple(DTYPES),
         "peers": tuple(PEERS),
     }
-    for name, known in filters.items():
-        # a peer may be left out altogether; V and N may be any number
-        limited = {"type": int} if name in ("vocab", "batch") else {"choices": known}
-        add(f"--{name}", nargs="*" if name == "peers" else "+", metavar="X", **limited)
+    add_filters(parser, axes)
     add("--rounds", type=int, default=21, help="at most (default: %(default)s)")
     add("--seconds", type=float, default=0.4, help="per cell, about (default: %(default)s)")
     add("--peer-rounds", type=int, default=5, help="(default: %(default)s)")
     add("--seed", type=int, default=0)
     add("--threads", type=int, help="default: torch's own choice")
     options = parser.parse_args()
-    for name, low in (("rounds", 2), ("peer_rounds", 2)):
-        if getattr(options, name) < low:
-            parser.error(f"{name}: expected at least {low}, got {getattr(options, name)}")
-    for name, known in filters.items():
-        wanted = getattr(options, name)
-        if wanted is None:
-            setattr(options, name, list(QUICK.get(name, known) if options.quick else known))
-        elif name in ("vocab", "batch"):
-            if min(wanted) < 1:
-                parser.error(f"{name}: expected at least 1, got {min(wanted)}")
-        else:
-            setattr(options, name, chosen(wanted, known))
+    for name in ("rounds", "peer_rounds"):
+        at_least(parser, name, getattr(options, name), 2)
+    fill_filters(parser, options, axes, QUICK)
     return options
 
 

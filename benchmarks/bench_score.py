@@ -19,12 +19,14 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from cases import ROWS, chosen, make_rows, real_logits, study_adaptors
+from cases import ROWS, chosen, make_rows, study_adaptors
 from fastadapt import Adaptor, sample, score
 from fastadapt.demo import progress_bar, stepper
+from filters import at_least
 from host import host_record, quartiles, write_record
 from limits import print_limits, score_limits
 from peers import stock_score
+from real_rows import real_logits
 from timing import Call, in_turns, ratios
 
 VOCABULARIES = (32_000, 128_256)
@@ -124,11 +126,9 @@ def _parse() -> argparse.Namespace:
     add("--seed", type=int, default=0)
     add("--threads", type=int, help="default: torch's own choice")
     options = parser.parse_args()
-    for name, low in (("rounds", 2), ("peer_rounds", 2)):
-        if getattr(options, name) < low:
-            parser.error(f"{name}: expected at least {low}, got {getattr(options, name)}")
-    if min(options.vocab) < 1:
-        parser.error(f"vocab: expected at least 1, got {min(options.vocab)}")
+    for name in ("rounds", "peer_rounds"):
+        at_least(parser, name, getattr(options, name), 2)
+    at_least(parser, "vocab", min(options.vocab), 1)
     options.rows = chosen(options.rows, KINDS)
     return options
 

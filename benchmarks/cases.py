@@ -1,4 +1,7 @@
-"""What the sampling benchmarks run on: the grid, the adaptors and the rows of logits."""
+"""What the sampling benchmarks run on: the grids, the adaptors and the rows of logits.
+
+The rows of a model, which need more packages, are in `real_rows`.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,6 @@ import torch
 from torch import Tensor
 
 from fastadapt import Adaptor
-from fastadapt.demo import PROMPTS
-from fastadapt.measure import encode_prompts
-from fastadapt.pretrained import ModelNotFoundError, load_demo_model
 
 # Llama-2, GPT-2, Llama-3, Qwen-2.5 and Gemma-3
 VOCABULARIES = (32_000, 50_257, 128_256, 151_936, 262_144)
@@ -39,6 +39,26 @@ ROWS = {
     "ties": "3 x standard normal, rounded to bfloat16 also where rows are float32",
     "real": "next-token logits of SmolLM2-135M-Instruct",
 }
+# On a GPU every knob alone matters, since each has a kernel's variant, and so do ties: rows of two
+# levels hold no threshold that does not cut one.
+GPU_VOCABULARIES = (128_256, 32_000, 262_144)
+GPU_BATCHES = (64, 512, 1, 8)
+GPU_ADAPTORS = {
+    "T+k+p": Adaptor(temperature=0.8, top_k=50, top_p=0.9),
+    "T": ADAPTORS["T"],
+    "T+k": Adaptor(temperature=0.8, top_k=50),
+    "T+p": ADAPTORS["T+p"],
+    "min-p": Adaptor(min_p=0.02),
+    "typical": ADAPTORS["typical"],
+    "epsilon": Adaptor(epsilon_cutoff=3e-4),
+    "eta": ADAPTORS["eta"],
+    "everything": ADAPTORS["everything"],
+}
+GPU_ROWS = {
+    "normal3": ROWS["normal3"],
+    "flat": ROWS["flat"],
+    "levels": "0 or 1.5, one as often as the other",
+}
 # Sets of rows that take turns, so that neither caches nor branch predictors learn one row.
 SETS = 4
 _MANY_BYTES = 8 << 20  # above this a set has rows enough of its own
@@ -65,7 +85,7 @@ def make_rows(
     """Make the sets of rows of a cell.
 
     Args:
-        kind: a key of `ROWS`.
+        kind: a key of `ROWS` or `GPU_ROWS`.
         vocabulary: V.
         batch: N.
         seed: of everything that is random here.
@@ -84,6 +104,8 @@ def _one_set(kind: str, v: int, n: int, generator: torch.Generator, real: Tensor
     """(N, V) float32 rows of one kind."""
     if kind == "flat":
         return torch.full((n, v), 1.5)
+    if kind == "levels":
+        return torch.randint(2, (n, v), generator=generator).mul(1.5)
     if kind == "real":
         if real is None:
             raise ValueError("rows 'real': expected the model's logits, got None")
@@ -105,32 +127,6 @@ def _of_width(rows: Tensor, v: int, generator: torch.Generator) -> Tensor:
     low = rows.sort(-1).values[:, : width // 2]
     more = torch.randint(width // 2, (n, v - width), generator=generator)
     return torch.cat([rows, low.gather(-1, more)], -1)
-
-
-def real_logits(*, seed: int, length: int = 32) -> Tensor | str:
-    """Logits of the demo's model while it answers the demo's prompts.
-
-    Returns:
-        (M, W), float32: the rows that M tokens were sampled from; or, where the model is not
-        installed, the reason in words.
-    """
-    try:
-        model, tokenizer = load_demo_model(progress=lambda phase, done, total: None)
-    except ModelNotFoundError as error:
-        return str(error)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        answers = model.generate(
-            **encode_prompts(tokenizer, PROMPTS),
-            do_sample=True,
-            top_k=0,
-            max_new_tokens=length,
-            pad_token_id=0,
-            eos_token_id=model.get_output_embeddings().weight.shape[0],  # never: nothing stops
-            return_dict_in_generate=True,
-            output_logits=True,
-        )
-    return torch.cat(answers.logits).float()
 
 
 def chosen(names: Sequence[str] | None, known: Sequence[str]) -> list[str]:

@@ -8,7 +8,7 @@ import os
 import platform
 import statistics
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,23 @@ def host_record(packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
     }
 
 
+def gpu_record() -> dict[str, Any] | None:
+    """Describe the current CUDA device and what drives it; None where there is none."""
+    if not torch.cuda.is_available():
+        return None
+    device = torch.cuda.get_device_properties()
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return {
+        "name": device.name,
+        "capability": f"{device.major}.{device.minor}",
+        "multiprocessors": device.multi_processor_count,
+        "l2_mib": device.L2_cache_size >> 20,
+        "memory_mib": device.total_memory >> 20,
+        "cuda": torch.version.cuda,
+        "driver": _output(query).partition("\n")[0] or None,
+    }
+
+
 def tree_record() -> dict[str, Any]:
     """Describe the tree that is measured, and when."""
     return {
@@ -53,6 +70,14 @@ def tree_record() -> dict[str, Any]:
 def quartiles(values: Sequence[float], digits: int = 4) -> list[float]:
     """Lower quartile, median and upper quartile."""
     return [round(q, digits) for q in statistics.quantiles(values, n=4, method="inclusive")]
+
+
+def times_us(took: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    """How many rounds there were, and the quartiles of each call's seconds in microseconds."""
+    return {
+        "rounds": len(next(iter(took.values()))),
+        "us": {name: quartiles([1e6 * s for s in seconds], 2) for name, seconds in took.items()},
+    }
 
 
 def write_record(path: Path, record: dict[str, Any]) -> None:
@@ -93,10 +118,13 @@ def _version(package: str) -> str | None:
 
 def _git(*arguments: str) -> str:
     """Output of a git command in the checkout, empty where git or the repository is missing."""
+    return _output(["git", *arguments])
+
+
+def _output(command: Sequence[str]) -> str:
+    """What a command prints when it is run in the checkout; empty where it fails."""
     try:
-        done = subprocess.run(
-            ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True
-        )
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return ""
     return done.stdout.strip()

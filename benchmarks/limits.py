@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 LOSS_SHAPE = (1024, 896, 32_768)  # N, H, V of the demands on time and error
+GPU_CELL = {"vocabulary": 128_256, "rows": "normal3", "adaptor": "T+k+p", "dtype": "float32"}
 FAST_US = 60  # a call as short as this may cost any multiple of a softmax
 
 
@@ -83,6 +84,55 @@ def sampling_limits(record: dict[str, Any]) -> list[Limit]:
             min,
         ),
         Limit("a call on one row of 8 logits: Python's share", record["call_us"][1], 12, "µs"),
+    ]
+
+
+def gpu_sampling_limits(record: dict[str, Any]) -> list[Limit]:
+    """The demands on `sample` on a GPU: each on the worst way of timing, cold or hot, graph or not.
+
+    Only those of N = 1 are on a graph's replay alone: outside of one the host is slower.
+    """
+    cells, peers = record["cells"], record["peers"]
+    here = [c for c in cells if all(c[key] == value for key, value in GPU_CELL.items())]
+    at = {n: [c for c in here if c["batch"] == n] for n in (1, 64, 512)}
+    at[1] = [c for c in at[1] if "graph" in c["mode"]]
+
+    def slowest(label: str, n: int, bound: float) -> Limit:
+        times = [(c["us"]["fastadapt"][1], c) for c in at[n]]
+        return _cell_limit(label, times, bound, max)._replace(unit="µs")
+
+    def apart(c: dict[str, Any]) -> tuple[Any, ...]:
+        return (c["vocabulary"], c["batch"], c["adaptor"], c["dtype"], c["mode"])
+
+    normal = {apart(c): c["us"]["fastadapt"][1] for c in cells if c["rows"] == "normal3"}
+    uneven = [
+        (c["us"]["fastadapt"][1] / normal[apart(c)], c)
+        for c in cells
+        if c["rows"] != "normal3" and apart(c) in normal
+    ]
+    to_read = [(c["to_bound"]["fastadapt"][1], c) for c in at[512]]
+    fields = [
+        (c["to_fastadapt"]["with_fields"][1], c)
+        for n in at
+        for c in at[n]
+        if "with_fields" in c["to_fastadapt"]
+    ]
+
+    def faster(peer: str, name: str, bound: float) -> Limit:
+        found = [p["to_fastadapt"][peer][1] for p in peers if peer in p["to_fastadapt"]]
+        label = f"{name}'s time to ours, geometric mean of {len(found)} cells"
+        return Limit(label, geometric_mean(found), bound, at_least=True)
+
+    return [
+        slowest("T+k+p and the draw, V = 128,256, N = 64, float32", 64, 30),
+        _cell_limit("the same, N = 512, to one read of the rows", to_read, 3, max),
+        slowest("the same, N = 1, in a CUDA graph", 1, 12),
+        _cell_limit(
+            "these three with `base_logprobs` and `log_mass`, to without", fields, 1.6, max
+        ),
+        _cell_limit("flat and tied rows to normal ones, worst cell", uneven, 2, max),
+        faster("flashinfer", "FlashInfer", 4),
+        faster("vllm", "vLLM", 5),
     ]
 
 
@@ -178,7 +228,7 @@ def _cell_limit(label: str, cells: list[tuple[float, Any]], bound: float, pick: 
 
 def _place(cell: dict[str, Any]) -> str:
     """Names a cell."""
-    names = [cell["rows"], *(cell[k] for k in ("adaptor", "dtype") if k in cell)]
+    names = [cell["rows"], *(cell[k] for k in ("adaptor", "dtype", "mode") if k in cell)]
     return f"V = {cell['vocabulary']:,}, N = {cell['batch']}, {', '.join(names)}"
 
 

@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from limits import (
+    GPU_CELL,
     Limit,
     geometric_mean,
+    gpu_sampling_limits,
     losses_limits,
     sampling_limits,
     score_limits,
@@ -41,6 +43,14 @@ LOSS_NAMES = {
     "trl": "trl",
     "liger": "Liger",
 }
+GPU_MODE = "cold, graph"  # the way of timing that the table shows
+GPU_PEERS = {
+    "flashinfer": "FlashInfer",
+    "vllm": "vLLM",
+    "stock": "transformers",
+    "compiled": "`torch.compile`",
+}
+UNMEASURED = {"gpu_sampling": "Not yet measured on a GPU.\n"}  # blocks that may lack a result
 TRAINING = {"linear": "`linear_label_margins`", "logits": "full logits, `label_margins`"}
 
 
@@ -63,12 +73,17 @@ def main() -> int:
 
 
 def render(readme: str) -> str:
-    """The README with every marked block made anew; each result has one, each block a result."""
+    """The README with every marked block made anew; each result has one, each block a result.
+
+    Where a block may lack its result it says so.
+    """
     for name, table in TABLES.items():
         measured = (RESULTS / f"{name}.json").exists()
         if not measured and f"<!-- {name} -->" not in readme:
             continue
-        block = f"<!-- {name} -->\n{table(load(name))}<!-- /{name} -->"
+        known = measured or name not in UNMEASURED
+        text = table(load(name)) if known else UNMEASURED[name]
+        block = f"<!-- {name} -->\n{text}<!-- /{name} -->"
         readme, found = re.subn(
             rf"<!-- {name} -->\n.*?<!-- /{name} -->", lambda _, b=block: b, readme, flags=re.DOTALL
         )
@@ -138,6 +153,70 @@ def sampling_table(record: dict[str, Any]) -> str:
         *(f"Note: {note}." for note in record["notes"]),
     ]
     return "\n".join(lines) + "\n"
+
+
+def gpu_sampling_table(record: dict[str, Any]) -> str:
+    """What `sample` must show on a GPU, its times, those of the others, and the machine."""
+    gpu, settings = record["host"]["gpu"], record["settings"]
+    if gpu is None:
+        raise ValueError("gpu_sampling.json: expected a result of a GPU, got one of the CPU")
+    place = {key: GPU_CELL[key] for key in ("vocabulary", "rows", "dtype")}
+    found = {
+        (c["adaptor"], c["batch"]): c
+        for c in record["cells"]
+        if c["mode"] == GPU_MODE and all(c[key] == value for key, value in place.items())
+    }
+    batches = sorted({batch for _, batch in found})
+    lines = [*_limit_rows(gpu_sampling_limits(record)), ""]
+    lines += [
+        f"Time in µs (times that of one read of the rows), V = {place['vocabulary']:,}, "
+        f"{place['rows']}, {place['dtype']}, {GPU_MODE}:",
+        "",
+        f"| adaptor | {' | '.join(f'N = {batch}' for batch in batches)} |",
+        "|---|" + "---|" * len(batches),
+    ]
+    for adaptor in settings["adaptors"]:
+        entries = []
+        for batch in batches:
+            cell = found.get((adaptor, batch))
+            ratio = cell and cell["to_bound"]["fastadapt"][1]
+            entries.append(f"{cell['us']['fastadapt'][1]:.1f} ({ratio:.2f})" if cell else "-")
+        lines.append(f"| {adaptor} | {' | '.join(entries)} |")
+    lines += ["", *_gpu_peer_rows(record["peers"])]
+    versions = record["host"]["versions"]
+    others = "".join(
+        f", {name} {versions[name]}"
+        for name in ("triton", "flashinfer-python", "vllm")
+        if versions.get(name)
+    )
+    lines += [
+        f"{gpu['name']}, driver {gpu['driver']}, CUDA {gpu['cuda']}, {len(record['cells'])} cells, "
+        f"up to {settings['rounds']} rounds in turns, medians, "
+        f"{_software(record['host'])}{others}.",
+        *(f"Note: {note}." for note in record["notes"]),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _gpu_peer_rows(peers: list[dict[str, Any]]) -> list[str]:
+    """A table of the others' times to ours, a row per adaptor; empty where none was measured."""
+    names = [name for name in GPU_PEERS if any(name in p["to_fastadapt"] for p in peers)]
+    if not names:
+        return []
+    lines = [
+        "Time of others to ours, geometric mean over N and the ways of timing:",
+        "",
+        f"| adaptor | {' | '.join(GPU_PEERS[name] for name in names)} |",
+        "|---|" + "---|" * len(names),
+    ]
+    for adaptor in dict.fromkeys(p["adaptor"] for p in peers):
+        entries = []
+        for name in names:
+            sides = [p["to_fastadapt"].get(name) for p in peers if p["adaptor"] == adaptor]
+            mean = geometric_mean([side[1] for side in sides if side])
+            entries.append("-" if mean is None else f"{mean:.1f} x")
+        lines.append(f"| {adaptor} | {' | '.join(entries)} |")
+    return [*lines, ""]
 
 
 def score_table(record: dict[str, Any]) -> str:
@@ -256,6 +335,7 @@ def _software(host: dict[str, Any]) -> str:
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "generation": generation_table,
     "sampling": sampling_table,
+    "gpu_sampling": gpu_sampling_table,
     "score": score_table,
     "losses": losses_table,
     "train_preferences": train_table,

@@ -8,6 +8,15 @@ import time
 from collections.abc import Callable, Mapping
 
 Call = Callable[[int], object]
+Timer = Callable[[Call, range], float]  # seconds per call of the calls with these numbers
+
+
+def clock(call: Call, turns: range) -> float:
+    """Seconds per call by the clock of the machine."""
+    start = time.perf_counter()
+    for turn in turns:
+        call(turn)
+    return (time.perf_counter() - start) / len(turns)
 
 
 def in_turns(
@@ -17,6 +26,7 @@ def in_turns(
     budget_s: float = math.inf,
     slice_s: float = 1e-3,
     least_rounds: int = 5,
+    timer: Timer = clock,
 ) -> dict[str, list[float]]:
     """Run every call in every round, each round beginning with another one.
 
@@ -30,6 +40,7 @@ def in_turns(
         budget_s: seconds after which no further round begins, once there are `least_rounds`.
         slice_s: seconds that a call is repeated for in a round; one call if it takes longer.
         least_rounds: rounds that are run whatever they take, unless `rounds` is less.
+        timer: measures a slice; that of a device waits for it.
 
     Returns:
         For each call its seconds per call, one value per round.
@@ -46,11 +57,8 @@ def in_turns(
                 break
             first = number % len(names)
             for name in names[first:] + names[:first]:
-                call, turns = calls[name], range(number, number + repeats[name])
-                start = time.perf_counter()
-                for turn in turns:
-                    call(turn)
-                seconds[name].append((time.perf_counter() - start) / len(turns))
+                turns = range(number, number + repeats[name])
+                seconds[name].append(timer(calls[name], turns))
     finally:
         if collects:
             gc.enable()

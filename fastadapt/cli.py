@@ -11,7 +11,7 @@ from pathlib import Path
 _EXTRA_PACKAGES = frozenset(
     {"accelerate", "gguf", "platformdirs", "rich", "safetensors", "tokenizers", "transformers"}
 )
-_BENCHMARKS = ("generation", "sampling", "score", "losses")
+_BENCHMARKS = ("generation", "sampling", "score", "losses", "gpu-sampling")
 _KNOBS: dict[str, tuple[type, float, str]] = {
     "temperature": (float, 1.0, "divides the logits"),
     "top_k": (int, 0, "keep this many of the most probable tokens; 0 is off"),
@@ -122,7 +122,7 @@ def _run_demo(arguments: argparse.Namespace) -> int:
 
 def _run_bench(arguments: argparse.Namespace) -> int:
     """Run a benchmark script of the checkout in which the user stands or the package lies."""
-    script = Path("benchmarks") / f"bench_{arguments.name}.py"
+    script = Path("benchmarks") / f"bench_{arguments.name.replace('-', '_')}.py"
     for root in (Path.cwd(), Path(__file__).resolve().parent.parent):
         if (root / script).is_file():
             return subprocess.run([sys.executable, str(root / script), *arguments.rest]).returncode

@@ -274,11 +274,11 @@ def test_bench_needs_a_checkout(tmp_path, monkeypatch, capsys):
     assert "from a checkout" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["generation", "sampling", "score", "losses"])
+@pytest.mark.parametrize("name", ["generation", "sampling", "score", "losses", "gpu-sampling"])
 def test_bench_passes_arguments_and_exit_code(name, tmp_path, monkeypatch):
     (tmp_path / "benchmarks").mkdir()
     script = "import sys; sys.exit(7 if sys.argv[1:] == ['--rounds', '2'] else 1)"
-    (tmp_path / "benchmarks" / f"bench_{name}.py").write_text(script)
+    (tmp_path / "benchmarks" / f"bench_{name.replace('-', '_')}.py").write_text(script)
     monkeypatch.chdir(tmp_path)
     assert cli.main(["bench", name, "--rounds", "2"]) == 7
 

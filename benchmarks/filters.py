@@ -1,0 +1,44 @@
+"""The command line's filters: which values of each axis of a grid a benchmark runs."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from cases import chosen
+
+Axes = Mapping[str, Sequence[Any]]
+_NUMBERS = ("vocab", "batch")  # V and N may be any number
+_MAYBE_NONE = ("peers",)  # may be left out altogether
+
+
+def add_filters(parser: argparse.ArgumentParser, axes: Axes) -> None:
+    """Add `--quick` and an option per axis."""
+    parser.add_argument(
+        "--quick", action="store_true", help="few cells; the filters below still widen or narrow"
+    )
+    for name, known in axes.items():
+        limited: dict[str, Any] = {"type": int} if name in _NUMBERS else {"choices": known}
+        count = "*" if name in _MAYBE_NONE else "+"
+        parser.add_argument(f"--{name}", nargs=count, metavar="X", **limited)
+
+
+def fill_filters(
+    parser: argparse.ArgumentParser, options: argparse.Namespace, axes: Axes, quick: Axes
+) -> None:
+    """Give every axis its values: those asked for, those of `--quick`, or all."""
+    for name, known in axes.items():
+        wanted = getattr(options, name)
+        if wanted is None:
+            setattr(options, name, list(quick.get(name, known) if options.quick else known))
+        elif name in _NUMBERS:
+            at_least(parser, name, min(wanted), 1)
+        else:
+            setattr(options, name, chosen(wanted, known))
+
+
+def at_least(parser: argparse.ArgumentParser, name: str, value: int, low: int) -> None:
+    """Leave with a message where a number is too small."""
+    if value < low:
+        parser.error(f"{name}: expected at least {low}, got {value}")
