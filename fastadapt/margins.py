@@ -23,7 +23,8 @@ def label_margins(logits: Tensor, labels: Tensor, *, ignore_index: int = -100) -
     """Returns each label's log-odds `z_y - logsumexp(z_j, j != y)`, differentiably.
 
     One read of the logits forward, one read and one write backward. Sums are float32 over
-    stretches of 1024 ids and float64 beyond; at any margin the relative error is that of float32.
+    stretches of 1024 ids (of 4096 on CUDA) and float64 beyond; at any margin the relative error is
+    that of float32.
 
     Args:
         logits (Tensor): (..., V), float32, bfloat16, float16, or float64 (for checks); any row
@@ -34,7 +35,8 @@ def label_margins(logits: Tensor, labels: Tensor, *, ignore_index: int = -100) -
     Returns:
         Tensor: shape of `labels`, float32 (float64 for float64 logits), nats. +inf and zero
         gradient where V is 1 or all other logits are -inf; NaN where one of the others is NaN or
-        +inf, or the label's own is NaN. Raises when differentiated twice.
+        +inf, or the label's own is NaN; on CUDA, NaN without a gradient where the label is out of
+        range. Raises when differentiated twice.
 
     Raises:
         TypeError: logits or labels of another dtype.

@@ -219,6 +219,14 @@ def candidate_margin_kernel(
 
 
 @triton.jit
+def _load_stats(stats, at):
+    """Of a row: the largest entry's id and logit; of the rest, the largest and the sum."""
+    stats += at.to(tl.int64) * NUM_STATS
+    best, top = tl.load(stats + TOP_ID).to(tl.int64), tl.load(stats + LABEL_LOGIT)
+    return best, top, tl.load(stats + OTHERS_MAX), tl.load(stats + OTHERS_SUM)
+
+
+@triton.jit
 def candidate_factor_kernel(
     dmargins, logits, stride, v, index, mask, number, stats,
     factors,  # (rows, 2) float64: the gradient for each e^(x - second), and of the largest entry
@@ -227,11 +235,8 @@ def candidate_factor_kernel(
     """What all entries of a row's gradient share."""
     at = tl.program_id(0)
     row = logits + at.to(tl.int64) * stride
-    stats += at.to(tl.int64) * NUM_STATS
-    second, total = tl.load(stats + OTHERS_MAX), tl.load(stats + OTHERS_SUM)
-    best, top = tl.load(stats + TOP_ID).to(tl.int64), tl.load(stats + LABEL_LOGIT)
-    index += at.to(tl.int64) * number
-    mask += at.to(tl.int64) * number
+    best, top, second, total = _load_stats(stats, at)
+    index, mask = index + at.to(tl.int64) * number, mask + at.to(tl.int64) * number
     dmargins += at.to(tl.int64) * number
     own = tl.zeros([CANDIDATES], tl.float64)  # of the largest entry
     beside = tl.zeros([CANDIDATES], tl.float64)  # of the others, by the mass without each
@@ -259,11 +264,10 @@ def candidate_backward_kernel(
 ):  # fmt: skip
     """The gradient of a row but for what candidates beside the largest entry add to their own."""
     at, tile = tl.program_id(0), tl.program_id(1)
-    stats += at.to(tl.int64) * NUM_STATS
+    best, _, second, _ = _load_stats(stats, at)
     _write_gradient(
         logits + at.to(tl.int64) * stride, v, tile, tl.load(factors + 2 * at),
-        tl.load(stats + OTHERS_MAX), tl.load(stats + TOP_ID).to(tl.int64),
-        tl.load(factors + 2 * at + 1), out + at.to(tl.int64) * v, DOUBLE, BLOCK,
+        second, best, tl.load(factors + 2 * at + 1), out + at.to(tl.int64) * v, DOUBLE, BLOCK,
     )  # fmt: skip
 
 
@@ -275,11 +279,8 @@ def candidate_own_kernel(
     """Overwrites the gradient of the candidates themselves; equal ids write equal sums."""
     at, some = tl.program_id(0), tl.program_id(1)
     row = logits + at.to(tl.int64) * stride
-    stats += at.to(tl.int64) * NUM_STATS
-    second, total = tl.load(stats + OTHERS_MAX), tl.load(stats + OTHERS_SUM)
-    best, top = tl.load(stats + TOP_ID).to(tl.int64), tl.load(stats + LABEL_LOGIT)
-    index += at.to(tl.int64) * number
-    mask += at.to(tl.int64) * number
+    best, top, second, total = _load_stats(stats, at)
+    index, mask = index + at.to(tl.int64) * number, mask + at.to(tl.int64) * number
     dmargins += at.to(tl.int64) * number
     own_ids, _, own_good, own_z = _load_candidates(
         row, v, index, mask, some * CANDIDATES + tl.arange(0, CANDIDATES), number, best, MASKED,
