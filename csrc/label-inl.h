@@ -55,13 +55,19 @@ static int64_t first_largest(const T* x, int64_t v) {
 }
 
 // The sum of e^(z - M) over all entries but c, in units of the row's largest entry M, c not M's.
-// It is at least 1, so nothing cancels.
+// It is at least 1, so nothing cancels; NaN where M is +inf.
 static inline double without(const double* stats, double z) {
   const double top = stats[kLabelLogit];
+  if (top == __builtin_inf()) return __builtin_nan("");
   const double rest =
       stats[kOthersSum] == 0 ? 0 : stats[kOthersSum] * __builtin_exp(stats[kOthersMax] - top);
   const double others = rest - __builtin_exp(z - top);
   return 1 + (others > 0 ? others : others != others ? others : 0);
+}
+
+// A row of nothing but -inf: no candidate has others.
+static inline bool nothing_finite(const double* stats) {
+  return stats[kOthersSum] == 0 && stats[kLabelLogit] == -__builtin_inf();
 }
 
 // The entries but the largest are summed once; from them follows the margin of every candidate.
@@ -87,8 +93,9 @@ static void candidate_row(const CandidateArgs& a, int64_t r, const Scratch&) {
     double margin = 0;
     if (!a.mask || a.mask[k]) {
       const double z = wide(x[a.index[k]]);
-      margin = a.index[k] == best ? margin_of(stats)
-                                  : z - stats[kLabelLogit] - log_sum(without(stats, z));
+      margin = a.index[k] == best || nothing_finite(stats)
+                   ? margin_of(stats)
+                   : z - stats[kLabelLogit] - log_sum(without(stats, z));
     }
     static_cast<Real*>(a.margins)[k] = static_cast<Real>(margin);
   }
@@ -130,7 +137,11 @@ static void candidate_backward_row(const CandidateBackwardArgs& a, int64_t r,
     else
       beside += g_at(k) / without(stats, wide(x[a.index[k]]));
   }
-  if (alone) {
+  if (nothing_finite(stats)) {
+    for (int64_t i = 0; i < v; ++i) from_double(0, out + i);
+    return;
+  }
+  if (alone || (own == 0 && beside == 0)) {  // 0 times what may be NaN
     for (int64_t i = 0; i < v; ++i) sum[i] = 0;
   } else {
     const double per_e = -own / stats[kOthersSum] - beside * __builtin_exp(second - top);

@@ -10,7 +10,15 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from fastadapt import Adaptor, adapted_margins, filter_logits, sample, score
+from fastadapt import (
+    Adaptor,
+    adapted_margins,
+    candidate_margins,
+    filter_logits,
+    label_margins,
+    sample,
+    score,
+)
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("device")]
 
@@ -322,3 +330,40 @@ def test_more_entries_than_32_bits_count(large):
     (few_gradient,) = torch.autograd.grad(wanted.sum(), few)
     torch.testing.assert_close(margins[here].cpu(), wanted, rtol=2**-23, atol=0)
     torch.testing.assert_close(gradient[here].cpu(), few_gradient, rtol=2**-7, atol=2**-126)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("v", [1, 1000, 128_256])
+def test_margins_of_labels_and_candidates_are_those_of_the_cpu(on_device, v, dtype):
+    n, k = 6, 5
+    x, labels = (torch.randn(n, v) * 4).to(dtype), torch.randint(v, (n,))
+    labels[0] = -100
+    index, mask = torch.randint(v, (n, k)), torch.rand(n, k) < 0.7
+    upstreams = torch.randn(n), torch.randn(n, k)
+
+    def both(x, labels, index, mask, g, many):
+        """Margins and the gradient of each."""
+        leaf = x.detach().requires_grad_()
+        found = []
+        for m, up in (
+            (label_margins(leaf, labels), g),
+            (candidate_margins(leaf, index, mask), many),
+        ):
+            found += [m.detach(), torch.autograd.grad(m, leaf, up.to(m.dtype))[0]]
+        return found
+
+    ours, wanted = (
+        on_device(both, x, labels, index, mask, *upstreams),
+        both(x, labels, index, mask, *upstreams),
+    )
+    rounding = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10, torch.float64: 1e-12}
+    for i, (a, b) in enumerate(zip(ours, wanted, strict=True)):
+        tolerance = rounding.get(dtype, 3e-6) if i % 2 else rounding.get(a.dtype, 3e-6)
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * 1e-2 + 1e-12)
+
+
+def test_labels_out_of_range_spoil_their_own_rows(on_device):
+    x, labels = torch.randn(3, 40), torch.tensor([40, -1, 3])
+    margins = on_device(label_margins, x, labels)
+    assert margins.isnan().tolist() == [True, True, False]
+    torch.testing.assert_close(margins[2:], label_margins(x[2:], labels[2:]))

@@ -219,6 +219,30 @@ def test_candidates_are_exact_where_one_holds_nearly_all_the_mass(cpu_capability
         torch.testing.assert_close(ours[1].double(), twin[1], rtol=3e-6, atol=1e-7)
 
 
+def test_candidate_edges_are_those_of_the_twin(cpu_capability):
+    inf, nan = float("inf"), float("nan")
+    x = torch.tensor([[inf, 1.0, 2.0], [-inf] * 3, [1.0, -inf, -inf], [1.0, nan, 2.0]])
+    index = torch.tensor([[0, 1, 2, 1]]).expand(4, 4).contiguous()
+    wanted = reference.candidate_margins(x.double(), index).float()
+    leaf = x.clone().requires_grad_()
+    margins = candidate_margins(leaf, index)
+    torch.testing.assert_close(margins.detach(), wanted, equal_nan=True)
+    (gradient,) = torch.autograd.grad(margins, leaf, torch.ones(4, 4))
+    assert gradient[0].isnan().all()
+    assert gradient[1:3].tolist() == [[0.0, 0.0, 0.0], [-3.0, 2.0, 1.0]]
+    margins = candidate_margins(leaf, index, torch.zeros_like(index, dtype=torch.bool))
+    assert not torch.autograd.grad(margins, leaf, torch.full((4, 4), inf))[0].any()
+
+
+def test_opposite_upstreams_of_equal_candidates_do_not_cancel():
+    x = torch.tensor([[3.0, 1.0, 1.0, 0.0]], dtype=torch.float64, requires_grad=True)
+    index, upstream = torch.tensor([[1, 2]]), torch.tensor([[1.0, -1.0]], dtype=torch.float64)
+    (ours,) = torch.autograd.grad(candidate_margins(x, index), x, upstream)
+    (twin,) = torch.autograd.grad(reference.candidate_margins(x, index), x, upstream)
+    torch.testing.assert_close(ours, twin)
+    assert ours[0, 1] > 1
+
+
 def test_one_candidate_is_the_label(rows):
     x = rows("spread", 6, 999)
     y, upstream = torch.randint(999, (6,)), torch.randn(6)
