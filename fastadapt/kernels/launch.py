@@ -16,7 +16,9 @@ from fastadapt.kernels import draw, law, scan, top, write
 from fastadapt.kernels.rows import LAW_SIZE
 
 NUM_KNOBS = 8
-DECIDING_WARPS = 8
+# Without a limit, assemblers for sm_80 stop at 128 or 168 registers and spill.
+COLLECTING: dict[str, object] = {"num_warps": 4, "maxnreg": 255, "enable_fp_fusion": False}
+DECIDING: dict[str, object] = {**COLLECTING, "num_warps": 8}
 NARROW_WARPS, WIDE_WARPS = 4, 8  # of the passes over rows
 
 
@@ -135,8 +137,7 @@ def _scan(
         "BINS": plan.bins,
         "SPLITS": triton.next_power_of_2(splits),
         "BLOCKS": triton.next_power_of_2(blocks),
-        "num_warps": DECIDING_WARPS,
-        "enable_fp_fusion": False,
+        **DECIDING,
     }
     arguments = (*row, parts, splits, *found, sums[0], sums[1], finite, blocks)
     return Rows(arguments, constants, sums[2], sums[3], parts, splits, blocks)
@@ -219,8 +220,7 @@ def _top(
         out[2],
         BLOCK=plan.block,
         BINS=plan.bins,
-        num_warps=NARROW_WARPS,
-        enable_fp_fusion=False,
+        **COLLECTING,
         **shared,
     )
     top.sort_kernel[(logits.shape[0],)](

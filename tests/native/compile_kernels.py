@@ -2,7 +2,7 @@
 code's demands: no spill, no stack, no local memory, no fused multiply-add, and no more shared
 memory than the target has.
 
-    python tests/native/compile_kernels.py [--targets 80 90 100] [--jobs 2]
+    python tests/native/compile_kernels.py [--targets 80 90 100] [--dtypes fp32 bf16 fp16 fp64]
 
 Needs triton; the package it comes with has the assembler and `cuobjdump`.
 """
@@ -25,7 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fastadapt.kernels import draw, label, launch_losses, law, scan, top, write
-from fastadapt.kernels.launch import DECIDING_WARPS, NARROW_WARPS, PLAN, WIDE_WARPS
+from fastadapt.kernels.launch import COLLECTING, DECIDING, NARROW_WARPS, PLAN, WIDE_WARPS
 
 # KiB a block may have: CUDA's table of compute capabilities
 SHARED = {80: 163, 90: 227, 100: 227}
@@ -84,13 +84,13 @@ def _variant(
     return Variant(target, name, kernel, dtype, tuple(constants.items()), warps)
 
 
-def variants(targets: list[int]) -> Iterator[Variant]:
+def variants(targets: list[int], dtypes: list[str]) -> Iterator[Variant]:
     """Every kernel, dtype and set of options, at the sizes that the launches use."""
     blocks = triton.next_power_of_2(LONGEST // PLAN.block)
     block = {"BLOCK": PLAN.block}
     parts = {**block, "SPLITS": blocks}
     search = {**parts, "LIST": PLAN.list_size, "BINS": PLAN.bins, "BLOCKS": blocks}
-    for target, dtype in itertools.product(targets, DTYPES):
+    for target, dtype in itertools.product(targets, dtypes):
         one = partial(_variant, target, dtype)
         double = {"DOUBLE": dtype == "fp64"}
         listing = {"LIST": PLAN.list_size, "SAMPLE": PLAN.sample_size}
@@ -104,15 +104,15 @@ def variants(targets: list[int]) -> Iterator[Variant]:
             options = {"POSITIONS": asked, "BASE": asked, "LOG_MASS": asked}
             fields = {**search, "ALL_WEIGHED": asked, **options}
             if dtype != "fp64":
-                yield one(draw, "sample_kernel", fields, DECIDING_WARPS)
-        yield one(law, "law_kernel", {**search, "ALL_WEIGHED": False}, DECIDING_WARPS)
+                yield one(draw, "sample_kernel", fields)
+        yield one(law, "law_kernel", {**search, "ALL_WEIGHED": False})
         yield one(write, "support_kernel", {**parts, **double})
         yield one(write, "margin_kernel", {**block, "BLOCKS": blocks, **double})
         yield one(write, "margin_backward_kernel", {**block, **double})
         yield from _loss_variants(partial(one, label), double)
         if dtype == "fp64":
             continue
-        yield one(law, "score_kernel", {**search, "ALL_WEIGHED": True}, DECIDING_WARPS)
+        yield one(law, "score_kernel", {**search, "ALL_WEIGHED": True})
         yield one(write, "filter_kernel", parts)
         collect = {name: size for name, size in search.items() if name != "BLOCKS"}
         yield one(top, "top_kernel", collect)
@@ -150,6 +150,10 @@ def demand_of(variant: Variant) -> Demand:
         fn=kernel, signature={n: types[n] for n in kernel.arg_names}, constexprs=constants
     )
     options = {"num_warps": variant.warps, "enable_fp_fusion": False}
+    if variant.module in ("draw", "law"):
+        options |= DECIDING
+    elif variant.kernel == "top_kernel":
+        options |= COLLECTING
     binary = triton.compile(source, GPUTarget("cuda", variant.target, 32), options)
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -178,9 +182,10 @@ def main() -> int:
     """Compiles all, prints what each kernel needs at most, and fails where one must not be."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--targets", nargs="+", type=int, choices=SHARED, default=list(SHARED))
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--jobs", type=int, default=2)
     options = parser.parse_args()
-    work = list(variants(options.targets))
+    work = list(variants(options.targets, options.dtypes))
     failed = 0
     lines: list[str] = []
     most: dict[tuple[int, str], Demand] = {}
