@@ -21,7 +21,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -31,7 +30,7 @@ from torch import Tensor
 from cases import DTYPES, GPU_ADAPTORS, GPU_BATCHES, GPU_ROWS, GPU_VOCABULARIES, make_rows
 from device_timing import DeviceCall, DeviceTimer, captured
 from fastadapt import Adaptor, sample
-from filters import add_filters, at_least, fill_filters
+from filters import at_least, fill_filters, grid_parser
 from gpu_peers import GPU_PEERS
 from host import PACKAGES, gpu_record, host_record, quartiles, times_us, write_record
 from limits import gpu_sampling_limits, print_limits
@@ -319,9 +318,6 @@ def _first_line(error: Exception) -> str:
 
 def _parse() -> argparse.Namespace:
     """Read the arguments."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    add = parser.add_argument
-    add("--out", type=Path, help="JSON file to write")
     axes = {
         "vocab": GPU_VOCABULARIES,
         "batch": GPU_BATCHES,
@@ -330,12 +326,10 @@ def _parse() -> argparse.Namespace:
         "dtypes": tuple(DTYPES),
         "peers": tuple(GPU_PEERS),
     }
-    add_filters(parser, axes)
-    add("--rounds", type=int, default=100, help="at most (default: %(default)s)")
-    add("--seconds", type=float, default=2.0, help="per cell, about (default: %(default)s)")
+    parser = grid_parser(__doc__, axes, rounds=100, seconds=2.0)
+    add = parser.add_argument
     add("--peer-seconds", type=float, default=4.0, help="for its peers (default: %(default)s)")
     add("--minutes", type=float, default=6.0, help="then cells are left out (default: %(default)s)")
-    add("--seed", type=int, default=0)
     add("--commit", metavar="HASH", help="of this tree, where it has no git to say it")
     add("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: only to try the script")
     options = parser.parse_args()

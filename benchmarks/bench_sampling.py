@@ -20,7 +20,6 @@ import argparse
 import itertools
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -30,7 +29,7 @@ from torch import Tensor
 from cases import ADAPTORS, BATCHES, DTYPES, ROWS, VOCABULARIES, make_rows
 from fastadapt import Adaptor, sample
 from fastadapt.demo import progress_bar, stepper
-from filters import add_filters, at_least, fill_filters
+from filters import at_least, fill_filters, grid_parser
 from host import PACKAGES, host_record, quartiles, times_us, write_record
 from limits import print_limits, sampling_limits
 from peers import LlamaChain, MissingPeer, compiled_draw, stock_draw
@@ -216,9 +215,6 @@ def _call_us(options: argparse.Namespace) -> list[float]:
 
 def _parse() -> argparse.Namespace:
     """Read the arguments."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    add = parser.add_argument
-    add("--out", type=Path, help="JSON file to write")
     axes = {
         "vocab": VOCABULARIES,
         "batch": BATCHES,
@@ -227,11 +223,9 @@ def _parse() -> argparse.Namespace:
         "dtypes": tuple(DTYPES),
         "peers": tuple(PEERS),
     }
-    add_filters(parser, axes)
-    add("--rounds", type=int, default=21, help="at most (default: %(default)s)")
-    add("--seconds", type=float, default=0.4, help="per cell, about (default: %(default)s)")
+    parser = grid_parser(__doc__, axes, rounds=21, seconds=0.4)
+    add = parser.add_argument
     add("--peer-rounds", type=int, default=5, help="(default: %(default)s)")
-    add("--seed", type=int, default=0)
     add("--threads", type=int, help="default: torch's own choice")
     options = parser.parse_args()
     for name in ("rounds", "peer_rounds"):

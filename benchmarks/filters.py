@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from cases import chosen
@@ -13,15 +14,23 @@ _NUMBERS = ("vocab", "batch")  # V and N may be any number
 _MAYBE_NONE = ("peers",)  # may be left out altogether
 
 
-def add_filters(parser: argparse.ArgumentParser, axes: Axes) -> None:
-    """Add `--quick` and an option per axis."""
-    parser.add_argument(
-        "--quick", action="store_true", help="few cells; the filters below still widen or narrow"
-    )
+def grid_parser(
+    description: str, axes: Axes, *, rounds: int, seconds: float
+) -> argparse.ArgumentParser:
+    """The parser of a grid: where it goes, `--quick` and an option per axis, its rounds."""
+    parser = argparse.ArgumentParser(description=description.partition("\n")[0])
+    add = parser.add_argument
+    add("--out", type=Path, help="JSON file to write")
+    add("--quick", action="store_true", help="few cells; the filters below still widen or narrow")
     for name, known in axes.items():
         limited: dict[str, Any] = {"type": int} if name in _NUMBERS else {"choices": known}
         count = "*" if name in _MAYBE_NONE else "+"
-        parser.add_argument(f"--{name}", nargs=count, metavar="X", **limited)
+        add(f"--{name}", nargs=count, metavar="X", **limited)
+    add("--rounds", type=int, default=rounds, help="at most (default: %(default)s)")
+    text = "per cell, about (default: %(default)s)"
+    add("--seconds", type=float, default=seconds, help=text)
+    add("--seed", type=int, default=0)
+    return parser
 
 
 def fill_filters(

@@ -4,7 +4,6 @@ import triton
 import triton.language as tl
 
 from fastadapt.kernels.arithmetic import (
-    ANY_RANK,
     FINITE_RANK,
     LAST_ID,
     MIN_INT32,
@@ -19,6 +18,7 @@ from fastadapt.kernels.arithmetic import (
     surprisals,
     with_ties,
 )
+from fastadapt.kernels.bundles import Decision, Found, Law, List, Row
 from fastadapt.kernels.rows import (
     EPSILON,
     ETA,
@@ -34,56 +34,40 @@ from fastadapt.kernels.rows import (
     first_filter,
     inverse_of,
     is_neutral,
+    knobs_of,
     largest_of,
+    law_from,
     load_knob,
+    load_list,
     load_scaled,
     needs_masses,
     needs_surprisal,
+    row_at,
     status_of,
     survives,
 )
-from fastadapt.kernels.scan import knobs_of
 from fastadapt.kernels.select import cut_of_row, last_before, look
 
 
 @triton.jit
-def load_list(listed, listed_ids, number, LIST: tl.constexpr):
-    """A row's list: scaled logits, -inf past its end, and ids."""
-    at = tl.arange(0, LIST)
-    there = at < number
-    s = tl.load(listed + at, mask=there, other=float("-inf"))
-    return s, tl.load(listed_ids + at, mask=there, other=0)
+def found_of(lists, virtual, LIST: tl.constexpr):
+    """The list of a virtual row, and its room for another."""
+    at = virtual.to(tl.int64) * LIST
+    listed = List(lists.listed + at, lists.listed_ids + at)
+    spare = List(lists.spare + at, lists.spare_ids + at)
+    return Found(tl.load(lists.counts + virtual), tl.load(lists.floors + virtual), listed, spare)
 
 
 @triton.jit
-def _cut(
-    row,
-    v,
-    inverse,
-    m,
-    law,
-    by_kappa,
-    by_mass,
-    target,
-    usable,
-    inside,
-    floor,
-    number,
-    listed,
-    listed_ids,
-    spare,
-    spare_ids,
-    BLOCK: tl.constexpr,
-    LIST: tl.constexpr,
-    BINS: tl.constexpr,
-):
+def _cut(row, law, by_kappa, by_mass, target, found, inside, sizes):
     """A cut, and whether the list held all that decides it."""
     cut = tl.full([], 0, tl.int64)
+    usable = found.number <= sizes.LIST
     if usable:
-        s, ids = load_list(listed, listed_ids, number, LIST)
-        alive, _, rank, q, weight = look(s, ids, m, law, by_kappa, by_mass)
+        s, ids = load_list(found.listed, found.number, sizes.LIST)
+        alive, _, rank, q, weight = look(s, ids, row.m, law, by_kappa, by_mass)
         # as typical as the floor, below the centre, may also be tokens that are not in the list
-        edge = floor - m + law[6]
+        edge = found.floor - row.m + law.centre
         limit = tl.where(edge < 0.0, keys(edge), 2**31 - 1)
         near = keys(q) > tl.where(inside | (by_kappa == 0), MIN_INT32, limit)
         alive &= near
@@ -93,127 +77,101 @@ def _cut(
             cut = last_before(rank, weight, alive, tl.full([], 0, tl.int64), target)
     if usable == 0:
         cut = cut_of_row(
-            row,
-            v,
-            inverse,
-            m,
-            law,
-            by_kappa,
-            by_mass,
-            target,
-            spare,
-            spare_ids,
-            BLOCK,
-            LIST,
-            BINS,
+            row, law, by_kappa, by_mass, target, found.spare, sizes.BLOCK, sizes.LIST, sizes.BINS
         )
     return cut, usable
 
 
 @triton.jit
-def _sums(
-    row, v, inverse, m, law, inside, number, listed, listed_ids, sums, store,
-    BLOCK: tl.constexpr, LIST: tl.constexpr,
-):  # fmt: skip
+def _first_largest(row, found, BLOCK: tl.constexpr, LIST: tl.constexpr):
+    """The lowest id of the largest scaled logit."""
+    best = tl.full([], LAST_ID, tl.int32)
+    if found.number <= LIST:
+        s, ids = load_list(found.listed, found.number, LIST)
+        best = tl.min(tl.where(s == row.m, ids, LAST_ID), 0)
+    block = tl.where(best == LAST_ID, 0, tl.cdiv(row.v, BLOCK))
+    while block < tl.cdiv(row.v, BLOCK):
+        ids = block * BLOCK + tl.arange(0, BLOCK)
+        best = tl.min(tl.where(load_scaled(row, ids) == row.m, ids, LAST_ID), 0)
+        block = tl.where(best == LAST_ID, block + 1, tl.cdiv(row.v, BLOCK))
+    return best
+
+
+@triton.jit
+def _sums(row, law, found, inside, sums, store, BLOCK: tl.constexpr, LIST: tl.constexpr):
     """Mass, surprisal mass and number of the survivors; stores the masses of blocks if asked to."""
     if inside:
-        s, ids = load_list(listed, listed_ids, number, LIST)
-        alive = survives(s, ids, m, law)
-        z = tl.sum(tl.where(alive, masses(s - m), 0), 0)
-        u = tl.sum(tl.where(alive, surprisals(s - m), 0), 0)
+        s, ids = load_list(found.listed, found.number, LIST)
+        alive = survives(s, ids, row.m, law)
+        z = tl.sum(tl.where(alive, masses(s - row.m), 0), 0)
+        u = tl.sum(tl.where(alive, surprisals(s - row.m), 0), 0)
         n = tl.sum(alive.to(tl.int32), 0)
     else:
         z = tl.full([], 0, tl.int64)
         all_u = tl.zeros([BLOCK], tl.int64)
         all_n = tl.zeros([BLOCK], tl.int32)
-        for block in range(tl.cdiv(v, BLOCK)):
+        for block in range(tl.cdiv(row.v, BLOCK)):
             ids = block * BLOCK + tl.arange(0, BLOCK)
-            s = load_scaled(row, ids, v, inverse)
-            alive = survives(s, ids, m, law)
-            here = tl.sum(tl.where(alive, masses(s - m), 0), 0)
+            s = load_scaled(row, ids)
+            alive = survives(s, ids, row.m, law)
+            here = tl.sum(tl.where(alive, masses(s - row.m), 0), 0)
             z += here
             if store:
                 tl.store(sums + block, here)
-            all_u += tl.where(alive, surprisals(s - m), 0)
+            all_u += tl.where(alive, surprisals(s - row.m), 0)
             all_n += alive.to(tl.int32)
         u, n = tl.sum(all_u, 0), tl.sum(all_n, 0)
     return z, u, n
 
 
 @triton.jit
-def decide(
-    row,
-    v,
-    parts,
-    splits,
-    knobs,
-    step,
-    vllm,
-    count,
-    listed,
-    listed_ids,
-    floors,
-    spare,
-    spare_ids,
-    sums,
-    surprisal_sums,
-    finite,
-    blocks,
-    ALL_WEIGHED: tl.constexpr,
-    BLOCK: tl.constexpr,
-    LIST: tl.constexpr,
-    BINS: tl.constexpr,
-    SPLITS: tl.constexpr,
-    BLOCKS: tl.constexpr,
-):
-    """Runs the filters of a row, each on the survivors of the one before.
+def decide(rows, adaptors, parts, lists, weights, ALL_WEIGHED: tl.constexpr, sizes):
+    """Runs the filters of the row that this program has, each on the survivors of the one before.
 
-    Returns the law, the largest scaled logit, 1 / T, the status, and of the survivors whether the
-    list holds them all, their number and their mass. Where the list does not hold them, `sums` has
-    the mass of each block. Where T is 0 nothing is filtered.
+    Where T is 0 no filter runs, and the law leaves the lowest id of the largest logit.
     """
-    inverse = inverse_of(load_knob(knobs, TEMPERATURE, step))
-    m = largest_of(parts, splits, SPLITS) * inverse + 0.0
-    status = status_of(knobs, step, m)
-    keep = tl.minimum(load_knob(knobs, KEEP, step), MAX_KEEP).to(tl.int64)
-    filters = (status == OK) & (load_knob(knobs, TEMPERATURE, step) > 0)
-    first = first_filter(knobs, step, vllm)
-    number = tl.load(count)
-    floor = tl.load(floors)
-    usable = number <= LIST
-    inside = usable & (floor == float("-inf"))
+    virtual = tl.program_id(0)
+    at, knobs = knobs_of(adaptors, virtual)
+    temperature = load_knob(knobs, TEMPERATURE)
+    inverse = inverse_of(temperature)
+    m = largest_of(parts, at, sizes.SPLITS) * inverse + 0.0
+    row = Row(row_at(rows, at), rows.v, inverse, m)
+    status = status_of(knobs, m)
+    greedy = (status == OK) & (temperature == 0)
+    filters = (status == OK) & (temperature > 0)
+    keep = tl.minimum(load_knob(knobs, KEEP), MAX_KEEP).to(tl.int64)
+    first = first_filter(knobs)
+    found = found_of(lists, virtual, sizes.LIST)
+    usable = found.number <= sizes.LIST
+    inside = usable & (found.floor == float("-inf"))
+    listed_from = exponentials(found.floor - m).to(tl.float64) * 1.0001  # masses above are listed
 
-    cut = tl.full([], 0, tl.int64) + FINITE_RANK
-    mass = tl.full([], 0, tl.int64)
-    guard = mass + ANY_RANK
-    cutoff = mass
-    cutoff_guard = guard
-    band = guard
-    centre = tl.full([], 0.0, tl.float32)
-    at = tl.arange(0, BLOCKS)
+    cut, mass, guard, cutoff, cutoff_guard, band, centre = law_from(FINITE_RANK)
+    j = tl.arange(0, sizes.BLOCKS)
+    blocks = weights.blocks
+    of_row = virtual.to(tl.int64) * blocks
+    sums = weights.sums + of_row
     known = needs_masses(first) | ALL_WEIGHED
-    known_u = known & needs_surprisal(knobs, step)
-    z = tl.sum(tl.load(sums + at, mask=at < tl.where(known, blocks, 0), other=0), 0)
-    u = tl.sum(tl.load(surprisal_sums + at, mask=at < tl.where(known_u, blocks, 0), other=0), 0)
+    known_u = known & needs_surprisal(knobs)
+    z = tl.sum(tl.load(sums + j, mask=j < tl.where(known, blocks, 0), other=0), 0)
+    u = weights.surprisal_sums + of_row + j
+    u = tl.sum(tl.load(u, mask=j < tl.where(known_u, blocks, 0), other=0), 0)
     typical_ran = first < 0  # false
     for i in range(6):
-        knob = filter_at(i, vllm)
-        value = load_knob(knobs, knob, step)
+        knob = filter_at(knobs, i)
+        value = load_knob(knobs, knob)
         if filters & (is_neutral(knob, value) == 0):
-            law = (cut, mass, guard, cutoff, cutoff_guard, band, centre)
+            law = Law(cut, mass, guard, cutoff, cutoff_guard, band, centre)
             is_k, is_p, is_min = knob == TOP_K, knob == TOP_P, knob == MIN_P
             is_typical, is_eta = knob == TYPICAL_P, knob == ETA
             is_cutoff = (knob == EPSILON) | is_eta
             with_u = is_typical | is_eta
             if ((is_p | is_typical | is_cutoff) & (known == 0)) | (with_u & (known_u == 0)):
-                z, u, _ = _sums(
-                    row, v, inverse, m, law, inside, number, listed, listed_ids, sums, False,
-                    BLOCK, LIST,
-                )  # fmt: skip
+                z, u, _ = _sums(row, law, found, inside, sums, False, sizes.BLOCK, sizes.LIST)
             total = z.to(tl.float64)
             if is_typical:
                 centre = (u.to(tl.float64) / total).to(tl.float32)
-                law = (cut, mass, guard, cutoff, cutoff_guard, band, centre)
+                law = Law(cut, mass, guard, cutoff, cutoff_guard, band, centre)
             part_of_z = tl.where(is_p, 1.0 - value, value) * total
             target = tl.where(is_p, z - part_of_z.to(tl.int64), ceil64(part_of_z))
             target = tl.where(is_k, tl.minimum(value, MAX_KEEP).to(tl.int64), target)
@@ -231,24 +189,13 @@ def decide(
                 if asked:
                     rank, in_list = _cut(
                         row,
-                        v,
-                        inverse,
-                        m,
                         law,
                         is_typical,
                         (second == 0) & (is_k == 0),
                         tl.where(second == 0, target, keep),
-                        usable,
+                        found,
                         inside,
-                        floor,
-                        number,
-                        listed,
-                        listed_ids,
-                        spare,
-                        spare_ids,
-                        BLOCK,
-                        LIST,
-                        BINS,
+                        sizes,
                     )
                     held = held & in_list
                     main = tl.where(second == 0, rank, main)
@@ -260,7 +207,7 @@ def decide(
             if is_min:
                 mass = ceil64(value.to(tl.float32).to(tl.float64) * 1099511627776.0)
                 guard = least
-                held &= mass.to(tl.float64) > exponentials(floor - m).to(tl.float64) * 1.0001
+                held &= mass.to(tl.float64) > listed_from
             if is_cutoff:
                 p = value
                 if is_eta:
@@ -269,104 +216,20 @@ def decide(
                 cutoff = tl.maximum(cutoff, ceil64(p * total))
                 best = with_ties(ranks(keys(m), 0))
                 cutoff_guard = tl.where((keep > 1) | typical_ran, with_ties(least), best)
-                held &= cutoff.to(tl.float64) > exponentials(floor - m).to(tl.float64) * 1.0001
+                held &= (
+                    cutoff.to(tl.float64) > exponentials(found.floor - m).to(tl.float64) * 1.0001
+                )
             inside = inside | held
             typical_ran = typical_ran | is_typical
             known, known_u = first < 0, first < 0
-    law = (cut, mass, guard, cutoff, cutoff_guard, band, centre)
+    if greedy:
+        cut = ranks(keys(m), _first_largest(row, found, sizes.BLOCK, sizes.LIST))
+        inside = usable
+    law = Law(cut, mass, guard, cutoff, cutoff_guard, band, centre)
     kept = tl.full([], 0, tl.int32)
-    if filters:
-        if first == 0:
-            kept = tl.sum(tl.load(finite + at, mask=at < blocks, other=0), 0)
-            inside = first < 0  # the masses of the blocks are there
-        else:
-            z, u, kept = _sums(
-                row, v, inverse, m, law, inside, number, listed, listed_ids, sums, True,
-                BLOCK, LIST,
-            )  # fmt: skip
-    return law, m, inverse, status, inside, kept, z
-
-
-@triton.jit
-def decide_row(
-    logits,
-    stride,
-    v,
-    knobs,
-    adaptors,
-    knob_step,
-    row_step,
-    vllm,
-    parts,
-    splits,
-    count,
-    listed,
-    listed_ids,
-    floors,
-    spare,
-    spare_ids,
-    sums,
-    surprisal_sums,
-    finite,
-    blocks,
-    ALL_WEIGHED: tl.constexpr,
-    BLOCK: tl.constexpr,
-    LIST: tl.constexpr,
-    BINS: tl.constexpr,
-    SPLITS: tl.constexpr,
-    BLOCKS: tl.constexpr,
-):
-    """`decide` for the row that this program has."""
-    virtual = tl.program_id(0)
-    at, knobs = knobs_of(knobs, virtual, adaptors, knob_step, row_step)
-    row = logits + at.to(tl.int64) * stride
-    list_at, block_at = virtual.to(tl.int64) * LIST, virtual.to(tl.int64) * blocks
-    return decide(
-        row,
-        v,
-        parts + at * splits,
-        splits,
-        knobs,
-        knob_step,
-        vllm,
-        count + virtual,
-        listed + list_at,
-        listed_ids + list_at,
-        floors + virtual,
-        spare + list_at,
-        spare_ids + list_at,
-        sums + block_at,
-        surprisal_sums + block_at,
-        finite + block_at,
-        blocks,
-        ALL_WEIGHED,
-        BLOCK,
-        LIST,
-        BINS,
-        SPLITS,
-        BLOCKS,
-    )
-
-
-@triton.jit
-def temperature_of(knobs, virtual, knob_step, row_step):
-    """Temperature of a row under one adaptor."""
-    return load_knob(knobs + virtual.to(tl.int64) * row_step, TEMPERATURE, knob_step)
-
-
-@triton.jit
-def first_largest(
-    row, v, inverse, m, number, listed, listed_ids, BLOCK: tl.constexpr, LIST: tl.constexpr
-):
-    """The lowest id of the largest scaled logit."""
-    best = tl.full([], LAST_ID, tl.int32)
-    if number <= LIST:
-        s, ids = load_list(listed, listed_ids, number, LIST)
-        best = tl.min(tl.where(s == m, ids, LAST_ID), 0)
-    block = tl.where(best == LAST_ID, 0, tl.cdiv(v, BLOCK))
-    while block < tl.cdiv(v, BLOCK):
-        ids = block * BLOCK + tl.arange(0, BLOCK)
-        s = load_scaled(row, ids, v, inverse)
-        best = tl.min(tl.where(s == m, ids, LAST_ID), 0)
-        block = tl.where(best == LAST_ID, block + 1, tl.cdiv(v, BLOCK))
-    return best
+    if filters & (first == 0):
+        kept = tl.sum(tl.load(weights.finite + of_row + j, mask=j < blocks, other=0), 0)
+        inside = first < 0  # the masses of the blocks are there
+    elif filters | greedy:
+        z, u, kept = _sums(row, law, found, inside, sums, True, sizes.BLOCK, sizes.LIST)
+    return Decision(row, law, status, greedy, inside, kept, z)

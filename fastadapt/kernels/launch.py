@@ -10,16 +10,31 @@ from typing import NamedTuple
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
+from triton import next_power_of_2
 
 from fastadapt.kernels import draw, law, scan, top, write
+from fastadapt.kernels.bundles import (
+    Adaptors,
+    Chance,
+    Drawn,
+    Labels,
+    Lists,
+    Parts,
+    Rows,
+    Scored,
+    Sizes,
+    Support,
+    Weights,
+)
 from fastadapt.kernels.rows import LAW_SIZE
 
-NUM_KNOBS = 8
+PASS: dict[str, object] = {"num_warps": 4, "enable_fp_fusion": False}
 # Without a limit, assemblers for sm_80 stop at 128 or 168 registers and spill.
-COLLECTING: dict[str, object] = {"num_warps": 4, "maxnreg": 255, "enable_fp_fusion": False}
+COLLECTING: dict[str, object] = {**PASS, "maxnreg": 255}
 DECIDING: dict[str, object] = {**COLLECTING, "num_warps": 8}
-NARROW_WARPS, WIDE_WARPS = 4, 8  # of the passes over rows
+WIDE_PASS: dict[str, object] = {**PASS, "num_warps": 8}
 
 
 class Plan(NamedTuple):
@@ -49,98 +64,95 @@ def _programs(device: torch.device) -> int:
     return 4 * int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-class Rows(NamedTuple):
-    """Scanned and weighed rows: what the deciding kernels share."""
+class Scan(NamedTuple):
+    """Scanned and weighed rows: what the deciding kernels are given, in their order."""
 
-    arguments: tuple[Tensor | int, ...]  # in the kernels' order
-    constants: dict[str, object]
-    base_sums: Tensor
-    base_surprisal_sums: Tensor
-    parts: Tensor  # (N, splits)
-    splits: int
-    blocks: int
+    rows: Rows
+    adaptors: Adaptors
+    parts: Parts
+    lists: Lists
+    weights: Weights
+
+
+class Options(NamedTuple):
+    """What is asked of a scan."""
+
+    all_weighed: bool = False  # weigh also the rows whose first filter does not ask for it
+    base: bool = False  # weigh at temperature 1 too
+    entropy: bool = False  # with `base`, surprisals of it too
+
+
+def adaptors_of(knobs: Tensor, order: int) -> Adaptors:
+    """Knobs (A, 8, R) and the code of the order of their filters."""
+    return Adaptors(knobs, knobs.shape[0], knobs.shape[2], int(knobs.shape[2] > 1), order)
+
+
+def sizes_of(plan: Plan, splits: int, blocks: int) -> Sizes:
+    """Constants of the deciding kernels."""
+    numbers = (
+        plan.block,
+        plan.list_size,
+        plan.bins,
+        next_power_of_2(splits),
+        next_power_of_2(blocks),
+    )
+    return Sizes(*map(tl.constexpr, numbers))
 
 
 def _scan(
-    logits: Tensor,
-    knobs: Tensor,
-    order: int,
-    plan: Plan,
-    *,
-    all_weighed: bool = False,
-    base: bool = False,
-    entropy: bool = False,
-) -> Rows:
-    """Scans and weighs rows of logits, each once for each of the adaptors.
-
-    Args:
-        logits (Tensor): (N, V), any row stride, N > 0.
-        knobs (Tensor): (A, 8, R) float64, R = 1 or N.
-        order (int): code of the order of the filters.
-        plan (Plan): sizes.
-        all_weighed (bool): weigh also the rows whose first filter does not ask for it.
-        base (bool): weigh at temperature 1 too.
-        entropy (bool): with `base`, surprisals of it too.
-    """
+    logits: Tensor, knobs: Tensor, order: int, plan: Plan, options: Options
+) -> tuple[Scan, Sizes]:
+    """Scans and weighs rows of logits (N, V), N > 0, each once for each of the adaptors."""
     n, v = logits.shape
-    adaptors, _, knob_step = knobs.shape
-    rows = n * adaptors
+    rows, adaptors = Rows(logits, logits.stride(0), v), adaptors_of(knobs, order)
+    virtual = n * adaptors.number
     blocks = triton.cdiv(v, plan.block)
     programs = _programs(logits.device)
     # few rows are read a block a program, so that all multiprocessors take part
-    many = rows * blocks >= programs * plan.wide
+    many = virtual * blocks >= programs * plan.wide
     scanned, weighed = (plan.wide, plan.wide_weigh) if many else (1, 1)
-    splits = max(1, min(-(-blocks // scanned), programs // rows))
-    parts = logits.new_empty(n, splits, dtype=torch.float32)
-    count = logits.new_zeros(rows, dtype=torch.int32)
-    lists = logits.new_empty(2, rows, plan.list_size, dtype=torch.float32)
-    ids = logits.new_empty(2, rows, plan.list_size, dtype=torch.int32)
-    floors = logits.new_empty(rows, dtype=torch.float32)
-    sums = logits.new_empty(4, rows, blocks, dtype=torch.int64)
-    finite = logits.new_empty(rows, blocks, dtype=torch.int32)
-    row = (logits, logits.stride(0), v, knobs, adaptors, knob_step, int(knob_step > 1), order)
-    scan.scan_kernel[(rows, splits)](
-        *row,
+    splits = max(1, min(-(-blocks // scanned), programs // virtual))
+    parts = Parts(logits.new_empty(n, splits, dtype=torch.float32), splits)
+    listed, spare = logits.new_empty(2, virtual, plan.list_size, dtype=torch.float32)
+    listed_ids, spare_ids = logits.new_empty(2, virtual, plan.list_size, dtype=torch.int32)
+    lists = Lists(
+        logits.new_zeros(virtual, dtype=torch.int32),
+        logits.new_empty(virtual, dtype=torch.float32),
+        listed,
+        listed_ids,
+        spare,
+        spare_ids,
+    )
+    sums, surprisals, base_sums, base_surprisals = logits.new_empty(
+        4, virtual, blocks, dtype=torch.int64
+    )
+    finite = logits.new_empty(virtual, blocks, dtype=torch.int32)
+    weights = Weights(sums, surprisals, base_sums, base_surprisals, finite, blocks)
+    sizes = sizes_of(plan, splits, blocks)
+    scan.scan_kernel[(virtual, splits)](
+        rows,
+        adaptors,
         parts,
-        count,
-        lists[0],
-        ids[0],
-        floors,
-        splits,
+        lists,
         BLOCK=plan.block * scanned,
         LIST=plan.list_size,
         SAMPLE=plan.sample_size,
-        num_warps=WIDE_WARPS if many else NARROW_WARPS,
-        enable_fp_fusion=False,
+        **(WIDE_PASS if many else PASS),
     )
-    scan.weigh_kernel[(rows, splits)](
-        *row,
+    scan.weigh_kernel[(virtual, splits)](
+        rows,
+        adaptors,
         parts,
-        splits,
-        *sums,
-        finite,
-        blocks,
-        ALWAYS=all_weighed or base,
-        BASE=base,
-        BASE_SURPRISAL=entropy,
+        weights,
+        ALWAYS=options.all_weighed or options.base,
+        BASE=options.base,
+        BASE_SURPRISAL=options.entropy,
         BLOCK=plan.block,
         TOGETHER=weighed,
-        SPLITS=triton.next_power_of_2(splits),
-        num_warps=NARROW_WARPS,
-        enable_fp_fusion=False,
+        SPLITS=sizes.SPLITS.value,
+        **PASS,
     )
-    found = (count, lists[0], ids[0], floors, lists[1], ids[1])
-    constants: dict[str, object] = {
-        "ALL_WEIGHED": all_weighed or base,
-        "BLOCK": plan.block,
-        "LIST": plan.list_size,
-        "BINS": plan.bins,
-        "SPLITS": triton.next_power_of_2(splits),
-        "BLOCKS": triton.next_power_of_2(blocks),
-        **DECIDING,
-    }
-    arguments = (*row, parts, splits, *found, sums[0], sums[1], finite, blocks)
-    return Rows(arguments, constants, sums[2], sums[3], parts, splits, blocks)
+    return Scan(rows, adaptors, parts, lists, weights), sizes
 
 
 def _slices(logits: Tensor, adaptors: int, plan: Plan) -> list[slice]:
@@ -168,91 +180,71 @@ def sample(
     plan: Plan = PLAN,
 ) -> None:
     """Draws. `out`: tokens, logprobs, kept, status; `top_out`: ids, logprobs, rank, or nothing."""
+    options = Options(log_mass is not None, base_logprobs is not None or bool(top_out))
     for at in _slices(logits, 1, plan):
-        rows = _scan(
-            logits[at],
-            _part(knobs[None], at),
-            order,
-            plan,
-            all_weighed=log_mass is not None,
-            base=base_logprobs is not None or bool(top_out),
-        )
+        scanned, sizes = _scan(logits[at], _part(knobs[None], at), order, plan, options)
         tokens, logprobs, kept, status = (t[at] for t in out)
-        draw.sample_kernel[(len(tokens),)](
-            *rows.arguments,
-            rows.base_sums,
-            seeds[at],
-            seeds[at] if positions is None else positions[at],
+        drawn = Drawn(
             tokens,
             logprobs,
             kept,
             status,
             logprobs if base_logprobs is None else base_logprobs[at],
             logprobs if log_mass is None else log_mass[at],
+        )
+        draw.sample_kernel[(len(tokens),)](
+            *scanned,
+            Chance(seeds[at], seeds[at] if positions is None else positions[at]),
+            drawn,
             POSITIONS=positions is not None,
             BASE=base_logprobs is not None,
             LOG_MASS=log_mass is not None,
-            **rows.constants,
+            ALL_WEIGHED=options.all_weighed or options.base,
+            sizes=sizes,
+            **DECIDING,
         )
         if top_out:
-            _top(logits[at], rows, tokens, status, [t[at] for t in top_out], plan)
+            _top(scanned, sizes, drawn, [t[at] for t in top_out])
 
 
-def _top(
-    logits: Tensor, rows: Rows, tokens: Tensor, status: Tensor, out: list[Tensor], plan: Plan
-) -> None:
+def _top(scanned: Scan, sizes: Sizes, drawn: Drawn, out: list[Tensor]) -> None:
     """The most probable tokens and the rank of the drawn one."""
-    number = out[0].shape[1]
-    spare = logits.new_empty(2, logits.shape[0], plan.list_size, dtype=torch.int32)
-    shared = {key: rows.constants[key] for key in ("LIST", "SPLITS")}
-    top.top_kernel[(logits.shape[0],)](
-        logits,
-        logits.stride(0),
-        logits.shape[1],
-        rows.parts,
-        rows.splits,
-        rows.blocks,
-        status,
-        tokens,
+    rows, parts, lists = scanned.rows, scanned.parts, scanned.lists
+    n, number = out[0].shape
+    shared = {name: getattr(sizes, name).value for name in ("LIST", "SPLITS")}
+    top.top_kernel[(n,)](
+        rows,
+        parts,
+        drawn,
         number,
-        spare[0].view(torch.float32),
-        spare[1],
+        lists,
         out[2],
-        BLOCK=plan.block,
-        BINS=plan.bins,
+        BLOCK=sizes.BLOCK.value,
+        BINS=sizes.BINS.value,
+        **shared,
         **COLLECTING,
-        **shared,
     )
-    top.sort_kernel[(logits.shape[0],)](
-        logits,
-        logits.stride(0),
-        rows.parts,
-        rows.splits,
-        rows.base_sums,
-        rows.blocks,
-        status,
+    top.sort_kernel[(n,)](
+        rows,
+        parts,
+        scanned.weights,
+        drawn,
         number,
-        spare[1],
+        lists,
         *out[:2],
-        TOP=triton.next_power_of_2(number),
-        BLOCKS=rows.constants["BLOCKS"],
-        enable_fp_fusion=False,
+        BLOCKS=sizes.BLOCKS.value,
+        TOP=next_power_of_2(number),
         **shared,
+        **PASS,
     )
 
 
-def _laws(logits: Tensor, knobs: Tensor, order: int, plan: Plan) -> tuple[Rows, Tensor]:
+def _laws(logits: Tensor, knobs: Tensor, order: int, plan: Plan) -> tuple[Scan, Sizes, Tensor]:
     """Decides every row: (N, LAW_SIZE)."""
-    rows = _scan(logits, knobs[None], order, plan)
+    scanned, sizes = _scan(logits, knobs, order, plan, Options())
     laws = logits.new_empty(logits.shape[0], LAW_SIZE.value, dtype=torch.int64)
-    law.law_kernel[(logits.shape[0],)](*rows.arguments, laws, **rows.constants)
-    return rows, laws
-
-
-def _row_arguments(logits: Tensor, knobs: Tensor) -> tuple[Tensor | int, ...]:
-    """What the writing kernels need to know of rows and knobs (8, R)."""
-    step = knobs.shape[1]
-    return logits, logits.stride(0), logits.shape[1], knobs, step, int(step > 1)
+    law.law_kernel[(len(laws),)](*scanned, laws, ALL_WEIGHED=False, sizes=sizes, **DECIDING)
+    return scanned, sizes, laws
 
 
 def filter_logits(
@@ -260,17 +252,14 @@ def filter_logits(
 ) -> None:
     """Writes what an adaptor leaves."""
     for at in _slices(logits, 1, plan):
-        part = _part(knobs[None], at)[0]
-        rows, laws = _laws(logits[at], part, order, plan)
-        write.filter_kernel[(len(laws), rows.blocks)](
-            *_row_arguments(logits[at], part),
-            rows.parts,
-            rows.splits,
+        scanned, sizes, laws = _laws(logits[at], _part(knobs[None], at), order, plan)
+        write.filter_kernel[(len(laws), scanned.weights.blocks)](
+            *scanned[:3],
             laws,
             out[at],
             BLOCK=plan.block,
-            SPLITS=rows.constants["SPLITS"],
-            enable_fp_fusion=False,
+            SPLITS=sizes.SPLITS.value,
+            **PASS,
         )
 
 
@@ -285,16 +274,16 @@ def score(
 ) -> None:
     """Scores tokens under the adaptors of one order; knobs (A, 8, R), outputs (N, A) and (N,)."""
     adaptors = knobs.shape[0]
+    options = Options(base=True, entropy=True)
     for at in _slices(logits, adaptors, plan):
-        rows = _scan(logits[at], _part(knobs, at), order, plan, base=True, entropy=True)
+        scanned, sizes = _scan(logits[at], _part(knobs, at), order, plan, options)
         law.score_kernel[(len(tokens[at]) * adaptors,)](
-            *rows.arguments,
-            rows.base_sums,
-            rows.base_surprisal_sums,
-            tokens[at],
-            ignore_index,
-            *(t[at] for t in out),
-            **rows.constants,
+            *scanned,
+            Labels(tokens[at], ignore_index),
+            Scored(*(t[at] for t in out)),
+            ALL_WEIGHED=True,
+            sizes=sizes,
+            **DECIDING,
         )
 
 
@@ -308,42 +297,34 @@ def adapted_margins(
     plan: Plan = PLAN,
 ) -> None:
     """Margins, support and statistics."""
+    double = logits.dtype == torch.float64
     for at in _slices(logits, 1, plan):
-        part = _part(knobs[None], at)[0]
         margins, support, stats = (t[at] for t in out)
-        rows, laws = _laws(logits[at], part, order, plan)
-        n, double = len(laws), logits.dtype == torch.float64
-        largest = logits.new_empty(n, rows.blocks, dtype=torch.float64)
-        row = _row_arguments(logits[at], part)
-        write.support_kernel[(n, rows.blocks)](
-            *row,
-            rows.parts,
-            rows.splits,
+        scanned, sizes, laws = _laws(logits[at], _part(knobs[None], at), order, plan)
+        n, blocks = len(laws), scanned.weights.blocks
+        largest = logits.new_empty(n, blocks, dtype=torch.float64)
+        labels, kept = Labels(tokens[at], ignore_index), Support(support, largest, blocks)
+        write.support_kernel[(n, blocks)](
+            *scanned[:3],
             laws,
-            tokens[at],
-            ignore_index,
-            support,
-            largest,
-            rows.blocks,
+            labels,
+            kept,
             DOUBLE=double,
             BLOCK=plan.block,
-            SPLITS=rows.constants["SPLITS"],
-            enable_fp_fusion=False,
+            SPLITS=sizes.SPLITS.value,
+            **PASS,
         )
         write.margin_kernel[(n,)](
-            *row,
+            *scanned[:2],
             laws,
-            tokens[at],
-            ignore_index,
-            support,
-            largest,
-            rows.blocks,
+            labels,
+            kept,
             margins,
             stats,
             DOUBLE=double,
             BLOCK=plan.block,
-            BLOCKS=rows.constants["BLOCKS"],
-            enable_fp_fusion=False,
+            BLOCKS=sizes.BLOCKS.value,
+            **PASS,
         )
 
 
@@ -362,13 +343,13 @@ def adapted_margins_backward(
     n, v = logits.shape
     write.margin_backward_kernel[(n, triton.cdiv(v, plan.block))](
         dmargins,
-        *_row_arguments(logits, knobs),
-        tokens,
-        ignore_index,
+        Rows(logits, logits.stride(0), v),
+        adaptors_of(knobs[None], 0),
+        Labels(tokens, ignore_index),
         support,
         stats,
         out,
         DOUBLE=logits.dtype == torch.float64,
         BLOCK=plan.block,
-        enable_fp_fusion=False,
+        **PASS,
     )

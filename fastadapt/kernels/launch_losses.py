@@ -10,8 +10,10 @@ import triton
 from torch import Tensor
 
 from fastadapt.kernels import label
+from fastadapt.kernels.bundles import Candidates, Labels, Rows, Sums, Tops
 
-TILE_WARPS, ROW_WARPS = 4, 1
+BY_TILE: dict[str, int | bool] = {"num_warps": 4, "enable_fp_fusion": False}
+BY_ROW: dict[str, int | bool] = {"num_warps": 1, "enable_fp_fusion": False}
 
 
 class Plan(NamedTuple):
@@ -22,18 +24,16 @@ class Plan(NamedTuple):
 
 
 PLAN = Plan()
-Arguments = tuple[Tensor | int, ...]
 
 
-def _rows(logits: Tensor) -> Arguments:
+def _rows(logits: Tensor) -> Rows:
     """What the kernels need to know of rows."""
-    return logits, logits.stride(0), logits.shape[1]
+    return Rows(logits, logits.stride(0), logits.shape[1])
 
 
-def _candidates(index: Tensor, mask: Tensor | None) -> tuple[Arguments, dict[str, bool]]:
+def _candidates(index: Tensor, mask: Tensor | None) -> Candidates:
     """What they need to know of candidates."""
-    meant = index if mask is None else mask.view(torch.uint8)
-    return (index, meant, index.shape[1]), {"MASKED": mask is not None}
+    return Candidates(index, index if mask is None else mask.view(torch.uint8), index.shape[1])
 
 
 def label_margins(
@@ -44,18 +44,11 @@ def label_margins(
     if n == 0:
         return
     double = logits.dtype == torch.float64
-    scratch = logits.new_empty(2, n, tiles, dtype=torch.float64)
-    shared = (*_rows(logits), labels, ignore_index, *scratch, tiles)
-    label.label_sum_kernel[(n, tiles)](
-        *shared, DOUBLE=double, BLOCK=plan.block, num_warps=TILE_WARPS, enable_fp_fusion=False
-    )
+    tops, totals = logits.new_empty(2, n, tiles, dtype=torch.float64)
+    shared = _rows(logits), Labels(labels, ignore_index), Sums(tops, totals, tiles)
+    label.label_sum_kernel[(n, tiles)](*shared, DOUBLE=double, BLOCK=plan.block, **BY_TILE)
     label.label_margin_kernel[(n,)](
-        *shared,
-        *out,
-        DOUBLE=double,
-        TILES=triton.next_power_of_2(tiles),
-        num_warps=ROW_WARPS,
-        enable_fp_fusion=False,
+        *shared, *out, DOUBLE=double, TILES=triton.next_power_of_2(tiles), **BY_ROW
     )
 
 
@@ -74,15 +67,13 @@ def label_margins_backward(
         return
     label.label_backward_kernel[(n, triton.cdiv(v, plan.block))](
         dmargins,
-        *_rows(logits),
-        labels,
-        ignore_index,
+        _rows(logits),
+        Labels(labels, ignore_index),
         stats,
         out,
         DOUBLE=logits.dtype == torch.float64,
         BLOCK=plan.block,
-        num_warps=TILE_WARPS,
-        enable_fp_fusion=False,
+        **BY_TILE,
     )
 
 
@@ -98,24 +89,19 @@ def candidate_margins(
     if n == 0:
         return
     sizes = {"DOUBLE": logits.dtype == torch.float64, "BLOCK": plan.block}
-    tops, seconds, sums = logits.new_empty(3, n, tiles, dtype=torch.float64)
-    top_ids = logits.new_empty(n, tiles, dtype=torch.int32)
-    found = (tops, top_ids, seconds, sums, tiles)
-    label.top_sum_kernel[(n, tiles)](
-        *_rows(logits), *found, **sizes, num_warps=TILE_WARPS, enable_fp_fusion=False
-    )
-    candidates, masked = _candidates(index, mask)
+    tops, seconds, totals = logits.new_empty(3, n, tiles, dtype=torch.float64)
+    found = Tops(tops, logits.new_empty(n, tiles, dtype=torch.int32), seconds, totals, tiles)
+    label.top_sum_kernel[(n, tiles)](_rows(logits), found, **sizes, **BY_TILE)
     label.candidate_margin_kernel[(n,)](
-        *_rows(logits),
-        *candidates,
-        *found,
+        _rows(logits),
+        _candidates(index, mask),
+        found,
         *out,
-        **masked,
-        **sizes,
+        MASKED=mask is not None,
         TILES=triton.next_power_of_2(tiles),
         CANDIDATES=plan.candidates,
-        num_warps=ROW_WARPS,
-        enable_fp_fusion=False,
+        **sizes,
+        **BY_ROW,
     )
 
 
@@ -133,25 +119,15 @@ def candidate_margins_backward(
     if n == 0:
         return
     double = {"DOUBLE": logits.dtype == torch.float64}
-    candidates, masked = _candidates(index, mask)
-    upstream = (dmargins, *_rows(logits), *candidates, stats)
-    each = {**masked, **double, "CANDIDATES": plan.candidates}
+    rows, candidates = _rows(logits), _candidates(index, mask)
+    each = {**double, "MASKED": mask is not None, "CANDIDATES": plan.candidates}
     factors = logits.new_empty(n, 2, dtype=torch.float64)
-    label.candidate_factor_kernel[(n,)](
-        *upstream, factors, **each, num_warps=ROW_WARPS, enable_fp_fusion=False
-    )
+    upstream = dmargins, rows, candidates, stats, factors
+    label.candidate_factor_kernel[(n,)](*upstream, **each, **BY_ROW)
     label.candidate_backward_kernel[(n, triton.cdiv(v, plan.block))](
-        *_rows(logits),
-        stats,
-        factors,
-        out,
-        **double,
-        BLOCK=plan.block,
-        num_warps=TILE_WARPS,
-        enable_fp_fusion=False,
+        rows, stats, factors, out, **double, BLOCK=plan.block, **BY_TILE
     )
-    if index.shape[1] == 0:
-        return
-    label.candidate_own_kernel[(n, triton.cdiv(index.shape[1], plan.candidates))](
-        *upstream, factors, out, **each, num_warps=TILE_WARPS, enable_fp_fusion=False
-    )
+    if index.shape[1] > 0:
+        label.candidate_own_kernel[(n, triton.cdiv(index.shape[1], plan.candidates))](
+            *upstream, out, **each, **BY_TILE
+        )

@@ -1,15 +1,15 @@
-"""A row, its list and its survivors: what the kernels that decide and those that write share."""
+"""A row, its knobs and its law: what the kernels that decide and those that write share."""
 
 import triton
 import triton.language as tl
 
 from fastadapt.kernels.arithmetic import (
     ANY_RANK,
-    FINITE_RANK,
     exponentials,
     keys,
     ranks,
 )
+from fastadapt.kernels.bundles import Knobs, Law
 
 OK = tl.constexpr(0)
 NAN = tl.constexpr(1)
@@ -26,26 +26,40 @@ TYPICAL_P = tl.constexpr(4)
 EPSILON = tl.constexpr(5)
 ETA = tl.constexpr(6)
 KEEP = tl.constexpr(7)
+NUM_KNOBS = tl.constexpr(8)
 MAX_KEEP = tl.constexpr(1 << 22)  # the longest row
 
-# A law: what says which tokens survive, in int64.
-LAW_CUT = tl.constexpr(0)  # the lowest rank that stays
-LAW_MASS = tl.constexpr(1)  # min-p: the least mass, or
-LAW_GUARD = tl.constexpr(2)  # the rank from which any mass stays
-LAW_CUTOFF = tl.constexpr(3)  # the same of epsilon and eta
+# Where a law lies in memory, in int64.
+LAW_CUT = tl.constexpr(0)
+LAW_MASS = tl.constexpr(1)
+LAW_GUARD = tl.constexpr(2)
+LAW_CUTOFF = tl.constexpr(3)
 LAW_CUTOFF_GUARD = tl.constexpr(4)
-LAW_BAND = tl.constexpr(5)  # typical: the lowest rank of -kappa that stays
-LAW_CENTRE = tl.constexpr(6)  # the bits of U / Z
+LAW_BAND = tl.constexpr(5)
+LAW_CENTRE = tl.constexpr(6)  # its bits
 LAW_STATUS = tl.constexpr(7)
-LAW_KEPT = tl.constexpr(8)
-LAW_TOTAL = tl.constexpr(9)  # the mass of the survivors
-LAW_SIZE = tl.constexpr(10)
+LAW_SIZE = tl.constexpr(8)
 
 
 @triton.jit
-def load_knob(knobs, knob, step):
+def row_at(rows, at):
+    """The logits of a row."""
+    return rows.logits + at.to(tl.int64) * rows.stride
+
+
+@triton.jit
+def knobs_of(adaptors, virtual):
+    """The row of logits and the knobs that a virtual row stands for."""
+    at, adaptor = virtual // adaptors.number, virtual % adaptors.number
+    first = adaptors.knobs + adaptor.to(tl.int64) * NUM_KNOBS * adaptors.step
+    first += at.to(tl.int64) * adaptors.row_step
+    return at, Knobs(first, adaptors.step, adaptors.vllm)
+
+
+@triton.jit
+def load_knob(knobs, knob):
     """A knob of a row, float64."""
-    return tl.load(knobs + knob * step)
+    return tl.load(knobs.first + knob * knobs.step)
 
 
 @triton.jit
@@ -62,38 +76,38 @@ def is_neutral(knob, value):
 
 
 @triton.jit
-def knobs_in_range(knobs, step):
+def knobs_in_range(knobs):
     """Whether every knob of a row is; NaN never is."""
-    t = load_knob(knobs, TEMPERATURE, step)
+    t = load_knob(knobs, TEMPERATURE)
     good = (t == 0) | ((t >= 1e-6) & (t <= 3.4028234663852886e38))
-    good &= load_knob(knobs, TOP_K, step) >= 0
-    top_p = load_knob(knobs, TOP_P, step)
+    good &= load_knob(knobs, TOP_K) >= 0
+    top_p = load_knob(knobs, TOP_P)
     good &= (top_p >= 0) & (top_p <= 1)
-    min_p = load_knob(knobs, MIN_P, step)
+    min_p = load_knob(knobs, MIN_P)
     good &= (min_p >= 0) & (min_p <= 1)
-    typical_p = load_knob(knobs, TYPICAL_P, step)
+    typical_p = load_knob(knobs, TYPICAL_P)
     good &= (typical_p > 0) & (typical_p <= 1)
-    epsilon = load_knob(knobs, EPSILON, step)
+    epsilon = load_knob(knobs, EPSILON)
     good &= (epsilon >= 0) & (epsilon < 1)
-    eta = load_knob(knobs, ETA, step)
+    eta = load_knob(knobs, ETA)
     good &= (eta >= 0) & (eta < 1)
-    return good & (load_knob(knobs, KEEP, step) >= 1)
+    return good & (load_knob(knobs, KEEP) >= 1)
 
 
 @triton.jit
-def filter_at(step, vllm):
-    """The knob of the filter that runs at a step, 0 to 5: min-p is first, or after top-p."""
-    early = tl.where(step == 0, MIN_P, step)
-    return tl.where((vllm == 1) & (step < 3), early, step + 1)
+def filter_at(knobs, turn):
+    """The knob of the filter that runs at a turn, 0 to 5: min-p is first, or after top-p."""
+    early = tl.where(turn == 0, MIN_P, turn)
+    return tl.where((knobs.vllm == 1) & (turn < 3), early, turn + 1)
 
 
 @triton.jit
-def first_filter(knobs, step, vllm):
+def first_filter(knobs):
     """The knob of the first filter that is not neutral, 0 if all are."""
     first = tl.full([], 0, tl.int32)
     for i in range(6):
-        at = filter_at(i, vllm).to(tl.int32)
-        active = is_neutral(at, load_knob(knobs, at, step)) == 0
+        at = filter_at(knobs, i).to(tl.int32)
+        active = is_neutral(at, load_knob(knobs, at)) == 0
         first = tl.where((first == 0) & active, at, first)
     return first
 
@@ -105,28 +119,29 @@ def needs_masses(first):
 
 
 @triton.jit
-def needs_surprisal(knobs, step):
+def needs_surprisal(knobs):
     """Whether a filter of a row looks at its entropy."""
-    typical = load_knob(knobs, TYPICAL_P, step) != 1
-    return typical | (load_knob(knobs, ETA, step) != 0)
+    typical = load_knob(knobs, TYPICAL_P) != 1
+    return typical | (load_knob(knobs, ETA) != 0)
 
 
 @triton.jit
-def largest_of(parts, splits, SPLITS: tl.constexpr):
-    """The largest logit of a row from those of its parts; NaN if one is."""
-    at = tl.arange(0, SPLITS)
-    part = tl.load(parts + at, mask=at < splits, other=float("-inf"))
+def largest_of(parts, at, SPLITS: tl.constexpr):
+    """The largest logit of a row from those of its parts, -0 as 0; NaN if one is."""
+    j = tl.arange(0, SPLITS)
+    part = parts.largest + at * parts.splits + j
+    part = tl.load(part, mask=j < parts.splits, other=float("-inf"))
     nan = tl.max((part != part).to(tl.int32), 0) > 0
-    return tl.where(nan, float("nan"), tl.max(tl.where(part != part, float("-inf"), part), 0))
+    return tl.where(nan, float("nan"), tl.max(tl.where(part != part, float("-inf"), part), 0)) + 0.0
 
 
 @triton.jit
-def status_of(knobs, step, m):
+def status_of(knobs, m):
     """The status of a row whose largest scaled logit is m."""
     status = tl.where(m == float("-inf"), NOTHING_FINITE, OK)
     status = tl.where(m == float("inf"), POSITIVE_INF, status)
     status = tl.where(m != m, NAN, status)
-    return tl.where(knobs_in_range(knobs, step), status, BAD_KNOB)
+    return tl.where(knobs_in_range(knobs), status, BAD_KNOB)
 
 
 @triton.jit
@@ -137,41 +152,62 @@ def typicality(d, centre):
 
 @triton.jit
 def survives(s, ids, m, law):
-    """Whether tokens survive under a law (a tuple in the order of LAW_CUT to LAW_CENTRE)."""
+    """Whether tokens survive under a law."""
     d = s - m
     rank = ranks(keys(s), ids)
     mass = exponentials(d).to(tl.int64)
-    alive = rank >= law[0]
-    alive &= (mass >= law[1]) | (rank >= law[2])
-    alive &= (mass >= law[3]) | (rank >= law[4])
-    return alive & (ranks(keys(typicality(d, law[6])), ids) >= law[5])
+    alive = rank >= law.cut
+    alive &= (mass >= law.mass) | (rank >= law.guard)
+    alive &= (mass >= law.cutoff) | (rank >= law.cutoff_guard)
+    return alive & (ranks(keys(typicality(d, law.centre)), ids) >= law.band)
 
 
 @triton.jit
-def everything():
-    """The law under which every finite token survives."""
+def law_from(rank):
+    """The law under which all tokens from a rank up survive."""
     none = tl.full([], 0, tl.int64)
     any_rank = none + ANY_RANK
-    return none + FINITE_RANK, none, any_rank, none, any_rank, any_rank, none.to(tl.float32)
+    return Law(none + rank, none, any_rank, none, any_rank, any_rank, none.to(tl.float32))
+
+
+@triton.jit
+def store_law(laws, law, status):
+    """A law and its row's status to memory."""
+    tl.store(laws + LAW_CUT, law.cut)
+    tl.store(laws + LAW_MASS, law.mass)
+    tl.store(laws + LAW_GUARD, law.guard)
+    tl.store(laws + LAW_CUTOFF, law.cutoff)
+    tl.store(laws + LAW_CUTOFF_GUARD, law.cutoff_guard)
+    tl.store(laws + LAW_BAND, law.band)
+    tl.store(laws + LAW_CENTRE, law.centre.to(tl.int32, bitcast=True).to(tl.int64))
+    tl.store(laws + LAW_STATUS, status.to(tl.int64))
 
 
 @triton.jit
 def load_law(laws):
     """A law from memory."""
-    centre = tl.load(laws + LAW_CENTRE).to(tl.int32).to(tl.float32, bitcast=True)
-    return (
+    return Law(
         tl.load(laws + LAW_CUT),
         tl.load(laws + LAW_MASS),
         tl.load(laws + LAW_GUARD),
         tl.load(laws + LAW_CUTOFF),
         tl.load(laws + LAW_CUTOFF_GUARD),
         tl.load(laws + LAW_BAND),
-        centre,
+        tl.load(laws + LAW_CENTRE).to(tl.int32).to(tl.float32, bitcast=True),
     )
 
 
 @triton.jit
-def load_scaled(row, offsets, v, inverse):
-    """Scaled logits, -inf past the end."""
-    x = tl.load(row + offsets, mask=offsets < v, other=float("-inf"))
-    return x.to(tl.float32) * inverse
+def load_scaled(row, ids):
+    """Scaled logits of a row, -inf past its end."""
+    x = tl.load(row.logits + ids, mask=ids < row.v, other=float("-inf"))
+    return x.to(tl.float32) * row.inverse
+
+
+@triton.jit
+def load_list(found, number, LIST: tl.constexpr):
+    """A list: scaled logits, -inf past its end, and ids."""
+    at = tl.arange(0, LIST)
+    there = at < number
+    s = tl.load(found.s + at, mask=there, other=float("-inf"))
+    return s, tl.load(found.ids + at, mask=there, other=0)

@@ -18,7 +18,7 @@ from fastadapt.kernels.arithmetic import (
     ranks,
     values,
 )
-from fastadapt.kernels.rows import load_scaled, survives, typicality
+from fastadapt.kernels.rows import load_list, load_scaled, survives, typicality
 
 SLACK = tl.constexpr(1e-3)  # of masses told from counts, over 1e-4 that rounding takes
 
@@ -28,7 +28,7 @@ def look(s, ids, m, law, by_kappa, by_mass):
     """Of tokens: survivors, key, rank, distance (d or -kappa), weight."""
     d = s - m
     alive = survives(s, ids, m, law)
-    q = tl.where(by_kappa, typicality(d, law[6]), d)
+    q = tl.where(by_kappa, typicality(d, law.centre), d)
     key = keys(tl.where(by_kappa, q, s))
     weight = tl.where(by_mass, exponentials(d), 1.0).to(tl.int64)
     return alive, key, ranks(key, ids), q, tl.where(alive, weight, 0)
@@ -99,14 +99,14 @@ def _number_in(number, begin, end, BINS: tl.constexpr):
 
 
 @triton.jit
-def _tied_cut(row, v, inverse, m, law, by_kappa, key, wanted, BLOCK: tl.constexpr):
+def _tied_cut(row, law, by_kappa, key, wanted, BLOCK: tl.constexpr):
     """The rank of the wanted-th survivor, by id, among those of a key."""
     running = tl.full([], 0, tl.int64)
     answer = tl.full([], LAST_ID, tl.int32)
-    for block in range(tl.cdiv(v, BLOCK)):
+    for block in range(tl.cdiv(row.v, BLOCK)):
         ids = block * BLOCK + tl.arange(0, BLOCK)
-        s = load_scaled(row, ids, v, inverse)
-        alive, here, _, _, _ = look(s, ids, m, law, by_kappa, by_kappa)
+        s = load_scaled(row, ids)
+        alive, here, _, _, _ = look(s, ids, row.m, law, by_kappa, by_kappa)
         hit = alive & (here == key)
         number = tl.cumsum(hit.to(tl.int32), 0)
         found = hit & (running + number == wanted)
@@ -117,20 +117,9 @@ def _tied_cut(row, v, inverse, m, law, by_kappa, key, wanted, BLOCK: tl.constexp
 
 @triton.jit
 def cut_of_row(
-    row,
-    v,
-    inverse,
-    m,
-    law,
-    by_kappa,
-    by_mass,
-    target,
-    spare,
-    spare_ids,
-    BLOCK: tl.constexpr,
-    LIST: tl.constexpr,
-    BINS: tl.constexpr,
-):
+    row, law, by_kappa, by_mass, target, spare,
+    BLOCK: tl.constexpr, LIST: tl.constexpr, BINS: tl.constexpr,
+):  # fmt: skip
     """The cut of a row that no list decides: counts by bin bracket it, then exact sums do.
 
     Two passes part all from the few thousand tokens around it, unless many are almost equal; the
@@ -139,7 +128,7 @@ def cut_of_row(
     above = tl.full([], 0, tl.int64)
     best_key = tl.full([], 2**31 - 1, tl.int32)
     worst_key = tl.full([], MIN_INT32, tl.int32)
-    q_high = m * 0.0
+    q_high = row.m * 0.0
     q_low = q_high - 32.0
     first = True
     inside = tl.full([], LIST + 1, tl.int32)
@@ -147,26 +136,26 @@ def cut_of_row(
         span = q_high - q_low
         linear = first | ((span > 1e-30) & (span < 1e30))
         histogram = tl.zeros([2 * BINS], tl.int32)
-        for block in range(tl.cdiv(v, BLOCK)):
+        for block in range(tl.cdiv(row.v, BLOCK)):
             ids = block * BLOCK + tl.arange(0, BLOCK)
-            s = load_scaled(row, ids, v, inverse)
-            alive, key, _, q, _ = look(s, ids, m, law, by_kappa, by_mass)
+            s = load_scaled(row, ids)
+            alive, key, _, q, _ = look(s, ids, row.m, law, by_kappa, by_mass)
             alive &= (key >= worst_key) & (key <= best_key)
             b = _bin_of(key, q, best_key, worst_key, q_high, q_low, linear, BINS)
-            b += tl.where(s - m + law[6] > 0, tl.where(by_kappa, BINS, 0), 0)
+            b += tl.where(s - row.m + law.centre > 0, tl.where(by_kappa, BINS, 0), 0)
             histogram += tl.histogram(tl.where(alive, b, 0), 2 * BINS, mask=alive)
         need = (target - above).to(tl.float32)
         begin, end, number = _bracket(
-            histogram, need, q_high, q_low, linear, first, by_kappa, by_mass, law[6], BINS
+            histogram, need, q_high, q_low, linear, first, by_kappa, by_mass, law.centre, BINS
         )
         # where the bounds leave too much, exact sums halve the bins
         while (end > begin) & (_number_in(number, begin, end, BINS) > LIST):
             middle = (begin + end + 1) // 2
             best = tl.zeros([BLOCK], tl.int64)
-            for block in range(tl.cdiv(v, BLOCK)):
+            for block in range(tl.cdiv(row.v, BLOCK)):
                 ids = block * BLOCK + tl.arange(0, BLOCK)
-                s = load_scaled(row, ids, v, inverse)
-                alive, key, _, q, weight = look(s, ids, m, law, by_kappa, by_mass)
+                s = load_scaled(row, ids)
+                alive, key, _, q, weight = look(s, ids, row.m, law, by_kappa, by_mass)
                 alive &= (key >= worst_key) & (key <= best_key)
                 b = _bin_of(key, q, best_key, worst_key, q_high, q_low, linear, BINS)
                 best += tl.where(alive & (b < middle), weight, 0)
@@ -178,10 +167,10 @@ def cut_of_row(
         least_key = tl.full([BLOCK], 2**31 - 1, tl.int32)
         filled = tl.full([], 0, tl.int32)
         tl.debug_barrier()  # the spare list may still be read
-        for block in range(tl.cdiv(v, BLOCK)):
+        for block in range(tl.cdiv(row.v, BLOCK)):
             ids = block * BLOCK + tl.arange(0, BLOCK)
-            s = load_scaled(row, ids, v, inverse)
-            alive, key, _, q, weight = look(s, ids, m, law, by_kappa, by_mass)
+            s = load_scaled(row, ids)
+            alive, key, _, q, weight = look(s, ids, row.m, law, by_kappa, by_mass)
             alive &= (key >= worst_key) & (key <= best_key)
             b = _bin_of(key, q, best_key, worst_key, q_high, q_low, linear, BINS)
             over += tl.where(alive & (b < begin), weight, 0)
@@ -191,25 +180,23 @@ def cut_of_row(
             place = filled + tl.cumsum(within.to(tl.int32), 0)
             filled = tl.max(place, 0)
             within &= place <= LIST
-            tl.store(spare + place - 1, s, mask=within)
-            tl.store(spare_ids + place - 1, ids, mask=within)
+            tl.store(spare.s + place - 1, s, mask=within)
+            tl.store(spare.ids + place - 1, ids, mask=within)
         above += tl.sum(over, 0)
         inside = filled
         best_key, worst_key = tl.max(most_key, 0), tl.min(least_key, 0)
-        origin = tl.where(by_kappa, 0.0, m)
+        origin = tl.where(by_kappa, 0.0, row.m)
         q_high, q_low = values(best_key) - origin, values(worst_key) - origin
         first = False
     if inside <= LIST:
         tl.debug_barrier()
-        at = tl.arange(0, LIST)
-        s = tl.load(spare + at, mask=at < inside, other=float("-inf"))
-        ids = tl.load(spare_ids + at, mask=at < inside, other=0)
-        alive, _, rank, _, weight = look(s, ids, m, law, by_kappa, by_mass)
+        s, ids = load_list(spare, inside, LIST)
+        alive, _, rank, _, weight = look(s, ids, row.m, law, by_kappa, by_mass)
         cut = last_before(rank, weight, alive, above, target)
     else:
         each = tl.where(by_mass, tl.maximum(masses(q_high), 1), 1)
         wanted = (target - above + each - 1) // each
         # of equally typical tokens a mass keeps all, whichever is found here
         wanted = tl.where(by_mass & by_kappa, 1, wanted)
-        cut = _tied_cut(row, v, inverse, m, law, by_kappa, best_key, wanted, BLOCK)
+        cut = _tied_cut(row, law, by_kappa, best_key, wanted, BLOCK)
     return cut

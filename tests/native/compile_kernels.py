@@ -18,31 +18,59 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastadapt.kernels import draw, label, launch_losses, law, scan, top, write
-from fastadapt.kernels.launch import COLLECTING, DECIDING, NARROW_WARPS, PLAN, WIDE_WARPS
+from fastadapt.kernels import bundles, draw, label, law, scan, top, write
+from fastadapt.kernels import launch_losses as losses
+from fastadapt.kernels.launch import COLLECTING, DECIDING, PASS, PLAN, WIDE_PASS
 
 # KiB a block may have: CUDA's table of compute capabilities
 SHARED = {80: 163, 90: 227, 100: 227}
 DTYPES = ("fp32", "bf16", "fp16", "fp64")
 LONGEST = 262_144
-POINTERS = {
+KINDS = {
     "*fp64": "knobs largest_others stats tops seconds totals factors",
-    "*fp32": "parts listed floors spare logprobs log_norms entropies base_logprobs log_masses"
+    "*fp32": "largest listed floors spare logprobs log_norms entropies base_logprobs log_masses"
     " top_logprobs",
     "*i64": "sums surprisal_sums base_sums base_surprisal_sums seeds positions tokens laws top_ids"
-    " labels index",
-    "*i32": "first_ids count counts listed_ids spare_ids finite kept_out token_ranks",
-    "*u8": "status status_out support mask",
+    " ids index",
+    "*i32": "first_ids counts listed_ids spare_ids finite kept token_ranks",
+    "*u8": "status support mask",
     "i64": "stride ignore_index",
-    "i32": "v adaptors knob_step row_step vllm splits blocks tiles number",
+    "i32": "v number step row_step vllm splits blocks tiles",
+    "constexpr": "BLOCK LIST BINS SPLITS BLOCKS",
 }
-TYPES = {name: kind for kind, names in POINTERS.items() for name in names.split()}
+TYPES = {name: kind for kind, names in KINDS.items() for name in names.split()}
+BUNDLES: dict[str, Any] = {
+    "rows": bundles.Rows,
+    "adaptors": bundles.Adaptors,
+    "parts": bundles.Parts,
+    "lists": bundles.Lists,
+    "weights": bundles.Weights,
+    "sizes": bundles.Sizes,
+    "chance": bundles.Chance,
+    "labels": bundles.Labels,
+    "candidates": bundles.Candidates,
+}
+# of arguments that are not the same bundle everywhere
+OF_KERNELS: dict[str, dict[str, Any]] = {
+    "sample_kernel": {"out": bundles.Drawn},
+    "score_kernel": {"out": bundles.Scored},
+    "top_kernel": {"drawn": bundles.Drawn},
+    "sort_kernel": {"drawn": bundles.Drawn},
+    "support_kernel": {"kept": bundles.Support},
+    "margin_kernel": {"kept": bundles.Support},
+    "label_sum_kernel": {"sums": bundles.Sums},
+    "label_margin_kernel": {"sums": bundles.Sums},
+    "top_sum_kernel": {"tops": bundles.Tops},
+    "candidate_margin_kernel": {"tops": bundles.Tops},
+}
+Constants = dict[str, int | bool]
+Options = dict[str, Any]
 
 
 class Variant(NamedTuple):
@@ -52,12 +80,12 @@ class Variant(NamedTuple):
     module: str
     kernel: str
     dtype: str
-    constants: tuple[tuple[str, int | bool], ...]
-    warps: int
+    constants: Constants
+    options: Options
 
     def __str__(self) -> str:
         """Where to look when it fails."""
-        asked = " ".join(f"{k}={v}" for k, v in self.constants if isinstance(v, bool) and v)
+        asked = " ".join(f"{k}={v}" for k, v in self.constants.items() if isinstance(v, bool) and v)
         return f"sm_{self.target} {self.kernel} {self.dtype} {asked}".rstrip()
 
 
@@ -76,12 +104,12 @@ def _variant(
     dtype: str,
     module: ModuleType,
     kernel: str,
-    constants: dict[str, int | bool],
-    warps: int = NARROW_WARPS,
+    constants: Constants,
+    options: Options = PASS,
 ) -> Variant:
     """What can be sent to another process."""
     name = module.__name__.rpartition(".")[2]
-    return Variant(target, name, kernel, dtype, tuple(constants.items()), warps)
+    return Variant(target, name, kernel, dtype, constants, options)
 
 
 def variants(targets: list[int], dtypes: list[str]) -> Iterator[Variant]:
@@ -94,67 +122,71 @@ def variants(targets: list[int], dtypes: list[str]) -> Iterator[Variant]:
         one = partial(_variant, target, dtype)
         double = {"DOUBLE": dtype == "fp64"}
         listing = {"LIST": PLAN.list_size, "SAMPLE": PLAN.sample_size}
-        for wide, warps in ((1, NARROW_WARPS), (PLAN.wide, WIDE_WARPS)):
-            yield one(scan, "scan_kernel", {"BLOCK": PLAN.block * wide, **listing}, warps)
+        for wide, options in ((1, PASS), (PLAN.wide, WIDE_PASS)):
+            yield one(scan, "scan_kernel", {"BLOCK": PLAN.block * wide, **listing}, options)
         for wide in (1, PLAN.wide_weigh):
             asked = wide > 1
             base = {"ALWAYS": asked, "BASE": asked, "BASE_SURPRISAL": asked}
-            yield one(scan, "weigh_kernel", {**parts, "TOGETHER": wide, **base}, NARROW_WARPS)
+            yield one(scan, "weigh_kernel", {**parts, "TOGETHER": wide, **base})
         for asked in (False, True):
-            options = {"POSITIONS": asked, "BASE": asked, "LOG_MASS": asked}
-            fields = {**search, "ALL_WEIGHED": asked, **options}
+            wanted = {"POSITIONS": asked, "BASE": asked, "LOG_MASS": asked, "ALL_WEIGHED": asked}
             if dtype != "fp64":
-                yield one(draw, "sample_kernel", fields)
-        yield one(law, "law_kernel", {**search, "ALL_WEIGHED": False})
+                yield one(draw, "sample_kernel", {**search, **wanted}, DECIDING)
+        yield one(law, "law_kernel", {**search, "ALL_WEIGHED": False}, DECIDING)
         yield one(write, "support_kernel", {**parts, **double})
         yield one(write, "margin_kernel", {**block, "BLOCKS": blocks, **double})
         yield one(write, "margin_backward_kernel", {**block, **double})
         yield from _loss_variants(partial(one, label), double)
         if dtype == "fp64":
             continue
-        yield one(law, "score_kernel", {**search, "ALL_WEIGHED": True})
+        yield one(law, "score_kernel", {**search, "ALL_WEIGHED": True}, DECIDING)
         yield one(write, "filter_kernel", parts)
-        collect = {name: size for name, size in search.items() if name != "BLOCKS"}
-        yield one(top, "top_kernel", collect)
-        sort = {name: size for name, size in search.items() if name not in ("BLOCK", "BINS")}
+        yield one(top, "top_kernel", search, COLLECTING)
         for number in (1, 1024):
-            yield one(top, "sort_kernel", {**sort, "TOP": number})
+            yield one(top, "sort_kernel", {**search, "TOP": number})
 
 
-def _loss_variants(one: Callable[..., Variant], double: dict[str, bool]) -> Iterator[Variant]:
+def _loss_variants(one: Callable[..., Variant], double: Constants) -> Iterator[Variant]:
     """Margins of labels and candidates."""
-    plan, tile, row = launch_losses.PLAN, launch_losses.TILE_WARPS, launch_losses.ROW_WARPS
-    block = {**double, "BLOCK": plan.block}
-    tiles = {"TILES": triton.next_power_of_2(LONGEST // plan.block)}
-    yield one("label_sum_kernel", block, tile)
-    yield one("label_margin_kernel", {**double, **tiles}, row)
-    yield one("label_backward_kernel", block, tile)
-    yield one("top_sum_kernel", block, tile)
-    yield one("candidate_backward_kernel", block, tile)
+    block = {**double, "BLOCK": losses.PLAN.block}
+    tiles = {"TILES": triton.next_power_of_2(LONGEST // losses.PLAN.block)}
+    yield one("label_sum_kernel", block, losses.BY_TILE)
+    yield one("label_margin_kernel", {**double, **tiles}, losses.BY_ROW)
+    yield one("label_backward_kernel", block, losses.BY_TILE)
+    yield one("top_sum_kernel", block, losses.BY_TILE)
+    yield one("candidate_backward_kernel", block, losses.BY_TILE)
     for masked in (False, True):
-        each = {**double, "MASKED": masked, "CANDIDATES": plan.candidates}
-        yield one("candidate_margin_kernel", {**block, **each, **tiles}, row)
-        yield one("candidate_factor_kernel", each, row)
-        yield one("candidate_own_kernel", each, tile)
+        each = {**double, "MASKED": masked, "CANDIDATES": losses.PLAN.candidates}
+        yield one("candidate_margin_kernel", {**block, **each, **tiles}, losses.BY_ROW)
+        yield one("candidate_factor_kernel", each, losses.BY_ROW)
+        yield one("candidate_own_kernel", each, losses.BY_TILE)
+
+
+def source_of(variant: Variant, kernel: Any) -> ASTSource:
+    """A kernel with the types of its arguments, those of bundles by their fields."""
+    wide = "*fp64" if variant.dtype == "fp64" else "*fp32"
+    types = TYPES | {"logits": f"*{variant.dtype}", "out": f"*{variant.dtype}"}
+    types |= {"margins": wide, "dmargins": wide} | dict.fromkeys(variant.constants, "constexpr")
+    shapes = BUNDLES | OF_KERNELS.get(variant.kernel, {})
+    signature: dict[str, Any] = {}
+    constants: dict[tuple[int, ...], int | bool] = {}
+    for place, name in enumerate(kernel.arg_names):
+        shape = shapes.get(name)
+        fields = (name,) if shape is None else shape._fields
+        kinds = [types[field] for field in fields]
+        signature[name] = kinds[0] if shape is None else shape(*kinds)
+        for inner, (field, kind) in enumerate(zip(fields, kinds, strict=True)):
+            if kind == "constexpr":
+                at = (place,) if shape is None else (place, inner)
+                constants[at] = variant.constants[field]
+    return ASTSource(fn=kernel, signature=signature, constexprs=constants)
 
 
 def demand_of(variant: Variant) -> Demand:
     """Compiles a variant."""
     modules = {"draw": draw, "label": label, "law": law, "scan": scan, "top": top, "write": write}
-    kernel = getattr(modules[variant.module], variant.kernel)
-    constants = dict(variant.constants)
-    wide = "*fp64" if variant.dtype == "fp64" else "*fp32"
-    types = TYPES | {"logits": f"*{variant.dtype}", "out": f"*{variant.dtype}"}
-    types |= {"margins": wide, "dmargins": wide} | dict.fromkeys(constants, "constexpr")
-    source = ASTSource(
-        fn=kernel, signature={n: types[n] for n in kernel.arg_names}, constexprs=constants
-    )
-    options = {"num_warps": variant.warps, "enable_fp_fusion": False}
-    if variant.module in ("draw", "law"):
-        options |= DECIDING
-    elif variant.kernel == "top_kernel":
-        options |= COLLECTING
-    binary = triton.compile(source, GPUTarget("cuda", variant.target, 32), options)
+    source = source_of(variant, getattr(modules[variant.module], variant.kernel))
+    binary = triton.compile(source, GPUTarget("cuda", variant.target, 32), variant.options)
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(binary.asm["cubin"])

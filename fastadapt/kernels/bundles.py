@@ -1,0 +1,195 @@
+"""What kernels are given and hand on, in bundles: Triton takes named tuples apart by itself."""
+
+from typing import Any, NamedTuple
+
+
+class Rows(NamedTuple):
+    """Rows of logits."""
+
+    logits: Any  # (N, V)
+    stride: Any  # of rows, in elements
+    v: Any
+
+
+class Adaptors(NamedTuple):
+    """Packed knobs. A virtual row is a row of logits under one adaptor, the adaptors inside."""
+
+    knobs: Any  # (A, 8, R) float64, R = 1 or N
+    number: Any  # A
+    step: Any  # R, from a knob to the next
+    row_step: Any  # 1 where R is N, else 0
+    vllm: Any  # 1 where the order is vLLM's
+
+
+class Parts(NamedTuple):
+    """What is known of the parts that rows are scanned in."""
+
+    largest: Any  # (N, splits) float32: largest logit, NaN if one is
+    splits: Any
+
+
+class Lists(NamedTuple):
+    """Of each virtual row, the tokens from a floor up, in no order."""
+
+    counts: Any  # (N A,) int32, 0 before the first pass: how many there are
+    floors: Any  # (N A,) float32
+    listed: Any  # (N A, LIST) float32 and int32: scaled logits and ids
+    listed_ids: Any
+    spare: Any  # room for another list
+    spare_ids: Any
+
+
+class Weights(NamedTuple):
+    """Of each virtual row, integer masses by block; once it is decided, those of the survivors."""
+
+    sums: Any  # (N A, blocks) int64: masses, and masses times -d
+    surprisal_sums: Any
+    base_sums: Any  # (N, blocks): the same at temperature 1
+    base_surprisal_sums: Any
+    finite: Any  # (N A, blocks) int32: finite logits
+    blocks: Any
+
+
+class Sizes(NamedTuple):
+    """Constants of the kernels that decide, powers of two."""
+
+    BLOCK: Any  # logits that are looked at together
+    LIST: Any  # tokens of a list
+    BINS: Any  # of a histogram
+    SPLITS: Any  # at least Parts.splits
+    BLOCKS: Any  # at least Weights.blocks
+
+
+class Knobs(NamedTuple):
+    """The knobs of a virtual row."""
+
+    first: Any  # pointer
+    step: Any
+    vllm: Any
+
+
+class Row(NamedTuple):
+    """A virtual row."""
+
+    logits: Any  # pointer
+    v: Any
+    inverse: Any  # 1 / T
+    m: Any  # the largest scaled logit
+
+
+class Law(NamedTuple):
+    """What says which tokens of a row survive."""
+
+    cut: Any  # int64: the lowest rank that stays
+    mass: Any  # of min-p: the least mass that stays, or
+    guard: Any  # the rank from which any mass stays
+    cutoff: Any  # of epsilon and eta: the same
+    cutoff_guard: Any
+    band: Any  # of typical: the lowest rank of -kappa that stays
+    centre: Any  # float32: U / Z
+
+
+class List(NamedTuple):
+    """A list in memory."""
+
+    s: Any  # pointers: scaled logits, ids
+    ids: Any
+
+
+class Found(NamedTuple):
+    """What the first pass has left of a row."""
+
+    number: Any
+    floor: Any
+    listed: List
+    spare: List
+
+
+class Decision(NamedTuple):
+    """A row that its filters have been run on."""
+
+    row: Row
+    law: Law
+    status: Any
+    greedy: Any  # T is 0
+    inside: Any  # whether the list holds all survivors; else the masses of blocks are theirs
+    kept: Any
+    total: Any  # mass of the survivors
+
+
+class Chance(NamedTuple):
+    """What a draw is made from."""
+
+    seeds: Any  # (N,) int64
+    positions: Any  # (N,) int64
+
+
+class Drawn(NamedTuple):
+    """What `sample` returns, the base law's own tokens aside."""
+
+    tokens: Any  # (N,) int64
+    logprobs: Any  # (N,) float32
+    kept: Any  # (N,) int32
+    status: Any  # (N,) uint8
+    base_logprobs: Any  # (N,) float32
+    log_masses: Any  # (N,) float32
+
+
+class Scored(NamedTuple):
+    """What `score` returns."""
+
+    logprobs: Any  # (N, A) float32
+    log_norms: Any  # (N, A) float32
+    kept: Any  # (N, A) int32
+    base_logprobs: Any  # (N,) float32
+    entropies: Any  # (N,) float32
+
+
+class Labels(NamedTuple):
+    """A token of each row."""
+
+    ids: Any  # (N,) int64
+    ignore_index: Any
+
+
+class Support(NamedTuple):
+    """What is kept of the survivors of each row for its margin."""
+
+    support: Any  # (N, ceil(V / 8)) uint8: a bit a token
+    largest_others: Any  # (N, blocks) float64: largest scaled logit among the surviving others
+    blocks: Any
+
+
+class Sums(NamedTuple):
+    """Of each tile of a row, the entries other than the label."""
+
+    tops: Any  # (N, tiles) float64: the largest
+    totals: Any  # (N, tiles) float64: sum of e^(x - top)
+    tiles: Any
+
+
+class Tops(NamedTuple):
+    """Of each tile of a row, its largest entry and the rest."""
+
+    tops: Any  # (N, tiles) float64
+    first_ids: Any  # (N, tiles) int32: its lowest id
+    seconds: Any  # (N, tiles) float64: the largest of the rest
+    totals: Any  # (N, tiles) float64: sum of e^(x - second) over the rest
+    tiles: Any
+
+
+class Candidates(NamedTuple):
+    """Several ids of each row."""
+
+    index: Any  # (N, K) int64
+    mask: Any  # (N, K) uint8
+    number: Any  # K
+
+
+class Entries(NamedTuple):
+    """What a row's statistics tell of its entries."""
+
+    best: Any  # id of the largest
+    top: Any  # its logit
+    second: Any  # the largest of the rest
+    total: Any  # sum of e^(x - second) over the rest
