@@ -26,7 +26,7 @@ from torch import Tensor
 from cases import DTYPES, chosen
 from fastadapt import linear_label_margins
 from fastadapt.demo import progress_bar, stepper
-from fastadapt.linear_head import TILE
+from fastadapt.linear_cpu import TILE
 from fastadapt.margins import KEPT_BYTES
 from fastadapt.memory import PeakMemory, is_measurable
 from fresh import in_fresh_process

@@ -1,176 +1,42 @@
-"""A linear head met tile by tile of its vocabulary, on the CPU: forward and backward.
+"""A linear head met tile by tile of its vocabulary: forward and backward, on any device.
 
-The products are torch's, the work on the rows between them is C++. `plan` says what the backward
-will want: nothing (0), gradients of the head too (1), or those of the hidden states alone (2, the
-frozen head, whose forward makes the Jacobian row W_y - sum of q_j W_j). With 1M = one product of
-N H V: 1M forward, and backward 3M (plan 1; 2M for the tiles whose logits were kept), or with plan 2
-2M forward and no product backward.
+`plan` says what the backward will want: nothing (0), gradients of the head too (1), or those of the
+hidden states alone (2, the frozen head, whose forward makes the Jacobian row
+W_y - sum of q_j W_j). With 1M = one product of N H V: 1M forward, and backward 3M (plan 1; 2M for
+the tiles whose logits were kept), or with plan 2 2M forward and no product backward.
+
+With a group every rank has a slice of the vocabulary and the same rows. The statistics of the rows
+are exchanged once in the forward; the frozen head's Jacobian rows, or else the gradient of the
+hidden states, are summed over the ranks in the dtype of the sums.
 """
-
-from collections.abc import Iterator
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastadapt import _C
-from fastadapt.loss_ops import address
-from fastadapt.ops import DTYPE_CODES, check_ids, rows_of
+from fastadapt.linear_tiles import (
+    LABEL_LOGIT,
+    OTHERS_MAX,
+    OTHERS_SUM,
+    Head,
+    Problem,
+    RowWork,
+)
 from fastadapt.outputs import NUM_STATS, wide_dtype
+from fastadapt.vocab_parallel import merge_stats, sum_over_ranks
 
 FORWARD_ONLY, RECOMPUTE, FROZEN_HEAD = 0, 1, 2  # plans
-TILE = 2048  # ids a tile; csrc/kernels.h: at most 4096
-OTHERS_MAX, OTHERS_SUM, OTHERS_WEIGHTED, LABEL_LOGIT = range(NUM_STATS)  # csrc/kernels.h, Stat
-_PRODUCT_ELEMENTS = 1 << 20  # of a bfloat16 product that is added to float32 sums
 
 Triple = tuple[Tensor, Tensor, Tensor]
 
 
-class _Head(NamedTuple):
-    """The rows that are not ignored, and the head that they meet."""
-
-    hidden: Tensor  # (n, H), contiguous rows
-    weight: Tensor
-    labels: Tensor  # (n,)
-    places: Tensor | None  # (n,), their places among all rows; None: all of them
-    bias: Tensor | None  # (V,), float32 or float64
-    softcap: float
-    scale: float
-
-    def tiles(self) -> Iterator[tuple[int, int]]:
-        """First id of each tile and the one after its last."""
-        v = self.weight.shape[0]
-        return ((first, min(first + TILE, v)) for first in range(0, v, TILE))
-
-    def tile(self, x: Tensor, first: int) -> tuple[Any, int, int, int, float, float]:
-        """What the kernels need to know of a tile of products."""
-        bias = 0 if self.bias is None else self.bias[first:].data_ptr()
-        return rows_of(x), first, self.labels.data_ptr(), bias, self.scale, self.softcap
-
-    def products(self, first: int, last: int, out: Tensor) -> Tensor:
-        """hidden @ weight.T over a tile, (n, last - first) at the start of a flat buffer."""
-        n = self.hidden.shape[0]
-        tile = out[: n * (last - first)].view(n, last - first)
-        return torch.mm(self.hidden, self.weight[first:last].t(), out=tile)
-
-    def slope(self, logits: Tensor) -> Tensor:
-        """dz / dx at mapped logits."""
-        if self.softcap == 0:
-            return torch.full_like(logits, self.scale)
-        return self.scale * (1 - (logits / self.softcap).square())
+def _kept_ids(n: int, v: int, itemsize: int, tile: int, kept_bytes: int) -> int:
+    """How many ids, whole tiles, have logits that the forward leaves to the backward."""
+    if n == 0 or n * v * itemsize <= kept_bytes:
+        return v
+    return kept_bytes // (n * tile * itemsize) * tile
 
 
-def _head(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    softcap: float,
-    scale: float,
-    ignore_index: int,
-) -> _Head:
-    """Drops the ignored rows before the first product."""
-    used = labels != ignore_index
-    index = None if bool(used.all()) else used.nonzero()[:, 0]
-    if index is not None:
-        hidden, labels = hidden.index_select(0, index), labels.index_select(0, index)
-    bias = None if bias is None else bias.to(wide_dtype(hidden.dtype)).contiguous()
-    return _Head(hidden, weight, labels, index, bias, softcap, scale)
-
-
-def _label_logits(head: _Head) -> Tensor:
-    """(n,) float64: the labels' own logits, float32 dot products."""
-    index: Tensor | None = head.labels
-    weight = head.weight
-    if weight.stride(1) != 1:
-        weight, index = weight.index_select(0, head.labels), None
-    n, h = head.hidden.shape
-    out = head.hidden.new_empty(n, dtype=torch.float64)
-    _C.dot(
-        DTYPE_CODES[weight.dtype],
-        n,
-        h,
-        head.hidden.data_ptr(),
-        head.hidden.stride(0),
-        weight.data_ptr(),
-        weight.stride(0),
-        address(index),
-        out.data_ptr(),
-        torch.get_num_threads(),
-    )
-    if head.bias is not None:
-        out += head.bias.index_select(0, head.labels)
-    out *= head.scale
-    return out if head.softcap == 0 else head.softcap * (out / head.softcap).tanh()
-
-
-def _mix(
-    sums: Tensor,
-    source: Tensor,
-    *,
-    factor: Tensor | None = None,
-    gain: Tensor | None = None,
-    index: Tensor | None = None,
-) -> None:
-    """sums[r] = factor[r] sums[r] + gain[r] source[index[r]], source rounded to nothing less."""
-    if source.stride(1) != 1:
-        source, index = (source if index is None else source.index_select(0, index)), None
-        source = source.contiguous()
-    n, h = sums.shape
-    _C.mix(
-        DTYPE_CODES[source.dtype],
-        n,
-        h,
-        sums.data_ptr(),
-        address(factor),
-        address(gain),
-        address(index),
-        source.data_ptr(),
-        source.stride(0),
-        torch.get_num_threads(),
-    )
-
-
-def _add_product(sums: Tensor, a: Tensor, b: Tensor, factor: Tensor | None = None) -> None:
-    """sums = factor sums + a @ b: half types by blocks of rows, each product rounded once."""
-    if sums.dtype == a.dtype:
-        if factor is not None:
-            sums.mul_(factor[:, None].to(sums.dtype))
-        sums.addmm_(a, b)
-        return
-    n, h = sums.shape
-    block = max(1, min(n, _PRODUCT_ELEMENTS // h))
-    out = a.new_empty(block, h)
-    for r in range(0, n, block):
-        rows = slice(r, min(r + block, n))
-        product = torch.mm(a[rows], b, out=out[: rows.stop - r])
-        _mix(sums[rows], product, factor=None if factor is None else factor[rows])
-
-
-def _scatter(sums: Tensor, out: Tensor, gain: Tensor | None, index: Tensor | None) -> None:
-    """out[index[r]] = gain[r] sums[r], rounded once."""
-    n, h = sums.shape
-    _C.scatter(
-        DTYPE_CODES[out.dtype],
-        n,
-        h,
-        sums.data_ptr(),
-        address(gain),
-        address(index),
-        out.data_ptr(),
-        torch.get_num_threads(),
-    )
-
-
-def _kept_tiles(n: int, v: int, itemsize: int, plan: int, kept_bytes: int) -> int:
-    """How many tiles of logits the forward leaves to the backward."""
-    if plan != RECOMPUTE or n == 0:
-        return 0
-    tiles = (v + TILE - 1) // TILE
-    return tiles if n * v * itemsize <= kept_bytes else kept_bytes // (n * TILE * itemsize)
-
-
-def empty_outputs(hidden: Tensor, weight: Tensor, plan: int, kept_bytes: int) -> Triple:
+def empty_outputs(hidden: Tensor, weight: Tensor, tile: int, plan: int, kept_bytes: int) -> Triple:
     """Margins, statistics, and what is kept: Jacobian rows, tiles of logits or nothing."""
     n, h = hidden.shape
     v = weight.shape[0]
@@ -178,132 +44,154 @@ def empty_outputs(hidden: Tensor, weight: Tensor, plan: int, kept_bytes: int) ->
     if plan == FROZEN_HEAD:
         kept = hidden.new_empty(n, h, dtype=wide)
     else:
-        tiles = _kept_tiles(n, v, hidden.element_size(), plan, kept_bytes)
-        kept = hidden.new_empty(n * min(tiles * TILE, v))
+        ids = 0
+        if plan == RECOMPUTE:
+            ids = _kept_ids(n, v, hidden.element_size(), tile, kept_bytes)
+        kept = hidden.new_empty(n * ids)
     stats = hidden.new_empty(n, NUM_STATS, dtype=torch.float64)
     return hidden.new_empty(n, dtype=wide), stats, kept
 
 
-def _spread(values: Tensor, out: Tensor, index: Tensor | None) -> None:
-    """Values of the used rows among all rows; 0 elsewhere."""
-    if index is None:
-        out.copy_(values)
-    else:
-        out.zero_().index_copy_(0, index, values.to(out.dtype))
+def _kept_tile(
+    kept: Tensor, rows: int, tile: int, held: int, first: int, last: int
+) -> Tensor | None:
+    """(rows, last - first): where the logits of ids of one tile are, if they are among the held."""
+    if last > held:
+        return None
+    begin = first // tile * tile
+    end = min(begin + tile, held)
+    whole = kept[rows * begin : rows * end].view(rows, end - begin)
+    return whole[:, first - begin : last - begin]
 
 
 def forward(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    softcap: float,
-    logit_scale: float,
-    ignore_index: int,
-    plan: int,
-    kept_bytes: int,
-    weighted: bool,
+    work: type[RowWork], problem: Problem, plan: int, kept_bytes: int, weighted: bool
 ) -> Triple:
     """One product a tile, two with a frozen head."""
-    v = weight.shape[0]
-    check_ids("labels", labels, v, ignore_index)
-    margins, all_stats, kept = out = empty_outputs(hidden, weight, plan, kept_bytes)
-    head = _head(hidden, weight, labels, bias, softcap, logit_scale, ignore_index)
+    hidden, weight = problem.hidden, problem.weight
+    margins, all_stats, kept = out = empty_outputs(hidden, weight, work.tile, plan, kept_bytes)
+    head = Head.of(problem, problem.used)
+    rows = work(head)
     n = head.hidden.shape[0]
     stats = all_stats.new_zeros(n, NUM_STATS)
     stats[:, OTHERS_MAX] = float("-inf")
-    stats[:, LABEL_LOGIT] = _label_logits(head)
-    buffer = hidden.new_empty(n * min(TILE, v))
+    products = rows.label_products()
+    if head.bias is not None and weight.shape[0] > 0:
+        products += head.bias.index_select(0, head.rows)
+    here = head.here
+    stats[:, LABEL_LOGIT] = torch.where(here, head.mapped(products), 0.0)
     frozen = plan == FROZEN_HEAD
     sums = kept[:n].zero_() if frozen else None
-    shrinks = stats.new_empty(n)
-    _C.prefer_huge_pages(kept.data_ptr(), kept.nbytes)
     held = 0 if frozen else kept.shape[0] // max(1, hidden.shape[0])  # ids whose logits are kept
-    for first, last in head.tiles():
-        tile = head.products(first, last, kept[n * first :] if last <= held else buffer)
-        _C.tile(
-            head.tile(tile, first),
-            weighted,
-            stats.data_ptr(),
-            tile.data_ptr() if frozen else 0,
-            shrinks.data_ptr(),
-            torch.get_num_threads(),
-        )
-        if sums is not None:
-            _add_product(sums, tile, weight[first:last], shrinks)
-    mass, alone = stats[:, OTHERS_SUM], stats[:, OTHERS_SUM] == 0
-    value = stats[:, LABEL_LOGIT] - stats[:, OTHERS_MAX] - mass.log()
-    _spread(torch.where(alone, float("inf"), value), margins, head.places)
+    rows.expect(kept)
+    for first, last in head.tiles(work.tile):
+        slot = None if frozen else _kept_tile(kept, n, work.tile, held, first, last)
+        rows.sum_tile(first, last, stats, weighted=weighted, kept=slot, sums=sums)
+    top, found = stats[:, OTHERS_MAX], here
+    if problem.group is not None:
+        head.spread(stats, all_stats)
+        own = all_stats.new_zeros(all_stats.shape[0], dtype=torch.bool)
+        head.spread(here, own)
+        merged, owned = merge_stats(all_stats, own, problem.labels, problem.group)
+        top = top.clone()
+        stats.copy_(head.used_among(merged))
+        found = head.used_among(owned)
+    stats[:, OTHERS_SUM].masked_fill_(~found, 0.0)  # a label that is no id has no gradient
+    stats[:, LABEL_LOGIT].masked_fill_(~found, float("nan"))
+    mass, label, alone = stats[:, OTHERS_SUM], stats[:, LABEL_LOGIT], stats[:, OTHERS_SUM] == 0
+    value = torch.where(alone, float("inf"), label - stats[:, OTHERS_MAX] - mass.log())
+    head.spread(torch.where(found, value, float("nan")), margins)
     if sums is not None:
-        _mix(
-            sums,
-            weight,
-            factor=torch.where(alone, 0.0, -logit_scale / mass),
-            gain=torch.where(alone, 0.0, head.slope(stats[:, LABEL_LOGIT])),
-            index=head.labels,
-        )
-    _spread(stats, all_stats, head.places)
+        mine = here & ~alone
+        if problem.group is not None:
+            mass = mass * _rescaled(stats[:, OTHERS_MAX], top)
+        if weight.shape[0] > 0:
+            gain = torch.where(mine, head.slope(label), 0.0)
+            factor = torch.where(alone, 0.0, -problem.logit_scale / mass)
+            rows.add_rows(sums, weight, head.rows, gain, factor)
+        if problem.group is not None:
+            sums.copy_(sum_over_ranks(sums, problem.group))
+    head.spread(stats, all_stats)
     return out
 
 
+def _rescaled(top: Tensor, before: Tensor) -> Tensor:
+    """e^(top - before), +inf where there was nothing before."""
+    return torch.where(before == float("-inf"), float("inf"), (top - before).exp())
+
+
 def backward(
+    work: type[RowWork],
+    problem: Problem,
     dmargins: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    softcap: float,
-    logit_scale: float,
-    ignore_index: int,
     stats: Tensor,
     kept: Tensor,
     wanted: list[bool],
 ) -> Triple:
-    """Each block of the head's gradient is finished in one product and written once."""
-    head = _head(hidden, weight, labels, bias, softcap, logit_scale, ignore_index)
-    held = kept.shape[0] // max(1, hidden.shape[0])
-    gains = dmargins.double()
-    if head.places is not None:
-        gains, stats = gains.index_select(0, head.places), stats.index_select(0, head.places)
-    gains = torch.where(stats[:, OTHERS_SUM] == 0, 0.0, gains).contiguous()
-    label_gains = gains * head.slope(stats[:, LABEL_LOGIT])
+    """Each block of the head's gradient is finished in one product and written once.
+
+    Rows without an upstream gradient are dropped like those ignored; not with a group, whose ranks
+    must agree on the rows.
+    """
+    hidden, weight, used = problem.hidden, problem.weight, problem.used
+    gains = torch.where(stats[:, OTHERS_SUM] == 0, 0.0, dmargins.double())
+    head = Head.of(problem, used if problem.group is not None else used & (gains != 0))
+    gains, stats = head.used_among(gains).contiguous(), head.used_among(stats)
+    label_gains = torch.where(head.here, gains * head.slope(stats[:, LABEL_LOGIT]), 0.0)
+    label_gains = label_gains.masked_fill(gains == 0, 0.0)  # 0 times what may be NaN
+    rows = work(head)
     (n, h), v = head.hidden.shape, weight.shape[0]
-    dhidden, dweight, dbias = empty_gradients(hidden, weight, bias, wanted)
-    _C.prefer_huge_pages(dweight.data_ptr(), dweight.nbytes)
-    whole = hidden.dtype == wide_dtype(hidden.dtype) and head.places is None
-    rows = n if wanted[0] else 0
-    sums = dhidden if whole else hidden.new_empty(rows, h, dtype=wide_dtype(hidden.dtype))
+    held = kept.shape[0] // max(1, hidden.shape[0])
+    before, among = _rows_of_forward(head, used, n) if held else (n, None)
+    dhidden, dweight, dbias = empty_gradients(hidden, weight, problem.bias, wanted)
+    rows.expect(dweight)
+    wide = wide_dtype(hidden.dtype)
+    whole = hidden.dtype == wide and head.places is None
+    sums = dhidden if whole else hidden.new_empty(n if wanted[0] else 0, h, dtype=wide)
     sums.zero_()
-    buffer = hidden.new_empty(n * min(TILE, v))
+    width = rows.backward_tile()
+    buffer = hidden.new_empty(n * min(width, v))
     ones = hidden.new_ones(1, n)
-    for first, last in head.tiles():
+    for first, last in head.tiles(width):
         out = buffer[: n * (last - first)].view(n, last - first)
-        tile = out
-        if last <= held:
-            tile = kept[n * first : n * last].view(n, last - first)
-        else:
-            head.products(first, last, buffer)
-        _C.tile_backward(
-            head.tile(tile, first),
-            stats.data_ptr(),
-            gains.data_ptr(),
-            out.data_ptr(),
-            torch.get_num_threads(),
-        )
+        slot = _kept_tile(kept, before, work.tile, held, first, last)
+        if slot is not None and among is not None:
+            slot = slot.index_select(0, among)
+        rows.gradient_tile(first, last, stats, gains, slot, out)
         if wanted[0]:  # the label's share, still 0 here, is added in float32 below
-            _add_product(sums, out, weight[first:last])
+            rows.add_product(sums, out, weight[first:last])
         if wanted[1] or wanted[2]:
-            here = ((head.labels >= first) & (head.labels < last)).nonzero()[:, 0]
-            out[here, head.labels[here] - first] = label_gains[here].to(out.dtype)
+            _set_labels(head, first, label_gains, out)
         if wanted[1]:
             torch.mm(out.t(), head.hidden, out=dweight[first:last])
         if wanted[2]:
             dbias[first:last] = torch.mm(ones, out)[0]
     if wanted[0]:
-        _mix(sums, weight, gain=label_gains, index=head.labels)
+        if v > 0:
+            rows.add_rows(sums, weight, head.rows, label_gains, None)
+        if problem.group is not None:
+            sums.copy_(sum_over_ranks(sums, problem.group))
         if not whole:
-            _scatter(sums, dhidden, None, head.places)
+            rows.scatter(sums, None, head.places, dhidden)
     return dhidden, dweight, dbias
+
+
+def _rows_of_forward(head: Head, used: Tensor, n: int) -> tuple[int, Tensor | None]:
+    """How many rows the forward had, and which of them take part; None: all."""
+    before = int(used.sum())
+    if before == n or head.places is None:
+        return before, None
+    return before, (used.cumsum(0) - 1).index_select(0, head.places)
+
+
+def _set_labels(head: Head, first: int, label_gains: Tensor, out: Tensor) -> None:
+    """The labels' own entries of a tile."""
+    width = out.shape[1]
+    place = head.labels - first
+    here = (place >= 0) & (place < width)
+    column = place.clamp(0, width - 1)[:, None]
+    before = out.gather(1, column)
+    out.scatter_(1, column, torch.where(here[:, None], label_gains[:, None].to(out.dtype), before))
 
 
 def empty_gradients(
@@ -318,6 +206,7 @@ def empty_gradients(
 
 
 def frozen_head_backward(
+    work: type[RowWork],
     dmargins: Tensor,
     labels: Tensor,
     ignore_index: int,
@@ -325,12 +214,13 @@ def frozen_head_backward(
     rows: Tensor,
     dtype: torch.dtype,
 ) -> Tensor:
-    """dL/dhidden = dL/dm times the Jacobian row: no product, no head."""
-    used = labels != ignore_index
-    index = None if bool(used.all()) else used.nonzero()[:, 0]
+    """dL/dhidden = dL/dm times the Jacobian row: no product, no head, no exchange."""
+    index: Tensor | None = (labels != ignore_index).nonzero()[:, 0]
     gains = torch.where(stats[:, OTHERS_SUM] == 0, 0.0, dmargins.double())
+    if index is not None and index.shape == labels.shape:
+        index = None
     if index is not None:
         gains = gains.index_select(0, index)
     out = rows.new_zeros(rows.shape, dtype=dtype)
-    _scatter(rows[: gains.shape[0]], out, gains, index)
+    work.scatter(rows[: gains.shape[0]], gains, index, out)
     return out

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastadapt.linear_cpu import CpuWork
 from fastadapt.linear_head import (
     FROZEN_HEAD,
     RECOMPUTE,
@@ -15,17 +16,21 @@ from fastadapt.linear_head import (
     forward,
     frozen_head_backward,
 )
-from fastadapt.ops import Implementations, no_double_backward, register
+from fastadapt.linear_tiles import Problem
+from fastadapt.ops import Implementations, check_ids, no_double_backward, register
 
 _library = torch.library.Library("fastadapt", "FRAGMENT")
+_PROBLEM = (
+    "Tensor hidden, Tensor weight, Tensor labels, Tensor? bias, float softcap, float logit_scale,"
+    " int ignore_index, Tensor? span, str? group"
+)  # the fields of a Problem
+_FIELDS = len(Problem._fields)
 _library.define(
-    "linear_label_margins(Tensor hidden, Tensor weight, Tensor labels, Tensor? bias,"
-    " float softcap, float logit_scale, int ignore_index, int plan, int kept_bytes,"
-    " bool weighted) -> (Tensor, Tensor, Tensor)"
+    f"linear_label_margins({_PROBLEM}, int plan, int kept_bytes, bool weighted)"
+    " -> (Tensor, Tensor, Tensor)"
 )
 _library.define(
-    "linear_label_margins_backward(Tensor dmargins, Tensor hidden, Tensor weight, Tensor labels,"
-    " Tensor? bias, float softcap, float logit_scale, int ignore_index, Tensor stats, Tensor kept,"
+    f"linear_label_margins_backward({_PROBLEM}, Tensor dmargins, Tensor stats, Tensor kept,"
     " bool[] wanted) -> (Tensor, Tensor, Tensor)"
 )
 _library.define(
@@ -34,50 +39,70 @@ _library.define(
 )
 
 
+def _forward_cpu(*arguments: Any) -> Triple:
+    """Labels are checked before any work."""
+    problem = Problem(*arguments[:_FIELDS])
+    v = problem.weight.shape[0] if problem.span is None else int(problem.span[1])
+    check_ids("labels", problem.labels, v, problem.ignore_index)
+    return forward(CpuWork, problem, *arguments[_FIELDS:])
+
+
+def _backward_cpu(*arguments: Any) -> Triple:
+    """The gradients that are wanted."""
+    return backward(CpuWork, Problem(*arguments[:_FIELDS]), *arguments[_FIELDS:])
+
+
+def _frozen_head_backward_cpu(*arguments: Any) -> Tensor:
+    """The gradient of the hidden states."""
+    return frozen_head_backward(CpuWork, *arguments)
+
+
+def _forward_fake(*arguments: Any) -> Triple:
+    """Empty outputs."""
+    problem, (plan, kept_bytes, _) = Problem(*arguments[:_FIELDS]), arguments[_FIELDS:]
+    return empty_outputs(problem.hidden, problem.weight, CpuWork.tile, plan, kept_bytes)
+
+
+def _backward_fake(*arguments: Any) -> Triple:
+    """Empty gradients."""
+    problem = Problem(*arguments[:_FIELDS])
+    return empty_gradients(problem.hidden, problem.weight, problem.bias, arguments[-1])
+
+
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Triple) -> None:
     """The frozen head needs neither the head nor the hidden states again."""
-    hidden, weight, labels, bias, ctx.softcap, ctx.logit_scale, ctx.ignore_index, ctx.plan, *_ = (
-        inputs
-    )
+    problem, ctx.plan = Problem(*inputs[:_FIELDS]), inputs[_FIELDS]
     _, stats, kept = output
     ctx.mark_non_differentiable(stats, kept)
     ctx.set_materialize_grads(False)  # else the backward gets zeros as large as `kept`
-    ctx.dtype = hidden.dtype
+    ctx.dtype = problem.hidden.dtype
+    ctx.numbers = problem.softcap, problem.logit_scale, problem.ignore_index
+    ctx.group = problem.group
     if ctx.plan == FROZEN_HEAD:
-        ctx.save_for_backward(labels, stats, kept)
+        ctx.save_for_backward(problem.labels, stats, kept)
     else:
-        ctx.save_for_backward(hidden, weight, labels, bias, stats, kept)
+        ctx.save_for_backward(*problem[:4], problem.span, stats, kept)
 
 
 def _gradient(ctx: Any, dmargins: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     """Gradients of hidden, weight and bias, each only when wanted."""
     if dmargins is None:
-        return (None,) * 10
+        return (None,) * (_FIELDS + 3)
     wanted = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
-    rest = (None,) * 6
+    rest = (None,) * (_FIELDS - 4 + 3)
     if ctx.plan == FROZEN_HEAD:
         if wanted[1] or wanted[2]:
             raise RuntimeError("linear_label_margins: a frozen head has no gradient")
         labels, stats, kept = ctx.saved_tensors
         dhidden = torch.ops.fastadapt.frozen_head_backward(
-            dmargins, labels, ctx.ignore_index, stats, kept, ctx.dtype
+            dmargins, labels, ctx.numbers[2], stats, kept, ctx.dtype
         )
         return dhidden, None, None, None, *rest
     if ctx.plan != RECOMPUTE:
         raise RuntimeError("linear_label_margins: the plan without a backward got one")
-    hidden, weight, labels, bias, stats, kept = ctx.saved_tensors
+    *inputs, span, stats, kept = ctx.saved_tensors
     gradients = torch.ops.fastadapt.linear_label_margins_backward(
-        dmargins,
-        hidden,
-        weight,
-        labels,
-        bias,
-        ctx.softcap,
-        ctx.logit_scale,
-        ctx.ignore_index,
-        stats,
-        kept,
-        wanted,
+        *inputs, *ctx.numbers, span, ctx.group, dmargins, stats, kept, wanted
     )
     dhidden, dweight, dbias = (g if w else None for g, w in zip(gradients, wanted, strict=True))
     return dhidden, dweight, None, dbias, *rest
@@ -99,20 +124,10 @@ def _autocast(
 def _register() -> None:
     """Implementations, fakes, autograd and autocast."""
     implementations: Implementations = {
-        "linear_label_margins": (
-            forward,
-            lambda hidden, weight, labels, bias, cap, scale, ignored, plan, kept_bytes, weighted: (
-                empty_outputs(hidden, weight, plan, kept_bytes)
-            ),
-        ),
-        "linear_label_margins_backward": (
-            backward,
-            lambda dmargins, hidden, weight, labels, bias, *rest: empty_gradients(
-                hidden, weight, bias, rest[-1]
-            ),
-        ),
+        "linear_label_margins": (_forward_cpu, _forward_fake),
+        "linear_label_margins_backward": (_backward_cpu, _backward_fake),
         "frozen_head_backward": (
-            frozen_head_backward,
+            _frozen_head_backward_cpu,
             lambda dmargins, labels, ignored, stats, rows, dtype: rows.new_empty(
                 rows.shape, dtype=dtype
             ),

@@ -6,7 +6,7 @@
 
 from collections.abc import Sequence
 from math import inf
-from typing import overload
+from typing import TYPE_CHECKING, overload
 
 import torch
 from torch import Tensor
@@ -14,6 +14,10 @@ from torch import Tensor
 from fastadapt import linear_ops, loss_ops
 from fastadapt.checks import fold_rows, per_row
 from fastadapt.linear_head import FORWARD_ONLY, FROZEN_HEAD, RECOMPUTE
+from fastadapt.vocab_parallel import Slice, split_head
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 KEPT_BYTES = 1 << 27  # logits kept for the backward where no budget is given and all fit
 OUTPUTS = ("entropy", "logsumexp", "hit")
@@ -87,6 +91,7 @@ def linear_label_margins(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     ignore_index: int = -100,
+    group: "ProcessGroup | None" = None,
     memory_budget: int | None = None,
     outputs: Sequence[str],
 ) -> tuple[Tensor, ...]: ...
@@ -100,6 +105,7 @@ def linear_label_margins(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     ignore_index: int = -100,
+    group: "ProcessGroup | None" = None,
     memory_budget: int | None = None,
     outputs: tuple[()] = (),
 ) -> Tensor: ...
@@ -112,6 +118,7 @@ def linear_label_margins(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     ignore_index: int = -100,
+    group: "ProcessGroup | None" = None,
     memory_budget: int | None = None,
     outputs: Sequence[str] = (),
 ) -> Tensor | tuple[Tensor, ...]:
@@ -139,6 +146,13 @@ def linear_label_margins(
         softcap (float | None): above 0, bounds the logits smoothly.
         logit_scale (float): finite, multiplies the logits before the cap.
         ignore_index (int): rows with this label give 0 and no gradient.
+        group (torch.distributed.ProcessGroup | None): its ranks hold the head together: weight and
+            bias are this rank's consecutive slice of the vocabulary, of any size, in the order of
+            the ranks; labels remain ids of the whole. Hidden states, labels, and what is done with
+            the margins must be the same on all ranks, and so are the margins and the gradient of
+            the hidden states; those of weight and bias are the slice's. A weight that is a DTensor
+            placed as (Shard(0),) brings the group of its mesh along, and its gradient is such a
+            DTensor; so do hidden states and labels that are replicated ones.
         memory_budget (int | None): bytes of logits to keep from the forward to the backward of a
             head that needs gradients; fewer are kept if fewer are needed. None: all of them where
             they take 128 MiB at most, else none.
@@ -153,11 +167,14 @@ def linear_label_margins(
     Raises:
         TypeError: inputs of another dtype than `hidden`'s.
         ValueError: shapes or devices that do not agree, a softcap that is not positive, an unknown
-            output; on the CPU a label out of range, before any work.
+            output, a DTensor of another placement or on another mesh; on the CPU a label out of
+            range, before any work, and labels that are not the same on all ranks.
+        RuntimeError: a group without torch.distributed.
     """
-    rows = fold_rows("hidden", hidden)
-    flat = per_row("labels", labels, torch.int64, hidden.shape[:-1], rows)
-    _check_head(rows, weight, bias)
+    part = split_head(hidden, weight, labels, bias, group)
+    rows = fold_rows("hidden", part.hidden)
+    flat = per_row("labels", part.labels, torch.int64, part.hidden.shape[:-1], rows)
+    _check_head(rows, part)
     cap = 0.0 if softcap is None else float(softcap)
     if softcap is not None and not 0 < cap < inf:
         raise ValueError(f"softcap: expected a finite number above 0 or None, got {softcap}")
@@ -172,27 +189,31 @@ def linear_label_margins(
     stats: Tensor
     margins, stats, _ = linear_ops.linear_label_margins(
         rows,
-        weight,
+        part.weight,
         flat,
-        bias,
+        part.bias,
         cap,
         logit_scale,
         ignore_index,
-        _plan(rows, weight, bias),
-        _kept_bytes(rows, weight, memory_budget),
+        part.span,
+        part.group,
+        _plan(rows, part.weight, part.bias),
+        _kept_bytes(rows, part.weight, memory_budget),
         "entropy" in outputs,
     )
     margins = margins.view(labels.shape)
     if not outputs:
         return margins
-    extra = _extra_outputs(margins.detach(), stats.view(*labels.shape, -1), labels != ignore_index)
+    used = part.labels != ignore_index
+    extra = _extra_outputs(margins.detach(), stats.view(*labels.shape, -1), used)
     return (margins, *(extra[name] for name in outputs))
 
 
-def _check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+def _check_head(hidden: Tensor, part: Slice) -> None:
     """Shapes, devices and, outside autocast, dtypes."""
-    h = hidden.shape[1]
-    if weight.dim() != 2 or weight.shape[1] != h or weight.shape[0] == 0:
+    h, weight, bias = hidden.shape[1], part.weight, part.bias
+    empty = part.group is None and weight.shape[:1] == (0,)  # a slice may be
+    if weight.dim() != 2 or weight.shape[1] != h or empty:
         raise ValueError(f"weight: expected shape (V, {h}), V >= 1, got {tuple(weight.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias: expected shape ({weight.shape[0]},), got {tuple(bias.shape)}")

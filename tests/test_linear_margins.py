@@ -118,7 +118,7 @@ def test_large_margins(cpu_capability, margin, frozen):
 
 @pytest.mark.parametrize("plan", PLANS)
 def test_gradcheck(plan, monkeypatch):
-    monkeypatch.setattr("fastadapt.linear_head.TILE", 7)
+    monkeypatch.setattr("fastadapt.linear_cpu.CpuWork.tile", 7)
     hidden, weight, labels, bias = head(5, 4, 17, torch.float64)
     labels[1] = -100
     hidden.requires_grad_()
@@ -360,7 +360,7 @@ def test_double_backward_raises(frozen):
 def test_a_plan_never_leaves_out_a_gradient_silently():
     hidden, weight, labels, _ = head(3, 8, 50, torch.float32)
     hidden.requires_grad_()
-    rest = (labels, None, 0.0, 1.0, -100)
+    rest = (labels, None, 0.0, 1.0, -100, None, None)
     margins = OPS.linear_label_margins(hidden, weight, *rest, 0, 0, False)[0]
     with pytest.raises(RuntimeError, match="without a backward"):
         margins.sum().backward()
@@ -372,7 +372,7 @@ def test_a_plan_never_leaves_out_a_gradient_silently():
 @pytest.mark.parametrize("plan", (0, 1, 2))
 def test_opcheck(plan):
     hidden, weight, labels, bias = head(3, 8, V, torch.float32)
-    rest = (0.0, 1.0, -100)
+    rest = (0.0, 1.0, -100, None, None)
     if plan:
         hidden.requires_grad_()
         weight.requires_grad_(plan == 1)
@@ -386,7 +386,7 @@ def test_opcheck(plan):
     )
     upstream = torch.randn(3)
     if plan == 1:
-        arguments = (upstream, hidden, weight, labels, bias, *rest, stats, kept, [True, True, True])
+        arguments = (hidden, weight, labels, bias, *rest, upstream, stats, kept, [True, True, True])
         torch.library.opcheck(OPS.linear_label_margins_backward.default, arguments)
     else:
         arguments = (upstream, labels, -100, stats, kept, torch.float32)

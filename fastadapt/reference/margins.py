@@ -1,9 +1,13 @@
 """Twins of the margin operators: the whole logits, masked logsumexp, autograd."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def label_margins(logits: Tensor, labels: Tensor, *, ignore_index: int = -100) -> Tensor:
@@ -38,10 +42,17 @@ def linear_label_margins(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     ignore_index: int = -100,
+    group: "ProcessGroup | None" = None,
     memory_budget: int | None = None,
     outputs: Sequence[str] = (),
 ) -> Tensor | tuple[Tensor, ...]:
-    """Twin of `fastadapt.linear_label_margins`; holds all logits whatever `memory_budget` says."""
+    """Twin of `fastadapt.linear_label_margins`; holds all logits whatever `memory_budget` says.
+
+    With a group every rank gathers the whole head and does everything itself.
+    """
+    if group is not None:
+        weight = _gathered(weight, group)
+        bias = None if bias is None else _gathered(bias, group)
     z = torch.nn.functional.linear(hidden, weight, bias) * logit_scale
     if softcap is not None:
         z = softcap * (z / softcap).tanh()
@@ -59,3 +70,20 @@ def linear_label_margins(
         "hit": used & (z.gather(-1, y)[..., 0] >= z.amax(-1)),
     }
     return (margins, *(extra[name] for name in outputs))
+
+
+def _gathered(mine: Tensor, group: "ProcessGroup") -> Tensor:
+    """All slices in the order of the ranks; of this rank's own, the gradient is its slice's."""
+    import torch.distributed as dist
+
+    ranks = dist.get_world_size(group)
+    sizes = [torch.empty(1, dtype=torch.int64, device=mine.device) for _ in range(ranks)]
+    dist.all_gather(sizes, torch.tensor([mine.shape[0]], device=mine.device), group)
+    longest = max(int(size) for size in sizes)
+    padded = mine.new_zeros(longest, *mine.shape[1:])
+    padded[: mine.shape[0]] = mine.detach()
+    slices = [torch.empty_like(padded) for _ in range(ranks)]
+    dist.all_gather(slices, padded, group)
+    parts = [part[: int(size)] for part, size in zip(slices, sizes, strict=True)]
+    parts[dist.get_rank(group)] = mine
+    return torch.cat(parts)

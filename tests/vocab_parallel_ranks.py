@@ -1,0 +1,294 @@
+"""One rank of tests/test_vocab_parallel.py: every case beside the same in a single process.
+
+    python -P tests/vocab_parallel_ranks.py RANK RANKS STORE
+
+STORE is a file by which the ranks find each other. Prints the name of each case that held.
+"""
+
+import sys
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fastadapt import linear_label_margins, reference
+
+V, H, N = 4603, 24, 11
+SPLITS = {2: [[1200, 3403], [4602, 1]], 4: [[1, 2301, 0, 2301], [1200, 1103, 200, 2100]]}
+PLANS = {
+    "recompute": {"memory_budget": 0},
+    "kept": {"memory_budget": 1 << 30},
+    "half_kept": {"memory_budget": N * 2100 * 2},
+    "frozen": {},
+    "no_grad": {},
+}
+SHAPES = {"plain": {}, "capped": {"softcap": 5.0, "logit_scale": 1.5}}
+OUTPUTS = ("entropy", "logsumexp", "hit")
+# Of float32: sums over other tiles, in another order; margins are a few nats.
+CLOSE = {torch.float64: (1e-11, 1e-12), torch.float32: (1e-5, 3e-6), torch.bfloat16: (1e-5, 3e-6)}
+
+Head = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def head(dtype: torch.dtype) -> Head:
+    """hidden, weight, labels, bias and upstream gradients, the same on every rank."""
+    torch.manual_seed(0)
+    hidden, weight, bias = torch.randn(N, H), torch.randn(V, H) * 2 / H**0.5, torch.randn(V)
+    labels = torch.randint(V, (N,))
+    labels[[2, 7]], labels[3], labels[4] = -100, 0, V - 1
+    upstream = torch.randn(N)
+    upstream[5] = 0.0
+    return hidden.to(dtype), weight.to(dtype), labels, bias.to(dtype), upstream
+
+
+def results(
+    f: Callable[..., tuple[Tensor, ...]], inputs: Head, plan: str, **options: object
+) -> dict[str, Tensor]:
+    """Margins, extra outputs and the gradients that the plan has."""
+    hidden, weight, labels, bias, upstream = (x.clone() for x in inputs)
+    leaves = {"dhidden": hidden, "dweight": weight, "dbias": bias}
+    if plan == "no_grad":
+        leaves = {}
+    elif plan == "frozen":
+        leaves = {"dhidden": hidden}
+    for leaf in leaves.values():
+        leaf.requires_grad_()
+    out = dict(
+        zip(
+            ("margins", *OUTPUTS),
+            f(hidden, weight, labels, bias, outputs=OUTPUTS, **options),
+            strict=True,
+        )
+    )
+    if leaves:
+        wanted = upstream.to(out["margins"].dtype)
+        gradients = torch.autograd.grad(out["margins"], list(leaves.values()), wanted)
+        out |= dict(zip(leaves, gradients, strict=True))
+    return {name: x.detach() for name, x in out.items()}
+
+
+def own(inputs: Head, split: list[int]) -> tuple[Head, slice]:
+    """The inputs with this rank's slice of the head."""
+    hidden, weight, labels, bias, upstream = inputs
+    first = sum(split[: dist.get_rank()])
+    part = slice(first, first + split[dist.get_rank()])
+    return (hidden, weight[part].clone(), labels, bias[part].clone(), upstream), part
+
+
+def assert_same_everywhere(x: Tensor) -> None:
+    """To the last bit."""
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, x.contiguous())
+    assert all(torch.equal(part, x) for part in parts)
+
+
+def error(x: Tensor, truth: Tensor) -> float:
+    """Relative, of all entries."""
+    return float((x.double() - truth).norm() / truth.norm())
+
+
+def assert_whole(split: list[int], plan: str, shape: str, dtype: torch.dtype) -> None:
+    """The slices' results are those of the whole head."""
+    inputs = head(dtype)
+    local, part = own(inputs, split)
+    options = {**PLANS[plan], **SHAPES[shape]}
+    group = dist.group.WORLD
+    ours = results(linear_label_margins, local, plan, group=group, **options)
+    again = results(linear_label_margins, local, plan, group=group, **options)
+    whole = results(linear_label_margins, inputs, plan, **options)
+    double = tuple(x.double() if x.is_floating_point() else x for x in inputs)
+    truth = results(reference.linear_label_margins, double, plan, **options)
+    assert ours.keys() == whole.keys()
+    for name, got in ours.items():
+        expected, exact = whole[name], truth[name]
+        if name in ("dweight", "dbias"):
+            expected, exact = expected[part], exact[part]
+        else:
+            assert_same_everywhere(got)
+        assert torch.equal(got, again[name])
+        assert got.dtype == expected.dtype
+        if got.dtype == torch.bfloat16:  # tiles begin elsewhere, and each is rounded once
+            assert error(got, exact) <= 1.1 * error(expected, exact) + 1e-6 or got.numel() < 99
+            torch.testing.assert_close(got, expected, rtol=2**-6, atol=2**-7)
+        else:
+            rtol, atol = CLOSE[dtype]
+            torch.testing.assert_close(got, expected, rtol=rtol, atol=atol)
+    if "dhidden" in ours:
+        assert not ours["dhidden"][[2, 5, 7]].any()
+
+
+def twin_has_the_same_results(split: list[int]) -> None:
+    """The reference with a group."""
+    inputs = head(torch.float64)
+    local, _ = own(inputs, split)
+    for plan in ("recompute", "frozen"):
+        ours, twin = (
+            results(f, local, plan, group=dist.group.WORLD)
+            for f in (linear_label_margins, reference.linear_label_margins)
+        )
+        for name in ours:
+            torch.testing.assert_close(ours[name], twin[name], rtol=1e-11, atol=1e-12)
+
+
+def dtensor_heads() -> None:
+    """Shard(0) over a mesh, also with replicated hidden states; their gradients are DTensors."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    hidden, weight, labels, bias, upstream = head(torch.float32)
+    whole = results(linear_label_margins, (hidden, weight, labels, bias, upstream), "recompute")
+    for replicated in (False, True):
+        leaves = [
+            distribute_tensor(hidden, mesh, [Replicate()]) if replicated else hidden.clone(),
+            torch.nn.Parameter(distribute_tensor(weight, mesh, [Shard(0)])),
+            torch.nn.Parameter(distribute_tensor(bias, mesh, [Shard(0)])),
+        ]
+        leaves[0].requires_grad_()
+        ids = distribute_tensor(labels, mesh, [Replicate()]) if replicated else labels
+        margins = linear_label_margins(leaves[0], leaves[1], ids, leaves[2])
+        margins.backward(upstream)
+        assert type(margins) is Tensor
+        torch.testing.assert_close(margins.detach(), whole["margins"], rtol=1e-5, atol=3e-6)
+        for leaf, name in zip(leaves, ("dhidden", "dweight", "dbias"), strict=True):
+            got = leaf.grad
+            if isinstance(leaf, DTensor):
+                assert isinstance(got, DTensor)
+                assert got.placements == leaf.placements
+                got = got.full_tensor()
+            torch.testing.assert_close(got, whole[name], rtol=1e-5, atol=3e-6)
+    wrong = distribute_tensor(weight, mesh, [Replicate()])
+    assert_raises(ValueError, "weight: expected a DTensor placed as .Shard.0.,.", hidden, wrong)
+    sharded = distribute_tensor(hidden, mesh, [Shard(1)])
+    right = distribute_tensor(weight, mesh, [Shard(0)])
+    assert_raises(ValueError, "hidden: expected a DTensor placed as .Replicate", sharded, right)
+    ranks = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+    assert_raises(ValueError, "group: expected that of the weight's mesh", hidden, right, ranks)
+
+
+def assert_raises(
+    kind: type[Exception],
+    message: str,
+    hidden: Tensor,
+    weight: Tensor,
+    group: object = None,
+    labels: Tensor | None = None,
+) -> None:
+    """On every rank."""
+    import pytest
+
+    if labels is None:
+        labels = torch.zeros(len(hidden), dtype=torch.int64)
+    with pytest.raises(kind, match=message):
+        linear_label_margins(hidden, weight, labels, group=group)
+
+
+class Model(torch.nn.Module):
+    """A body, and a head that its forward meets through its weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = torch.nn.Linear(H, H)
+        self.head = torch.nn.Linear(H, V)
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        """The mean of the labels' log-probabilities, negated."""
+        hidden = self.body(x).tanh()
+        margins = linear_label_margins(hidden, self.head.weight, labels, self.head.bias)
+        return torch.nn.functional.softplus(-margins).mean()
+
+
+def fsdp_sharded_heads() -> None:
+    """Inside the forward of a module that fully_shard holds, the head is whole; data differ."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    ranks = dist.get_world_size()
+    mesh = init_device_mesh("cpu", (ranks,))
+    torch.manual_seed(1)
+    model, plain = Model(), Model()
+    plain.load_state_dict(model.state_dict())
+    x, labels = torch.randn(ranks, 6, H), torch.randint(V, (ranks, 6))
+    for frozen in (False, True):
+        for each in (model, plain):
+            each.zero_grad()
+            each.head.requires_grad_(not frozen)
+        if not frozen:
+            fully_shard(model, mesh=mesh)
+        loss = model(x[dist.get_rank()], labels[dist.get_rank()])
+        loss.backward()
+        sum(plain(a, b) for a, b in zip(x, labels, strict=True)).div(ranks).backward()
+        for got, expected in zip(model.parameters(), plain.parameters(), strict=True):
+            if frozen and expected.grad is None:
+                assert got.grad is None
+                continue
+            torch.testing.assert_close(got.grad.full_tensor(), expected.grad, rtol=1e-5, atol=1e-6)
+    # outside of that forward it is a DTensor, and these ranks do not have the same labels
+    weight = model.head.weight
+    mine = labels[dist.get_rank()]
+    assert_raises(ValueError, "labels: .* the same on all ranks", x[0], weight, None, mine)
+
+
+def arguments_are_checked(split: list[int]) -> None:
+    """The same error on every rank, and the collectives still work after it."""
+    inputs, _ = own(head(torch.float32), split)
+    hidden, weight, labels, *_ = inputs
+    for bad in (V, -1):
+        labels = labels.clone()
+        labels[6] = bad
+        expected = rf"labels: expected ids in \[0, {V}\) or -100, got {bad} in row=6"
+        assert_raises(ValueError, expected, hidden, weight, dist.group.WORLD, labels)
+    assert_raises(TypeError, "group: expected a ProcessGroup or None, got str", hidden, weight, "0")
+    assert_raises(ValueError, r"weight: expected shape \(V, 24\)", hidden, weight[:, 1:],
+                  dist.group.WORLD)  # fmt: skip
+
+
+def compiled_without_graph_breaks(split: list[int]) -> None:
+    """The exchange of the slices' sizes is in the graph."""
+    inputs, _ = own(head(torch.float32), split)
+    hidden, weight, labels, bias, upstream = inputs
+    hidden.requires_grad_()
+    weight.requires_grad_()
+
+    def loss(h: Tensor, w: Tensor) -> Tensor:
+        return linear_label_margins(h * 2, w, labels, bias, group=dist.group.WORLD) @ upstream
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    got, wanted = (
+        torch.autograd.grad(f(hidden, weight), [hidden, weight]) for f in (compiled, loss)
+    )
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+def say(*what: object) -> None:
+    """A line for the test."""
+    sys.stdout.write(f"held: {' '.join(map(str, what))}\n")
+
+
+def main(rank: int, ranks: int, store: str) -> None:
+    """All cases."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=ranks)
+    for split in SPLITS[ranks]:
+        for dtype in CLOSE:
+            for plan in PLANS:
+                for shape in SHAPES:
+                    assert_whole(split, plan, shape, dtype)
+                    say("whole", split, dtype, plan, shape)
+    split = SPLITS[ranks][0]
+    for case in (twin_has_the_same_results, arguments_are_checked):
+        case(split)
+        say(case.__name__)
+    if ranks == 2:  # for the time it takes
+        compiled_without_graph_breaks(split)
+        say("compiled_without_graph_breaks")
+    for alone in (dtensor_heads, fsdp_sharded_heads):
+        alone()
+        say(alone.__name__)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
