@@ -5,7 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastadapt import cuda_linear_ops
 from fastadapt.linear_cpu import CpuWork
+from fastadapt.linear_cuda import CudaWork
 from fastadapt.linear_head import (
     FROZEN_HEAD,
     RECOMPUTE,
@@ -60,7 +62,8 @@ def _frozen_head_backward_cpu(*arguments: Any) -> Tensor:
 def _forward_fake(*arguments: Any) -> Triple:
     """Empty outputs."""
     problem, (plan, kept_bytes, _) = Problem(*arguments[:_FIELDS]), arguments[_FIELDS:]
-    return empty_outputs(problem.hidden, problem.weight, CpuWork.tile, plan, kept_bytes)
+    tile = CudaWork.tile if problem.hidden.is_cuda else CpuWork.tile
+    return empty_outputs(problem.hidden, problem.weight, tile, plan, kept_bytes)
 
 
 def _backward_fake(*arguments: Any) -> Triple:
@@ -133,7 +136,7 @@ def _register() -> None:
             ),
         ),
     }
-    register(_library, implementations)
+    register(_library, implementations, cuda_linear_ops)
     torch.library.register_autograd(
         "fastadapt::linear_label_margins", _gradient, setup_context=_save, lib=_library
     )

@@ -43,7 +43,10 @@ OURS = {
     "cuda_ops": {"kernels", "outputs"},
     "cuda_loss_ops": {"cuda_ops", "kernels", "outputs"},
     "loss_ops": {"_C", "cuda_loss_ops", "ops", "outputs"},
-    "linear_ops": {"linear_cpu", "linear_head", "linear_tiles", "ops"},
+    "linear_ops": {"linear_cpu", "linear_head", "linear_tiles", "ops"}
+    | {"cuda_linear_ops", "linear_cuda"},
+    "cuda_linear_ops": {"cuda_ops", "linear_cuda", "linear_head", "linear_tiles"},
+    "linear_cuda": {"kernels", "linear_tiles", "outputs"},
     "linear_head": {"linear_tiles", "outputs", "vocab_parallel"},
     "linear_tiles": {"outputs"},
     "linear_cpu": {"_C", "linear_tiles", "loss_ops", "ops"},

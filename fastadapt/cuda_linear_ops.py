@@ -1,0 +1,33 @@
+"""The operators of a linear head for CUDA tensors. Labels are not checked: that would wait."""
+
+from typing import Any
+
+from torch import Tensor
+
+from fastadapt.cuda_ops import device_of
+from fastadapt.linear_cuda import CudaWork
+from fastadapt.linear_head import Triple, backward, forward
+from fastadapt.linear_head import frozen_head_backward as frozen
+from fastadapt.linear_tiles import Problem
+
+_FIELDS = len(Problem._fields)
+
+
+def linear_label_margins(*arguments: Any) -> Triple:
+    """As the driver does on every device."""
+    problem = Problem(*arguments[:_FIELDS])
+    with device_of(problem.hidden):
+        return forward(CudaWork, problem, *arguments[_FIELDS:])
+
+
+def linear_label_margins_backward(*arguments: Any) -> Triple:
+    """The gradients that are wanted."""
+    problem = Problem(*arguments[:_FIELDS])
+    with device_of(problem.hidden):
+        return backward(CudaWork, problem, *arguments[_FIELDS:])
+
+
+def frozen_head_backward(dmargins: Tensor, *arguments: Any) -> Tensor:
+    """The gradient of the hidden states."""
+    with device_of(dmargins):
+        return frozen(CudaWork, dmargins, *arguments)

@@ -1,0 +1,176 @@
+"""The row work of a linear head on CUDA: cuBLAS's products, Triton between them.
+
+Products are float32 (float64 of float64), so that logits are never rounded before their
+log-sum-exp, and made in blocks of 1024 rows, the last one filled up with zeros, by tiles of 8192
+ids: they stay in or near the L2 cache, and their shape, by which cuBLAS chooses its kernel, is the
+same for any number of rows.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastadapt.linear_tiles import Head, RowWork
+from fastadapt.outputs import wide_dtype
+
+TILE = 8192  # ids a tile
+ROWS = 1024  # of a product: with a tile of ids 32 MiB of float32
+GRADIENT_BYTES = 128 << 20  # of one tile's gradient, where there are so many rows
+LEAST_TILE = 1024
+
+
+def backward_tile(n: int, itemsize: int) -> int:
+    """Ids a tile in the backward, a power of two: fewer for many rows."""
+    width = TILE
+    while width > LEAST_TILE and n * width * itemsize > GRADIENT_BYTES:
+        width //= 2
+    return width
+
+
+class CudaWork(RowWork):
+    """Products in float32 by blocks of rows."""
+
+    tile = TILE
+    rows = ROWS
+
+    def __init__(self, head: Head) -> None:
+        """Room for one block of products, made when it is needed."""
+        super().__init__(head)
+        hidden = head.hidden
+        self._wide = wide_dtype(hidden.dtype)
+        width = min(self.tile, head.weight.shape[0])
+        self._block = hidden.new_empty(self.rows * width, dtype=self._wide)
+        # filled on the device: a tensor made from numbers would be copied there, and waited for
+        numbers = (head.scale, head.softcap or 1.0)
+        self._numbers = torch.cat(
+            [hidden.new_full((1,), number, dtype=torch.float64) for number in numbers]
+        )
+        self._last: Tensor | None = None  # of the blocks of rows, filled up
+        self._exps: Tensor | None = None
+
+    def backward_tile(self) -> int:
+        """As many as keep the gradient of a tile within 128 MiB."""
+        hidden = self.head.hidden
+        return min(self.tile, backward_tile(hidden.shape[0], hidden.element_size()))
+
+    def label_products(self) -> Tensor:
+        """Float32 dot products, float64 from block to block."""
+        from fastadapt.kernels import launch_linear
+
+        head = self.head
+        out = head.hidden.new_zeros(head.hidden.shape[0], dtype=torch.float64)
+        if head.weight.shape[0] > 0:
+            weight, index = _contiguous_rows(head.weight, head.rows)
+            launch_linear.dot(head.hidden, weight, index, out)
+        return out
+
+    def sum_tile(
+        self,
+        first: int,
+        last: int,
+        stats: Tensor,
+        *,
+        weighted: bool,
+        kept: Tensor | None,
+        sums: Tensor | None,
+    ) -> None:
+        """Exponentials of a frozen head are rounded to the dtype of the head for their product."""
+        from fastadapt.kernels import launch_linear
+
+        weight = self.head.weight[first:last]
+        for begin, end in self._blocks():
+            part = slice(begin, end)
+            rows = self._rows(self._products(begin, end, weight), part, first)
+            if sums is None:
+                launch_linear.sum_tile(
+                    rows, stats[part], weighted=weighted, kept=None if kept is None else kept[part]
+                )
+                continue
+            if self._exps is None:
+                self._exps = self.head.hidden.new_empty(self._block.shape)
+            exps = self._exps[: (end - begin) * (last - first)].view(end - begin, last - first)
+            shrinks = stats.new_empty(end - begin)
+            launch_linear.sum_tile(rows, stats[part], weighted=weighted, shrinks=shrinks, exps=exps)
+            launch_linear.mix(sums[part], sums[part], factors=shrinks)
+            self.add_product(sums[part], exps, weight)
+
+    def gradient_tile(
+        self, first: int, last: int, stats: Tensor, gains: Tensor, kept: Tensor | None, out: Tensor
+    ) -> None:
+        """Products again by blocks of rows, or what was kept, all rows at once."""
+        from fastadapt.kernels import launch_linear
+
+        if kept is not None:
+            everything = slice(0, kept.shape[0])
+            launch_linear.gradient_tile(self._rows(kept, everything, first), stats, gains, out)
+            return
+        weight = self.head.weight[first:last]
+        for begin, end in self._blocks():
+            part = slice(begin, end)
+            rows = self._rows(self._products(begin, end, weight), part, first)
+            launch_linear.gradient_tile(rows, stats[part], gains[part], out[part])
+
+    def add_product(self, sums: Tensor, a: Tensor, b: Tensor) -> None:
+        """In float32, rounded nowhere."""
+        if sums.dtype == a.dtype:
+            sums.addmm_(a, b)
+        else:
+            torch.addmm(sums, a, b, out_dtype=torch.float32, out=sums)
+
+    def product(self, a: Tensor, b: Tensor, out: Tensor) -> None:
+        """out = a @ b, of half types in float32."""
+        if out.dtype == a.dtype:
+            torch.mm(a, b, out=out)
+        else:
+            torch.mm(a, b, out_dtype=torch.float32, out=out)
+
+    def add_rows(
+        self, sums: Tensor, source: Tensor, index: Tensor, gain: Tensor, factor: Tensor | None
+    ) -> None:
+        """In place."""
+        from fastadapt.kernels import launch_linear
+
+        source, index = _contiguous_rows(source, index)
+        launch_linear.mix(sums, sums, factors=factor, source=(gain, source, index))
+
+    @staticmethod
+    def scatter(sums: Tensor, gain: Tensor | None, index: Tensor | None, out: Tensor) -> None:
+        """One read, one write."""
+        from fastadapt.kernels import launch_linear
+
+        launch_linear.mix(sums, out, factors=gain, places=index)
+
+    def _blocks(self) -> list[tuple[int, int]]:
+        """First row of each block and the one after its last."""
+        n = self.head.hidden.shape[0]
+        return [(begin, min(begin + self.rows, n)) for begin in range(0, n, self.rows)]
+
+    def _products(self, begin: int, end: int, weight: Tensor) -> Tensor:
+        """hidden @ weight.T of some rows, in a shape that has nothing to do with their number."""
+        hidden = self.head.hidden[begin:end]
+        if end - begin < self.rows:
+            if self._last is None:
+                self._last = hidden.new_zeros(self.rows, hidden.shape[1])
+                self._last[: end - begin] = hidden
+            hidden = self._last
+        out = self._block[: self.rows * weight.shape[0]].view(self.rows, weight.shape[0])
+        self.product(hidden, weight.t(), out)
+        return out[: end - begin]
+
+    def _rows(self, products: Tensor, part: slice, first: int) -> Any:
+        """As the launches take them."""
+        from fastadapt.kernels import launch_linear
+
+        head = self.head
+        return launch_linear.Rows(
+            products, first, head.labels[part], head.bias, self._numbers, head.softcap != 0
+        )
+
+
+def _contiguous_rows(source: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of which the kernels can read those at an index, and the index."""
+    if source.stride(1) == 1 or source.shape[1] == 1:
+        return source, index
+    picked = source.index_select(0, index).contiguous()
+    return picked, torch.arange(len(index), device=index.device)

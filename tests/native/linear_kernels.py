@@ -1,0 +1,59 @@
+"""The kernels of a linear head for compile_kernels.py: their arguments are named tuples."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from triton.compiler import ASTSource
+
+from fastadapt.kernels import launch_linear, linear
+from fastadapt.linear_cuda import TILE
+
+FIELDS = {"tile_sum_kernel": linear.Kind, "tile_gradient_kernel": linear.Kind}
+FIELDS |= {"mix_kernel": linear.Mix}
+LAST = {"tile_sum_kernel": "kind", "tile_gradient_kernel": "kind", "mix_kernel": "mix"}
+
+
+def variants(one: Callable[..., Any], dtype: str) -> Iterator[Any]:
+    """Every kernel and set of options; `one(name, constants, warps)` makes a variant."""
+    double = {"DOUBLE": dtype == "fp64"}
+    off = dict.fromkeys(linear.Kind._fields, False) | double | {"BLOCK": TILE}
+    asked = ({}, {"BIASED": True, "CAPPED": True})
+    for options in asked:
+        kind = off | options
+        for more in ({}, {"WEIGHTED": True, "KEEP": True}, {"WEIGHTED": True, "EXPS": True}):
+            yield one("tile_sum_kernel", kind | more, launch_linear.TILE_WARPS)
+        yield one("tile_gradient_kernel", kind, launch_linear.TILE_WARPS)
+        if dtype not in ("fp32", "fp64"):
+            yield one("tile_gradient_kernel", kind | {"KEEP": True}, launch_linear.TILE_WARPS)
+    block = {"BLOCK": launch_linear.ROW_BLOCK}
+    for factor, source, places in ((1, 0, 0), (1, 0, 1), (0, 1, 0), (1, 1, 0)):
+        flags = {"FACTOR": bool(factor), "SOURCE": bool(source), "PLACES": bool(places)}
+        yield one("mix_kernel", flags | block, launch_linear.ROW_WARPS)
+    yield one("dot_kernel", double | block, launch_linear.ROW_WARPS)
+
+
+def source_of(name: str, dtype: str, constants: dict[str, int | bool]) -> ASTSource:
+    """What Triton compiles: products are wide, or of a gradient the kept ones, in the head's type."""
+    kernel = getattr(linear, name)
+    own, wide = f"*{dtype}", "*fp64" if dtype == "fp64" else "*fp32"
+    types: dict[str, Any] = dict.fromkeys(("stats", "shrinks", "gains", "factors"), "*fp64")
+    types |= dict.fromkeys(("exps", "kept", "source", "a", "b"), own)
+    types |= dict.fromkeys(("index", "places", "labels"), "*i64")
+    types |= dict.fromkeys(("kept_stride", "out_stride", "source_stride"), "i64")
+    types |= {"a_stride": "i64", "b_stride": "i64", "width": "i32", "sums": wide}
+    products = own if name == "tile_gradient_kernel" and constants["KEEP"] else wide
+    types["tile"] = linear.Tile(products, "i64", "i32", "i32", "*i64", wide, "*fp64")
+    types["out"] = "*fp64" if name == "dot_kernel" else own
+    if name == "mix_kernel" and not constants["PLACES"]:
+        types["out"] = wide
+    constexprs: dict[Any, int | bool] = dict(constants)
+    if name in FIELDS:
+        at = kernel.arg_names.index(LAST[name])
+        names = FIELDS[name]._fields
+        types[LAST[name]] = FIELDS[name](*("constexpr" for _ in names))
+        constexprs = {(at, i): constants[field] for i, field in enumerate(names)}
+    else:
+        types |= dict.fromkeys(constants, "constexpr")
+    return ASTSource(
+        fn=kernel, signature={n: types[n] for n in kernel.arg_names}, constexprs=constexprs
+    )

@@ -1,0 +1,308 @@
+"""The linear head for CUDA under Triton's interpreter, against the CPU: values, gradients, plans.
+
+The driver and the kernels are those of a GPU; only cuBLAS's products, float32 of half types, are
+replaced, and the interpreter's conversion to half types, which cuts off, by torch's.
+"""
+
+import os
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastadapt import reference
+from fastadapt.linear_cpu import CpuWork
+from fastadapt.linear_cuda import CudaWork, backward_tile
+from fastadapt.linear_head import (
+    FORWARD_ONLY,
+    FROZEN_HEAD,
+    RECOMPUTE,
+    backward,
+    forward,
+    frozen_head_backward,
+)
+from fastadapt.linear_tiles import Problem
+
+pytest.importorskip("triton", reason="triton is not installed: it has wheels for Linux")
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("a GPU is there: the tests marked gpu run these kernels", allow_module_level=True)
+
+from fastadapt.kernels import launch_linear  # noqa: E402  (the interpreter is chosen before)
+
+# of rows that hold NaN or infinities, where the interpreter is NumPy
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
+INF, NAN = float("inf"), float("nan")
+N, V, TILE, ROWS = 7, 150, 64, 4  # of rows and of tiles a part is left
+OUTPUTS = ("entropy", "logsumexp", "hit")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+SHAPES = {
+    "plain": {},
+    "scaled": {"logit_scale": 0.3},
+    "capped": {"softcap": 5.0, "logit_scale": 1.5},
+}
+KEPT = {"recompute": 0, "kept": 1 << 30, "half_kept": N * 130 * 4, "frozen": 0}
+
+
+class Interpreted(CudaWork):
+    """Small sizes, products without cuBLAS."""
+
+    tile, rows = TILE, ROWS
+    gradient_width = TILE
+
+    def backward_tile(self) -> int:
+        """As asked."""
+        return self.gradient_width
+
+    def product(self, a: Tensor, b: Tensor, out: Tensor) -> None:
+        """Float32 of half types."""
+        out.copy_(a.to(out.dtype) @ b.to(out.dtype))
+
+    def add_product(self, sums: Tensor, a: Tensor, b: Tensor) -> None:
+        """The same."""
+        sums += a.to(sums.dtype) @ b.to(sums.dtype)
+
+
+class Narrow(Interpreted):
+    """Tiles of the backward that are parts of those of the forward."""
+
+    gradient_width = TILE // 4
+
+
+@pytest.fixture(autouse=True)
+def _rounded_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the launches write in a half type is float32 first, and then rounded."""
+    sum_tile, gradient_tile, mix = (
+        getattr(launch_linear, name) for name in ("sum_tile", "gradient_tile", "mix")
+    )
+
+    def rounded_sum_tile(rows: Any, stats: Tensor, **given: Any) -> None:
+        halves = {name: given.get(name) for name in ("exps", "kept")}
+        wide = {k: x if x is None else x.to(rows.products.dtype) for k, x in halves.items()}
+        sum_tile(rows, stats, **(given | wide))
+        for name, x in halves.items():
+            if x is not None:
+                x.copy_(wide[name])
+
+    def rounded_gradient_tile(rows: Any, stats: Tensor, gains: Tensor, out: Tensor) -> None:
+        wide = torch.empty(out.shape, dtype=torch.promote_types(out.dtype, torch.float32))
+        gradient_tile(rows, stats, gains, wide)
+        out.copy_(wide)
+
+    def rounded_mix(sums: Tensor, out: Tensor, **given: Any) -> None:
+        if out is sums or out.data_ptr() == sums.data_ptr():
+            mix(sums, out, **given)
+            return
+        wide = out.to(sums.dtype)
+        mix(sums, wide, **given)
+        out.copy_(wide)
+
+    monkeypatch.setattr(launch_linear, "sum_tile", rounded_sum_tile)
+    monkeypatch.setattr(launch_linear, "gradient_tile", rounded_gradient_tile)
+    monkeypatch.setattr(launch_linear, "mix", rounded_mix)
+
+
+def problem(n: int, h: int, v: int, dtype: torch.dtype, bias: bool = True, **shape: Any) -> Problem:
+    """Margins of a few nats, some rows ignored."""
+    hidden, weight = torch.randn(n, h), torch.randn(v, h) * 2 / h**0.5
+    labels = torch.randint(v, (n,))
+    labels[2::7] = -100
+    return Problem(
+        hidden.to(dtype),
+        weight.to(dtype),
+        labels,
+        torch.randn(v).to(dtype) if bias else None,
+        shape.get("softcap", 0.0),
+        shape.get("logit_scale", 1.0),
+        -100,
+        None,
+        None,
+    )
+
+
+def results(work: type, given: Problem, plan: str, upstream: Tensor) -> dict[str, Tensor]:
+    """Margins, statistics of the rows that count, and the gradients that the plan has."""
+    number = FROZEN_HEAD if plan == "frozen" else RECOMPUTE
+    margins, stats, kept = forward(work, given, number, KEPT[plan], True)
+    out = {"margins": margins, "stats": stats}
+    upstream = upstream.to(margins.dtype)
+    if plan == "frozen":
+        dtype = given.hidden.dtype
+        rest = (given.labels, given.ignore_index, stats, kept, dtype)
+        out["dhidden"] = frozen_head_backward(work, upstream, *rest)
+        return out
+    wanted = [True, True, given.bias is not None]
+    gradients = backward(work, given, upstream, stats, kept, wanted)
+    return out | dict(zip(("dhidden", "dweight", "dbias"), gradients, strict=True))
+
+
+def truth(given: Problem, upstream: Tensor) -> dict[str, Tensor]:
+    """In float64."""
+    leaves = [x.double().requires_grad_() for x in (given.hidden, given.weight, given.bias)]
+    margins = reference.linear_label_margins(
+        leaves[0], leaves[1], given.labels, leaves[2], softcap=given.softcap or None,
+        logit_scale=given.logit_scale,
+    )  # fmt: skip
+    gradients = torch.autograd.grad(margins, leaves, upstream.double())
+    names = ("margins", "dhidden", "dweight", "dbias")
+    return dict(zip(names, (margins.detach(), *gradients), strict=True))
+
+
+CASES = [(plan, shape, Interpreted) for plan in KEPT for shape in SHAPES]
+CASES += [(plan, "capped", Narrow) for plan in KEPT if plan != "frozen"]
+
+
+@pytest.mark.parametrize(("plan", "shape", "work"), CASES)
+def test_float_heads_equal_the_cpu(plan, shape, work):
+    """Within float32 rounding, of the sums and of products in another order; float64 in its own."""
+    types = {torch.float32: 1e-5} | ({torch.float64: 1e-12} if shape == "capped" else {})
+    for dtype, rtol in types.items():
+        given, upstream = problem(N, 12, V, dtype, **SHAPES[shape]), torch.randn(N)
+        ours, wanted = (results(w, given, plan, upstream) for w in (work, CpuWork))
+        assert ours.keys() == wanted.keys()
+        for name, x in ours.items():
+            assert x.dtype == wanted[name].dtype
+            torch.testing.assert_close(x, wanted[name], rtol=rtol, atol=rtol / 3, msg=name)
+
+
+@pytest.mark.parametrize("plan", KEPT)
+@pytest.mark.parametrize(
+    ("dtype", "shape"),
+    [(torch.bfloat16, "plain"), (torch.bfloat16, "capped"), (torch.float16, "capped")],
+    ids=str,
+)
+def test_errors_of_half_types_are_no_more_than_those_of_the_cpu(plan, shape, dtype):
+    """Nothing is rounded before a log-sum-exp: margins have float32's error alone.
+
+    Gradients have that of rounded exponentials, as on the CPU; of so few entries it varies.
+    """
+    given, upstream = problem(N, 32, V, dtype, **SHAPES[shape]), torch.randn(N)
+    ours, cpu = (results(work, given, plan, upstream) for work in (Interpreted, CpuWork))
+    exact = truth(given, upstream)
+    torch.testing.assert_close(ours["margins"].double(), exact["margins"], rtol=1e-5, atol=2e-6)
+    for name in ours.keys() & exact.keys():
+        error, allowed = (
+            (x.double() - exact[name]).norm() / exact[name].norm() for x in (ours[name], cpu[name])
+        )
+        assert error <= 1.3 * allowed, name
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_a_row_depends_on_no_other(dtype):
+    """Margins to the last bit: alone, among others, in another block of rows, and again."""
+    given = problem(11, 16, V, dtype)
+    whole, stats, _ = forward(Interpreted, given, FORWARD_ONLY, 0, True)
+    for rows in ([5], [0, 5, 10, 6, 2], list(range(10, 3, -1)), list(range(11))):
+        part = given._replace(hidden=given.hidden[rows], labels=given.labels[rows])
+        margins, some, _ = forward(Interpreted, part, FORWARD_ONLY, 0, True)
+        assert torch.equal(margins, whole[rows])
+        assert torch.equal(some, stats[rows])
+
+
+def test_plans_agree_and_runs_are_the_same():
+    given, upstream = problem(N, 12, V, torch.float32, softcap=7.0), torch.randn(N)
+    runs = {plan: results(Interpreted, given, plan, upstream) for plan in KEPT}
+    again = {plan: results(Interpreted, given, plan, upstream) for plan in KEPT}
+    for plan, run in runs.items():
+        for name, x in run.items():
+            assert torch.equal(x, again[plan][name])
+            torch.testing.assert_close(x, runs["recompute"][name], rtol=1e-5, atol=1e-6)
+
+
+def test_rows_without_an_upstream_gradient_take_no_part():
+    """A row that would spoil everything does not, with logits kept or made again."""
+    given, upstream = problem(13, 12, V, torch.float32), torch.randn(13)
+    upstream[[4, 11]] = 0.0
+    for work in (Interpreted, CpuWork):
+        for plan in ("recompute", "kept", "half_kept"):
+            clean = results(work, given, plan, upstream)
+            hidden = given.hidden.clone()
+            hidden[4] = NAN
+            spoilt = results(work, given._replace(hidden=hidden), plan, upstream)
+            assert spoilt["margins"].isnan().tolist() == [i == 4 for i in range(13)]
+            for name in ("dhidden", "dweight", "dbias"):
+                assert torch.equal(spoilt[name], clean[name])
+            assert not clean["dhidden"][[2, 4, 9, 11]].any()
+
+
+def test_labels_out_of_range_are_nan_and_have_no_gradient():
+    given, upstream = problem(6, 8, V, torch.float32), torch.randn(6)
+    labels = given.labels.clone()
+    labels[[0, 4]] = torch.tensor([V, -1])
+    for plan in KEPT:
+        out = results(Interpreted, given._replace(labels=labels), plan, upstream)
+        assert out["margins"].isnan().tolist() == [True, False, False, False, True, False]
+        assert not out["dhidden"][[0, 4]].any()
+        assert not any(x.isnan().any() for name, x in out.items() if name.startswith("d"))
+
+
+def test_edges():
+    """One id; a bias that forbids ids and whole tiles; NaN and infinities in their own rows."""
+    for plan in KEPT:
+        given = problem(3, 8, 1, torch.float32)._replace(labels=torch.zeros(3, dtype=torch.long))
+        out = results(Interpreted, given, plan, torch.full((3,), INF))
+        assert (out["margins"] == INF).all()
+        assert not any(x.any() for name, x in out.items() if name.startswith("d"))
+        given = problem(9, 8, V, torch.float32)
+        given.bias[: 2 * TILE] = -INF
+        given = given._replace(labels=given.labels.masked_fill(given.labels >= 0, V - 2))
+        hidden = given.hidden.clone()
+        hidden[1, 0], hidden[7, 3] = NAN, INF
+        given = given._replace(hidden=hidden)
+        ours, wanted = (results(w, given, plan, torch.randn(9)) for w in (Interpreted, CpuWork))
+        ok = [0, 2, 3, 4, 5, 6, 8]
+        for name in ("margins", "stats"):
+            a, b = ours[name][ok], wanted[name][ok]
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=2e-6)
+        assert ours["margins"].isnan().tolist() == wanted["margins"].isnan().tolist()
+
+
+def test_no_rows_and_nothing_but_ignored_rows():
+    for n in (0, 3):
+        for plan in KEPT:
+            given = problem(n, 8, V, torch.bfloat16)
+            given = given._replace(labels=torch.full((n,), -100))
+            out = results(Interpreted, given, plan, torch.randn(n))
+            assert all((x == 0).all() for x in out.values())
+            assert out["dhidden"].shape == (n, 8)
+
+
+def test_strides():
+    """Heads and hidden states that are not contiguous."""
+    given, upstream = problem(9, 12, V, torch.float32), torch.randn(9)
+    wide = torch.zeros(9, 20)
+    wide[:, 3:15] = given.hidden
+    views = (
+        given._replace(hidden=wide[:, 3:15]),
+        given._replace(weight=given.weight.t().contiguous().t()),
+    )
+    for plan in ("half_kept", "frozen"):
+        wanted = results(Interpreted, given, plan, upstream)
+        for view in views:
+            for name, x in results(Interpreted, view, plan, upstream).items():
+                torch.testing.assert_close(x, wanted[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
+def test_capped_logits_are_accurate_at_every_size(dtype):
+    """tanh from its series below a bound, from exponentials above it."""
+    x = torch.cat([torch.logspace(-6, 1.5, 60, dtype=torch.float64), torch.tensor([0.0])])
+    x = torch.cat([x, -x]).to(dtype)[None]
+    stats = torch.tensor([[-INF, 0.0, 0.0, 0.0]], dtype=torch.float64)
+    numbers = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    for i in range(x.shape[1]):  # each alone: the statistic is the logit
+        each = stats.clone()
+        rows = launch_linear.Rows(
+            x[:, i : i + 1].contiguous(), 0, torch.tensor([-1]), None, numbers, True
+        )
+        launch_linear.sum_tile(rows, each, weighted=False)
+        exact = 2 * (x[0, i].double() / 2).tanh()
+        assert abs(float(each[0, 0]) - exact) <= 4 * torch.finfo(dtype).eps * abs(exact)
+
+
+def test_tiles_of_the_backward():
+    """The gradient of a tile stays within its bytes, down to tiles of 1024 ids."""
+    assert [backward_tile(n, 2) for n in (1, 4096, 8192, 16_384, 32_768, 10**6)] == [
+        8192, 8192, 8192, 4096, 2048, 1024,
+    ]  # fmt: skip
+    assert backward_tile(16_384, 4) == 2048
