@@ -27,7 +27,7 @@ from cases import DTYPES, chosen
 from fastadapt import linear_label_margins
 from fastadapt.demo import progress_bar, stepper
 from fastadapt.linear_cpu import TILE
-from fastadapt.margins import KEPT_BYTES
+from fastadapt.linear_plan import KEPT_BYTES
 from fastadapt.memory import PeakMemory, is_measurable
 from fresh import in_fresh_process
 from host import PACKAGES, host_record, quartiles, write_record

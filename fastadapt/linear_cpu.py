@@ -18,11 +18,16 @@ class CpuWork(RowWork):
     tile = TILE
 
     def __init__(self, head: Head) -> None:
-        """One tile of products is held."""
+        """One tile of products is held, from the first on."""
         super().__init__(head)
-        n, v = head.hidden.shape[0], head.weight.shape[0]
-        self._buffer = head.hidden.new_empty(n * min(self.tile, v))
-        self._shrinks = head.hidden.new_empty(n, dtype=torch.float64)
+        self._buffer: Tensor | None = None
+        self._shrinks = head.hidden.new_empty(head.hidden.shape[0], dtype=torch.float64)
+
+    @classmethod
+    def scratch_bytes(cls, n: int, v: int, itemsize: int) -> tuple[int, int]:
+        """One tile; the products of half types that are added to sums are 2 MiB."""
+        tile = n * min(cls.tile, v) * itemsize
+        return tile, tile
 
     def expect(self, out: Tensor) -> None:
         """Fewer page faults."""
@@ -136,8 +141,10 @@ class CpuWork(RowWork):
 
     def _products(self, first: int, last: int, out: Tensor | None) -> Tensor:
         """hidden @ weight.T over a tile."""
-        n = self.head.hidden.shape[0]
+        n, v = self.head.hidden.shape[0], self.head.weight.shape[0]
         if out is None:
+            if self._buffer is None:
+                self._buffer = self.head.hidden.new_empty(n * min(self.tile, v))
             out = self._buffer[: n * (last - first)].view(n, last - first)
         return torch.mm(self.head.hidden, self.head.weight[first:last].t(), out=out)
 

@@ -39,8 +39,7 @@ class CudaWork(RowWork):
         super().__init__(head)
         hidden = head.hidden
         self._wide = wide_dtype(hidden.dtype)
-        width = min(self.tile, head.weight.shape[0])
-        self._block = hidden.new_empty(self.rows * width, dtype=self._wide)
+        self._block: Tensor | None = None
         # filled on the device: a tensor made from numbers would be copied there, and waited for
         numbers = (head.scale, head.softcap or 1.0)
         self._numbers = torch.cat(
@@ -53,6 +52,18 @@ class CudaWork(RowWork):
         """As many as keep the gradient of a tile within 128 MiB."""
         hidden = self.head.hidden
         return min(self.tile, backward_tile(hidden.shape[0], hidden.element_size()))
+
+    @classmethod
+    def scratch_bytes(cls, n: int, v: int, itemsize: int) -> tuple[int, int]:
+        """A block of products; in the backward the gradient of a tile too."""
+        block = cls.rows * min(cls.tile, v) * max(itemsize, 4)
+        width = min(backward_tile(n, itemsize), v)
+        return block, cls.rows * width * max(itemsize, 4) + n * width * itemsize
+
+    @classmethod
+    def exps_bytes(cls, n: int, v: int, itemsize: int) -> int:
+        """Of a block of rows."""
+        return cls.rows * min(cls.tile, v) * itemsize
 
     def label_products(self) -> Tensor:
         """Float32 dot products, float64 from block to block."""
@@ -78,7 +89,7 @@ class CudaWork(RowWork):
         """Exponentials of a frozen head are rounded to the dtype of the head for their product."""
         from fastadapt.kernels import launch_linear
 
-        weight = self.head.weight[first:last]
+        weight, v = self.head.weight[first:last], self.head.weight.shape[0]
         for begin, end in self._blocks():
             part = slice(begin, end)
             rows = self._rows(self._products(begin, end, weight), part, first)
@@ -88,7 +99,7 @@ class CudaWork(RowWork):
                 )
                 continue
             if self._exps is None:
-                self._exps = self.head.hidden.new_empty(self._block.shape)
+                self._exps = self.head.hidden.new_empty(self.rows * min(self.tile, v))
             exps = self._exps[: (end - begin) * (last - first)].view(end - begin, last - first)
             shrinks = stats.new_empty(end - begin)
             launch_linear.sum_tile(rows, stats[part], weighted=weighted, shrinks=shrinks, exps=exps)
@@ -154,6 +165,9 @@ class CudaWork(RowWork):
                 self._last = hidden.new_zeros(self.rows, hidden.shape[1])
                 self._last[: end - begin] = hidden
             hidden = self._last
+        if self._block is None:
+            size = self.rows * min(self.tile, self.head.weight.shape[0])
+            self._block = hidden.new_empty(size, dtype=self._wide)
         out = self._block[: self.rows * weight.shape[0]].view(self.rows, weight.shape[0])
         self.product(hidden, weight.t(), out)
         return out[: end - begin]

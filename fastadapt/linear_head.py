@@ -29,7 +29,7 @@ FORWARD_ONLY, RECOMPUTE, FROZEN_HEAD = 0, 1, 2  # plans
 Triple = tuple[Tensor, Tensor, Tensor]
 
 
-def _kept_ids(n: int, v: int, itemsize: int, tile: int, kept_bytes: int) -> int:
+def kept_ids(n: int, v: int, itemsize: int, tile: int, kept_bytes: int) -> int:
     """How many ids, whole tiles, have logits that the forward leaves to the backward."""
     if n == 0 or n * v * itemsize <= kept_bytes:
         return v
@@ -46,7 +46,7 @@ def empty_outputs(hidden: Tensor, weight: Tensor, tile: int, plan: int, kept_byt
     else:
         ids = 0
         if plan == RECOMPUTE:
-            ids = _kept_ids(n, v, hidden.element_size(), tile, kept_bytes)
+            ids = kept_ids(n, v, hidden.element_size(), tile, kept_bytes)
         kept = hidden.new_empty(n * ids)
     stats = hidden.new_empty(n, NUM_STATS, dtype=torch.float64)
     return hidden.new_empty(n, dtype=wide), stats, kept

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from fastadapt import cuda_linear_ops
 from fastadapt.linear_cpu import CpuWork
-from fastadapt.linear_cuda import CudaWork
 from fastadapt.linear_head import (
     FROZEN_HEAD,
     RECOMPUTE,
@@ -18,6 +17,7 @@ from fastadapt.linear_head import (
     forward,
     frozen_head_backward,
 )
+from fastadapt.linear_plan import work_of
 from fastadapt.linear_tiles import Problem
 from fastadapt.ops import Implementations, check_ids, no_double_backward, register
 
@@ -62,7 +62,7 @@ def _frozen_head_backward_cpu(*arguments: Any) -> Tensor:
 def _forward_fake(*arguments: Any) -> Triple:
     """Empty outputs."""
     problem, (plan, kept_bytes, _) = Problem(*arguments[:_FIELDS]), arguments[_FIELDS:]
-    tile = CudaWork.tile if problem.hidden.is_cuda else CpuWork.tile
+    tile = work_of(problem.hidden).tile
     return empty_outputs(problem.hidden, problem.weight, tile, plan, kept_bytes)
 
 

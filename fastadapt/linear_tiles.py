@@ -115,6 +115,16 @@ class RowWork(ABC):
         """Ids a tile in the backward; divides `tile`."""
         return self.tile
 
+    @classmethod
+    @abstractmethod
+    def scratch_bytes(cls, n: int, v: int, itemsize: int) -> tuple[int, int]:
+        """What a forward without a second product holds, and a backward beside its sums."""
+
+    @classmethod
+    def exps_bytes(cls, n: int, v: int, itemsize: int) -> int:
+        """What a frozen head's forward holds beside that and its sums."""
+        return 0
+
     def expect(self, out: Tensor) -> None:  # noqa: B027  (nothing to do is a way to do it)
         """Called with what will be written from end to end."""
 

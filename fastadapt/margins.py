@@ -13,13 +13,12 @@ from torch import Tensor
 
 from fastadapt import linear_ops, loss_ops
 from fastadapt.checks import fold_rows, per_row
-from fastadapt.linear_head import FORWARD_ONLY, FROZEN_HEAD, RECOMPUTE
+from fastadapt.linear_plan import kept_bytes, number_of
 from fastadapt.vocab_parallel import Slice, split_head
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-KEPT_BYTES = 1 << 27  # logits kept for the backward where no budget is given and all fit
 OUTPUTS = ("entropy", "logsumexp", "hit")
 
 
@@ -126,23 +125,35 @@ def linear_label_margins(
 
     Equals `label_margins(z, labels)` with
     `z = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap)`, made in tiles of 2048
-    ids. Products are torch's, in the dtype of the inputs; a product of half type is rounded once
-    before its logsumexp, while the label's own logit is a float32 dot product, so that the margin's
-    error is about a twentieth of that of rounded logits. Sums are float32 and float64.
+    ids (8192 on CUDA). Products are torch's. On the CPU they are in the dtype of the inputs; one of
+    half type is rounded once before its logsumexp, while the label's own logit is a float32 dot
+    product, so that the margin's error is about a twentieth of that of rounded logits. On CUDA they
+    are float32, rounded nowhere before the logsumexp (TF32 of float32 inputs if torch is told to
+    use it); half types need torch 2.8. Sums are float32 and float64.
 
     With 1M = one product of N * H * V: a head that needs gradients costs 4M, forward and backward,
     or 3M for the logits that `memory_budget` lets the forward keep; a head that needs none 2M, with
     no product in the backward, which then holds N * H numbers of float32 and not the head; without
     gradients 1M. Ignored rows are dropped before the first product. The gradient of each block of
-    the head is finished in one product and rounded once. Beside inputs and gradients, forward and
-    backward hold 2 N H numbers of float32 at most, one tile and what `memory_budget` allows.
+    the head is finished in one product and rounded once. Rows whose upstream gradient is 0 are
+    dropped from the backward (not with a group). Beside inputs and gradients, forward and backward
+    hold 2 N H numbers of float32 at most, one tile and what `memory_budget` allows;
+    `fastadapt.linear_plan.plan_of` tells which plan it will be and what it holds.
+
+    On CUDA, forward and backward each wait once for the device, to learn how many rows take part,
+    so that neither can be captured in a CUDA graph. Products are of blocks of 1024 rows, the last
+    filled up with zeros, and tiles in one order, so that a row's margin does not depend on the
+    other rows as far as cuBLAS computes equal shapes alike. Logits that `memory_budget` lets the
+    forward keep are rounded to the dtype of the inputs, after their logsumexp. The gradient of a
+    tile takes 128 MiB at most up to 65,536 rows of half type.
 
     Args:
         hidden (Tensor): (..., H), float32, bfloat16, float16, or float64 (for checks). Under
             autocast hidden, weight and bias are cast to its dtype.
-        weight (Tensor): (V, H), dtype of `hidden`.
+        weight (Tensor): (V, H), dtype of `hidden`; or float32 over half hidden states, which are
+            then taken as float32, products too.
         labels (Tensor): `hidden.shape[:-1]`, int64, ids in [0, V) or `ignore_index`.
-        bias (Tensor | None): (V,), dtype of `hidden`.
+        bias (Tensor | None): (V,), dtype of `weight`.
         softcap (float | None): above 0, bounds the logits smoothly.
         logit_scale (float): finite, multiplies the logits before the cap.
         ignore_index (int): rows with this label give 0 and no gradient.
@@ -172,7 +183,7 @@ def linear_label_margins(
         RuntimeError: a group without torch.distributed.
     """
     part = split_head(hidden, weight, labels, bias, group)
-    rows = fold_rows("hidden", part.hidden)
+    rows = _in_type_of_head(fold_rows("hidden", part.hidden), part.weight)
     flat = per_row("labels", part.labels, torch.int64, part.hidden.shape[:-1], rows)
     _check_head(rows, part)
     cap = 0.0 if softcap is None else float(softcap)
@@ -197,8 +208,8 @@ def linear_label_margins(
         ignore_index,
         part.span,
         part.group,
-        _plan(rows, part.weight, part.bias),
-        _kept_bytes(rows, part.weight, memory_budget),
+        number_of(rows, part.weight, part.bias),
+        kept_bytes(rows.shape[0] * part.weight.shape[0] * rows.element_size(), memory_budget),
         "entropy" in outputs,
     )
     margins = margins.view(labels.shape)
@@ -207,6 +218,13 @@ def linear_label_margins(
     used = part.labels != ignore_index
     extra = _extra_outputs(margins.detach(), stats.view(*labels.shape, -1), used)
     return (margins, *(extra[name] for name in outputs))
+
+
+def _in_type_of_head(hidden: Tensor, weight: Tensor) -> Tensor:
+    """Half hidden states as float32 where the head is; under autocast as they are."""
+    half = hidden.dtype in (torch.bfloat16, torch.float16)
+    casts = torch.is_autocast_enabled(hidden.device.type)
+    return hidden.float() if half and weight.dtype == torch.float32 and not casts else hidden
 
 
 def _check_head(hidden: Tensor, part: Slice) -> None:
@@ -225,23 +243,6 @@ def _check_head(hidden: Tensor, part: Slice) -> None:
             raise TypeError(f"{name}: expected {hidden.dtype} as hidden, got {tensor.dtype}")
         if tensor.device != hidden.device:
             raise ValueError(f"{name}: expected device {hidden.device}, got {tensor.device}")
-
-
-def _plan(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> int:
-    """What the backward will want."""
-    if not torch.is_grad_enabled():
-        return FORWARD_ONLY
-    if weight.requires_grad or (bias is not None and bias.requires_grad):
-        return RECOMPUTE
-    return FROZEN_HEAD if hidden.requires_grad else FORWARD_ONLY
-
-
-def _kept_bytes(hidden: Tensor, weight: Tensor, memory_budget: int | None) -> int:
-    """All logits or none where the budget is left to us."""
-    if memory_budget is not None:
-        return memory_budget
-    needed = hidden.shape[0] * weight.shape[0] * hidden.element_size()
-    return KEPT_BYTES if needed <= KEPT_BYTES else 0
 
 
 def _extra_outputs(margins: Tensor, stats: Tensor, used: Tensor) -> dict[str, Tensor]:

@@ -37,14 +37,15 @@ OURS = {
     "results": set(),
     "sampling": {"ops"} | LEAVES,
     "losses": {"losses"},
-    "margins": {"linear_head", "linear_ops", "loss_ops", "vocab_parallel"} | LEAVES,
+    "margins": {"linear_ops", "linear_plan", "loss_ops", "vocab_parallel"} | LEAVES,
     "outputs": set(),
     "ops": {"_C", "cuda_ops", "outputs"},
     "cuda_ops": {"kernels", "outputs"},
     "cuda_loss_ops": {"cuda_ops", "kernels", "outputs"},
     "loss_ops": {"_C", "cuda_loss_ops", "ops", "outputs"},
-    "linear_ops": {"linear_cpu", "linear_head", "linear_tiles", "ops"}
-    | {"cuda_linear_ops", "linear_cuda"},
+    "linear_ops": {"linear_cpu", "linear_head", "linear_plan", "linear_tiles", "ops"}
+    | {"cuda_linear_ops"},
+    "linear_plan": {"linear_cpu", "linear_cuda", "linear_head", "linear_tiles", "outputs"},
     "cuda_linear_ops": {"cuda_ops", "linear_cuda", "linear_head", "linear_tiles"},
     "linear_cuda": {"kernels", "linear_tiles", "outputs"},
     "linear_head": {"linear_tiles", "outputs", "vocab_parallel"},

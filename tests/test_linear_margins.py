@@ -347,6 +347,23 @@ def test_autocast():
 
 
 @pytest.mark.parametrize("frozen", (False, True))
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_a_float32_head_over_a_half_body(dtype, frozen):
+    """Products are float32, and the gradient of the hidden states is rounded to their type."""
+    hidden, weight, labels, bias = head(6, 16, V, torch.float32)
+    body, upstream = hidden.to(dtype), torch.randn(6)
+    got, wanted = (
+        gradients(f, x, weight, labels, bias, upstream, frozen=frozen)
+        for f, x in ((linear_label_margins, body), (linear_label_margins, body.float()))
+    )
+    twin = gradients(reference.linear_label_margins, body, weight, labels, bias, upstream, frozen)
+    assert [x.dtype for x in got[:2]] == [torch.float32, dtype]
+    for a, b, c in zip(got, wanted, twin, strict=True):
+        assert torch.equal(a, b.to(a.dtype))
+        torch.testing.assert_close(a, c, rtol=2e-2 if a.dtype == dtype else 1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("frozen", (False, True))
 def test_double_backward_raises(frozen):
     hidden, weight, labels, _ = head(3, 8, 50, torch.float32)
     hidden.requires_grad_()

@@ -53,6 +53,8 @@ def linear_label_margins(
     if group is not None:
         weight = _gathered(weight, group)
         bias = None if bias is None else _gathered(bias, group)
+    if weight.dtype == torch.float32 and hidden.dtype in (torch.bfloat16, torch.float16):
+        hidden = hidden.float()
     z = torch.nn.functional.linear(hidden, weight, bias) * logit_scale
     if softcap is not None:
         z = softcap * (z / softcap).tanh()

@@ -17,14 +17,15 @@ def variants(one: Callable[..., Any], dtype: str) -> Iterator[Any]:
     """Every kernel and set of options; `one(name, constants, warps)` makes a variant."""
     double = {"DOUBLE": dtype == "fp64"}
     off = dict.fromkeys(linear.Kind._fields, False) | double | {"BLOCK": TILE}
+    warps = launch_linear.DOUBLE_TILE_WARPS if dtype == "fp64" else launch_linear.TILE_WARPS
     asked = ({}, {"BIASED": True, "CAPPED": True})
     for options in asked:
         kind = off | options
         for more in ({}, {"WEIGHTED": True, "KEEP": True}, {"WEIGHTED": True, "EXPS": True}):
-            yield one("tile_sum_kernel", kind | more, launch_linear.TILE_WARPS)
-        yield one("tile_gradient_kernel", kind, launch_linear.TILE_WARPS)
+            yield one("tile_sum_kernel", kind | more, warps)
+        yield one("tile_gradient_kernel", kind, warps)
         if dtype not in ("fp32", "fp64"):
-            yield one("tile_gradient_kernel", kind | {"KEEP": True}, launch_linear.TILE_WARPS)
+            yield one("tile_gradient_kernel", kind | {"KEEP": True}, warps)
     block = {"BLOCK": launch_linear.ROW_BLOCK}
     for factor, source, places in ((1, 0, 0), (1, 0, 1), (0, 1, 0), (1, 1, 0)):
         flags = {"FACTOR": bool(factor), "SOURCE": bool(source), "PLACES": bool(places)}
@@ -33,7 +34,7 @@ def variants(one: Callable[..., Any], dtype: str) -> Iterator[Any]:
 
 
 def source_of(name: str, dtype: str, constants: dict[str, int | bool]) -> ASTSource:
-    """What Triton compiles: products are wide, or of a gradient the kept ones, in the head's type."""
+    """What Triton compiles: products are wide, or those kept, in the type of the head."""
     kernel = getattr(linear, name)
     own, wide = f"*{dtype}", "*fp64" if dtype == "fp64" else "*fp32"
     types: dict[str, Any] = dict.fromkeys(("stats", "shrinks", "gains", "factors"), "*fp64")

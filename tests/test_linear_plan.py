@@ -1,0 +1,94 @@
+"""The plan that is told is the one that is carried out: its products, and what it holds."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastadapt.linear_cpu import CpuWork
+from fastadapt.linear_cuda import CudaWork
+from fastadapt.linear_head import backward, forward, frozen_head_backward
+from fastadapt.linear_plan import LinearPlan, kept_bytes, number_of, plan_of, work_of
+from fastadapt.linear_tiles import Problem
+
+N, H, V = 8, 64, 5003
+MIB = 1 << 20
+CASES = {  # which want gradients: hidden, weight, bias; and the budget
+    "frozen head": ((True, False, False), None, 2.0),
+    "grouped": ((True, True, True), 1 << 30, 3.0),
+    "recompute": ((True, True, False), 0, 4.0),
+    "partly grouped": ((True, True, False), N * 2048 * 4, 4 - 2048 / V),
+    "forward only": ((False, False, False), None, 1.0),
+}
+
+
+def arguments(wants, dtype=torch.float32, n=N, h=H, v=V, device="cpu"):
+    """hidden, weight, bias, empty where the device is meta."""
+    shapes = ((n, h), (v, h), (v,))
+    return [
+        torch.zeros(shape, dtype=dtype, device=device, requires_grad=wanted)
+        for shape, wanted in zip(shapes, wants, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_products_are_counted(name):
+    wants, budget, products = CASES[name]
+    hidden, weight, bias = arguments(wants)
+    plan = plan_of(hidden, weight, bias, memory_budget=budget)
+    assert (plan.name, plan.products) == (name, pytest.approx(products))
+    wanted = [x.requires_grad for x in (hidden, weight, bias)]
+    number, allowed = number_of(hidden, weight, bias), kept_bytes(N * V * 4, budget)
+    labels, upstream = torch.zeros(N, dtype=torch.int64), torch.ones(N)
+    problem = Problem(
+        hidden.detach(), weight.detach(), labels, bias.detach(), 0.0, 1.0, -100, None, None
+    )
+    with FlopCounterMode(display=False) as flops:  # it does not look into operators
+        _, stats, kept = forward(CpuWork, problem, number, allowed, False)
+        if name == "frozen head":
+            frozen_head_backward(CpuWork, upstream, labels, -100, stats, kept, torch.float32)
+        elif name != "forward only":
+            backward(CpuWork, problem, upstream, stats, kept, wanted)
+    of_bias = 2 * N * V * wants[2]
+    assert flops.get_total_flops() - of_bias == pytest.approx(products * 2 * N * H * V)
+
+
+def test_what_is_kept_is_what_the_operator_keeps():
+    for name, (wants, budget, _) in CASES.items():
+        hidden, weight, bias = arguments(wants, torch.bfloat16)
+        budget = budget and budget // 2
+        plan = plan_of(hidden, weight, bias, memory_budget=budget)
+        number, allowed = number_of(hidden, weight, bias), kept_bytes(N * V * 2, budget)
+        kept = torch.ops.fastadapt.linear_label_margins(
+            hidden, weight, torch.zeros(N, dtype=torch.int64), bias, 0.0, 1.0, -100, None, None,
+            number, allowed, False,
+        )[2]  # fmt: skip
+        assert plan.kept_bytes == kept.nbytes
+
+
+def test_one_product_less_where_the_hidden_states_want_no_gradient():
+    for wants, products in (((False, True, True), 3.0), ((False, False, True), 2.0)):
+        assert plan_of(*arguments(wants), memory_budget=0).products == products
+
+
+@pytest.mark.parametrize(
+    ("n", "wants", "budget", "expected"),
+    [
+        # sums of dhidden, a block of products, the gradient of a tile
+        (4096, (True, True, False), 0, LinearPlan("recompute", 4.0, 0, (64 + 32 + 64) * MIB)),
+        (16_384, (True, True, False), 0, LinearPlan("recompute", 4.0, 0, (256 + 16 + 128) * MIB)),
+        # Jacobian rows, a block of products, its exponentials
+        (4096, (True, False, False), None,
+         LinearPlan("frozen head", 2.0, 64 * MIB, (64 + 32 + 16) * MIB)),
+    ],
+)  # fmt: skip
+def test_peaks_on_cuda(n, wants, budget, expected, monkeypatch):
+    """Llama 3's 8B head in bfloat16, at most 0.3 GiB over inputs and gradients for 4096 rows."""
+    monkeypatch.setattr("fastadapt.linear_plan.work_of", lambda hidden: CudaWork)
+    inputs = arguments(wants, torch.bfloat16, n, 4096, 128_256, "meta")
+    assert plan_of(*inputs, memory_budget=budget) == expected
+    if n == 4096:
+        assert expected.peak_bytes <= 0.3 * 2**30
+
+
+def test_the_device_decides_about_the_work():
+    assert work_of(torch.zeros(1)).tile == 2048
