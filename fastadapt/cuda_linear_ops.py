@@ -5,9 +5,9 @@ from typing import Any
 from torch import Tensor
 
 from fastadapt.cuda_ops import device_of
-from fastadapt.linear_cuda import CudaWork
 from fastadapt.linear_head import Triple, backward, forward
 from fastadapt.linear_head import frozen_head_backward as frozen
+from fastadapt.linear_plan import work_of
 from fastadapt.linear_tiles import Problem
 
 _FIELDS = len(Problem._fields)
@@ -17,17 +17,17 @@ def linear_label_margins(*arguments: Any) -> Triple:
     """As the driver does on every device."""
     problem = Problem(*arguments[:_FIELDS])
     with device_of(problem.hidden):
-        return forward(CudaWork, problem, *arguments[_FIELDS:])
+        return forward(work_of(problem.hidden), problem, *arguments[_FIELDS:])
 
 
 def linear_label_margins_backward(*arguments: Any) -> Triple:
     """The gradients that are wanted."""
     problem = Problem(*arguments[:_FIELDS])
     with device_of(problem.hidden):
-        return backward(CudaWork, problem, *arguments[_FIELDS:])
+        return backward(work_of(problem.hidden), problem, *arguments[_FIELDS:])
 
 
 def frozen_head_backward(dmargins: Tensor, *arguments: Any) -> Tensor:
     """The gradient of the hidden states."""
     with device_of(dmargins):
-        return frozen(CudaWork, dmargins, *arguments)
+        return frozen(work_of(dmargins), dmargins, *arguments)

@@ -98,7 +98,7 @@ class CpuWork(RowWork):
         if sums.dtype == a.dtype:
             if factor is not None:
                 sums.mul_(factor[:, None].to(sums.dtype))
-            sums.addmm_(a, b)
+            torch.addmm(sums, a, b, out=sums)
             return
         n, h = sums.shape
         block = max(1, min(n, _PRODUCT_ELEMENTS // h))

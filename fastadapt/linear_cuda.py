@@ -15,6 +15,7 @@ from fastadapt.linear_tiles import Head, RowWork
 from fastadapt.outputs import wide_dtype
 
 TILE = 8192  # ids a tile
+DOUBLE_TILE = 2048  # of float64, as many as a program has registers for
 ROWS = 1024  # of a product: with a tile of ids 32 MiB of float32
 GRADIENT_BYTES = 128 << 20  # of one tile's gradient, where there are so many rows
 LEAST_TILE = 1024
@@ -125,7 +126,7 @@ class CudaWork(RowWork):
     def add_product(self, sums: Tensor, a: Tensor, b: Tensor) -> None:
         """In float32, rounded nowhere."""
         if sums.dtype == a.dtype:
-            sums.addmm_(a, b)
+            torch.addmm(sums, a, b, out=sums)
         else:
             torch.addmm(sums, a, b, out_dtype=torch.float32, out=sums)
 
@@ -180,6 +181,12 @@ class CudaWork(RowWork):
         return launch_linear.Rows(
             products, first, head.labels[part], head.bias, self._numbers, head.softcap != 0
         )
+
+
+class DoubleCudaWork(CudaWork):
+    """The same of float64."""
+
+    tile = DOUBLE_TILE
 
 
 def _contiguous_rows(source: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastadapt.linear_cpu import CpuWork
-from fastadapt.linear_cuda import CudaWork
+from fastadapt.linear_cuda import CudaWork, DoubleCudaWork
 from fastadapt.linear_head import FORWARD_ONLY, FROZEN_HEAD, RECOMPUTE, kept_ids
 from fastadapt.linear_tiles import RowWork
 from fastadapt.outputs import wide_dtype
@@ -68,7 +68,9 @@ def plan_of(
 
 def work_of(hidden: Tensor) -> type[RowWork]:
     """The row work of a device."""
-    return CudaWork if hidden.is_cuda else CpuWork
+    if not hidden.is_cuda:
+        return CpuWork
+    return DoubleCudaWork if hidden.dtype == torch.float64 else CudaWork
 
 
 def number_of(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> int:

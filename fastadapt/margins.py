@@ -140,8 +140,8 @@ def linear_label_margins(
     hold 2 N H numbers of float32 at most, one tile and what `memory_budget` allows;
     `fastadapt.linear_plan.plan_of` tells which plan it will be and what it holds.
 
-    On CUDA, forward and backward each wait once for the device, to learn how many rows take part,
-    so that neither can be captured in a CUDA graph. Products are of blocks of 1024 rows, the last
+    On CUDA, forward and backward each wait for the device, to learn how many rows take part, so
+    that neither can be captured in a CUDA graph. Products are of blocks of 1024 rows, the last
     filled up with zeros, and tiles in one order, so that a row's margin does not depend on the
     other rows as far as cuBLAS computes equal shapes alike. Logits that `memory_budget` lets the
     forward keep are rounded to the dtype of the inputs, after their logsumexp. The gradient of a

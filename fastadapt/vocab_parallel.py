@@ -63,7 +63,7 @@ def split_head(
         group = of_mesh
     if group is None:
         return Slice(hidden, weight, labels, bias, None, None)
-    sizes = _gather(labels.new_tensor([weight.shape[0]]), group.group_name)[:, 0]
+    sizes = _gather(labels.new_full((1,), weight.shape[0]), group.group_name)[:, 0]
     first = sizes[: group.rank()].sum()
     return Slice(hidden, weight, labels, bias, group.group_name, torch.stack([first, sizes.sum()]))
 

@@ -46,7 +46,7 @@ OURS = {
     "linear_ops": {"linear_cpu", "linear_head", "linear_plan", "linear_tiles", "ops"}
     | {"cuda_linear_ops"},
     "linear_plan": {"linear_cpu", "linear_cuda", "linear_head", "linear_tiles", "outputs"},
-    "cuda_linear_ops": {"cuda_ops", "linear_cuda", "linear_head", "linear_tiles"},
+    "cuda_linear_ops": {"cuda_ops", "linear_head", "linear_plan", "linear_tiles"},
     "linear_cuda": {"kernels", "linear_tiles", "outputs"},
     "linear_head": {"linear_tiles", "outputs", "vocab_parallel"},
     "linear_tiles": {"outputs"},

@@ -53,7 +53,7 @@ def test_the_products_are_counted(name):
 
 
 def test_what_is_kept_is_what_the_operator_keeps():
-    for name, (wants, budget, _) in CASES.items():
+    for wants, budget, _ in CASES.values():
         hidden, weight, bias = arguments(wants, torch.bfloat16)
         budget = budget and budget // 2
         plan = plan_of(hidden, weight, bias, memory_budget=budget)

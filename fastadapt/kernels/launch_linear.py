@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastadapt.kernels import linear
 
-TILE_WARPS, DOUBLE_TILE_WARPS, ROW_WARPS = 8, 16, 4  # the second of float64, or it spills
+TILE_WARPS, ROW_WARPS = 16, 4  # 8 warps for a row of a tile have hardly the registers
 ROW_BLOCK = 1024  # numbers of a row of hidden states at a time
 
 
@@ -47,11 +47,6 @@ def _kind(
     return linear.Kind(*(tl.constexpr(value) for value in values))
 
 
-def _warps(rows: Rows) -> int:
-    """Of a program that has a row of a tile."""
-    return DOUBLE_TILE_WARPS if rows.products.dtype == torch.float64 else TILE_WARPS
-
-
 def sum_tile(
     rows: Rows,
     stats: Tensor,
@@ -73,7 +68,7 @@ def sum_tile(
         rows.products if kept is None else kept,
         0 if kept is None else kept.stride(0),
         _kind(rows, weighted=weighted, exps=exps is not None, keep=kept is not None),
-        num_warps=_warps(rows),
+        num_warps=TILE_WARPS,
         enable_fp_fusion=False,
     )
 
@@ -90,7 +85,7 @@ def gradient_tile(rows: Rows, stats: Tensor, gains: Tensor, out: Tensor) -> None
         out,
         out.stride(0),
         _kind(rows),
-        num_warps=_warps(rows),
+        num_warps=TILE_WARPS,
         enable_fp_fusion=False,
     )
 

@@ -6,7 +6,7 @@ from typing import Any
 from triton.compiler import ASTSource
 
 from fastadapt.kernels import launch_linear, linear
-from fastadapt.linear_cuda import TILE
+from fastadapt.linear_cuda import DOUBLE_TILE, TILE
 
 FIELDS = {"tile_sum_kernel": linear.Kind, "tile_gradient_kernel": linear.Kind}
 FIELDS |= {"mix_kernel": linear.Mix}
@@ -16,16 +16,16 @@ LAST = {"tile_sum_kernel": "kind", "tile_gradient_kernel": "kind", "mix_kernel":
 def variants(one: Callable[..., Any], dtype: str) -> Iterator[Any]:
     """Every kernel and set of options; `one(name, constants, warps)` makes a variant."""
     double = {"DOUBLE": dtype == "fp64"}
-    off = dict.fromkeys(linear.Kind._fields, False) | double | {"BLOCK": TILE}
-    warps = launch_linear.DOUBLE_TILE_WARPS if dtype == "fp64" else launch_linear.TILE_WARPS
+    tile = {"BLOCK": DOUBLE_TILE if dtype == "fp64" else TILE}
+    off = dict.fromkeys(linear.Kind._fields, False) | double | tile
     asked = ({}, {"BIASED": True, "CAPPED": True})
     for options in asked:
         kind = off | options
         for more in ({}, {"WEIGHTED": True, "KEEP": True}, {"WEIGHTED": True, "EXPS": True}):
-            yield one("tile_sum_kernel", kind | more, warps)
-        yield one("tile_gradient_kernel", kind, warps)
+            yield one("tile_sum_kernel", kind | more, launch_linear.TILE_WARPS)
+        yield one("tile_gradient_kernel", kind, launch_linear.TILE_WARPS)
         if dtype not in ("fp32", "fp64"):
-            yield one("tile_gradient_kernel", kind | {"KEEP": True}, warps)
+            yield one("tile_gradient_kernel", kind | {"KEEP": True}, launch_linear.TILE_WARPS)
     block = {"BLOCK": launch_linear.ROW_BLOCK}
     for factor, source, places in ((1, 0, 0), (1, 0, 1), (0, 1, 0), (1, 1, 0)):
         flags = {"FACTOR": bool(factor), "SOURCE": bool(source), "PLACES": bool(places)}

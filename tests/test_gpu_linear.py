@@ -1,0 +1,135 @@
+"""The linear head on a CUDA device: against the CPU, its rows and runs, its memory, NCCL."""
+
+import pytest
+import torch
+
+from fastadapt import linear_label_margins
+from fastadapt.linear_plan import plan_of
+
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("device")]
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def linear_head(n, h, v, dtype):
+    """hidden, weight, labels, bias and upstream gradients; some rows ignored or without one."""
+    hidden, weight, bias = torch.randn(n, h), torch.randn(v, h) * 2 / h**0.5, torch.randn(v)
+    labels, upstream = torch.randint(v, (n,)), torch.randn(n)
+    labels[3::7], upstream[5::11] = -100, 0.0
+    return hidden.to(dtype), weight.to(dtype), labels, bias.to(dtype), upstream
+
+
+def linear_results(hidden, weight, labels, bias, upstream, *, frozen=False, **options):
+    """Margins, their extra outputs and the gradients that are wanted."""
+    leaves = [x.detach().requires_grad_(not frozen) for x in (hidden, weight, bias)]
+    leaves[0].requires_grad_()
+    out = linear_label_margins(
+        leaves[0], leaves[1], labels, leaves[2], outputs=("entropy", "logsumexp", "hit"), **options
+    )
+    wanted = [x for x in leaves if x.requires_grad]
+    gradients = torch.autograd.grad(out[0], wanted, upstream.to(out[0].dtype))
+    return [*(x.detach() for x in out), *gradients]
+
+
+LINEAR_PLANS = {
+    "recompute": {"memory_budget": 0},
+    "kept": {"memory_budget": 1 << 40},
+    "half_kept": {"memory_budget": 1500 * 9000 * 2},
+    "frozen": {"frozen": True},
+}
+
+
+@pytest.mark.parametrize("shape", ({}, {"softcap": 5.0, "logit_scale": 1.5}), ids=("plain", "cap"))
+@pytest.mark.parametrize("plan", LINEAR_PLANS)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
+def test_linear_heads_equal_the_cpu(on_device, dtype, plan, shape):
+    """Float32 without TF32: within its rounding, of sums in another order."""
+    assert not torch.backends.cuda.matmul.allow_tf32
+    inputs, options = linear_head(1500, 96, 20_001, dtype), {**LINEAR_PLANS[plan], **shape}
+    ours = on_device(linear_results, *inputs, **options)
+    wanted = linear_results(*inputs, **options)
+    tolerance = 2e-5 if dtype == torch.float32 else 1e-11
+    for a, b in zip(ours, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("plan", LINEAR_PLANS)
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_errors_of_half_linear_heads_are_no_more_than_those_of_the_cpu(on_device, dtype, plan):
+    """Against float64; margins have float32's error, since nothing is rounded before.
+
+    Logits that are kept are rounded after their sum was taken, on the CPU before.
+    """
+    inputs, options = linear_head(1500, 96, 20_001, dtype), LINEAR_PLANS[plan]
+    double = [x.double() if x.is_floating_point() else x for x in inputs]
+    exact = linear_results(*double, **options)
+    ours, cpu = on_device(linear_results, *inputs, **options), linear_results(*inputs, **options)
+    torch.testing.assert_close(ours[0].double(), exact[0], rtol=1e-5, atol=1e-5)
+    for a, b, c in zip(ours[4:], cpu[4:], exact[4:], strict=True):
+        error, allowed = ((x.double() - c).norm() / c.norm() for x in (a, b))
+        assert error <= 1.3 * allowed
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_the_margin_of_a_row_depends_on_no_other(device, dtype):
+    """To the last bit: few rows, many, in other places."""
+    hidden, weight, labels, *_ = (x.to(device) for x in linear_head(2500, 256, 20_001, dtype))
+    with torch.no_grad():
+        whole = linear_label_margins(hidden, weight, labels)
+        for rows in (slice(7, 8), slice(1000, 1100), slice(3, 2400)):
+            some = linear_label_margins(hidden[rows], weight, labels[rows])
+            assert torch.equal(some, whole[rows])
+        order = torch.randperm(2500, device=device)
+        shuffled = linear_label_margins(hidden[order], weight, labels[order])
+        assert torch.equal(shuffled, whole[order])
+
+
+@pytest.mark.parametrize("plan", LINEAR_PLANS)
+def test_linear_heads_are_deterministic(device, plan):
+    inputs = [x.to(device) for x in linear_head(1500, 96, 20_001, torch.bfloat16)]
+    first, second = (linear_results(*inputs, **LINEAR_PLANS[plan]) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize(("frozen", "budget"), [(False, 0), (False, 300 << 20), (True, None)])
+def test_peaks_of_linear_heads_are_those_of_the_plan(device, frozen, budget):
+    """Over inputs and gradients, no row ignored; 8 MiB for what is a few numbers a row."""
+    n, h, v = 4096, 1024, 32_768
+    hidden = torch.randn(n, h, device=device, dtype=torch.bfloat16).requires_grad_()
+    weight = torch.randn(v, h, device=device, dtype=torch.bfloat16).requires_grad_(not frozen)
+    labels = torch.randint(v, (n,), device=device)
+    for _ in range(2):  # cuBLAS takes its workspace in the first
+        hidden.grad = weight.grad = None
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        linear_label_margins(hidden, weight, labels, memory_budget=budget).sum().backward()
+        peak = torch.cuda.max_memory_allocated() - before
+    returned = sum(x.grad.nbytes for x in (hidden, weight) if x.grad is not None)
+    assert peak <= plan_of(hidden, weight, memory_budget=budget).peak_bytes + returned + (8 << 20)
+
+
+def test_labels_out_of_range_spoil_their_own_rows_of_a_linear_head(device):
+    hidden, weight, _, bias, upstream = (x.to(device) for x in linear_head(3, 16, 40, DTYPES[0]))
+    labels = torch.tensor([40, -1, 3], device=device)
+    for frozen in (False, True):
+        margins, _, _, _, dhidden, *rest = linear_results(
+            hidden, weight, labels, bias, upstream, frozen=frozen
+        )
+        assert margins.isnan().tolist() == [True, True, False]
+        assert not dhidden[:2].any()
+        assert not any(x.isnan().any() for x in (dhidden, *rest))
+
+
+def test_a_linear_head_of_one_rank_through_nccl(device, tmp_path):
+    """The exchange itself runs on CPU processes in test_vocab_parallel.py."""
+    inputs = [x.to(device) for x in linear_head(50, 32, 9001, torch.float32)]
+    torch.distributed.init_process_group("nccl", f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        group = torch.distributed.group.WORLD
+        for options in LINEAR_PLANS.values():
+            ours = linear_results(*inputs, group=group, **options)
+            wanted = linear_results(*inputs, **options)
+            for a, b in zip(ours, wanted, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+    finally:
+        torch.distributed.destroy_process_group()
