@@ -34,11 +34,16 @@ step build 90 "$python" setup.py build_ext --inplace
 step gpu_tests 150 "$python" -m pytest -q -m gpu -p no:cacheprovider \
   --ignore=tests/test_benchmarks.py --ignore=tests/test_cli.py --ignore=tests/test_pretrained.py \
   --ignore=tests/test_preferences.py
-# The benchmark leaves cells out that do not fit what is left; the last one may take a minute.
-left=$((515 - SECONDS))
-minutes=$(awk "BEGIN { print ($left - 60) / 60 }")
-step gpu_sampling "$left" "$python" benchmarks/bench_gpu_sampling.py --minutes "$minutes" \
-  ${commit:+--commit "$commit"} --out "$out/gpu_sampling.json"
+# A benchmark leaves cells out that do not fit its share of what is left, three fifths and the rest;
+# its last cell may take a minute.
+measure() {
+  local name=$1 left=$2
+  step "gpu_$name" "$left" "$python" "benchmarks/bench_gpu_$name.py" \
+    --minutes "$(awk "BEGIN { print ($left - 50) / 60 }")" \
+    ${commit:+--commit "$commit"} --out "$out/gpu_$name.json"
+}
+measure sampling $(((515 - SECONDS) * 3 / 5))
+measure losses $((515 - SECONDS))
 
 printf '\n=== %s\n' "$out"
 for file in "$out"/*.json; do [[ -e $file ]] && echo "$file"; done

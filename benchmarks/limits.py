@@ -11,6 +11,8 @@ from rich.table import Table
 
 LOSS_SHAPE = (1024, 896, 32_768)  # N, H, V of the demands on time and error
 GPU_CELL = {"vocabulary": 128_256, "rows": "normal3", "adaptor": "T+k+p", "dtype": "float32"}
+GPU_ROWS = (4096, 16_384)  # N of the demands on losses on a GPU, H = 4096, V = 128,256, bfloat16
+GPU_LOSS_PEERS = {"plain": "plain PyTorch", "trl": "trl", "liger": "Liger", "cce": "CCE"}
 FAST_US = 60  # a call as short as this may cost any multiple of a softmax
 
 
@@ -187,6 +189,50 @@ def losses_limits(record: dict[str, Any]) -> list[Limit]:
     ]
 
 
+def gpu_losses_limits(record: dict[str, Any]) -> list[Limit]:
+    """The demands on `linear_label_margins` on a GPU; times of calls in turns, peaks over inputs
+    and returned gradients."""
+    few, many = ({c["task"]: c for c in record["cells"] if c["n"] == n} for n in GPU_ROWS)
+
+    def to_products(task: str, label: str, bound: float) -> Limit:
+        cell = few.get(task)
+        return Limit(f"{label}, forward and backward", cell and cell["to_products"][1], bound)
+
+    def peak(task: str, label: str) -> Limit:
+        own = few.get(task, {"peak_mib": {}})["peak_mib"].get("fastadapt")
+        return Limit(f"{label}, peak memory", own and own / 1024, 0.3, "GiB")
+
+    both = [(few[task], many[task]) for task in few if task in many]
+    per_row = GPU_ROWS[1] / GPU_ROWS[0]
+    slower = [b["ms"]["fastadapt"][1] / a["ms"]["fastadapt"][1] / per_row for a, b in both]
+    peaks = [tuple(c["peak_mib"].get("fastadapt") for c in pair) for pair in both]
+    limits = [
+        to_products("ce", "cross entropy, 1.25 GiB of logits kept, to three products", 1.15),
+        to_products("tokens", "random upstream, nothing kept, to four products", 1.12),
+        peak("tokens", "the same"),
+        to_products("frozen", "frozen head, to two products", 1.15),
+        peak("frozen", "the same"),
+        Limit("time a row, N = 16,384 to N = 4,096, worst task", max(slower, default=None), 1.1),
+        # float32 sums of the hidden states' gradient grow with the rows, tiles do not
+        Limit(
+            "peak memory, N = 16,384 to N = 4,096, worst task (rows: 4 x)",
+            max((b / a for a, b in peaks if a and b), default=None),
+            3,
+        ),
+    ]
+    for peer, name in GPU_LOSS_PEERS.items():
+        cells = [few[task] for task in ("ce", "dpo", "dpo+exmate") if task in few]
+        sides = [_beside(c, peer) for c in cells if peer in c["ms"] and peer in c["peak_mib"]]
+        label = f"{name}'s time to ours, CE, DPO and DPO+ExMATE, least"
+        least = min((time for time, _ in sides), default=None)
+        most = max((share for _, share in sides), default=None)
+        limits += [
+            Limit(label, least, 1, at_least=True),
+            Limit(f"our peak memory to {name}'s there, most", most, 1),
+        ]
+    return limits
+
+
 def train_limits(record: dict[str, Any]) -> list[Limit]:
     """The demands on the training run."""
     linear, logits = (record["variants"][name] for name in ("linear", "logits"))
@@ -218,6 +264,14 @@ def print_limits(limits: Iterable[Limit]) -> None:
     for limit in limits:
         table.add_row(limit.label, limit.shown, limit.demanded, limit.met)
     Console().print(table)
+
+
+def _beside(cell: dict[str, Any], peer: str) -> tuple[float, float]:
+    """A peer's time to ours and our peak to its, of ours with logits kept if that is no larger."""
+    peaks, times = cell["peak_mib"], cell["ms"]
+    lean = peaks["fastadapt"] > peaks[peer] and "nothing kept" in peaks
+    ours = "nothing kept" if lean else "fastadapt"
+    return times[peer][1] / times[ours][1], peaks[ours] / max(peaks[peer], 1e-3)
 
 
 def _cell_limit(label: str, cells: list[tuple[float, Any]], bound: float, pick: Any) -> Limit:

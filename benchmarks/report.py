@@ -18,8 +18,10 @@ from typing import Any
 
 from limits import (
     GPU_CELL,
+    GPU_LOSS_PEERS,
     Limit,
     geometric_mean,
+    gpu_losses_limits,
     gpu_sampling_limits,
     losses_limits,
     sampling_limits,
@@ -50,7 +52,8 @@ GPU_PEERS = {
     "stock": "transformers",
     "compiled": "`torch.compile`",
 }
-UNMEASURED = {"gpu_sampling": "Not yet measured on a GPU.\n"}  # blocks that may lack a result
+# blocks that may lack a result
+UNMEASURED = dict.fromkeys(("gpu_sampling", "gpu_losses"), "Not yet measured on a GPU.\n")
 TRAINING = {"linear": "`linear_label_margins`", "logits": "full logits, `label_margins`"}
 
 
@@ -275,6 +278,39 @@ def losses_table(record: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def gpu_losses_table(record: dict[str, Any]) -> str:
+    """What `linear_label_margins` must show on a GPU, times and peaks, and the machine."""
+    gpu, settings, host = record["host"]["gpu"], record["settings"], record["host"]
+    if gpu is None:
+        raise ValueError("gpu_losses.json: expected a result of a GPU, got one of the CPU")
+    ours = {"fastadapt": "`linear_label_margins`", "nothing kept": "the same, nothing kept"}
+    names = {"products": "its products", **ours, **GPU_LOSS_PEERS}
+    lines = [*_limit_rows(gpu_losses_limits(record)), ""]
+    lines += [
+        f"Forward and backward, ms (peak memory over inputs and gradients, MiB), H = "
+        f"{settings['hidden']:,}, V = {settings['vocabulary']:,}, {settings['dtype']}:",
+        "",
+        f"| N, task, plan | {' | '.join(names.values())} |",
+        "|---|" + "---|" * len(names),
+    ]
+    for cell in record["cells"]:
+        entries = []
+        for name in names:
+            took, peak = cell["ms"].get(name), cell["peak_mib"].get(name)
+            text = f"{took[1]:,.1f}" if took else "-"
+            entries.append(text if peak is None else f"{text} ({peak:,.0f})")
+        lines.append(f"| {cell['n']:,}, {cell['task']}, {cell['plan']} | {' | '.join(entries)} |")
+    versions = ((name, host["versions"].get(name)) for name in ("triton", "cut-cross-entropy"))
+    others = "".join(f", {name} {version}" for name, version in versions if version)
+    lines += [
+        "",
+        f"{gpu['name']}, driver {gpu['driver']}, CUDA {gpu['cuda']}, up to {settings['rounds']} "
+        f"rounds in turns, medians, {_software(host)}{_peer_versions(host)}{others}.",
+        *(f"Note: {note}." for note in record["notes"]),
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def train_table(record: dict[str, Any]) -> str:
     """What the training run must show, where it began and ended, and the machine."""
     host, settings = record["host"], record["settings"]
@@ -338,6 +374,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "gpu_sampling": gpu_sampling_table,
     "score": score_table,
     "losses": losses_table,
+    "gpu_losses": gpu_losses_table,
     "train_preferences": train_table,
 }
 

@@ -11,7 +11,7 @@ from pathlib import Path
 _EXTRA_PACKAGES = frozenset(
     {"accelerate", "gguf", "platformdirs", "rich", "safetensors", "tokenizers", "transformers"}
 )
-_BENCHMARKS = ("generation", "sampling", "score", "losses", "gpu-sampling")
+_BENCHMARKS = ("generation", "sampling", "score", "losses", "gpu-sampling", "gpu-losses")
 _KNOBS: dict[str, tuple[type, float, str]] = {
     "temperature": (float, 1.0, "divides the logits"),
     "top_k": (int, 0, "keep this many of the most probable tokens; 0 is off"),

@@ -18,6 +18,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+import bench_gpu_losses
 import bench_gpu_sampling
 import bench_losses
 import bench_sampling
@@ -951,3 +952,122 @@ def test_gpu_block_without_a_result_says_so(gpu_record, tmp_path, monkeypatch):
     assert report.render(said) == said
     host.write_record(tmp_path / "gpu_sampling.json", gpu_record)
     assert "Some GPU" in report.render(said) and "Not yet" not in report.render(said)
+
+
+@pytest.fixture
+def gpu_losses_record(monkeypatch, tmp_path):
+    """A result of tiny cells timed by the clock of the CPU, with a made-up device."""
+    shape = ("--batch", 16, "--hidden", 8, "--vocabulary", 50, "--tokens", 4)
+    out = tmp_path / "gpu_losses.json"
+    record = _run(monkeypatch, bench_gpu_losses, out, *ON_CPU, *shape, "--peers", "plain")
+    record["host"] |= {
+        "gpu": {"name": "Some GPU", "driver": "1.2", "cuda": "13.0"},
+        "dirty": False,
+        "commit": "0123456789abcdef",
+    }
+    return record
+
+
+def test_gpu_losses_on_the_cpu(gpu_losses_record):
+    found = {c["task"]: c for c in gpu_losses_record["cells"]}
+    assert list(found) == list(bench_gpu_losses.TASKS) and gpu_losses_record["notes"] == []
+    plans = {name: cell["plan"] for name, cell in found.items()}
+    assert plans == {
+        **dict.fromkeys(("ce", "dpo", "dpo+exmate"), "grouped"),
+        **{"tokens": "recompute", "frozen": "frozen head"},
+    }
+    for name, cell in found.items():
+        lean = {"nothing kept"} if cell["plan"] == "grouped" else set()
+        assert set(cell["ms"]) == {"fastadapt", "products", "plain"} | lean
+        assert set(cell["to_fastadapt"]) == {"plain"} and cell["peak_mib"] == {}
+        assert cell["products"] == bench_gpu_losses.TASKS[name].products
+
+
+@pytest.mark.parametrize("task", bench_gpu_losses.TASKS)
+def test_gpu_losses_are_those_of_the_peers(monkeypatch, task):
+    """What is timed as the same task has the same gradients."""
+    shape = ("--batch", 16, "--hidden", 8, "--vocabulary", 50, "--tokens", 4, "--peers", "plain")
+    options = _options(monkeypatch, bench_gpu_losses, *ON_CPU, *shape)
+    inputs = bench_gpu_losses.make_inputs(16, bench_gpu_losses.TASKS[task], options)
+    inputs = inputs._replace(
+        hidden=inputs.hidden.detach().double().requires_grad_(),
+        weight=inputs.weight.detach().double().requires_grad_(task != "frozen"),
+        upstream=inputs.upstream.double(),
+        reference=inputs.reference.double(),
+    )
+    made = bench_gpu_losses.losses(task, inputs, options)
+    found = [
+        bench_gpu_losses.step(loss, inputs)(0) for name, loss in made.items() if name != "plain"
+    ]
+    rows = inputs.hidden, inputs.weight, inputs.labels
+    logps = torch.nn.functional.linear(*rows[:2]).log_softmax(-1).gather(-1, rows[2][:, None])
+    loss = bench_gpu_losses.loss_of(task, logps[:, 0], inputs, options.tokens)
+    wanted = torch.autograd.grad(loss, inputs.wanted())
+    for got in found:
+        for a, b in zip(got, wanted, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_gpu_losses_that_fail_or_have_no_time_are_noted(monkeypatch, tmp_path):
+    shape = ("--batch", 16, "--hidden", 8, "--vocabulary", 50, "--tokens", 4, "--tasks", "tokens")
+    arguments = (*ON_CPU, *shape, "--peers", "cce")
+    out = tmp_path / "gpu.json"
+    record = _run(monkeypatch, bench_gpu_losses, out, *arguments, "--minutes", 0)
+    assert record["cells"] == [] and record["notes"] == ["1 of 1 cells left out for want of time"]
+    _modules(monkeypatch, "cut_cross_entropy")
+    record = _run(monkeypatch, bench_gpu_losses, out, *arguments)
+    assert len(record["cells"]) == 1 and record["notes"][0].startswith("cut-cross-entropy: ")
+    with pytest.raises(SystemExit):
+        _options(monkeypatch, bench_gpu_losses, *ON_CPU, "--batch", 4096, "--tokens", 500)
+
+
+def _gpu_losses_cell(n, task, ms, peaks, products=10.0):
+    return {
+        **{"n": n, "task": task, "plan": "grouped", "peak_mib": peaks},
+        "ms": {name: [0, value, 0] for name, value in (ms | {"products": products}).items()},
+        "to_products": [0, ms["fastadapt"] / products, 0],
+    }
+
+
+def test_gpu_losses_limits_are_computed():
+    kept = {"fastadapt": 1000.0, "nothing kept": 100.0}
+    record = {
+        "cells": [
+            _gpu_losses_cell(
+                4096, "ce", {"fastadapt": 11.0, "nothing kept": 14.0, "trl": 28.0, "cce": 21.0},
+                {**kept, "trl": 2000.0, "cce": 10.0},
+            ),
+            _gpu_losses_cell(
+                4096, "dpo", {"fastadapt": 12.0, "nothing kept": 16.0, "trl": 12.0},
+                {**kept, "trl": 500.0},
+            ),
+            _gpu_losses_cell(4096, "tokens", {"fastadapt": 13.0}, {"fastadapt": 256.0}),
+            _gpu_losses_cell(16_384, "tokens", {"fastadapt": 78.0}, {"fastadapt": 512.0}),
+        ]
+    }  # fmt: skip
+    found = limits.gpu_losses_limits(record)
+    figures = [x.figure and round(x.figure, 6) for x in found]
+    # trl: DPO without logits kept; CCE: CE without, at ten times its peak
+    assert figures == [1.1, 1.3, 0.25, None, None, 1.5, 2.0, None, None, 0.75, 0.5, None, None,
+                       1.5, 10.0]  # fmt: skip
+    assert [x.met for x in found if x.figure] == [
+        *("yes", "no", "yes", "no", "yes"), *("no", "yes"), *("yes", "no"),
+    ]  # fmt: skip
+    nothing = limits.gpu_losses_limits({"cells": []})
+    assert {x.met for x in nothing} == {"not measured"} and len(nothing) == len(found)
+
+
+def test_gpu_losses_table(gpu_losses_record, tmp_path, monkeypatch):
+    cell = gpu_losses_record["cells"][0]
+    cell["ms"]["plain"], cell["peak_mib"] = [1.0, 2.25, 3.0], {"plain": 1234.5}
+    table = report.gpu_losses_table(gpu_losses_record)
+    for limit in limits.gpu_losses_limits(gpu_losses_record):
+        assert f"| {limit.label} | {limit.shown} | {limit.demanded} | {limit.met} |" in table
+    assert "| 16, ce, grouped | " in table and " | 2.2 (1,234) | - | - | - |" in table
+    assert "\nSome GPU, driver 1.2, CUDA 13.0, up to 2 rounds" in table
+    monkeypatch.setattr(report, "RESULTS", tmp_path / "none")
+    block = "<!-- gpu_losses -->\n<!-- /gpu_losses -->\n"
+    assert report.render(block).splitlines()[1:-1] == ["Not yet measured on a GPU."]
+    gpu_losses_record["host"]["gpu"] = None
+    with pytest.raises(ValueError, match="expected a result of a GPU"):
+        report.gpu_losses_table(gpu_losses_record)
