@@ -16,13 +16,13 @@ RANK = Path(__file__).with_name("vocab_parallel_ranks.py")
 CASES = 2 * 3 * 5 * 2 + 4  # splits, dtypes, plans, shapes; and others
 
 
-@pytest.mark.parametrize("ranks", (2, 4))
-def test_ranks_have_the_results_of_one_process(ranks, tmp_path):
+def run(ranks: int, folder: Path, device: str) -> list[list[str]]:
+    """The cases that held in each process."""
     command = [sys.executable, "-P", str(RANK)]
     started = [
         subprocess.Popen(
-            [*command, str(rank), str(ranks), str(tmp_path / "store")],
-            cwd=tmp_path,
+            [*command, str(rank), str(ranks), str(folder / "store"), device],
+            cwd=folder,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -36,8 +36,23 @@ def test_ranks_have_the_results_of_one_process(ranks, tmp_path):
             process.kill()
     for process, output in zip(started, outputs, strict=True):
         assert process.returncode == 0, output[-4000:]
-        held = [line for line in output.splitlines() if line.startswith("held: ")]
-        assert len(held) == CASES + (ranks == 2), output[-4000:]  # one more on two
+    return [[x for x in out.splitlines() if x.startswith("held: ")] for out in outputs]
+
+
+@pytest.mark.parametrize("ranks", (2, 4))
+def test_ranks_have_the_results_of_one_process(ranks, tmp_path):
+    held = run(ranks, tmp_path, "cpu")
+    assert {len(cases) for cases in held} == {CASES + (ranks == 2)}  # one more on two
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("ranks", (2, 4))
+def test_ranks_on_gpus(ranks, tmp_path):
+    """Through NCCL; errors about labels are the CPU's alone."""
+    if torch.cuda.device_count() < ranks:
+        pytest.skip(f"needs {ranks} CUDA devices")
+    held = run(ranks, tmp_path, "cuda")
+    assert {len(cases) for cases in held} == {CASES - 1 + (ranks == 2)}
 
 
 def test_a_group_needs_torch_distributed():
