@@ -18,7 +18,6 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -29,7 +28,7 @@ from torch import Tensor
 from device_timing import DeviceCall, DeviceTimer
 from fastadapt import label_logps, linear_label_margins
 from fastadapt.linear_plan import plan_of
-from filters import add_filters, at_least, fill_filters
+from filters import add_device, check_device, fill_filters, grid_parser
 from gpu_loss_peers import GPU_LOSS_PEERS
 from host import PACKAGES, gpu_record, host_record, quartiles, write_record
 from limits import gpu_losses_limits, print_limits
@@ -285,28 +284,20 @@ def _first_line(error: Exception) -> str:
 
 def _parse() -> argparse.Namespace:
     """Read the arguments."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    add = parser.add_argument
-    add("--out", type=Path, help="JSON file to write")
     axes = {"batch": (4096, 16_384), "tasks": tuple(TASKS), "peers": tuple(GPU_LOSS_PEERS)}
-    add_filters(parser, axes)
+    parser = grid_parser(str(__doc__), axes, rounds=30, seconds=8.0)
+    add = parser.add_argument
     add("--hidden", type=int, default=4096, metavar="H", help="(default: %(default)s)")
     add("--vocabulary", type=int, default=128_256, metavar="V", help="(default: %(default)s)")
     add("--tokens", type=int, default=512, help="of a sequence (default: %(default)s)")
-    add("--rounds", type=int, default=30, help="at most (default: %(default)s)")
-    add("--seconds", type=float, default=8.0, help="per cell, about (default: %(default)s)")
     add("--minutes", type=float, default=5.0, help="then cells are left out (default: %(default)s)")
-    add("--seed", type=int, default=0)
-    add("--commit", metavar="HASH", help="of this tree, where it has no git to say it")
-    add("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: only to try the script")
+    add_device(parser)
     options = parser.parse_args()
-    at_least(parser, "rounds", options.rounds, 2)
     fill_filters(parser, options, axes, QUICK)
     for n in options.batch:
         if n < 2 * options.tokens or n % (2 * options.tokens):
             parser.error(f"batch: expected pairs of sequences of {options.tokens} tokens, got {n}")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("no CUDA device: torch.cuda.is_available() is False")
+    check_device(parser, options)
     return options
 
 

@@ -30,7 +30,7 @@ from torch import Tensor
 from cases import DTYPES, GPU_ADAPTORS, GPU_BATCHES, GPU_ROWS, GPU_VOCABULARIES, make_rows
 from device_timing import DeviceCall, DeviceTimer, captured
 from fastadapt import Adaptor, sample
-from filters import at_least, fill_filters, grid_parser
+from filters import add_device, check_device, fill_filters, grid_parser
 from gpu_peers import GPU_PEERS
 from host import PACKAGES, gpu_record, host_record, quartiles, times_us, write_record
 from limits import gpu_sampling_limits, print_limits
@@ -330,13 +330,10 @@ def _parse() -> argparse.Namespace:
     add = parser.add_argument
     add("--peer-seconds", type=float, default=4.0, help="for its peers (default: %(default)s)")
     add("--minutes", type=float, default=6.0, help="then cells are left out (default: %(default)s)")
-    add("--commit", metavar="HASH", help="of this tree, where it has no git to say it")
-    add("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: only to try the script")
+    add_device(parser)
     options = parser.parse_args()
-    at_least(parser, "rounds", options.rounds, 2)
     fill_filters(parser, options, axes, QUICK)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("no CUDA device: torch.cuda.is_available() is False")
+    check_device(parser, options)
     return options
 
 

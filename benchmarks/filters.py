@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from cases import chosen
 
 Axes = Mapping[str, Sequence[Any]]
@@ -45,6 +47,20 @@ def fill_filters(
             at_least(parser, name, min(wanted), 1)
         else:
             setattr(options, name, chosen(wanted, known))
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Add what the benchmarks of a GPU have in common."""
+    add = parser.add_argument
+    add("--commit", metavar="HASH", help="of this tree, where it has no git to say it")
+    add("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: only to try the script")
+
+
+def check_device(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Leave with a message where the device is not there, or rounds are too few."""
+    at_least(parser, "rounds", options.rounds, 2)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("no CUDA device: torch.cuda.is_available() is False")
 
 
 def at_least(parser: argparse.ArgumentParser, name: str, value: int, low: int) -> None:

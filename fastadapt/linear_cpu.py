@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from fastadapt import _C
-from fastadapt.linear_tiles import Head, RowWork
+from fastadapt.linear_tiles import Asked, Head, RowWork
 from fastadapt.loss_ops import address
 from fastadapt.ops import DTYPE_CODES, Rows, rows_of
 
@@ -57,28 +57,19 @@ class CpuWork(RowWork):
         )
         return out
 
-    def sum_tile(
-        self,
-        first: int,
-        last: int,
-        stats: Tensor,
-        *,
-        weighted: bool,
-        kept: Tensor | None,
-        sums: Tensor | None,
-    ) -> None:
+    def sum_tile(self, first: int, last: int, stats: Tensor, asked: Asked) -> None:
         """A frozen head's exponentials replace the products."""
-        tile = self._products(first, last, kept)
+        tile = self._products(first, last, asked.kept)
         _C.tile(
             self._tile(tile, first),
-            weighted,
+            asked.weighted,
             stats.data_ptr(),
-            0 if sums is None else tile.data_ptr(),
+            0 if asked.sums is None else tile.data_ptr(),
             self._shrinks.data_ptr(),
             torch.get_num_threads(),
         )
-        if sums is not None:
-            self.add_product(sums, tile, self.head.weight[first:last], self._shrinks)
+        if asked.sums is not None:
+            self.add_product(asked.sums, tile, self.head.weight[first:last], self._shrinks)
 
     def gradient_tile(
         self, first: int, last: int, stats: Tensor, gains: Tensor, kept: Tensor | None, out: Tensor

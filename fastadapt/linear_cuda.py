@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastadapt.linear_tiles import Head, RowWork
+from fastadapt.linear_tiles import Asked, Head, RowWork
 from fastadapt.outputs import wide_dtype
 
 TILE = 8192  # ids a tile
@@ -39,6 +39,11 @@ class CudaWork(RowWork):
         """Room for one block of products, made when it is needed."""
         super().__init__(head)
         hidden = head.hidden
+        if hidden.element_size() == 2 and not _has_wide_products():
+            raise RuntimeError(
+                "linear_label_margins: expected torch 2.8 or later for half types on CUDA, "
+                f"got {torch.__version__}"
+            )
         self._wide = wide_dtype(hidden.dtype)
         self._block: Tensor | None = None
         # filled on the device: a tensor made from numbers would be copied there, and waited for
@@ -58,7 +63,7 @@ class CudaWork(RowWork):
     def scratch_bytes(cls, n: int, v: int, itemsize: int) -> tuple[int, int]:
         """A block of products; in the backward the gradient of a tile too."""
         block = cls.rows * min(cls.tile, v) * max(itemsize, 4)
-        width = min(backward_tile(n, itemsize), v)
+        width = min(backward_tile(n, itemsize), cls.tile, v)
         return block, cls.rows * width * max(itemsize, 4) + n * width * itemsize
 
     @classmethod
@@ -77,16 +82,7 @@ class CudaWork(RowWork):
             launch_linear.dot(head.hidden, weight, index, out)
         return out
 
-    def sum_tile(
-        self,
-        first: int,
-        last: int,
-        stats: Tensor,
-        *,
-        weighted: bool,
-        kept: Tensor | None,
-        sums: Tensor | None,
-    ) -> None:
+    def sum_tile(self, first: int, last: int, stats: Tensor, asked: Asked) -> None:
         """Exponentials of a frozen head are rounded to the dtype of the head for their product."""
         from fastadapt.kernels import launch_linear
 
@@ -94,18 +90,23 @@ class CudaWork(RowWork):
         for begin, end in self._blocks():
             part = slice(begin, end)
             rows = self._rows(self._products(begin, end, weight), part, first)
-            if sums is None:
+            if asked.sums is None:
                 launch_linear.sum_tile(
-                    rows, stats[part], weighted=weighted, kept=None if kept is None else kept[part]
+                    rows,
+                    stats[part],
+                    weighted=asked.weighted,
+                    kept=None if asked.kept is None else asked.kept[part],
                 )
                 continue
             if self._exps is None:
                 self._exps = self.head.hidden.new_empty(self.rows * min(self.tile, v))
             exps = self._exps[: (end - begin) * (last - first)].view(end - begin, last - first)
             shrinks = stats.new_empty(end - begin)
-            launch_linear.sum_tile(rows, stats[part], weighted=weighted, shrinks=shrinks, exps=exps)
-            launch_linear.mix(sums[part], sums[part], factors=shrinks)
-            self.add_product(sums[part], exps, weight)
+            launch_linear.sum_tile(
+                rows, stats[part], weighted=asked.weighted, shrinks=shrinks, exps=exps
+            )
+            launch_linear.mix(asked.sums[part], asked.sums[part], factors=shrinks)
+            self.add_product(asked.sums[part], exps, weight)
 
     def gradient_tile(
         self, first: int, last: int, stats: Tensor, gains: Tensor, kept: Tensor | None, out: Tensor
@@ -187,6 +188,11 @@ class DoubleCudaWork(CudaWork):
     """The same of float64."""
 
     tile = DOUBLE_TILE
+
+
+def _has_wide_products() -> bool:
+    """Whether this torch has products of half types in float32."""
+    return "dtype_out" in torch.ops.aten.mm.overloads()
 
 
 def _contiguous_rows(source: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,7 @@ from fastadapt.linear_tiles import (
     LABEL_LOGIT,
     OTHERS_MAX,
     OTHERS_SUM,
+    Asked,
     Head,
     Problem,
     RowWork,
@@ -86,7 +87,7 @@ def forward(
     rows.expect(kept)
     for first, last in head.tiles(work.tile):
         slot = None if frozen else _kept_tile(kept, n, work.tile, held, first, last)
-        rows.sum_tile(first, last, stats, weighted=weighted, kept=slot, sums=sums)
+        rows.sum_tile(first, last, stats, Asked(weighted, slot, sums))
     top, found = stats[:, OTHERS_MAX], here
     if problem.group is not None:
         head.spread(stats, all_stats)

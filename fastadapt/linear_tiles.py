@@ -99,6 +99,15 @@ class Head(NamedTuple):
             out.zero_().index_copy_(0, self.places, values.to(out.dtype))
 
 
+class Asked(NamedTuple):
+    """What a tile of the forward gives beside the maximum and the sum."""
+
+    weighted: bool  # whether the weighted sum is made
+    kept: Tensor | None  # (n, last - first) in the dtype of hidden: the products, for the backward
+    # (n, H), over ids the sums of e^(z - OTHERS_MAX) dz/dx / scale W_j: they take a second product
+    sums: Tensor | None
+
+
 class RowWork(ABC):
     """The work of one device on tiles of the vocabulary: products and what happens to their rows.
 
@@ -133,22 +142,8 @@ class RowWork(ABC):
         """(n,) float64: hidden times the label's row, sums of float32 at least; any elsewhere."""
 
     @abstractmethod
-    def sum_tile(
-        self,
-        first: int,
-        last: int,
-        stats: Tensor,
-        *,
-        weighted: bool,
-        kept: Tensor | None,
-        sums: Tensor | None,
-    ) -> None:
-        """One product: ids [first, last) join the statistics.
-
-        `kept`, (n, last - first) in the dtype of hidden, gets the products for the backward.
-        `sums`, (n, H), which are over ids of e^(z - OTHERS_MAX) dz/dx / scale W_j, grow by a second
-        product.
-        """
+    def sum_tile(self, first: int, last: int, stats: Tensor, asked: Asked) -> None:
+        """One product: ids [first, last) join the statistics."""
 
     @abstractmethod
     def gradient_tile(

@@ -676,17 +676,22 @@ def tiny_model(tmp_path):
 ON_CPU = ("--device", "cpu", "--rounds", 2, "--seconds", 0)
 
 
-@pytest.fixture
-def gpu_record(monkeypatch, tmp_path):
-    """A result of tiny cells timed by the clock of the CPU, with a made-up device."""
-    small = ("--vocab", 64, 71, "--batch", 2, "--adaptors", "T", "T+k+p")
-    record = _run(monkeypatch, bench_gpu_sampling, tmp_path / "gpu.json", *ON_CPU, *small)
+def _on_a_gpu(record):
+    """A result with a made-up device."""
     record["host"] |= {
         "gpu": {"name": "Some GPU", "driver": "1.2", "cuda": "13.0"},
         "dirty": False,
         "commit": "0123456789abcdef",
     }
     return record
+
+
+@pytest.fixture
+def gpu_record(monkeypatch, tmp_path):
+    """A result of tiny cells timed by the clock of the CPU, with a made-up device."""
+    small = ("--vocab", 64, 71, "--batch", 2, "--adaptors", "T", "T+k+p")
+    record = _run(monkeypatch, bench_gpu_sampling, tmp_path / "gpu.json", *ON_CPU, *small)
+    return _on_a_gpu(record)
 
 
 def test_grid_on_a_gpu(monkeypatch):
@@ -960,12 +965,7 @@ def gpu_losses_record(monkeypatch, tmp_path):
     shape = ("--batch", 16, "--hidden", 8, "--vocabulary", 50, "--tokens", 4)
     out = tmp_path / "gpu_losses.json"
     record = _run(monkeypatch, bench_gpu_losses, out, *ON_CPU, *shape, "--peers", "plain")
-    record["host"] |= {
-        "gpu": {"name": "Some GPU", "driver": "1.2", "cuda": "13.0"},
-        "dirty": False,
-        "commit": "0123456789abcdef",
-    }
-    return record
+    return _on_a_gpu(record)
 
 
 def test_gpu_losses_on_the_cpu(gpu_losses_record):

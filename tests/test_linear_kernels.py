@@ -306,3 +306,13 @@ def test_tiles_of_the_backward():
         8192, 8192, 8192, 4096, 2048, 1024,
     ]  # fmt: skip
     assert backward_tile(16_384, 4) == 2048
+
+
+def test_half_types_need_products_in_float32(monkeypatch):
+    """This torch has them; one that has not is named."""
+    given = problem(3, 8, V, torch.bfloat16)
+    forward(Interpreted, given, FORWARD_ONLY, 0, False)
+    monkeypatch.setattr("fastadapt.linear_cuda._has_wide_products", lambda: False)
+    with pytest.raises(RuntimeError, match=r"expected torch 2.8 or later .* got 2\."):
+        forward(Interpreted, given, FORWARD_ONLY, 0, False)
+    forward(Interpreted, problem(3, 8, V, torch.float32), FORWARD_ONLY, 0, False)
