@@ -84,6 +84,12 @@ class CpuWork(RowWork):
             torch.get_num_threads(),
         )
 
+    def set_labels(self, first: int, label_gains: Tensor, out: Tensor) -> None:
+        """One entry a row at most."""
+        place = self.head.labels - first
+        here = ((place >= 0) & (place < out.shape[1])).nonzero()[:, 0]
+        out[here, place[here]] = label_gains[here].to(out.dtype)
+
     def add_product(self, sums: Tensor, a: Tensor, b: Tensor, factor: Tensor | None = None) -> None:
         """sums = factor sums + a @ b: half types by blocks of rows, each product rounded once."""
         if sums.dtype == a.dtype:

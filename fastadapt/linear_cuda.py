@@ -124,6 +124,12 @@ class CudaWork(RowWork):
             rows = self._rows(self._products(begin, end, weight), part, first)
             launch_linear.gradient_tile(rows, stats[part], gains[part], out[part])
 
+    def set_labels(self, first: int, label_gains: Tensor, out: Tensor) -> None:
+        """One launch."""
+        from fastadapt.kernels import launch_linear
+
+        launch_linear.set_labels(self.head.labels, label_gains, first, out)
+
     def add_product(self, sums: Tensor, a: Tensor, b: Tensor) -> None:
         """In float32, rounded nowhere."""
         if sums.dtype == a.dtype:

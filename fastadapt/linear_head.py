@@ -162,7 +162,7 @@ def backward(
         if wanted[0]:  # the label's share, still 0 here, is added in float32 below
             rows.add_product(sums, out, weight[first:last])
         if wanted[1] or wanted[2]:
-            _set_labels(head, first, label_gains, out)
+            rows.set_labels(first, label_gains, out)
         if wanted[1]:
             torch.mm(out.t(), head.hidden, out=dweight[first:last])
         if wanted[2]:
@@ -183,16 +183,6 @@ def _rows_of_forward(head: Head, used: Tensor, n: int) -> tuple[int, Tensor | No
     if before == n or head.places is None:
         return before, None
     return before, (used.cumsum(0) - 1).index_select(0, head.places)
-
-
-def _set_labels(head: Head, first: int, label_gains: Tensor, out: Tensor) -> None:
-    """The labels' own entries of a tile."""
-    width = out.shape[1]
-    place = head.labels - first
-    here = (place >= 0) & (place < width)
-    column = place.clamp(0, width - 1)[:, None]
-    before = out.gather(1, column)
-    out.scatter_(1, column, torch.where(here[:, None], label_gains[:, None].to(out.dtype), before))
 
 
 def empty_gradients(

@@ -152,6 +152,10 @@ class RowWork(ABC):
         """dL/dx, 0 at the label, (n, last - first), from what was kept or the products again."""
 
     @abstractmethod
+    def set_labels(self, first: int, label_gains: Tensor, out: Tensor) -> None:
+        """The labels' own entries of the gradient of a tile."""
+
+    @abstractmethod
     def add_product(self, sums: Tensor, a: Tensor, b: Tensor) -> None:
         """sums += a @ b."""
 

@@ -72,8 +72,8 @@ class Narrow(Interpreted):
 @pytest.fixture(autouse=True)
 def _rounded_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the launches write in a half type is float32 first, and then rounded."""
-    sum_tile, gradient_tile, mix = (
-        getattr(launch_linear, name) for name in ("sum_tile", "gradient_tile", "mix")
+    sum_tile, gradient_tile, set_labels, mix = (
+        getattr(launch_linear, name) for name in ("sum_tile", "gradient_tile", "set_labels", "mix")
     )
 
     def rounded_sum_tile(rows: Any, stats: Tensor, **given: Any) -> None:
@@ -89,6 +89,11 @@ def _rounded_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
         gradient_tile(rows, stats, gains, wide)
         out.copy_(wide)
 
+    def rounded_set_labels(labels: Tensor, gains: Tensor, first: int, out: Tensor) -> None:
+        wide = out.to(torch.promote_types(out.dtype, torch.float32))
+        set_labels(labels, gains, first, wide)
+        out.copy_(wide)
+
     def rounded_mix(sums: Tensor, out: Tensor, **given: Any) -> None:
         if out is sums or out.data_ptr() == sums.data_ptr():
             mix(sums, out, **given)
@@ -99,6 +104,7 @@ def _rounded_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(launch_linear, "sum_tile", rounded_sum_tile)
     monkeypatch.setattr(launch_linear, "gradient_tile", rounded_gradient_tile)
+    monkeypatch.setattr(launch_linear, "set_labels", rounded_set_labels)
     monkeypatch.setattr(launch_linear, "mix", rounded_mix)
 
 

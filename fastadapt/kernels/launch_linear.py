@@ -11,6 +11,7 @@ from fastadapt.kernels import linear
 
 TILE_WARPS, ROW_WARPS = 16, 4  # 8 warps for a row of a tile have hardly the registers
 ROW_BLOCK = 1024  # numbers of a row of hidden states at a time
+LABEL_BLOCK = 256  # labels of a program
 
 
 class Rows(NamedTuple):
@@ -86,6 +87,25 @@ def gradient_tile(rows: Rows, stats: Tensor, gains: Tensor, out: Tensor) -> None
         out.stride(0),
         _kind(rows),
         num_warps=TILE_WARPS,
+        enable_fp_fusion=False,
+    )
+
+
+def set_labels(labels: Tensor, gains: Tensor, first: int, out: Tensor) -> None:
+    """The labels' own entries of a tile's gradient."""
+    n, width = out.shape
+    if n == 0:
+        return
+    linear.label_entry_kernel[(triton.cdiv(n, LABEL_BLOCK),)](
+        labels,
+        gains,
+        n,
+        first,
+        out,
+        out.stride(0),
+        width,
+        BLOCK=LABEL_BLOCK,
+        num_warps=ROW_WARPS,
         enable_fp_fusion=False,
     )
 

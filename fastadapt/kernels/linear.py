@@ -144,6 +144,19 @@ def tile_gradient_kernel(tile, stats, gains, out, out_stride, kind):
         tl.store(out + ids, dx.to(out.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def label_entry_kernel(labels, gains, rows, first, out, out_stride, width, BLOCK: tl.constexpr):
+    """out[r, labels[r] - first] = gains[r], of labels that are in the tile."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    column = tl.load(labels + at, mask=at < rows, other=-1) - first
+    here = (at < rows) & (column >= 0) & (column < width)
+    gain = tl.load(gains + at, mask=here, other=0.0)
+    if out.dtype.element_ty != tl.float64:
+        gain = gain.to(tl.float32)  # half types are rounded from there
+    place = out + at.to(tl.int64) * out_stride + column
+    tl.store(place, gain.to(out.dtype.element_ty), mask=here)
+
+
 class Mix(NamedTuple):
     """What is compiled of a mix: constants."""
 

@@ -30,6 +30,8 @@ def variants(one: Callable[..., Any], dtype: str) -> Iterator[Any]:
     for factor, source, places in ((1, 0, 0), (1, 0, 1), (0, 1, 0), (1, 1, 0)):
         flags = {"FACTOR": bool(factor), "SOURCE": bool(source), "PLACES": bool(places)}
         yield one("mix_kernel", flags | block, launch_linear.ROW_WARPS)
+    labels = {"BLOCK": launch_linear.LABEL_BLOCK}
+    yield one("label_entry_kernel", labels, launch_linear.ROW_WARPS)
     yield one("dot_kernel", double | block, launch_linear.ROW_WARPS)
 
 
@@ -42,6 +44,7 @@ def source_of(name: str, dtype: str, constants: dict[str, int | bool]) -> ASTSou
     types |= dict.fromkeys(("index", "places", "labels"), "*i64")
     types |= dict.fromkeys(("kept_stride", "out_stride", "source_stride"), "i64")
     types |= {"a_stride": "i64", "b_stride": "i64", "width": "i32", "sums": wide}
+    types |= {"rows": "i32", "first": "i32"}
     products = own if name == "tile_gradient_kernel" and constants["KEEP"] else wide
     types["tile"] = linear.Tile(products, "i64", "i32", "i32", "*i64", wide, "*fp64")
     types["out"] = "*fp64" if name == "dot_kernel" else own
