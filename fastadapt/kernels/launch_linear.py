@@ -9,7 +9,9 @@ from torch import Tensor
 
 from fastadapt.kernels import linear
 
-TILE_WARPS, ROW_WARPS = 16, 4  # 8 warps for a row of a tile have hardly the registers
+# 8 warps for a row of a tile have hardly the registers
+BY_TILE: dict[str, int | bool] = {"num_warps": 16, "enable_fp_fusion": False}
+BY_ROW: dict[str, int | bool] = {"num_warps": 4, "enable_fp_fusion": False}
 ROW_BLOCK = 1024  # numbers of a row of hidden states at a time
 LABEL_BLOCK = 256  # labels of a program
 
@@ -69,8 +71,7 @@ def sum_tile(
         rows.products if kept is None else kept,
         0 if kept is None else kept.stride(0),
         _kind(rows, weighted=weighted, exps=exps is not None, keep=kept is not None),
-        num_warps=TILE_WARPS,
-        enable_fp_fusion=False,
+        **BY_TILE,
     )
 
 
@@ -86,8 +87,7 @@ def gradient_tile(rows: Rows, stats: Tensor, gains: Tensor, out: Tensor) -> None
         out,
         out.stride(0),
         _kind(rows),
-        num_warps=TILE_WARPS,
-        enable_fp_fusion=False,
+        **BY_TILE,
     )
 
 
@@ -105,8 +105,7 @@ def set_labels(labels: Tensor, gains: Tensor, first: int, out: Tensor) -> None:
         out.stride(0),
         width,
         BLOCK=LABEL_BLOCK,
-        num_warps=ROW_WARPS,
-        enable_fp_fusion=False,
+        **BY_ROW,
     )
 
 
@@ -139,8 +138,7 @@ def mix(
         sums if places is None else places,
         out,
         linear.Mix(*(tl.constexpr(value) for value in constants)),
-        num_warps=ROW_WARPS,
-        enable_fp_fusion=False,
+        **BY_ROW,
     )
 
 
@@ -159,6 +157,5 @@ def dot(a: Tensor, b: Tensor, index: Tensor, out: Tensor) -> None:
         out,
         DOUBLE=a.dtype == torch.float64,
         BLOCK=min(ROW_BLOCK, triton.next_power_of_2(h)),
-        num_warps=ROW_WARPS,
-        enable_fp_fusion=False,
+        **BY_ROW,
     )

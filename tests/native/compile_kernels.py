@@ -24,9 +24,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastadapt.kernels import bundles, draw, label, law, scan, top, write
+from fastadapt.kernels import bundles, draw, label, law, linear, scan, top, write
 from fastadapt.kernels import launch_losses as losses
 from fastadapt.kernels.launch import COLLECTING, DECIDING, PASS, PLAN, WIDE_PASS
+
+sys.path.append(str(Path(__file__).parent))  # `python -P` leaves it out
+import linear_kernels  # noqa: E402
 
 # KiB a block may have: CUDA's table of compute capabilities
 SHARED = {80: 163, 90: 227, 100: 227}
@@ -137,6 +140,7 @@ def variants(targets: list[int], dtypes: list[str]) -> Iterator[Variant]:
         yield one(write, "margin_kernel", {**block, "BLOCKS": blocks, **double})
         yield one(write, "margin_backward_kernel", {**block, **double})
         yield from _loss_variants(partial(one, label), double)
+        yield from linear_kernels.variants(partial(one, linear), dtype)
         if dtype == "fp64":
             continue
         yield one(law, "score_kernel", {**search, "ALL_WEIGHED": True}, DECIDING)
@@ -185,7 +189,10 @@ def source_of(variant: Variant, kernel: Any) -> ASTSource:
 def demand_of(variant: Variant) -> Demand:
     """Compiles a variant."""
     modules = {"draw": draw, "label": label, "law": law, "scan": scan, "top": top, "write": write}
-    source = source_of(variant, getattr(modules[variant.module], variant.kernel))
+    if variant.module == "linear":
+        source = linear_kernels.source_of(variant.kernel, variant.dtype, variant.constants)
+    else:
+        source = source_of(variant, getattr(modules[variant.module], variant.kernel))
     binary = triton.compile(source, GPUTarget("cuda", variant.target, 32), variant.options)
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -195,7 +202,7 @@ def demand_of(variant: Variant) -> Demand:
     found = {name: int(number) for name, number in re.findall(r"([A-Z]+):(\d+)", usage)}
     shared = max(found["SHARED"], binary.metadata.shared)
     # margins of labels are of no specified arithmetic: float64's e^x is CUDA's own, which fuses
-    pattern = "fma.rn.f32" if variant.module == "label" else "fma.rn.f"
+    pattern = "fma.rn.f32" if variant.module in ("label", "linear") else "fma.rn.f"
     fused = binary.asm["ptx"].count(pattern)
     return Demand(found["REG"], found["STACK"], found["LOCAL"], shared, fused)
 

@@ -14,7 +14,7 @@ LAST = {"tile_sum_kernel": "kind", "tile_gradient_kernel": "kind", "mix_kernel":
 
 
 def variants(one: Callable[..., Any], dtype: str) -> Iterator[Any]:
-    """Every kernel and set of options; `one(name, constants, warps)` makes a variant."""
+    """Every kernel and set of options; `one(name, constants, options)` makes a variant."""
     double = {"DOUBLE": dtype == "fp64"}
     tile = {"BLOCK": DOUBLE_TILE if dtype == "fp64" else TILE}
     off = dict.fromkeys(linear.Kind._fields, False) | double | tile
@@ -22,17 +22,17 @@ def variants(one: Callable[..., Any], dtype: str) -> Iterator[Any]:
     for options in asked:
         kind = off | options
         for more in ({}, {"WEIGHTED": True, "KEEP": True}, {"WEIGHTED": True, "EXPS": True}):
-            yield one("tile_sum_kernel", kind | more, launch_linear.TILE_WARPS)
-        yield one("tile_gradient_kernel", kind, launch_linear.TILE_WARPS)
+            yield one("tile_sum_kernel", kind | more, launch_linear.BY_TILE)
+        yield one("tile_gradient_kernel", kind, launch_linear.BY_TILE)
         if dtype not in ("fp32", "fp64"):
-            yield one("tile_gradient_kernel", kind | {"KEEP": True}, launch_linear.TILE_WARPS)
+            yield one("tile_gradient_kernel", kind | {"KEEP": True}, launch_linear.BY_TILE)
     block = {"BLOCK": launch_linear.ROW_BLOCK}
     for factor, source, places in ((1, 0, 0), (1, 0, 1), (0, 1, 0), (1, 1, 0)):
         flags = {"FACTOR": bool(factor), "SOURCE": bool(source), "PLACES": bool(places)}
-        yield one("mix_kernel", flags | block, launch_linear.ROW_WARPS)
+        yield one("mix_kernel", flags | block, launch_linear.BY_ROW)
     labels = {"BLOCK": launch_linear.LABEL_BLOCK}
-    yield one("label_entry_kernel", labels, launch_linear.ROW_WARPS)
-    yield one("dot_kernel", double | block, launch_linear.ROW_WARPS)
+    yield one("label_entry_kernel", labels, launch_linear.BY_ROW)
+    yield one("dot_kernel", double | block, launch_linear.BY_ROW)
 
 
 def source_of(name: str, dtype: str, constants: dict[str, int | bool]) -> ASTSource:
