@@ -322,3 +322,21 @@ def test_half_types_need_products_in_float32(monkeypatch):
     with pytest.raises(RuntimeError, match=r"expected torch 2.8 or later .* got 2\."):
         forward(Interpreted, given, FORWARD_ONLY, 0, False)
     forward(Interpreted, problem(3, 8, V, torch.float32), FORWARD_ONLY, 0, False)
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch has no distributed")
+def test_a_group_of_one_rank_changes_nothing(tmp_path):
+    """The exchange between ranks is the driver's, and tested on the CPU by test_vocab_parallel."""
+    given, upstream = problem(N, 12, V, torch.float32, softcap=7.0), torch.randn(N)
+    given.labels[0] = V  # nobody's
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        span, name = torch.tensor([0, V]), torch.distributed.group.WORLD.group_name
+        for plan in KEPT:
+            alone = results(Interpreted, given, plan, upstream)
+            grouped = results(Interpreted, given._replace(span=span, group=name), plan, upstream)
+            for key, x in grouped.items():
+                torch.testing.assert_close(x, alone[key], rtol=1e-6, atol=1e-7, equal_nan=True)
+            assert grouped["margins"].isnan().tolist() == [True] + [False] * (N - 1)
+    finally:
+        torch.distributed.destroy_process_group()

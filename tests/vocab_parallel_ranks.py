@@ -216,7 +216,7 @@ def fsdp_sharded_heads() -> None:
             each.zero_grad()
             each.head.requires_grad_(not frozen)
         if not frozen:
-            fully_shard(model, mesh=mesh)
+            fully_shard(model, mesh=mesh, reshard_after_forward=True)
         loss = model(x[dist.get_rank()], labels[dist.get_rank()])
         loss.backward()
         sum(plain(a, b) for a, b in zip(x, labels, strict=True)).div(ranks).backward()
