@@ -173,9 +173,8 @@ class CudaWork(RowWork):
                 self._last = hidden.new_zeros(self.rows, hidden.shape[1])
                 self._last[: end - begin] = hidden
             hidden = self._last
-        if self._block is None:
-            size = self.rows * min(self.tile, self.head.weight.shape[0])
-            self._block = hidden.new_empty(size, dtype=self._wide)
+        if self._block is None:  # the first tile is as wide as any
+            self._block = hidden.new_empty(self.rows * weight.shape[0], dtype=self._wide)
         out = self._block[: self.rows * weight.shape[0]].view(self.rows, weight.shape[0])
         self.product(hidden, weight.t(), out)
         return out[: end - begin]
