@@ -6,7 +6,7 @@ margins come from `linear_label_margins`, so the logits (2B, T, V) are not made.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -46,10 +46,13 @@ def head_of(model: Any) -> Head:
             Whatever else a model does to its logits is not seen; `logits_margins` has it.
 
     Raises:
-        ValueError: the model has no linear head.
+        ValueError: the model has no linear head, or one with an adapter of its own, which a product
+            with its matrix alone would leave out.
     """
     layer = model.get_output_embeddings()
     weight = getattr(layer, "weight", None)
+    if hasattr(layer, "base_layer") or hasattr(layer, "original_module"):
+        raise ValueError(f"model: expected a head without an adapter, got {type(layer).__name__}")
     if not isinstance(weight, Tensor) or weight.dim() != 2:
         raise ValueError(f"model: expected one with a linear head, got {type(layer).__name__}")
     config = model.config
@@ -86,16 +89,59 @@ def response_margins(model: Any, batch: PairBatch) -> Tensor:
     Returns:
         Tensor: (2B, T-1), float32, nats; 0 where `batch.labels` is ignored.
     """
-    head = head_of(model)
-    return linear_label_margins(
-        hidden_states(model, batch),
-        head.weight,
-        batch.labels,
-        head.bias,
-        softcap=head.softcap,
-        logit_scale=head.logit_scale,
-        ignore_index=IGNORED,
+    return _head_margins(head_of(model), hidden_states(model, batch), batch.labels)
+
+
+def forward_margins(model: Any, inputs: Mapping[str, Any], labels: Tensor) -> Tensor:
+    """Returns margins out of the model's own forward, whatever wraps it, without its logits.
+
+    Wrappers of distributed training gather parameters and wait for gradients around that forward;
+    the head's product has to be inside of it. Hooks do that: the head scores what reaches it and
+    makes no logits, and the model returns the margins. They are gone after the call.
+
+    Args:
+        model: a causal language model of transformers whose head is a module that its forward
+            calls; as it is, or within DDP, FSDP2 (`fully_shard`) or peft.
+        inputs: keyword arguments of its forward, no labels among them.
+        labels (Tensor): (B, T), int64, at each position the token to score there (the next one), or
+            `IGNORED`.
+
+    Returns:
+        Tensor: (B, T), float32, nats; 0 where `labels` is ignored.
+
+    Raises:
+        ValueError: as `head_of`; positions that are not those of `labels`.
+        RuntimeError: the model's forward does not call its head.
+    """
+    inner = getattr(model, "module", model)
+    causal = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+    margins: list[Tensor] = []
+
+    def score(_: Any, arguments: tuple[Any, ...]) -> tuple[Tensor]:
+        states = arguments[0]
+        if states.shape[:-1] != labels.shape:
+            got = f"{tuple(states.shape[:-1])} states"
+            raise ValueError(f"labels: expected one for each position, got {got}")
+        margins.append(_head_margins(head_of(causal), states, labels))
+        return (states[:, :0].detach(),)
+
+    def answer(*_: Any) -> dict[str, Tensor]:
+        if not margins:
+            name = type(causal).__name__
+            raise RuntimeError(f"model: expected a forward that calls its head, got {name}")
+        return {"margins": margins.pop()}
+
+    hooks = (
+        causal.get_output_embeddings().register_forward_pre_hook(score),
+        # before the hooks of wrappers, which look at what the forward returned
+        causal.register_forward_hook(answer, prepend=True),
     )
+    try:
+        result: Tensor = model(**inputs, use_cache=False)["margins"]
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return result
 
 
 def logits_margins(model: Any, batch: PairBatch) -> Tensor:
@@ -176,3 +222,16 @@ def training_steps(
         loss.backward()
         optimizer.step()
         yield {"loss": loss.detach(), **metrics}
+
+
+def _head_margins(head: Head, states: Tensor, labels: Tensor) -> Tensor:
+    """What a head says of labels: (B, T), float32."""
+    return linear_label_margins(
+        states,
+        head.weight,
+        labels,
+        head.bias,
+        softcap=head.softcap,
+        logit_scale=head.logit_scale,
+        ignore_index=IGNORED,
+    )

@@ -55,6 +55,7 @@ OURS = {
     "kernels": {"kernels"},
     "reference": {"reference", "results"},
     "hf": PUBLIC,
+    "hf_trainer": PUBLIC | {"preferences", "training"},
     "trl": PUBLIC | {"trl_head"},
     "trl_head": PUBLIC,
     "study": PUBLIC | {"study"},
@@ -70,6 +71,7 @@ OURS = {
 OTHERS = {
     "kernels": {"torch", "triton"},
     "hf": {"torch", "transformers"},
+    "hf_trainer": {"torch", "transformers"},
     "trl": {"torch", "transformers", "trl"},
     "study": {"torch", "matplotlib"},
     "pretrained": {"torch", "transformers", "platformdirs"},
