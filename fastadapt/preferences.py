@@ -12,16 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastadapt.pair_forms import Message, Pair, pair_of
+
 IGNORED = -100
-_TURN = "\n\nAssistant:"
-
-
-class Pair(NamedTuple):
-    """A prompt with a good and a bad response."""
-
-    prompt: str
-    good: str
-    bad: str
 
 
 class PairBatch(NamedTuple):
@@ -56,11 +49,12 @@ def encode_pairs(
         tokenizer: of transformers' kind, with an end token.
         pairs: at least one.
         max_length: T at most, at least 2; None: whatever the longest needs.
-        chat: prompts are user messages and go through the tokenizer's chat template, if it has
-            one. Otherwise they are taken as they are.
+        chat: prompts that are text are user messages and go through the tokenizer's chat template,
+            if it has one. Otherwise they are taken as they are. Messages always go through it.
 
     Raises:
-        ValueError: no pairs, a prompt without tokens, no end token, a `max_length` below 2.
+        ValueError: no pairs, a prompt without tokens, no end token, messages without a chat
+            template, a `max_length` below 2.
     """
     if not pairs:
         raise ValueError("pairs: expected at least one, got none")
@@ -91,16 +85,14 @@ def encode_pairs(
 
 
 def read_pairs(path: str | os.PathLike[str]) -> list[Pair]:
-    """Reads preference pairs in the form of HH-RLHF.
+    """Reads preference pairs.
 
     Args:
-        path: JSON Lines, gzipped if the name ends in ".gz"; in each line the strings "chosen" and
-            "rejected", whole dialogues (`\\n\\nHuman: ... \\n\\nAssistant: ...`). What they share,
-            up to the last turn of the assistant that they both begin, is the prompt, as it is.
+        path: JSON Lines, gzipped if the name ends in ".gz"; each line in a form of `pair_of`.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: a line has another form; the message has its number.
+        ValueError: a line has another form; the message has its number and what is wrong.
     """
     path = Path(path)
     data = path.read_bytes()
@@ -113,25 +105,22 @@ def read_pairs(path: str | os.PathLike[str]) -> list[Pair]:
 def _read_pair(name: str, number: int, line: str) -> Pair:
     """One line of a file."""
     try:
-        entry = json.loads(line)
-        good, bad = entry["chosen"], entry["rejected"]
-        turn = os.path.commonprefix([good, bad]).rindex(_TURN) + len(_TURN)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{name}, line {number}: expected 'chosen' and 'rejected', dialogues that share all up "
-            f"to a turn of the assistant, got {line[:60]!r}"
-        ) from error
-    return Pair(good[:turn], good[turn:], bad[turn:])
+        return pair_of(json.loads(line))
+    except json.JSONDecodeError as error:
+        where = f"{name}, line {number}, column {error.colno}"
+        raise ValueError(f"{where}: expected JSON, got {line[:60]!r}: {error.msg}") from error
+    except ValueError as error:
+        raise ValueError(f"{name}, line {number}: {error}") from error
 
 
-def _prompt_ids(tokenizer: Any, prompt: str, *, chat: bool) -> list[int]:
+def _prompt_ids(tokenizer: Any, prompt: str | Sequence[Message], *, chat: bool) -> list[int]:
     """The tokens of a prompt, ready for a response."""
-    templated = chat and bool(tokenizer.chat_template)
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if not isinstance(prompt, str) and not tokenizer.chat_template:
+        raise ValueError("tokenizer: expected one with a chat template, for prompts of messages")
+    templated = bool(tokenizer.chat_template) and (chat or not isinstance(prompt, str))
     if templated:
-        message = {"role": "user", "content": prompt}
-        prompt = tokenizer.apply_chat_template(
-            [message], tokenize=False, add_generation_prompt=True
-        )
+        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     ids: list[int] = tokenizer(prompt, add_special_tokens=not templated).input_ids
     if not ids:
         raise ValueError(f"pairs: expected prompts with at least one token, got {prompt!r}")

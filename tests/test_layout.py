@@ -61,12 +61,19 @@ OURS = {
     "study": PUBLIC | {"study"},
     "pretrained": set(),
     "memory": set(),
-    "preferences": set(),
+    "pair_forms": set(),
+    "preferences": {"pair_forms"},
+    "train_data": {"pair_forms", "preferences"},
+    "train_state": set(),
+    "train_run": PUBLIC
+    | {"pair_forms", "preferences", "pretrained"}
+    | {"train_data", "train_state", "training"},
+    "cli_train": {"pretrained", "train_data", "train_run"},
     "training": PUBLIC | {"preferences"},
     "measure": PUBLIC | {"hf"},
     "demo": PUBLIC | {"demo_training", "hf", "measure", "pretrained"},
     "demo_training": PUBLIC | {"memory", "preferences", "training"},
-    "cli": PUBLIC | {"demo", "hf", "pretrained", "study"},
+    "cli": PUBLIC | {"cli_train", "demo", "hf", "pretrained", "study"},
 }
 OTHERS = {
     "kernels": {"torch", "triton"},
@@ -79,6 +86,9 @@ OTHERS = {
     "memory": set(),
     "demo": {"torch", "transformers", "rich"},
     "demo_training": {"torch", "rich"},
+    "train_data": {"torch", "datasets"},
+    "train_run": {"torch", "peft", "rich"},
+    "cli_train": set(),
     "cli": set(),
 }
 

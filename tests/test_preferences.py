@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from fastadapt import RewardPenalizeLoss, training
+from fastadapt.pair_forms import pair_of
 from fastadapt.preferences import IGNORED, PAIRS, Pair, encode_pairs, read_pairs
 from fastadapt.pretrained import load_demo_model
 
@@ -146,21 +147,69 @@ def test_files_are_read(name, tmp_path):
     assert three == ("\n\nHuman: a\n\nAssistant:", " b\n\nHuman: c\n\nAssistant: d", " else")
 
 
+def _chat(*turns):
+    return [{"role": ("user", "assistant")[i % 2], "content": t} for i, t in enumerate(turns)]
+
+
 @pytest.mark.parametrize(
-    "line",
+    ("entry", "pair"),
     [
-        "{",
-        "[1]",
-        '{"chosen": "\\n\\nAssistant: a"}',
-        '{"chosen": "a", "rejected": "b"}',
-        '{"chosen": 1, "rejected": 2}',
-        '{"chosen": "\\n\\nHuman: a\\n\\nAssistant: b", "rejected": "\\n\\nHuman: b"}',
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, ("a", "b", "c")),
+        (
+            {"prompt": _chat("a"), "chosen": _chat("", "b")[1:], "rejected": _chat("", "c")[1:]},
+            (_chat("a"), "b", "c"),
+        ),
+        (
+            {"prompt": "a", "chosen": _chat("a", "b"), "rejected": _chat("a", "c")},
+            (_chat("a"), "b", "c"),
+        ),
+        (
+            {"chosen": _chat("a", "x", "y", "b"), "rejected": _chat("a", "x", "y", "c")},
+            (_chat("a", "x", "y"), "b", "c"),
+        ),
+    ],
+    ids=["strings", "messages", "repeated prompt", "dialogues"],
+)
+def test_forms(entry, pair):
+    assert pair_of(entry) == pair
+
+
+def test_messages_go_through_the_template(tokenizer):
+    pair = Pair(_chat("a", "b", "c"), "d", "e")
+    with pytest.raises(ValueError, match="expected one with a chat template"):
+        encode_pairs(tokenizer, [pair])
+    tokenizer.chat_template = TEMPLATE
+    tokens = encode_pairs(tokenizer, [pair], chat=False).tokens
+    assert tokenizer.decode(tokens[0]) == "<user> a <user> b <user> c d <end>"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", ", column 2: expected JSON, got '{': Expecting property name"),
+        ("[1]", r": expected an object, got \[1\]"),
+        ('{"chosen": "a"}', ": expected 'chosen' and 'rejected', got \\['chosen'\\]"),
+        ('{"chosen": "a", "rejected": "b"}', ": expected 'chosen' and 'rejected' that share"),
+        ('{"chosen": 1, "rejected": 2}', ": chosen: expected a string or messages, got 1"),
+        ('{"chosen": "a", "rejected": []}', ": expected 'chosen' and 'rejected' of one kind"),
+        ('{"chosen": [1], "rejected": []}', ": chosen: expected messages with 'role' and"),
+        ('{"prompt": 1, "chosen": "a", "rejected": "b"}', ": prompt: expected a string"),
+        ('{"prompt": "a", "chosen": "", "rejected": "b"}', ": chosen: expected a response"),
+        ('{"chosen": [], "rejected": []}', ": chosen: expected one message of the assistant"),
+        (
+            json.dumps({"chosen": _chat("a", "b"), "rejected": _chat("b", "b")}),
+            r": rejected: expected one message of the assistant, got \['user', 'assistant'\]",
+        ),
+        (
+            json.dumps({"chosen": _chat("", "b")[1:], "rejected": _chat("", "b")[1:]}),
+            ": prompt: expected messages before the responses, got none",
+        ),
     ],
 )
-def test_lines_of_another_form_are_named(line, tmp_path):
+def test_lines_of_another_form_are_named(line, message, tmp_path):
     good = json.dumps({"chosen": _dialogue("a", "b"), "rejected": _dialogue("a", "c")})
     (tmp_path / "p.jsonl").write_text(f"{good}\n{line}\n")
-    with pytest.raises(ValueError, match="p.jsonl, line 2: expected 'chosen' and 'rejected'"):
+    with pytest.raises(ValueError, match=f"^p.jsonl, line 2{message}"):
         read_pairs(tmp_path / "p.jsonl")
 
 
