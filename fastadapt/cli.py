@@ -8,8 +8,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from fastadapt import cli_train
+
 _EXTRA_PACKAGES = frozenset(
     {"accelerate", "gguf", "platformdirs", "rich", "safetensors", "tokenizers", "transformers"}
+    | {"datasets", "peft"}
 )
 _BENCHMARKS = ("generation", "sampling", "score", "losses", "gpu-sampling", "gpu-losses")
 _KNOBS: dict[str, tuple[type, float, str]] = {
@@ -43,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return _fail(
             f"{arguments.command} needs the package {package!r}, which is not installed: "
-            'pip install "fastadapt[demo]"'
+            f'pip install "fastadapt[{"train" if arguments.command == "train" else "demo"}]"'
         )
     except KeyboardInterrupt:
         return 130
@@ -84,6 +87,8 @@ def _parser() -> argparse.ArgumentParser:
         knobs.add_argument(
             flag, type=kind, default=default, metavar=metavar, help=f"{text} (default: %(default)s)"
         )
+
+    cli_train.add_parser(commands)
 
     bench = commands.add_parser(
         "bench",
