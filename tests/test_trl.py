@@ -11,9 +11,19 @@ datasets = pytest.importorskip("datasets", reason="needs trl")
 pytest.importorskip("trl")
 
 from peft import LoraConfig  # noqa: E402
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer  # noqa: E402
+from trl import (  # noqa: E402
+    DPOConfig,
+    DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    KTOConfig,
+    KTOTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
 from trl.trainer import utils as trl_utils  # noqa: E402
 
+from fastadapt import trl_head  # noqa: E402
 from fastadapt.trl import RewardPenalizeTrainer, fused_log_probs  # noqa: E402
 
 WORDS = ("<pad>", "<unk>", "<end>", *"abcdefghijklmnop")
@@ -143,3 +153,168 @@ def test_sft_follows_trl(folder, tokenizer, tmp_path, lora):
             logs.append(_train(trainer))
         assert trl_utils._ChunkedLogProbFunction is before
     _assert_follows(logs[1], logs[0], ("loss", "grad_norm", "entropy", "mean_token_accuracy"))
+
+
+def _mixed(folder, tokenizer, arguments, **named):
+    """A trainer of a mixture with token means, means over pairs and a reference."""
+    return RewardPenalizeTrainer(
+        folder,
+        args=DPOConfig(**arguments),
+        train_dataset=_pairs(40),
+        processing_class=tokenizer,
+        **{"loss": {"dpo": 1.0, "exmate": 0.5}, **named},
+    )
+
+
+@pytest.mark.parametrize("penalty", ["exmate", "unlikelihood"])
+def test_accumulated_batches_are_one(folder, tokenizer, tmp_path, penalty):
+    """A step's loss does not depend on how its pairs, of different lengths, are split."""
+    logs = []
+    for size, parts in ((8, 1), (2, 4)):
+        changes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": parts}
+        arguments = _settings(tmp_path, max_steps=4, **changes)
+        logs.append(_train(_mixed(folder, tokenizer, arguments, loss={"dpo": 1.0, penalty: 0.5})))
+    names = ("loss", "grad_norm", f"loss/{penalty}", "loss/dpo", "rewards/margins", "num_tokens")
+    for one, other in zip(*logs, strict=True):
+        for name in names:
+            assert other[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6), name
+
+
+def test_evaluation_and_resumed_run(folder, tokenizer, tmp_path):
+    """A run that is resumed from its checkpoint ends where an uninterrupted one does."""
+    ends = []
+    for resumed in (False, True):
+        arguments = _settings(
+            tmp_path / str(resumed), max_steps=6, save_strategy="steps", save_steps=3
+        )
+        trainer = _mixed(folder, tokenizer, arguments, eval_dataset=_pairs(6, seed=1))
+        trainer.train()
+        if resumed:
+            trainer = _mixed(folder, tokenizer, arguments, eval_dataset=_pairs(6, seed=1))
+            trainer.train(resume_from_checkpoint=str(tmp_path / "True" / "checkpoint-3"))
+            assert trainer.state.global_step == 6
+        ends.append({k: v.clone() for k, v in trainer.model.state_dict().items()})
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+    seen = trainer.evaluate()
+    expected = seen["eval_loss/dpo"] + 0.5 * seen["eval_loss/exmate"]
+    assert seen["eval_loss"] == pytest.approx(expected, rel=1e-6)
+    assert {"eval_rewards/margins", "eval_logps/chosen", "eval_entropy"} <= set(seen)
+
+
+def test_without_dpo_there_is_no_reference(folder, tokenizer, tmp_path):
+    arguments = DPOConfig(**_settings(tmp_path, max_steps=2))
+    trainer = RewardPenalizeTrainer(
+        folder,
+        args=arguments,
+        train_dataset=_pairs(8),
+        processing_class=tokenizer,
+        loss={"exmate": 1.0},
+        loss_options={"coefficient": 0.5},
+    )
+    log = _train(trainer)
+    assert trainer.ref_model is None and not arguments.precompute_ref_log_probs
+    assert "loss/exmate" in log[0] and "rewards/chosen" not in log[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "named", "message"),
+    [
+        ({"loss_type": ["ipo"]}, {}, r"args.loss_type: expected \['sigmoid'\] \(loss= here\)"),
+        ({"ld_alpha": 0.5}, {}, "args.ld_alpha: expected None"),
+        ({"use_weighting": True}, {}, "args.use_weighting: expected False"),
+        ({}, {"loss": {"sigmoid": 1.0}}, "weights: expected some of"),
+        ({}, {"loss_options": {"beta": 0.3}}, "expected args.beta for beta"),
+        (
+            {"gradient_accumulation_steps": 2},
+            {"loss_options": {"norm": "batch_token_mean"}},
+            "norm: expected one that splits over 2 micro-batches",
+        ),
+    ],
+)
+def test_what_is_not_supported(folder, tokenizer, tmp_path, changes, named, message):
+    with pytest.raises(ValueError, match=message):
+        _mixed(folder, tokenizer, _settings(tmp_path, **changes), **named)
+
+
+def test_another_trl_is_named(monkeypatch):
+    class Other:
+        @staticmethod
+        def forward(ctx, hidden, weight, labels):
+            """Takes something else."""
+
+    for found in (Other, None):
+        monkeypatch.setattr(trl_utils, "_ChunkedLogProbFunction", found)
+        with pytest.raises(RuntimeError, match=r"trl 1.*as in trl 1.16.0, got (hidden|none)"):
+            with fused_log_probs():
+                pass
+        assert trl_utils._ChunkedLogProbFunction is found
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("biased", [False, True])
+def test_outputs_are_those_of_trl(softcap, biased):
+    """Temperature, cap, scale and bias, the outputs beside the log-probabilities, gradients."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(7, 16), torch.randn(3000, 16) * 0.5
+    bias = torch.randn(3000) if biased else None
+    targets = torch.randint(3000, (7,))
+    settings = (targets, 0.7, 1024, softcap, 1.3, ("entropy", "mean_logits", "is_top1"))
+    seen = []
+    for function in (trl_utils._ChunkedLogProbFunction, trl_head.LogProbs):
+        points = [x.clone().requires_grad_() for x in (hidden, weight)]
+        logps, entropy, missing, mean, hit = function.apply(*points, bias, *settings)
+        assert missing is None
+        (logps * torch.arange(-3.0, 4.0)).sum().backward()
+        seen.append((logps.detach(), entropy.detach(), mean, hit, *(x.grad for x in points)))
+    for theirs, ours in zip(*seen, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_entropy_has_no_gradient_and_says_so():
+    hidden, weight = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4)
+    settings = (torch.tensor([0, 1, 2]), 1.0, 8, None, 1.0)
+    logps, entropy, *_ = trl_head.LogProbs.apply(hidden, weight, None, *settings, ("entropy",))
+    with pytest.raises(RuntimeError, match="expected a loss without the entropy"):
+        (logps.sum() - entropy.sum()).backward()
+    with pytest.raises(ValueError, match=r"got \['log_sum_sq_probs'\] \(WPO\)"):
+        trl_head.LogProbs.apply(hidden, weight, None, *settings, ("log_sum_sq_probs",))
+
+
+def _kto(folder, tokenizer, tmp_path):
+    rows = [
+        {"prompt": r["prompt"], "completion": r[name], "label": name == "chosen"}
+        for r in _pairs(20)
+        for name in ("chosen", "rejected")
+    ]
+    arguments = KTOConfig(**_settings(tmp_path, max_steps=3))
+    dataset = datasets.Dataset.from_list(rows)
+    return KTOTrainer(folder, args=arguments, train_dataset=dataset, processing_class=tokenizer)
+
+
+def _grpo(folder, tokenizer, tmp_path):
+    arguments = GRPOConfig(
+        **_settings(tmp_path, max_steps=3), num_generations=4, max_completion_length=6, beta=0.1
+    )
+    return GRPOTrainer(
+        folder,
+        reward_funcs=lambda completions, **_: [float(len(text)) for text in completions],
+        args=arguments,
+        train_dataset=_pairs(20).select_columns(["prompt"]),
+        processing_class=tokenizer,
+    )
+
+
+@pytest.mark.parametrize("make", [_kto, _grpo], ids=["kto", "grpo"])
+def test_other_trainers_are_served(folder, tokenizer, tmp_path, make):
+    plain = _train(make(folder, tokenizer, tmp_path))
+    calls = []
+    with fused_log_probs():
+        served = trl_utils._ChunkedLogProbFunction.apply
+        with pytest.MonkeyPatch.context() as patch:
+            counted = lambda *arguments: calls.append(0) or served(*arguments)  # noqa: E731
+            patch.setattr(trl_head.LogProbs, "apply", staticmethod(counted))
+            fused = _train(make(folder, tokenizer, tmp_path))
+    assert calls and len(fused) == len(plain) == 3
+    for one, other in zip(plain, fused, strict=True):
+        for name in ("loss", "grad_norm"):
+            assert other[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6), name
