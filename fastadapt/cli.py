@@ -14,7 +14,10 @@ _EXTRA_PACKAGES = frozenset(
     {"accelerate", "gguf", "platformdirs", "rich", "safetensors", "tokenizers", "transformers"}
     | {"datasets", "peft"}
 )
-_BENCHMARKS = ("generation", "sampling", "score", "losses", "gpu-sampling", "gpu-losses")
+_BENCHMARKS = (
+    *("generation", "sampling", "score", "losses", "trainer"),
+    *("gpu-sampling", "gpu-losses"),
+)
 _KNOBS: dict[str, tuple[type, float, str]] = {
     "temperature": (float, 1.0, "divides the logits"),
     "top_k": (int, 0, "keep this many of the most probable tokens; 0 is off"),

@@ -1,0 +1,52 @@
+"""Two processes train as one does: data parallel through both trainers, and sharded (FSDP2)."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+WORKER = Path(__file__).parent / "train_in_parallel.py"
+
+
+@pytest.fixture(scope="module")
+def curves(tmp_path_factory):
+    """What one process sees, and what two see."""
+    folder = tmp_path_factory.mktemp("parallel")
+    launch = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(
+        [*launch, "--nproc-per-node", "2", str(WORKER), str(folder)],
+        cwd=folder,
+        env=environment,
+        check=True,
+        timeout=300,
+    )
+    spec = importlib.util.spec_from_file_location("train_in_parallel", WORKER)
+    worker = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(worker)
+    return worker.everything(folder), json.loads((folder / "parallel.json").read_text())
+
+
+pytestmark = pytest.mark.skipif(
+    not (dist.is_available() and dist.is_gloo_available()), reason="needs gloo"
+)
+
+
+@pytest.mark.parametrize("way", ["pairs", "texts"])
+def test_data_parallel(curves, way):
+    one, two = (seen[way] for seen in curves)
+    assert len(one) == len(two) == 4
+    for alone, shared in zip(one, two, strict=True):
+        assert shared == pytest.approx(alone, rel=1e-4), way
+    assert one[0]["loss"] != one[-1]["loss"]
+
+
+def test_sharded(curves):
+    one, two = (seen["sharded"] for seen in curves)
+    assert two == pytest.approx(one, rel=1e-5)
+    assert one[-1] != pytest.approx(one[0], rel=1e-2)

@@ -1,0 +1,184 @@
+"""What `test_distributed.py` runs on one process and, through torchrun, on two.
+
+    torchrun --nproc-per-node 2 tests/train_in_parallel.py FOLDER
+
+writes FOLDER/parallel.json: the curves of the three ways of training, from the first process.
+"""
+
+import json
+import os
+import random
+import sys
+from pathlib import Path
+
+import datasets
+import torch
+import torch.distributed as dist
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.utils.rnn import pad_sequence
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    TrainingArguments,
+)
+from trl import DPOConfig
+
+from fastadapt.hf_trainer import LogitsFreeTrainer
+from fastadapt.losses import Responses, RewardPenalizeLoss
+from fastadapt.preferences import IGNORED
+from fastadapt.training import forward_margins
+from fastadapt.trl import RewardPenalizeTrainer
+
+WORDS = ("<pad>", "<unk>", "<end>", *"abcdefghijklmnop")
+BATCH = 4  # of all processes together
+STEPS = 4
+
+
+def make_model() -> LlamaForCausalLM:
+    """The same on every process."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(WORDS),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.3,
+        tie_word_embeddings=True,
+    )
+    return LlamaForCausalLM(config)
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Letters are tokens."""
+    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", eos_token="<end>", unk_token="<unk>"
+    )
+
+
+def make_pairs(count: int) -> list[dict[str, str]]:
+    """Pairs of different lengths."""
+    rng = random.Random(0)
+
+    def text() -> str:
+        return " ".join(rng.choices(WORDS[3:], k=rng.randint(1, 9)))
+
+    keys = ("prompt", "chosen", "rejected")
+    return [{key: text() for key in keys} for _ in range(count)]
+
+
+def collate(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """A padded batch of sequences."""
+    ids = [row["ids"] for row in rows]
+    tokens = pad_sequence(ids, batch_first=True)
+    labels = pad_sequence(ids, batch_first=True, padding_value=IGNORED)
+    return {"input_ids": tokens, "attention_mask": (tokens > 0).long(), "labels": labels}
+
+
+def settings(folder: Path, size: int) -> dict[str, object]:
+    """Arguments of both trainers."""
+    return {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": size,
+        "max_steps": STEPS,
+        "logging_steps": 1,
+        "learning_rate": 2e-3,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "ddp_backend": "gloo" if dist.is_torchelastic_launched() else None,
+        "bf16": False,
+        "remove_unused_columns": False,
+    }
+
+
+def curve(trainer, names: tuple[str, ...]) -> list[dict[str, float]]:
+    """What a trainer logs of each step."""
+    trainer.train()
+    log = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
+    return [{name: entry[name] for name in names} for entry in log]
+
+
+def train_pairs(folder: Path, size: int) -> list[dict[str, float]]:
+    """DPO with ExMATE by `RewardPenalizeTrainer`, two micro-batches a step."""
+    arguments = settings(folder, size // 2) | {"gradient_accumulation_steps": 2}
+    trainer = RewardPenalizeTrainer(
+        make_model(),
+        make_model(),
+        DPOConfig(**arguments),
+        train_dataset=datasets.Dataset.from_list(make_pairs(STEPS * BATCH)),
+        processing_class=make_tokenizer(),
+        loss={"dpo": 1.0, "exmate": 0.5},
+    )
+    return curve(trainer, ("loss", "grad_norm", "logps/chosen", "entropy", "num_tokens"))
+
+
+def train_texts(folder: Path, size: int) -> list[dict[str, float]]:
+    """MLE by `LogitsFreeTrainer`."""
+    generator = torch.Generator().manual_seed(1)
+    lengths = torch.randint(4, 12, (STEPS * BATCH,), generator=generator).tolist()
+    rows = [{"ids": torch.randint(3, len(WORDS), (n,), generator=generator)} for n in lengths]
+    trainer = LogitsFreeTrainer(
+        make_model(),
+        TrainingArguments(**settings(folder, size)),
+        train_dataset=rows,
+        data_collator=collate,
+    )
+    return curve(trainer, ("loss", "grad_norm"))
+
+
+def train_sharded(rank: int, world: int) -> list[float]:
+    """ExMATE on margins out of the forward, parameters sharded (FSDP2) where there are ranks."""
+    model = make_model()
+    if world > 1:
+        mesh = init_device_mesh("cpu", (world,))
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    objective = RewardPenalizeLoss({"exmate": 1.0})
+    generator = torch.Generator().manual_seed(2)
+    losses = []
+    for _ in range(STEPS):
+        tokens = torch.randint(3, len(WORDS), (2, BATCH, 10), generator=generator)
+        own = tokens[:, rank::world].flatten(0, 1)
+        labels = torch.nn.functional.pad(own[:, 1:], (0, 1), value=IGNORED)
+        margins = forward_margins(model, {"input_ids": own}, labels)[:, :-1]
+        mask = torch.ones_like(margins, dtype=torch.bool)
+        good, bad = (Responses(m, k) for m, k in zip(margins.chunk(2), mask.chunk(2), strict=True))
+        loss, _ = objective(good, bad)
+        optimizer.zero_grad()
+        loss.backward()  # sharded: gradients are means over the ranks, as is the loss
+        optimizer.step()
+        mean = loss.detach().clone()
+        if world > 1:
+            dist.all_reduce(mean)
+        losses.append(float(mean) / world)
+    return losses
+
+
+def everything(folder: Path, rank: int = 0, world: int = 1) -> dict[str, object]:
+    """The curves of all ways of training."""
+    size = BATCH // world
+    return {
+        "pairs": train_pairs(folder, size),
+        "texts": train_texts(folder, size),
+        "sharded": train_sharded(rank, world),
+    }
+
+
+if __name__ == "__main__":
+    place, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    target = Path(sys.argv[1])
+    seen = everything(target, place, count)
+    if place == 0:
+        (target / "parallel.json").write_text(json.dumps(seen))
+    dist.destroy_process_group()
