@@ -28,6 +28,7 @@ from limits import (
     score_limits,
     train_limits,
 )
+from report_trainer import trainer_table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -337,30 +338,11 @@ def train_table(record: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def trainer_table(record: dict[str, Any]) -> str:
+def _trainer(record: dict[str, Any]) -> str:
     """A DPO step beside trl's."""
-    host, settings = record["host"], record["settings"]
-    lines = [
-        "| model | `RewardPenalizeTrainer`, ms | trl, ms | trl's to ours, median (quartiles) | "
-        "peak memory, MB | trl's, MB |",
-        "|---|---|---|---|---|---|",
-    ]
-    for cell in record["cells"]:
-        low, middle, high = cell["trl_to_fastadapt"]
-        times = " | ".join(f"{cell['step_ms'][name][1]:,.0f}" for name in ("fastadapt", "trl"))
-        peaks = " | ".join(f"{cell['peak_mb'][n]['extra']:,}" for n in ("fastadapt", "trl"))
-        trained = "all parameters" if cell["head"] == "trainable" else f"LoRA {settings['rank']}"
-        ratio = f"{middle:.2f} ({low:.2f} to {high:.2f})"
-        lines.append(f"| {cell['dtype']}, {trained} | {times} | {ratio} | {peaks} |")
-    tokens = record["cells"][0]["response_tokens"]
-    lines += [
-        "",
-        f"{settings['model']}, {settings['batch']} pairs of at most {settings['max_length']} "
-        f"tokens ({tokens} of responses), {settings['steps']} steps in turns, medians; memory over "
-        f"the loaded models, gradients and optimizer in it. {_host(host, 'AdamW')}, "
-        f"{_software(host)}{_peer_versions(host)}.",
-    ]
-    return "\n".join(lines) + "\n"
+    host = record["host"]
+    machine = f"{_host(host, 'AdamW')}, {_software(host)}{_peer_versions(host)}"
+    return trainer_table(record, machine)
 
 
 def _peer_versions(host: dict[str, Any]) -> str:
@@ -405,7 +387,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "losses": losses_table,
     "gpu_losses": gpu_losses_table,
     "train_preferences": train_table,
-    "trainer": trainer_table,
+    "trainer": _trainer,
 }
 
 

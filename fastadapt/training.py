@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate
 
 from fastadapt.losses import Responses, RewardPenalizeLoss, sequence_logps
 from fastadapt.margins import label_margins, linear_label_margins
@@ -101,7 +102,8 @@ def forward_margins(model: Any, inputs: Mapping[str, Any], labels: Tensor) -> Te
 
     Args:
         model: a causal language model of transformers whose head is a module that its forward
-            calls; as it is, or within DDP, FSDP2 (`fully_shard`) or peft.
+            calls; as it is, or within DDP, FSDP2 (`fully_shard`) or peft. A head split over ranks
+            by vocabulary, a `DTensor` placed as (Shard(0),), is met in its parts.
         inputs: keyword arguments of its forward, no labels among them.
         labels (Tensor): (B, T), int64, at each position the token to score there (the next one), or
             `IGNORED`.
@@ -122,8 +124,9 @@ def forward_margins(model: Any, inputs: Mapping[str, Any], labels: Tensor) -> Te
         if states.shape[:-1] != labels.shape:
             got = f"{tuple(states.shape[:-1])} states"
             raise ValueError(f"labels: expected one for each position, got {got}")
-        margins.append(_head_margins(head_of(causal), states, labels))
-        return (states[:, :0].detach(),)
+        head = head_of(causal)
+        margins.append(_head_margins(head, states, labels))
+        return (_least(states, head.weight),)
 
     def answer(*_: Any) -> dict[str, Tensor]:
         if not margins:
@@ -235,3 +238,12 @@ def _head_margins(head: Head, states: Tensor, labels: Tensor) -> Tensor:
         logit_scale=head.logit_scale,
         ignore_index=IGNORED,
     )
+
+
+def _least(states: Tensor, weight: Tensor) -> Tensor:
+    """The fewest states that a head of that weight can take."""
+    if not isinstance(weight, DTensor):
+        return states[:, :0].detach()
+    # a split one takes neither plain tensors beside it nor none at all
+    mesh = weight.device_mesh
+    return DTensor.from_local(states[:1, :1].detach(), mesh, [Replicate()] * mesh.ndim)

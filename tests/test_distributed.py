@@ -1,4 +1,4 @@
-"""Two processes train as one does: data parallel through both trainers, and sharded (FSDP2)."""
+"""Two processes train as one: data parallel by both trainers, sharded (FSDP2), a split head."""
 
 import importlib.util
 import json
@@ -46,7 +46,8 @@ def test_data_parallel(curves, way):
     assert one[0]["loss"] != one[-1]["loss"]
 
 
-def test_sharded(curves):
-    one, two = (seen["sharded"] for seen in curves)
+@pytest.mark.parametrize("way", ["sharded", "split head"])
+def test_sharded(curves, way):
+    one, two = (seen[way] for seen in curves)
     assert two == pytest.approx(one, rel=1e-5)
     assert one[-1] != pytest.approx(one[0], rel=1e-2)

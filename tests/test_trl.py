@@ -110,8 +110,11 @@ def _assert_follows(ours, theirs, names):
         assert ours[-1][name] == pytest.approx(theirs[-1][name], rel=1e-4, abs=1e-6), name
 
 
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-@pytest.mark.parametrize("precompute", [False, True], ids=["reference", "precomputed"])
+@pytest.mark.parametrize(
+    ("lora", "precompute"),
+    [(False, False), (True, False), (False, True)],
+    ids=["full", "lora", "precomputed"],
+)
 def test_dpo_follows_trl(folder, tokenizer, tmp_path, lora, precompute):
     logs = []
     for kind in (DPOTrainer, RewardPenalizeTrainer):

@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 2 tests/train_in_parallel.py FOLDER
 
-writes FOLDER/parallel.json: the curves of the three ways of training, from the first process.
+writes FOLDER/parallel.json: the curves of the four ways of training, from the first process.
 """
 
 import json
@@ -17,6 +17,7 @@ import torch.distributed as dist
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     LlamaConfig,
@@ -27,7 +28,7 @@ from transformers import (
 from trl import DPOConfig
 
 from fastadapt.hf_trainer import LogitsFreeTrainer
-from fastadapt.losses import Responses, RewardPenalizeLoss
+from fastadapt.losses import Responses, RewardPenalizeLoss, mle_loss
 from fastadapt.preferences import IGNORED
 from fastadapt.training import forward_margins
 from fastadapt.trl import RewardPenalizeTrainer
@@ -165,6 +166,32 @@ def train_sharded(rank: int, world: int) -> list[float]:
     return losses
 
 
+def train_split_head(world: int) -> list[float]:
+    """The same on margins of a head that is split by vocabulary where there are ranks."""
+    model = make_model()
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    if world > 1:
+        mesh = init_device_mesh("cpu", (world,))
+        part = distribute_tensor(model.lm_head.weight.detach(), mesh, [Shard(0)])
+        model.lm_head.weight = torch.nn.Parameter(part)
+    body = torch.optim.SGD(model.model.parameters(), lr=0.1)
+    head = torch.optim.SGD(model.lm_head.parameters(), lr=0.1)
+    generator = torch.Generator().manual_seed(2)
+    losses = []
+    for _ in range(STEPS):
+        tokens = torch.randint(3, len(WORDS), (BATCH, 10), generator=generator)
+        labels = torch.nn.functional.pad(tokens[:, 1:], (0, 1), value=IGNORED)
+        margins = forward_margins(model, {"input_ids": tokens}, labels)[:, :-1]
+        loss = mle_loss(Responses(margins, torch.ones_like(margins, dtype=torch.bool)))
+        for optimizer in (body, head):
+            optimizer.zero_grad()
+        loss.backward()
+        for optimizer in (body, head):
+            optimizer.step()
+        losses.append(float(loss.detach()))
+    return losses
+
+
 def everything(folder: Path, rank: int = 0, world: int = 1) -> dict[str, object]:
     """The curves of all ways of training."""
     size = BATCH // world
@@ -172,6 +199,7 @@ def everything(folder: Path, rank: int = 0, world: int = 1) -> dict[str, object]
         "pairs": train_pairs(folder, size),
         "texts": train_texts(folder, size),
         "sharded": train_sharded(rank, world),
+        "split head": train_split_head(world),
     }
 
 

@@ -1,0 +1,187 @@
+"""The benchmarks of training, without timing: what they compute, and what is made of it."""
+
+import json
+import random
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import bench_trainer
+import compare_losses
+import compare_report
+import report
+import report_trainer
+from fastadapt.preferences import encode_pairs, read_pairs
+from fastadapt.pretrained import load_model
+from fastadapt.training import response_margins
+
+WORDS = ("<unk>", "<end>", *"abcdefgh", "Human", "Assistant", ":")
+QUIET = {"progress": lambda phase, done, total: None}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """The folder of a small random model of three layers."""
+    torch.manual_seed(0)
+    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    folder = tmp_path_factory.mktemp("model")
+    PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token="<unk>", eos_token="<end>"
+    ).save_pretrained(folder)
+    config = LlamaConfig(
+        vocab_size=len(WORDS),
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        initializer_range=0.3,
+        tie_word_embeddings=True,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Twenty dialogues and one that is too long."""
+    rng = random.Random(0)
+
+    def text(low, high):
+        return " ".join(rng.choices("abcdefgh", k=rng.randint(low, high)))
+
+    lines = []
+    for low in [1] * 20 + [60]:
+        prompt = f"\n\nHuman: {text(1, 4)}\n\nAssistant:"
+        pair = {"chosen": f"{prompt} {text(low, 64)}", "rejected": f"{prompt} {text(low, 64)}"}
+        lines.append(json.dumps(pair))
+    path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
+    path.write_text("\n".join(lines))
+    return path
+
+
+@pytest.fixture(scope="module")
+def record(model, data, tmp_path_factory):
+    """A small comparison."""
+    path = tmp_path_factory.mktemp("out") / "c.json"
+    arguments = ["--data", data, "--model", model, "--train", 8, "--choose", 3, "--held-out", 5]
+    arguments += ["--seeds", 2, "--layers", 1, "--max-length", 72, "--out", path]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["compare_losses", *map(str, arguments)])
+        compare_losses.main()
+    made = json.loads(path.read_text())
+    made["host"] |= {"dirty": False, "commit": "0123456789abcdef"}
+    return made
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_cached_tail_is_the_model(model, data, layers):
+    """Margins from hidden states that were kept, in padded batches, are those of the model."""
+    whole, tokenizer = load_model(model, **QUIET)
+    pairs = [encode_pairs(tokenizer, [pair], chat=False) for pair in read_pairs(data)[:5]]
+    expected = [response_margins(whole, pair).detach() for pair in pairs]
+    front, tail = compare_losses.divide(whole, layers)
+    rows = compare_losses.cache(front, pairs)
+    batch = compare_losses.collate(rows)
+    margins = tail.margins(batch).detach()
+    for i, alone in enumerate(expected):
+        for side in (0, 1):
+            padded = margins[i + 5 * side][: alone.shape[1]]
+            torch.testing.assert_close(padded, alone[side], rtol=1e-4, atol=1e-5)
+    assert len(front.layers) == 3 - layers and len(tail.body.layers) == layers
+    assert not any(p.requires_grad for p in front.parameters()) and not tail.head[0].requires_grad
+
+
+def test_layers_out_of_range(model):
+    with pytest.raises(ValueError, match=r"layers: expected a number in \[1, 2\], got 3"):
+        compare_losses.divide(load_model(model, **QUIET)[0], 3)
+
+
+def test_comparison(record):
+    assert record["settings"]["pairs"] == {"train": 8, "choose": 3, "held_out": 5}
+    assert len(record["cells"]) == 1 + 2 * 7 and len(record["tokens"]) == 5
+    cells = {(c["method"], c["seed"]): c for c in record["cells"]}
+    assert [cells[name, 0]["steps"] for name in compare_losses.METHODS] == [2] * 5 + [4] * 2
+    assert cells["mle", 0]["good"] != cells["mle", 1]["good"]  # another order
+    start = np.mean(cells["start", None]["good"])
+    assert np.mean(cells["mle", 0]["good"]) > start + 0.01
+    # the second stage goes on from where the first ended
+    first, second = (np.array(cells[name, 0]["good"]) for name in ("mle", "mle, dpo"))
+    assert abs(first - second).max() < abs(second - cells["start", None]["good"]).max()
+    for kind in ("mle", "dpo"):
+        rates = record["settings"]["rates"][kind]
+        assert rates["chosen"] == min(rates["tried"], key=lambda tried: tried[1])[0]
+
+
+def test_split_is_disjoint_and_by_seed():
+    options = SimpleNamespace(held_out=5, choose=3, train=10, batch=4, split_seed=1)
+    split = compare_losses.split_pairs(20, options)
+    assert [len(part) for part in split] == [8, 3, 5]
+    assert len({place for part in split for place in part}) == 16
+    options.split_seed = 2
+    assert compare_losses.split_pairs(20, options) != split
+    with pytest.raises(ValueError, match="expected more pairs that fit max_length, got 9"):
+        compare_losses.split_pairs(9, options)
+
+
+def test_page_and_figure(record, tmp_path):
+    page = compare_report.render(compare_report.PAGE.read_text(encoding="utf-8"), record)
+    assert "| DPO after ExMATE | 4 |" in page and "8 to train on, 3 to choose" in page
+    assert "2 seeds; β = 0.1" in page and "commit 0123456" in page
+    compare_report.draw(record, tmp_path / "figure.png")
+    assert b"0123456789abcdef" in (tmp_path / "figure.png").read_bytes()
+    with pytest.raises(ValueError, match="expected one block 'compare_losses', got 0"):
+        compare_report.render("# nothing here\n", record)
+
+
+def test_intervals():
+    """Of a mean over seeds and pairs; and of a method against itself, exactly 0."""
+    names = ["start", *compare_report.METHODS]
+    rng = np.random.default_rng(0)
+    cells = [
+        {"method": name, "good": rng.normal(1, 2, 200).tolist(), "bad": [0.0] * 200}
+        for name in names
+        for _ in range(1 if name == "start" else 3)
+    ]
+    data = compare_report.Comparison({"tokens": [[1, 1]] * 200, "cells": cells})
+    values = data.value("mle", "margin")
+    interval = data.interval(values)
+    assert interval.mean == pytest.approx(values.mean())
+    # independent cells: 600 draws of deviation 2, which a bootstrap of both sides overstates
+    assert 1.96 * 2 / 600**0.5 < (interval.high - interval.low) / 2 < 4 * 2 / 600**0.5
+    assert data.interval(values - values) == (0, 0, 0)
+    ratio = data.interval(2 * values, values)
+    assert ratio == pytest.approx((2, 2, 2))
+    assert compare_report.Interval(0.5, 0.25, 0.75).shown(1, factor=100) == "+50.0 (+25.0 to +75.0)"
+
+
+@pytest.mark.skipif(
+    not (report.RESULTS / "compare_losses.json").exists(), reason="not measured in this tree"
+)
+def test_page_is_what_the_result_says():
+    record = report.load("compare_losses")
+    page = compare_report.PAGE.read_text(encoding="utf-8")
+    assert compare_report.render(page, record) == page
+    assert compare_report.figure_is_current(record)
+
+
+@pytest.mark.parametrize("head", bench_trainer.HEADS)
+def test_steps_of_both_trainers_are_the_same(model, data, head):
+    options = SimpleNamespace(
+        model=str(model), data=data, steps=2, batch=2, max_length=40, seed=0, threads=None
+    )
+    (seen,) = bench_trainer.measure_time("float32", head, options)
+    for one, other in zip(*(seen["losses"][name] for name in bench_trainer.TRAINERS), strict=True):
+        assert one == pytest.approx(other, rel=1e-5)
+    assert seen["response_tokens"] > 0 and all(x > 0 for x in seen["trl_to_fastadapt"])
+    peaks = {name: {"before": 1, "extra": 1000} for name in bench_trainer.TRAINERS}
+    cell = {"dtype": "float32", "head": head, **seen, "peak_mb": peaks}
+    settings = {"model": "m", "batch": 2, "max_length": 40, "steps": 2, "rank": 8}
+    table = report_trainer.trainer_table({"settings": settings, "cells": [cell]}, "a machine")
+    trained = {"trainable": "all parameters", "frozen": "LoRA 8"}[head]
+    assert f"| float32, {trained} |" in table and "| 1,000 | 1,000 |" in table
