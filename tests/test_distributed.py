@@ -14,13 +14,13 @@ WORKER = Path(__file__).parent / "train_in_parallel.py"
 
 
 @pytest.fixture(scope="module")
-def curves(tmp_path_factory):
+def curves(tmp_path_factory, letter_model):
     """What one process sees, and what two see."""
     folder = tmp_path_factory.mktemp("parallel")
     launch = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run(
-        [*launch, "--nproc-per-node", "2", str(WORKER), str(folder)],
+        [*launch, "--nproc-per-node", "2", str(WORKER), str(folder), letter_model],
         cwd=folder,
         env=environment,
         check=True,
@@ -29,7 +29,9 @@ def curves(tmp_path_factory):
     spec = importlib.util.spec_from_file_location("train_in_parallel", WORKER)
     worker = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(worker)
-    return worker.everything(folder), json.loads((folder / "parallel.json").read_text())
+    return worker.everything(folder, letter_model), json.loads(
+        (folder / "parallel.json").read_text()
+    )
 
 
 pytestmark = pytest.mark.skipif(

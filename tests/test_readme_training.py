@@ -7,19 +7,11 @@ from pathlib import Path
 
 import datasets
 import pytest
-import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (
-    DataCollatorForLanguageModeling,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoTokenizer, DataCollatorForLanguageModeling, LlamaForCausalLM
 
 from fastadapt.cli import main
 
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
-WORDS = ("<pad>", "<unk>", "<end>", *"abcdefgh")
 ROWS = [
     {"prompt": "a b", "chosen": " c d e", "rejected": " f"},
     {"prompt": "c", "chosen": " a", "rejected": " g h"},
@@ -34,30 +26,14 @@ def _block(language: str, marker: str) -> str:
 
 
 @pytest.fixture
-def scope(tmp_path, monkeypatch):
+def scope(tmp_path, monkeypatch, letter_model):
     """What the examples take as given: a model's folder, data, a collator."""
     monkeypatch.chdir(tmp_path)
-    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", eos_token="<end>", unk_token="<unk>"
-    )
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(WORDS),
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=32,
-    )
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(letter_model)
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS * 10))
     ids = [{"input_ids": tokenizer(row["prompt"] + row["chosen"]).input_ids} for row in ROWS]
     return {
-        "model": str(tmp_path / "model"),
+        "model": letter_model,
         "pairs": datasets.Dataset.from_list(ROWS),
         "texts": datasets.Dataset.from_list([{"text": row["chosen"]} for row in ROWS]),
         "tokens": ids,

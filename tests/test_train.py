@@ -12,40 +12,18 @@ import datasets
 import pytest
 import torch
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM
 
 from fastadapt.cli import main
 from fastadapt.train_data import DataError, load_pairs, split_pairs
 from fastadapt.train_options import TrainOptions, parse_stages
 
-WORDS = ("<pad>", "<unk>", "<end>", *"abcdefghijklmnop")
 RUN = "import sys; from fastadapt.cli import main; sys.exit(main())"
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    """The folder of a small random model."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(WORDS),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        initializer_range=0.3,
-        tie_word_embeddings=True,
-    )
-    path = tmp_path_factory.mktemp("model")
-    LlamaForCausalLM(config).save_pretrained(path)
-    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", eos_token="<end>", unk_token="<unk>"
-    ).save_pretrained(path)
-    return str(path)
+def model(letter_model):
+    return letter_model
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +32,7 @@ def data(tmp_path_factory):
     rng = random.Random(0)
 
     def text():
-        return " ".join(rng.choices(WORDS[3:], k=rng.randint(1, 6)))
+        return " ".join(rng.choices("abcdefghijklmnop", k=rng.randint(1, 6)))
 
     rows = [{"prompt": text(), "chosen": text(), "rejected": text()} for _ in range(26)]
     path = tmp_path_factory.mktemp("data") / "pairs.jsonl"

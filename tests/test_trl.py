@@ -4,8 +4,7 @@ import random
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoTokenizer
 
 datasets = pytest.importorskip("datasets", reason="needs trl")
 pytest.importorskip("trl")
@@ -26,7 +25,6 @@ from trl.trainer import utils as trl_utils  # noqa: E402
 from fastadapt import trl_head  # noqa: E402
 from fastadapt.trl import RewardPenalizeTrainer, fused_log_probs  # noqa: E402
 
-WORDS = ("<pad>", "<unk>", "<end>", *"abcdefghijklmnop")
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
 REWARDS = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
 SHARED = (
@@ -36,40 +34,21 @@ SHARED = (
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", eos_token="<end>", unk_token="<unk>"
-    )
+def folder(letter_model):
+    """A model on disk, so that trl can load its reference from there."""
+    return letter_model
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, tokenizer):
-    """A model on disk, so that trl can load its reference from there."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(WORDS),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        initializer_range=0.3,
-        tie_word_embeddings=True,
-    )
-    path = tmp_path_factory.mktemp("model")
-    LlamaForCausalLM(config).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return str(path)
+def tokenizer(letter_model):
+    return AutoTokenizer.from_pretrained(letter_model)
 
 
 def _pairs(count, seed=0):
     rng = random.Random(seed)
 
     def text(low, high):
-        return " ".join(rng.choices(WORDS[3:], k=rng.randint(low, high)))
+        return " ".join(rng.choices("abcdefghijklmnop", k=rng.randint(low, high)))
 
     rows = [
         {"prompt": text(1, 4), "chosen": " " + text(1, 6), "rejected": " " + text(1, 6)}

@@ -1,6 +1,6 @@
 """What `test_distributed.py` runs on one process and, through torchrun, on two.
 
-    torchrun --nproc-per-node 2 tests/train_in_parallel.py FOLDER
+    torchrun --nproc-per-node 2 tests/train_in_parallel.py FOLDER MODEL
 
 writes FOLDER/parallel.json: the curves of the four ways of training, from the first process.
 """
@@ -14,17 +14,11 @@ from pathlib import Path
 import datasets
 import torch
 import torch.distributed as dist
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-    TrainingArguments,
-)
+from transformers import AutoTokenizer, LlamaForCausalLM, TrainingArguments
 from trl import DPOConfig
 
 from fastadapt.hf_trainer import LogitsFreeTrainer
@@ -33,35 +27,9 @@ from fastadapt.preferences import IGNORED
 from fastadapt.training import forward_margins
 from fastadapt.trl import RewardPenalizeTrainer
 
-WORDS = ("<pad>", "<unk>", "<end>", *"abcdefghijklmnop")
+VOCABULARY = 19  # of the model
 BATCH = 4  # of all processes together
 STEPS = 4
-
-
-def make_model() -> LlamaForCausalLM:
-    """The same on every process."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(WORDS),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        initializer_range=0.3,
-        tie_word_embeddings=True,
-    )
-    return LlamaForCausalLM(config)
-
-
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Letters are tokens."""
-    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", eos_token="<end>", unk_token="<unk>"
-    )
 
 
 def make_pairs(count: int) -> list[dict[str, str]]:
@@ -69,7 +37,7 @@ def make_pairs(count: int) -> list[dict[str, str]]:
     rng = random.Random(0)
 
     def text() -> str:
-        return " ".join(rng.choices(WORDS[3:], k=rng.randint(1, 9)))
+        return " ".join(rng.choices("abcdefghijklmnop", k=rng.randint(1, 9)))
 
     keys = ("prompt", "chosen", "rejected")
     return [{key: text() for key in keys} for _ in range(count)]
@@ -108,27 +76,27 @@ def curve(trainer, names: tuple[str, ...]) -> list[dict[str, float]]:
     return [{name: entry[name] for name in names} for entry in log]
 
 
-def train_pairs(folder: Path, size: int) -> list[dict[str, float]]:
+def train_pairs(folder: Path, model: str, size: int) -> list[dict[str, float]]:
     """DPO with ExMATE by `RewardPenalizeTrainer`, two micro-batches a step."""
     arguments = settings(folder, size // 2) | {"gradient_accumulation_steps": 2}
     trainer = RewardPenalizeTrainer(
-        make_model(),
-        make_model(),
+        LlamaForCausalLM.from_pretrained(model),
+        LlamaForCausalLM.from_pretrained(model),
         DPOConfig(**arguments),
         train_dataset=datasets.Dataset.from_list(make_pairs(STEPS * BATCH)),
-        processing_class=make_tokenizer(),
+        processing_class=AutoTokenizer.from_pretrained(model),
         loss={"dpo": 1.0, "exmate": 0.5},
     )
     return curve(trainer, ("loss", "grad_norm", "logps/chosen", "entropy", "num_tokens"))
 
 
-def train_texts(folder: Path, size: int) -> list[dict[str, float]]:
+def train_texts(folder: Path, model: str, size: int) -> list[dict[str, float]]:
     """MLE by `LogitsFreeTrainer`."""
     generator = torch.Generator().manual_seed(1)
     lengths = torch.randint(4, 12, (STEPS * BATCH,), generator=generator).tolist()
-    rows = [{"ids": torch.randint(3, len(WORDS), (n,), generator=generator)} for n in lengths]
+    rows = [{"ids": torch.randint(3, VOCABULARY, (n,), generator=generator)} for n in lengths]
     trainer = LogitsFreeTrainer(
-        make_model(),
+        LlamaForCausalLM.from_pretrained(model),
         TrainingArguments(**settings(folder, size)),
         train_dataset=rows,
         data_collator=collate,
@@ -136,9 +104,9 @@ def train_texts(folder: Path, size: int) -> list[dict[str, float]]:
     return curve(trainer, ("loss", "grad_norm"))
 
 
-def train_sharded(rank: int, world: int) -> list[float]:
+def train_sharded(folder: str, rank: int, world: int) -> list[float]:
     """ExMATE on margins out of the forward, parameters sharded (FSDP2) where there are ranks."""
-    model = make_model()
+    model = LlamaForCausalLM.from_pretrained(folder)
     if world > 1:
         mesh = init_device_mesh("cpu", (world,))
         for layer in model.model.layers:
@@ -149,7 +117,7 @@ def train_sharded(rank: int, world: int) -> list[float]:
     generator = torch.Generator().manual_seed(2)
     losses = []
     for _ in range(STEPS):
-        tokens = torch.randint(3, len(WORDS), (2, BATCH, 10), generator=generator)
+        tokens = torch.randint(3, VOCABULARY, (2, BATCH, 10), generator=generator)
         own = tokens[:, rank::world].flatten(0, 1)
         labels = torch.nn.functional.pad(own[:, 1:], (0, 1), value=IGNORED)
         margins = forward_margins(model, {"input_ids": own}, labels)[:, :-1]
@@ -166,9 +134,9 @@ def train_sharded(rank: int, world: int) -> list[float]:
     return losses
 
 
-def train_split_head(world: int) -> list[float]:
+def train_split_head(folder: str, world: int) -> list[float]:
     """The same on margins of a head that is split by vocabulary where there are ranks."""
-    model = make_model()
+    model = LlamaForCausalLM.from_pretrained(folder)
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
     if world > 1:
         mesh = init_device_mesh("cpu", (world,))
@@ -179,7 +147,7 @@ def train_split_head(world: int) -> list[float]:
     generator = torch.Generator().manual_seed(2)
     losses = []
     for _ in range(STEPS):
-        tokens = torch.randint(3, len(WORDS), (BATCH, 10), generator=generator)
+        tokens = torch.randint(3, VOCABULARY, (BATCH, 10), generator=generator)
         labels = torch.nn.functional.pad(tokens[:, 1:], (0, 1), value=IGNORED)
         margins = forward_margins(model, {"input_ids": tokens}, labels)[:, :-1]
         loss = mle_loss(Responses(margins, torch.ones_like(margins, dtype=torch.bool)))
@@ -192,21 +160,21 @@ def train_split_head(world: int) -> list[float]:
     return losses
 
 
-def everything(folder: Path, rank: int = 0, world: int = 1) -> dict[str, object]:
+def everything(folder: Path, model: str, rank: int = 0, world: int = 1) -> dict[str, object]:
     """The curves of all ways of training."""
     size = BATCH // world
     return {
-        "pairs": train_pairs(folder, size),
-        "texts": train_texts(folder, size),
-        "sharded": train_sharded(rank, world),
-        "split head": train_split_head(world),
+        "pairs": train_pairs(folder, model, size),
+        "texts": train_texts(folder, model, size),
+        "sharded": train_sharded(model, rank, world),
+        "split head": train_split_head(model, world),
     }
 
 
 if __name__ == "__main__":
     place, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     target = Path(sys.argv[1])
-    seen = everything(target, place, count)
+    seen = everything(target, sys.argv[2], place, count)
     if place == 0:
         (target / "parallel.json").write_text(json.dumps(seen))
     dist.destroy_process_group()
