@@ -16,7 +16,7 @@ from fastadapt.losses import RewardPenalizeLoss
 from fastadapt.pair_forms import Pair
 from fastadapt.preferences import PairBatch, encode_pairs
 from fastadapt.pretrained import load_demo_model, load_model
-from fastadapt.train_data import load_pairs, split_pairs
+from fastadapt.train_data import DataError, load_pairs, split_pairs
 from fastadapt.train_options import TrainOptions
 from fastadapt.train_state import Metrics, TrainState, load_checkpoint, save_checkpoint
 from fastadapt.training import Reference, reference_logps, response_margins, sides
@@ -32,7 +32,7 @@ def run(options: TrainOptions, out: Console) -> None:
         out: where the log goes.
 
     Raises:
-        DataError: the data, before the model is loaded.
+        DataError: the data, before the model is loaded; messages without a chat template, after.
         CheckpointError: the folder's checkpoint, before the model is loaded.
         ModelNotFoundError: the model.
     """
@@ -41,7 +41,9 @@ def run(options: TrainOptions, out: Console) -> None:
     pairs = load_pairs(options.data, split=options.split)
     train, held_out = split_pairs(pairs, options.held_out, options.seed)
     if len(train) < options.batch:
-        raise ValueError(f"batch: expected at most the {len(train)} pairs to train on")
+        raise DataError(
+            f"{options.data}: expected a batch of {options.batch} pairs or more, got {len(train)}"
+        )
     settings = options.settings(pairs)
     options.output.mkdir(parents=True, exist_ok=True)
     checkpoint = load_checkpoint(options.output, settings, resume=options.resume)
@@ -50,6 +52,8 @@ def run(options: TrainOptions, out: Console) -> None:
     name = options.model
     load = load_demo_model if name is None else functools.partial(load_model, name)
     model, tokenizer = load(progress=lambda phase, done, total: None)
+    if tokenizer.chat_template is None and any(not isinstance(p.prompt, str) for p in pairs):
+        raise DataError(f"{options.data}: has messages, but the model has no chat template")
     wrapped = _with_adapters(model, options.lora) if options.lora else model
     job = _Job(options, model, tokenizer, train, held_out, out)
     job.restore(checkpoint)

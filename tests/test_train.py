@@ -18,6 +18,7 @@ from fastadapt.cli import main
 from fastadapt.train_data import DataError, load_pairs, split_pairs
 from fastadapt.train_options import TrainOptions, parse_stages
 
+SIDES = ("chosen", "rejected")
 RUN = "import sys; from fastadapt.cli import main; sys.exit(main())"
 
 
@@ -207,6 +208,20 @@ def test_data_of_the_hub(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     with pytest.raises(DataError, match="there is no such file, and the hub says: no network$"):
         load_pairs("owner/name")
+
+
+def test_data_that_does_not_fit(model, tmp_path, capsys):
+    rows = [
+        {"prompt": "a", "chosen": "b", "rejected": "c"},
+        {"prompt": "a", **{k: [{"role": "assistant", "content": k}] for k in SIDES}},
+    ]
+    path = tmp_path / "p.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    common = ["train", "--data", str(path), "--model", model, "--output", str(tmp_path / "run")]
+    assert main([*common, "--loss", "mle", "--batch", "4"]) == 1
+    assert "expected a batch of 4 pairs or more, got 2" in capsys.readouterr().err
+    assert main([*common, "--loss", "mle", "--batch", "2"]) == 1
+    assert "has messages, but the model has no chat template" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("source", ["nothing.jsonl", "a/b.jsonl", "./a/b"])
