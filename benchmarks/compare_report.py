@@ -160,6 +160,8 @@ def _protocol(record: dict[str, Any]) -> str:
     """The settings in words."""
     host, settings = record["host"], record["settings"]
     rates, pairs = settings["rates"], settings["pairs"]
+    data = Comparison(record)
+    weight = np.exp(data.bad["start"] / data.lengths[:, 1]).mean()
     return (
         f"{settings['model']}, the last {settings['layers']} layers and the final norm trained "
         f"({settings['trained_parameters']:,} parameters), AdamW, {settings['batch']} pairs a "
@@ -167,9 +169,10 @@ def _protocol(record: dict[str, Any]) -> str:
         f"{pairs['train']} to train on, {pairs['choose']} to choose the learning rates on, "
         f"{pairs['held_out']} held out (split seed {settings['split_seed']}); {settings['seeds']} "
         f"seeds; β = {settings['beta']}; learning rates {rates['mle']['chosen']:g} without and "
-        f"{rates['dpo']['chosen']:g} with DPO, of {_tried(rates['mle'])}. Nats; means over the "
+        f"{rates['dpo']['chosen']:g} with DPO, of {_tried(rates['mle'])}; ExMATE's penalty before "
+        f"training {weight:.3f}. Nats; means over the "
         f"held-out pairs and the seeds with 95 % intervals. {host['cpu']}, "
-        f"{host['torch_threads']} thread, float32, {settings['seconds'] / 60:.0f} min, torch "
+        f"{host['torch_threads']} thread, float32, torch "
         f"{host['versions']['torch']}, commit {host['commit'][:7]}."
     )
 
@@ -195,8 +198,6 @@ def draw(record: dict[str, Any], path: Path) -> None:
     figure, (plane, shares) = pyplot.subplots(
         1, 2, figsize=(9.6, 4.4), width_ratios=[3, 2], layout="constrained"
     )
-    plane.axhline(0, color="#999999", lw=0.8)
-    plane.axvline(0, color="#999999", lw=0.8)
     for name, (label, before, colour, marker) in METHODS.items():
         x, y = (data.value(name, m) - data.value("start", m) for m in ("bad", "good"))
         across, up = data.interval(x), data.interval(y)
@@ -220,10 +221,11 @@ def draw(record: dict[str, Any], path: Path) -> None:
             label=label,
         )
     ends = plane.axis()
-    low, high = max(ends[0], ends[2]), min(ends[1], ends[3])
-    plane.plot([low, high], [low, high], "--", color="#999999", lw=0.8, zorder=0)
+    across = [min(ends[0], ends[2]), max(ends[1], ends[3])]
+    plane.plot(across, across, "--", color="#999999", lw=0.8, zorder=0, label="both gain the same")
+    plane.axis(ends)
     plane.set(
-        xlabel="change of log P(y⁻), nats (right: the bad response gains)",
+        xlabel="change of log P(y⁻), nats",
         ylabel="change of log P(y⁺), nats",
     )
     plane.set_title("Held-out pairs, against the model as it is", fontsize=9, loc="left")
