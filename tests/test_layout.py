@@ -65,10 +65,11 @@ OURS = {
     "preferences": {"pair_forms"},
     "train_data": {"pair_forms", "preferences"},
     "train_state": set(),
+    "train_options": PUBLIC | {"pair_forms"},
     "train_run": PUBLIC
-    | {"pair_forms", "preferences", "pretrained"}
-    | {"train_data", "train_state", "training"},
-    "cli_train": {"pretrained", "train_data", "train_run"},
+    | {"pair_forms", "preferences", "pretrained", "training"}
+    | {"train_data", "train_options", "train_state"},
+    "cli_train": {"pretrained", "train_data", "train_options", "train_run", "train_state"},
     "training": PUBLIC | {"preferences"},
     "measure": PUBLIC | {"hf"},
     "demo": PUBLIC | {"demo_training", "hf", "measure", "pretrained"},
