@@ -87,7 +87,8 @@ class Comparison:
         """Of a mean, or of the ratio of two means."""
         draws, mean = self._draws(values), values.mean()
         if by is not None:
-            draws, mean = draws / self._draws(by), mean / by.mean()
+            with np.errstate(invalid="ignore"):  # 0 of 0 is no ratio
+                draws, mean = draws / self._draws(by), mean / by.mean()
         low, high = np.percentile(draws, [2.5, 97.5])
         return Interval(float(mean), float(low), float(high))
 

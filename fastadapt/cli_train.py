@@ -54,6 +54,7 @@ def add_parser(commands: Any) -> None:
     add("--coefficient", type=float, metavar="X", help="of the penalty in a loss (default: 1)")
     add("--norm", help="of ExMATE: sequence_mean, batch_token_mean, sequence_sum or token")
     add("--split", default="train", help="of a data set of the hub (default: %(default)s)")
+    add("--device", default="cpu", help="as torch names it (default: %(default)s)")
     add("--resume", action="store_true", help="go on from the checkpoint, if there is one")
     for name, (kind, default, text) in _OPTIONS.items():
         shown = "" if default is None else " (default: %(default)s)"
@@ -81,6 +82,7 @@ def _run(arguments: argparse.Namespace) -> int:
             learning_rates=train_options.parse_rates(arguments.learning_rate),
             options={k: v for k, v in named.items() if v is not None},
             split=arguments.split,
+            device=arguments.device,
             resume=arguments.resume,
             **{name: getattr(arguments, name) for name in _OPTIONS},
         )

@@ -41,6 +41,8 @@ class TrainOptions:
         log_every: steps between lines of the log.
         seed: of the split, the order of the pairs and the adapters.
         threads: of torch; None: its own choice.
+        device: of the model, as torch names it. A resumed run ends in the same bits on a CPU; no
+            other device has been tried.
         resume: go on from the folder's checkpoint, if it has one.
     """
 
@@ -64,6 +66,7 @@ class TrainOptions:
     log_every: int = 10
     seed: int = 0
     threads: int | None = None
+    device: str = "cpu"
     resume: bool = False
 
     def __post_init__(self) -> None:
@@ -75,6 +78,10 @@ class TrainOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
+        try:
+            torch.device(self.device)
+        except RuntimeError as error:
+            raise ValueError(f"device: expected one of torch's, got {self.device!r}") from error
         if self.max_length < 2:
             raise ValueError(f"max_length: expected at least 2, got {self.max_length}")
         if self.warmup < 0:

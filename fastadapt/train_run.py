@@ -55,6 +55,7 @@ def run(options: TrainOptions, out: Console) -> None:
     if tokenizer.chat_template is None and any(not isinstance(p.prompt, str) for p in pairs):
         raise DataError(f"{options.data}: has messages, but the model has no chat template")
     wrapped = _with_adapters(model, options.lora) if options.lora else model
+    model.to(options.device)  # in place, adapters and all
     job = _Job(options, model, tokenizer, train, held_out, out)
     job.restore(checkpoint)
     job.metrics = Metrics(options.output, job.state)
@@ -94,6 +95,10 @@ class _Job:
         if checkpoint is None:
             return
         self.state = TrainState(**checkpoint["state"])
+        for name in ("references", "held_out"):
+            kept = getattr(self.state, name)
+            if kept is not None:
+                setattr(self.state, name, tuple(x.to(self.options.device) for x in kept))
         with torch.no_grad():
             for name, value in checkpoint["parameters"].items():
                 self.trained[name].copy_(value)
@@ -216,7 +221,8 @@ class _Job:
     def _encode(self, pairs: Sequence[Pair]) -> PairBatch:
         """Pairs as a batch."""
         options = self.options
-        return encode_pairs(self.tokenizer, pairs, max_length=options.max_length, chat=False)
+        batch = encode_pairs(self.tokenizer, pairs, max_length=options.max_length, chat=False)
+        return PairBatch(*(x.to(options.device) for x in batch))
 
     def _new_optimizer(self) -> torch.optim.Optimizer:
         """The optimizer of a stage."""

@@ -89,7 +89,7 @@ OTHERS = {
     "demo_training": {"torch", "rich"},
     "train_data": {"torch", "datasets"},
     "train_run": {"torch", "peft", "rich"},
-    "cli_train": set(),
+    "cli_train": {"rich"},
     "cli": set(),
 }
 

@@ -149,6 +149,7 @@ def test_broken_line_is_named_before_the_model_is_loaded(tmp_path, capsys):
         (["--loss", "mle,exmate"], "expected one loss that contains MLE"),
         (["--loss", "mle", "--beta", "0.1"], "expected those of the losses of a stage"),
         (["--loss", "mle", "--batch", "0"], "batch: expected at least 1, got 0"),
+        (["--loss", "mle", "--device", "x"], "device: expected one of torch's, got 'x'"),
         (["--loss", "mle", "--lora", "0"], "lora: expected at least 1, got 0"),
         (["--loss", "mle", "--learning-rate", "a"], "learning_rate: expected numbers, got 'a'"),
         (["--loss", "mle", "--learning-rate", "1,2"], "learning_rates: expected one or 1"),
