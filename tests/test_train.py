@@ -97,13 +97,13 @@ def test_accumulated_batches_are_one(model, data, tmp_path):
 
 def test_killed_run_goes_on_to_the_same_weights(model, data, tmp_path):
     """A child is killed at a random step, its second life ends where an uninterrupted run does."""
-    common = ["train", "--data", data, "--model", model, "--stages", "exmate,dpo", "--epochs", "8"]
+    common = ["train", "--data", data, "--model", model, "--stages", "exmate,dpo", "--epochs", "16"]
     common += ["--learning-rate", "1e-2", "--save-every", "4", "--threads", "1", "--resume"]
     threads = torch.get_num_threads()
     assert main([*common, "--output", str(tmp_path / "whole")]) == 0
     whole = len(_metrics(tmp_path / "whole"))
     folder = tmp_path / "killed"
-    wanted = random.randint(5, whole - 20)
+    wanted = random.randint(5, 3 * whole // 4)  # and time enough to be killed before the end
     run = [sys.executable, "-P", "-c", RUN, *common, "--output", str(folder)]
     child = subprocess.Popen(run, cwd=tmp_path, stdout=subprocess.DEVNULL)
     path, lines = folder / "metrics.jsonl", 0
