@@ -8,9 +8,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from fastadapt import cli_tradeoff
+
 _EXTRA_PACKAGES = frozenset(
     {"accelerate", "gguf", "platformdirs", "rich", "safetensors", "tokenizers", "transformers"}
+    | {"matplotlib", "numpy", "pyarrow", "scipy"}
 )
+_EXTRAS = {"demo": "demo", "tradeoff": "study"}  # the extra of a command
 _BENCHMARKS = ("generation", "sampling", "score", "losses", "gpu-sampling")
 _KNOBS: dict[str, tuple[type, float, str]] = {
     "temperature": (float, 1.0, "divides the logits"),
@@ -43,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return _fail(
             f"{arguments.command} needs the package {package!r}, which is not installed: "
-            'pip install "fastadapt[demo]"'
+            f'pip install "fastadapt[{_EXTRAS.get(arguments.command, "demo")}]"'
         )
     except KeyboardInterrupt:
         return 130
@@ -93,6 +97,8 @@ def _parser() -> argparse.ArgumentParser:
     bench.set_defaults(run=_run_bench, subparser=bench)
     bench.add_argument("name", choices=_BENCHMARKS, help="the benchmark")
     bench.add_argument("rest", nargs=argparse.REMAINDER, metavar="...", help="its own arguments")
+
+    cli_tradeoff.add_parser(commands)
     return parser
 
 

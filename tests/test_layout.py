@@ -57,7 +57,8 @@ OURS = {
     "measure": PUBLIC | {"hf"},
     "demo": PUBLIC | {"demo_training", "hf", "measure", "pretrained"},
     "demo_training": PUBLIC | {"memory", "preferences", "training"},
-    "cli": PUBLIC | {"demo", "hf", "pretrained", "study"},
+    "cli": PUBLIC | {"cli_tradeoff", "demo", "hf", "pretrained", "study"},
+    "cli_tradeoff": {"pretrained", "study"} | {""},
 }
 OTHERS = {
     "kernels": {"torch", "triton"},
@@ -70,6 +71,7 @@ OTHERS = {
     "demo": {"torch", "transformers", "rich"},
     "demo_training": {"torch", "rich"},
     "cli": set(),
+    "cli_tradeoff": set(),
 }
 
 

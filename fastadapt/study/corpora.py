@@ -2,8 +2,8 @@
 
 A folder holds `manifest.json`, which says what is sampled, and `parts/`, one Parquet file a prompt.
 A part is written beside its place and moved there whole, so a crash or a full disk loses the prompt
-in flight and nothing else; every string has a seed of its own, so a resumed folder ends with the same
-table as one that was never interrupted.
+in flight and nothing else; every string has a seed of its own, so a resumed folder ends with the
+same table as one that was never interrupted.
 """
 
 from __future__ import annotations

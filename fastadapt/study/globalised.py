@@ -6,8 +6,8 @@ one is p(y) = prod a_t(y_t) / Z with one constant for all strings of a prompt, s
     log p(y) - log q(y) = sum_t log Z_t - log Z
 
 `score` gives log q and log Z_t; their sums are all that is needed here. Weights are compared within
-a prompt only, since Z depends on the prompt. Along the last axis stand the strings of one prompt, its
-pool.
+a prompt only, since Z depends on the prompt. Along the last axis stand the strings of one prompt,
+its pool.
 """
 
 from __future__ import annotations

@@ -80,7 +80,8 @@ def small_grid() -> list[Cell]:
 def hidden_cells(cells: Sequence[Cell]) -> list[Cell]:
     """Returns copies, with top_k=50 left on, of the hottest cells of top-p, typical and eta.
 
-    The released code sampled those three so, and scored them without. The hottest, since there the other filter leaves most to remove.
+    The released code sampled those three so, and scored them without. The hottest, since there
+    the other filter leaves most to remove.
     """
     hottest = max(cell.temperature for cell in cells)
     return [

@@ -39,7 +39,12 @@ def pearson(x: Array, y: Array) -> Array:
 
 def spearman(x: Array, y: Array) -> Array:
     """Returns Spearman's rho along the last axis: Pearson's r of average ranks."""
-    return pearson(stats.rankdata(x, axis=-1), stats.rankdata(y, axis=-1))
+    return pearson(ranks(x), ranks(y))
+
+
+def ranks(values: Array) -> Array:
+    """Returns average ranks along the last axis."""
+    return np.asarray(stats.rankdata(values, axis=-1), dtype=np.float64)
 
 
 def partial(x: Array, y: Array, z: Array) -> Array:
