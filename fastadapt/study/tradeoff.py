@@ -221,9 +221,9 @@ def write_results(path: Path, results: dict[str, Any]) -> None:
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """Reads what `write_results` wrote; null becomes NaN."""
-    found = json.loads(path.read_text(encoding="utf-8"))
-    return {name: found[name] for name in found}
+    """Reads what `write_results` wrote; None stands for what is not a number."""
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
 
 
 def _grid_cells(pool: Pool) -> list[int]:
