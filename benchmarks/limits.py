@@ -205,6 +205,21 @@ def train_limits(record: dict[str, Any]) -> list[Limit]:
     ]
 
 
+def tradeoff_limits(record: dict[str, Any]) -> list[Limit]:
+    """The demands on the trade-off study's sampling and scoring."""
+    ratio, agreement = record["stock_to_ours"], record["agreement"]
+    return [
+        Limit("transformers' time to ours, end to end", ratio["all"][1], 1.0, at_least=True),
+        Limit(
+            f"tokens outside the support they were drawn from, of {record['tokens']:,} a round",
+            record["violations"]["fastadapt"],
+            0,
+            "tokens",
+        ),
+        Limit("largest difference of a string's scores", max(agreement.values()), 0.01, "nats"),
+    ]
+
+
 def geometric_mean(values: list[float]) -> float | None:
     """None where there is no value."""
     return statistics.geometric_mean(values) if values else None

@@ -24,6 +24,7 @@ from limits import (
     losses_limits,
     sampling_limits,
     score_limits,
+    tradeoff_limits,
     train_limits,
 )
 
@@ -50,7 +51,14 @@ GPU_PEERS = {
     "stock": "transformers",
     "compiled": "`torch.compile`",
 }
-UNMEASURED = {"gpu_sampling": "Not yet measured on a GPU.\n"}  # blocks that may lack a result
+UNMEASURED = {
+    "gpu_sampling": "Not yet measured on a GPU.\n",
+    "tradeoff": "Not yet measured.\n",
+}  # blocks that may lack a result
+TRADEOFF = {
+    "fastadapt": "`draw_strings` (scores under all adaptors too), `score_strings`",
+    "stock": "`generate` with transformers' warpers, three passes an adaptor",
+}
 TRAINING = {"linear": "`linear_label_margins`", "logits": "full logits, `label_margins`"}
 
 
@@ -298,6 +306,32 @@ def train_table(record: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def tradeoff_table(record: dict[str, Any]) -> str:
+    """What the study's sampling must show, the seconds of both ways, and the machine."""
+    host, settings = record["host"], record["settings"]
+    lines = [*_limit_rows(tradeoff_limits(record)), ""]
+    lines += [
+        "| | sampling, s | scoring, s | both, s |",
+        "|---|---|---|---|",
+    ]
+    for way, label in TRADEOFF.items():
+        parts = record["seconds"][way]
+        seconds = [parts[part][1] for part in ("sampling", "scoring", "all")]
+        lines.append(f"| {label} | {' | '.join(f'{s:.1f}' for s in seconds)} |")
+    without = record["stock_to_ours"]["without the repeated pass"][1]
+    lines += [
+        "",
+        "Without its third pass, which repeats the second, transformers' way takes "
+        f"{without:.2f} x our time.",
+        "",
+        f"{settings['model']}, {settings['prompts']} prompts, {settings['adaptors']} adaptors, "
+        f"{settings['strings']} strings of {settings['max_new_tokens']} tokens each, "
+        f"{settings['rounds']} rounds in turns, medians. {_host(host, settings['dtype'])}, "
+        f"{_software(host)}.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def _peer_versions(host: dict[str, Any]) -> str:
     """Versions of the peers that are there."""
     found = ((name, host["versions"].get(name)) for name in ("trl", "liger-kernel"))
@@ -339,6 +373,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "score": score_table,
     "losses": losses_table,
     "train_preferences": train_table,
+    "tradeoff": tradeoff_table,
 }
 
 

@@ -15,7 +15,7 @@ _EXTRA_PACKAGES = frozenset(
     | {"matplotlib", "numpy", "pyarrow", "scipy"}
 )
 _EXTRAS = {"demo": "demo", "tradeoff": "study"}  # the extra of a command
-_BENCHMARKS = ("generation", "sampling", "score", "losses", "gpu-sampling")
+_BENCHMARKS = ("generation", "sampling", "score", "losses", "tradeoff", "gpu-sampling")
 _KNOBS: dict[str, tuple[type, float, str]] = {
     "temperature": (float, 1.0, "divides the logits"),
     "top_k": (int, 0, "keep this many of the most probable tokens; 0 is off"),

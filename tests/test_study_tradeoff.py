@@ -24,6 +24,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+import bench_tradeoff
+import report as benchmark_report
 from fastadapt import Adaptor, cli, score
 from fastadapt.study import (
     contexts,
@@ -637,3 +639,20 @@ def test_command_reports_what_it_cannot_do(folder, tmp_path, capsys):
     assert "count: expected at most" in capsys.readouterr().err
     assert cli.main([*out, *model, "--reward", "math"]) == 1
     assert "expected MODULE:FUNCTION" in capsys.readouterr().err
+
+
+def test_benchmark_scores_the_same_strings_both_ways(folder, tmp_path, monkeypatch):
+    path = tmp_path / "tradeoff.json"
+    words = ["--model", str(folder), "--prompts", "2", "--rounds", "2", "--max-new-tokens", "4"]
+    monkeypatch.setattr(sys, "argv", ["bench_tradeoff.py", *words, "--out", str(path)])
+    bench_tradeoff.main()
+    record = json.loads(path.read_text())
+    assert max(record["agreement"].values()) < 1e-3
+    assert record["tokens"] == 2 * 15 * 2 * 4
+    assert record["violations"]["fastadapt"] == 0
+    for way in ("fastadapt", "stock"):
+        low, middle, high = record["seconds"][way]["all"]
+        assert 0 < low <= middle <= high
+    table = benchmark_report.tradeoff_table(record)
+    assert f"{record['seconds']['stock']['all'][1]:.1f}" in table
+    assert "| transformers' time to ours, end to end |" in table
