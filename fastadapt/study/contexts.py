@@ -26,7 +26,7 @@ _FIRST_TURN = re.compile(r"\n\nHuman:(.*?)(?:\n\nAssistant:|$)", re.DOTALL)
 
 
 class Side(NamedTuple):
-    """One of the two laws: a model, its tokenizer, and a system prompt or none."""
+    """One of the two laws: a model on the CPU, its tokenizer, and a system prompt or none."""
 
     model: Any
     tokenizer: Any

@@ -32,11 +32,6 @@ class Chains(NamedTuple):
     acceptance: Array
 
 
-def own_log_weights(log_norm: Array) -> Array:
-    """Returns log weights of strings that an adaptor has drawn itself: the sums of its log Z_t."""
-    return log_norm
-
-
 def mixture_log_weights(log_q: Array, log_norm: Array, shares: Array, target: int) -> Array:
     """Returns log weights of strings drawn by several adaptors, for the global law of one of them.
 

@@ -76,8 +76,7 @@ def compare(pool: Pool, counts: Array, seed: int) -> dict[str, Any]:
         the adaptor itself as proposal; `spread`: standard deviation of sum log Z_t within a
         prompt; `one_chain_effective`: share of the adaptor's own strings that count if one chain
         mixes all prompts; `fixed_target`: means under the aligned law at T = 1 on the adaptor's
-        support. `correlation`: of the adaptors' means; `chain_error`: the largest difference of
-        the chains' means of log p and of the weighted ones.
+        support. `correlation`: of the adaptors' means.
     """
     pools = by_prompt(pool)
     grid = [i for i, cell in enumerate(pool.cells) if not cell.hidden_top_k]
@@ -128,7 +127,6 @@ def compare(pool: Pool, counts: Array, seed: int) -> dict[str, Any]:
         )
     return {
         "pool": float(pools.there.sum(-1).mean()),
-        "chain_error": max(abs(one["chain"][0] - one["global"][0]) for one in adaptors),
         "adaptors": adaptors,
         "correlation": {
             name: _correlation(values, counts)

@@ -47,12 +47,6 @@ def ranks(values: Array) -> Array:
     return np.asarray(stats.rankdata(values, axis=-1), dtype=np.float64)
 
 
-def partial(x: Array, y: Array, z: Array) -> Array:
-    """Returns the correlation of x and y that is left when z is held constant, linearly."""
-    xy, xz, yz = pearson(x, y), pearson(x, z), pearson(y, z)
-    return _ratio(xy - xz * yz, 1 - xz**2, 1 - yz**2)
-
-
 def moments(x: Array, y: Array, prompt: Indices, cell: Indices, shape: tuple[int, int]) -> Moments:
     """Returns the sums of strings by prompt and adaptor.
 
@@ -149,14 +143,7 @@ def corpus_curve(between: Array, within: Array, sizes: Sequence[float]) -> Array
     return np.stack(curves, -1)
 
 
-def draw_corpora(
-    values: Array,
-    size: int,
-    corpora: int,
-    rng: np.random.Generator,
-    *,
-    weights: Array | None = None,
-) -> Array:
+def draw_corpora(values: Array, size: int, corpora: int, rng: np.random.Generator) -> Array:
     """Returns means over corpora of strings drawn with replacement, (corpora, k).
 
     Args:
@@ -164,11 +151,9 @@ def draw_corpora(
         size: strings of a corpus.
         corpora: how many.
         rng: draws the multinomial counts; the strings themselves are never copied.
-        weights: (n,), the probability of each string; None: all alike.
     """
     n = len(values)
-    law = np.full(n, 1 / n) if weights is None else weights / weights.sum()
-    counts = rng.multinomial(size, law, corpora)
+    counts = rng.multinomial(size, np.full(n, 1 / n), corpora)
     means_: Array = counts @ values / size
     return means_
 
@@ -195,19 +180,6 @@ def typical_prediction(covariance: Array, width: float) -> float:
     variance = with_s.sum()
     left = covariance - (1 - kept) * np.outer(with_s, with_s) / variance
     return float(_ratio(left[0, 1], left[0, 0], left[1, 1]))
-
-
-def stratify(
-    values: Array, bins: int, per_bin: int, rng: np.random.Generator
-) -> npt.NDArray[np.int64]:
-    """Returns indices of values, the same number from each of equal bins, with replacement.
-
-    The released code draws its typical corpora so before it correlates them. Empty bins give none.
-    """
-    edges = np.linspace(values.min(), values.max(), bins + 1)[1:-1]
-    place = np.digitize(values, edges, right=True)
-    members = [np.flatnonzero(place == one) for one in range(bins)]
-    return np.concatenate([rng.choice(one, per_bin) for one in members if one.size])
 
 
 def _ratio(xy: Array, xx: Array, yy: Array) -> Array:

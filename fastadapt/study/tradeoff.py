@@ -81,6 +81,7 @@ def run_study(
     names: dict[str, str | None],
     reward: Reward | None = None,
     on_part: Callable[[], None] = lambda: None,
+    command: str = "",
 ) -> dict[str, Any]:
     """Samples what is missing in a folder, analyses it, and writes `results.json` there.
 
@@ -93,6 +94,7 @@ def run_study(
         names: what the two sides and the reward are called, for the manifest and the report.
         reward: of a prompt and strings, one number each; others than finite are counted.
         on_part: called after every prompt.
+        command: what ran the study, to be quoted in the report.
 
     Returns:
         The contents of `results.json`: plain dictionaries, see `analyse`.
@@ -118,6 +120,7 @@ def run_study(
     corpora = Corpora(folder / "corpora", plan, {**names, **versions})
     corpora.fill(aligned, prior, reward, on_part=on_part)
     results = {
+        "command": command,
         "names": {**names, **versions},
         "prompts": {
             "used": len(prompts.texts),

@@ -126,10 +126,9 @@ def run(
             },
             reward=reward,
             on_part=step,
+            command=command(options),
         )
-    report = write_report(
-        results, options.out, draw_figures(results, options.out), command(options)
-    )
+    report = write_report(results, options.out, draw_figures(results, options.out))
     out.print(
         f"{report} and its figures; all numbers in {options.out / 'results.json'}", soft_wrap=True
     )

@@ -29,6 +29,7 @@ _STYLES = (
     ("#009E73", "D"),
     ("#CC79A7", "P"),
 )
+FIGURES = ("strings_and_corpora", "corpus_size", "local_and_global")
 _CORPUS, _CORPORA = 200, 60  # strings of a drawn corpus, and how many are drawn of each adaptor
 _RELIABLE = 5.0
 _RC: Any = {
@@ -55,19 +56,15 @@ def draw_figures(results: Mapping[str, Any], folder: Path) -> list[str]:
         folder: where `NAME.png` and `NAME.svg` go.
 
     Returns:
-        The names: "strings_and_corpora", "corpus_size", "local_and_global".
+        `FIGURES`.
     """
-    figures = {
-        "strings_and_corpora": _strings_and_corpora,
-        "corpus_size": _corpus_size,
-        "local_and_global": _local_and_global,
-    }
-    for name, draw in figures.items():
+    drawers = (_strings_and_corpora, _corpus_size, _local_and_global)
+    for name, draw in zip(FIGURES, drawers, strict=True):
         with rc_context(_RC):
             figure = draw(results)
             for suffix, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
                 figure.savefig(folder / f"{name}.{suffix}", dpi=150, metadata=metadata)
-    return list(figures)
+    return list(FIGURES)
 
 
 def _strings_and_corpora(results: Mapping[str, Any]) -> Figure:
@@ -77,13 +74,15 @@ def _strings_and_corpora(results: Mapping[str, Any]) -> Figure:
     figure = Figure(figsize=(9.6, 4.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     rng = np.random.default_rng(0)
+    # thousands of points: as pixels also in the SVG
+    cloud: Any = {"linewidths": 0, "alpha": 0.6, "rasterized": True}
     for number, adaptor in enumerate(adaptors):
         style = _style(adaptor, adaptors)
         mine = cell == number
-        left.scatter(x[mine], y[mine], s=7, linewidths=0, alpha=0.7, **style)
+        left.scatter(x[mine], y[mine], s=6, **cloud, **style)
         values = np.stack([x[mine], y[mine]], -1)
         counts = rng.multinomial(_CORPUS, np.full(len(values), 1 / len(values)), _CORPORA)
-        right.scatter(*(counts @ values / _CORPUS).T, s=9, linewidths=0, alpha=0.55, **style)
+        right.scatter(*(counts @ values / _CORPUS).T, s=9, **cloud, **style)
     for adaptor in adaptors:
         right.scatter(
             *adaptor["own"],

@@ -27,21 +27,20 @@ _REWARDS = {
 }
 
 
-def write_report(results: Results, folder: Path, figures: Sequence[str], command: str) -> Path:
+def write_report(results: Results, folder: Path, figures: Sequence[str]) -> Path:
     """Writes `report.md` beside the figures.
 
     Args:
         results: what `tradeoff.analyse` returned.
         folder: of the report and the figures.
         figures: names of the figures.
-        command: what makes this report, to be quoted.
 
     Returns:
         Path: of the report.
     """
     shown_figures = [f"![{name.replace('_', ' ')}]({name}.png)" for name in figures]
     sections = [
-        _head(results, command),
+        _head(results),
         _found(results),
         *shown_figures[:1],
         _correlations(results),
@@ -80,7 +79,7 @@ def number(value: float | None, digits: int = 2) -> str:
     return "–" if value is None or value != value else f"{value:.{digits}f}".replace("-", "−")
 
 
-def _head(results: Results, command: str) -> str:
+def _head(results: Results) -> str:
     """What was done."""
     names, prompts, settings = (results[key] for key in ("names", "prompts", "settings"))
     counts, adaptors = results["counts"], len(results["adaptors"])
@@ -107,7 +106,7 @@ def _head(results: Results, command: str) -> str:
         transformers
         {names["transformers"]}. Made by"""
     title = f"# The probability–quality trade-off: {names['model']}"
-    return "\n\n".join([title, _flow(sampled), _flow(reward), f"```\n{command}\n```"])
+    return "\n\n".join([title, _flow(sampled), _flow(reward), f"```\n{results['command']}\n```"])
 
 
 def _found(results: Results) -> str:
