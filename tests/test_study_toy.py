@@ -16,10 +16,14 @@ def toy():
     log_prior = scores - logsumexp(scores)
     reward = np.log(posterior) - log_prior
     values = np.stack([log_prior, reward, np.log(posterior)], -1)
+    cumulated = posterior.cumsum()
+    cumulated /= cumulated[-1]
     corpora = []
     for seed in range(1000):
-        drawn = np.random.RandomState(seed).choice(1000, 100_000, p=posterior)
-        corpora.append(np.bincount(drawn, minlength=1000) @ values / 100_000)
+        # the counts of RandomState(seed).choice(1000, 100_000, p=posterior), in a quarter of its time
+        uniform = np.sort(np.random.RandomState(seed).random_sample(100_000))
+        counts = np.diff(np.searchsorted(uniform, cumulated), prepend=0)
+        corpora.append(counts @ values / 100_000)
     return posterior, values, np.array(corpora)
 
 
