@@ -64,7 +64,9 @@ OTHERS = {
     "kernels": {"torch", "triton"},
     "hf": {"torch", "transformers"},
     "trl": {"torch", "transformers", "trl"},
-    "study": {"matplotlib", "numpy", "pyarrow", "rich", "scipy", "torch", "transformers"},
+    "study": {
+        *("jinja2", "matplotlib", "numpy", "pyarrow", "rich", "scipy", "torch", "transformers"),
+    },
     "pretrained": {"torch", "transformers", "platformdirs"},
     "measure": {"torch", "transformers"},
     "memory": set(),

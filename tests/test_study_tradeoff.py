@@ -131,6 +131,21 @@ def test_contexts(sides):
     aligned, prior = sides
     assert _texts_of(aligned, "w9") == "w2 w6 w7 w3 w4 w9 w5"
     assert _texts_of(prior, "w9") == "w4 w9 w5", "without the template's own system turn"
+    merging = make_tokenizer()  # puts the system prompt into the user's turn, as some do
+    merging.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{% set s = messages[0]['content'] + ' ' %}"
+        "{% else %}{% set s = '' %}{% endif %}w4 {{ s }}{{ messages[-1]['content'] }}"
+    )
+    assert _texts_of(aligned._replace(tokenizer=merging), "w9") == "w4 w6 w7 w9"
+    assert _texts_of(prior._replace(tokenizer=merging), "w9") == "w4 w9"
+    strict = make_tokenizer()
+    strict.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        "w4 {{ messages[0]['content'] }}"
+    )
+    assert _texts_of(prior._replace(tokenizer=strict), "w9") == "w4 w9"
+    with pytest.raises(ValueError, match="expected one that takes a system prompt, got: no system"):
+        contexts.context_ids(aligned._replace(tokenizer=strict), "w9")
     bare = make_tokenizer()
     bare.chat_template = None
     assert _texts_of(aligned._replace(tokenizer=bare), "w9") == "w6 w7 w9"

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 
 from fastadapt.preferences import PAIRS
@@ -99,8 +100,7 @@ def context_ids(side: Side, prompt: str) -> Tensor:
     system prompt and prompt as two paragraphs.
 
     Raises:
-        ValueError: the template renders a system turn that cannot be told from the rest, or
-            nothing is left to read.
+        ValueError: the template takes no system prompt, or nothing is left to read.
     """
     tokenizer = side.tokenizer
     if tokenizer.chat_template:
@@ -181,23 +181,26 @@ def check_lengths(sides: Sequence[Side], prompts: Sequence[str], new_tokens: int
 def _render(tokenizer: Any, system: str | None, prompt: str) -> str:
     """The chat template's text; without a system prompt the part behind the system turn."""
     turn = {"role": "system", "content": SYSTEM if system is None else system}
+    user = {"role": "user", "content": prompt}
 
     def rendered(messages: list[dict[str, str]], answers: bool) -> str:
         return str(
             tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answers)
         )
 
-    whole = rendered([turn, {"role": "user", "content": prompt}], True)
+    try:
+        whole, head = rendered([turn, user], True), rendered([turn], False)
+    except TemplateError as error:
+        if system is None:
+            return rendered([user], True)  # a template without system turns has no default one
+        raise ValueError(
+            f"chat template: expected one that takes a system prompt, got: {error}"
+        ) from error
     if system is not None:
         return whole
-    head = rendered([turn], False)
     rest = whole.removeprefix(head)
-    if turn["content"] in rest:
-        raise ValueError(
-            "chat template: expected one whose system turn comes first and alone, got "
-            f"{whole[:60]!r}; pass prompts through a tokenizer without a template"
-        )
-    return rest
+    # a template that puts the system prompt into the user's turn has no turn to leave out
+    return rendered([user], True) if turn["content"] in rest else rest
 
 
 def _prompt_of(name: str, number: int, line: str) -> str:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from fastadapt.study.contexts import Side, context_ids, end_ids, start_ids
-from fastadapt.study.decoding import IGNORED, Strings, draw_strings, score_strings
+from fastadapt.study.decoding import Strings, draw_strings, score_strings
 from fastadapt.study.grids import Cell
 
 Reward = Callable[[str, Sequence[str]], Sequence[float]]
@@ -189,7 +189,6 @@ def columns(
         row[:length]
         for row, length in zip(strings.tokens.tolist(), strings.lengths.tolist(), strict=True)
     ]
-    assert all(IGNORED not in row for row in tokens)
     return pa.table(
         {
             "prompt": pa.array([prompt] * rows, pa.int32()),
