@@ -75,7 +75,7 @@ def _strings_and_corpora(results: Mapping[str, Any]) -> Figure:
     left, right = figure.subplots(1, 2)
     rng = np.random.default_rng(0)
     # thousands of points: as pixels also in the SVG
-    cloud: Any = {"linewidths": 0, "alpha": 0.6, "rasterized": True}
+    cloud: Any = {"linewidths": 0, "alpha": 0.7, "rasterized": True}
     for number, adaptor in enumerate(adaptors):
         style = _style(adaptor, adaptors)
         mine = cell == number
@@ -94,12 +94,10 @@ def _strings_and_corpora(results: Mapping[str, Any]) -> Figure:
         )
     _iso_lines(right, [sum(adaptor["own"]) for adaptor in adaptors])
     found = results["correlations"]["implicit"]
-    left.set_title(
-        f"Strings, r = {_with_interval(found['string']['pooled']['pearson'])}", loc="left"
-    )
+    r = [_with_interval(found[k]["pooled"]["pearson"]) for k in ("string", "adaptors")]
+    left.set_title(f"Strings\nr = {r[0]}", loc="left")
     right.set_title(
-        f"Corpora of {_CORPUS} strings. Large: adaptors' means, "
-        f"r = {_with_interval(found['adaptors']['pooled']['pearson'])}",
+        f"Corpora of {_CORPUS} strings; large: the adaptors' means\nr = {r[1]} of the means",
         loc="left",
     )
     for axes, what in ((left, ""), (right, "mean ")):
@@ -208,7 +206,7 @@ def _shade(colour: str, temperature: float, adaptors: Sequence[Mapping[str, Any]
     """A colour between pale, at the lowest temperature, and full, at the highest."""
     found = [adaptor["temperature"] for adaptor in adaptors]
     low, high = min(found), max(found)
-    depth = 1.0 if high == low else 0.35 + 0.65 * (temperature - low) / (high - low)
+    depth = 1.0 if high == low else 0.45 + 0.55 * (temperature - low) / (high - low)
     return tuple(1 - depth * (1 - channel) for channel in to_rgb(colour))
 
 
