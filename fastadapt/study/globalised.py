@@ -42,7 +42,7 @@ def mixture_log_weights(log_q: Array, log_norm: Array, shares: Array, target: in
     Args:
         log_q: (..., n, A), -inf outside a support.
         log_norm: (..., n, A).
-        shares: (A,), the share of the strings that each adaptor drew.
+        shares: (..., A), the share of the strings that each adaptor drew.
         target: the adaptor, an index.
 
     Returns:

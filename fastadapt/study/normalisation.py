@@ -28,7 +28,7 @@ class Pools(NamedTuple):
         values: (P, S, 2); log p and the implicit reward.
         log_q, log_norm: (P, S, A).
         log_aligned: (P, S).
-        shares: (A,); the share of the strings that each adaptor drew.
+        shares: (P, 1, A); the share of a prompt's strings that each adaptor drew.
     """
 
     there: Mask
@@ -50,13 +50,17 @@ def by_prompt(pool: Pool) -> Pools:
         out[there] = values[order]
         return out
 
+    place = pool.prompt * len(pool.cells) + pool.cell
+    drawn = np.bincount(place, minlength=pool.prompts * len(pool.cells))
+    drawn = drawn.reshape(pool.prompts, len(pool.cells))
+    drawn[drawn.sum(-1) == 0] = 1  # a prompt without strings has no weights either
     return Pools(
         there,
         spread(np.stack([pool.log_prior, pool.implicit_reward], -1)),
         spread(pool.log_q),
         spread(pool.log_norm),
         spread(pool.log_aligned),
-        np.bincount(pool.cell, minlength=len(pool.cells)) / len(pool.cell),
+        (drawn / drawn.sum(-1, keepdims=True))[:, None],
     )
 
 
