@@ -167,9 +167,10 @@ def _local_and_global(results: Mapping[str, Any]) -> Figure:
     right.axhline(_RELIABLE, color="black", lw=0.8, ls="--")
     right.text(
         0.02,
-        _RELIABLE * 1.04,
+        0.95 * _RELIABLE,
         "below: dotted on the left, not to be trusted",
         fontsize=8,
+        va="top",
         transform=right.get_yaxis_transform(),
     )
     right.set(yscale="log", xlabel="temperature", ylabel="effective strings of a prompt, median")

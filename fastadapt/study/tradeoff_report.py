@@ -12,12 +12,14 @@ from fastadapt.study.tradeoff_plots import is_reliable
 Results = Mapping[str, Any]
 Estimate = Sequence[float | None]
 
-# Of the paper's released figures and history: which quantity, its value, of what.
+# Of the paper's released figures and history: of which reward and level, the value, of what.
 _PUBLISHED = (
-    ("string", 0.23, "Strings", "RLHF pair, a reward model"),
-    ("adaptors", -0.93, "Corpora of large N, adaptors' means", "RLHF pair, a reward model"),
-    ("string", -0.45, "Strings", "DPO pair, log p₊ − log p with its sign put right"),
-    ("adaptors", 0.97, "Adaptors' means", "DPO pair, log p₊ − log p with its sign put right"),
+    ("implicit", "string", 0.23, "Strings, RLHF pair, a reward model"),
+    ("implicit", "adaptors", -0.93, "Corpora, RLHF pair, a reward model"),
+    ("implicit", "string", -0.45, "Strings, DPO pair, log p₊ − log p with its sign put right"),
+    ("implicit", "adaptors", 0.97, "Corpora, DPO pair, log p₊ − log p with its sign put right"),
+    ("released", "string", 0.45, "Strings, DPO pair, as released"),
+    ("released", "adaptors", -0.97, "Corpora, DPO pair, as released"),
 )
 _REWARDS = {
     "implicit": "log p₊ − log p",
@@ -275,17 +277,17 @@ def _defects(results: Results) -> str:
 
 def _paper(results: Results) -> str:
     """Sign by sign beside the published figures."""
-    found = results["correlations"]["implicit"]
-    ours = {
-        "string": found["string"]["pooled"]["pearson"],
-        "adaptors": found["adaptors"]["pooled"]["pearson"],
-    }
     rows = []
-    for key, value, what, source in _PUBLISHED:
-        theirs, here = "positive" if value > 0 else "negative", sign(ours[key])
+    for reward, level, value, what in _PUBLISHED:
+        if reward not in results["correlations"]:
+            continue
+        ours = results["correlations"][reward][level]["pooled"]["pearson"]
+        theirs, here = "positive" if value > 0 else "negative", sign(ours)
         verdict = "undecided" if here not in ("positive", "negative") else "agrees"
         verdict = "differs" if verdict == "agrees" and here != theirs else verdict
-        rows.append([what, f"{number(value)} ({source})", shown(ours[key]), verdict])
+        rows.append([what, number(value), _REWARDS[reward], shown(ours), verdict])
+    found = results["correlations"]["implicit"]
+    ours = {level: found[level]["pooled"]["pearson"] for level in ("string", "adaptors")}
     grows = abs(ours["adaptors"][0]) > abs(ours["string"][0])
     within = [sign(one) for one in found["string"]["within_adaptors"]]
     other = "positive" if ours["adaptors"][0] < 0 else "negative"
@@ -296,22 +298,20 @@ def _paper(results: Results) -> str:
         adaptors have within them the opposite sign of that between them. The paper's models,
         strings
         and rewards are others, so values cannot be expected to agree; signs might."""
-    head = ["quantity", "published", "here", "sign"]
+    head = ["published r", "value", "reward here", "r here", "sign"]
     return "\n\n".join(["## Beside the paper", _table(head, rows), _flow(text)])
 
 
 def _unknown(results: Results) -> str:
     """What this study does not say."""
-    judge = "only as good as its maker" if "user" in results["correlations"] else "not asked for"
     cut = 100 * (1 - results["counts"]["finished"])
+    judge = "" if "user" in results["correlations"] else ": no reward was given that measures it"
     lines = [
         """Whether a reward that people or a reward model give would behave so: p₊ is exactly
-        optimal
-        for the reward used here by definition.""",
-        f"""What longer strings give: {cut:.0f} % of these are cut, so their length hardly
-        varies.""",
+        optimal for the reward used here by definition.""",
+        f"""What longer strings give: {cut:.0f} % of these are cut, so length hardly varies.""",
         """The global laws of the adaptors with few effective strings, and all that needs them.""",
-        f"""The quality of the texts as people see it; a reward of the user's was {judge}.""",
+        f"""The quality of the texts as people see it{judge}.""",
     ]
     return "## What is not known\n\n" + _list(lines)
 
