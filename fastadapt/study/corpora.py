@@ -176,8 +176,8 @@ def columns(
     `prompt`, `cell`, `repetition`: which string it is; `seed`: of its draws; `tokens`, `text`,
     `length`: tokens with the end token, `finished`: whether there is one; `status`: 0, or why no
     token could be drawn; `violations`: tokens outside the support that they were drawn from;
-    `log_prior`, `log_alone`: under the prior, with and without the prompt (NaN if not asked for);
-    `log_aligned`: under the aligned model; `reward`: of the user (NaN if there is none); `log_q`,
+    `log_prior`, `log_alone`: under the prior, with and without the prompt (null if not asked for);
+    `log_aligned`: under the aligned model; `reward`: of the user (null if there is none); `log_q`,
     `log_norm`: a list each, of all adaptors.
     """
     rows, adaptors = strings.log_q.shape
@@ -202,9 +202,9 @@ def columns(
             "status": pa.array(strings.status.numpy(), pa.int32()),
             "violations": pa.array(strings.violations.numpy(), pa.int32()),
             "log_prior": pa.array(log_priors[0].numpy()),
-            "log_alone": pa.array(log_priors[1].numpy()),
+            "log_alone": pa.array(log_priors[1].numpy(), from_pandas=True),  # NaN as null
             "log_aligned": pa.array(strings.log_aligned.numpy()),
-            "reward": pa.array(rewards),
+            "reward": pa.array(rewards, from_pandas=True),
             **lists,
         }
     )
