@@ -105,8 +105,7 @@ def _head(results: Results) -> str:
         other. Intervals are 95 %, by a bootstrap that resamples whole prompts
         {settings["replicates"]:,} times; those of adaptors' means lean towards 0, since resampling
         adds noise to each mean. fastadapt {names["fastadapt"]}, torch {names["torch"]},
-        transformers
-        {names["transformers"]}. Made by"""
+        transformers {names["transformers"]}. Made by"""
     title = f"# The probability–quality trade-off: {names['model']}"
     return "\n\n".join([title, _flow(sampled), _flow(reward), f"```\n{results['command']}\n```"])
 
@@ -139,8 +138,8 @@ def _found(results: Results) -> str:
         {100 * split["noise_in_between_reward"]:.1f} % is what finitely many strings give by
         chance.""",
         f"""**Identity.** Mean reward + mean log p = mean log p₊ on {identity["corpora"]} corpora,
-        to
-        {identity["error"]:.0e} nats. For this reward it holds by construction: it checks the sums,
+        to {identity["error"]:.0e} nats. For this reward it holds by construction: it checks the
+        sums,
         not the theory.""",
     ]
     return "## What was found\n\n" + _list(lines)
@@ -198,8 +197,8 @@ def _normalisation(results: Results) -> str:
     good = [one for one in adaptors if is_reliable(one)]
     poor = [one for one in adaptors if not is_reliable(one)]
     text = f"""A decoder draws from the locally normalised law. The global one is reached by
-        weights:
-        every prompt's {found["pool"]:.0f} strings, whichever adaptor drew them, count for every
+        weights: every prompt's {found["pool"]:.0f} strings, whichever adaptor drew them, count for
+        every
         adaptor whose support holds them. **For {len(good)} of {len(adaptors)} adaptors at least 5
         strings of a prompt count in the median; only there is the global law known.**"""
     if good:
@@ -215,8 +214,8 @@ def _normalisation(results: Results) -> str:
             strings and no finding."""
     correlation = found["correlation"]
     rest = f"""Over all adaptors r of the means is {shown(correlation["local"])} under the local
-        laws,
-        from the same weights, and {shown(correlation["global"])} under the global ones; the second
+        laws, from the same weights, and {shown(correlation["global"])} under the global ones; the
+        second
         rests on the poor estimates too."""
     return "\n\n".join(["## Local and global normalisation", _flow(text), _flow(rest)])
 
@@ -238,19 +237,15 @@ def _defects(results: Results) -> str:
     lines = [
         f"""**Its chain never rejects**, so its corpora are the local ones. With the adaptor itself
         as proposal a chain would accept {_percentages(adaptors, "own_acceptance")} of the
-        proposals,
-        by adaptor.""",
+        proposals, by adaptor.""",
         f"""**One chain runs over all prompts**, though log Z differs between them: as one pool,
         {_percentages(adaptors, "one_chain_effective")} of an adaptor's strings would count.""",
         f"""**Its target has T = 1 for every temperature.** Mean log p of the adaptors' targets
-        spans
-        {_span(adaptors, "fixed_target")} nats so, {_span(adaptors, "global")} under their own
-        global
-        laws and {_span(adaptors, "local")} under the local ones, as far as the weights can
+        spans {_span(adaptors, "fixed_target")} nats so, {_span(adaptors, "global")} under their own
+        global laws and {_span(adaptors, "local")} under the local ones, as far as the weights can
         tell.""",
         f"""**The sign of the implicit reward is flipped**: r of strings {string["implicit"]}
-        becomes
-        {string["flipped"]}, of adaptors {means["implicit"]} becomes {means["flipped"]}.""",
+        becomes {string["flipped"]}, of adaptors {means["implicit"]} becomes {means["flipped"]}.""",
     ]
     if "released" in string:
         lines.append(
@@ -293,11 +288,10 @@ def _paper(results: Results) -> str:
     other = "positive" if ours["adaptors"][0] < 0 else "negative"
     text = f"""That the correlation is stronger between adaptors than among strings
         {"holds here too" if grows else "does not hold here"}. In the paper's RLHF data r is
-        positive
-        within every adaptor and negative between them; here {within.count(other)} of {len(within)}
+        positive within every adaptor and negative between them; here {within.count(other)} of
+        {len(within)}
         adaptors have within them the opposite sign of that between them. The paper's models,
-        strings
-        and rewards are others, so values cannot be expected to agree; signs might."""
+        strings and rewards are others, so values cannot be expected to agree; signs might."""
     head = ["published r", "value", "reward here", "r here", "sign"]
     return "\n\n".join(["## Beside the paper", _table(head, rows), _flow(text)])
 
@@ -331,8 +325,8 @@ def _adaptors(results: Results) -> str:
         *("global log p", "global reward", "effective", "acceptance"),
     ]
     text = """Means of strings, in nats. Effective: strings of a prompt that count for the global
-        law,
-        median; below 5 no global mean is given. Acceptance: of Metropolis–Hastings with the adaptor
+        law, median; below 5 no global mean is given. Acceptance: of Metropolis–Hastings with the
+        adaptor
         as proposal."""
     return "\n\n".join(["## The adaptors", _flow(text), _table(head, rows)])
 
