@@ -200,7 +200,9 @@ def _normalisation(results: Results) -> str:
         weights: every prompt's {found["pool"]:.0f} strings, whichever adaptor drew them, count for
         every
         adaptor whose support holds them. **For {len(good)} of {len(adaptors)} adaptors at least 5
-        strings of a prompt count in the median; only there is the global law known.**"""
+        strings of a prompt count in the median; only there is the global law known**, and not
+        exactly: weighted means of few strings lean towards what was drawn, which no interval
+        shows."""
     if good:
         gap = max(abs(one["global"][0] - one["chain"][0]) for one in good)
         text += f""" There the global mean of log p is {_moved(good, 0)}; that of the reward is
