@@ -66,7 +66,7 @@ def add_parser(commands: Any) -> None:
     add(
         "--quick",
         action="store_true",
-        help="15 adaptors, 16 tokens, 16 prompts: about two minutes "
+        help="15 adaptors, 16 tokens, 24 prompts: about two minutes "
         "on two cores with the demo's model",
     )
 

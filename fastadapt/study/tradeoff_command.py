@@ -18,7 +18,7 @@ from fastadapt.study.tradeoff_plots import draw_figures
 from fastadapt.study.tradeoff_report import write_report
 
 _DEMO = "SmolLM2-135M-Instruct"
-_QUICK_PROMPTS = 16
+_QUICK_PROMPTS = 24
 
 
 @dataclass(frozen=True, kw_only=True)
