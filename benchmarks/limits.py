@@ -251,6 +251,21 @@ def train_limits(record: dict[str, Any]) -> list[Limit]:
     ]
 
 
+def tradeoff_limits(record: dict[str, Any]) -> list[Limit]:
+    """The demands on the trade-off study's sampling and scoring."""
+    ratio, agreement = record["stock_to_ours"], record["agreement"]
+    return [
+        Limit("transformers' time to ours, end to end", ratio["all"][1], 1.0, at_least=True),
+        Limit(
+            f"tokens outside the support they were drawn from, of {record['tokens']:,} a round",
+            record["violations"]["fastadapt"],
+            0,
+            "tokens",
+        ),
+        Limit("largest difference of a string's scores", max(agreement.values()), 0.01, "nats"),
+    ]
+
+
 def geometric_mean(values: list[float]) -> float | None:
     """None where there is no value."""
     return statistics.geometric_mean(values) if values else None
@@ -295,3 +310,9 @@ def _loss_place(cell: dict[str, Any]) -> str:
 def _ratio(cell: dict[str, Any], name: str) -> float:
     """Median ratio to softmax."""
     return float(cell["to_softmax"][name][1])
+
+
+def limit_rows(limits: Iterable[Limit]) -> list[str]:
+    """A table with a row per demand."""
+    rows = [f"| {x.label} | {x.shown} | {x.demanded} | {x.met} |" for x in limits]
+    return ["| demand | measured | bound | met |", "|---|---|---|---|", *rows]

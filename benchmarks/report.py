@@ -12,22 +12,23 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from limits import (
     GPU_CELL,
     GPU_LOSS_PEERS,
-    Limit,
     geometric_mean,
     gpu_losses_limits,
     gpu_sampling_limits,
+    limit_rows,
     losses_limits,
     sampling_limits,
     score_limits,
     train_limits,
 )
+from report_tradeoff import tradeoff_table
 from report_trainer import trainer_table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -56,7 +57,7 @@ GPU_PEERS = {
 # blocks that may lack a result
 UNMEASURED = {
     **dict.fromkeys(("gpu_sampling", "gpu_losses"), "Not yet measured on a GPU.\n"),
-    "trainer": "Not yet measured.\n",
+    **dict.fromkeys(("trainer", "tradeoff"), "Not yet measured.\n"),
 }
 TRAINING = {"linear": "`linear_label_margins`", "logits": "full logits, `label_margins`"}
 
@@ -133,7 +134,7 @@ def sampling_table(record: dict[str, Any]) -> str:
     """What `sample` must show, where it is fast and slow, the figure and the machine."""
     cells = record["cells"]
     kinds = list(record["settings"]["rows"])
-    lines = [*_limit_rows(sampling_limits(record)), ""]
+    lines = [*limit_rows(sampling_limits(record)), ""]
     lines += [
         "Time of `sample` to that of torch.softmax of the same rows: geometric mean (largest).",
         "",
@@ -174,7 +175,7 @@ def gpu_sampling_table(record: dict[str, Any]) -> str:
         if c["mode"] == GPU_MODE and all(c[key] == value for key, value in place.items())
     }
     batches = sorted({batch for _, batch in found})
-    lines = [*_limit_rows(gpu_sampling_limits(record)), ""]
+    lines = [*limit_rows(gpu_sampling_limits(record)), ""]
     lines += [
         f"Time in µs (times that of one read of the rows), V = {place['vocabulary']:,}, "
         f"{place['rows']}, {place['dtype']}, {GPU_MODE}:",
@@ -230,7 +231,7 @@ def score_table(record: dict[str, Any]) -> str:
     """What `score` must show, its times and the machine."""
     host, settings = record["host"], record["settings"]
     count = settings["adaptors"]
-    lines = [*_limit_rows(score_limits(record)), ""]
+    lines = [*limit_rows(score_limits(record)), ""]
     lines += [
         f"| V, rows | one adaptor, µs | {count} in one call, µs | {count} calls, µs | "
         f"transformers, {count} chains, µs |",
@@ -252,7 +253,7 @@ def losses_table(record: dict[str, Any]) -> str:
     """What `linear_label_margins` must show, its times and memory, and the machine."""
     names = ["fastadapt", *record["settings"]["peers"]]
     head = " | ".join(LOSS_NAMES[name] for name in names)
-    lines = [*_limit_rows(losses_limits(record)), ""]
+    lines = [*limit_rows(losses_limits(record)), ""]
     lines += [
         "Forward and backward, ms (peak memory over inputs and gradients, MB):",
         "",
@@ -289,7 +290,7 @@ def gpu_losses_table(record: dict[str, Any]) -> str:
         raise ValueError("gpu_losses.json: expected a result of a GPU, got one of the CPU")
     ours = {"fastadapt": "`linear_label_margins`", "nothing kept": "the same, nothing kept"}
     names = {"products": "its products", **ours, **GPU_LOSS_PEERS}
-    lines = [*_limit_rows(gpu_losses_limits(record)), ""]
+    lines = [*limit_rows(gpu_losses_limits(record)), ""]
     lines += [
         f"Forward and backward, ms (peak memory over inputs and gradients, MiB), H = "
         f"{settings['hidden']:,}, V = {settings['vocabulary']:,}, {settings['dtype']}:",
@@ -318,7 +319,7 @@ def gpu_losses_table(record: dict[str, Any]) -> str:
 def train_table(record: dict[str, Any]) -> str:
     """What the training run must show, where it began and ended, and the machine."""
     host, settings = record["host"], record["settings"]
-    lines = [*_limit_rows(train_limits(record)), ""]
+    lines = [*limit_rows(train_limits(record)), ""]
     lines += [
         "| run | loss, first and last step | s/step, median | peak memory over the model, MB |",
         "|---|---|---|---|",
@@ -345,16 +346,16 @@ def _trainer(record: dict[str, Any]) -> str:
     return trainer_table(record, machine)
 
 
+def _tradeoff(record: dict[str, Any]) -> str:
+    """The study's sampling and scoring beside transformers' way."""
+    host = record["host"]
+    return tradeoff_table(record, f"{_host(host, record['settings']['dtype'])}, {_software(host)}")
+
+
 def _peer_versions(host: dict[str, Any]) -> str:
     """Versions of the peers that are there."""
     found = ((name, host["versions"].get(name)) for name in ("trl", "liger-kernel"))
     return "".join(f", {name} {version}" for name, version in found if version)
-
-
-def _limit_rows(limits: Iterable[Limit]) -> list[str]:
-    """A table with a row per demand."""
-    rows = [f"| {x.label} | {x.shown} | {x.demanded} | {x.met} |" for x in limits]
-    return ["| demand | measured | bound | met |", "|---|---|---|---|", *rows]
 
 
 def _counts(cells: list[dict[str, Any]]) -> str:
@@ -388,6 +389,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "gpu_losses": gpu_losses_table,
     "train_preferences": train_table,
     "trainer": _trainer,
+    "tradeoff": _tradeoff,
 }
 
 

@@ -8,14 +8,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastadapt import cli_train
+from fastadapt import cli_tradeoff, cli_train
 
 _EXTRA_PACKAGES = frozenset(
     {"accelerate", "gguf", "platformdirs", "rich", "safetensors", "tokenizers", "transformers"}
-    | {"datasets", "peft"}
+    | {"datasets", "matplotlib", "numpy", "peft", "pyarrow", "scipy"}
 )
+_EXTRAS = {"tradeoff": "study", "train": "train"}  # the extra of a command, if not the demo's
 _BENCHMARKS = (
-    *("generation", "sampling", "score", "losses", "trainer"),
+    *("generation", "sampling", "score", "losses", "trainer", "tradeoff"),
     *("gpu-sampling", "gpu-losses"),
 )
 _KNOBS: dict[str, tuple[type, float, str]] = {
@@ -49,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return _fail(
             f"{arguments.command} needs the package {package!r}, which is not installed: "
-            f'pip install "fastadapt[{"train" if arguments.command == "train" else "demo"}]"'
+            f'pip install "fastadapt[{_EXTRAS.get(arguments.command, "demo")}]"'
         )
     except KeyboardInterrupt:
         return 130
@@ -101,6 +102,8 @@ def _parser() -> argparse.ArgumentParser:
     bench.set_defaults(run=_run_bench, subparser=bench)
     bench.add_argument("name", choices=_BENCHMARKS, help="the benchmark")
     bench.add_argument("rest", nargs=argparse.REMAINDER, metavar="...", help="its own arguments")
+
+    cli_tradeoff.add_parser(commands)
     return parser
 
 

@@ -275,7 +275,8 @@ def test_bench_needs_a_checkout(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    "name", ["generation", "sampling", "score", "losses", "trainer", "gpu-sampling"]
+    "name",
+    ["generation", "sampling", "score", "losses", "trainer", "tradeoff", "gpu-sampling"],
 )
 def test_bench_passes_arguments_and_exit_code(name, tmp_path, monkeypatch):
     (tmp_path / "benchmarks").mkdir()

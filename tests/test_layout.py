@@ -58,7 +58,7 @@ OURS = {
     "hf_trainer": PUBLIC | {"preferences", "training"},
     "trl": PUBLIC | {"trl_head"},
     "trl_head": PUBLIC,
-    "study": PUBLIC | {"study"},
+    "study": PUBLIC | {"demo", "preferences", "pretrained", "study", "training"},
     "pretrained": set(),
     "memory": set(),
     "pair_forms": set(),
@@ -74,14 +74,17 @@ OURS = {
     "measure": PUBLIC | {"hf"},
     "demo": PUBLIC | {"demo_training", "hf", "measure", "pretrained"},
     "demo_training": PUBLIC | {"memory", "preferences", "training"},
-    "cli": PUBLIC | {"cli_train", "demo", "hf", "pretrained", "study"},
+    "cli": PUBLIC | {"cli_tradeoff", "cli_train", "demo", "hf", "pretrained", "study"},
+    "cli_tradeoff": {"pretrained", "study"} | {""},
 }
 OTHERS = {
     "kernels": {"torch", "triton"},
     "hf": {"torch", "transformers"},
     "hf_trainer": {"torch", "transformers"},
     "trl": {"torch", "transformers", "trl"},
-    "study": {"torch", "matplotlib"},
+    "study": {
+        *("jinja2", "matplotlib", "numpy", "pyarrow", "rich", "scipy", "torch", "transformers"),
+    },
     "pretrained": {"torch", "transformers", "platformdirs"},
     "measure": {"torch", "transformers"},
     "memory": set(),
@@ -91,6 +94,7 @@ OTHERS = {
     "train_run": {"torch", "peft", "rich"},
     "cli_train": {"rich"},
     "cli": set(),
+    "cli_tradeoff": set(),
 }
 
 

@@ -1,0 +1,1 @@
+"""Studies of language models built on the public functions of this package."""
