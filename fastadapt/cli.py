@@ -8,8 +8,19 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from fastadapt import cli_gradients
+
 _EXTRA_PACKAGES = frozenset(
-    {"accelerate", "gguf", "platformdirs", "rich", "safetensors", "tokenizers", "transformers"}
+    {
+        "accelerate",
+        "gguf",
+        "matplotlib",
+        "platformdirs",
+        "rich",
+        "safetensors",
+        "tokenizers",
+        "transformers",
+    }
 )
 _BENCHMARKS = ("generation", "sampling", "score", "losses", "gpu-sampling")
 _KNOBS: dict[str, tuple[type, float, str]] = {
@@ -43,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return _fail(
             f"{arguments.command} needs the package {package!r}, which is not installed: "
-            'pip install "fastadapt[demo]"'
+            f'pip install "fastadapt[{getattr(arguments, "extra", "demo")}]"'
         )
     except KeyboardInterrupt:
         return 130
@@ -93,6 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.set_defaults(run=_run_bench, subparser=bench)
     bench.add_argument("name", choices=_BENCHMARKS, help="the benchmark")
     bench.add_argument("rest", nargs=argparse.REMAINDER, metavar="...", help="its own arguments")
+    cli_gradients.add_parser(commands)
     return parser
 
 

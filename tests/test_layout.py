@@ -49,7 +49,7 @@ OURS = {
     "reference": {"reference", "results"},
     "hf": PUBLIC,
     "trl": PUBLIC,
-    "study": PUBLIC | {"study"},
+    "study": PUBLIC | {"preferences", "pretrained", "study", "training"},
     "pretrained": set(),
     "memory": set(),
     "preferences": set(),
@@ -57,19 +57,21 @@ OURS = {
     "measure": PUBLIC | {"hf"},
     "demo": PUBLIC | {"demo_training", "hf", "measure", "pretrained"},
     "demo_training": PUBLIC | {"memory", "preferences", "training"},
-    "cli": PUBLIC | {"demo", "hf", "pretrained", "study"},
+    "cli": PUBLIC | {"cli_gradients", "demo", "hf", "pretrained", "study"},
+    "cli_gradients": {"pretrained", "study"},
 }
 OTHERS = {
     "kernels": {"torch", "triton"},
     "hf": {"torch", "transformers"},
     "trl": {"torch", "transformers", "trl"},
-    "study": {"torch", "matplotlib"},
+    "study": {"torch", "matplotlib", "rich", "transformers"},
     "pretrained": {"torch", "transformers", "platformdirs"},
     "measure": {"torch", "transformers"},
     "memory": set(),
     "demo": {"torch", "transformers", "rich"},
     "demo_training": {"torch", "rich"},
     "cli": set(),
+    "cli_gradients": set(),
 }
 
 
