@@ -50,17 +50,14 @@ def encode_contexts(
     *,
     max_length: int | None = None,
     chat: bool = False,
-) -> tuple[PairBatch, PairBatch]:
-    """Returns the batch to train on and its cross cells, of one length.
+) -> PairBatch:
+    """Returns pairs as a batch, the responses each in its own context.
 
     Args:
         tokenizer: as in `encode_pairs`, and so the others.
         pairs: at least one.
         max_length: as there.
         chat: as there.
-
-    Returns:
-        `(own, cross)`: own holds (x⁺, y⁺) before (x⁻, y⁻), cross (x⁻, y⁺) before (x⁺, y⁻).
 
     Raises:
         ValueError: as `encode_pairs`.
@@ -78,9 +75,48 @@ def encode_contexts(
     fill = int(tokenizer.eos_token_id)
     good, bad = (_padded(batch, length, fill) for batch in (good, bad))
     b = len(pairs)
-    own = [torch.cat([x[:b], y[b:]]) for x, y in zip(good, bad, strict=True)]
-    cross = [torch.cat([y[:b], x[b:]]) for x, y in zip(good, bad, strict=True)]
-    return PairBatch(*own), PairBatch(*cross)
+    return PairBatch(*(torch.cat([x[:b], y[b:]]) for x, y in zip(good, bad, strict=True)))
+
+
+def cross_cells(batch: PairBatch) -> PairBatch:
+    """Returns the responses of pairs in each other's context: (x⁻, y⁺) before (x⁺, y⁻).
+
+    Args:
+        batch: as it is trained on, (x⁺, y⁺) before (x⁻, y⁻).
+    """
+    rows = [_parts(batch, i) for i in range(len(batch.tokens))]
+    b = len(rows) // 2
+    swapped = [(rows[(i + b) % (2 * b)][0], rows[i][1]) for i in range(2 * b)]
+    length = max(len(prompt) + len(response) for prompt, response in swapped)
+    tokens = batch.tokens.new_zeros(2 * b, length)
+    mask = torch.zeros_like(tokens)
+    labels = torch.full_like(tokens, IGNORED)
+    for i, (prompt, response) in enumerate(swapped):
+        first, last = len(prompt), len(prompt) + len(response)
+        tokens[i, :last] = torch.cat([prompt, response])
+        mask[i, :last] = 1
+        labels[i, first:last] = response
+    return PairBatch(tokens, mask, labels[:, 1:])
+
+
+def shared_rows(batch: PairBatch) -> torch.Tensor:
+    """Returns where the two rows of logits of a pair are the same: (B, T-1), bool.
+
+    That is where all tokens up to the row's own are, prompt included.
+    """
+    good, bad = batch.tokens.chunk(2)
+    both = batch.attention_mask.chunk(2)
+    same = (good == bad) & (both[0] == 1) & (both[1] == 1)
+    return same.cumprod(-1).bool()[:, :-1]
+
+
+def _parts(batch: PairBatch, i: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens of the prompt and of the response of a sequence."""
+    places = batch.mask[i].nonzero()[:, 0] + 1
+    if not len(places):
+        raise ValueError(f"batch: expected a response in each sequence, got none in {i}")
+    first, last = int(places[0]), int(places[-1]) + 1
+    return batch.tokens[i, :first], batch.tokens[i, first:last]
 
 
 def fitting(tokenizer: Any, pairs: Sequence[Pair], *, count: int, max_length: int) -> list[Pair]:

@@ -61,7 +61,7 @@ def pair_features(
     """
     found = []
     for i in range(0, len(pairs), FORWARD_BATCH):
-        batch, _ = encode_contexts(tokenizer, pairs[i : i + FORWARD_BATCH], max_length=max_length)
+        batch = encode_contexts(tokenizer, pairs[i : i + FORWARD_BATCH], max_length=max_length)
         hidden = hidden_states(model, batch)
         b = len(hidden) // 2
         for j in range(b):
