@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from inspect import signature
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastadapt.losses import FORMULAS, Responses
-from fastadapt.study.gradients import Loss, analytic_gradients, as_objective, logit, options_of
+from fastadapt.losses import Responses
+from fastadapt.study.gradients import Loss, analytic_gradients, as_objective, logit, loss_value
 
 
 class GradientCheck(NamedTuple):
@@ -75,12 +74,7 @@ def check_gradients(
             "candidates": of.get("candidates"),
             "candidate_mask": candidate_mask,
         }
-        total = torch.zeros((), dtype=torch.float64)
-        for name, weight in objective.weights.items():
-            own = signature(FORMULAS[name]).parameters
-            taken = {k: v for k, v in inputs.items() if k in own}
-            total = total + weight * FORMULAS[name](**taken, **options_of(objective, name))
-        return total
+        return loss_value(objective, inputs)
 
     spaces: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
         "margin": (lambda m: m, lambda x: x),
@@ -92,8 +86,8 @@ def check_gradients(
         x = {k: to(m) for k, m in points.items()}
         wanted = {k: getattr(closed[k], space) for k in x}
         leaves = {k: v.clone().requires_grad_() for k, v in x.items()}
-        loss_value = value({k: back(v) for k, v in leaves.items()})
-        grads = torch.autograd.grad(loss_value, list(leaves.values()), allow_unused=True)
+        total = value({k: back(v) for k, v in leaves.items()})
+        grads = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
         exact = dict(zip(leaves, grads, strict=True))
         for k in x:
             found = exact[k]

@@ -136,6 +136,21 @@ def gradients_of(
     }
 
 
+def loss_value(objective: RewardPenalizeLoss, inputs: Mapping[str, Any]) -> Tensor:
+    """Returns the loss of an objective without its metrics, which cost more than small losses.
+
+    Args:
+        objective: weights and options.
+        inputs: the arguments of `RewardPenalizeLoss.forward` by name; what no loss takes is unused.
+    """
+    terms = []
+    for name, weight in objective.weights.items():
+        own = signature(FORMULAS[name]).parameters
+        taken = {k: v for k, v in inputs.items() if k in own}
+        terms.append(weight * FORMULAS[name](**taken, **options_of(objective, name)))
+    return torch.stack(terms).sum()
+
+
 def options_of(objective: RewardPenalizeLoss, name: str) -> dict[str, Any]:
     """Returns the options that one loss of an objective takes."""
     own = signature(FORMULAS[name]).parameters

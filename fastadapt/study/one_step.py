@@ -20,10 +20,11 @@ from fastadapt.margins import linear_label_margins
 from fastadapt.preferences import IGNORED
 from fastadapt.study.contexts import ContextPair, encode_contexts
 from fastadapt.study.displacement import token_products
-from fastadapt.study.gradients import analytic_gradients
+from fastadapt.study.gradients import analytic_gradients, loss_value
 from fastadapt.training import Head, head_of, hidden_states
 
 FORWARD_BATCH = 4  # pairs
+REFERENCES = ("ref_good_logps", "ref_bad_logps")
 Record = dict[str, Any]
 
 
@@ -154,10 +155,11 @@ def step_records(
         margins = _margins(moving, pair.hidden, pair.labels)
         before = F.logsigmoid(margins.detach()).double()
         sides = _sides(margins, n)
-        refs = (before[:n].sum()[None].float(), before[n:].sum()[None].float())
+        refs = (before[:n].sum()[None], before[n:].sum()[None])
         found = analytic_gradients(objective, _detached(sides[0]), _detached(sides[1]), *refs)
         slopes = torch.cat([found["good"].logp[0], found["bad"].logp[0]])
-        loss, _ = objective(*sides, *refs)
+        inputs = dict(zip(("good", "bad", *REFERENCES), (*sides, *refs), strict=True))
+        loss = loss_value(objective, inputs)
         (gradient,) = torch.autograd.grad(loss, [leaf])
         along = products @ slopes
         predicted = torch.stack([-along[:n].sum(), -along[n:].sum()])

@@ -19,7 +19,13 @@ from fastadapt.losses import Responses, RewardPenalizeLoss
 from fastadapt.preferences import PairBatch
 from fastadapt.study.contexts import cross_cells
 from fastadapt.study.displacement import Displacement, displacement
-from fastadapt.study.tracker_metrics import Row, cell_metrics, loss_metrics, rho_metrics
+from fastadapt.study.tracker_metrics import (
+    Row,
+    cell_metrics,
+    cells_coincide,
+    loss_metrics,
+    rho_metrics,
+)
 from fastadapt.training import MarginsOf, Reference, head_of, response_margins, sides
 
 INTERVAL = 10  # objective calls between two records
@@ -47,9 +53,9 @@ class RewardPenalizeTracker:
     - Cells "good_in_good" log P(y⁺|x⁺), "bad_in_bad" log P(y⁻|x⁻), "bad_in_good" log P(y⁻|x⁺) and
       "good_in_bad" log P(y⁺|x⁻), each as ".../sum" (per response) and ".../token" (per token, mean
       over responses), nats, with "/p10", "/p50" and "/p90" over the responses. The last two cells
-      are copies where x⁺ = x⁻ in all pairs; else they need `extra_forwards`, and without it, or
-      without a batch, they are None. What the step computed is in the mode of training; extra
-      forwards are in that of evaluation, before the step.
+      are copies where x⁺ = x⁻ or y⁺ = y⁻ in all pairs; else they need `extra_forwards`, and
+      without it, or without a batch, they are None. What the step computed is in the mode of
+      training; extra forwards are in that of evaluation, before the step.
     - "margin" S⁺ - S⁻ and "accuracy", the share of pairs with S⁺ > S⁻.
     - "mass/good", "mass/bad", "mass/other": Σ |∂L/∂z| on the labels of good responses, on those of
       bad ones and on all other entries of the rows of logits. Where a batch is known, rows that a
@@ -71,8 +77,8 @@ class RewardPenalizeTracker:
         model (Any): a causal language model of transformers, for ρ and for extra forwards; None:
             margins alone are seen. The two products of N H V that ρ takes are the larger part of
             the tracker's cost.
-        extra_forwards (bool): run the model on (x⁻, y⁺) and (x⁺, y⁻) where they differ from what
-            the step computes.
+        extra_forwards (bool): run the model on (x⁻, y⁺) and (x⁺, y⁻) where they are not among
+            what the step computes.
         margins_of (MarginsOf): as in `training_steps`, for the extra forwards.
 
     Raises:
@@ -97,7 +103,7 @@ class RewardPenalizeTracker:
         self.records: list[Row] = []
         self.pairs: list[Row] = []
         self.interval = interval
-        self._objective, self._model = objective, model
+        self.objective, self._model = objective, model
         self._extra, self._margins_of = extra_forwards, margins_of
         self._signature = inspect.signature(objective.forward)
         self._step = 0
@@ -124,7 +130,7 @@ class RewardPenalizeTracker:
         """
         if self._handles:
             raise RuntimeError("tracker: expected one that is not attached, got an attached one")
-        hook = self._objective.register_forward_hook(self._on_loss, with_kwargs=True)
+        hook = self.objective.register_forward_hook(self._on_loss, with_kwargs=True)
         self._handles.append(hook)
         if self._model is not None:
             self._handles.append(self._model.base_model.register_forward_hook(self._on_body))
@@ -192,7 +198,7 @@ class RewardPenalizeTracker:
             )
         row: Row = {"step": self._step, "loss": loss}
         row |= cell_metrics(good, bad, batch, self._cross(batch))
-        row |= loss_metrics(self._objective, inputs, batch)
+        row |= loss_metrics(self.objective, inputs, batch)
         if self._model is not None:
             found = self._displacement(batch)
             row |= rho_metrics(found)
@@ -212,7 +218,7 @@ class RewardPenalizeTracker:
 
     def _cross(self, batch: PairBatch | None) -> tuple[Responses, Responses] | None:
         """(x⁻, y⁺) and (x⁺, y⁻), in evaluation mode, if asked for."""
-        if not self._extra or batch is None:
+        if not self._extra or batch is None or cells_coincide(batch):
             return None
         cross = cross_cells(batch)
         with _evaluating(self._model):

@@ -13,7 +13,7 @@ from torch import Tensor
 from fastadapt.losses import Responses, RewardPenalizeLoss
 from fastadapt.losses.preference import log_ratios
 from fastadapt.losses.responses import Rows, checked
-from fastadapt.preferences import PairBatch
+from fastadapt.preferences import IGNORED, PairBatch
 from fastadapt.study.closed_forms import Inputs, dpo_weight
 from fastadapt.study.contexts import shared_rows
 from fastadapt.study.displacement import Displacement
@@ -39,13 +39,15 @@ def cell_metrics(
         good: (x⁺, y⁺).
         bad: (x⁻, y⁻).
         batch: their tokens; None: it is not known whether x⁺ = x⁻.
-        cross: (x⁻, y⁺) and (x⁺, y⁻); None: they are what the others are where x⁺ = x⁻.
+        cross: (x⁻, y⁺) and (x⁺, y⁻); None: they are what the others are where x⁺ = x⁻ or y⁺ = y⁻.
     """
     cells: dict[str, Responses | None] = {"good_in_good": good, "bad_in_bad": bad}
     if cross is not None:
         cells |= {"bad_in_good": cross[1], "good_in_bad": cross[0]}
     elif batch is not None and _same_prompts(batch):
         cells |= {"bad_in_good": bad, "good_in_bad": good}
+    elif batch is not None and _same_responses(batch):
+        cells |= {"bad_in_good": good, "good_in_bad": bad}
     row: Row = {}
     for name in _CELLS:
         side = cells.get(name)
@@ -60,6 +62,11 @@ def cell_metrics(
         row["margin"] = float((g - b).mean())
         row["accuracy"] = float((g > b).float().mean())
     return row
+
+
+def cells_coincide(batch: PairBatch) -> bool:
+    """Returns whether the cells that a step does not compute equal those that it does."""
+    return _same_prompts(batch) or _same_responses(batch)
 
 
 def loss_metrics(
@@ -192,6 +199,14 @@ def _same_prompts(batch: PairBatch) -> bool:
         return False
     # the row before a response's first token has seen the whole prompt
     return bool(shared_rows(batch).gather(-1, first[:, None]).all())
+
+
+def _same_responses(batch: PairBatch) -> bool:
+    """Whether y⁺ = y⁻ in every pair."""
+    good, bad = batch.labels.chunk(2)
+    return all(
+        torch.equal(g[g != IGNORED], b[b != IGNORED]) for g, b in zip(good, bad, strict=True)
+    )
 
 
 def _spread(name: str, values: Tensor | None) -> Row:
