@@ -22,7 +22,7 @@ _EXTRA_PACKAGES = frozenset(
         "transformers",
     }
 )
-_BENCHMARKS = ("generation", "sampling", "score", "losses", "gpu-sampling")
+_BENCHMARKS = ("generation", "sampling", "score", "losses", "gpu-sampling", "tracker")
 _KNOBS: dict[str, tuple[type, float, str]] = {
     "temperature": (float, 1.0, "divides the logits"),
     "top_k": (int, 0, "keep this many of the most probable tokens; 0 is off"),

@@ -159,7 +159,7 @@ def draw_heat_map(path: Path, example: Mapping[str, Any]) -> None:
         for y, loss in enumerate(losses):
             for x, value in enumerate(slopes[loss]):
                 shade = "white" if abs(value) > 0.75 * most else "black"
-                text = "0" if abs(value) < 5e-5 else f"{100 * value:+.1f}"
+                text = "0" if abs(value) < 5e-4 else f"{100 * value:+.1f}"
                 axis.text(x, y, text, ha="center", va="center", fontsize=8, color=shade)
         axis.set_title(title, fontsize=10)
         axis.set_xticks(range(len(tokens)), [_token(t) for t in tokens], rotation=40, ha="right")
