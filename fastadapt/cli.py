@@ -11,17 +11,10 @@ from pathlib import Path
 from fastadapt import cli_gradients
 
 _EXTRA_PACKAGES = frozenset(
-    {
-        "accelerate",
-        "gguf",
-        "matplotlib",
-        "platformdirs",
-        "rich",
-        "safetensors",
-        "tokenizers",
-        "transformers",
-    }
+    {"accelerate", "gguf", "platformdirs", "rich", "safetensors", "tokenizers", "transformers"}
+    | {"matplotlib"}
 )
+_EXTRAS = {"demo": "demo", "gradients": "study"}  # the extra of a command
 _BENCHMARKS = ("generation", "sampling", "score", "losses", "gpu-sampling", "tracker")
 _KNOBS: dict[str, tuple[type, float, str]] = {
     "temperature": (float, 1.0, "divides the logits"),
@@ -54,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return _fail(
             f"{arguments.command} needs the package {package!r}, which is not installed: "
-            f'pip install "fastadapt[{getattr(arguments, "extra", "demo")}]"'
+            f'pip install "fastadapt[{_EXTRAS.get(arguments.command, "demo")}]"'
         )
     except KeyboardInterrupt:
         return 130

@@ -35,21 +35,21 @@ def add_parser(commands: Any) -> None:
         description="Print the coefficients of every loss in Markdown, each row with its distance "
         "from automatic differentiation and from finite differences of the loss.",
     )
-    table.set_defaults(run=_run_table, subparser=table, extra="study")
+    table.set_defaults(run=_run_table, subparser=table)
     cases = actions.add_parser(
         "cases",
         help="case studies on toys: one step, predicted and measured",
         description="Print what one step of each loss does to both log-probabilities of small "
         "pairs, predicted from inner products of gradients and measured, in Markdown.",
     )
-    cases.set_defaults(run=_run_cases, subparser=cases, extra="study")
+    cases.set_defaults(run=_run_cases, subparser=cases)
     for name, text, groups in (
         ("step", "one step on the head of a model, predicted and measured", (_STEPS,)),
         ("train", "train a model briefly with each loss, under the tracker", (_TRAINING,)),
         ("run", "step, train and report", (_STEPS, _TRAINING)),
     ):
         action = actions.add_parser(name, help=text, description=f"{text.capitalize()}.")
-        action.set_defaults(run=_run_model, subparser=action, extra="study", parts=_PARTS[name])
+        action.set_defaults(run=_run_model, subparser=action, parts=_PARTS[name])
         _add_common(action)
         for flag, default, meaning in (option for group in groups for option in group):
             kind = type(default)
@@ -61,7 +61,7 @@ def add_parser(commands: Any) -> None:
         help="write the report anew from the tables in a folder",
         description="Write the report and its pictures from the tables of `run` in a folder.",
     )
-    report.set_defaults(run=_run_report, subparser=report, extra="study")
+    report.set_defaults(run=_run_report, subparser=report)
     report.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder")
 
 

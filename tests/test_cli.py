@@ -274,7 +274,9 @@ def test_bench_needs_a_checkout(tmp_path, monkeypatch, capsys):
     assert "from a checkout" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["generation", "sampling", "score", "losses", "gpu-sampling"])
+@pytest.mark.parametrize(
+    "name", ["generation", "sampling", "score", "losses", "gpu-sampling", "tracker"]
+)
 def test_bench_passes_arguments_and_exit_code(name, tmp_path, monkeypatch):
     (tmp_path / "benchmarks").mkdir()
     script = "import sys; sys.exit(7 if sys.argv[1:] == ['--rounds', '2'] else 1)"

@@ -17,7 +17,6 @@ from fastadapt.losses import Responses
 from fastadapt.preferences import Pair
 from fastadapt.study import field_plots, gradient_report
 from fastadapt.study.cases import CASES, LOSSES, claim_rows, curve_rows, prediction_rows, toy_pair
-from fastadapt.study.contexts import pairs_of_kind
 from fastadapt.study.field_plots import plane_field, simplex_field
 from fastadapt.study.gradient_records import read_rows, write_rows
 from fastadapt.study.gradient_report import cases_table, write_report
@@ -28,6 +27,7 @@ from fastadapt.study.one_step import (
     step_records,
     trained_head,
 )
+from fastadapt.study.pair_contexts import pairs_of_kind
 from fastadapt.study.step_study import SITUATIONS, StepOptions, run_steps, signs
 from fastadapt.study.training_study import TrainingOptions, run_training
 

@@ -11,7 +11,7 @@ from transformers import TrainingArguments as Arguments
 
 from fastadapt import Responses, RewardPenalizeLoss, training
 from fastadapt.preferences import IGNORED, Pair, PairBatch, encode_pairs
-from fastadapt.study.contexts import (
+from fastadapt.study.pair_contexts import (
     ContextPair,
     cross_cells,
     encode_contexts,

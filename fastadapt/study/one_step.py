@@ -18,9 +18,9 @@ from torch import Tensor
 from fastadapt.losses import Responses, RewardPenalizeLoss
 from fastadapt.margins import linear_label_margins
 from fastadapt.preferences import IGNORED
-from fastadapt.study.contexts import ContextPair, encode_contexts
 from fastadapt.study.displacement import token_products
 from fastadapt.study.gradients import analytic_gradients, loss_value
+from fastadapt.study.pair_contexts import ContextPair, encode_contexts
 from fastadapt.training import Head, head_of, hidden_states
 
 FORWARD_BATCH = 4  # pairs

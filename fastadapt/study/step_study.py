@@ -16,7 +16,6 @@ import torch
 
 from fastadapt.losses import RewardPenalizeLoss
 from fastadapt.preferences import read_pairs
-from fastadapt.study.contexts import fitting, pairs_of_kind
 from fastadapt.study.gradient_records import Row, software, write_json, write_rows
 from fastadapt.study.one_step import (
     FORWARD_BATCH,
@@ -25,6 +24,7 @@ from fastadapt.study.one_step import (
     step_records,
     trained_head,
 )
+from fastadapt.study.pair_contexts import fitting, pairs_of_kind
 
 STARTS = {"base": None, "MLE on good": "good", "MLE on bad": "bad"}
 # of the pairs, how many: whole where ρ decides, half where it does not

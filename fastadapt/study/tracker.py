@@ -17,8 +17,8 @@ from torch import Tensor
 
 from fastadapt.losses import Responses, RewardPenalizeLoss
 from fastadapt.preferences import PairBatch
-from fastadapt.study.contexts import cross_cells
 from fastadapt.study.displacement import Displacement, displacement
+from fastadapt.study.pair_contexts import cross_cells
 from fastadapt.study.tracker_metrics import (
     Row,
     cell_metrics,

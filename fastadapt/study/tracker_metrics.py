@@ -15,9 +15,9 @@ from fastadapt.losses.preference import log_ratios
 from fastadapt.losses.responses import Rows, checked
 from fastadapt.preferences import IGNORED, PairBatch
 from fastadapt.study.closed_forms import Inputs, dpo_weight
-from fastadapt.study.contexts import shared_rows
 from fastadapt.study.displacement import Displacement
 from fastadapt.study.gradients import SideGradients, gradients_of, options_of
+from fastadapt.study.pair_contexts import shared_rows
 
 Row = dict[str, Any]
 QUANTILES = {"p10": 0.1, "p50": 0.5, "p90": 0.9}

@@ -12,9 +12,15 @@ import torch
 
 from fastadapt.losses import RewardPenalizeLoss
 from fastadapt.preferences import Pair, encode_pairs, read_pairs
-from fastadapt.study.contexts import KINDS, encode_contexts, fitting, pairs_of_kind, shared_rows
 from fastadapt.study.gradient_records import Row, software, write_json, write_rows
 from fastadapt.study.gradients import analytic_gradients
+from fastadapt.study.pair_contexts import (
+    KINDS,
+    encode_contexts,
+    fitting,
+    pairs_of_kind,
+    shared_rows,
+)
 from fastadapt.study.step_study import Report
 from fastadapt.study.tracker import RewardPenalizeTracker
 from fastadapt.training import reference_logps, response_margins, sides, training_steps
