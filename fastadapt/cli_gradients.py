@@ -54,8 +54,8 @@ def add_parser(commands: Any) -> None:
         for flag, default, meaning in (option for group in groups for option in group):
             kind = type(default)
             metavar = "X" if kind is float else "N"
-            text = f"{meaning} (default: {default})"
-            action.add_argument(flag, type=kind, default=default, metavar=metavar, help=text)
+            shown = f"{meaning} (default: {default})"
+            action.add_argument(flag, type=kind, default=default, metavar=metavar, help=shown)
     report = actions.add_parser(
         "report",
         help="write the report anew from the tables in a folder",

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,10 +17,18 @@ from fastadapt.cli import main
 from fastadapt.losses import Responses
 from fastadapt.preferences import Pair
 from fastadapt.study import field_plots, gradient_report
-from fastadapt.study.cases import CASES, LOSSES, claim_rows, curve_rows, prediction_rows, toy_pair
+from fastadapt.study.cases import (
+    CASES,
+    WITH_MATE,
+    claim_rows,
+    curve_rows,
+    prediction_rows,
+    toy_pair,
+)
 from fastadapt.study.field_plots import plane_field, simplex_field
 from fastadapt.study.gradient_records import read_rows, write_rows
 from fastadapt.study.gradient_report import cases_table, write_report
+from fastadapt.study.named_losses import LOSSES
 from fastadapt.study.one_step import (
     exmate_threshold,
     head_copy,
@@ -28,9 +37,10 @@ from fastadapt.study.one_step import (
     trained_head,
 )
 from fastadapt.study.pair_contexts import pairs_of_kind
-from fastadapt.study.step_study import SITUATIONS, StepOptions, run_steps, signs
+from fastadapt.study.step_study import SITUATIONS, StepOptions, run_steps, select, signs
 from fastadapt.study.training_study import TrainingOptions, run_training
 
+DOCS = Path(__file__).resolve().parents[1] / "docs" / "gradients"
 WORDS = ("<pad>", "<unk>", "<end>", *"a b c d e f g h i j".split())
 TEXTS = [("a b", "c d e", "c f"), ("b", "g h", "a a b"), ("d e", "a", "b b"), ("h i", "j a", "e")]
 
@@ -97,7 +107,7 @@ def study(model, tokenizer, data, tmp_path_factory):
 def test_toy_steps_are_as_predicted():
     """Every case, loss and start: the sign, and the size to a fiftieth of the larger change."""
     rows = prediction_rows()
-    assert {(r["case"], r["loss"]) for r in rows} == {(c, x) for c in CASES for x in LOSSES}
+    assert {(r["case"], r["loss"]) for r in rows} == {(c, x) for c in CASES for x in WITH_MATE}
     for r in rows:
         for side in ("good", "bad"):
             predicted, measured = r[f"predicted_{side}"], r[f"measured_{side}"]
@@ -201,6 +211,24 @@ def test_page_says_what_the_tables_say(study):
     assert set(pictures) == {p.name for p in study.glob("*.png")}
 
 
+def test_published_page_is_of_its_tables():
+    """docs/gradients: ρ is right on 95 % of 200 real pairs or more, in each situation and in all."""
+    rows = [r for r in read_rows(DOCS / "steps.csv") if r["loss"] == "dpo"]
+    page = (DOCS / "README.md").read_text(encoding="utf-8")
+    settings = json.loads((DOCS / "steps.json").read_text())["settings"]
+    assert settings["found"] >= 200
+    for size in settings["sizes"]:
+        for kind, start, _ in SITUATIONS:
+            wanted = {"kind": kind, "start": start, "size": size}
+            right, count = signs(select(rows, **wanted))
+            assert right / count >= 0.95
+            assert f"{right} of {count} ({100 * right / count:.1f} %)" in page
+    # where ρ decides: as many pairs above 1 as below it, or nearly
+    decided = select(rows, kind="same-response", start="MLE on good", size=settings["sizes"][0])
+    above = sum(r["rho"] > 1 for r in decided)
+    assert len(decided) >= 200 and 0.25 < above / len(decided) < 0.75
+
+
 def test_command_writes_the_report(monkeypatch, tmp_path, capsys):
     asked = []
 
@@ -275,12 +303,12 @@ def test_wrong_options_end_before_a_model_is_loaded(options, message, tmp_path, 
 
 def test_too_few_pairs_are_refused(model, tokenizer, data, tmp_path):
     steps = StepOptions(data=data, out=tmp_path, pairs=4, max_length=8)
-    with pytest.raises(ValueError, match="expected four pairs of at most 8 tokens, got"):
+    with pytest.raises(ValueError, match="expected at least 4 pairs of at most 8 tokens, got"):
         run_steps(model, tokenizer, steps, name="tiny")
     one = tmp_path / "one.jsonl"
     one.write_text(data.read_text().splitlines()[0])
     training = TrainingOptions(data=one, out=tmp_path, max_length=20)
-    with pytest.raises(ValueError, match="expected two pairs of at most 20 tokens, got 1"):
+    with pytest.raises(ValueError, match="expected at least 2 pairs of at most 20 tokens, got 1"):
         run_training(model, tokenizer, training, name="tiny")
 
 

@@ -19,21 +19,14 @@ from fastadapt.losses import Responses, RewardPenalizeLoss
 from fastadapt.margins import label_margins
 from fastadapt.study.gradient_records import Row
 from fastadapt.study.gradients import loss_value
+from fastadapt.study.named_losses import LOSSES
 from fastadapt.study.one_step import PairFeatures, exmate_threshold, step_records
 from fastadapt.training import Head
 
 V, H, SEED = 50, 32, 0
 RATE = 0.05  # of gradient descent on the sums below
 SIZE = 1e-3  # nats; of the single steps
-LOSSES: dict[str, dict[str, float]] = {
-    "MLE": {"mle": 1.0},
-    "MATE": {"mate": 1.0},
-    "MLE + unlikelihood": {"unlikelihood": 1.0},
-    "ExMATE": {"exmate": 1.0},
-    "DPO": {"dpo": 1.0},
-    "DPO + MLE": {"dpo": 1.0, "mle": 1.0},
-    "DPO + ExMATE": {"dpo": 1.0, "exmate": 1.0},
-}
+WITH_MATE = {**LOSSES, "MATE": {"mate": 1.0}}  # which runs away: in no picture
 BETA = 0.3
 # context and tokens of the good and of the bad response
 CASES: dict[str, tuple[tuple[int, tuple[int, ...]], tuple[int, tuple[int, ...]]]] = {
@@ -114,7 +107,7 @@ def prediction_rows() -> list[Row]:
         for start, head in _starts(pair, ("base", "MLE on good")).items():
             objectives = {
                 name: RewardPenalizeLoss(w, **({"beta": BETA} if "dpo" in w else {}))
-                for name, w in LOSSES.items()
+                for name, w in WITH_MATE.items()
             }
             sizes = dict.fromkeys(objectives, (SIZE,))
             where = {"case": case, "start": start}

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastadapt.losses import Responses, RewardPenalizeLoss
 from fastadapt.study.gradients import analytic_gradients, logit
-from fastadapt.study.training_study import LOSSES
+from fastadapt.study.named_losses import LOSSES
 
 BETA = 0.3
 GRID = 11

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,9 +13,9 @@ from matplotlib.ticker import MaxNLocator
 
 from fastadapt.study.gradient_records import Row
 from fastadapt.study.gradient_table import one_token
+from fastadapt.study.named_losses import LOSSES
 
 DPI = 160
-MODEL_LOSSES = ("MLE", "MLE + unlikelihood", "ExMATE", "DPO", "DPO + MLE", "DPO + ExMATE")
 KIND_TITLES = {
     "same-prompt": "two responses to one prompt",
     "same-response": "one response in two contexts",
@@ -80,9 +81,9 @@ def draw_four_cells(path: Path, rows: Sequence[Row], groups: Mapping[str, str], 
         groups: a line of pictures for each value of "kind" or "case": its title.
         unit: appended to the name of a cell to find its value; "" or "/token".
     """
-    figure, axes = _grid(len(groups), len(MODEL_LOSSES), width=12, height=0.55 + 2.0 * len(groups))
+    figure, axes = _grid(len(groups), len(LOSSES), width=12, height=0.55 + 2.0 * len(groups))
     for line, (group, title) in zip(axes, groups.items(), strict=True):
-        for axis, loss in zip(line, MODEL_LOSSES, strict=True):
+        for axis, loss in zip(line, LOSSES, strict=True):
             own = [r for r in rows if group in (r.get("kind"), r.get("case")) and r["loss"] == loss]
             for name, style in CELLS.items():
                 drawn = [r[f"{name}{unit}"] for r in own]
@@ -106,9 +107,9 @@ def draw_four_cells(path: Path, rows: Sequence[Row], groups: Mapping[str, str], 
 def draw_masses(path: Path, rows: Sequence[Row]) -> None:
     """Draws the shares of Σ |∂L/∂z| over training, stacked, with the sum as a line."""
     kinds = [k for k in KIND_TITLES if any(r["kind"] == k for r in rows)]
-    figure, axes = _grid(len(kinds), len(MODEL_LOSSES), width=12, height=0.55 + 2.0 * len(kinds))
+    figure, axes = _grid(len(kinds), len(LOSSES), width=12, height=0.55 + 2.0 * len(kinds))
     for line, kind in zip(axes, kinds, strict=True):
-        for axis, loss in zip(line, MODEL_LOSSES, strict=True):
+        for axis, loss in zip(line, LOSSES, strict=True):
             own = [r for r in rows if r["kind"] == kind and r["loss"] == loss]
             steps = [r["step"] for r in own]
             totals = [max(sum(r[f"mass/{m}"] for m in MASSES), 1e-30) for r in own]
@@ -210,11 +211,11 @@ def draw_steps(path: Path, rows: Sequence[Row], size: float) -> None:
 
 def _probability(m: float) -> float:
     """The probability of a margin."""
-    return float(1 / (1 + 2.718281828459045**-m))
+    return 1 / (1 + math.exp(-m))
 
 
 def _token(text: str) -> str:
-    """A token as a label: its blanks visible at the front, special ones short."""
+    """A token as a label: without blanks, the end token in words."""
     text = {"<|im_end|>": "(end)"}.get(text, text.strip() or "(blank)")
     return text.replace("$", "\\$")
 

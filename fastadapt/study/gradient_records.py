@@ -6,6 +6,7 @@ import csv
 import json
 import platform
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,18 @@ def read_json(path: Path) -> dict[str, Any]:
     """Returns what `write_json` wrote."""
     record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return record
+
+
+def settings_of(options: Any, found: int) -> Row:
+    """Returns the options of a study as a record, without the folders on this machine.
+
+    Args:
+        options: a dataclass with `data` and `out`.
+        found: how many pairs there were.
+    """
+    settings = {**asdict(options), "data": options.data.name, "found": found}
+    del settings["out"]
+    return settings
 
 
 def software() -> dict[str, str]:

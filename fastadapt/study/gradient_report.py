@@ -116,8 +116,8 @@ def _head(about: Mapping[str, Mapping[str, Any]]) -> list[str]:
         "Written by `fastadapt gradients run`; every number and picture comes from the tables "
         "beside this page, none is typed. The toys are computed when the page is.",
         f"Single steps: the head of {step['model']}, the first {steps['found']} pairs of "
-        f"{steps['data']} of at most {steps['max_length']} tokens (half of them in three of the "
-        f"five situations); before, where said, MLE on one side for {steps['fit_epochs']} epochs. "
+        f"{steps['data']} of at most {steps['max_length']} tokens; before, where the table "
+        f"says so, MLE on one side for {steps['fit_epochs']} epochs. "
         f"Training: {train['model']}, all parameters, {runs['found']} pairs, {runs['steps']} steps "
         f"of AdamW at {runs['learning_rate']:g}. {software}, float32.",
     ]

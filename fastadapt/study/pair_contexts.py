@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from fastadapt.preferences import IGNORED, Pair, PairBatch, encode_pairs
+from fastadapt.preferences import IGNORED, Pair, PairBatch, encode_pairs, read_pairs
 
 KINDS = ("same-prompt", "same-response")
 
@@ -117,6 +118,30 @@ def _parts(batch: PairBatch, i: int) -> tuple[torch.Tensor, torch.Tensor]:
         raise ValueError(f"batch: expected a response in each sequence, got none in {i}")
     first, last = int(places[0]), int(places[-1]) + 1
     return batch.tokens[i, :first], batch.tokens[i, first:last]
+
+
+def pairs_that_fit(
+    tokenizer: Any, path: Path, count: int, max_length: int, *, least: int
+) -> list[Pair]:
+    """Returns the first pairs of a file of which nothing has to be cut.
+
+    Args:
+        tokenizer: as in `fitting`, and so the others.
+        path: as `read_pairs` takes it.
+        count: how many at most.
+        max_length: tokens.
+        least: how many at least.
+
+    Raises:
+        ValueError: fewer than `least` fit.
+    """
+    found = fitting(tokenizer, read_pairs(path), count=count, max_length=max_length)
+    if len(found) < least:
+        raise ValueError(
+            f"data: expected at least {least} pairs of at most {max_length} tokens, "
+            f"got {len(found)}"
+        )
+    return found
 
 
 def fitting(tokenizer: Any, pairs: Sequence[Pair], *, count: int, max_length: int) -> list[Pair]:

@@ -8,15 +8,14 @@ the head as it is, after MLE on the good responses and after MLE on the bad ones
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fastadapt.losses import RewardPenalizeLoss
-from fastadapt.preferences import read_pairs
-from fastadapt.study.gradient_records import Row, software, write_json, write_rows
+from fastadapt.study.gradient_records import Row, settings_of, software, write_json, write_rows
 from fastadapt.study.one_step import (
     FORWARD_BATCH,
     head_copy,
@@ -24,7 +23,7 @@ from fastadapt.study.one_step import (
     step_records,
     trained_head,
 )
-from fastadapt.study.pair_contexts import fitting, pairs_of_kind
+from fastadapt.study.pair_contexts import pairs_of_kind, pairs_that_fit
 
 STARTS = {"base": None, "MLE on good": "good", "MLE on bad": "bad"}
 # of the pairs, how many: whole where ρ decides, half where it does not
@@ -94,13 +93,7 @@ def run_steps(
     """
     if options.threads:
         torch.set_num_threads(options.threads)
-    chosen = fitting(
-        tokenizer, read_pairs(options.data), count=options.pairs, max_length=options.max_length
-    )
-    if len(chosen) < 4:
-        raise ValueError(
-            f"data: expected four pairs of at most {options.max_length} tokens, got {len(chosen)}"
-        )
+    chosen = pairs_that_fit(tokenizer, options.data, options.pairs, options.max_length, least=4)
     objectives = {k: RewardPenalizeLoss(weights) for k, weights in LOSSES.items()}
     sizes = {"dpo": options.sizes, "exmate": options.sizes[:1]}
     base = head_copy(model)
@@ -131,8 +124,7 @@ def run_steps(
             rows += [{**where, **row} for row in step_records(head, pair, objectives, sizes)]
             done()
     write_rows(options.out / "steps.csv", rows)
-    settings = {**asdict(options), "data": options.data.name, "found": len(chosen)}
-    del settings["out"]
+    settings = settings_of(options, len(chosen))
     write_json(
         options.out / "steps.json", {"model": name, "settings": settings, "software": software()}
     )

@@ -90,7 +90,7 @@ def loss_metrics(
     )
     assert rows.bad is not None
     slopes = gradients_of(objective, rows)
-    masses = gradient_mass(slopes, rows.good, rows.bad, None if batch is None else batch)
+    masses = gradient_mass(slopes, rows.good, rows.bad, batch)
     row: Row = {f"mass/{name}": float(x) for name, x in masses.items()}
     row |= _weights(objective, rows)
     m, kept = rows.bad.margins, rows.bad.kept

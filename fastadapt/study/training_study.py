@@ -4,35 +4,28 @@ from __future__ import annotations
 
 import copy
 import itertools
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fastadapt.losses import RewardPenalizeLoss
-from fastadapt.preferences import Pair, encode_pairs, read_pairs
-from fastadapt.study.gradient_records import Row, software, write_json, write_rows
+from fastadapt.preferences import Pair, encode_pairs
+from fastadapt.study.gradient_records import Row, settings_of, software, write_json, write_rows
 from fastadapt.study.gradients import analytic_gradients
+from fastadapt.study.named_losses import LOSSES
 from fastadapt.study.pair_contexts import (
     KINDS,
     encode_contexts,
-    fitting,
     pairs_of_kind,
+    pairs_that_fit,
     shared_rows,
 )
 from fastadapt.study.step_study import Report
 from fastadapt.study.tracker import RewardPenalizeTracker
 from fastadapt.training import reference_logps, response_margins, sides, training_steps
 
-LOSSES: dict[str, dict[str, float]] = {
-    "MLE": {"mle": 1.0},
-    "MLE + unlikelihood": {"unlikelihood": 1.0},
-    "ExMATE": {"exmate": 1.0},
-    "DPO": {"dpo": 1.0},
-    "DPO + MLE": {"dpo": 1.0, "mle": 1.0},
-    "DPO + ExMATE": {"dpo": 1.0, "exmate": 1.0},
-}
 # The two responses share their beginning, where DPO has no gradient at all.
 EXAMPLE = Pair(
     "What is the capital of France?",
@@ -94,15 +87,8 @@ def run_training(
     """
     if options.threads:
         torch.set_num_threads(options.threads)
-    chosen = fitting(
-        tokenizer, read_pairs(options.data), count=options.pairs, max_length=options.max_length
-    )
-    if len(chosen) < 2:
-        raise ValueError(
-            f"data: expected two pairs of at most {options.max_length} tokens, got {len(chosen)}"
-        )
-    settings = {**asdict(options), "data": options.data.name, "found": len(chosen)}
-    del settings["out"]
+    chosen = pairs_that_fit(tokenizer, options.data, options.pairs, options.max_length, least=2)
+    settings = settings_of(options, len(chosen))
     record = {
         "model": name,
         "settings": settings,
