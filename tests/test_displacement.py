@@ -80,6 +80,17 @@ def test_lower_precisions_are_near(dtype):
         assert float((one - other).abs().max() / other.abs().max()) < tolerance
 
 
+def test_autocast_changes_nothing():
+    """As in a training step: hidden states of half precision, a head of float32."""
+    head, hidden, labels = make("plain", dtype=torch.float32)
+    half = hidden.bfloat16()
+    truth = displacement(half.float(), labels, head)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = displacement(half, labels, head)
+    for one, other in zip(found, truth, strict=True):
+        assert torch.equal(one, other)
+
+
 def test_shared_tokens_have_the_same_gradient():
     """Identical responses: ρ = 1 exactly where both gradients are the same."""
     head, hidden, labels = make("plain", pairs=1)

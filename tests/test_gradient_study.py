@@ -212,7 +212,7 @@ def test_page_says_what_the_tables_say(study):
 
 
 def test_published_page_is_of_its_tables():
-    """docs/gradients: ρ is right on 95 % of 200 real pairs or more, in each situation and in all."""
+    """docs/gradients: ρ is right on 95 % of the real pairs or more, in each situation."""
     rows = [r for r in read_rows(DOCS / "steps.csv") if r["loss"] == "dpo"]
     page = (DOCS / "README.md").read_text(encoding="utf-8")
     settings = json.loads((DOCS / "steps.json").read_text())["settings"]

@@ -62,7 +62,8 @@ def token_products(
     n² * V; beside them N tiles of 2048 logits and of each group n² numbers are held.
 
     Args:
-        hidden (Tensor): (N, H), float32, bfloat16 or float64; what the head reads before label t.
+        hidden (Tensor): (N, H), a float dtype; what the head reads before label t. It is cast to
+            that of the head, and autocast is off.
         labels (Tensor): (N,), int64, ids in [0, V).
         head (Head): as `fastadapt.training.head_of` returns it.
         groups (list[Tensor]): places (n,) in [0, N), int64, of the tokens of each group, such as a
@@ -74,6 +75,12 @@ def token_products(
     Raises:
         TypeError, ValueError: those of `linear_label_margins`.
     """
+    with torch.autocast(hidden.device.type, enabled=False):
+        return _products(hidden.to(head.weight.dtype), labels, head, groups)
+
+
+def _products(hidden: Tensor, labels: Tensor, head: Head, groups: list[Tensor]) -> list[Tensor]:
+    """The same, in the dtype of the head."""
     _, lse = linear_label_margins(
         hidden,
         head.weight,
