@@ -216,8 +216,15 @@ def _starts_sentence(rows: Sequence[Row]) -> str:
         own = select(rows, kind="same-prompt", start=start)
         p = sorted(r["p_bad"] for r in own)[len(own) // 2]
         fell = sum(r["measured_bad"] < 0 for r in own)
-        parts.append(f"{start}: median P̄⁻ {p:.2f}, log P(y⁻) fell in {fell} of {len(own)}")
-    return "Two responses to one prompt, by the start of the head: " + "; ".join(parts) + "."
+        never = sum(exmate_threshold(r) <= 0 for r in own)
+        parts.append(
+            f"{start}: median P̄⁻ {p:.2f}, log P(y⁻) fell in {fell} of {len(own)}, "
+            f"the threshold was 0 or less in {never}"
+        )
+    return (
+        "At 0 or less MLE on y⁺ does not raise y⁻ to begin with, and no high P⁻ is needed. Two "
+        "responses to one prompt, by the start of the head: " + "; ".join(parts) + "."
+    )
 
 
 def _unlikelihood_table(rows: Sequence[Row]) -> str:
