@@ -187,8 +187,8 @@ def test_tables_have_every_situation(study):
     assert {r["size"] for r in rows} == {0.1, 1}
     training = read_rows(study / "training.csv")
     assert {r["step"] for r in training} == {0, 1, 2}
-    assert len(training) == 2 * 6 * 3
-    assert len(read_rows(study / "training_pairs.csv")) == 2 * 6 * 3 * 2
+    assert len(training) == 3 * 6 * 3
+    assert len(read_rows(study / "training_pairs.csv")) == 3 * 6 * 3 * 2
     record = json.loads((study / "training.json").read_text())
     example = record["example"]
     assert len(example["slopes"]["DPO"][0]) == len(example["good"])

@@ -347,6 +347,7 @@ def test_cross_cells_of_one_prompt_are_the_pairs(tokenizer):
 def test_kinds_and_fitting(tokenizer):
     swapped = pairs_of_kind("same-response", PAIRS)
     assert swapped[0] == ("a b", "c d", "c", "c d") and swapped[2].bad_prompt == "a b"
+    assert pairs_of_kind("unpaired", PAIRS)[0] == ("a b", "c d", "c", "a")
     with pytest.raises(ValueError, match="kind: expected one of"):
         pairs_of_kind("other", PAIRS)
     with pytest.raises(ValueError, match="expected two or more"):

@@ -19,6 +19,7 @@ DPI = 160
 KIND_TITLES = {
     "same-prompt": "two responses to one prompt",
     "same-response": "one response in two contexts",
+    "unpaired": "two responses, two contexts",
 }
 
 

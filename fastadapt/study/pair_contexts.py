@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from fastadapt.preferences import IGNORED, Pair, PairBatch, encode_pairs, read_pairs
 
-KINDS = ("same-prompt", "same-response")
+KINDS = ("same-prompt", "same-response", "unpaired")
 
 
 class ContextPair(NamedTuple):
@@ -24,22 +24,29 @@ class ContextPair(NamedTuple):
 
 
 def pairs_of_kind(kind: str, pairs: Sequence[Pair]) -> list[ContextPair]:
-    """Returns preference pairs as one of the two ends of likeness between y⁺ and y⁻.
+    """Returns preference pairs as pairs of one kind of likeness between the two sides.
 
     - "same-prompt": as they are, x⁺ = x⁻; preference data.
     - "same-response": y⁻ = y⁺, the good response under the prompt of the next pair; a true response
       in the wrong context, as CausalDialogue (Tuan et al. 2023, arXiv 2212.10515) makes them.
+    - "unpaired": the bad response of the next pair with its own prompt, as where good and bad
+      examples come in batches of their own.
 
     Raises:
-        ValueError: an unknown kind; fewer than two pairs for "same-response".
+        ValueError: an unknown kind; fewer than two pairs where the next one is needed.
     """
     if kind not in KINDS:
         raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
     if kind == "same-prompt":
         return [ContextPair(p.prompt, p.good, p.prompt, p.bad) for p in pairs]
     if len(pairs) < 2:
-        raise ValueError(f"pairs: expected two or more for same-response, got {len(pairs)}")
+        raise ValueError(f"pairs: expected two or more for {kind}, got {len(pairs)}")
     others = [*pairs[1:], pairs[0]]
+    if kind == "unpaired":
+        return [
+            ContextPair(p.prompt, p.good, q.prompt, q.bad)
+            for p, q in zip(pairs, others, strict=True)
+        ]
     return [
         ContextPair(p.prompt, p.good, q.prompt, p.good) for p, q in zip(pairs, others, strict=True)
     ]

@@ -111,7 +111,8 @@ def run_training(
             model.load_state_dict(start)
             phase = f"{kind}: {label}"
             report(phase, 0, options.steps)
-            tracker = RewardPenalizeTracker(RewardPenalizeLoss(weights), interval=1, model=model)
+            objective = RewardPenalizeLoss(weights)
+            tracker = RewardPenalizeTracker(objective, interval=1, model=model, extra_forwards=True)
             turns = zip(itertools.cycle(batches), itertools.cycle(references), strict=False)
             taken = itertools.islice(turns, options.steps)
             _train(model, taken, tracker, options, lambda i, p=phase: report(p, i, options.steps))
