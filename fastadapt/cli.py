@@ -8,15 +8,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastadapt import cli_tradeoff, cli_train
+from fastadapt import cli_gradients, cli_tradeoff, cli_train
 
 _EXTRA_PACKAGES = frozenset(
     {"accelerate", "gguf", "platformdirs", "rich", "safetensors", "tokenizers", "transformers"}
     | {"datasets", "matplotlib", "numpy", "peft", "pyarrow", "scipy"}
 )
-_EXTRAS = {"tradeoff": "study", "train": "train"}  # the extra of a command, if not the demo's
+# the extra of a command, if not the demo's
+_EXTRAS = {"gradients": "study", "tradeoff": "study", "train": "train"}
 _BENCHMARKS = (
-    *("generation", "sampling", "score", "losses", "trainer", "tradeoff"),
+    *("generation", "sampling", "score", "losses", "trainer", "tradeoff", "tracker"),
     *("gpu-sampling", "gpu-losses"),
 )
 _KNOBS: dict[str, tuple[type, float, str]] = {
@@ -104,6 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("rest", nargs=argparse.REMAINDER, metavar="...", help="its own arguments")
 
     cli_tradeoff.add_parser(commands)
+    cli_gradients.add_parser(commands)
     return parser
 
 

@@ -276,7 +276,10 @@ def test_bench_needs_a_checkout(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     "name",
-    ["generation", "sampling", "score", "losses", "trainer", "tradeoff", "gpu-sampling"],
+    [
+        *("generation", "sampling", "score", "losses", "trainer", "tradeoff", "tracker"),
+        *("gpu-sampling", "gpu-losses"),
+    ],
 )
 def test_bench_passes_arguments_and_exit_code(name, tmp_path, monkeypatch):
     (tmp_path / "benchmarks").mkdir()

@@ -58,7 +58,7 @@ OURS = {
     "hf_trainer": PUBLIC | {"preferences", "training"},
     "trl": PUBLIC | {"trl_head"},
     "trl_head": PUBLIC,
-    "study": PUBLIC | {"demo", "preferences", "pretrained", "study", "training"},
+    "study": PUBLIC | {"demo", "pair_forms", "preferences", "pretrained", "study", "training"},
     "pretrained": set(),
     "memory": set(),
     "pair_forms": set(),
@@ -74,7 +74,9 @@ OURS = {
     "measure": PUBLIC | {"hf"},
     "demo": PUBLIC | {"demo_training", "hf", "measure", "pretrained"},
     "demo_training": PUBLIC | {"memory", "preferences", "training"},
-    "cli": PUBLIC | {"cli_tradeoff", "cli_train", "demo", "hf", "pretrained", "study"},
+    "cli": PUBLIC
+    | {"cli_gradients", "cli_tradeoff", "cli_train", "demo", "hf", "pretrained", "study"},
+    "cli_gradients": {"pretrained", "study"},
     "cli_tradeoff": {"pretrained", "study"} | {""},
 }
 OTHERS = {
@@ -94,6 +96,7 @@ OTHERS = {
     "train_run": {"torch", "peft", "rich"},
     "cli_train": {"rich"},
     "cli": set(),
+    "cli_gradients": set(),
     "cli_tradeoff": set(),
 }
 

@@ -205,7 +205,8 @@ def _sequence_margins(rows: Rows, *, mean: bool) -> Tensor:
     log_nll = torch.where(m > 20, -high - torch.exp(-high) / 2, (-F.logsigmoid(low)).log())
     log_s = rows.logsumexp(log_nll)
     if mean:
-        log_s = log_s - rows.lengths.clamp(min=1).log()
+        # the log of an integer is float32
+        log_s = log_s - rows.lengths.clamp(min=1).to(log_s.dtype).log()
     x = log_s.clamp(-80, 0).exp()
     near = -log_s - (torch.expm1(x) / x).log()  # P near 1
     far = s - torch.log1p(-s.clamp(max=-0.5).exp())  # P < 1/e

@@ -1,1 +1,1 @@
-"""Studies of language models built on the public functions of this package."""
+"""Analyses of losses and adaptors, built on the public functions; each module is imported alone."""

@@ -1,0 +1,10 @@
+"""The losses that the gradient study compares, by the names that its tables and pictures use."""
+
+LOSSES: dict[str, dict[str, float]] = {
+    "MLE": {"mle": 1.0},
+    "MLE + unlikelihood": {"unlikelihood": 1.0},
+    "ExMATE": {"exmate": 1.0},
+    "DPO": {"dpo": 1.0},
+    "DPO + MLE": {"dpo": 1.0, "mle": 1.0},
+    "DPO + ExMATE": {"dpo": 1.0, "exmate": 1.0},
+}
