@@ -24,7 +24,7 @@ from fastadapt.pretrained import load_demo_model, load_model
 from fastadapt.study.tracker import INTERVAL, RewardPenalizeTracker
 from fastadapt.training import reference_logps, training_steps
 from host import host_record, quartiles, write_record
-from limits import Limit, print_limits
+from limits import print_limits, tracker_limits
 from timing import in_turns, ratios
 
 MODES = ("none", "margins", "rho")
@@ -72,14 +72,6 @@ def main() -> None:
     print_limits(tracker_limits(record))
     if options.out:
         write_record(options.out, record)
-
-
-def tracker_limits(record: dict[str, Any]) -> list[Limit]:
-    """The demand on the tracker's cost."""
-    return [
-        Limit(f"a step with the tracker ({mode}) to one without", ratio[1], 1.05)
-        for mode, ratio in record["to_none"].items()
-    ]
 
 
 def training_call(mode: str, model: Any, batch: Any) -> Callable[[int], None]:

@@ -266,6 +266,15 @@ def tradeoff_limits(record: dict[str, Any]) -> list[Limit]:
     ]
 
 
+def tracker_limits(record: dict[str, Any]) -> list[Limit]:
+    """The demand on the tracker's cost."""
+    kinds = {"margins": "of margins alone", "rho": "with ρ of every pair"}
+    return [
+        Limit(f"steps with the tracker, {kinds[mode]}, to steps without", ratio[1], 1.05)
+        for mode, ratio in record["to_none"].items()
+    ]
+
+
 def geometric_mean(values: list[float]) -> float | None:
     """None where there is no value."""
     return statistics.geometric_mean(values) if values else None

@@ -28,8 +28,10 @@ from limits import (
     score_limits,
     train_limits,
 )
+from report_tracker import tracker_table
 from report_tradeoff import tradeoff_table
 from report_trainer import trainer_table
+from report_words import host_words, peer_versions, software_words
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -57,7 +59,7 @@ GPU_PEERS = {
 # blocks that may lack a result
 UNMEASURED = {
     **dict.fromkeys(("gpu_sampling", "gpu_losses"), "Not yet measured on a GPU.\n"),
-    **dict.fromkeys(("trainer", "tradeoff"), "Not yet measured.\n"),
+    **dict.fromkeys(("tracker", "tradeoff", "trainer"), "Not yet measured.\n"),
 }
 TRAINING = {"linear": "`linear_label_margins`", "logits": "full logits, `label_margins`"}
 
@@ -125,8 +127,8 @@ def generation_table(record: dict[str, Any]) -> str:
         label = MODES[name].format(adaptor=knobs)
         spread = f"{ratio['median']:.3f} ({ratio['q1']:.3f} to {ratio['q3']:.3f})"
         lines.append(f"| {label} | {mode['step_ms']['median']:.1f} | {spread} |")
-    lines += ["", f"{_host(host, settings['dtype'])}, vocabulary {settings['vocabulary']:,}, "]
-    lines[-1] += f"{settings['rounds']} rounds in turns, {_software(host)}."
+    lines += ["", f"{host_words(host, settings['dtype'])}, vocabulary {settings['vocabulary']:,}, "]
+    lines[-1] += f"{settings['rounds']} rounds in turns, {software_words(host)}."
     return "\n".join(lines) + "\n"
 
 
@@ -155,9 +157,10 @@ def sampling_table(record: dict[str, Any]) -> str:
         "",
         f"![time per row against V](benchmarks/results/{FIGURE})",
         "",
-        f"{_host(record['host'], ' and '.join(record['settings']['dtypes']))}, {len(cells)} cells "
-        f"of {_counts(cells)}, up to {record['settings']['rounds']} rounds in turns, medians, "
-        f"{_software(record['host'])}.",
+        f"{host_words(record['host'], ' and '.join(record['settings']['dtypes']))}, "
+        f"{len(cells)} cells of {_counts(cells)}, up to {record['settings']['rounds']} rounds in "
+        "turns, medians, "
+        f"{software_words(record['host'])}.",
         *(f"Note: {note}." for note in record["notes"]),
     ]
     return "\n".join(lines) + "\n"
@@ -200,7 +203,7 @@ def gpu_sampling_table(record: dict[str, Any]) -> str:
     lines += [
         f"{gpu['name']}, driver {gpu['driver']}, CUDA {gpu['cuda']}, {len(record['cells'])} cells, "
         f"up to {settings['rounds']} rounds in turns, medians, "
-        f"{_software(record['host'])}{others}.",
+        f"{software_words(record['host'])}{others}.",
         *(f"Note: {note}." for note in record["notes"]),
     ]
     return "\n".join(lines) + "\n"
@@ -242,8 +245,8 @@ def score_table(record: dict[str, Any]) -> str:
         lines.append(f"| {cell['vocabulary']:,}, {cell['rows']} | {' | '.join(times)} |")
     lines += [
         "",
-        f"{_host(host, settings['dtype'])}, N = {record['cells'][0]['batch']}, "
-        f"{settings['rounds']} rounds in turns, medians, {_software(host)}.",
+        f"{host_words(host, settings['dtype'])}, N = {record['cells'][0]['batch']}, "
+        f"{settings['rounds']} rounds in turns, medians, {software_words(host)}.",
         *(f"Note: {note}." for note in record["notes"]),
     ]
     return "\n".join(lines) + "\n"
@@ -275,9 +278,9 @@ def losses_table(record: dict[str, Any]) -> str:
     rounds = " to ".join(str(count) for count in dict.fromkeys((counts[0], counts[-1])))
     lines += [
         "",
-        f"{_host(record['host'], 'medians')} of {rounds} rounds in turns, "
-        f"{_software(record['host'])}{_peer_versions(record['host'])}. -: not run there, since a "
-        "round would take minutes.",
+        f"{host_words(record['host'], 'medians')} of {rounds} rounds in turns, "
+        f"{software_words(record['host'])}{peer_versions(record['host'])}. -: not run there, since "
+        "a round would take minutes.",
         *(f"Note: {note}." for note in record["notes"]),
     ]
     return "\n".join(lines) + "\n"
@@ -310,7 +313,7 @@ def gpu_losses_table(record: dict[str, Any]) -> str:
     lines += [
         "",
         f"{gpu['name']}, driver {gpu['driver']}, CUDA {gpu['cuda']}, up to {settings['rounds']} "
-        f"rounds in turns, medians, {_software(host)}{_peer_versions(host)}{others}.",
+        f"rounds in turns, medians, {software_words(host)}{peer_versions(host)}{others}.",
         *(f"Note: {note}." for note in record["notes"]),
     ]
     return "\n".join(lines) + "\n"
@@ -334,7 +337,8 @@ def train_table(record: dict[str, Any]) -> str:
         "",
         f"{settings['model']}, {settings['steps']} steps of DPO+ExMATE, {settings['batch']} pairs "
         f"each, at most {settings['max_length']} tokens with a prompt, AdamW; gradients and its "
-        f"state take {fixed:,} MB in both. {_host(host, settings['dtype'])}, {_software(host)}.",
+        f"state take {fixed:,} MB in both. {host_words(host, settings['dtype'])}, "
+        f"{software_words(host)}.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -342,20 +346,22 @@ def train_table(record: dict[str, Any]) -> str:
 def _trainer(record: dict[str, Any]) -> str:
     """A DPO step beside trl's."""
     host = record["host"]
-    machine = f"{_host(host, 'AdamW')}, {_software(host)}{_peer_versions(host)}"
+    machine = f"{host_words(host, 'AdamW')}, {software_words(host)}{peer_versions(host)}"
     return trainer_table(record, machine)
 
 
 def _tradeoff(record: dict[str, Any]) -> str:
     """The study's sampling and scoring beside transformers' way."""
     host = record["host"]
-    return tradeoff_table(record, f"{_host(host, record['settings']['dtype'])}, {_software(host)}")
+    return tradeoff_table(
+        record, f"{host_words(host, record['settings']['dtype'])}, {software_words(host)}"
+    )
 
 
-def _peer_versions(host: dict[str, Any]) -> str:
-    """Versions of the peers that are there."""
-    found = ((name, host["versions"].get(name)) for name in ("trl", "liger-kernel"))
-    return "".join(f", {name} {version}" for name, version in found if version)
+def _tracker(record: dict[str, Any]) -> str:
+    """The cost of the tracker."""
+    host = record["host"]
+    return tracker_table(record, f"{host_words(host, 'AdamW')}, {software_words(host)}")
 
 
 def _counts(cells: list[dict[str, Any]]) -> str:
@@ -363,21 +369,6 @@ def _counts(cells: list[dict[str, Any]]) -> str:
     axes = {"vocabulary": "V", "batch": "N", "rows": "rows", "adaptor": "adaptors"}
     names = {**axes, "dtype": "dtypes"}
     return " x ".join(f"{len({cell[key] for cell in cells})} {name}" for key, name in names.items())
-
-
-def _host(host: dict[str, Any], dtypes: str) -> str:
-    """The machine and the dtypes."""
-    threads = host["torch_threads"]
-    return f"{host['cpu']}, {threads} thread{'s' if threads > 1 else ''}, {dtypes}"
-
-
-def _software(host: dict[str, Any]) -> str:
-    """Versions and commit."""
-    versions = host["versions"]
-    return (
-        f"torch {versions['torch']}, transformers {versions['transformers']}, commit "
-        f"{host['commit'][:7]}"
-    )
 
 
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
@@ -390,6 +381,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "train_preferences": train_table,
     "trainer": _trainer,
     "tradeoff": _tradeoff,
+    "tracker": _tracker,
 }
 
 

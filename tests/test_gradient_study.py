@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import bench_tracker
+import limits
 from fastadapt import RewardPenalizeLoss, label_margins
 from fastadapt.cli import main
 from fastadapt.losses import Responses
@@ -328,5 +329,5 @@ def test_tracker_benchmark_runs(model, tokenizer, tmp_path, monkeypatch):
     bench_tracker.main()
     record = json.loads(out.read_text())
     assert set(record["step_ms"]) == {"none", "margins", "rho"}
-    assert [limit.bound for limit in bench_tracker.tracker_limits(record)] == [1.05, 1.05]
+    assert [limit.bound for limit in limits.tracker_limits(record)] == [1.05, 1.05]
     assert record["settings"]["interval"] == 10 and min(record["to_none"]["rho"]) > 0
