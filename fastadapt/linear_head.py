@@ -179,9 +179,11 @@ def backward(
 
 def _rows_of_forward(head: Head, used: Tensor, n: int) -> tuple[int, Tensor | None]:
     """How many rows the forward had, and which of them take part; None: all."""
+    if head.places is None:  # none is dropped: no need to wait for a sum
+        return n, None
     before = int(used.sum())
-    if before == n or head.places is None:
-        return before, None
+    if before == n:
+        return n, None
     return before, (used.cumsum(0) - 1).index_select(0, head.places)
 
 
@@ -208,10 +210,11 @@ def frozen_head_backward(
     """dL/dhidden = dL/dm times the Jacobian row: no product, no head, no exchange."""
     index: Tensor | None = (labels != ignore_index).nonzero()[:, 0]
     gains = torch.where(stats[:, OTHERS_SUM] == 0, 0.0, dmargins.double())
+    nothing = gains == 0
     if index is not None and index.shape == labels.shape:
         index = None
     if index is not None:
         gains = gains.index_select(0, index)
     out = rows.new_zeros(rows.shape, dtype=dtype)
     work.scatter(rows[: gains.shape[0]], gains, index, out)
-    return out
+    return out.masked_fill_(nothing[:, None], 0.0)  # 0 times what may be NaN

@@ -216,7 +216,7 @@ def linear_label_margins(
     if not outputs:
         return margins
     used = part.labels != ignore_index
-    extra = _extra_outputs(margins.detach(), stats.view(*labels.shape, -1), used)
+    extra = _extra_outputs(margins.detach(), stats.view(*labels.shape, stats.shape[-1]), used)
     return (margins, *(extra[name] for name in outputs))
 
 
@@ -228,14 +228,14 @@ def _in_type_of_head(hidden: Tensor, weight: Tensor) -> Tensor:
 
 
 def _check_head(hidden: Tensor, part: Slice) -> None:
-    """Shapes, devices and, outside autocast, dtypes."""
+    """Shapes, devices and dtypes but for those that autocast makes equal."""
     h, weight, bias = hidden.shape[1], part.weight, part.bias
     empty = part.group is None and weight.shape[:1] == (0,)  # a slice may be
     if weight.dim() != 2 or weight.shape[1] != h or empty:
         raise ValueError(f"weight: expected shape (V, {h}), V >= 1, got {tuple(weight.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias: expected shape ({weight.shape[0]},), got {tuple(bias.shape)}")
-    casts = torch.is_autocast_enabled(hidden.device.type)
+    casts = torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is None:
             continue
@@ -252,7 +252,8 @@ def _extra_outputs(margins: Tensor, stats: Tensor, used: Tensor) -> dict[str, Te
     logsumexp = torch.logaddexp(others, label)
     p = margins.double().sigmoid()
     mean = torch.where(mass == 0, 0.0, best + weighted / mass)  # of the others' logits, under q
-    entropy = logsumexp - p * label - (1 - p) * mean
+    own = torch.where(p == 0, 0.0, p * label)  # not 0 times -inf
+    entropy = logsumexp - own - (1 - p) * mean
     return {
         "entropy": torch.where(used, entropy, 0.0).to(margins.dtype),
         "logsumexp": torch.where(used, logsumexp, 0.0).to(margins.dtype),

@@ -215,18 +215,32 @@ def test_plans_agree_and_runs_are_the_same():
             torch.testing.assert_close(x, runs["recompute"][name], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_an_upstream_gradient_of_one(dtype):
+    """That of a sum: rows times 1 are written like all others."""
+    given, upstream = problem(N, 12, V, dtype), torch.ones(N)
+    whole = given._replace(labels=given.labels.clamp(min=0))  # none ignored
+    rtol, atol = (1e-5, 1e-5) if dtype == torch.float32 else (0.03, 0.01)
+    for case in (given, whole):
+        for plan in KEPT:
+            ours, wanted = (
+                results(work, case, plan, upstream)["dhidden"] for work in (Interpreted, CpuWork)
+            )
+            torch.testing.assert_close(ours, wanted, rtol=rtol, atol=atol)
+
+
 def test_rows_without_an_upstream_gradient_take_no_part():
-    """A row that would spoil everything does not, with logits kept or made again."""
+    """A row that would spoil everything does not, whatever the plan."""
     given, upstream = problem(13, 12, V, torch.float32), torch.randn(13)
     upstream[[4, 11]] = 0.0
     for work in (Interpreted, CpuWork):
-        for plan in ("recompute", "kept", "half_kept"):
+        for plan in KEPT:
             clean = results(work, given, plan, upstream)
             hidden = given.hidden.clone()
             hidden[4] = NAN
             spoilt = results(work, given._replace(hidden=hidden), plan, upstream)
             assert spoilt["margins"].isnan().tolist() == [i == 4 for i in range(13)]
-            for name in ("dhidden", "dweight", "dbias"):
+            for name in clean.keys() - {"margins", "stats"}:
                 assert torch.equal(spoilt[name], clean[name])
             assert not clean["dhidden"][[2, 4, 9, 11]].any()
 

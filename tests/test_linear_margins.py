@@ -181,6 +181,28 @@ def test_extra_outputs(dtype, frozen):
     assert torch.equal(alone.detach(), ours[0].detach())
 
 
+def test_extra_outputs_of_no_rows():
+    hidden, weight, labels, bias = head(0, 8, V, torch.float32)
+    for shape in ((0,), (2, 0)):
+        rows = hidden.view(*shape, 8), weight, labels.view(shape), bias
+        ours = linear_label_margins(*rows, outputs=("entropy", "logsumexp", "hit"))
+        assert [x.shape for x in ours] == [shape] * 4
+
+
+def test_extra_outputs_of_a_forbidden_label():
+    """An id without mass adds nothing to the entropy."""
+    hidden, weight, labels, bias = head(4, 8, V, torch.float32)
+    labels[:] = 3
+    bias[3] = float("-inf")
+    names = ("entropy", "logsumexp", "hit")
+    ours, truth = (
+        f(hidden, weight, labels, bias, outputs=names)
+        for f in (linear_label_margins, reference.linear_label_margins)
+    )
+    for a, b in zip(ours, truth, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=3e-6)
+
+
 @pytest.mark.parametrize("frozen", (False, True))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float64))
 def test_no_rows_and_nothing_but_ignored_rows(dtype, frozen):
@@ -337,6 +359,8 @@ def test_autocast():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got = gradients(linear_label_margins, body, weight, labels, bias, upstream)
         same = gradients(linear_label_margins, hidden, weight, labels, bias, upstream)
+        with pytest.raises(TypeError, match="weight: expected torch.float64 as hidden, got .*32"):
+            linear_label_margins(hidden.double(), weight, labels)
     assert [x.dtype for x in got[1:]] == [torch.bfloat16, torch.float32, torch.float32]
     for a, b, c in zip(got, wanted, same, strict=True):
         assert torch.equal(a.float(), b.float())

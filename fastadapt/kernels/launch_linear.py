@@ -126,7 +126,8 @@ def mix(
         return
     gains, rows, index = (sums, sums, sums) if source is None else source
     block = min(ROW_BLOCK, triton.next_power_of_2(h))
-    constants = (factors is not None, source is not None, places is not None, block)
+    flags = factors is not None, source is not None, places is not None
+    constants = (*flags, out.data_ptr() == sums.data_ptr(), block)
     linear.mix_kernel[(n, triton.cdiv(h, block))](
         sums,
         h,

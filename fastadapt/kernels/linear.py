@@ -163,6 +163,7 @@ class Mix(NamedTuple):
     FACTOR: object  # whether there are factors
     SOURCE: object  # whether there is a source
     PLACES: object  # whether rows go to other places
+    IN_PLACE: object  # whether `out` is `sums`
     BLOCK: object
 
 
@@ -170,7 +171,7 @@ class Mix(NamedTuple):
 def mix_kernel(sums, width, factors, source, source_stride, index, gains, places, out, mix):
     """out[places[r]] = factors[r] sums[r] + gains[r] source[index[r]], rounded once.
 
-    Without a source, rows whose factor is 1 stay as they are where `out` is `sums`.
+    Without a source, rows whose factor is 1 stay as they are in place.
     """
     at = tl.program_id(0).to(tl.int64)
     ids = tl.program_id(1) * mix.BLOCK + tl.arange(0, mix.BLOCK)
@@ -179,7 +180,7 @@ def mix_kernel(sums, width, factors, source, source_stride, index, gains, places
         factor = tl.load(factors + at)
     to = tl.load(places + at) if mix.PLACES else at
     stays = factor == 1.0
-    if mix.SOURCE or mix.PLACES or out.dtype != sums.dtype:
+    if mix.SOURCE or not mix.IN_PLACE:
         stays = at < 0
     if stays == 0:
         x = tl.load(sums + at * width + ids, mask=ids < width, other=0.0)

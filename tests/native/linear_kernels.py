@@ -1,5 +1,6 @@
 """The kernels of a linear head for compile_kernels.py: their arguments are named tuples."""
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -27,8 +28,11 @@ def variants(one: Callable[..., Any], dtype: str) -> Iterator[Any]:
         if dtype not in ("fp32", "fp64"):
             yield one("tile_gradient_kernel", kind | {"KEEP": True}, launch_linear.BY_TILE)
     block = {"BLOCK": launch_linear.ROW_BLOCK}
-    for factor, source, places in ((1, 0, 0), (1, 0, 1), (0, 1, 0), (1, 1, 0)):
-        flags = {"FACTOR": bool(factor), "SOURCE": bool(source), "PLACES": bool(places)}
+    for factor, source in ((1, 0), (0, 1), (1, 1)):
+        flags = {"FACTOR": bool(factor), "SOURCE": bool(source), "PLACES": False, "IN_PLACE": True}
+        yield one("mix_kernel", flags | block, launch_linear.BY_ROW)
+    for factor, places in itertools.product((False, True), repeat=2):
+        flags = {"FACTOR": factor, "SOURCE": False, "PLACES": places, "IN_PLACE": False}
         yield one("mix_kernel", flags | block, launch_linear.BY_ROW)
     labels = {"BLOCK": launch_linear.LABEL_BLOCK}
     yield one("label_entry_kernel", labels, launch_linear.BY_ROW)
@@ -48,7 +52,7 @@ def source_of(name: str, dtype: str, constants: dict[str, int | bool]) -> ASTSou
     products = own if name == "tile_gradient_kernel" and constants["KEEP"] else wide
     types["tile"] = linear.Tile(products, "i64", "i32", "i32", "*i64", wide, "*fp64")
     types["out"] = "*fp64" if name == "dot_kernel" else own
-    if name == "mix_kernel" and not constants["PLACES"]:
+    if name == "mix_kernel" and constants["IN_PLACE"]:
         types["out"] = wide
     constexprs: dict[Any, int | bool] = dict(constants)
     if name in FIELDS:
