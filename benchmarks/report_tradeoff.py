@@ -18,7 +18,7 @@ def tradeoff_table(record: dict[str, Any], machine: str) -> str:
     lines = [
         *limit_rows(tradeoff_limits(record)),
         "",
-        "| | sampling, s | scoring, s | both, s |",
+        "| | sampling, s | scoring, s | all, s |",
         "|---|---|---|---|",
     ]
     for way, label in WAYS.items():
