@@ -90,7 +90,7 @@ def response_margins(model: Any, batch: PairBatch) -> Tensor:
     Returns:
         Tensor: (2B, T-1), float32, nats; 0 where `batch.labels` is ignored.
     """
-    return _head_margins(head_of(model), hidden_states(model, batch), batch.labels)
+    return head_margins(head_of(model), hidden_states(model, batch), batch.labels)
 
 
 def forward_margins(model: Any, inputs: Mapping[str, Any], labels: Tensor) -> Tensor:
@@ -125,7 +125,7 @@ def forward_margins(model: Any, inputs: Mapping[str, Any], labels: Tensor) -> Te
             got = f"{tuple(states.shape[:-1])} states"
             raise ValueError(f"labels: expected one for each position, got {got}")
         head = head_of(causal)
-        margins.append(_head_margins(head, states, labels))
+        margins.append(head_margins(head, states, labels))
         return (_least(states, head.weight),)
 
     def answer(*_: Any) -> dict[str, Tensor]:
@@ -227,8 +227,17 @@ def training_steps(
         yield {"loss": loss.detach(), **metrics}
 
 
-def _head_margins(head: Head, states: Tensor, labels: Tensor) -> Tensor:
-    """What a head says of labels: (B, T), float32."""
+def head_margins(head: Head, states: Tensor, labels: Tensor) -> Tensor:
+    """Returns the margins of labels under a head.
+
+    Args:
+        head (Head): from `head_of`.
+        states (Tensor): (..., H), what the head reads.
+        labels (Tensor): `states.shape[:-1]`, int64; `IGNORED` gives 0.
+
+    Returns:
+        Tensor: as `linear_label_margins`.
+    """
     return linear_label_margins(
         states,
         head.weight,

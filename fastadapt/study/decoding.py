@@ -13,11 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastadapt import Adaptor, label_logps, linear_label_margins, sample, score
+from fastadapt import Adaptor, label_logps, sample, score
 from fastadapt.adaptor import KNOBS
-from fastadapt.training import head_of
-
-IGNORED = -100
+from fastadapt.preferences import IGNORED
+from fastadapt.training import head_margins, head_of
 
 
 class Strings(NamedTuple):
@@ -138,14 +137,6 @@ def score_strings(model: Any, context: Tensor, tokens: Tensor) -> Tensor:
         read = tokens[:, :-1].clamp(min=0)
         later = body(input_ids=read, past_key_values=cache, use_cache=True).last_hidden_state
         hidden = torch.cat([hidden, later], 1)
-    margins = linear_label_margins(
-        hidden,
-        head.weight,
-        tokens,
-        head.bias,
-        softcap=head.softcap,
-        logit_scale=head.logit_scale,
-        ignore_index=IGNORED,
-    )
+    margins = head_margins(head, hidden, tokens)
     logps = torch.where(tokens == IGNORED, 0.0, label_logps(margins).double())
     return logps.sum(-1)

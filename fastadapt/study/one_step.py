@@ -16,12 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastadapt.losses import Responses, RewardPenalizeLoss
-from fastadapt.margins import linear_label_margins
 from fastadapt.preferences import IGNORED
 from fastadapt.study.displacement import token_products
 from fastadapt.study.gradients import analytic_gradients, loss_value
 from fastadapt.study.pair_contexts import ContextPair, encode_contexts
-from fastadapt.training import Head, head_of, hidden_states
+from fastadapt.training import Head, head_margins, head_of, hidden_states
 
 FORWARD_BATCH = 4  # pairs
 REFERENCES = ("ref_good_logps", "ref_bad_logps")
@@ -108,7 +107,7 @@ def trained_head(
             parts = [_side(pair, side) for pair in features[i : i + batch]]
             hidden, labels = (torch.cat(x) for x in zip(*parts, strict=True))
             optimizer.zero_grad()
-            (-F.logsigmoid(_margins(trained, hidden, labels)).mean()).backward()
+            (-F.logsigmoid(head_margins(trained, hidden, labels)).mean()).backward()
             optimizer.step()
             on_step()
     return head._replace(weight=weight.detach())
@@ -152,7 +151,7 @@ def step_records(
     good_norm, bad_norm, cross = (float(x) for x in blocks)
     before: Tensor | None = None
     for name, objective in losses.items():
-        margins = _margins(moving, pair.hidden, pair.labels)
+        margins = head_margins(moving, pair.hidden, pair.labels)
         before = F.logsigmoid(margins.detach()).double()
         sides = _sides(margins, n)
         refs = (before[:n].sum()[None], before[n:].sum()[None])
@@ -167,7 +166,7 @@ def step_records(
             rate = size / float(predicted.abs().max())
             with torch.no_grad():
                 moved = head._replace(weight=leaf - rate * gradient)
-                after = F.logsigmoid(_margins(moved, pair.hidden, pair.labels)).double()
+                after = F.logsigmoid(head_margins(moved, pair.hidden, pair.labels)).double()
             change = after - before
             yield {
                 "loss": name,
@@ -208,18 +207,6 @@ def head_copy(model: Any) -> Head:
     """Returns the head of a model with a matrix of its own."""
     head = head_of(model)
     return head._replace(weight=head.weight.detach().clone())
-
-
-def _margins(head: Head, hidden: Tensor, labels: Tensor) -> Tensor:
-    """(n,): margins under a head."""
-    return linear_label_margins(
-        hidden,
-        head.weight,
-        labels,
-        head.bias,
-        softcap=head.softcap,
-        logit_scale=head.logit_scale,
-    )
 
 
 def _side(pair: PairFeatures, side: str) -> tuple[Tensor, Tensor]:
