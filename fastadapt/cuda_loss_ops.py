@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastadapt.cuda_ops import device_of, given
+from fastadapt.cuda_ops import filled
 from fastadapt.outputs import Pair, candidate_outputs, label_outputs
 
 
@@ -15,10 +15,8 @@ def label_margins(logits: Tensor, labels: Tensor, ignore_index: int, *, plan: An
     """One read of the logits."""
     from fastadapt.kernels import launch_losses
 
-    out = label_outputs(logits)
-    with device_of(logits):
-        launch_losses.label_margins(logits, labels, ignore_index, out, **given(plan))
-    return out
+    arguments = logits, labels, ignore_index
+    return filled(label_outputs(logits), launch_losses.label_margins, *arguments, plan=plan)
 
 
 def label_margins_backward(
@@ -34,11 +32,8 @@ def label_margins_backward(
     from fastadapt.kernels import launch_losses
 
     out = logits.new_empty(logits.shape)
-    with device_of(logits):
-        launch_losses.label_margins_backward(
-            dmargins.contiguous(), logits, labels, ignore_index, stats, out, **given(plan)
-        )
-    return out
+    arguments = dmargins.contiguous(), logits, labels, ignore_index, stats
+    return filled(out, launch_losses.label_margins_backward, *arguments, plan=plan)
 
 
 def candidate_margins(
@@ -48,9 +43,7 @@ def candidate_margins(
     from fastadapt.kernels import launch_losses
 
     out = candidate_outputs(logits, index)
-    with device_of(logits):
-        launch_losses.candidate_margins(logits, index, mask, out, **given(plan))
-    return out
+    return filled(out, launch_losses.candidate_margins, logits, index, mask, plan=plan)
 
 
 def candidate_margins_backward(
@@ -66,8 +59,5 @@ def candidate_margins_backward(
     from fastadapt.kernels import launch_losses
 
     out = logits.new_empty(logits.shape)
-    with device_of(logits):
-        launch_losses.candidate_margins_backward(
-            dmargins.contiguous(), logits, index, mask, stats, out, **given(plan)
-        )
-    return out
+    arguments = dmargins.contiguous(), logits, index, mask, stats
+    return filled(out, launch_losses.candidate_margins_backward, *arguments, plan=plan)

@@ -4,13 +4,16 @@ Triton is imported when the first CUDA tensor meets an operator. `plan`, a `kern
 for tests: they run the same functions under Triton's interpreter on small sizes.
 """
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from fastadapt.outputs import Margins, Scores, margin_outputs, sample_outputs, score_outputs
+
+Out = TypeVar("Out")
 
 
 def device_of(x: Tensor) -> AbstractContextManager[Any]:
@@ -25,14 +28,19 @@ def given(plan: Any) -> dict[str, Any]:
     return {} if plan is None else {"plan": plan}
 
 
+def filled(out: Out, launch: Callable[..., None], *arguments: Any, plan: Any) -> Out:
+    """`out`, the last argument of a launch, when it is done on the device of the first."""
+    with device_of(arguments[0]):
+        launch(*arguments, out, **given(plan))
+    return out
+
+
 def filter_logits(logits: Tensor, knobs: Tensor, order: int, *, plan: Any = None) -> Tensor:
     """(N, V) in the dtype of the logits."""
     from fastadapt.kernels import launch
 
     out = logits.new_empty(logits.shape)
-    with device_of(logits):
-        launch.filter_logits(logits, knobs, order, out, **given(plan))
-    return out
+    return filled(out, launch.filter_logits, logits, knobs, order, plan=plan)
 
 
 def sample(
@@ -79,8 +87,7 @@ def score(
         rows = max(knobs[i].shape[1] for i in members)
         packed = torch.stack([knobs[i].expand(-1, rows) for i in members])
         part = out if len(members) == len(knobs) else score_outputs(logits, len(members))
-        with device_of(logits):
-            launch.score(logits, tokens, packed, order, ignore_index, part, **given(plan))
+        filled(part, launch.score, logits, tokens, packed, order, ignore_index, plan=plan)
         if part is not out:
             for whole, some in zip(out[:3], part[:3], strict=True):
                 for column, i in enumerate(members):
@@ -101,10 +108,8 @@ def adapted_margins(
     """Forward; the last two outputs are what the backward needs."""
     from fastadapt.kernels import launch
 
-    out = margin_outputs(logits)
-    with device_of(logits):
-        launch.adapted_margins(logits, tokens, knobs, order, ignore_index, out, **given(plan))
-    return out
+    arguments = logits, tokens, knobs, order, ignore_index
+    return filled(margin_outputs(logits), launch.adapted_margins, *arguments, plan=plan)
 
 
 def adapted_margins_backward(
@@ -123,16 +128,5 @@ def adapted_margins_backward(
     from fastadapt.kernels import launch
 
     out = logits.new_empty(logits.shape)
-    with device_of(logits):
-        launch.adapted_margins_backward(
-            dmargins.contiguous(),
-            logits,
-            tokens,
-            knobs,
-            ignore_index,
-            support,
-            stats,
-            out,
-            **given(plan),
-        )
-    return out
+    arguments = dmargins.contiguous(), logits, tokens, knobs, ignore_index, support, stats
+    return filled(out, launch.adapted_margins_backward, *arguments, plan=plan)

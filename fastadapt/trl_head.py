@@ -35,8 +35,8 @@ class LogProbs:
     @staticmethod
     def apply(*arguments: Any) -> Outputs:
         """Log-probabilities (N,), and what else trl asked for."""
-        margins, *others = score(*arguments)
-        return (label_logps(margins), *others)  # type: ignore[return-value]
+        scored = score(*arguments)
+        return (label_logps(scored[0]), *scored[1:])
 
 
 class Margins:
@@ -99,6 +99,7 @@ def score(
     )
     tied = None
     if "entropy" in outputs:
+        # torch's `apply` has no annotations
         tied = _WithoutGradient.apply(entropy, hidden)  # type: ignore[no-untyped-call]
     mean = None
     if "mean_logits" in outputs:

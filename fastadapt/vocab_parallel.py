@@ -4,7 +4,7 @@ Torch's functional collectives, by the group's name. What decides a margin is ga
 in the order of the ranks, so that every rank has the same bits whatever the backend.
 """
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from fastadapt.outputs import NUM_STATS
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
 
 _MAX, _SUM, _WEIGHTED, _LABEL = range(NUM_STATS)  # csrc/kernels.h, Stat
 
@@ -45,7 +46,7 @@ def split_head(
     """
     mesh = None
     if _is_distributed(weight):
-        mesh = weight.device_mesh  # type: ignore[attr-defined]
+        mesh = weight.device_mesh
     hidden, labels = (
         _local(name, x, mesh, "Replicate") for name, x in (("hidden", hidden), ("labels", labels))
     )
@@ -132,7 +133,7 @@ def _check_group(group: object) -> None:
         raise ValueError("group: expected one that this rank is a member of")
 
 
-def _is_distributed(x: object) -> bool:
+def _is_distributed(x: object) -> "TypeGuard[DTensor]":
     """Whether it is a DTensor, without loading that class for those that are not."""
     if not isinstance(x, Tensor) or type(x) in (Tensor, torch.nn.Parameter):
         return False
@@ -150,10 +151,10 @@ def _local(name: str, x: Tensor, mesh: "DeviceMesh | None", placement: str) -> T
     from torch.distributed.tensor import Replicate, Shard
 
     expected = Replicate() if placement == "Replicate" else Shard(0)
-    got = x.placements  # type: ignore[attr-defined]
+    got = x.placements
     if got != (expected,):
         raise ValueError(f"{name}: expected a DTensor placed as ({placement},), got {got}")
-    if x.device_mesh != mesh:  # type: ignore[attr-defined]
+    if x.device_mesh != mesh:
         raise ValueError(f"{name}: expected a DTensor on the mesh of weight, {mesh}")
-    local: Tensor = x.to_local(grad_placements=got)  # type: ignore[attr-defined]
+    local: Tensor = x.to_local(grad_placements=got)
     return local

@@ -211,7 +211,10 @@ def _prompt_of(name: str, number: int, line: str) -> str:
             return entry.strip()
         if "prompt" in entry:
             return str(entry["prompt"]).strip()
-        return _FIRST_TURN.search(entry["chosen"])[1].strip()  # type: ignore[index]
+        turn = _FIRST_TURN.search(entry["chosen"])
+        if turn is None:
+            raise ValueError("no human turn")
+        return turn[1].strip()
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{name}, line {number}: expected a string, an object with 'prompt', or one with "
