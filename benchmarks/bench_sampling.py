@@ -1,7 +1,7 @@
 """`sample` on a grid of rows and adaptors, beside torch.softmax, a copy of the rows and others.
 
     python benchmarks/bench_sampling.py --threads 1 --out benchmarks/results/sampling.json
-    pytest benchmarks/bench_sampling.py
+    pytest -n 0 benchmarks/bench_sampling.py
 
 The first form is the measurement: in each cell every round runs all calls, so the ratios compare
 times of the same moments. Both dtypes of a cell are in the same rounds. pytest-benchmark finishes
@@ -241,8 +241,10 @@ def pytest_generate_tests(metafunc: Any) -> None:
     metafunc.parametrize("vocabulary", QUICK["vocab"])
 
 
-def test_sample(benchmark: Any, vocabulary: int, name: str) -> None:
-    """Times one call with pytest-benchmark."""
+def test_sample(benchmark: Any, pytestconfig: Any, vocabulary: int, name: str) -> None:
+    """Times one call with pytest-benchmark, which measures nothing in pytest-xdist's workers."""
+    if hasattr(pytestconfig, "workerinput"):
+        raise RuntimeError("nothing is measured: expected `pytest -n 0`, got a worker of xdist")
     rows, batch = QUICK["rows"][0], QUICK["batch"][0]
     adaptor = ADAPTORS.get(name, Adaptor())
     call = own_calls(make_rows(rows, vocabulary, batch, seed=0), adaptor)

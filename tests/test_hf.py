@@ -67,13 +67,9 @@ def model():
 
 
 @pytest.fixture(scope="module")
-def demo():
-    """The demo's model and two prompts padded on the left, where its package is installed."""
-    pretrained = pytest.importorskip("fastadapt.pretrained", reason="needs the demo's packages")
-    try:
-        model, tokenizer = pretrained.load_demo_model()
-    except pretrained.ModelNotFoundError as error:
-        pytest.skip(str(error))
+def demo(demo_model):
+    """The demo's model and two prompts padded on the left."""
+    model, tokenizer = demo_model
     texts = ["The three most common colours of cars are", "Once"]
     return model, dict(tokenizer(texts, return_tensors="pt", padding=True))
 
