@@ -36,9 +36,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from fastadapt import RewardPenalizeLoss, linear_label_margins
 from fastadapt.demo import progress_bar, stepper
+from fastadapt.model_head import Head, head_of
 from fastadapt.preferences import IGNORED, PairBatch, encode_pairs, read_pairs
 from fastadapt.pretrained import load_demo_model, load_model
-from fastadapt.training import Head, head_of, reference_logps, training_steps
+from fastadapt.training import reference_logps, training_steps
 from host import host_record, write_record
 
 RATES = (3e-5, 1e-4, 3e-4)

@@ -1,96 +1,87 @@
 """What training on preference pairs needs between a causal language model and the losses.
 
-The model is any of transformers' kind: a body that returns hidden states, a linear head. The
-margins come from `linear_label_margins`, so the logits (2B, T, V) are not made.
+The model is any of transformers' kind whose forward calls a linear head. The margins come from
+`linear_label_margins`, so the logits (2B, T, V) are not made.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate
 
 from fastadapt.losses import Responses, RewardPenalizeLoss, sequence_logps
 from fastadapt.margins import label_margins, linear_label_margins
+from fastadapt.model_head import (
+    Head,
+    accepted,
+    ask,
+    before_head,
+    causal_of,
+    layer_of,
+    read_head,
+    without_positions,
+)
 from fastadapt.preferences import IGNORED, PairBatch
 
 MarginsOf = Callable[[Any, PairBatch], Tensor]
 Reference = tuple[Tensor, Tensor]
 
 
-class Head(NamedTuple):
-    """A linear head and what its model does to the logits.
+def hidden_states(model: Any, batch: PairBatch) -> Tensor:
+    """Returns what the head reads: (2B, T-1, H), position t before token t+1.
 
-    Attributes:
-        weight: (V, H).
-        bias: (V,) or None.
-        softcap: as in `linear_label_margins`.
-        logit_scale: as in `linear_label_margins`.
+    Raises:
+        ValueError: the model's forward does not call its head, or calls it with something else.
     """
-
-    weight: Tensor
-    bias: Tensor | None
-    softcap: float | None
-    logit_scale: float
+    return states_at_head(model, inputs_of(batch))[0][:, :-1]
 
 
-def head_of(model: Any) -> Head:
-    """Returns the head of a causal language model.
+def states_at_head(model: Any, inputs: Mapping[str, Any]) -> tuple[Tensor, Any]:
+    """Returns the states that reach a model's head and what its forward returns, without logits.
 
     Args:
-        model: with `get_output_embeddings()`; its `config` may name `final_logit_softcapping`
-            (Gemma), `logit_scale` (Cohere: a factor) or `logits_scaling` (Granite: a divisor).
-            Whatever else a model does to its logits is not seen; `logits_margins` has it.
+        model: a language model of transformers.
+        inputs: keyword arguments of its forward.
 
     Raises:
-        ValueError: the model has no linear head, or one with an adapter of its own, which a product
-            with its matrix alone would leave out.
+        ValueError: the model's forward does not call its head, or calls it with something else.
     """
-    layer = model.get_output_embeddings()
-    weight = getattr(layer, "weight", None)
-    if hasattr(layer, "base_layer") or hasattr(layer, "original_module"):
-        raise ValueError(f"model: expected a head without an adapter, got {type(layer).__name__}")
-    if not isinstance(weight, Tensor) or weight.dim() != 2:
-        raise ValueError(f"model: expected one with a linear head, got {type(layer).__name__}")
-    config = model.config
-    factor = getattr(config, "logit_scale", None)
-    divisor = getattr(config, "logits_scaling", None)
-    scale = (1.0 if factor is None else float(factor)) / (1.0 if divisor is None else divisor)
-    softcap = getattr(config, "final_logit_softcapping", None)
-    return Head(weight, getattr(layer, "bias", None), softcap, scale)
+    layer, met = layer_of(model), list[Tensor]()
+
+    def keep(states: Tensor) -> Tensor:
+        met.append(states)
+        return without_positions(states, layer.weight)
+
+    with before_head(layer, keep):
+        output = model(**(accepted(model, use_cache=False) | dict(inputs)))
+    if len(met) != 1:
+        raise ValueError(f"model: expected a forward that calls its head once, got {len(met)}")
+    return met[0], output
 
 
-def hidden_states(model: Any, batch: PairBatch) -> Tensor:
-    """Returns what the head would read: (2B, T-1, H), position t before token t+1.
-
-    Raises:
-        ValueError: the model's body, `model.base_model`, returns no hidden states.
-    """
-    output = model.base_model(
-        input_ids=batch.tokens, attention_mask=batch.attention_mask, use_cache=False
-    )
-    states = getattr(output, "last_hidden_state", None)
-    if not isinstance(states, Tensor):
-        name = type(model).__name__
-        raise ValueError(f"model: expected one whose body returns hidden states, got {name}")
-    return states[:, :-1]
+def inputs_of(batch: PairBatch) -> dict[str, Any]:
+    """Returns what a model's forward takes of pairs."""
+    return {"input_ids": batch.tokens, "attention_mask": batch.attention_mask}
 
 
 def response_margins(model: Any, batch: PairBatch) -> Tensor:
     """Returns the margins of the response tokens, differentiably and without logits.
 
     Args:
-        model: a causal language model of transformers.
+        model: a causal language model of transformers; as for `forward_margins`.
         batch: B pairs.
 
     Returns:
         Tensor: (2B, T-1), float32, nats; 0 where `batch.labels` is ignored.
+
+    Raises:
+        ValueError: as `forward_margins`.
     """
-    return head_margins(head_of(model), hidden_states(model, batch), batch.labels)
+    return forward_margins(model, inputs_of(batch), _of_all_positions(batch))[:, :-1]
 
 
 def forward_margins(model: Any, inputs: Mapping[str, Any], labels: Tensor) -> Tensor:
@@ -98,52 +89,50 @@ def forward_margins(model: Any, inputs: Mapping[str, Any], labels: Tensor) -> Te
 
     Wrappers of distributed training gather parameters and wait for gradients around that forward;
     the head's product has to be inside of it. Hooks do that: the head scores what reaches it and
-    makes no logits, and the model returns the margins. They are gone after the call.
+    makes no logits, and the model returns the margins. They are gone after the call. The first call
+    asks the model what it makes of its head's products (`fastadapt.model_head`): one forward more.
 
     Args:
-        model: a causal language model of transformers whose head is a module that its forward
-            calls; as it is, or within DDP, FSDP2 (`fully_shard`) or peft. A head split over ranks
-            by vocabulary, a `DTensor` placed as (Shard(0),), is met in its parts.
+        model: a language model of transformers whose head is a module that its forward calls; as it
+            is, or within DDP, FSDP2 (`fully_shard`) or peft. A head split over ranks by vocabulary,
+            a `DTensor` placed as (Shard(0),), is met in its parts.
         inputs: keyword arguments of its forward, no labels among them.
-        labels (Tensor): (B, T), int64, at each position the token to score there (the next one), or
-            `IGNORED`.
+        labels (Tensor): (B, T), int64, at each position the token to score there (of a decoder
+            without an encoder the next one), or `IGNORED`.
 
     Returns:
         Tensor: (B, T), float32, nats; 0 where `labels` is ignored.
 
     Raises:
-        ValueError: as `head_of`; positions that are not those of `labels`.
-        RuntimeError: the model's forward does not call its head.
+        ValueError: as `fastadapt.model_head.head_of`, among which a model that makes something else
+            of its head's products, a quantised or compiled one; positions that are not those of
+            `labels`.
     """
-    inner = getattr(model, "module", model)
-    causal = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+    causal, layer = causal_of(model), layer_of(model)
+    answer = ask(model, inputs)
     margins: list[Tensor] = []
 
-    def score(_: Any, arguments: tuple[Any, ...]) -> tuple[Tensor]:
-        states = arguments[0]
+    def score(states: Tensor) -> Tensor:
         if states.shape[:-1] != labels.shape:
             got = f"{tuple(states.shape[:-1])} states"
             raise ValueError(f"labels: expected one for each position, got {got}")
-        head = head_of(causal)
+        head = read_head(layer, answer.width, answer.softcap, answer.logit_scale)
         margins.append(head_margins(head, states, labels))
-        return (_least(states, head.weight),)
+        return without_positions(states, layer.weight)
 
-    def answer(*_: Any) -> dict[str, Tensor]:
-        if not margins:
+    def give(*_: Any) -> dict[str, Tensor]:
+        if len(margins) != 1:
             name = type(causal).__name__
-            raise RuntimeError(f"model: expected a forward that calls its head, got {name}")
+            raise ValueError(f"model: expected a forward that calls its head once, got {name}")
         return {"margins": margins.pop()}
 
-    hooks = (
-        causal.get_output_embeddings().register_forward_pre_hook(score),
-        # before the hooks of wrappers, which look at what the forward returned
-        causal.register_forward_hook(answer, prepend=True),
-    )
+    # before the hooks of wrappers, which look at what the forward returned
+    handle = causal.register_forward_hook(give, prepend=True)
     try:
-        result: Tensor = model(**inputs, use_cache=False)["margins"]
+        with before_head(layer, score):
+            result: Tensor = model(**inputs, **accepted(model, use_cache=False))["margins"]
     finally:
-        for hook in hooks:
-            hook.remove()
+        handle.remove()
     return result
 
 
@@ -153,12 +142,8 @@ def logits_margins(model: Any, batch: PairBatch) -> Tensor:
     For comparison, and for models whose head is more than a matrix. It makes the logits and their
     gradient, no further copy of them.
     """
-    logits = model(
-        input_ids=batch.tokens, attention_mask=batch.attention_mask, use_cache=False
-    ).logits
-    # ignoring the last position costs nothing; cutting it off would copy the rest
-    labels = F.pad(batch.labels, (0, 1), value=IGNORED)
-    return label_margins(logits, labels, ignore_index=IGNORED)[:, :-1]
+    logits = model(**inputs_of(batch), **accepted(model, use_cache=False)).logits
+    return label_margins(logits, _of_all_positions(batch), ignore_index=IGNORED)[:, :-1]
 
 
 def sides(batch: PairBatch, margins: Tensor) -> tuple[Responses, Responses]:
@@ -249,10 +234,6 @@ def head_margins(head: Head, states: Tensor, labels: Tensor) -> Tensor:
     )
 
 
-def _least(states: Tensor, weight: Tensor) -> Tensor:
-    """The fewest states that a head of that weight can take."""
-    if not isinstance(weight, DTensor):
-        return states[:, :0].detach()
-    # a split one takes neither plain tensors beside it nor none at all
-    mesh = weight.device_mesh
-    return DTensor.from_local(states[:1, :1].detach(), mesh, [Replicate()] * mesh.ndim)
+def _of_all_positions(batch: PairBatch) -> Tensor:
+    """(2B, T): ignoring the last position costs nothing; cutting it off would copy the rest."""
+    return F.pad(batch.labels, (0, 1), value=IGNORED)

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from fastadapt.losses import Responses, RewardPenalizeLoss
 from fastadapt.margins import label_margins
+from fastadapt.model_head import Head
 from fastadapt.study.gradient_records import Row
 from fastadapt.study.gradients import loss_value
 from fastadapt.study.named_losses import LOSSES
 from fastadapt.study.one_step import PairFeatures, exmate_threshold, step_records
-from fastadapt.training import Head
 
 V, H, SEED = 50, 32, 0
 RATE = 0.05  # of gradient descent on the sums below

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from fastadapt import Adaptor, label_logps, sample, score
 from fastadapt.adaptor import KNOBS
+from fastadapt.model_head import head_of
 from fastadapt.preferences import IGNORED
-from fastadapt.training import head_margins, head_of
+from fastadapt.training import head_margins, states_at_head
 
 
 class Strings(NamedTuple):
@@ -128,15 +129,15 @@ def score_strings(model: Any, context: Tensor, tokens: Tensor) -> Tensor:
     Returns:
         Tensor: (N,), float64, nats; 0 for a string without tokens.
     """
-    head, body = head_of(model), model.base_model
-    output = body(input_ids=context, use_cache=True)
-    hidden = output.last_hidden_state[:, -1:].expand(len(tokens), -1, -1)
+    head = head_of(model, {"input_ids": context})
+    states, output = states_at_head(model, {"input_ids": context, "use_cache": True})
+    hidden = states[:, -1:].expand(len(tokens), -1, -1)
     if tokens.shape[1] > 1:
         cache = output.past_key_values
         cache.batch_repeat_interleave(len(tokens))
         read = tokens[:, :-1].clamp(min=0)
-        later = body(input_ids=read, past_key_values=cache, use_cache=True).last_hidden_state
-        hidden = torch.cat([hidden, later], 1)
+        inputs = {"input_ids": read, "past_key_values": cache, "use_cache": True}
+        hidden = torch.cat([hidden, states_at_head(model, inputs)[0]], 1)
     margins = head_margins(head, hidden, tokens)
     logps = torch.where(tokens == IGNORED, 0.0, label_logps(margins).double())
     return logps.sum(-1)

@@ -16,11 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastadapt.losses import Responses, RewardPenalizeLoss
+from fastadapt.model_head import Head, head_of
 from fastadapt.preferences import IGNORED
 from fastadapt.study.displacement import token_products
 from fastadapt.study.gradients import analytic_gradients, loss_value
 from fastadapt.study.pair_contexts import ContextPair, encode_contexts
-from fastadapt.training import Head, head_margins, head_of, hidden_states
+from fastadapt.training import head_margins, hidden_states
 
 FORWARD_BATCH = 4  # pairs
 REFERENCES = ("ref_good_logps", "ref_bad_logps")

@@ -1,13 +1,13 @@
 """What happens to both sides of preference pairs while a model trains, seen without touching it.
 
 The tracker listens to two modules through forward hooks: the objective, whose arguments are the
-margins that the step has computed anyway, and the body of the model, whose output is the hidden
-states. Both are detached; nothing that the step uses is changed, and no random number is drawn.
+margins that the step has computed anyway, and the head of the model, which is called with the
+hidden states (or its body, where a forward of trl scores what that returns). Both are detached;
+nothing that the step uses is changed, and no random number is drawn.
 """
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastadapt.losses import Responses, RewardPenalizeLoss
+from fastadapt.model_head import ask, causal_of, evaluating, head_of, layer_of
 from fastadapt.preferences import PairBatch
 from fastadapt.study.displacement import Displacement, displacement
 from fastadapt.study.pair_contexts import cross_cells
@@ -26,7 +27,7 @@ from fastadapt.study.tracker_metrics import (
     loss_metrics,
     rho_metrics,
 )
-from fastadapt.training import MarginsOf, Reference, head_of, response_margins, sides
+from fastadapt.training import MarginsOf, Reference, response_margins, sides
 
 INTERVAL = 10  # objective calls between two records
 Batches = tuple[PairBatch, Reference | None]
@@ -110,7 +111,8 @@ class RewardPenalizeTracker:
         self._recorded: int | None = None
         self._follows = False  # the step comes from outside
         self._batch: PairBatch | None = None
-        self._hidden: Tensor | None = None
+        self._hidden: Tensor | None = None  # what the head read
+        self._returned: Tensor | None = None  # what the body returned
         self._handles: list[Any] = []
 
     def __enter__(self: T) -> T:
@@ -133,14 +135,17 @@ class RewardPenalizeTracker:
         hook = self.objective.register_forward_hook(self._on_loss, with_kwargs=True)
         self._handles.append(hook)
         if self._model is not None:
-            self._handles.append(self._model.base_model.register_forward_hook(self._on_body))
+            self._handles += [
+                layer_of(self._model).register_forward_pre_hook(self._on_head),
+                causal_of(self._model).base_model.register_forward_hook(self._on_body),
+            ]
 
     def detach(self) -> None:
         """Stops listening; what was recorded stays."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self._hidden = self._batch = None
+        self._hidden = self._returned = self._batch = None
 
     def watch(self, batches: Iterable[Batches]) -> Iterator[Batches]:
         """Yields what it is given, and remembers each batch while its step is taken."""
@@ -162,9 +167,14 @@ class RewardPenalizeTracker:
         return self._step % self.interval == 0 and self._recorded != self._step
 
     def _on_body(self, body: Any, inputs: Any, output: Any) -> None:
+        """Keeps what the body returned in a step that is due."""
+        if self._due and torch.is_grad_enabled():
+            self._returned = output.last_hidden_state.detach()
+
+    def _on_head(self, head: Any, inputs: tuple[Any, ...]) -> None:
         """Keeps the hidden states of a step that is due."""
         if self._due and torch.is_grad_enabled():
-            self._hidden = output.last_hidden_state.detach()
+            self._hidden = inputs[0].detach()
 
     def _on_loss(
         self, objective: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -177,7 +187,7 @@ class RewardPenalizeTracker:
             bound = self._signature.bind(*args, **kwargs)
             with torch.no_grad():
                 self._record(float(loss), bound.arguments)
-            self._recorded, self._hidden = self._step, None
+            self._recorded, self._hidden, self._returned = self._step, None, None
         if not self._follows:
             self._step += 1
 
@@ -210,33 +220,22 @@ class RewardPenalizeTracker:
 
     def _displacement(self, batch: PairBatch | None) -> Displacement:
         """ρ of the batch, from the hidden states that the step has made."""
-        if batch is None or self._hidden is None:
-            missing = "batch that was seen" if batch is None else "forward pass of its body"
+        states = self._returned if self._hidden is None else self._hidden
+        if batch is None or states is None:
+            missing = "batch that was seen" if batch is None else "forward pass"
             raise ValueError(f"model: expected a {missing} before the loss, got none")
-        hidden = self._hidden[:, : batch.labels.shape[1]]
-        return displacement(hidden, batch.labels, head_of(self._model))
+        head = head_of(self._model)
+        if self._hidden is None and not ask(self._model).direct:
+            raise ValueError("model: expected one whose head reads what its body returns")
+        return displacement(states[:, : batch.labels.shape[1]], batch.labels, head)
 
     def _cross(self, batch: PairBatch | None) -> tuple[Responses, Responses] | None:
         """(x⁻, y⁺) and (x⁺, y⁻), in evaluation mode, if asked for."""
         if not self._extra or batch is None or cells_coincide(batch):
             return None
         cross = cross_cells(batch)
-        with _evaluating(self._model):
+        with evaluating(self._model):
             return sides(cross, self._margins_of(self._model, cross))
-
-
-@contextlib.contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode; afterwards each module's own mode and the generators are as before."""
-    modes = {module: module.training for module in model.modules()}
-    devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
-    try:
-        with torch.random.fork_rng(devices=sorted(d for d in devices if d is not None)):
-            model.eval()
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _detached(side: Responses | None) -> Responses | None:
