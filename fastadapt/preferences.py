@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +13,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastadapt.pair_forms import Message, Pair, pair_of
+from fastadapt.pair_forms import Pair, pair_of
+from fastadapt.pair_tokens import TokenizedPair, Truncation, tokenize_pair
+
+__all__ = [
+    "IGNORED",
+    "PAIRS",
+    "Pair",
+    "PairBatch",
+    "TokenizedPair",
+    "Truncation",
+    "encode_pairs",
+    "pad_pairs",
+    "read_pairs",
+    "tokenize_pair",
+]
 
 IGNORED = -100
 
@@ -37,45 +52,63 @@ class PairBatch(NamedTuple):
 
 
 def encode_pairs(
-    tokenizer: Any, pairs: Sequence[Pair], *, max_length: int | None = None, chat: bool = True
+    tokenizer: Any,
+    pairs: Sequence[Pair],
+    *,
+    max_length: int | None = None,
+    truncation: Truncation = "prompt",
+    chat: bool = True,
 ) -> PairBatch:
-    """Returns the tokens of pairs in one batch.
+    """Returns the tokens of pairs in one batch, each tokenised by `tokenize_pair`.
 
-    Prompt and response are tokenised apart, so that both sequences of a pair begin with the same
-    tokens; an end token follows each response. Of what is too long, responses lose their end and
-    then prompts their beginning.
+    Where pairs are cut to `max_length`, a warning has their number. (To count them, or to leave
+    them out, call `tokenize_pair`, which says `truncated` of each, and `pad_pairs`.)
 
     Args:
-        tokenizer: of transformers' kind, with an end token.
+        tokenizer: of transformers' kind.
         pairs: at least one.
         max_length: T at most, at least 2; None: whatever the longest needs.
-        chat: prompts that are text are user messages and go through the tokenizer's chat template,
-            if it has one. Otherwise they are taken as they are. Messages always go through it.
+        truncation: what is cut from a pair that is longer: "prompt", its beginning first;
+            "response", their ends first; "error", nothing.
+        chat: whether prompts that are text go through the tokenizer's chat template.
 
     Raises:
-        ValueError: no pairs, a prompt without tokens, no end token, messages without a chat
-            template, a `max_length` below 2.
+        ValueError: no pairs; a pair that `tokenize_pair` refuses, with its number from 0.
+    """
+    tokenized = []
+    for number, pair in enumerate(pairs):
+        try:
+            tokenized.append(
+                tokenize_pair(
+                    tokenizer, pair, max_length=max_length, truncation=truncation, chat=chat
+                )
+            )
+        except ValueError as error:
+            raise ValueError(f"pairs[{number}]: {error}") from error
+    cut = sum(pair.truncated for pair in tokenized)
+    if cut:
+        warnings.warn(f"{cut} of {len(pairs)} pairs were cut to {max_length} tokens", stacklevel=2)
+    return pad_pairs(tokenized, fill=tokenizer.eos_token_id)
+
+
+def pad_pairs(pairs: Sequence[TokenizedPair], *, fill: int | None = None) -> PairBatch:
+    """Returns tokenised pairs as one batch, padded on the right.
+
+    Args:
+        pairs: at least one.
+        fill: the token in places that `attention_mask` hides; None: 0.
+
+    Raises:
+        ValueError: no pairs.
     """
     if not pairs:
         raise ValueError("pairs: expected at least one, got none")
-    if max_length is not None and max_length < 2:
-        raise ValueError(f"max_length: expected at least 2, got {max_length}")
-    end = tokenizer.eos_token_id
-    if end is None:
-        raise ValueError("tokenizer: expected one with an end token, got none")
-    rows: list[tuple[list[int], list[int]]] = []
-    for responses in ([pair.good for pair in pairs], [pair.bad for pair in pairs]):
-        for pair, response in zip(pairs, responses, strict=True):
-            prompt = _prompt_ids(tokenizer, pair.prompt, chat=chat)
-            ids = [*tokenizer(response, add_special_tokens=False).input_ids, end]
-            if max_length is not None:
-                ids = ids[: max_length - 1]
-                prompt = prompt[-(max_length - len(ids)) :]
-            rows.append((prompt, ids))
+    rows = [(pair.prompt_ids, pair.chosen_ids) for pair in pairs]
+    rows += [(pair.prompt_ids, pair.rejected_ids) for pair in pairs]
     length = max(len(prompt) + len(ids) for prompt, ids in rows)
-    tokens = torch.full((len(rows), length), end)
+    tokens = torch.full((len(rows), length), fill or 0)
     attention_mask = torch.zeros_like(tokens)
-    labels = torch.full((len(rows), length), IGNORED)
+    labels = torch.full_like(tokens, IGNORED)
     for i, (prompt, ids) in enumerate(rows):
         first, last = len(prompt), len(prompt) + len(ids)
         tokens[i, :last] = torch.tensor(prompt + ids)
@@ -111,20 +144,6 @@ def _read_pair(name: str, number: int, line: str) -> Pair:
         raise ValueError(f"{where}: expected JSON, got {line[:60]!r}: {error.msg}") from error
     except ValueError as error:
         raise ValueError(f"{name}, line {number}: {error}") from error
-
-
-def _prompt_ids(tokenizer: Any, prompt: str | Sequence[Message], *, chat: bool) -> list[int]:
-    """The tokens of a prompt, ready for a response."""
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    if not isinstance(prompt, str) and not tokenizer.chat_template:
-        raise ValueError("tokenizer: expected one with a chat template, for prompts of messages")
-    templated = bool(tokenizer.chat_template) and (chat or not isinstance(prompt, str))
-    if templated:
-        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    ids: list[int] = tokenizer(prompt, add_special_tokens=not templated).input_ids
-    if not ids:
-        raise ValueError(f"pairs: expected prompts with at least one token, got {prompt!r}")
-    return ids
 
 
 # Written for this package: good responses are short, friendly facts; bad ones are rude or beside

@@ -15,18 +15,27 @@ class DataError(ValueError):
     """There is no such data, or an entry of it has no known form."""
 
 
-def load_pairs(source: str, *, split: str = "train") -> list[Pair]:
-    """Reads preference pairs.
+def load_pairs(sources: str | Sequence[str], *, split: str = "train") -> list[Pair]:
+    """Reads preference pairs, of several sources one after the other.
 
     Args:
-        source: a file, as for `read_pairs`, or the name of a data set on the hub ("owner/name"),
-            which needs the package datasets and the network, or that data set in its cache.
+        sources: one or several, each a file, as for `read_pairs`, or the name of a data set on the
+            hub ("owner/name"), which needs the package datasets and the network, or that data set
+            in its cache.
         split: of a data set on the hub.
 
     Raises:
         DataError: there is no such file or data set, it is empty, or an entry is in none of the
             forms of `pair_of`: its line or row, and what is wrong with it.
     """
+    sources = [sources] if isinstance(sources, str) else sources
+    if not sources:
+        raise DataError("data: expected at least one source, got none")
+    return [pair for source in sources for pair in _load(source, split)]
+
+
+def _load(source: str, split: str) -> list[Pair]:
+    """The pairs of one source."""
     path = Path(source).expanduser()
     if path.exists():
         try:

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import warnings
 
 import pytest
 import torch
@@ -23,8 +24,11 @@ from fastadapt.pair_forms import pair_of
 from fastadapt.preferences import IGNORED, PAIRS, Pair, encode_pairs, read_pairs
 from fastadapt.pretrained import load_demo_model
 
-WORDS = ("<pad>", "<unk>", "<end>", "<user>", *"a b c d e f g h".split())
-TEMPLATE = "{% for m in messages %}<user> {{ m['content'] }} {% endfor %}"
+WORDS = ("<pad>", "<unk>", "<end>", "<user>", *"a b c d e f g h <assistant> <turn>".split())
+TEMPLATE = (
+    "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} <turn> {% endfor %}"
+    "{% if add_generation_prompt %}<assistant> {% endif %}"
+)
 SIZES = {
     "vocab_size": 40,
     "hidden_size": 16,
@@ -85,7 +89,8 @@ def test_tokens_masks_and_labels(batch):
 def test_prompts_go_through_the_chat_template(tokenizer):
     tokenizer.chat_template = TEMPLATE
     chat = encode_pairs(tokenizer, [Pair("a", "b", "c")])
-    assert chat.tokens.tolist() == [[3, 4, 5, 2], [3, 4, 6, 2]]
+    assert chat.tokens.tolist() == [[3, 4, 13, 12, 5, 13], [3, 4, 13, 12, 6, 13]]
+    assert chat.mask.sum(-1).tolist() == [2, 2]
     plain = encode_pairs(tokenizer, [Pair("a", "b", "c")], chat=False)
     assert plain.tokens.tolist() == [[4, 5, 2], [4, 6, 2]]
 
@@ -102,7 +107,8 @@ def test_prompts_go_through_the_chat_template(tokenizer):
 )
 def test_long_pairs_are_cut(max_length, tokens, tokenizer):
     pairs = [Pair("a b c", "d e", "d e")]
-    batch = encode_pairs(tokenizer, pairs, max_length=max_length)
+    with warnings.catch_warnings() if max_length > 5 else pytest.warns(match="1 of 1 pairs were"):
+        batch = encode_pairs(tokenizer, pairs, max_length=max_length)
     assert batch.tokens.tolist() == 2 * tokens
     assert batch.labels[0, -1] == tokens[0][-1]
 
@@ -111,7 +117,7 @@ def test_long_pairs_are_cut(max_length, tokens, tokenizer):
     ("pairs", "options", "message"),
     [
         ([], {}, "pairs: expected at least one, got none"),
-        ([Pair("", "a", "b")], {}, "expected prompts with at least one token, got ''"),
+        ([Pair("", "a", "b")], {}, r"pairs\[0\]: prompt: expected at least one token, got none"),
         ([Pair("a", "a", "b")], {"max_length": 1}, "max_length: expected at least 2, got 1"),
     ],
 )
@@ -180,7 +186,9 @@ def test_messages_go_through_the_template(tokenizer):
         encode_pairs(tokenizer, [pair])
     tokenizer.chat_template = TEMPLATE
     tokens = encode_pairs(tokenizer, [pair], chat=False).tokens
-    assert tokenizer.decode(tokens[0]) == "<user> a <user> b <user> c d <end>"
+    assert tokenizer.decode(tokens[0]) == (
+        "<user> a <turn> <assistant> b <turn> <user> c <turn> <assistant> d <turn>"
+    )
 
 
 @pytest.mark.parametrize(
@@ -302,7 +310,7 @@ def test_demo_model_learns_a_pair():
     model, tokenizer = load_demo_model()
     batch = encode_pairs(tokenizer, PAIRS[:1])
     shown = tokenizer.decode(batch.tokens[0][batch.attention_mask[0] > 0])
-    assert shown.endswith(f"assistant\n{PAIRS[0].good}<|im_end|>")
+    assert shown.endswith(f"assistant\n{PAIRS[0].good}<|im_end|>\n")
     reference = training.reference_logps(model, batch)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
     objective = RewardPenalizeLoss({"dpo": 1.0, "exmate": 1.0})
