@@ -7,8 +7,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 _TURN = "\n\nAssistant:"
+# Columns that change what the model sees. An entry that has one is refused, rather than trained on
+# without it.
+_CONTEXT = (
+    *("tools", "chat_template_kwargs", "system", "documents"),
+    *("image", "images", "video", "videos", "audio", "audios"),
+)
 
-Message = Mapping[str, str]
+Message = Mapping[str, Any]
 
 
 class Pair(NamedTuple):
@@ -30,8 +36,13 @@ def pair_of(entry: Any) -> Pair:
               (`\\n\\nHuman: ... \\n\\nAssistant: ...`), whose prompt is what they share up to the
               last turn of the assistant that both begin;
             - lists of messages `{"role": ..., "content": ...}`: the responses are the last ones, of
-              the assistant, after the prompt's or after the same messages in both. A prompt that is
-              a string is the user's message.
+              the assistant, after the prompt's or after the same messages in both, which begin
+              with the prompt's. A prompt that is a string is a user's message. Messages of a prompt
+              may have other fields (tool calls), which the chat template sees; fields that are
+              None count as absent, here and in the entry.
+
+            Other columns are left out, but for those that change what the model sees (tools, a
+            system message, images).
 
     Raises:
         ValueError: what was expected and what there is instead.
@@ -40,22 +51,32 @@ def pair_of(entry: Any) -> Pair:
         raise ValueError(f"expected an object, got {_short(entry)}")
     for name in ("chosen", "rejected"):
         if name not in entry:
-            raise ValueError(f"expected 'chosen' and 'rejected', got {_short(sorted(entry))}")
+            raise ValueError(
+                f"expected 'chosen' and 'rejected', got {_short(sorted(map(str, entry)))}"
+            )
         if not isinstance(entry[name], str | list):
             raise ValueError(f"{name}: expected a string or messages, got {_short(entry[name])}")
+    for name in _CONTEXT:
+        if entry.get(name):
+            raise ValueError(
+                f"{name}: expected pairs of prompts and responses alone, got {_short(entry[name])}"
+            )
     good, bad, prompt = entry["chosen"], entry["rejected"], entry.get("prompt")
     if type(good) is not type(bad):
         raise ValueError("expected 'chosen' and 'rejected' of one kind, got a string and a list")
     if isinstance(good, list):
         return _chat(prompt, good, bad)
     if prompt is None:
-        return _dialogues(good, bad)
+        return _dialogues(_text("chosen", good), _text("rejected", bad))
     if not isinstance(prompt, str) or not prompt:
-        raise ValueError(f"prompt: expected a string that is not empty, got {_short(prompt)}")
+        raise ValueError(
+            f"prompt: expected a string that is not empty, as the responses are, got "
+            f"{_short(prompt)}"
+        )
     for name, text in (("chosen", good), ("rejected", bad)):
         if not text:
             raise ValueError(f"{name}: expected a response that is not empty, got ''")
-    return Pair(prompt, good, bad)
+    return Pair(_text("prompt", prompt), _text("chosen", good), _text("rejected", bad))
 
 
 def _dialogues(good: str, bad: str) -> Pair:
@@ -73,31 +94,66 @@ def _dialogues(good: str, bad: str) -> Pair:
 def _chat(prompt: Any, good: list[Any], bad: list[Any]) -> Pair:
     """Two lists of messages."""
     if isinstance(prompt, str):
-        prompt = [{"role": "user", "content": prompt}]
-    lists = {"prompt": [] if prompt is None else prompt, "chosen": good, "rejected": bad}
-    for name, messages in lists.items():
-        _check_messages(name, messages)
-    first = lists["prompt"] or good[:-1]
+        prompt = [{"role": "user", "content": prompt}] if prompt else []
+    first = [] if prompt is None else _messages("prompt", prompt)
+    chosen, rejected = _messages("chosen", good), _messages("rejected", bad)
+    shared = chosen[:-1]
+    if not first or (shared and shared == rejected[:-1] and _has(shared, first)):
+        first = shared  # whole dialogues, beside which many data sets have the prompt again
     responses = []
-    for name, messages in (("chosen", good), ("rejected", bad)):
-        # some data sets repeat the prompt
+    for name, messages in (("chosen", chosen), ("rejected", rejected)):
         rest = messages[len(first) :] if messages[: len(first)] == first else messages
-        if len(rest) != 1 or rest[0]["role"] != "assistant":
-            roles = [message["role"] for message in rest]
-            raise ValueError(f"{name}: expected one message of the assistant, got {roles}")
-        responses.append(rest[0]["content"])
+        responses.append(_response(name, rest))
     if not first:
         raise ValueError("prompt: expected messages before the responses, got none")
     return Pair(first, *responses)
 
 
-def _check_messages(name: str, messages: Any) -> None:
-    """Raises unless these are messages."""
+def _has(dialogue: Sequence[Message], prompt: Sequence[Message]) -> bool:
+    """Whether a dialogue begins with a prompt's messages, up to a system message before them."""
+    system = int(bool(prompt) and dialogue[0]["role"] == "system" != prompt[0]["role"])
+    return list(dialogue[system : system + len(prompt)]) == list(prompt)
+
+
+def _response(name: str, messages: Sequence[Message]) -> str:
+    """The text of the one message of the assistant that a response is."""
+    if len(messages) != 1 or messages[0]["role"] != "assistant":
+        roles = [message["role"] for message in messages]
+        raise ValueError(f"{name}: expected one message of the assistant, got {_short(roles)}")
+    others = sorted(set(messages[0]) - {"role", "content"})
+    if others:
+        raise ValueError(f"{name}: expected a response with a role and a content, got {others} too")
+    if not messages[0]["content"]:
+        raise ValueError(f"{name}: expected a response that is not empty, got ''")
+    return str(messages[0]["content"])
+
+
+def _messages(name: str, messages: Any) -> list[Message]:
+    """Messages, checked, without the fields that are None, as Arrow fills them in."""
+    found: list[Message] = []
     for message in messages if isinstance(messages, list) else [messages]:
         fields = message if isinstance(message, Mapping) else {}
-        if not all(isinstance(fields.get(k), str) for k in ("role", "content")):
+        said = {key: value for key, value in fields.items() if value is not None}
+        calls = said.get("tool_calls") and "content" not in said
+        texts = {"role": said.get("role"), "content": "" if calls else said.get("content")}
+        if not all(isinstance(text, str) for text in texts.values()):
             expected = "messages with 'role' and 'content'"
             raise ValueError(f"{name}: expected {expected}, got {_short(message)}")
+        for text in texts.values():
+            _text(name, text)
+        found.append(said)
+    return found
+
+
+def _text(name: str, text: Any) -> str:
+    """A text, if it can be encoded."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name}: expected text, got half of a surrogate pair in {_short(text)}"
+        ) from error
+    return str(text)
 
 
 def _short(value: Any) -> str:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import gzip
-import json
-import os
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastadapt.pair_forms import Pair, pair_of
+from fastadapt.pair_files import read_pairs
+from fastadapt.pair_forms import Pair
 from fastadapt.pair_tokens import TokenizedPair, Truncation, tokenize_pair
 
 __all__ = [
@@ -115,35 +112,6 @@ def pad_pairs(pairs: Sequence[TokenizedPair], *, fill: int | None = None) -> Pai
         attention_mask[i, :last] = 1
         labels[i, first:last] = tokens[i, first:last]
     return PairBatch(tokens, attention_mask, labels[:, 1:])
-
-
-def read_pairs(path: str | os.PathLike[str]) -> list[Pair]:
-    """Reads preference pairs.
-
-    Args:
-        path: JSON Lines, gzipped if the name ends in ".gz"; each line in a form of `pair_of`.
-
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: a line has another form; the message has its number and what is wrong.
-    """
-    path = Path(path)
-    data = path.read_bytes()
-    text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8")
-    # not splitlines, which also ends lines at separators that JSON strings may hold
-    lines = enumerate(text.split("\n"), start=1)
-    return [_read_pair(path.name, number, line) for number, line in lines if line.strip()]
-
-
-def _read_pair(name: str, number: int, line: str) -> Pair:
-    """One line of a file."""
-    try:
-        return pair_of(json.loads(line))
-    except json.JSONDecodeError as error:
-        where = f"{name}, line {number}, column {error.colno}"
-        raise ValueError(f"{where}: expected JSON, got {line[:60]!r}: {error.msg}") from error
-    except ValueError as error:
-        raise ValueError(f"{name}, line {number}: {error}") from error
 
 
 # Written for this package: good responses are short, friendly facts; bad ones are rude or beside

@@ -1,14 +1,19 @@
-"""Preference pairs for a training run: a file, or a data set of the hub."""
+"""Preference pairs for a training run: files, folders of `datasets`, data sets of the hub."""
 
 from __future__ import annotations
 
+import os
 import random
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastadapt.pair_forms import Pair, pair_of
-from fastadapt.preferences import read_pairs
+from fastadapt.pair_files import numbered_rows, pairs_of, read_pairs
+from fastadapt.pair_forms import Pair
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_FILE_NAME = re.compile(r".*\.(jsonl?|csv|tsv|parquet|arrow|txt|gz|zst|zip|bz2|xz)", re.IGNORECASE)
 
 
 class DataError(ValueError):
@@ -19,36 +24,20 @@ def load_pairs(sources: str | Sequence[str], *, split: str = "train") -> list[Pa
     """Reads preference pairs, of several sources one after the other.
 
     Args:
-        sources: one or several, each a file, as for `read_pairs`, or the name of a data set on the
-            hub ("owner/name"), which needs the package datasets and the network, or that data set
-            in its cache.
-        split: of a data set on the hub.
+        sources: one or several, each a file as `read_pairs` takes it, a folder that `save_to_disk`
+            of `datasets` wrote, or the name of a data set on the hub ("owner/name"). The last two
+            need the package datasets, the last one the network too, or the data set in its cache.
+        split: of a data set of the hub, or of a folder with several.
 
     Raises:
-        DataError: there is no such file or data set, it is empty, or an entry is in none of the
-            forms of `pair_of`: its line or row, and what is wrong with it.
+        DataError: there is no such file, folder or data set, it cannot be read or is empty, or an
+            entry is in none of the forms of `pair_of`: the source, the line or row, and what is
+            wrong.
     """
     sources = [sources] if isinstance(sources, str) else sources
     if not sources:
         raise DataError("data: expected at least one source, got none")
     return [pair for source in sources for pair in _load(source, split)]
-
-
-def _load(source: str, split: str) -> list[Pair]:
-    """The pairs of one source."""
-    path = Path(source).expanduser()
-    if path.exists():
-        try:
-            pairs = read_pairs(path)
-        except (OSError, ValueError) as error:
-            raise DataError(str(error)) from error
-    elif source.count("/") == 1 and not path.suffix and not source.startswith((".", "~")):
-        pairs = _load_hub(source, split)
-    else:
-        raise DataError(f"no such data: the file {source!r} does not exist")
-    if not pairs:
-        raise DataError(f"{source}: expected at least one pair, got none")
-    return pairs
 
 
 def split_pairs(pairs: Sequence[Pair], share: float, seed: int) -> tuple[list[Pair], list[Pair]]:
@@ -58,23 +47,61 @@ def split_pairs(pairs: Sequence[Pair], share: float, seed: int) -> tuple[list[Pa
     return shuffled[count:], shuffled[:count]
 
 
-def _load_hub(name: str, split: str) -> list[Pair]:
-    """A data set of the hub."""
+def _load(source: str, split: str) -> list[Pair]:
+    """The pairs of one source."""
+    try:
+        path = Path(os.path.expanduser(source))
+        if path.is_dir():
+            pairs = pairs_of(source, numbered_rows(_saved_rows(path, split)))
+        elif path.exists():
+            pairs = read_pairs(path)
+        elif _HUB_NAME.fullmatch(source) and not _FILE_NAME.fullmatch(source):
+            pairs = pairs_of(f"{source}, split {split}", numbered_rows(_hub_rows(source, split)))
+        else:
+            raise DataError(f"no such data: the file {source!r} does not exist")
+    except OSError as error:
+        raise DataError(f"{source}: {error.strerror or error}") from error
+    except ImportError as error:
+        raise DataError(
+            f"{source}: expected the package datasets, which reads this: {error}"
+        ) from error
+    except DataError:
+        raise
+    except ValueError as error:
+        raise DataError(str(error)) from error
+    if not pairs:
+        raise DataError(f"{source}: expected at least one pair, got none")
+    return pairs
+
+
+def _saved_rows(folder: Path, split: str) -> Any:
+    """The rows of a folder that `save_to_disk` wrote."""
+    import datasets
+
+    try:
+        saved: Any = datasets.load_from_disk(str(folder))
+    except Exception as error:  # of Arrow, of JSON, of datasets: whatever is wrong with its files
+        raise DataError(
+            f"{folder}: expected a file, or a folder written by save_to_disk of datasets: {error}"
+        ) from error
+    if not isinstance(saved, datasets.DatasetDict):
+        return saved
+    if split not in saved:
+        raise DataError(f"{folder}: expected one of the splits {sorted(saved)}, got {split!r}")
+    return saved[split]
+
+
+def _hub_rows(name: str, split: str) -> Iterable[Any]:
+    """The rows of a data set of the hub."""
     import datasets
 
     load: Any = datasets.load_dataset
     try:
-        rows = load(name, split=split)
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
+        rows: Iterable[Any] = load(name, split=split)
+    except Exception as error:  # of the hub's client, of the network, of any format of a data set
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(
             f"no data could be loaded from {name!r}: there is no such file, and the hub says: "
             f"{reason}"
         ) from error
-    pairs = []
-    for number, row in enumerate(rows):
-        try:
-            pairs.append(pair_of(row))
-        except ValueError as error:
-            raise DataError(f"{name}, split {split}, row {number}: {error}") from error
-    return pairs
+    return rows
