@@ -64,8 +64,10 @@ class LogitsFreeTrainer(Trainer):
         rest = dict(inputs)
         labels = F.pad(rest.pop("labels")[:, 1:], (0, 1), value=IGNORED)
         margins = forward_margins(model, rest, labels)[:, :-1]
-        mask = labels[:, :-1] != IGNORED
-        loss = self.objective(Responses(margins, mask, total_tokens=num_items_in_batch))
+        responses = Responses.from_labels(
+            margins, labels[:, :-1], ignore_index=IGNORED, total_tokens=num_items_in_batch
+        )
+        loss = self.objective(responses)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())
         return (loss, {"loss": loss, "margins": margins}) if return_outputs else loss

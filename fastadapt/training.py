@@ -148,9 +148,9 @@ def logits_margins(model: Any, batch: PairBatch) -> Tensor:
 
 def sides(batch: PairBatch, margins: Tensor) -> tuple[Responses, Responses]:
     """Returns the good and the bad responses of margins (2B, T-1)."""
-    good, bad = margins.chunk(2)
-    good_mask, bad_mask = batch.mask.chunk(2)
-    return Responses(good, good_mask), Responses(bad, bad_mask)
+    parts = zip(margins.chunk(2), batch.labels.chunk(2), strict=True)
+    good, bad = (Responses.from_labels(m, y, ignore_index=IGNORED) for m, y in parts)
+    return good, bad
 
 
 @torch.no_grad()

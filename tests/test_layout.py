@@ -36,7 +36,7 @@ OURS = {
     "checks": set(),
     "results": set(),
     "sampling": {"ops"} | LEAVES,
-    "losses": {"losses"},
+    "losses": {"losses", "margins"},
     "margins": {"linear_ops", "linear_plan", "loss_ops", "vocab_parallel"} | LEAVES,
     "outputs": set(),
     "ops": {"_C", "cuda_ops", "outputs"},

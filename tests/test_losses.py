@@ -799,6 +799,7 @@ def test_trains_on_the_support_that_was_sampled_from():
 
 PAIR = Responses(torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool))
 ROW = Responses(torch.zeros(3), segments=torch.tensor([0, 1, 1]))
+LABELS = torch.tensor([[-100, 1, 2], [3, -100, -100]])
 
 
 @pytest.mark.parametrize(
@@ -942,8 +943,191 @@ ROW = Responses(torch.zeros(3), segments=torch.tensor([0, 1, 1]))
             ValueError,
             "bad: expected it for the loss dpo, got None",
         ),
+        (lambda: fastadapt.dpo_loss(PAIR.margins, PAIR), TypeError, "good: expected Responses"),
+        (lambda: fastadapt.mle_loss((PAIR.margins, PAIR.mask)), TypeError, "got tuple"),
+        (lambda: fastadapt.exmate_loss(PAIR, None), TypeError, "bad: expected Responses, got None"),
+        (
+            lambda: fastadapt.mle_loss(Responses(PAIR.margins, PAIR.mask.long())),
+            TypeError,
+            "good.mask: expected .*bool, got torch.int64; Responses.from_labels takes labels",
+        ),
+        (
+            lambda: fastadapt.mle_loss(PAIR._replace(total_tokens=torch.tensor(True))),
+            TypeError,
+            "good.total_tokens: expected an integer or a tensor of one, got torch.bool",
+        ),
+        (
+            lambda: fastadapt.candidate_unlikelihood_penalty(
+                PAIR, torch.zeros(2, 3, 4), torch.ones(2, 3, 4)
+            ),
+            ValueError,
+            r"candidate_mask: expected torch.bool \(2, 3, 4\), got torch.float32 \(2, 3, 4\)",
+        ),
+        (
+            lambda: fastadapt.candidate_unlikelihood_penalty(
+                PAIR, torch.zeros(2, 3, 4).long(), torch.ones(2, 3, 4).bool()
+            ),
+            TypeError,
+            "candidates: expected float32, .* got torch.int64",
+        ),
+        (lambda: Responses.from_labels(PAIR.margins, PAIR.mask), TypeError, "takes a mask"),
+        (
+            lambda: Responses.from_labels(PAIR.margins, LABELS.int()),
+            TypeError,
+            "labels: expected a tensor of torch.int64, got torch.int32",
+        ),
+        (
+            lambda: Responses.from_labels(PAIR.margins, LABELS[:, 1:]),
+            ValueError,
+            r"labels: expected margins and it of one shape \(B, T\), got \(2, 3\) and \(2, 2\)",
+        ),
+        (
+            lambda: Responses.from_labels(PAIR.margins[0], LABELS[0]),
+            ValueError,
+            r"one shape \(B, T\), got \(3,\) and \(3,\)",
+        ),
+        (lambda: Responses.from_labels([0.0], LABELS), TypeError, "margins: expected fl.*got list"),
+        (lambda: Responses.from_labels(LABELS, LABELS), TypeError, "margins: .*got torch.int64"),
+        (
+            lambda: Responses.from_labels(PAIR.margins, LABELS, ignore_index=None),
+            TypeError,
+            "ignore_index: expected an integer, got None",
+        ),
+        (
+            lambda: Responses.from_logps(PAIR.margins, LABELS[0]),
+            ValueError,
+            r"labels: expected .* \(B, T\), got \(2, 3\) and \(3,\)",
+        ),
     ],
 )  # fmt: skip
 def test_bad_input_says_what_is_wrong(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize(
+    "weights, error, message",
+    [
+        ("dpo", TypeError, r"such as \{'dpo': 1.0\}, got 'dpo'"),
+        (["dpo", "exmate"], TypeError, r"such as \{'dpo': 1.0, 'exmate': 1.0\}, got \['dpo', 'ex"),
+        (
+            [{"dpo": 1.0}],
+            TypeError,
+            r"expected losses with their weights, .* got \[\{'dpo': 1.0\}\]",
+        ),
+        (None, TypeError, "expected losses with their weights, .* got None"),
+        ({"dpo": "1"}, TypeError, "expected a number, got '1'"),
+        ({"dpo": None}, TypeError, "expected a number, got None"),
+        ({"dpo": True}, TypeError, "expected a number, got True"),
+        ({"dpo": torch.ones(2)}, TypeError, r"expected a number, got a tensor of shape \(2,\)"),
+        ({"dpo": -1}, ValueError, "expected a value >= 0, got -1"),
+        ({"dpo": float("nan")}, ValueError, "expected a value >= 0, got nan"),
+        ({"dpo": float("inf")}, ValueError, "expected a finite value, got inf"),
+        (
+            {"exmate-penalty": 1.0},
+            ValueError,
+            r"\['exmate-penalty'\]; did you mean exmate_penalty\?",
+        ),
+        ({1: 1.0}, ValueError, r"got \[1\]$"),
+    ],
+)
+def test_weights_that_are_none(weights, error, message):
+    with pytest.raises(error, match=f"^weights.*{message}"):
+        RewardPenalizeLoss(weights)
+
+
+@pytest.mark.parametrize(
+    "options, error, message",
+    [
+        ({"beta": "0.1"}, TypeError, "beta: expected a number, got '0.1'"),
+        ({"beta": None}, TypeError, "beta: expected a number, got None"),
+        ({"beta": float("nan")}, ValueError, "beta: expected a value > 0, got nan"),
+        ({"beta": float("inf")}, ValueError, "beta: expected a finite value, got inf"),
+        ({"Beta": 0.1}, ValueError, r"got \['Beta'\]; they have .*; did you mean beta\?"),
+        ({"loss_type": "sigmod"}, ValueError, r"got 'sigmod'; did you mean sigmoid\?"),
+        ({"loss_type": ["sigmoid"]}, TypeError, r"loss_type: .* got \['sigmoid'\]"),
+        ({"label_smoothing": "0"}, TypeError, "label_smoothing: expected a number, got '0'"),
+        ({"length_normalized": "false"}, TypeError, "expected True or False, got 'false'"),
+        ({"coefficient": None}, TypeError, "coefficient: expected a number, got None"),
+        ({"coefficient": -1}, ValueError, "coefficient: expected a value >= 0, got -1"),
+        ({"norm": "sequence-mean"}, ValueError, r"norm: .*; did you mean sequence_mean\?"),
+        ({"norm": None}, TypeError, "norm: expected one of .* got None"),
+        ({"good": PAIR}, ValueError, r"options: expected those of dpo, exmate, got \['good'\]"),
+    ],
+)
+def test_options_raise_where_they_are_given(options, error, message):
+    """Not at the first step, which may be minutes later."""
+    with pytest.raises(error, match=message):
+        RewardPenalizeLoss({"dpo": 1.0, "exmate": 1.0}, **options)
+    name, value = next(iter(options.items()))
+    functions = [fastadapt.dpo_loss, fastadapt.exmate_loss]
+    for function in (f for f in functions if name in signature(f).parameters and name != "good"):
+        with pytest.raises(error, match=message):
+            function(PAIR, PAIR, **{name: value})
+
+
+def test_numbers_of_numpy_are_numbers():
+    np = pytest.importorskip("numpy")
+    x = Batch(dtype=torch.float32)
+    sides = x.good.responses, x.bad.responses
+    ours = RewardPenalizeLoss({"dpo": np.float32(2.0)}, beta=np.float32(0.5))(*sides)[0]
+    assert type(ours) is torch.Tensor
+    torch.testing.assert_close(ours, 2 * fastadapt.dpo_loss(*sides, beta=0.5), rtol=1e-6, atol=0)
+    some = sides[0]._replace(total_tokens=np.int64(7))
+    assert fastadapt.mle_loss(some) == fastadapt.mle_loss(sides[0]._replace(total_tokens=7))
+
+
+@pytest.mark.parametrize("kind", ["margins", "logits", "logps"])
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+@pytest.mark.parametrize("ignored", [-100, -1, 3])
+def test_labels_that_are_ignored_do_not_count(kind, layout, ignored):
+    """The loss of labels is cross-entropy, whatever stands where they are ignored."""
+    z = torch.randn(3, 5, V, dtype=torch.float64, requires_grad=True)
+    labels = torch.randint(V, (3, 5)).masked_fill(torch.rand(3, 5) < 0.4, ignored)
+    labels[1, 2:] = ignored
+    labels[0, 0] = 5
+    wanted = F.cross_entropy(z.flatten(0, 1), labels.flatten(), ignore_index=ignored)
+    at = labels.masked_fill(labels == ignored, 0)[..., None]
+    values = {
+        "margins": fastadapt.label_margins(z, labels, ignore_index=ignored),
+        "logits": z,
+        # 0 where ignored, as other libraries have them: no margin there, and no NaN in a gradient
+        "logps": z.log_softmax(-1).gather(-1, at)[..., 0].masked_fill(labels == ignored, 0),
+    }[kind]
+    named = {"ignore_index": ignored, "total_sequences": 3}
+    if layout == "packed":
+        values, labels = values.flatten(0, 1), labels.flatten()
+        named |= {"segments": torch.arange(3).repeat_interleave(5), "num_segments": 3}
+    make = Responses.from_logps if kind == "logps" else Responses.from_labels
+    responses = make(values, labels, **named)
+    assert responses.total_sequences == 3 and responses.total_tokens is None
+    loss = fastadapt.mle_loss(responses)
+    torch.testing.assert_close(loss, wanted, rtol=1e-12, atol=0)
+    ours, theirs = (torch.autograd.grad(x, z, retain_graph=True)[0] for x in (loss, wanted))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
+def test_log_probabilities_at_the_edges():
+    """0 is certain and has no gradient left, -inf is impossible, above 0 there is nothing."""
+    leaf = torch.tensor([[0.0, -float("inf"), -1e-7, -50.0]], requires_grad=True)
+    labels = torch.ones(1, 4, dtype=torch.int64)
+    responses = Responses.from_logps(leaf, labels)
+    inf = float("inf")
+    assert responses.margins.tolist()[0] == pytest.approx([inf, -inf, 16.118096, -50.0], rel=1e-5)
+    kept = responses._replace(mask=torch.tensor([[True, False, True, True]]))
+    (gradient,) = torch.autograd.grad(fastadapt.mle_loss(kept), leaf)
+    assert gradient.tolist()[0] == pytest.approx([0.0, 0.0, -1 / 3, -1 / 3], rel=1e-5)
+    above = Responses.from_logps(torch.tensor([[0.25]]), labels[:, :1])
+    assert fastadapt.mle_loss(above).isnan()
+
+
+def test_labels_compile_without_a_graph_break():
+    z, labels = torch.randn(2, 3, V), LABELS
+
+    def loss(z, labels):
+        good = Responses.from_labels(fastadapt.label_margins(z, labels), labels)
+        bad = Responses.from_logps(z[..., 0].clamp(max=-0.1), labels)
+        return fastadapt.exmate_loss(good, bad)
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(z, labels), loss(z, labels))

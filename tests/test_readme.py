@@ -43,3 +43,16 @@ def test_quick_start_runs():
     scope: dict[str, object] = {}
     exec(compile(first[1], "README.md", "exec"), scope)
     assert scope["drawn"].status.tolist() == [0, 0, 0, 0]
+
+
+def test_examples_of_losses_run():
+    """In one scope, in their order; what was ignored has no gradient, all else has one."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    scope: dict[str, object] = {}
+    for block in blocks[:1] + [b for b in blocks if "Responses.from_labels(" in b]:
+        exec(compile(block, "README.md", "exec"), scope)
+    gradient = scope["hidden"].grad
+    assert scope["loss"].isfinite() and scope["metrics"]["logps/good"] < 0
+    assert (gradient[:, 28:] == 0).all() and (gradient[:, :28].abs().sum(-1) > 0).all()
+    assert scope["logits"].grad.abs().sum() > 0

@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastadapt.losses.responses import Responses, Rows, checked, one_of
+from fastadapt.losses.options import number, one_of
+from fastadapt.losses.responses import Responses, Rows, accumulated, checked
 
 MLE_REDUCTIONS = ("token_mean", "sequence_sum")
 UNLIKELIHOOD_LEVELS = ("token", "sequence", "sequence_mean")
@@ -109,6 +110,13 @@ def candidate_unlikelihood_penalty(
         if not isinstance(value, Tensor) or value.shape[:-1] != good.margins.shape:
             got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"{name}: expected shape {shape}, got {got}")
+        if value.device != good.margins.device:
+            raise ValueError(f"{name}: expected device {good.margins.device}, got {value.device}")
+    accumulated("candidates", candidates)
+    if candidate_mask.dtype != torch.bool or candidate_mask.shape != candidates.shape:
+        expected = f"torch.bool {tuple(candidates.shape)}"
+        found = f"{candidate_mask.dtype} {tuple(candidate_mask.shape)}"
+        raise ValueError(f"candidate_mask: expected {expected}, got {found}")
     # each row of candidates as one padded response, so that the same checks serve
     flat = Responses(candidates.flatten(0, -2), candidate_mask.flatten(0, -2))
     columns = checked("candidates", flat)
@@ -178,6 +186,7 @@ def unlikelihood_loss(
     good: Responses, bad: Responses, *, coefficient: float = 1.0, level: str = "token"
 ) -> Tensor:
     """Returns `mle_loss(good) + coefficient * unlikelihood_penalty(bad, level=level)`."""
+    coefficient = number("coefficient", coefficient)
     return mle_loss(good) + coefficient * unlikelihood_penalty(bad, level=level)
 
 
@@ -185,11 +194,13 @@ def exmate_loss(
     good: Responses, bad: Responses, *, coefficient: float = 1.0, norm: str = "sequence_mean"
 ) -> Tensor:
     """Returns `mle_loss(good) + coefficient * exmate_penalty(bad, norm=norm)`."""
+    coefficient = number("coefficient", coefficient)
     return mle_loss(good) + coefficient * exmate_penalty(bad, norm=norm)
 
 
 def mate_loss(good: Responses, bad: Responses, *, coefficient: float = 1.0) -> Tensor:
     """Returns `mle_loss(good) + coefficient * mate_penalty(bad)`; the published code has 0.05."""
+    coefficient = number("coefficient", coefficient)
     return mle_loss(good) + coefficient * mate_penalty(bad)
 
 

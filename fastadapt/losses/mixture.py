@@ -17,6 +17,7 @@ from fastadapt.losses.formulas import (
     unlikelihood_loss,
     unlikelihood_penalty,
 )
+from fastadapt.losses.options import nearest, number, shown
 from fastadapt.losses.preference import dpo_loss, log_ratios
 from fastadapt.losses.responses import Responses, Rows, accumulated, checked
 
@@ -34,6 +35,7 @@ FORMULAS: dict[str, Callable[..., Tensor]] = {
     "mate_penalty": mate_penalty,
 }
 CONTAIN_MLE = frozenset({"mle", "unlikelihood", "exmate", "mate"})
+_REFERENCE = ("ref_good_logps", "ref_bad_logps")
 
 
 class RewardPenalizeLoss(nn.Module):
@@ -41,49 +43,56 @@ class RewardPenalizeLoss(nn.Module):
 
     Example:
         >>> objective = RewardPenalizeLoss({"dpo": 1.0, "exmate": 1.0}, beta=0.1)
-        >>> good = Responses(good_margins, good_mask)
-        >>> bad = Responses(bad_margins, bad_mask)
+        >>> good = Responses.from_labels(good_margins, good_labels)
+        >>> bad = Responses.from_labels(bad_margins, bad_labels)
         >>> loss, metrics = objective(good, bad, ref_good_logps, ref_bad_logps)
         >>> loss.backward()
 
     Args:
         weights (Mapping[str, float]): names of `FORMULAS` and their weights: "mle", "unlikelihood",
             "exmate", "mate", "dpo", "unlikelihood_penalty", "candidate_unlikelihood_penalty",
-            "exmate_penalty", "mate_penalty".
+            "exmate_penalty", "mate_penalty". Finite, >= 0: a penalty is added, not subtracted.
         **options (Any): keyword arguments of the losses named (`beta`, `coefficient`, `norm`,
-            ...), each given to every one of them that has it.
+            ...), each given to every one of them that has it, and checked at once.
 
     Raises:
+        TypeError: not a mapping, or a weight or an option of another type.
         ValueError: no loss or an unknown one; more than one that contains MLE ("mle",
-            "unlikelihood", "exmate", "mate"), which would count twice; an option of none of them.
+            "unlikelihood", "exmate", "mate"), which would count twice; a weight or an option out of
+            range; an option of none of them.
     """
 
     def __init__(self, weights: Mapping[str, float], **options: Any) -> None:
         """See the class."""
         super().__init__()
-        unknown = sorted(set(weights) - set(FORMULAS))
-        if unknown or not weights:
-            raise ValueError(f"weights: expected some of {', '.join(FORMULAS)}, got {unknown}")
-        twice = [name for name in weights if name in CONTAIN_MLE]
-        if len(twice) > 1:
-            raise ValueError(
-                f"weights: expected one loss that contains MLE, got {', '.join(twice)}; "
-                "name the bare penalties beside it, such as exmate_penalty"
-            )
-        self.weights = dict(weights)
+        self.weights = _checked(weights)
         self.options = dict(options)
         inputs = inspect.signature(self.forward).parameters
         self._inputs: dict[str, dict[str, bool]] = {}  # of each loss, and whether it must be there
         self._options: dict[str, dict[str, Any]] = {}
         self._beta = options.get("beta", inspect.signature(dpo_loss).parameters["beta"].default)
-        left = set(options)
-        for name in weights:
+        known: set[str] = set()
+        for name in self.weights:
             own = inspect.signature(FORMULAS[name]).parameters
             self._inputs[name] = {k: p.default is p.empty for k, p in own.items() if k in inputs}
             self._options[name] = {k: options[k] for k in own if k in options and k not in inputs}
-            left -= set(self._options[name])
+            known |= own.keys() - inputs.keys()
+        left = sorted(options.keys() - known)
         if left:
-            raise ValueError(f"options: expected those of {', '.join(weights)}, got {sorted(left)}")
+            names = ", ".join(sorted(known)) or "none"
+            raise ValueError(
+                f"options: expected those of {', '.join(self.weights)}, got {left}; they have "
+                f"{names}{nearest(left, known)}"
+            )
+        self._try_options()
+
+    def _try_options(self) -> None:
+        """Calls every loss once, on one token: wrong options raise here and not in training."""
+        margins = torch.zeros(1, 1, dtype=torch.float32, device="cpu")
+        mask = torch.ones(1, 1, dtype=torch.bool, device="cpu")
+        one = Responses(margins, mask)
+        inputs = {"candidates": margins[None], "candidate_mask": mask[None]}
+        self._terms({"good": one, "bad": one, **dict.fromkeys(_REFERENCE), **inputs})
 
     def extra_repr(self) -> str:
         """The weights and options."""
@@ -200,6 +209,31 @@ class RewardPenalizeLoss(nn.Module):
         masses = {k: g.abs().sum() for k, g in torch.func.grad(loss_of)(points).items()}
         total = torch.stack(list(masses.values())).sum()
         return {f"gradients/{k}": m / torch.where(total > 0, total, 1) for k, m in masses.items()}
+
+
+def _checked(weights: object) -> dict[str, float]:
+    """The weights by name, as numbers."""
+    if not isinstance(weights, Mapping):
+        named = [weights] if isinstance(weights, str) else weights
+        listed = list(named) if isinstance(named, list | tuple | set | frozenset) else []
+        names = [name for name in listed if isinstance(name, str) and name in FORMULAS]
+        like = dict.fromkeys(names or ["dpo", "exmate"], 1.0)
+        raise TypeError(
+            f"weights: expected losses with their weights, such as {like}, got {shown(weights)}"
+        )
+    unknown = [name for name in weights if name not in FORMULAS]
+    if unknown or not weights:
+        raise ValueError(
+            f"weights: expected some of {', '.join(FORMULAS)}, got {unknown}"
+            f"{nearest(unknown, FORMULAS)}"
+        )
+    twice = [name for name in weights if name in CONTAIN_MLE]
+    if len(twice) > 1:
+        raise ValueError(
+            f"weights: expected one loss that contains MLE, got {', '.join(twice)}; "
+            "name the bare penalties beside it, such as exmate_penalty"
+        )
+    return {name: number(f"weights[{name!r}]", weight) for name, weight in weights.items()}
 
 
 def _mean(x: Tensor, counted: Tensor) -> Tensor:

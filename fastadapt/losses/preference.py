@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastadapt.losses.responses import Responses, Rows, checked, one_of
+from fastadapt.losses.options import flag, number, one_of
+from fastadapt.losses.responses import Responses, Rows, checked
 
 DPO_LOSS_TYPES = ("sigmoid", "hinge", "ipo", "robust")
 _SMOOTHED = ("sigmoid", "robust")
@@ -55,18 +56,19 @@ def dpo_loss(
 
     Raises:
         TypeError, ValueError: as `mle_loss`; unequal numbers of responses, one reference without
-            the other, an option out of range.
+            the other, an option of another type or out of range.
     """
     one_of("loss_type", loss_type, DPO_LOSS_TYPES)
-    if not beta > 0:
-        raise ValueError(f"beta: expected a value > 0, got {beta}")
+    beta = number("beta", beta, positive=True)
+    label_smoothing = number("label_smoothing", label_smoothing)
+    flag("length_normalized", length_normalized)
     limit = 0.5 if loss_type in _SMOOTHED else 0.0
-    if not (0 <= label_smoothing < limit or label_smoothing == 0):
+    if label_smoothing != 0 and label_smoothing >= limit:
         expected = "a value in [0, 0.5)" if limit else f"0 for {loss_type}"
         raise ValueError(f"label_smoothing: expected {expected}, got {label_smoothing}")
+    g, b = checked("good", good), checked("bad", bad)
     if (good.total_sequences is None) != (bad.total_sequences is None):
         raise ValueError("total_sequences: expected it for both sides or for none, got one")
-    g, b = checked("good", good), checked("bad", bad)
     if g.size != b.size:
         raise ValueError(f"bad: expected {g.size} responses, as many as good, got {b.size}")
     if (ref_good_logps is None) != (ref_bad_logps is None):
@@ -88,6 +90,9 @@ def log_ratios(name: str, rows: Rows, ref_logps: Tensor | None, *, mean: bool = 
             raise TypeError(f"{name}: expected a float tensor, got {got}")
         if ref_logps.shape != (rows.size,):
             raise ValueError(f"{name}: expected ({rows.size},), got {tuple(ref_logps.shape)}")
+        if ref_logps.device != rows.margins.device:
+            expected = f"expected device {rows.margins.device}"
+            raise ValueError(f"{name}: {expected}, got {ref_logps.device}")
         ratios = ratios - ref_logps.detach().to(ratios.dtype)
     return ratios / rows.lengths.clamp(min=1) if mean else ratios
 

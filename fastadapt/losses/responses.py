@@ -1,20 +1,35 @@
 """Responses as margins of their label tokens, in both layouts, and the means over them."""
 
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastadapt.losses.options import shown
+from fastadapt.margins import label_margins
+
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+# what is meant where a tensor of another dtype comes
+_OTHER_WAY = {
+    (torch.bool, torch.int64): "; Responses.from_labels takes labels",
+    (torch.int64, torch.bool): "; Responses(margins, mask) takes a mask",
+}
 
 
 class Responses(NamedTuple):
     """The label tokens of B responses: what every loss of this package takes.
 
-    Two layouts: `Responses(margins, mask)`, padded, and `Responses(margins, segments=ids)`, packed.
-    A token that does not count (mask False, segment id negative) changes no loss and gets a zero
-    gradient, whatever its margin is, NaN included. A response without tokens counts in no mean.
+    Made from labels by `Responses.from_labels(margins, labels)`, where a label of -100 does not
+    count; from log-probabilities by `Responses.from_logps`. By hand in two layouts:
+    `Responses(margins, mask)`, padded, and `Responses(margins, segments=ids)`, packed. A token that
+    does not count (mask False, segment id negative) changes no loss and gets a zero gradient,
+    whatever its margin is, NaN included. A response without tokens counts in no mean.
+
+    Margins are log-odds, not log-probabilities, and no check can tell the two apart: both are
+    negative for a token of p < 1/2. A mask made by hand has to be False where a label was ignored:
+    the margin there is 0, which under a mask of True is a token of probability 1/2.
 
     Attributes:
         margins: (B, T) or (N,), float32, float64, bfloat16 or float16, nats; per token
@@ -37,6 +52,101 @@ class Responses(NamedTuple):
     num_segments: int | None = None
     total_tokens: int | Tensor | None = None
     total_sequences: int | Tensor | None = None
+
+    @classmethod
+    def from_labels(
+        cls,
+        margins: Tensor,
+        labels: Tensor,
+        *,
+        ignore_index: int = -100,
+        segments: Tensor | None = None,
+        num_segments: int | None = None,
+        total_tokens: int | Tensor | None = None,
+        total_sequences: int | Tensor | None = None,
+    ) -> "Responses":
+        """Returns the responses of labels; those that are ignored do not count.
+
+        Example:
+            >>> margins = linear_label_margins(hidden, head, labels)
+            >>> good = Responses.from_labels(margins, labels)
+
+        Args:
+            margins (Tensor): the labels' margins, of the shape of `labels`; or logits, with one
+                more dimension (..., V), of which `label_margins` makes them.
+            labels (Tensor): (B, T), or (N,) with `segments`, int64; those that the margins are of,
+                at each position the token to score there, or `ignore_index`.
+            ignore_index (int): the label of tokens that do not count.
+            segments (Tensor | None): as the attribute.
+            num_segments (int | None): as the attribute.
+            total_tokens (int | Tensor | None): as the attribute.
+            total_sequences (int | Tensor | None): as the attribute.
+
+        Raises:
+            TypeError: wrong dtypes.
+            ValueError: shapes or devices that do not fit; for logits, as `label_margins`.
+        """
+        if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+            raise TypeError(f"ignore_index: expected an integer, got {shown(ignore_index)}")
+        dims = 2 if segments is None else 1
+        of_labels = isinstance(margins, Tensor) and isinstance(labels, Tensor)
+        if of_labels and labels.dim() == dims and margins.shape[:-1] == labels.shape:
+            margins = label_margins(margins, labels, ignore_index=ignore_index)
+        accumulated("margins", margins)
+        _like("labels", labels, torch.int64, margins, dims)
+        kept = labels != ignore_index
+        if segments is None:
+            return cls(margins, kept, None, num_segments, total_tokens, total_sequences)
+        _like("segments", segments, torch.int64, margins, dims)
+        ids = torch.where(kept, segments, -1)
+        return cls(margins, None, ids, num_segments, total_tokens, total_sequences)
+
+    @classmethod
+    def from_logps(
+        cls,
+        logps: Tensor,
+        labels: Tensor,
+        *,
+        ignore_index: int = -100,
+        segments: Tensor | None = None,
+        num_segments: int | None = None,
+        total_tokens: int | Tensor | None = None,
+        total_sequences: int | Tensor | None = None,
+    ) -> "Responses":
+        """Returns the responses of labels whose log-probabilities are at hand, not their margins.
+
+        `m = l - log(1 - e^l)`, differentiable. Log-probabilities have no digits left where p is
+        near 1: l = 0 becomes a margin of +inf, without a gradient. Margins of logits or of hidden
+        states have them; see `from_labels`.
+
+        Args:
+            logps (Tensor): the labels' log-probabilities, of the shape of `labels`, <= 0, a float
+                dtype as `margins`, nats.
+            labels (Tensor): as in `from_labels`, and so all others.
+            ignore_index (int): as in `from_labels`.
+            segments (Tensor | None): as the attribute.
+            num_segments (int | None): as the attribute.
+            total_tokens (int | Tensor | None): as the attribute.
+            total_sequences (int | Tensor | None): as the attribute.
+
+        Raises:
+            TypeError, ValueError: as `from_labels`. A value > 0 becomes NaN, and the loss with it.
+        """
+        logp = accumulated("logps", logps)
+        _like("labels", labels, torch.int64, logps, 2 if segments is None else 1)
+        below = logp < 0
+        inside = torch.where(below, logp, -1)  # the gradient elsewhere would be 0 * inf
+        edge = torch.where(logp == 0, float("inf"), float("nan"))
+        margins = torch.where(below, inside - torch.log(-torch.expm1(inside)), edge)
+        return cls.from_labels(
+            margins,
+            labels,
+            ignore_index=ignore_index,
+            segments=segments,
+            num_segments=num_segments,
+            total_tokens=total_tokens,
+            total_sequences=total_sequences,
+        )
 
 
 class Rows(NamedTuple):
@@ -135,8 +245,9 @@ def checked(name: str, responses: Responses) -> Rows:
         if size is None:
             size = max(int(segments.max()) + 1, 1) if segments.numel() else 1
         least = min(segments.numel(), 1)
-        if isinstance(size, bool) or not isinstance(size, int) or size < least:
-            raise ValueError(f"{name}.num_segments: expected an integer >= {least}, got {size!r}")
+        if isinstance(size, bool) or not isinstance(size, int | Integral) or size < least:
+            got = shown(size)
+            raise ValueError(f"{name}.num_segments: expected an integer >= {least}, got {got}")
         on_cpu = segments.device.type == "cpu" and not torch.compiler.is_compiling()
         if on_cpu and bool((segments >= size).any()):
             raise ValueError(f"{name}.segments: expected ids < {size}, got {int(segments.max())}")
@@ -152,12 +263,6 @@ def checked(name: str, responses: Responses) -> Rows:
     return Rows(m, kept, segments, size, tokens, sequences, lengths)
 
 
-def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """Raises unless an option is one of those there are."""
-    if value not in choices:
-        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
-
-
 def accumulated(name: str, margins: Tensor) -> Tensor:
     """Margins in the dtype that sums are made in."""
     if not isinstance(margins, Tensor) or margins.dtype not in _FLOATS:
@@ -170,7 +275,8 @@ def _like(name: str, value: Tensor, dtype: torch.dtype, margins: Tensor, dim: in
     """Raises unless a tensor has a dtype, and the margins its shape, device and dimensions."""
     if not isinstance(value, Tensor) or value.dtype != dtype:
         got = value.dtype if isinstance(value, Tensor) else type(value).__name__
-        raise TypeError(f"{name}: expected a tensor of {dtype}, got {got}")
+        hint = _OTHER_WAY.get((dtype, got), "")
+        raise TypeError(f"{name}: expected a tensor of {dtype}, got {got}{hint}")
     if value.shape != margins.shape or margins.dim() != dim:
         layout = "(B, T)" if dim == 2 else "(N,)"
         raise ValueError(
@@ -188,12 +294,14 @@ def _divisor(name: str, total: int | Tensor | None, counted: Tensor) -> int | Te
     if isinstance(total, Tensor):
         if total.numel() != 1:
             raise ValueError(f"{name}: expected one value, got shape {tuple(total.shape)}")
+        if total.dtype == torch.bool or total.is_complex():
+            raise TypeError(f"{name}: expected an integer or a tensor of one, got {total.dtype}")
         return total.reshape(()).to(counted.device).clamp(min=1)
-    if isinstance(total, bool) or not isinstance(total, int):
-        raise TypeError(f"{name}: expected an integer or a tensor, got {total!r}")
+    if isinstance(total, bool) or not isinstance(total, int | Integral):
+        raise TypeError(f"{name}: expected an integer or a tensor, got {shown(total)}")
     if total < 0:
         raise ValueError(f"{name}: expected an integer >= 0, got {total}")
-    return max(total, 1)
+    return max(total if isinstance(total, int) else int(total), 1)
 
 
 def _scatter_sum(x: Tensor, ids: Tensor, size: int) -> Tensor:
