@@ -139,8 +139,10 @@ def _chat_ids(tokenizer: Any, pair: Pair) -> _Ids:
     texts = [_rendered(tokenizer, messages, add_generation_prompt=True)]
     for response in (pair.good, pair.bad):
         turn = {"role": "assistant", "content": response}
-        texts.append(_rendered(tokenizer, [*messages, turn], add_generation_prompt=False))
-    _check_prompt(tokenizer, messages, texts)
+        texts.append(_rendered(tokenizer, [*messages, turn]))
+    _check_texts(pair, messages, texts)
+    if not texts[1].startswith(texts[0]) or not texts[2].startswith(texts[0]):
+        _check_prompt(messages, texts, _rendered(tokenizer, messages))
     sequences = [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
     shared = len(os.path.commonprefix(sequences))
     return sequences[0][:shared], sequences[1][shared:], sequences[2][shared:]
@@ -164,16 +166,34 @@ def _rendered(
     return text
 
 
-def _check_prompt(tokenizer: Any, messages: Sequence[Message], texts: Sequence[str]) -> None:
+def _check_texts(pair: Pair, messages: Sequence[Message], texts: Sequence[str]) -> None:
+    """Raises where the template leaves the text of messages out, as one for parts of text does."""
+    last = messages[-1]
+    said = str(last.get("content") or "")
+    if last["role"] == "user" and "".join(said.split()) not in "".join(texts[0].split()):
+        raise ValueError(
+            f"chat template: expected one that renders a text, got none of {said!r:.60}"
+        )
+    if texts[1] == texts[2] and pair.good.strip() != pair.bad.strip():
+        raise ValueError(
+            "chat template: expected one that renders two responses differently, got "
+            f"{texts[1][-40:]!r} for {pair.good!r:.60} and {pair.bad!r:.60}"
+        )
+
+
+def _check_prompt(messages: Sequence[Message], texts: Sequence[str], alone: str) -> None:
     """Raises where the template renders the messages of a prompt differently before a response.
 
     The generation prompt may be another (a block of thoughts that it opens and a finished turn
     lacks): then the model will meet a context that it was not trained in, which is worth a warning.
+
+    Args:
+        messages: of the prompt.
+        texts: the prompt with its generation prompt, and with either response.
+        alone: the prompt without either.
     """
     prompt, shared = texts[0], len(os.path.commonprefix(texts))
-    if shared == len(prompt):
-        return
-    said = os.path.commonprefix([prompt, _rendered(tokenizer, messages)])
+    said = os.path.commonprefix([prompt, alone])
     last = str(messages[-1].get("content") or "").strip()
     place = said.rfind(last) if last else -1
     if shared < (len(said) if place < 0 else place + len(last)):
