@@ -8,11 +8,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import fastadapt
 from fastadapt import cli_gradients, cli_tradeoff, cli_train
+from fastadapt.cli_errors import INTERRUPTED, CommandError, CommandParser, fail
 
 _EXTRA_PACKAGES = frozenset(
     {"accelerate", "gguf", "platformdirs", "rich", "safetensors", "tokenizers", "transformers"}
-    | {"datasets", "matplotlib", "numpy", "peft", "pyarrow", "scipy"}
+    | {"datasets", "filelock", "matplotlib", "numpy", "peft", "pyarrow", "scipy", "trl", "yaml"}
 )
 # the extra of a command, if not the demo's
 _EXTRAS = {"gradients": "study", "tradeoff": "study", "train": "train"}
@@ -38,30 +40,37 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments without the program's name, by default those of the process.
 
     Returns:
-        The exit code: 0, or 1 where a model or a package is missing. Wrong arguments leave
-        through `SystemExit` with code 2, before any model is loaded.
+        The exit code: 0; 2 after one line about what the user can mend (wrong input, a model or a
+        package that is missing, files that cannot be read or written); 130 after Ctrl-C. Wrong
+        arguments leave through `SystemExit` with code 2, before any model is loaded.
     """
-    parser = _parser()
-    arguments = parser.parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    command = words[0] if words else ""
     try:
+        if command == "train":  # trl has the parser
+            return cli_train.main(words[1:])
+        arguments = _parser().parse_args(words)
         return int(arguments.run(arguments))
+    except (CommandError, OSError) as error:
+        return fail(error)
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package not in _EXTRA_PACKAGES:
             raise
-        return _fail(
-            f"{arguments.command} needs the package {package!r}, which is not installed: "
-            f'pip install "fastadapt[{_EXTRAS.get(arguments.command, "demo")}]"'
+        return fail(
+            f"{command} needs the package {package!r}, which is not installed: "
+            f'pip install "fastadapt[{_EXTRAS.get(command, "demo")}]"'
         )
     except KeyboardInterrupt:
-        return 130
+        return fail("interrupted", INTERRUPTED)
 
 
 def _parser() -> argparse.ArgumentParser:
     """Build the parser of all commands."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="fastadapt", description="Fused kernels to sample, score and train language models."
     )
+    parser.add_argument("--version", action="version", version=f"fastadapt {fastadapt.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     demo = commands.add_parser(
@@ -93,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
             flag, type=kind, default=default, metavar=metavar, help=f"{text} (default: %(default)s)"
         )
 
-    cli_train.add_parser(commands)
+    commands.add_parser("train", help=cli_train.HELP)  # `main` has handed it on
 
     bench = commands.add_parser(
         "bench",
@@ -111,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run_demo(arguments: argparse.Namespace) -> int:
     """Check the arguments of the demo, then run it."""
-    from fastadapt import Adaptor, demo, pretrained
+    from fastadapt import Adaptor, demo
 
     try:
         options = demo.DemoOptions(
@@ -128,8 +137,8 @@ def _run_demo(arguments: argparse.Namespace) -> int:
         arguments.subparser.error(str(error))
     try:
         demo.run(options)
-    except (pretrained.ModelNotFoundError, demo.PromptTooLongError) as error:
-        return _fail(str(error))
+    except demo.PromptTooLongError as error:
+        raise CommandError(error) from error
     return 0
 
 
@@ -139,10 +148,4 @@ def _run_bench(arguments: argparse.Namespace) -> int:
     for root in (Path.cwd(), Path(__file__).resolve().parent.parent):
         if (root / script).is_file():
             return subprocess.run([sys.executable, str(root / script), *arguments.rest]).returncode
-    return _fail(f"there is no {script} here: benchmarks are run from a checkout of the repository")
-
-
-def _fail(message: str) -> int:
-    """Report why a command stops and return its exit code."""
-    sys.stderr.write(f"fastadapt: {message}\n")
-    return 1
+    return fail(f"there is no {script} here: benchmarks are run from a checkout of the repository")

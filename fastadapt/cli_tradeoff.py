@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
+
+from fastadapt.cli_errors import CommandError
 
 _HELP = "find how quality and probability trade off under sampling adaptors"
 _DESCRIPTION = (
@@ -86,8 +87,7 @@ def _run(arguments: argparse.Namespace) -> int:
     try:
         tradeoff_command.run(options, settings)
     except (pretrained.ModelNotFoundError, StorageError, OSError, ValueError) as error:
-        sys.stderr.write(f"fastadapt: {error}\n")
-        return 1
+        raise CommandError(error) from error
     return 0
 
 

@@ -1,96 +1,120 @@
-"""The command `fastadapt train`: its arguments."""
+"""The command `fastadapt train`: its help, and what becomes of its errors."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
-_OPTIONS: dict[str, tuple[type, Any, str]] = {
-    "epochs": (int, 1, "ways through the data in each stage"),
-    "max_steps": (int, None, "steps of a stage at most"),
-    "batch": (int, 4, "pairs in memory at once"),
-    "accumulate": (int, 1, "batches a step"),
-    "max_length": (int, 512, "tokens of a prompt and a response"),
-    "warmup": (int, 0, "steps over which each stage's learning rate rises"),
-    "max_norm": (float, 1.0, "the gradient is cut to this norm"),
-    "lora": (int, None, "train adapters of this rank instead of all parameters"),
-    "held_out": (float, 0.0, "share of the pairs to evaluate on after each stage"),
-    "save_every": (int, 50, "steps between checkpoints"),
-    "log_every": (int, 10, "steps between lines of the log"),
-    "seed": (int, 0, "of the split, the order of the pairs and the adapters"),
-    "threads": (int, None, "threads of torch"),
+from fastadapt.cli_errors import CommandError
+
+HELP = "train a model on preference pairs"
+_DESCRIPTION = (
+    "Train a causal language model on preference pairs by any mixture of losses, in one stage or "
+    "several, without making logits. Writes OUTPUT_DIR/model, metrics.jsonl and checkpoints."
+)
+_DATA = ("data", "split", "eval_data", "eval_split", "eval_fraction", "chat", "truncation")
+_LOSSES = ("loss", "stages", "coefficient", "norm", "level")
+# Of trl's flags those that most runs need, as a person would say them; --help_all has the rest.
+_TRLS = {
+    "output_dir": "folder of the run (required)",
+    "max_length": "tokens of a prompt and a response at most (default: 1024)",
+    "beta": "of DPO (default: 0.1)",
+    "label_smoothing": "of DPO (default: 0)",
+    "learning_rate": "of all stages (default: 1e-05)",
+    "lr_scheduler_type": "linear, cosine, ... (default: constant_with_warmup)",
+    "warmup_steps": "of each stage (default: 0)",
+    "weight_decay": "of AdamW (default: 0)",
+    "max_grad_norm": "gradients are cut to it (default: 1)",
+    "per_device_train_batch_size": "pairs in memory at once (default: 4)",
+    "gradient_accumulation_steps": "batches a step (default: 1)",
+    "num_train_epochs": "ways through the data in each stage (default: 1)",
+    "max_steps": "of each stage, in place of epochs",
+    "bf16": "compute in bfloat16 where that is safe",
+    "gradient_checkpointing": "compute activations twice and keep few",
+    "use_cpu": "stay off the GPU",
+    "seed": "of the split, the order of the pairs and the adapters (default: 42)",
+    "logging_steps": "steps between lines of metrics.jsonl (default: 1)",
+    "eval_strategy": "no, steps or epoch; a stage's end in any case (default: no)",
+    "eval_steps": "steps between evaluations",
+    "save_steps": "steps between checkpoints (default: 50)",
+    "save_total_limit": "checkpoints to keep of a stage (default: 2)",
+    "report_to": "also log to tensorboard, wandb, ... (default: none)",
+    "config": "a YAML file of flags, as trl's commands read it",
+}
+_GROUPS: dict[str, tuple[str, ...]] = {
+    "data and model": ("output_dir", *_DATA, "max_length", "model"),
+    "losses": (*_LOSSES, "beta", "label_smoothing"),
+    "steps": (
+        *("learning_rate", "learning_rates", "lr_scheduler_type", "warmup_steps", "weight_decay"),
+        *("max_grad_norm", "per_device_train_batch_size", "gradient_accumulation_steps"),
+        *("num_train_epochs", "max_steps", "seed"),
+    ),
+    "memory and processor": (
+        *("lora_r", "lora_alpha", "lora_target_modules", "bf16", "gradient_checkpointing"),
+        *("use_cpu", "threads"),
+    ),
+    "metrics and checkpoints": (
+        *("logging_steps", "eval_strategy", "eval_steps", "report_to", "save_steps"),
+        *("save_total_limit", "resume", "config"),
+    ),
 }
 
 
-def add_parser(commands: Any) -> None:
-    """Adds the command to those there are."""
-    parser = commands.add_parser(
-        "train",
-        help="train a model on preference pairs",
-        description="Train a causal language model on preference pairs by any mixture of losses, "
-        "in one stage or several, without making logits. Data: JSON Lines (or .gz) with "
-        "prompt/chosen/rejected, chat messages or the two dialogues of HH-RLHF, or a data set of "
-        "the hub. Writes OUTPUT/model, OUTPUT/metrics.jsonl and a checkpoint.",
-    )
-    parser.set_defaults(run=_run, subparser=parser)
-    add = parser.add_argument
-    add("--data", required=True, metavar="FILE_OR_NAME", help="preference pairs")
-    add("--output", required=True, type=Path, metavar="FOLDER", help="of this run")
-    add("--model", metavar="NAME_OR_PATH", help="a causal language model: folder, .gguf or hub")
-    losses = parser.add_mutually_exclusive_group(required=True)
-    losses.add_argument("--loss", metavar="LOSSES", help="one stage, such as dpo=1,exmate=1")
-    losses.add_argument(
-        "--stages", metavar="STAGES", help="several, such as exmate,dpo or mle,dpo=1+exmate=0.5"
-    )
-    add(
-        "--learning-rate",
-        default="1e-5",
-        metavar="X[,X...]",
-        help="one for all stages or one each (default: %(default)s)",
-    )
-    add("--beta", type=float, metavar="X", help="of DPO (default: 0.1)")
-    add("--coefficient", type=float, metavar="X", help="of the penalty in a loss (default: 1)")
-    add("--norm", help="of ExMATE: sequence_mean, batch_token_mean, sequence_sum or token")
-    add("--split", default="train", help="of a data set of the hub (default: %(default)s)")
-    add("--device", default="cpu", help="as torch names it (default: %(default)s)")
-    add("--resume", action="store_true", help="go on from the checkpoint, if there is one")
-    for name, (kind, default, text) in _OPTIONS.items():
-        shown = "" if default is None else " (default: %(default)s)"
-        metavar = "N" if kind is int else "X"
-        flag = "--" + name.replace("_", "-")
-        add(flag, type=kind, default=default, metavar=metavar, help=text + shown)
+def main(argv: Sequence[str]) -> int:
+    """Trains as the arguments say and returns 0.
 
+    Raises:
+        CommandError: what the user can mend; wrong arguments leave through `SystemExit` with
+            code 2.
+    """
+    if set(argv) & {"-h", "--help"}:
+        sys.stdout.write(short_help())
+        return 0
+    from fastadapt import train_config
 
-def _run(arguments: argparse.Namespace) -> int:
-    """Check the arguments, then train."""
+    if set(argv) & {"--help_all", "--help-all"}:
+        sys.stdout.write(train_config.make_parser().format_help())
+        return 0
+    arguments, config = train_config.parse(argv)
+
+    import torch
+    from accelerate import PartialState
     from rich.console import Console
 
-    from fastadapt import train_options, train_run
-    from fastadapt.pretrained import ModelNotFoundError
     from fastadapt.train_data import DataError
-    from fastadapt.train_state import CheckpointError
+    from fastadapt.train_log import Reporter
+    from fastadapt.train_run import run
 
-    named = {"beta": arguments.beta, "coefficient": arguments.coefficient, "norm": arguments.norm}
+    out = Console(highlight=False, soft_wrap=True, markup=False)
+    reporter = Reporter(out, active=PartialState().is_main_process)
     try:
-        options = train_options.TrainOptions(
-            data=arguments.data,
-            output=arguments.output,
-            stages=train_options.parse_stages(arguments.loss, arguments.stages),
-            model=arguments.model,
-            learning_rates=train_options.parse_rates(arguments.learning_rate),
-            options={k: v for k, v in named.items() if v is not None},
-            split=arguments.split,
-            device=arguments.device,
-            resume=arguments.resume,
-            **{name: getattr(arguments, name) for name in _OPTIONS},
-        )
-    except ValueError as error:
-        arguments.subparser.error(str(error))
-    try:
-        train_run.run(options, Console(highlight=False, soft_wrap=True))
-    except (DataError, CheckpointError, ModelNotFoundError) as error:
-        sys.stderr.write(f"fastadapt: {error}\n")
-        return 1
+        run(arguments, config, reporter)
+    except DataError as error:
+        raise CommandError(error) from error
+    except torch.OutOfMemoryError as error:
+        raise CommandError(f"expected room for a batch, got: {error}") from error
+    finally:
+        reporter.close()
     return 0
+
+
+def short_help() -> str:
+    """Returns the help of the flags that most runs need, in groups; no package is imported."""
+    from fastadapt.train_options import RunArguments
+
+    ours = {field.name: field.metadata["help"] for field in fields(RunArguments)}
+    parser = argparse.ArgumentParser(
+        prog="fastadapt train",
+        usage="fastadapt train --data FILE --output_dir FOLDER --loss LOSSES [flags]",
+        description=_DESCRIPTION,
+        epilog="All flags of trl's DPOConfig are taken too: --help_all lists them.",
+        add_help=False,
+    )
+    for title, names in _GROUPS.items():
+        group: Any = parser.add_argument_group(title)
+        for name in names:
+            group.add_argument(f"--{name}", metavar="", help=_TRLS.get(name) or ours[name])
+    return parser.format_help()

@@ -1,274 +1,287 @@
-"""A training run from pairs to a saved model: stages, log, checkpoints (`fastadapt train`)."""
+"""A training run from pairs to a saved model: data, stages one after the other"""
 
 from __future__ import annotations
 
-import functools
-import random
-import time
-from collections.abc import Mapping, Sequence
-from typing import Any
+import contextlib
+import copy
+import gc
+import hashlib
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+import transformers
+from accelerate import PartialState
+from datasets import Dataset
+from transformers import set_seed
+from trl.trainer.dpo_config import DPOConfig
 
-from fastadapt.losses import RewardPenalizeLoss
+from fastadapt.cli_errors import CommandError
 from fastadapt.pair_forms import Pair
-from fastadapt.preferences import PairBatch, encode_pairs
+from fastadapt.preferences import Truncation, tokenize_pair
 from fastadapt.pretrained import load_demo_model, load_model
-from fastadapt.train_data import DataError, load_pairs, split_pairs
-from fastadapt.train_options import TrainOptions
-from fastadapt.train_state import Metrics, TrainState, load_checkpoint, save_checkpoint
-from fastadapt.training import Reference, reference_logps, response_margins, sides
+from fastadapt.train_config import check_resumed, settings_of
+from fastadapt.train_data import load_pairs, split_pairs
+from fastadapt.train_folder import RunFolder, check_target, sole_writer, step_of
+from fastadapt.train_log import Reporter, StageCallback
+from fastadapt.train_options import RunArguments, objective_of
+from fastadapt.train_stage import StageTrainer, check_parameters, writing
 
-_LORA_MODULES = "all-linear"
 
-
-def run(options: TrainOptions, out: Console) -> None:
+def run(arguments: RunArguments, config: DPOConfig, reporter: Reporter) -> None:
     """Trains and saves a model.
 
     Args:
-        options: see there.
-        out: where the log goes.
+        arguments: ours.
+        config: trl's.
+        reporter: for a person.
 
     Raises:
-        DataError: the data, before the model is loaded; messages without a chat template, after.
-        CheckpointError: the folder's checkpoint, before the model is loaded.
+        CommandError: what the user can mend.
+        DataError: the data, before the folder is made and the model is loaded.
         ModelNotFoundError: the model.
     """
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    pairs = load_pairs(options.data, split=options.split)
-    train, held_out = split_pairs(pairs, options.held_out, options.seed)
-    if len(train) < options.batch:
-        raise DataError(
-            f"{options.data}: expected a batch of {options.batch} pairs or more, got {len(train)}"
-        )
-    settings = options.settings(pairs)
-    options.output.mkdir(parents=True, exist_ok=True)
-    checkpoint = load_checkpoint(options.output, settings, resume=options.resume)
-    out.print(f"{len(train)} pairs to train on, {len(held_out)} held out")
-    torch.manual_seed(options.seed)
-    name = options.model
-    load = load_demo_model if name is None else functools.partial(load_model, name)
-    model, tokenizer = load(progress=lambda phase, done, total: None)
-    if tokenizer.chat_template is None and any(not isinstance(p.prompt, str) for p in pairs):
-        raise DataError(f"{options.data}: has messages, but the model has no chat template")
-    wrapped = _with_adapters(model, options.lora) if options.lora else model
-    model.to(options.device)  # in place, adapters and all
-    job = _Job(options, model, tokenizer, train, held_out, out)
-    job.restore(checkpoint)
-    job.metrics = Metrics(options.output, job.state)
-    try:
-        while job.state.stage < len(options.stages):
-            job.train_stage(settings)
-    finally:
-        job.metrics.close()
-    wrapped.save_pretrained(options.output / "model")
-    tokenizer.save_pretrained(options.output / "model")
-    out.print(f"saved in {options.output / 'model'}")
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    path = Path(str(config.output_dir))
+    check_target(path)
+    pairs = _read_data(arguments, config)
+    main = PartialState().is_main_process
+    with sole_writer(path) if main else contextlib.nullcontext(), _quiet():
+        Job(arguments, config, reporter, RunFolder(path), pairs).run()
 
 
-class _Job:
-    """A model on its way through the stages."""
+class Job:
+    """A model on its way through the stages.
 
-    metrics: Metrics
+    Args:
+        arguments: ours.
+        config: trl's.
+        reporter: for a person.
+        folder: of the run, its lock held.
+        pairs: to train on, and to evaluate on.
+    """
 
     def __init__(
         self,
-        options: TrainOptions,
-        model: Any,
-        tokenizer: Any,
-        train: list[Pair],
-        held_out: list[Pair],
-        out: Console,
+        arguments: RunArguments,
+        config: DPOConfig,
+        reporter: Reporter,
+        folder: RunFolder,
+        pairs: tuple[list[Pair], list[Pair]],
     ) -> None:
         """Keeps what it gets."""
-        self.options, self.model, self.tokenizer, self.out = options, model, tokenizer, out
-        self.train, self.held_out = train, held_out
-        self.state = TrainState()
-        self.trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        self.optimizer = self._new_optimizer()
+        self.arguments, self.config, self.reporter = arguments, config, reporter
+        self.folder, self.pairs = folder, pairs
+        self.mixtures = arguments.mixtures()
+        self.tokenizer: Any = None
 
-    def restore(self, checkpoint: dict[str, Any] | None) -> None:
-        """Goes to where a checkpoint was."""
-        if checkpoint is None:
-            return
-        self.state = TrainState(**checkpoint["state"])
-        for name in ("references", "held_out"):
-            kept = getattr(self.state, name)
-            if kept is not None:
-                setattr(self.state, name, tuple(x.to(self.options.device) for x in kept))
-        with torch.no_grad():
-            for name, value in checkpoint["parameters"].items():
-                self.trained[name].copy_(value)
-        if checkpoint["optimizer"] is not None:
-            self.optimizer.load_state_dict(checkpoint["optimizer"])
-        torch.set_rng_state(checkpoint["rng"])
-        self.out.print(f"going on in stage {self.state.stage + 1} after step {self.state.step}")
+    def run(self) -> None:
+        """Goes from where the folder is to the saved model."""
+        number, checkpoint = self._begin()
+        model = self._load(number)
+        counts = [len(side) for side in self.pairs]
+        self.reporter.say(f"{counts[0]} pairs to train on, {counts[1]} held out")
+        train, held_out = (self._tokens(side, model) for side in self.pairs)
+        while number < len(self.mixtures):
+            self._train_stage(number, model, train, held_out, checkpoint)
+            checkpoint = None
+            number += 1
+        self._save(model)
 
-    def train_stage(self, settings: Mapping[str, Any]) -> None:
-        """Takes the steps of a stage that are left, and saves where it came to."""
-        options, state = self.options, self.state
-        stage = options.stages[state.stage]
-        objective = options.objective(stage)
-        total = self._steps()
-        if state.step == 0:
-            self.optimizer = self._new_optimizer()
-            if "dpo" in stage:
-                self.model.eval()
-                state.references = self._logps(self.train, "reference")
-                state.held_out = self._logps(self.held_out, "reference, held out")
-        label = _stage_label(state.stage, stage, len(options.stages))
-        with self._bar() as bar:
-            task = bar.add_task(label, total=total, completed=state.step)
-            while state.step < total:
-                self._step(objective, label, total)
-                bar.advance(task)
-                if state.step % options.save_every == 0 and state.step < total:
-                    self._save(settings, self.optimizer.state_dict())
-        self._evaluate(label)
-        self.state = TrainState(state.stage + 1)
-        self._save(settings, None)
+    def _begin(self) -> tuple[int, Path | None]:
+        """Where to begin: a stage, from 0, and its checkpoint."""
+        digest = hashlib.sha256(repr(self.pairs).encode()).hexdigest()
+        settings = settings_of(self.arguments, self.config, digest)
+        had = self.folder.settings()
+        if had is not None and not self.arguments.resume:
+            raise CommandError(
+                f"output_dir: {self.folder.path} has a run; go on with --resume or name another"
+            )
+        if had is not None:
+            try:
+                check_resumed(had, settings)
+            except ValueError as error:
+                raise CommandError(error) from error
+        number, checkpoint, damaged = self.folder.last_checkpoint(len(self.mixtures))
+        for text in damaged:
+            self.reporter.say(f"damaged, set aside: {text}")
+        if PartialState().is_main_process:
+            self.folder.keep_settings(settings)
+            self.folder.rewind_metrics(number, step_of(checkpoint) if checkpoint else 0)
+        if checkpoint is not None:
+            self.reporter.say(f"going on from {checkpoint}")
+        return number, checkpoint
 
-    def _step(self, objective: RewardPenalizeLoss, label: str, total: int) -> None:
-        """Takes one step, over `accumulate` batches whose shares add up to its loss."""
-        state, options = self.state, self.options
-        start = time.perf_counter()
-        places = self._places(state.step)
-        parts = [places[i : i + options.batch] for i in range(0, len(places), options.batch)]
-        batches = [self._encode([self.train[i] for i in part]) for part in parts]
-        totals = [sum(int(b.mask.chunk(2)[side].sum()) for b in batches) for side in (0, 1)]
-        self.model.train()
-        rate = options.rate(state.stage, state.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.zero_grad()
-        seen: dict[str, float] = {}
-        for part, batch in zip(parts, batches, strict=True):
-            good, bad = sides(batch, response_margins(self.model, batch))
-            if objective.options.get("norm") != "batch_token_mean":
-                good = good._replace(total_tokens=totals[0], total_sequences=len(places))
-                bad = bad._replace(total_tokens=totals[1], total_sequences=len(places))
-            references: tuple[Any, Any] = (None, None)
-            if "dpo" in objective.weights and state.references is not None:
-                references = (state.references[0][part], state.references[1][part])
-            loss, metrics = objective(good, bad, *references)
-            loss.backward()
-            share = len(part) / len(places)
-            for name, value in {"loss": loss.detach(), **metrics}.items():
-                weight = 1.0 if name.startswith("loss") else share
-                seen[name] = seen.get(name, 0.0) + weight * float(value)
-        norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), options.max_norm)
-        self.optimizer.step()
-        state.step += 1
-        seen |= {"grad_norm": float(norm), "learning_rate": rate}
-        self.metrics.write(
-            stage=state.stage + 1, step=state.step, **seen, seconds=time.perf_counter() - start
+    def _load(self, number: int) -> Any:
+        """The model as a stage found it: left by the stage before, or the one to begin with."""
+        arguments = self.arguments
+        before = self.folder.last_of_stage(number - 1) if number else None
+        if number and before is None:
+            raise CommandError(f"{self.folder.stage(number - 1)}: expected a checkpoint, got none")
+        name: Any = before if before and not arguments.lora_r else arguments.model
+        silent = _no_progress
+        loaded = load_demo_model(progress=silent) if name is None else None
+        model, self.tokenizer = loaded or load_model(name, progress=silent)
+        if arguments.lora_r:
+            set_seed(self.config.seed)
+            model = _with_adapters(model, arguments, before)
+        return model
+
+    def _tokens(self, pairs: Sequence[Pair], model: Any) -> Dataset | None:
+        """Pairs as token ids, made once; says how many were cut."""
+        if not pairs:
+            return None
+        limit = self._max_length(model)
+        kept = []
+        for number, pair in enumerate(pairs, start=1):
+            try:
+                kept.append(
+                    tokenize_pair(
+                        self.tokenizer,
+                        pair,
+                        max_length=limit,
+                        truncation=cast(Truncation, self.arguments.truncation),
+                        chat=self.arguments.chat,
+                    )
+                )
+            except ValueError as error:
+                raise CommandError(f"data: pair {number} of {len(pairs)}: {error}") from error
+        cut = sum(pair.truncated for pair in kept)
+        if cut:
+            what = self.arguments.truncation
+            self.reporter.say(f"{cut} of {len(pairs)} pairs cut to {limit} tokens (the {what})")
+        names = ("prompt_ids", "chosen_ids", "rejected_ids")
+        return Dataset.from_dict({name: [getattr(pair, name) for pair in kept] for name in names})
+
+    def _max_length(self, model: Any) -> int | None:
+        """Tokens of a sequence at most: what was asked for, or the model's positions if fewer."""
+        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        limits = [n for n in (self.config.max_length, positions) if n]
+        return min(limits) if limits else None
+
+    def _train_stage(
+        self,
+        number: int,
+        model: Any,
+        train: Dataset | None,
+        held_out: Dataset | None,
+        checkpoint: Path | None,
+    ) -> None:
+        """Takes the steps of a stage that are left."""
+        stage, count = self.mixtures[number], len(self.mixtures)
+        label = f"stage {number + 1}/{count} ({_named(stage)})"
+        trainer = StageTrainer(
+            model,
+            self._stage_config(number),
+            label=label,
+            loss=stage,
+            loss_options=objective_of(stage, self.arguments.loss_options()),
+            train=train,
+            held_out=held_out,
+            tokenizer=self.tokenizer,
+            advance=self.reporter.advance,
         )
-        if state.step % options.log_every == 0 or state.step in (1, total):
-            self.out.print(f"{label}, step {state.step}/{total}: {_shown(seen)}")
-
-    def _evaluate(self, label: str) -> None:
-        """Looks at the pairs held out, at a stage's end."""
-        if not self.held_out:
-            return
-        self.model.eval()
-        good, bad = self._logps(self.held_out, "held out")
-        seen = {
-            "eval/logps/good": float(good.mean()),
-            "eval/logps/bad": float(bad.mean()),
-            "eval/pairs/accuracies": float((good > bad).float().mean()),
-        }
-        if self.state.held_out is not None:
-            ahead = (good - self.state.held_out[0]) > (bad - self.state.held_out[1])
-            seen["eval/rewards/accuracies"] = float(ahead.float().mean())
-        self.metrics.write(stage=self.state.stage + 1, step=self.state.step, **seen)
-        plain = {k.removeprefix("eval/"): v for k, v in seen.items()}
-        self.out.print(f"{label}, held out: {_shown(plain)}")
-
-    def _logps(self, pairs: list[Pair], label: str) -> Reference:
-        """log P of both responses of pairs, (N,) each."""
-        seen: list[Reference] = []
-        size = self.options.batch
-        with self._bar() as bar:
-            for i in bar.track(range(0, len(pairs), size), description=label):
-                seen.append(reference_logps(self.model, self._encode(pairs[i : i + size])))
-        if not seen:
-            return torch.zeros(0), torch.zeros(0)
-        good, bad = (torch.cat(side) for side in zip(*seen, strict=True))
-        return good, bad
-
-    def _places(self, step: int) -> list[int]:
-        """The pairs of a step: a further part of an order that each epoch has anew."""
-        size = self.options.batch * self.options.accumulate
-        per_epoch = self._steps_per_epoch()
-        epoch, first = divmod(step, per_epoch)
-        order = random.Random(f"{self.options.seed}, {self.state.stage}, {epoch}")
-        shuffled = order.sample(range(len(self.train)), len(self.train))
-        return shuffled[first * size : (first + 1) * size]
-
-    def _steps_per_epoch(self) -> int:
-        """How many steps go once through the data; the last may be smaller."""
-        size = self.options.batch * self.options.accumulate
-        return -(-len(self.train) // size)
-
-    def _steps(self) -> int:
-        """How many steps a stage has."""
-        steps = self.options.epochs * self._steps_per_epoch()
-        return steps if self.options.max_steps is None else min(steps, self.options.max_steps)
-
-    def _encode(self, pairs: Sequence[Pair]) -> PairBatch:
-        """Pairs as a batch."""
-        options = self.options
-        batch = encode_pairs(self.tokenizer, pairs, max_length=options.max_length, chat=False)
-        return PairBatch(*(x.to(options.device) for x in batch))
-
-    def _new_optimizer(self) -> torch.optim.Optimizer:
-        """The optimizer of a stage."""
-        return torch.optim.AdamW(self.trained.values(), weight_decay=0.0, fused=True)
-
-    def _save(self, settings: Mapping[str, Any], optimizer: dict[str, Any] | None) -> None:
-        """Writes the checkpoint."""
-        save_checkpoint(self.options.output, settings, self.state, self.trained, optimizer)
-
-    def _bar(self) -> Progress:
-        """A progress display, where there is a terminal."""
-        return Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            console=self.out,
-            transient=True,
-            disable=not self.out.is_terminal,
+        callback = StageCallback(
+            self.folder, number, label, self.reporter, evaluates=held_out is not None
         )
+        callback.on_begin = trainer.restore_token_count
+        trainer.add_callback(callback)
+        total = trainer.total_steps()
+        taken = step_of(checkpoint) if checkpoint else 0
+        if taken > total:
+            raise CommandError(f"max_steps: expected at least the {taken} steps taken, got {total}")
+        if checkpoint is not None and taken == total:
+            trainer._load_from_checkpoint(str(checkpoint))
+        else:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        check_parameters(model, f"{label}, after its last step")
+        trainer.accelerator.free_memory()
+        del trainer
+        gc.collect()
+
+    def _stage_config(self, number: int) -> DPOConfig:
+        """trl's arguments for a stage: its folder, its seed, its learning rate."""
+        config = copy.copy(self.config)
+        config.output_dir = str(self.folder.stage(number))
+        config.seed = self.config.seed + number
+        config.dataloader_pin_memory &= torch.accelerator.is_available()
+        if self.arguments.learning_rates:
+            config.learning_rate = self.arguments.learning_rates[number]
+        return config
+
+    def _save(self, model: Any) -> None:
+        """Writes the model and its tokenizer, at once or not at all."""
+        if not PartialState().is_main_process:
+            return
+        part = self.folder.path / ".model.part"
+        shutil.rmtree(part, ignore_errors=True)
+        with writing(part):
+            model.save_pretrained(part)
+            self.tokenizer.save_pretrained(part)
+            self.folder.place_model(part)
+        self.reporter.say(f"saved in {self.folder.model}")
 
 
-def _with_adapters(model: Any, rank: int) -> Any:
-    """Puts LoRA adapters on the body's linear layers and freezes the rest."""
+def _read_data(arguments: RunArguments, config: DPOConfig) -> tuple[list[Pair], list[Pair]]:
+    """The pairs to train on and those to evaluate on."""
+    pairs = load_pairs(arguments.data, split=arguments.split)
+    share = arguments.eval_fraction
+    train, held_out = split_pairs(pairs, share, config.seed) if share else (pairs, [])
+    if share and not (train and held_out):
+        raise CommandError(
+            f"eval_fraction: expected a share that leaves a pair on either side, got {share} of "
+            f"{len(pairs)}"
+        )
+    if arguments.eval_data:
+        held_out = load_pairs(arguments.eval_data, split=arguments.eval_split)
+    size = config.per_device_train_batch_size * config.world_size
+    if size > len(train):
+        raise CommandError(
+            f"per_device_train_batch_size: expected no more than the {len(train)} pairs, got {size}"
+        )
+    return train, held_out
+
+
+def _with_adapters(model: Any, arguments: RunArguments, before: Path | None) -> Any:
+    """Puts LoRA adapters on a model, new ones or those of a checkpoint, and freezes the rest."""
     import peft
 
+    if before is not None:
+        return peft.PeftModel.from_pretrained(model, str(before), is_trainable=True)
     config = peft.LoraConfig(
-        r=rank, lora_alpha=2 * rank, target_modules=_LORA_MODULES, task_type="CAUSAL_LM"
+        r=arguments.lora_r or 1,
+        lora_alpha=arguments.lora_alpha or 2 * (arguments.lora_r or 1),
+        target_modules=arguments.lora_target_modules or "all-linear",
+        task_type="CAUSAL_LM",
     )
     return peft.get_peft_model(model, config)
 
 
-def _stage_label(number: int, stage: Mapping[str, float], count: int) -> str:
-    """Names a stage."""
-    losses = " + ".join(k if v == 1 else f"{v:g} {k}" for k, v in stage.items())
-    return f"stage {number + 1}/{count} ({losses})"
+def _named(stage: Mapping[str, float]) -> str:
+    """A mixture as a person reads it."""
+    return " + ".join(name if w == 1 else f"{w:g} {name}" for name, w in stage.items())
 
 
-def _shown(seen: Mapping[str, float]) -> str:
-    """Metrics as a person reads them."""
-    texts = {
-        "loss": "loss {:.4f}",
-        "logps/good": "log P good {:.2f}",
-        "logps/bad": "bad {:.2f}",
-        "pairs/accuracies": "good ahead {:.0%}",
-        "rewards/accuracies": "more than before {:.0%}",
-        "grad_norm": "gradient {:.2g}",
-    }
-    return ", ".join(text.format(seen[k]) for k, text in texts.items() if k in seen)
+def _no_progress(phase: str, done: int, total: int) -> None:
+    """Loads without bars."""
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Leaves transformers' bars and warnings out of a run's lines; its errors stay."""
+    logging: Any = transformers.utils.logging
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

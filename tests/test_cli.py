@@ -14,7 +14,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from fastadapt import Adaptor, cli, demo, demo_training, memory, training
+import fastadapt
+from fastadapt import Adaptor, cli, cli_errors, demo, demo_training, memory, training
 from fastadapt.preferences import Pair, encode_pairs
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -76,8 +77,8 @@ def test_missing_extra_is_named(package, tmp_path):
         "from fastadapt.cli import main; sys.exit(main(['demo']))"
     )
     done = _python(code, cwd=tmp_path)
-    assert done.returncode == 1
-    assert "Traceback" not in done.stderr
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
     assert f"'{package}'" in done.stderr and 'pip install "fastadapt[demo]"' in done.stderr
 
 
@@ -111,14 +112,69 @@ def test_demo_refuses_bad_arguments_before_loading(arguments, message, capsys, n
 
 
 def test_unknown_model_path(tmp_path, capsys):
-    assert cli.main(["demo", "--model", str(tmp_path / "none")]) == 1
+    assert cli.main(["demo", "--model", str(tmp_path / "none")]) == 2
     assert "does not exist" in capsys.readouterr().err
 
 
 def test_prompt_longer_than_the_model(tiny_folder, capsys):
     arguments = ["demo", "--model", str(tiny_folder), "--prompt", "cat " * 60]
-    assert cli.main(arguments) == 1
+    assert cli.main(arguments) == 2
     assert "the model has 64 positions; got 60" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["trian"], "did you mean train?"),
+        (["dem"], "did you mean demo?"),
+        (["demo", "--promt", "a"], "unrecognized argument '--promt'; did you mean --prompt?"),
+        (["demo", "--max_new_token", "4"], "did you mean --max-new-tokens?"),
+        (["bench", "lossess"], "did you mean losses?"),
+        (["tradeoff", "--out", "x", "--stringss", "1"], "did you mean --strings?"),
+        (["gradients", "tabel"], "did you mean table?"),
+        (["gradients", "table", "--what"], "unrecognized argument '--what'"),
+        (["demo", "the", "cat"], "unrecognized argument 'the'"),
+    ],
+)
+def test_misspelt_word_is_one_line_with_its_like(words, message, capsys):
+    with pytest.raises(SystemExit) as left:
+        cli.main(words)
+    error = capsys.readouterr().err
+    assert left.value.code == 2 and message in error and error.count("\n") == 1, error
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as left:
+        cli.main(["--version"])
+    assert left.value.code == 0
+    assert capsys.readouterr().out == f"fastadapt {fastadapt.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (OSError(28, "No space left on device"), 2, "[Errno 28] No space left on device"),
+        (PermissionError(13, "Permission denied", "x"), 2, "Permission denied: 'x'"),
+        (cli_errors.CommandError("expected\n a, got b"), 2, "expected a, got b"),
+    ],
+)
+def test_what_a_person_can_mend_is_one_line(error, code, message, capsys, monkeypatch):
+    def run(options):
+        raise error
+
+    monkeypatch.setattr(demo, "run", run)
+    assert cli.main(["demo"]) == code
+    assert capsys.readouterr().err == f"fastadapt: {message}\n"
+
+
+def test_fault_of_ours_keeps_its_traceback(monkeypatch):
+    def run(options):
+        raise IndexError("ours")
+
+    monkeypatch.setattr(demo, "run", run)
+    with pytest.raises(IndexError, match="ours"):
+        cli.main(["demo"])
 
 
 def test_no_command_is_a_usage_error(capsys):
@@ -270,7 +326,7 @@ def test_bench_generation_writes_json(tiny_folder, tmp_path):
 def test_bench_needs_a_checkout(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cli, "__file__", str(tmp_path / "site-packages" / "fastadapt" / "cli.py"))
-    assert cli.main(["bench", "generation", "--rounds", "2"]) == 1
+    assert cli.main(["bench", "generation", "--rounds", "2"]) == 2
     assert "from a checkout" in capsys.readouterr().err
 
 

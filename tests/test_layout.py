@@ -67,12 +67,17 @@ OURS = {
     "pair_tokens": {"pair_forms"},
     "preferences": {"pair_files", "pair_forms", "pair_tokens"},
     "train_data": {"pair_files", "pair_forms"},
-    "train_state": set(),
-    "train_options": PUBLIC | {"pair_forms"},
+    "train_options": PUBLIC | {"cli_errors"},
+    "train_config": PUBLIC | {"cli_errors", "train_options"},
+    "train_folder": {"cli_errors"},
+    "train_log": {"train_folder"},
+    "train_stage": PUBLIC | {"cli_errors", "train_folder", "trl"},
     "train_run": PUBLIC
-    | {"pair_forms", "preferences", "pretrained", "training"}
-    | {"train_data", "train_options", "train_state"},
-    "cli_train": {"pretrained", "train_data", "train_options", "train_run", "train_state"},
+    | {"cli_errors", "pair_forms", "preferences", "pretrained", "train_config", "train_data"}
+    | {"train_folder", "train_log", "train_options", "train_stage"},
+    "cli_errors": set(),
+    "cli_train": {"cli_errors", "train_config", "train_data", "train_log", "train_options"}
+    | {"train_run"},
     "head_shape": set(),
     "model_head": {"head_shape"},
     "training": PUBLIC | {"model_head", "preferences"},
@@ -80,9 +85,9 @@ OURS = {
     "demo": PUBLIC | {"demo_training", "hf", "measure", "pretrained"},
     "demo_training": PUBLIC | {"memory", "preferences", "training"},
     "cli": PUBLIC
-    | {"cli_gradients", "cli_tradeoff", "cli_train", "demo", "hf", "pretrained", "study"},
+    | {"cli_errors", "cli_gradients", "cli_tradeoff", "cli_train", "demo", "hf", "study"},
     "cli_gradients": {"pretrained", "study"},
-    "cli_tradeoff": {"pretrained", "study"} | {""},
+    "cli_tradeoff": {"cli_errors", "pretrained", "study"} | {""},
 }
 OTHERS = {
     "kernels": {"torch", "triton"},
@@ -100,8 +105,13 @@ OTHERS = {
     "pair_files": {"datasets", "pyarrow"},
     "pair_tokens": {"jinja2"},
     "train_data": {"datasets"},
-    "train_run": {"torch", "peft", "rich"},
-    "cli_train": {"rich"},
+    "train_config": {"transformers", "trl", "yaml"},
+    "train_folder": {"filelock"},
+    "train_log": {"rich", "transformers"},
+    "train_stage": {"torch", "transformers", "trl", "datasets", "safetensors"},
+    "train_run": {"torch", "transformers", "trl", "accelerate", "datasets", "peft"},
+    "cli_errors": set(),
+    "cli_train": {"torch", "accelerate", "rich"},
     "cli": set(),
     "cli_gradients": set(),
     "cli_tradeoff": set(),

@@ -57,4 +57,4 @@ def test_command(scope):
     assert main([*arguments, "--model", scope["model"]]) == 0
     assert Path("run/model/model.safetensors").exists()
     lines = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
-    assert {line["stage"] for line in lines} == {1, 2} and "eval/logps/good" in lines[-1]
+    assert {line["stage"] for line in lines} == {1, 2} and "eval_logps/chosen" in lines[-1]

@@ -1,0 +1,71 @@
+"""How every command says what is wrong: one line on the error output, and an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+import sys
+from collections.abc import Iterable
+from typing import Any, NoReturn
+
+WRONG_INPUT, INTERRUPTED = 2, 130
+_REFUSED = r"expected (one|some) of (?P<known>.*), got '(?P<word>[^']*)'$"
+_REFUSED_BY_ARGPARSE = r"invalid choice: '(?P<word>[^']*)' \(choose from (?P<known>.*)\)$"
+
+
+class CommandError(Exception):
+    """What a person can mend: wrong input, a folder in use, a full disk. Never a fault of ours."""
+
+
+class CommandParser(argparse.ArgumentParser):
+    """A parser of arguments whose errors are one line, with the word that may have been meant.
+
+    Flags are not abbreviated: a shortened one would change its meaning with the next flag.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        """Takes what `ArgumentParser` takes, by name."""
+        super().__init__(**{"allow_abbrev": False, **settings})
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the process with exit code 2 and one line that names the command."""
+        self.exit(WRONG_INPUT, f"{self.prog}: {one_line(with_suggestion(message))}\n")
+
+    # `ArgumentParser` declares it once for every type of namespace
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parses; words that are left over are an error here, where their like is known."""
+        parsed, left = super().parse_known_args(args, namespace)
+        unknown = [word for word in left if word.startswith("-")]
+        if unknown or left:
+            first = (unknown or left)[0]
+            flags = [flag for action in self._actions for flag in action.option_strings]
+            self.error(f"unrecognized argument {first!r}{did_you_mean(first, flags)}")
+        return parsed, left
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Returns "; did you mean X?" with the most similar of the known words, or nothing."""
+    plain = {name.replace("-", "_"): name for name in known}
+    close = difflib.get_close_matches(word.partition("=")[0].replace("-", "_"), plain, n=1)
+    return f"; did you mean {plain[close[0]]}?" if close else ""
+
+
+def with_suggestion(message: str) -> str:
+    """Adds the most similar of the words that a message lists to the one that it refuses."""
+    for pattern in (_REFUSED, _REFUSED_BY_ARGPARSE):
+        if found := re.search(pattern, message):
+            known = re.findall(r"[\w-]+", found["known"])
+            return message + did_you_mean(found["word"], known)
+    return message
+
+
+def one_line(message: object) -> str:
+    """Returns a message without its line breaks."""
+    return " ".join(str(message).split())
+
+
+def fail(message: object, code: int = WRONG_INPUT) -> int:
+    """Writes one line to the error output and returns the exit code."""
+    sys.stderr.write(f"fastadapt: {one_line(message)}\n")
+    return code

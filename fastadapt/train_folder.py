@@ -1,0 +1,236 @@
+"""The folder of a training run: who writes to it, its settings, its metrics, its checkpoints."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+from fastadapt.cli_errors import CommandError
+
+_SEAL = "seal.json"
+_PREFIX = "checkpoint-"
+
+
+def check_target(folder: Path) -> None:
+    """Raises unless a folder can be made or written to here; makes nothing.
+
+    Raises:
+        CommandError: it is a file, or the user may not write there.
+    """
+    place = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not place.is_dir():
+        raise CommandError(f"output_dir: expected a folder, got the file {str(place)!r}")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise CommandError(f"output_dir: expected a folder to write to, got {str(place)!r}")
+
+
+@contextlib.contextmanager
+def sole_writer(folder: Path) -> Iterator[None]:
+    """Makes a folder and holds its lock: one run writes to it at a time.
+
+    The lock goes with its process, however that ends.
+
+    Raises:
+        CommandError: another process holds it; the message says which.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(folder / ".lock")
+    note = folder / ".lock.json"
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise CommandError(f"output_dir: {folder} is in use by {_holder(note)}") from None
+    try:
+        started = time.strftime("%Y-%m-%d %H:%M:%S %z")
+        who = {"pid": os.getpid(), "host": socket.gethostname(), "since": started}
+        note.write_text(json.dumps(who), encoding="utf-8")
+        yield
+    finally:
+        note.unlink(missing_ok=True)
+        lock.release()
+
+
+def _holder(note: Path) -> str:
+    """Who wrote a note beside the lock."""
+    try:
+        who = json.loads(note.read_text(encoding="utf-8"))
+        return f"process {who['pid']} on {who['host']} since {who['since']}"
+    except (OSError, ValueError, KeyError):
+        return "another process"
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes a JSON file in place of the last one, at once or not at all."""
+    part = path.with_name(f".{path.name}.part")
+    with part.open("w", encoding="utf-8") as file:
+        json.dump(content, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
+class RunFolder:
+    """What a run keeps: run.json, metrics.jsonl, stage-N/checkpoint-M and, at its end, model.
+
+    Args:
+        path: there already, its lock held.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Keeps the path."""
+        self.path = path
+        self.model = path / "model"
+        self._settings = path / "run.json"
+        self._metrics = path / "metrics.jsonl"
+
+    def stage(self, number: int) -> Path:
+        """Returns the folder of a stage, from 0."""
+        return self.path / f"stage-{number + 1}"
+
+    def settings(self) -> dict[str, Any] | None:
+        """Returns the settings of the run that began here, None if none did.
+
+        Raises:
+            CommandError: their file cannot be read.
+        """
+        if not self._settings.exists():
+            return None
+        try:
+            found: dict[str, Any] = json.loads(self._settings.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise CommandError(f"{self._settings}: expected JSON, got {error}") from error
+        return found
+
+    def keep_settings(self, settings: Mapping[str, Any]) -> None:
+        """Writes the settings of the run."""
+        write_json(self._settings, dict(settings))
+
+    def last_checkpoint(self, stages: int) -> tuple[int, Path | None, list[str]]:
+        """Finds where to go on.
+
+        Checkpoints that were not finished are removed; damaged ones are set aside.
+
+        Args:
+            stages: how many there are.
+
+        Returns:
+            (stage from 0, its newest whole checkpoint, what was wrong with newer ones); the
+            checkpoint is None where no stage has a finished one.
+
+        Raises:
+            CommandError: there are finished checkpoints, and all are damaged.
+        """
+        wrong: list[str] = []
+        aside: list[Path] = []
+        for stage in reversed(range(stages)):
+            for folder in _newest_first(self.stage(stage)):
+                if not (folder / _SEAL).exists():
+                    shutil.rmtree(folder)
+                elif damage := _damage(folder):
+                    wrong.append(f"{folder}: {damage}")
+                    aside.append(folder)
+                else:
+                    for path in aside:
+                        _set_aside(path)
+                    return stage, folder, wrong
+        if wrong:
+            raise CommandError(f"expected a whole checkpoint, got {'; '.join(wrong)}")
+        return 0, None, []
+
+    def last_of_stage(self, number: int) -> Path | None:
+        """Returns the newest finished checkpoint of a stage, whole or not."""
+        found = _newest_first(self.stage(number))
+        return next((folder for folder in found if (folder / _SEAL).exists()), None)
+
+    def rewind_metrics(self, stage: int, step: int) -> None:
+        """Drops lines after a step of a stage: they will be written again, equal.
+
+        Args:
+            stage: from 0.
+            step: of it; 0 for its beginning.
+        """
+        kept: list[str] = []
+        if self._metrics.exists():
+            # a killed run may have left half a line, without its end
+            lines = self._metrics.read_text(encoding="utf-8").split("\n")[:-1]
+            places = [(entry["stage"], entry["step"]) for entry in map(json.loads, lines)]
+            kept = [x for x, at in zip(lines, places, strict=True) if at <= (stage + 1, step)]
+        part = self._metrics.with_suffix(".part")
+        part.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        os.replace(part, self._metrics)
+
+    def write_metrics(self, entry: Mapping[str, Any]) -> None:
+        """Appends a line to metrics.jsonl."""
+        with self._metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    def place_model(self, written: Path) -> None:
+        """Puts a folder where the run's model belongs, in place of an earlier one."""
+        before = self.path / ".model.before"
+        shutil.rmtree(before, ignore_errors=True)
+        if self.model.exists():
+            os.replace(self.model, before)
+        os.replace(written, self.model)
+        shutil.rmtree(before, ignore_errors=True)
+
+
+def seal(folder: Path) -> None:
+    """Says of a checkpoint that it is finished, and what its files must hold."""
+    sums = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != _SEAL):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        sums[path.relative_to(folder).as_posix()] = _digest(path)
+    write_json(folder / _SEAL, sums)
+
+
+def unseal(folder: Path) -> None:
+    """Takes back what `seal` said, before the checkpoint is written again."""
+    (folder / _SEAL).unlink(missing_ok=True)
+
+
+def _damage(folder: Path) -> str | None:
+    """What is wrong with a sealed checkpoint."""
+    try:
+        sums = json.loads((folder / _SEAL).read_text(encoding="utf-8"))
+        for name, wanted in sums.items():
+            if _digest(folder / name) != wanted:
+                return f"{name} is not what was written"
+    except (OSError, ValueError, AttributeError) as error:
+        return str(error)
+    return None
+
+
+def _digest(path: Path) -> str:
+    """The SHA-256 sum of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, finished or not."""
+    found = [path for path in folder.glob(f"{_PREFIX}*") if step_of(path) >= 0 and path.is_dir()]
+    return sorted(found, key=step_of, reverse=True)
+
+
+def step_of(checkpoint: Path) -> int:
+    """Returns the step of a checkpoint, from its name; -1 for another name."""
+    number = checkpoint.name.removeprefix(_PREFIX)
+    return int(number) if number.isdecimal() else -1
+
+
+def _set_aside(folder: Path) -> None:
+    """Renames a damaged checkpoint, so that nothing takes it for one."""
+    target = folder.with_name(f"damaged-{folder.name}")
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(folder, target)
