@@ -204,12 +204,26 @@ def test_demo_on_a_tiny_model(knobs, tiny_folder, capsys, monkeypatch):
     )
     out = capsys.readouterr().out
     assert torch.get_num_threads() == threads
-    assert "Kept sets: 15 of 15 equal" in out and "Differing tokens: 0 wrong, 0 within" in out
-    assert "transformers' kept set: 15 of 15" in out and "in a second run: yes" in out
+    assert _agreement(out)[0] == 15 and "in a second run: yes" in out
     for label in ("greedy", "sampling, transformers", "sampling, fastadapt", "torch.softmax"):
         assert label in out
     # the first line names the model by the path that was given
     assert max(map(len, out.splitlines()[2:])) <= 80
+
+
+def _agreement(out):
+    """The kept sets and the drawn tokens of a demo's report; what differs lies at a threshold.
+
+    Logits are sums in the processor's order, so that a token may come to lie on either side.
+    """
+    sets = re.search(r"Kept sets: (\d+) of (\d+) equal", out)
+    tokens = re.search(r"Differing tokens: (\d+) wrong, (\d+) within", out)
+    drawn = re.search(r"transformers' kept set: (\d+) of\s+(\d+)", out)
+    equal, total, wrong, within, inside, draws = map(
+        int, (*sets.groups(), *tokens.groups(), *drawn.groups())
+    )
+    assert wrong == 0 and (equal == total or within > 0) and draws - inside <= within
+    return total, draws
 
 
 @pytest.fixture
@@ -347,11 +361,13 @@ def test_bench_passes_arguments_and_exit_code(name, tmp_path, monkeypatch):
 
 @pytest.mark.demo_model
 def test_demo_on_its_own_model(capsys, monkeypatch):
+    """Two prompts and one batch of pairs: what every line of the report needs."""
     timed = demo.median_ms
+    monkeypatch.setattr(demo_training, "PAIRS", demo_training.PAIRS[: demo_training.BATCH])
     monkeypatch.setattr(demo, "median_ms", lambda calls, budget_s: timed(calls, budget_s=0.0))
     assert cli.main(["demo", "--batch", "2", "--max-new-tokens", "4"]) == 0
     out = capsys.readouterr().out
-    assert "Differing tokens: 0 wrong" in out and "transformers' kept set: 8 of 8" in out
-    assert "all 32 pairs, after" in out
+    assert _agreement(out)[1] == 8
+    assert "all 4 pairs, after" in out
     assert max(map(len, out.splitlines())) <= 80
     assert all(math.isfinite(float(number)) for number in re.findall(r"\d+\.\d+", out))

@@ -332,6 +332,10 @@ def test_generate_draws_each_sequence_by_its_seed_and_its_length(model, prompts)
 
 
 def test_generate_by_seed_ignores_padding_batch_mates_and_the_default_generator(model, prompts):
+    """A row draws from its own logits by its seed and step.
+
+    Alone, its logits may be rounded otherwise: both runs are held to their own.
+    """
     torch.manual_seed(1)
     batch = run(model, prompts, seeds=torch.tensor([5, 6, 7]), temperature=2.0)
     torch.manual_seed(2)
@@ -339,7 +343,24 @@ def test_generate_by_seed_ignores_padding_batch_mates_and_the_default_generator(
         alone = {"input_ids": prompts["input_ids"][row : row + 1, -length:]}
         custom = hf.generate.using(seeds=[seed])
         out = run(model, alone, custom, temperature=2.0)
-        assert torch.equal(out.sequences[0, -STEPS:], batch.sequences[row, -STEPS:])
+        same = True  # the tokens before this step, and so the logits
+        for step in range(STEPS):
+            drawn = []
+            for logits, tokens, at in (
+                (out.logits[step], out.sequences, 0),
+                (batch.logits[step], batch.sequences, row),
+            ):
+                wanted = sample(
+                    logits[at : at + 1],
+                    Adaptor(temperature=2.0, top_k=50),
+                    seeds=torch.tensor([seed]),
+                    positions=torch.tensor([step]),
+                ).tokens
+                drawn.append(int(tokens[at, step - STEPS]))
+                assert drawn[-1] == int(wanted)
+            if same:
+                torch.testing.assert_close(out.logits[step][0], batch.logits[step][row])
+            same = same and drawn[0] == drawn[1]
 
 
 def test_generate_without_seeds_follows_the_default_generator(model, prompts):

@@ -163,6 +163,7 @@ def test_extra_outputs(dtype, frozen):
     labels[0] = -100
     best = (hidden.double() @ weight.double().t() + bias.double()).argmax(-1)
     labels[3:5] = best[3:5]
+    bias[best[3:5]] += 0.25  # and by more than the roundings of a logit
     names = ("hit", "entropy", "logsumexp")
     ours = linear_label_margins(hidden, weight, labels, bias, softcap=9.0, outputs=names)
     truth = reference.linear_label_margins(

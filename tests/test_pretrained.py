@@ -217,10 +217,14 @@ def test_rebuilt_demo_model_is_the_one_of_the_gguf(tmp_path, monkeypatch):
     assert cached_tokenizer(text).input_ids == ids[0].tolist()
     assert tokenizer.decode(ids[0]) == text
     assert cached_tokenizer.chat_template == tokenizer.chat_template
+    parameters = quantised[0].state_dict()
     with torch.no_grad():
         truth = quantised[0](ids).logits
-        assert torch.equal(rebuilt(ids).logits, truth)
-        assert torch.equal(cached(ids).logits, truth)
+        for model in (rebuilt, cached):
+            own = model.state_dict()
+            assert own.keys() == parameters.keys()
+            assert all(torch.equal(own[name], value) for name, value in parameters.items())
+            torch.testing.assert_close(model(ids).logits, truth)
 
     for model in (rebuilt, cached):
         assert not getattr(model, "is_quantized", False)

@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 datasets = pytest.importorskip("datasets", reason="needs trl")
 pytest.importorskip("trl")
@@ -26,11 +26,12 @@ from fastadapt import trl_head  # noqa: E402
 from fastadapt.trl import RewardPenalizeTrainer, fused_log_probs  # noqa: E402
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
-REWARDS = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
 SHARED = (
     *("loss", "grad_norm", "logps/chosen", "logps/rejected", "logits/chosen", "logits/rejected"),
-    *("entropy", "mean_token_accuracy", "num_tokens", *REWARDS),
+    *("entropy", "num_tokens", "rewards/chosen", "rewards/rejected", "rewards/margins"),
 )
+# Where what an accuracy compares is nearer, the accuracy is of roundings.
+DECIDED = 1e-3
 
 
 @pytest.fixture(scope="module")
@@ -81,12 +82,30 @@ def _train(trainer):
 
 
 def _assert_follows(ours, theirs, names):
-    """1e-6 relative at the first step, 1e-4 at the last."""
+    """1e-6 relative at the first step, 1e-4 at the last; names of what changes smoothly."""
     assert len(ours) == len(theirs) == 20
     for name in names:
         # rewards start at 0 and log P has the size of 10 nats: an absolute bound of its rounding
         assert ours[0][name] == pytest.approx(theirs[0][name], rel=1e-6, abs=1e-6), name
         assert ours[-1][name] == pytest.approx(theirs[-1][name], rel=1e-4, abs=1e-6), name
+
+
+def _assert_accuracies_follow(ours, theirs):
+    """Of pairs evaluated one by one, where the sign of the difference of rewards is decided."""
+    seen = []
+    for trainer in (ours, theirs):
+        before = len(trainer.state.log_history)
+        trainer.evaluate()
+        seen.append(trainer.state.log_history[before:])
+    decided = 0
+    for one, other in zip(*seen, strict=True):
+        margin = other["eval_rewards/margins"]
+        assert one["eval_rewards/margins"] == pytest.approx(margin, rel=1e-4, abs=1e-5)
+        if abs(margin) > DECIDED:
+            decided += 1
+            accuracies = {float(each["eval_rewards/accuracies"]) for each in (one, other)}
+            assert accuracies == {float(margin > 0)}
+    assert decided >= 4
 
 
 @pytest.mark.parametrize(
@@ -95,22 +114,26 @@ def _assert_follows(ours, theirs, names):
     ids=["full", "lora", "precomputed"],
 )
 def test_dpo_follows_trl(folder, tokenizer, tmp_path, lora, precompute):
-    logs = []
+    logs, trainers = [], []
+    pairs = _pairs(80)
     for kind in (DPOTrainer, RewardPenalizeTrainer):
         extra = {"loss": {"dpo": 1.0}} if kind is RewardPenalizeTrainer else {}
         trainer = kind(
             folder,
             args=DPOConfig(**_settings(tmp_path), precompute_ref_log_probs=precompute),
-            train_dataset=_pairs(80),
+            train_dataset=pairs,
+            eval_dataset={str(i): pairs.select([i]) for i in range(8)},
             processing_class=tokenizer,
             peft_config=LoraConfig(**LORA) if lora else None,
             **extra,
         )
         logs.append(_train(trainer))
+        trainers.append(trainer)
     _assert_follows(logs[1], logs[0], SHARED)
-    # the same operator on the same batch; precomputed, the padding and so the body's sums differ
-    assert abs(logs[1][0]["rewards/margins"]) <= (1e-6 if precompute else 0)
-    assert abs(logs[1][-1]["rewards/margins"]) > 1e-3
+    assert logs[1][0]["mean_token_accuracy"] == pytest.approx(logs[0][0]["mean_token_accuracy"])
+    assert abs(logs[1][0]["rewards/margins"]) <= 1e-6  # roundings of log P, of 10 nats, times β
+    assert abs(logs[1][-1]["rewards/margins"]) > DECIDED
+    _assert_accuracies_follow(*reversed(trainers))
     assert {"loss/dpo", "pairs/accuracies", "gradients/good"} <= set(logs[1][0])
 
 
@@ -134,7 +157,22 @@ def test_sft_follows_trl(folder, tokenizer, tmp_path, lora):
         else:
             logs.append(_train(trainer))
         assert trl_utils._ChunkedLogProbFunction is before
-    _assert_follows(logs[1], logs[0], ("loss", "grad_norm", "entropy", "mean_token_accuracy"))
+    _assert_follows(logs[1], logs[0], ("loss", "grad_norm", "entropy"))
+    assert logs[1][0]["mean_token_accuracy"] == pytest.approx(logs[0][0]["mean_token_accuracy"])
+
+
+def test_no_token_is_nearly_the_most_probable_one(folder, tokenizer):
+    """Token accuracies at the first step are the same on every processor: no label is in a tie."""
+    model = AutoModelForCausalLM.from_pretrained(folder).double()
+    for row in _pairs(80):
+        for name in ("chosen", "rejected"):
+            ids = tokenizer(row["prompt"] + row[name] + " <end>", return_tensors="pt").input_ids
+            with torch.no_grad():
+                logits = model(input_ids=ids).logits[0, :-1]
+            label = ids[0, 1:, None]
+            others = logits.scatter(1, label, -torch.inf).amax(1)
+            gaps = (logits.gather(1, label)[:, 0] - others).abs()
+            assert gaps.min() > DECIDED, row
 
 
 def _mixed(folder, tokenizer, arguments, **named):
