@@ -310,6 +310,44 @@ def test_bootstrap_is_that_of_resampled_tables(pool):
         assert statistics.string_pearson(found)[replicate] == pytest.approx(expected, abs=1e-10)
 
 
+@pytest.mark.parametrize("which", ["all", "1.5", "adaptor"])
+@pytest.mark.parametrize("ties", [False, True])
+def test_strings_are_ranked_among_those_in_question(pool, which, ties):
+    """rho of a temperature or an adaptor, and its interval, as scipy's of these strings alone."""
+    from scipy import stats
+
+    x, y = pool.log_prior, pool.implicit_reward
+    if ties:
+        x, y = np.round(x), np.round(y)
+    counts = statistics.prompt_counts(pool.prompts, 40, np.random.default_rng(2))
+    found = correlations.correlate(pool, x, y, counts)["string"]
+    mine, ours = {
+        "all": (np.full(len(x), True), found["pooled"]["spearman"]),
+        "1.5": (pool.temperatures[pool.cell] == 1.5, found["by_temperature"]["1.5"]["spearman"]),
+        "adaptor": (pool.cell == 2, found["within_adaptors_spearman"][2]),
+    }[which]
+    assert ours[0] == pytest.approx(stats.spearmanr(x[mine], y[mine])[0], abs=1e-12)
+    replicates = []
+    for row in counts:
+        copies = np.concatenate(
+            [np.flatnonzero(mine & (pool.prompt == p)).repeat(int(n)) for p, n in enumerate(row)]
+        )
+        replicates.append(stats.spearmanr(x[copies], y[copies])[0])
+    assert ours[1:] == pytest.approx(np.quantile(replicates, [0.025, 0.975]), abs=1e-12)
+
+
+def test_restricting_first_is_not_ranking_first():
+    """Two temperatures of opposite signs, far apart: rho is -1 and 1, whatever the pool's ranks."""
+    x = np.array([0.0, 1.0, 2.0, 100.0, 101.0, 102.0])
+    y = np.array([2.0, 1.0, 0.0, 0.5, 1.5, 50.0])
+    prompt, counts = np.array([0, 0, 1, 0, 1, 1]), np.ones((1, 2))
+    for mine, wanted in ((slice(0, 3), -1.0), (slice(3, 6), 1.0)):
+        found = statistics.resampled_spearman(x[mine], y[mine], prompt[mine], counts)
+        assert found == pytest.approx([wanted])
+    nothing = statistics.resampled_spearman(x[:2], y[:2], prompt[:2], np.array([[0.0, 2.0]]))
+    assert np.isnan(nothing).all()
+
+
 def test_interval_covers():
     """95 % intervals of a mean over prompts hold the truth in about 95 % of 300 samples."""
     rng = np.random.default_rng(5)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from fastadapt.study import statistics
-from fastadapt.study.pool import Pool
+from fastadapt.study.pool import Mask, Pool
 from fastadapt.study.statistics import Array, Moments
 
 SIZES = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 20_000, 200_000)
@@ -34,6 +34,8 @@ def correlate(pool: Pool, x: Array, y: Array, counts: Array) -> dict[str, Any]:
         y: (N,), a reward.
         counts: (B, P), from `statistics.prompt_counts`.
 
+    Every number is of its own strings alone: ranks, means and spreads are taken after restricting.
+
     Returns:
         `string`: of all strings ("pooled"), by temperature, within each adaptor, per token and
         with the length held constant; `adaptors`: of the adaptors' means, pooled and by
@@ -42,21 +44,20 @@ def correlate(pool: Pool, x: Array, y: Array, counts: Array) -> dict[str, Any]:
     """
     shape = (pool.prompts, len(pool.cells))
     found = statistics.moments(x, y, pool.prompt, pool.cell, shape)
-    # replicates keep the ranks of the sample, which makes the interval of strings' rho approximate
-    ranks = statistics.moments(
-        statistics.ranks(x), statistics.ranks(y), pool.prompt, pool.cell, shape
-    )
     here = found.strings.sum(0) > 0  # adaptors that have strings
-    found, ranks = (Moments(*(part[:, here] for part in one)) for one in (found, ranks))
+    found = Moments(*(part[:, here] for part in found))
     temperatures = pool.temperatures[here]
+    place = (np.cumsum(here) - 1)[pool.cell]  # of each string among those adaptors
     one = np.ones((1, pool.prompts))
     exact, drawn = (statistics.resample(weights, found) for weights in (one, counts))
-    ranked = [statistics.resample(weights, ranks) for weights in (one, counts)]
 
-    def strings(which: Any) -> dict[str, list[float]]:
+    def strings(which: Mask) -> dict[str, list[float]]:
+        mine = which[place]
+        those = x[mine], y[mine]
+        rho = statistics.resampled_spearman(*those, pool.prompt[mine], counts)
         return {
             "pearson": _estimate(statistics.string_pearson, exact, drawn, which),
-            "spearman": _estimate(statistics.string_pearson, ranked[0], ranked[1], which),
+            "spearman": estimate(statistics.spearman(*those), rho),
         }
 
     def adaptors(which: Any) -> dict[str, list[float]]:

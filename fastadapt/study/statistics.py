@@ -42,6 +42,27 @@ def spearman(x: Array, y: Array) -> Array:
     return pearson(ranks(x), ranks(y))
 
 
+def resampled_spearman(x: Array, y: Array, prompt: Indices, counts: Array) -> Array:
+    """Returns Spearman's rho of strings in every bootstrap replicate, each ranked by itself.
+
+    Args:
+        x, y: (N,), of the strings in question and no others: a rank among more is another number.
+        prompt: (N,); the prompt of each.
+        counts: (B, P), from `prompt_counts`.
+
+    Returns:
+        (B,); as `spearman` of a table with copies of the strings. NaN where nothing varies.
+    """
+    ties_x, ties_y = _ties(x), _ties(y)
+    found = []
+    # some replicates at a time, whatever the study's size
+    for some in np.array_split(counts, max(1, counts.shape[0] * len(x) // 500_000)):
+        weights = some[:, prompt]
+        ranked = _weighted_ranks(weights, *ties_x), _weighted_ranks(weights, *ties_y)
+        found.append(_weighted_pearson(*ranked, weights))
+    return np.concatenate(found)
+
+
 def ranks(values: Array) -> Array:
     """Returns average ranks along the last axis."""
     return np.asarray(stats.rankdata(values, axis=-1), dtype=np.float64)
@@ -180,6 +201,30 @@ def typical_prediction(covariance: Array, width: float) -> float:
     variance = with_s.sum()
     left = covariance - (1 - kept) * np.outer(with_s, with_s) / variance
     return float(_ratio(left[0, 1], left[0, 0], left[1, 1]))
+
+
+def _ties(values: Array) -> tuple[Indices, Indices, Indices]:
+    """The order of values, where in it each tie begins, and each value's tie."""
+    order = np.argsort(values, kind="stable")
+    new = np.diff(values[order], prepend=np.nan) != 0
+    tie = np.empty(len(values), dtype=np.int64)
+    tie[order] = np.cumsum(new) - 1
+    return order, np.flatnonzero(new), tie
+
+
+def _weighted_ranks(weights: Array, order: Indices, starts: Indices, tie: Indices) -> Array:
+    """(B, N): average ranks, but for a constant, of values that are there `weights` times."""
+    of_tie = np.add.reduceat(weights[:, order], starts, axis=1)
+    middle: Array = (of_tie.cumsum(1) - of_tie / 2)[:, tie]
+    return middle
+
+
+def _weighted_pearson(x: Array, y: Array, weights: Array) -> Array:
+    """(B,): Pearson's r of values (B, N) that are there `weights` times."""
+    n = weights.sum(-1, keepdims=True)
+    with np.errstate(invalid="ignore"):  # a replicate may have none of these strings
+        x, y = (v - (weights * v).sum(-1, keepdims=True) / n for v in (x, y))
+    return _ratio(*((weights * a * b).sum(-1) for a, b in ((x, y), (x, x), (y, y))))
 
 
 def _ratio(xy: Array, xx: Array, yy: Array) -> Array:

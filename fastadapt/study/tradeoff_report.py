@@ -33,7 +33,8 @@ def write_report(results: Results, folder: Path, figures: Sequence[str]) -> Path
     """Writes `report.md` beside the figures.
 
     Args:
-        results: what `tradeoff.analyse` returned.
+        results: what `tradeoff.run_study` returned; "remarks", a list of paragraphs, if there
+            are any, stand below the command.
         folder: of the report and the figures.
         figures: names of the figures.
 
@@ -107,7 +108,9 @@ def _head(results: Results) -> str:
         adds noise to each mean. fastadapt {names["fastadapt"]}, torch {names["torch"]},
         transformers {names["transformers"]}. Made by"""
     title = f"# The probability–quality trade-off: {names['model']}"
-    return "\n\n".join([title, _flow(sampled), _flow(reward), f"```\n{results['command']}\n```"])
+    remarks = [_flow(remark) for remark in results.get("remarks", ())]
+    made_by = f"```\n{results['command']}\n```"
+    return "\n\n".join([title, _flow(sampled), _flow(reward), made_by, *remarks])
 
 
 def _found(results: Results) -> str:
