@@ -69,18 +69,19 @@ def tokenize_pair(
 
     Raises:
         ValueError: a prompt or response without tokens; text for a tokenizer without an end token;
-            messages without a chat template, or that it refuses, or whose prompt it renders
-            differently before a response; a `max_length` below 2; an unknown `truncation`; a pair
-            that is too long, with "error".
+            messages without a chat template, or that it refuses, whose text it leaves out, or
+            whose prompt it renders differently before a response; a `max_length` below 2; an
+            unknown `truncation`; a pair that is too long, with "error".
     """
     if max_length is not None and max_length < 2:
         raise ValueError(f"max_length: expected at least 2, got {max_length}")
     if truncation not in get_args(Truncation):
         raise ValueError(f"truncation: expected one of {get_args(Truncation)}, got {truncation!r}")
     is_text = isinstance(pair.prompt, str)
-    if not is_text and not tokenizer.chat_template:
+    has_template = bool(getattr(tokenizer, "chat_template", None))
+    if not is_text and not has_template:
         raise ValueError("tokenizer: expected one with a chat template, for prompts of messages")
-    in_chat = not is_text or (chat and bool(tokenizer.chat_template))
+    in_chat = has_template and (chat or not is_text)
     prompt, chosen, rejected = (_chat_ids if in_chat else _text_ids)(tokenizer, pair)
     named = zip(("prompt", "good", "bad"), (prompt, chosen, rejected), pair, strict=True)
     for name, ids, text in named:
@@ -126,7 +127,7 @@ def _beginning(tokenizer: Any, text: str) -> list[int]:
     last = len(ids)
     while last > 1 and added[last - 1]:
         last -= 1
-    twice = last > 1 and ids[0] == ids[1] == tokenizer.bos_token_id
+    twice = last > 1 and added[0] and ids[0] == ids[1] == tokenizer.bos_token_id
     return ids[int(twice) : last]
 
 

@@ -20,7 +20,9 @@ class DataError(ValueError):
     """There is no such data, or an entry of it has no known form."""
 
 
-def load_pairs(sources: str | Sequence[str], *, split: str = "train") -> list[Pair]:
+def load_pairs(
+    sources: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], *, split: str = "train"
+) -> list[Pair]:
     """Reads preference pairs, of several sources one after the other.
 
     Args:
@@ -34,10 +36,10 @@ def load_pairs(sources: str | Sequence[str], *, split: str = "train") -> list[Pa
             entry is in none of the forms of `pair_of`: the source, the line or row, and what is
             wrong.
     """
-    sources = [sources] if isinstance(sources, str) else sources
+    sources = [sources] if isinstance(sources, str | os.PathLike) else sources
     if not sources:
         raise DataError("data: expected at least one source, got none")
-    return [pair for source in sources for pair in _load(source, split)]
+    return [pair for source in sources for pair in _load(os.fspath(source), split)]
 
 
 def split_pairs(pairs: Sequence[Pair], share: float, seed: int) -> tuple[list[Pair], list[Pair]]:

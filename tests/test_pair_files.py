@@ -96,7 +96,7 @@ def test_folders_of_datasets(tmp_path):
     rows = datasets.Dataset.from_list(ROWS)
     rows.save_to_disk(tmp_path / "one")
     datasets.DatasetDict({"train": rows, "test": rows.select([1])}).save_to_disk(tmp_path / "two")
-    assert load_pairs(str(tmp_path / "one")) == TEXTS
+    assert load_pairs(tmp_path / "one") == TEXTS
     assert load_pairs(str(tmp_path / "two")) == TEXTS
     assert load_pairs(str(tmp_path / "two"), split="test") == [TEXTS[1]]
     with pytest.raises(DataError, match=r"two: expected one of the splits \['test', 'train'\], go"):
