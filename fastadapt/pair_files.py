@@ -24,7 +24,6 @@ from fastadapt.pair_forms import Pair, pair_of
 _GZIP, _PARQUET = b"\x1f\x8b", b"PAR1"
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _COLUMNS = ("prompt", "chosen", "rejected")
-_PYTHON_MESSAGES = re.compile(r"\s*\[\s*\{\s*'(role|content)'")
 
 # Where each entry stands, such as "line 3", and the entry.
 Entries = Iterable[tuple[str, Any]]
@@ -35,9 +34,9 @@ def read_pairs(path: str | os.PathLike[str]) -> list[Pair]:
 
     Args:
         path: JSON Lines; a JSON array; CSV or values between tabs, if the name says so (".csv",
-            ".tsv"; the first line names the columns, and a cell may hold messages as JSON); or
-            Parquet, which needs the package datasets. Any of them may be gzipped. Text is UTF-8,
-            with or without a byte order mark, UTF-16 or UTF-32.
+            ".tsv"; the first line names the columns); or Parquet, which needs the package datasets.
+            Any of them may be gzipped. Text is UTF-8, with or without a byte order mark, UTF-16 or
+            UTF-32.
 
     Raises:
         OSError: the file cannot be read.
@@ -205,22 +204,4 @@ def _csv_objects(name: str, text: str, delimiter: str) -> Iterator[tuple[str, An
             raise ValueError(
                 f"{name}, line {line}: expected {len(names)} values, got {len(values)}"
             )
-        row: dict[str, Any] = dict(zip(names, values, strict=True))
-        for column in _COLUMNS:
-            if column in row:
-                row[column] = _cell(f"{name}, line {line}: {column}", row[column])
-        yield f"line {line}", row
-
-
-def _cell(where: str, text: str) -> Any:
-    """The value of a cell: messages, if it is those as JSON, or else its text."""
-    if _PYTHON_MESSAGES.match(text):
-        raise ValueError(f"{where}: expected messages as JSON, got those of Python: {text[:40]!r}")
-    if not text.lstrip().startswith("["):
-        return text
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return text
-    is_chat = isinstance(value, list) and any(isinstance(m, dict) and "role" in m for m in value)
-    return value if is_chat else text
+        yield f"line {line}", dict(zip(names, values, strict=True))

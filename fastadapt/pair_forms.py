@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 _TURN = "\n\nAssistant:"
+# What Python writes for messages, where JSON was meant.
+_PYTHON_MESSAGES = re.compile(r"\s*\[\s*\{\s*'(role|content)'.*\}\s*\]\s*", re.DOTALL)
 # Columns that change what the model sees. An entry that has one is refused, rather than trained on
 # without it.
 _CONTEXT = (
@@ -39,7 +43,8 @@ def pair_of(entry: Any) -> Pair:
               the assistant, after the prompt's or after the same messages in both, which begin
               with the prompt's. A prompt that is a string is a user's message. Messages of a prompt
               may have other fields (tool calls), which the chat template sees; fields that are
-              None count as absent, here and in the entry.
+              None count as absent, here and in the entry. A list may also be JSON in a string, as
+              a table has it.
 
             Other columns are left out, but for those that change what the model sees (tools, a
             system message, images).
@@ -61,7 +66,7 @@ def pair_of(entry: Any) -> Pair:
             raise ValueError(
                 f"{name}: expected pairs of prompts and responses alone, got {_short(entry[name])}"
             )
-    good, bad, prompt = entry["chosen"], entry["rejected"], entry.get("prompt")
+    good, bad, prompt = (_value(n, entry.get(n)) for n in ("chosen", "rejected", "prompt"))
     if type(good) is not type(bad):
         raise ValueError("expected 'chosen' and 'rejected' of one kind, got a string and a list")
     if isinstance(good, list):
@@ -143,6 +148,21 @@ def _messages(name: str, messages: Any) -> list[Message]:
             _text(name, text)
         found.append(said)
     return found
+
+
+def _value(name: str, value: Any) -> Any:
+    """The messages that a string holds as JSON; anything else as it is."""
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return value
+    if _PYTHON_MESSAGES.fullmatch(value):
+        expected = "messages as a list or as JSON"
+        raise ValueError(f"{name}: expected {expected}, got Python's text of them: {_short(value)}")
+    try:
+        parsed = json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+    is_chat = bool(parsed) and all(isinstance(m, dict) and "role" in m for m in parsed)
+    return parsed if is_chat else value
 
 
 def _text(name: str, text: Any) -> str:

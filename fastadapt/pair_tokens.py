@@ -109,10 +109,9 @@ def _text_ids(tokenizer: Any, pair: Pair) -> _Ids:
     if end is None:
         raise ValueError("tokenizer: expected one with an end token, got none")
     text = str(pair.prompt)
-    prompt = _beginning(tokenizer, text)
+    prompt, *wholes = _beginnings(tokenizer, [text, text + pair.good, text + pair.bad])
     responses = []
-    for response in (pair.good, pair.bad):
-        whole = _beginning(tokenizer, text + response)
+    for whole, response in zip(wholes, (pair.good, pair.bad), strict=True):
         ids = whole[len(prompt) :]
         if whole[: len(prompt)] != prompt:  # they merge
             ids = tokenizer(response, add_special_tokens=False).input_ids
@@ -120,15 +119,17 @@ def _text_ids(tokenizer: Any, pair: Pair) -> _Ids:
     return prompt, responses[0], responses[1]
 
 
-def _beginning(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of a text that goes on: one beginning-of-sequence token, and no end token."""
-    encoded = tokenizer(text, return_special_tokens_mask=True)
-    ids, added = list(encoded.input_ids), encoded.special_tokens_mask
-    last = len(ids)
-    while last > 1 and added[last - 1]:
-        last -= 1
-    twice = last > 1 and added[0] and ids[0] == ids[1] == tokenizer.bos_token_id
-    return ids[int(twice) : last]
+def _beginnings(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    """Token ids of texts that go on: one beginning-of-sequence token, and no end token."""
+    encoded = tokenizer(texts, return_special_tokens_mask=True)
+    found = []
+    for ids, added in zip(encoded.input_ids, encoded.special_tokens_mask, strict=True):
+        last = len(ids)
+        while last > 1 and added[last - 1]:
+            last -= 1
+        twice = last > 1 and added[0] and ids[0] == ids[1] == tokenizer.bos_token_id
+        found.append(list(ids[int(twice) : last]))
+    return found
 
 
 def _chat_ids(tokenizer: Any, pair: Pair) -> _Ids:
@@ -144,7 +145,7 @@ def _chat_ids(tokenizer: Any, pair: Pair) -> _Ids:
     _check_texts(pair, messages, texts)
     if not texts[1].startswith(texts[0]) or not texts[2].startswith(texts[0]):
         _check_prompt(messages, texts, _rendered(tokenizer, messages))
-    sequences = [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
+    sequences = tokenizer(texts, add_special_tokens=False).input_ids
     shared = len(os.path.commonprefix(sequences))
     return sequences[0][:shared], sequences[1][shared:], sequences[2][shared:]
 

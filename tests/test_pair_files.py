@@ -108,7 +108,7 @@ def test_folders_of_datasets(tmp_path):
         load_pairs(str(tmp_path / "x"))
 
 
-@pytest.mark.parametrize("name", ["chat.jsonl", "chat.csv", "chat.parquet"])
+@pytest.mark.parametrize("name", ["chat.jsonl", "chat.csv", "chat.parquet", "text.jsonl"])
 def test_messages(name, tmp_path):
     rows = [
         {"prompt": _chat("a"), "chosen": _chat("", "b")[1:], "rejected": _chat("", "c")[1:]},
@@ -118,8 +118,9 @@ def test_messages(name, tmp_path):
             "rejected": _chat("", "{")[1:],
         },
     ]
-    if name.endswith(".csv"):
-        data = _table([{key: json.dumps(value) for key, value in row.items()} for row in rows])
+    as_text = [{key: json.dumps(value) for key, value in row.items()} for row in rows]
+    if name in ("chat.csv", "text.jsonl"):
+        data = (_table if name.endswith(".csv") else _lines)(as_text)
     else:
         data = _lines(rows) if name.endswith("l") else _parquet(rows)
     (tmp_path / name).write_bytes(data if isinstance(data, bytes) else data.encode())
@@ -128,7 +129,7 @@ def test_messages(name, tmp_path):
 
 
 def test_cells_that_only_look_like_messages_are_text(tmp_path):
-    row = ('[{"name": 1}]', "[1, 2", '["a"]')
+    row = ('[{"name": 1}]', "[1, 2", "[{'role': 'x'}] is a list")
     (tmp_path / "p.csv").write_text(_table([dict(zip(COLUMNS, row, strict=True))]))
     assert load_pairs(str(tmp_path / "p.csv")) == [row]
 
@@ -188,7 +189,7 @@ BROKEN = {
     "k.csv": (b"prompt,chosen,rejected\na,,c\n", "line 2: chosen: expected a response that is not"),
     "l.csv": (
         b"prompt,chosen,rejected\na,\"[{'role': 'assistant', 'content': 'x'}]\",c\n",
-        "line 2: chosen: expected messages as JSON, got those of Python",
+        "line 2: chosen: expected messages as a list or as JSON, got Python's text of them",
     ),
     "m.csv": (
         b"prompt,chosen,rejected\na,b,c\na,caf\xe9,c",
