@@ -128,7 +128,7 @@ def test_adapters_alone_are_trained(train, tmp_path):
     margins = [entry["rewards/margins"] for entry in _metrics(whole) if entry["stage"] == 2]
     assert margins[0] == 0 != margins[1]
     with pytest.MonkeyPatch.context() as patch:
-        _stop_at(patch, "reference")
+        _stop_at(patch, "reference", after=0)
         assert train(folder, *flags) == 130
     assert train(folder, *flags, "--resume") == 0
     _assert_same(folder, whole, "adapter_model.safetensors")
