@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from fastadapt.cli_errors import CommandError
+
 _STEPS = (
     ("--step-pairs", 200, "pairs to take single steps on"),
     ("--step-max-length", 64, "tokens of their sequences; longer pairs are left out"),
@@ -93,6 +95,7 @@ def _run_cases(arguments: argparse.Namespace) -> int:
 
 def _run_model(arguments: argparse.Namespace) -> int:
     """Take single steps, train, and write the report, as the action asks."""
+    from fastadapt.preferences import read_pairs
     from fastadapt.study.gradient_report import write_report
     from fastadapt.study.progress import phases
     from fastadapt.study.step_study import StepOptions, run_steps
@@ -109,6 +112,10 @@ def _run_model(arguments: argparse.Namespace) -> int:
             )
     except ValueError as error:
         arguments.subparser.error(str(error))
+    try:
+        read_pairs(arguments.data)  # before minutes of loading
+    except ValueError as error:
+        raise CommandError(error) from error
     with phases() as report:
         model, tokenizer, name = _load(arguments)
         for work, options in works:

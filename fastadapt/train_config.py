@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import yaml
+from transformers import Trainer
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 from trl.scripts.utils import TrlParser
 from trl.trainer.dpo_config import DPOConfig
@@ -110,7 +111,7 @@ def settings_of(run: RunArguments, config: DPOConfig, pairs: str) -> dict[str, A
         if name not in _DECIDE_NOTHING and not name.startswith(("logging_", "save_", "hub_"))
     }
     length = {"max_steps": config.max_steps, "num_train_epochs": config.num_train_epochs}
-    return {**theirs, **ours, **length, "pairs": pairs}
+    return {**theirs, **ours, **length, "pairs": pairs, "processes": config.world_size}
 
 
 def as_plain(config: DPOConfig) -> dict[str, Any]:
@@ -166,6 +167,8 @@ def _check(run: RunArguments, config: DPOConfig) -> None:
     if config.max_steps == 0 or config.max_steps < -1 or not config.num_train_epochs > 0:
         length = f"{config.max_steps} and {config.num_train_epochs}"
         raise ValueError(f"max_steps, num_train_epochs: expected values above 0, got {length}")
+    if not 0 <= config.seed < 2**32:
+        raise ValueError(f"seed: expected a value in [0, 2**32), got {config.seed}")
     if config.max_length is not None and config.max_length < 2:
         raise ValueError(f"max_length: expected at least 2, got {config.max_length}")
     evaluates = bool(run.eval_data or run.eval_fraction)
@@ -188,6 +191,7 @@ def _check(run: RunArguments, config: DPOConfig) -> None:
             hint = did_you_mean(name, available)
             known = ", ".join(available) or "none"
             raise ValueError(f"report_to: expected what is installed ({known}), got {name!r}{hint}")
+    Trainer.get_optimizer_cls_and_kwargs(config)  # refuses what is not installed
     sharded = config.deepspeed or config.fsdp
     if sharded and len(stages) > 1:
         raise ValueError("stages: expected one with FSDP or DeepSpeed, got several")

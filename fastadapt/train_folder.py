@@ -147,10 +147,18 @@ class RunFolder:
             raise CommandError(f"expected a whole checkpoint, got {'; '.join(wrong)}")
         return 0, None, []
 
-    def last_of_stage(self, number: int) -> Path | None:
-        """Returns the newest finished checkpoint of a stage, whole or not."""
-        found = _newest_first(self.stage(number))
-        return next((folder for folder in found if (folder / _SEAL).exists()), None)
+    def end_of_stage(self, number: int) -> Path:
+        """Returns the last checkpoint of a stage, from 0, that is done.
+
+        Raises:
+            CommandError: there is none, or it is damaged.
+        """
+        found = [path for path in _newest_first(self.stage(number)) if (path / _SEAL).exists()]
+        damage = _damage(found[0]) if found else "it is not there"
+        if damage:
+            where = found[0] if found else self.stage(number)
+            raise CommandError(f"{where}: expected the end of a stage, whole, but {damage}")
+        return found[0]
 
     def rewind_metrics(self, stage: int, step: int) -> None:
         """Drops lines after a step of a stage: they will be written again, equal.
@@ -163,7 +171,10 @@ class RunFolder:
         if self._metrics.exists():
             # a killed run may have left half a line, without its end
             lines = self._metrics.read_text(encoding="utf-8").split("\n")[:-1]
-            places = [(entry["stage"], entry["step"]) for entry in map(json.loads, lines)]
+            try:
+                places = [(entry["stage"], entry["step"]) for entry in map(json.loads, lines)]
+            except (ValueError, KeyError, TypeError) as error:
+                raise CommandError(f"{self._metrics}: expected metrics, got {error}") from error
             kept = [x for x, at in zip(lines, places, strict=True) if at <= (stage + 1, step)]
         part = self._metrics.with_suffix(".part")
         part.write_text("".join(line + "\n" for line in kept), encoding="utf-8")

@@ -16,6 +16,7 @@ import torch
 import transformers
 from accelerate import PartialState
 from datasets import Dataset
+from safetensors import SafetensorError
 from transformers import set_seed
 from trl.trainer.dpo_config import DPOConfig
 
@@ -94,6 +95,22 @@ class Job:
 
     def _begin(self) -> tuple[int, Path | None]:
         """Where to begin: a stage, from 0, and its checkpoint."""
+        processes = PartialState()
+        with processes.main_process_first():
+            if processes.is_main_process:
+                settings = self._check_settings()
+            number, checkpoint, damaged = self.folder.last_checkpoint(len(self.mixtures))
+            if processes.is_main_process:
+                self.folder.rewind_metrics(number, step_of(checkpoint) if checkpoint else 0)
+                self.folder.keep_settings(settings)
+        for text in damaged:
+            self.reporter.say(f"damaged, set aside: {text}")
+        if checkpoint is not None:
+            self.reporter.say(f"going on from {checkpoint}")
+        return number, checkpoint
+
+    def _check_settings(self) -> dict[str, Any]:
+        """The settings of this run, which must be those of the folder's."""
         digest = hashlib.sha256(repr(self.pairs).encode()).hexdigest()
         settings = settings_of(self.arguments, self.config, digest)
         had = self.folder.settings()
@@ -106,26 +123,19 @@ class Job:
                 check_resumed(had, settings)
             except ValueError as error:
                 raise CommandError(error) from error
-        number, checkpoint, damaged = self.folder.last_checkpoint(len(self.mixtures))
-        for text in damaged:
-            self.reporter.say(f"damaged, set aside: {text}")
-        if PartialState().is_main_process:
-            self.folder.keep_settings(settings)
-            self.folder.rewind_metrics(number, step_of(checkpoint) if checkpoint else 0)
-        if checkpoint is not None:
-            self.reporter.say(f"going on from {checkpoint}")
-        return number, checkpoint
+        return settings
 
     def _load(self, number: int) -> Any:
         """The model as a stage found it: left by the stage before, or the one to begin with."""
         arguments = self.arguments
-        before = self.folder.last_of_stage(number - 1) if number else None
-        if number and before is None:
-            raise CommandError(f"{self.folder.stage(number - 1)}: expected a checkpoint, got none")
+        before = self.folder.end_of_stage(number - 1) if number else None
         name: Any = before if before and not arguments.lora_r else arguments.model
         silent = _no_progress
-        loaded = load_demo_model(progress=silent) if name is None else None
-        model, self.tokenizer = loaded or load_model(name, progress=silent)
+        try:
+            loaded = load_demo_model(progress=silent) if name is None else None
+            model, self.tokenizer = loaded or load_model(name, progress=silent)
+        except SafetensorError as error:
+            raise CommandError(f"model: {name} cannot be read: {error}") from error
         if arguments.lora_r:
             set_seed(self.config.seed)
             model = _with_adapters(model, arguments, before)
@@ -174,17 +184,20 @@ class Job:
         """Takes the steps of a stage that are left."""
         stage, count = self.mixtures[number], len(self.mixtures)
         label = f"stage {number + 1}/{count} ({_named(stage)})"
-        trainer = StageTrainer(
-            model,
-            self._stage_config(number),
-            label=label,
-            loss=stage,
-            loss_options=objective_of(stage, self.arguments.loss_options()),
-            train=train,
-            held_out=held_out,
-            tokenizer=self.tokenizer,
-            advance=self.reporter.advance,
-        )
+        try:
+            trainer = StageTrainer(
+                model,
+                self._stage_config(number),
+                label=label,
+                loss=stage,
+                loss_options=objective_of(stage, self.arguments.loss_options()),
+                train=train,
+                held_out=held_out,
+                tokenizer=self.tokenizer,
+                advance=self.reporter.advance,
+            )
+        except ValueError as error:  # what a trainer refuses of a model or its arguments
+            raise CommandError(f"{label}: {error}") from error
         callback = StageCallback(
             self.folder, number, label, self.reporter, evaluates=held_out is not None
         )
@@ -258,7 +271,10 @@ def _with_adapters(model: Any, arguments: RunArguments, before: Path | None) -> 
         target_modules=arguments.lora_target_modules or "all-linear",
         task_type="CAUSAL_LM",
     )
-    return peft.get_peft_model(model, config)
+    try:
+        return peft.get_peft_model(model, config)
+    except ValueError as error:
+        raise CommandError(f"lora_target_modules: {error}") from error
 
 
 def _named(stage: Mapping[str, float]) -> str:

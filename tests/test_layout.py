@@ -86,7 +86,7 @@ OURS = {
     "demo_training": PUBLIC | {"memory", "preferences", "training"},
     "cli": PUBLIC
     | {"cli_errors", "cli_gradients", "cli_tradeoff", "cli_train", "demo", "hf", "study"},
-    "cli_gradients": {"pretrained", "study"},
+    "cli_gradients": {"cli_errors", "preferences", "pretrained", "study"},
     "cli_tradeoff": {"cli_errors", "pretrained", "study"} | {""},
 }
 OTHERS = {
@@ -109,7 +109,8 @@ OTHERS = {
     "train_folder": {"filelock"},
     "train_log": {"rich", "transformers"},
     "train_stage": {"torch", "transformers", "trl", "datasets", "safetensors"},
-    "train_run": {"torch", "transformers", "trl", "accelerate", "datasets", "peft"},
+    "train_run": {"torch", "transformers", "trl", "accelerate", "datasets", "peft"}
+    | {"safetensors"},
     "cli_errors": set(),
     "cli_train": {"torch", "accelerate", "rich"},
     "cli": set(),

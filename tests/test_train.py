@@ -396,6 +396,9 @@ def test_model_that_is_not_there(train, tmp_path, capsys):
         (["--loss", "mle", "--learning_rates", "1", "2"], "learning_rates: expected 1, one per"),
         (["--loss", "mle", "--eval_fraction", "1"], "eval_fraction: expected a share in [0, 1)"),
         (["--loss", "mle", "--eval_strategy", "steps"], "eval_strategy: expected --eval_data or"),
+        (["--loss", "mle", "--seed", "-1"], "seed: expected a value in [0, 2**32), got -1"),
+        (["--loss", "mle", "--optim", "adamv"], "adamv"),
+        (["--loss", "mle", "--optim", "adamw_bnb_8bit"], "bitsandbytes"),
         (["--loss", "mle", "--max_length", "1"], "max_length: expected at least 2, got 1"),
         (["--loss", "mle", "--max_steps", "0"], "max_steps, num_train_epochs: expected values"),
         (["--loss", "mle", "--truncation", "promt"], "did you mean prompt?"),
@@ -507,6 +510,20 @@ def test_model_without_end_token(train, model, tmp_path, capsys):
     tokenizer.save_pretrained(folder)
     assert train(tmp_path / "run", "--loss", "mle", "--model", folder) == 2
     assert "tokenizer: expected one with an end token, got none" in _one_line(capsys)
+
+
+def test_model_that_cannot_be_read(train, model, tmp_path, capsys):
+    """Its weights cut short; layers for adapters that it has not."""
+    folder = tmp_path / "model"
+    LlamaForCausalLM.from_pretrained(model).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(model).save_pretrained(folder)
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    assert train(tmp_path / "run", "--loss", "mle", "--model", folder) == 2
+    assert str(folder) in _one_line(capsys)
+    flags = ["--loss", "mle", "--lora_r", 2, "--lora_target_modules", "q_prooj"]
+    assert train(tmp_path / "other", *flags) == 2
+    assert "lora_target_modules: Target modules {'q_prooj'} not found" in _one_line(capsys)
 
 
 def test_parsing_of_stages():
