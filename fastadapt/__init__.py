@@ -2,6 +2,19 @@
 
 from importlib.metadata import version
 
+import torch  # noqa: F401  before the extension, which runs on the OpenMP runtime that torch loads
+
+try:
+    import fastadapt._C as _C  # noqa: F401
+
+    __version__ = version("fastadapt")
+except ModuleNotFoundError as error:
+    raise ImportError(
+        f"fastadapt is imported from {__path__[0]}, where it is not built for this Python: run "
+        "`pip install -e .` in the checkout; or, if it is installed elsewhere, start Python "
+        "outside the checkout or with -P"
+    ) from error
+
 from fastadapt.adaptor import Adaptor
 from fastadapt.losses import (
     Responses,
@@ -22,7 +35,6 @@ from fastadapt.margins import candidate_margins, label_margins, linear_label_mar
 from fastadapt.results import Sample, Score
 from fastadapt.sampling import adapted_logps, adapted_margins, filter_logits, sample, score
 
-__version__ = version("fastadapt")
 __all__ = [
     "Adaptor",
     "Responses",

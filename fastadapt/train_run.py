@@ -23,7 +23,7 @@ from trl.trainer.dpo_config import DPOConfig
 from fastadapt.cli_errors import CommandError
 from fastadapt.pair_forms import Pair
 from fastadapt.preferences import Truncation, tokenize_pair
-from fastadapt.pretrained import load_demo_model, load_model
+from fastadapt.pretrained import load_model
 from fastadapt.train_config import check_resumed, settings_of
 from fastadapt.train_data import load_pairs, split_pairs
 from fastadapt.train_folder import RunFolder, check_target, sole_writer, step_of
@@ -130,10 +130,8 @@ class Job:
         arguments = self.arguments
         before = self.folder.end_of_stage(number - 1) if number else None
         name: Any = before if before and not arguments.lora_r else arguments.model
-        silent = _no_progress
         try:
-            loaded = load_demo_model(progress=silent) if name is None else None
-            model, self.tokenizer = loaded or load_model(name, progress=silent)
+            model, self.tokenizer = load_model(name, fetch=True, progress=_no_progress)
         except SafetensorError as error:
             raise CommandError(f"model: {name} cannot be read: {error}") from error
         if arguments.lora_r:

@@ -296,7 +296,7 @@ def demo_model(request: pytest.FixtureRequest) -> tuple[Any, Any]:
     """
     pretrained = pytest.importorskip("fastadapt.pretrained", reason="needs the demo's packages")
     try:
-        return pretrained.load_demo_model()
+        return pretrained.load_model(None, fetch=True)
     except pretrained.ModelNotFoundError as error:
         if request.config.getoption("--require-model"):
             raise

