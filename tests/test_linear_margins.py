@@ -80,8 +80,10 @@ def test_error_is_no_more_than_that_of_plain_torch(cpu_capability, plan, dtype, 
         ("margins", "hidden", "weight", "bias"), run(ours, dtype), theirs, truth, strict=False
     ):
         error, allowed = ((x.double() - exact).norm() / exact.norm() for x in (got, plain))
-        slack = 1.02 if dtype != torch.float32 else 1.5  # of float32: both are a few roundings
-        assert error <= allowed * slack + 1e-7, name
+        if dtype == torch.float32:  # both are a few roundings: which has more is chance
+            assert error <= max(allowed, 1e-6), name
+        else:
+            assert error <= allowed * 1.02 + 1e-7, name
 
 
 def test_margins_of_bfloat16_have_a_fifth_of_the_error():
