@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import re
 import sys
+import zlib
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, NoReturn
 
 WRONG_INPUT, INTERRUPTED = 2, 130
@@ -16,6 +19,10 @@ _REFUSED_BY_ARGPARSE = r"invalid choice: '(?P<word>[^']*)' \(choose from (?P<kno
 
 class CommandError(Exception):
     """What a person can mend: wrong input, a folder in use, a full disk. Never a fault of ours."""
+
+
+# What files, folders, models and data raise; a damaged .gz has two errors of its own.
+EXPECTED = (CommandError, OSError, ValueError, EOFError, zlib.error)
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -44,6 +51,23 @@ class CommandParser(argparse.ArgumentParser):
         return parsed, left
 
 
+def check_folder(name: str, folder: Path) -> None:
+    """Raises unless a folder can be made or written to here; makes nothing.
+
+    Args:
+        name: of the argument, for the message.
+        folder: where results shall go.
+
+    Raises:
+        CommandError: it is a file, or the user may not write there.
+    """
+    place = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not place.is_dir():
+        raise CommandError(f"{name}: expected a folder, got the file {str(place)!r}")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise CommandError(f"{name}: expected a folder to write to, got {str(place)!r}")
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Returns "; did you mean X?" with the most similar of the known words, or nothing."""
     plain = {name.replace("-", "_"): name for name in known}
@@ -67,5 +91,6 @@ def one_line(message: object) -> str:
 
 def fail(message: object, code: int = WRONG_INPUT) -> int:
     """Writes one line to the error output and returns the exit code."""
-    sys.stderr.write(f"fastadapt: {one_line(message)}\n")
+    text = one_line(message) or type(message).__name__
+    sys.stderr.write(f"fastadapt: {text}\n")
     return code

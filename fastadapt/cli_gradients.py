@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fastadapt.cli_errors import CommandError
+from fastadapt.cli_errors import EXPECTED, INTERRUPTED, check_folder, fail
 
 _STEPS = (
     ("--step-pairs", 200, "pairs to take single steps on"),
@@ -104,6 +105,8 @@ def _run_model(arguments: argparse.Namespace) -> int:
     common = {name: getattr(arguments, name) for name in ("data", "out", "threads")}
     works: list[Any] = []
     try:
+        if arguments.threads is not None and arguments.threads < 1:
+            raise ValueError(f"threads: expected at least 1, got {arguments.threads}")
         if "step" in arguments.parts:
             works.append((run_steps, StepOptions(**common, **_prefixed(arguments, "step_"))))
         if "train" in arguments.parts:
@@ -112,17 +115,18 @@ def _run_model(arguments: argparse.Namespace) -> int:
             )
     except ValueError as error:
         arguments.subparser.error(str(error))
-    try:
-        read_pairs(arguments.data)  # before minutes of loading
-    except ValueError as error:
-        raise CommandError(error) from error
-    with phases() as report:
-        model, tokenizer, name = _load(arguments)
-        for work, options in works:
-            work(model, tokenizer, options, name=name, report=report)
-        if "report" in arguments.parts:
-            write_report(arguments.out, report=report)
-    return 0
+
+    def work() -> None:
+        check_folder("out", arguments.out)
+        read_pairs(arguments.data)  # what is wrong with it is said before a model is loaded
+        with phases() as report:
+            model, tokenizer, name = _load(arguments)
+            for run, options in works:
+                run(model, tokenizer, options, name=name, report=report)
+            if "report" in arguments.parts:
+                write_report(arguments.out, report=report)
+
+    return _ended(work)
 
 
 def _run_report(arguments: argparse.Namespace) -> int:
@@ -130,9 +134,22 @@ def _run_report(arguments: argparse.Namespace) -> int:
     from fastadapt.study.gradient_report import write_report
     from fastadapt.study.progress import phases
 
-    with phases() as report:
-        path = write_report(arguments.out, report=report)
-    sys.stdout.write(f"{path}\n")
+    def work() -> None:
+        with phases() as report:
+            path = write_report(arguments.out, report=report)
+        sys.stdout.write(f"{path}\n")
+
+    return _ended(work)
+
+
+def _ended(work: Callable[[], None]) -> int:
+    """The exit code of some work: 0, or 2 after one line that says what was wrong."""
+    try:
+        work()
+    except EXPECTED as error:
+        return fail(error)
+    except KeyboardInterrupt:
+        return fail("interrupted; tables that were written before are kept", INTERRUPTED)
     return 0
 
 

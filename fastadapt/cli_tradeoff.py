@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from fastadapt.cli_errors import CommandError
+from fastadapt.cli_errors import EXPECTED, INTERRUPTED, check_folder, fail
 
 _HELP = "find how quality and probability trade off under sampling adaptors"
 _DESCRIPTION = (
@@ -74,9 +74,7 @@ def add_parser(commands: Any) -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
     """Check the arguments, then run the study."""
-    from fastadapt import pretrained
     from fastadapt.study import tradeoff_command
-    from fastadapt.study.corpora import StorageError
 
     names = {name: value for name, value in vars(arguments).items() if name in _OPTIONS}
     try:
@@ -85,9 +83,13 @@ def _run(arguments: argparse.Namespace) -> int:
     except (OSError, ValueError) as error:
         arguments.subparser.error(str(error))
     try:
+        check_folder("out", options.out)
         tradeoff_command.run(options, settings)
-    except (pretrained.ModelNotFoundError, StorageError, OSError, ValueError) as error:
-        raise CommandError(error) from error
+    except EXPECTED as error:
+        return fail(error)
+    except KeyboardInterrupt:
+        kept = f"what was sampled is kept in {options.out}, the same command resumes"
+        return fail(f"interrupted; {kept}", INTERRUPTED)
     return 0
 
 

@@ -21,19 +21,6 @@ _SEAL = "seal.json"
 _PREFIX = "checkpoint-"
 
 
-def check_target(folder: Path) -> None:
-    """Raises unless a folder can be made or written to here; makes nothing.
-
-    Raises:
-        CommandError: it is a file, or the user may not write there.
-    """
-    place = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    if not place.is_dir():
-        raise CommandError(f"output_dir: expected a folder, got the file {str(place)!r}")
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise CommandError(f"output_dir: expected a folder to write to, got {str(place)!r}")
-
-
 @contextlib.contextmanager
 def sole_writer(folder: Path) -> Iterator[None]:
     """Makes a folder and holds its lock: one run writes to it at a time.

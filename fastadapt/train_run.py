@@ -20,13 +20,13 @@ from safetensors import SafetensorError
 from transformers import set_seed
 from trl.trainer.dpo_config import DPOConfig
 
-from fastadapt.cli_errors import CommandError
+from fastadapt.cli_errors import CommandError, check_folder
 from fastadapt.pair_forms import Pair
 from fastadapt.preferences import Truncation, tokenize_pair
 from fastadapt.pretrained import load_model
 from fastadapt.train_config import check_resumed, settings_of
 from fastadapt.train_data import load_pairs, split_pairs
-from fastadapt.train_folder import RunFolder, check_target, sole_writer, step_of
+from fastadapt.train_folder import RunFolder, sole_writer, step_of
 from fastadapt.train_log import Reporter, StageCallback
 from fastadapt.train_options import RunArguments, objective_of
 from fastadapt.train_stage import StageTrainer, check_parameters, writing
@@ -48,7 +48,7 @@ def run(arguments: RunArguments, config: DPOConfig, reporter: Reporter) -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     path = Path(str(config.output_dir))
-    check_target(path)
+    check_folder("output_dir", path)
     pairs = _read_data(arguments, config)
     main = PartialState().is_main_process
     with sole_writer(path) if main else contextlib.nullcontext(), _quiet():

@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -31,6 +32,7 @@ from fastadapt.study import (
     corpora,
     correlations,
     decoding,
+    files,
     grids,
     normalisation,
     rewards,
@@ -649,7 +651,7 @@ def test_command(folder, tmp_path, capsys):
     command = re.search(r"^fastadapt tradeoff .*$", report, re.MULTILINE)[0]
     assert "--prompts prompts.txt" in command and "--quick" in command
     assert len(list((out / "corpora" / "parts").glob("*.parquet"))) == 4
-    assert cli.main(["tradeoff", "--out", str(out), *words, "--seed", "4"]) == 1
+    assert cli.main(["tradeoff", "--out", str(out), *words, "--seed", "4"]) == 2
     assert "expected seed = 4, got 0" in capsys.readouterr().err
     before = (out / "results.json").read_bytes()
     assert cli.main(["tradeoff", "--out", str(out), *words]) == 0
@@ -681,15 +683,231 @@ def test_command_refuses_bad_arguments_before_loading(
 
 def test_command_reports_what_it_cannot_do(folder, tmp_path, capsys):
     out = ["tradeoff", "--out", str(tmp_path / "study")]
-    assert cli.main([*out, "--model", str(tmp_path / "none")]) == 1
+    assert cli.main([*out, "--model", str(tmp_path / "none")]) == 2
     assert "does not exist" in capsys.readouterr().err
     model = ["--model", str(folder)]
-    assert cli.main([*out, *model, "--prompts", str(tmp_path / "none.txt")]) == 1
+    assert cli.main([*out, *model, "--prompts", str(tmp_path / "none.txt")]) == 2
     assert "none.txt" in capsys.readouterr().err
-    assert cli.main([*out, *model, "--count", "1000"]) == 1
+    assert cli.main([*out, *model, "--count", "1000"]) == 2
     assert "count: expected at most" in capsys.readouterr().err
-    assert cli.main([*out, *model, "--reward", "math"]) == 1
+    assert cli.main([*out, *model, "--reward", "math"]) == 2
     assert "expected MODULE:FUNCTION" in capsys.readouterr().err
+
+
+@pytest.fixture
+def user_module(tmp_path, monkeypatch):
+    """A module with rewards in the current folder, which is on no path."""
+    text = """
+        import math
+        def score(prompt, texts):
+            from neighbour_of_rewards import length  # while it runs, too
+            return [length(t) if t else math.nan for t in texts]
+        def crash(prompt, texts):
+            raise KeyError("x\\ny")
+        def words(prompt, texts):
+            return ["0.5" for _ in texts]
+        def few(prompt, texts):
+            return [1.0]
+        def one(prompt, texts):
+            return 1.0
+        def nothing(prompt, texts):
+            return [None for _ in texts]
+        class Judge:
+            @staticmethod
+            def score(prompt, texts):
+                return [1.0 for _ in texts]
+        number = 3
+    """
+    (tmp_path / "my_rewards.py").write_text(textwrap.dedent(text))
+    (tmp_path / "neighbour_of_rewards.py").write_text("def length(text): return float(len(text))")
+    (tmp_path / "broken_rewards.py").write_text("raise RuntimeError('at import')")
+    (tmp_path / "leaving_rewards.py").write_text("raise SystemExit(3)")
+    (tmp_path / "needy_rewards.py").write_text("import not_there_at_all")
+    monkeypatch.chdir(tmp_path)
+    before = list(sys.path)
+    yield tmp_path
+    assert sys.path == before
+    for name in [n for n in sys.modules if n.endswith("_rewards")]:
+        del sys.modules[name]
+
+
+def test_rewards_of_the_current_folder(user_module, tmp_path_factory, monkeypatch):
+    """As the console script, which has no current folder on its path, and while it runs."""
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p not in ("", str(user_module))])
+    reward = rewards.reward_function("my_rewards:score")
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    assert corpora.reward_values(reward, "p", ["ab", "c"]).tolist() == [2.0, 1.0]
+    assert rewards.reward_function("my_rewards:Judge.score")("p", ["ab"]) == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("my_rewards.py:score", "expected MODULE:FUNCTION, got 'my_rewards.py:score'"),
+        ("./my_rewards:score", "expected MODULE:FUNCTION"),
+        ("my_rewards:", "expected MODULE:FUNCTION"),
+        ("my_reward:score", "cannot be imported, from .*: ModuleNotFoundError: No module named"),
+        ("needy_rewards:f", "ModuleNotFoundError: No module named 'not_there_at_all'"),
+        ("broken_rewards:f", "'broken_rewards:f' cannot be imported, .*RuntimeError: at import"),
+        ("leaving_rewards:f", "cannot be imported, .*SystemExit: 3"),
+        ("my_rewards:scor", "AttributeError: module 'my_rewards' has no attribute 'scor'"),
+        ("my_rewards:number", "expected a function, got 3"),
+        ("my_rewards:crash", r"my_rewards:crash raised KeyError: 'x\\ny', for the prompt 'Hello'"),
+        ("my_rewards:words", r"one number for each of 2 strings, got \['0.5', '0.5'\]"),
+        ("my_rewards:few", r"one number for each of 2 strings, got shape \(1,\)"),
+        ("my_rewards:one", "one number for each of 2 strings, got 1.0"),
+        ("my_rewards:nothing", r"got \[None, None\]"),
+    ],
+)
+def test_rewards_that_are_none(name, message, user_module):
+    with pytest.raises(ValueError, match=message) as found:
+        corpora.reward_values(rewards.reward_function(name), "Hello", ["a", "b"])
+    assert "\n" not in str(found.value)
+
+
+@pytest.fixture
+def judged(sides, user_module):
+    """A study with a reward of the user's, not finite for a whole adaptor and some strings."""
+
+    def reward(prompt, texts):
+        values = [float(len(text)) for text in texts]
+        values[3:6] = [math.nan] * 3  # the second adaptor's
+        values[0] = math.inf
+        return values
+
+    names = {**NAMES, "reward": "the function my_rewards:score"}
+    found = tradeoff.run_study(*sides, PROMPTS, settings(), user_module, names=names, reward=reward)
+    return found, user_module
+
+
+def test_report_is_about_the_reward_that_was_given(judged):
+    """Its findings by its name, each section that is about the other one says so, figures too."""
+    found, place = judged
+    assert found["adaptors"][1]["user"] is None and found["counts"]["reward not finite"] == 24
+    grid = found["strings"]["cell"]
+    mine = np.array(grid) == 0
+    user, log_p = (np.array(found["strings"][k])[mine] for k in ("user", "log_prior"))
+    kept = np.isfinite(user)
+    wanted = [log_p[kept].mean(), user[kept].mean()]
+    assert found["adaptors"][0]["user"] == pytest.approx(wanted, abs=0.01)
+    names = tradeoff_plots.draw_figures(found, place)
+    assert names == [*tradeoff_plots.FIGURES, tradeoff_plots.USER]
+    # what is read back from JSON gives the same page
+    tradeoff.write_results(place / "results.json", found)
+    found = tradeoff.read_results(place / "results.json")
+    text = tradeoff_report.write_report(found, place, names).read_text()
+    flat = " ".join(text.split())
+    name = "the function my_rewards:score"
+    assert f"The reward is {name}. Beside it stands the implicit reward, log p₊ − log p" in flat
+    user = found["correlations"]["user"]
+    assert f"### {name}" in text and "the user's reward" not in text
+    first = text.index(tradeoff_report.shown(user["string"]["pooled"]["pearson"]))
+    assert first < text.index("### log p₊ − log p")
+    assert flat.count(f"This section is about the implicit reward, not about {name}.") == 3
+    assert f"How well {name} measures the quality" in flat
+    assert "optimal for the reward used here by definition" not in flat
+    rows = [line for line in text.splitlines() if line.startswith("| Strings, RLHF pair")]
+    assert len(rows) == 1 and name in rows[0]
+    of_second = [line for line in text.splitlines() if line.startswith("| top-k 5, T=1 |")]
+    assert of_second[0].endswith("| – | – |")
+    assert text.index("user reward") < text.index("strings and corpora")
+    assert tradeoff_plots.reward_label(found, "user") == f"reward, {name}"
+    assert tradeoff_plots.reward_label(found, "implicit").startswith("implicit reward")
+
+
+def test_report_draws_no_conclusion_that_its_numbers_do_not(results, tmp_path):
+    """Sentences that hold for the committed study alone are written where they hold."""
+    found, _ = results
+    changed = json.loads(json.dumps(found))
+    changed["counts"]["finished"] = 0.6
+    changed["typical"][-1]["predicted"] = changed["typical"][-1]["pearson"] + 0.4
+    for one in changed["adaptors"]:
+        one["effective"] = 9.0
+    changed["correlations"]["implicit"]["adaptors"]["pooled"]["pearson"] = [None] * 3
+    flat = " ".join(tradeoff_report.write_report(changed, tmp_path, []).read_text().split())
+    assert "40 % of these are cut." in flat and "length hardly varies" not in flat
+    assert "predicts that to 0.4" in flat and "it is the selection" not in flat
+    assert "few effective strings" not in flat
+    assert "between them is undecided" in flat
+    changed["counts"]["finished"] = 1.0
+    flat = " ".join(tradeoff_report.write_report(changed, tmp_path, []).read_text().split())
+    assert "What longer strings give" not in flat
+
+
+def test_command_with_a_reward(folder, user_module, capsys):
+    words = ["tradeoff", "--out", "study", "--model", str(folder), "--quick", "--count", "3"]
+    grid = user_module / "grid.json"
+    grid.write_text('[{}, {"top_k": 3}, {"top_p": 0.8, "temperature": 0.7}]')
+    words += ["--grid", "grid.json", "--max-new-tokens", "4"]
+    assert cli.main([*words, "--reward", "my_rewards:crash"]) == 2
+    assert _one_line(capsys).startswith("fastadapt: reward: my_rewards:crash raised KeyError")
+    assert cli.main([*words, "--reward", "my_rewards:score"]) == 0
+    text = Path("study/report.md").read_text()
+    assert "The reward is the function my_rewards:score" in " ".join(text.split())
+    assert json.loads(Path("study/results.json").read_text())["names"]["dtype"] == "float32"
+
+
+def _one_line(capsys):
+    """What stands on the error output; one line, no traceback."""
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("fastadapt:")]
+    return line
+
+
+def test_what_people_do_every_day_is_one_line(folder, user_module, capsys, monkeypatch):
+    Path("file").write_text("")
+    Path("cut.jsonl.gz").write_bytes(gzip.compress(b'"one"\n"two"\n' * 99)[:-20])
+    Path("binary.txt").write_bytes(b"\xff\xfe\x00")
+    Path("bad.gz").write_bytes(b"no gzip")
+    Path("other").mkdir()
+    Path("other/corpora").mkdir()
+    Path("other/corpora/manifest.json").write_text("[]")
+    Path("empty").mkdir()
+    run = ["tradeoff", "--out", "study", "--model", str(folder)]
+    for words, message in [
+        ([*run[:2], "file/study", *run[3:]], "file"),
+        ([*run, "--prompts", "none.txt"], "No such file or directory: 'none.txt'"),
+        ([*run, "--prompts", "other"], "Is a directory: 'other'"),
+        ([*run, "--prompts", "cut.jsonl.gz"], "cut.jsonl.gz: expected text in UTF-8, gzipped"),
+        ([*run, "--prompts", "bad.gz"], "bad.gz: expected text in UTF-8, gzipped"),
+        ([*run, "--prompts", "binary.txt"], "binary.txt: expected text in UTF-8"),
+        (
+            [*run[:2], "other", *run[3:]],
+            "manifest.json: expected the manifest of a study, got '[]'",
+        ),
+        ([*run[:4], "empty"], "empty"),
+        ([*run, "--prior", "nowhere/at/all"], "nowhere"),
+        ([*run, "--reward-model", "empty"], "reward model: 'empty' cannot be loaded"),
+    ]:
+        assert cli.main(words) == 2, words
+        assert message in _one_line(capsys), words
+
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tradeoff_command, "run", interrupt)
+    assert cli.main(run) == 130
+    assert "interrupted; what was sampled is kept in study" in _one_line(capsys)
+
+
+def test_prompts_with_a_byte_order_mark(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("one\ntwo\n".encode("utf-8-sig"))
+    assert sorted(contexts.read_prompts(path).texts) == ["one", "two"]
+
+
+def test_interrupted_writing_leaves_what_was_there(tmp_path):
+    """Ctrl-C or a full disk in the middle of a file: the old one stays, and nothing else."""
+    path = tmp_path / "results.json"
+    tradeoff.write_results(path, {"a": 1})
+    for error in (KeyboardInterrupt, OSError(errno.ENOSPC, "No space left")):
+
+        def write(place, error=error):
+            place.write_text("half")
+            raise error
+
+        with pytest.raises((KeyboardInterrupt, files.StorageError)):
+            files.write_whole(path, write)
+        assert tradeoff.read_results(path) == {"a": 1} and os.listdir(tmp_path) == [path.name]
 
 
 def test_benchmark_scores_the_same_strings_both_ways(folder, tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import re
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -74,7 +75,10 @@ def read_prompts(path: str | os.PathLike[str], *, seed: int = 42) -> Prompts:
     """
     path = Path(path)
     data = path.read_bytes()
-    text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8")
+    try:
+        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: expected text in UTF-8, gzipped for .gz, got {error}") from error
     is_json = ".jsonl" in path.suffixes[-2:]
     lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
     found = [_prompt_of(path.name, n, line) if is_json else line.strip() for n, line in lines]

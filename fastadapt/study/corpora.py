@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -25,15 +23,14 @@ from torch import Tensor
 
 from fastadapt.study.contexts import Side, context_ids, end_ids, start_ids
 from fastadapt.study.decoding import Strings, draw_strings, score_strings
+from fastadapt.study.files import StorageError as StorageError  # what a full disk raises here
+from fastadapt.study.files import write_whole
 from fastadapt.study.grids import Cell
 
 Reward = Callable[[str, Sequence[str]], Sequence[float]]
+Values = np.ndarray[Any, np.dtype[np.float64]]
 _MANIFEST = "manifest.json"
 _FORMAT = 1
-
-
-class StorageError(OSError):
-    """A part could not be written; those before it are kept."""
 
 
 class OtherStudyError(ValueError):
@@ -82,7 +79,9 @@ class Corpora:
         if path.exists():
             _check_manifest(path, manifest)
             return
-        _write(path, lambda place: place.write_text(json.dumps(manifest, indent=1) + "\n", "utf-8"))
+        write_whole(
+            path, lambda place: place.write_text(json.dumps(manifest, indent=1) + "\n", "utf-8")
+        )
 
     def missing(self) -> list[int]:
         """The prompts whose part is not there, or cannot be read."""
@@ -110,7 +109,7 @@ class Corpora:
         """
         for index in self.missing():
             table = sample_part(self.plan, index, aligned, prior, reward)
-            _write(self._part(index), partial(_write_table, table))
+            write_whole(self._part(index), partial(_write_table, table))
             on_part()
 
     def table(self) -> pa.Table:
@@ -151,14 +150,31 @@ def sample_part(
     ]
     rewards = np.full(len(own), np.nan)
     if reward is not None:
-        rewards = np.asarray(reward(prompt, texts), dtype=np.float64)
-        if rewards.shape != (len(own),):
-            raise ValueError(
-                f"reward: expected one number for each of {len(own)} strings, got shape "
-                f"{rewards.shape}"
-            )
+        rewards = reward_values(reward, prompt, texts)
     repetition = np.tile(np.arange(plan.strings), len(cells))
     return columns(index, own, repetition, seeds, strings, (log_prior, log_alone), texts, rewards)
+
+
+def reward_values(reward: Reward, prompt: str, texts: Sequence[str]) -> Values:
+    """Returns what a reward says of some strings.
+
+    Raises:
+        ValueError: it returned something else than one number for each; NaN and infinities are
+            numbers here.
+    """
+    found: Any = reward(prompt, texts)
+    expected = f"reward: expected one number for each of {len(texts)} strings"
+    try:
+        listed = list(found)
+        if any(isinstance(value, str | bytes) for value in listed):
+            raise TypeError("text")
+        values = np.array([float(value) for value in listed])
+    except (TypeError, ValueError, RuntimeError) as error:
+        got = " ".join(repr(found).split())[:60]
+        raise ValueError(f"{expected}, got {got}") from error
+    if values.shape != (len(texts),):
+        raise ValueError(f"{expected}, got shape {values.shape}")
+    return values
 
 
 def columns(
@@ -239,6 +255,8 @@ def _check_manifest(path: Path, manifest: dict[str, Any]) -> None:
         kept = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise OtherStudyError(f"{path}: expected the manifest of a study, got {error}") from error
+    if not isinstance(kept, dict):
+        raise OtherStudyError(f"{path}: expected the manifest of a study, got {str(kept)[:60]!r}")
     changed = [
         name for name in manifest.keys() | kept.keys() if manifest.get(name) != kept.get(name)
     ]
@@ -253,31 +271,6 @@ def _check_manifest(path: Path, manifest: dict[str, Any]) -> None:
 def _write_table(table: pa.Table, place: Path) -> None:
     """Write a table, compressed."""
     pq.write_table(table, place, compression="zstd")
-
-
-def _write(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file beside its place and move it there, so that no reader meets half of one."""
-    building = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(building)
-        with building.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(building, path)
-    except OSError as error:
-        building.unlink(missing_ok=True)
-        raise StorageError(
-            f"cannot write {path}: {error}{_free_space(path.parent)}; what is there is kept, and "
-            "the same command resumes"
-        ) from error
-
-
-def _free_space(folder: Path) -> str:
-    """How much room the disk has, where it can be told."""
-    try:
-        return f" ({shutil.disk_usage(folder).free / 2**20:.0f} MiB free)"
-    except OSError:
-        return ""
 
 
 def _is_readable(path: Path) -> bool:

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from fastadapt.study.files import write_whole
+
 Row = dict[str, Any]
 DIGITS = 6  # significant, of what is written
 
@@ -26,11 +28,14 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     if not rows:
         raise ValueError(f"rows: expected at least one for {path.name}, got none")
     fields = list(dict.fromkeys(name for row in rows for name in row))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(fields)
-        writer.writerows([_cell(row.get(name)) for name in fields] for row in rows)
+
+    def write(place: Path) -> None:
+        with place.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(fields)
+            writer.writerows([_cell(row.get(name)) for name in fields] for row in rows)
+
+    write_whole(path, write)
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -41,14 +46,16 @@ def read_rows(path: Path) -> list[Row]:
 
 def write_json(path: Path, record: Mapping[str, Any]) -> None:
     """Writes a record as indented JSON."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(record, indent=1, ensure_ascii=False)
-    path.write_text(text + "\n", encoding="utf-8")
+    write_whole(path, lambda place: place.write_text(text + "\n", encoding="utf-8"))
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Returns what `write_json` wrote."""
-    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: expected a record of the study, got {error}") from error
     return record
 
 

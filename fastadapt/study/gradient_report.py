@@ -11,6 +11,7 @@ from fastadapt.study import field_plots, gradient_plots
 from fastadapt.study.cases import claim_rows, curve_rows, prediction_rows
 from fastadapt.study.gradient_records import Row, read_json, read_rows, write_rows
 from fastadapt.study.gradient_table import ROWS, check_row
+from fastadapt.study.markdown import table
 from fastadapt.study.one_step import exmate_threshold
 from fastadapt.study.step_study import select, signs
 from fastadapt.study.tracker_metrics import DEAD_ZONE
@@ -82,7 +83,7 @@ def draw_all(
 
 def cases_table(rows: Sequence[Row]) -> str:
     """Returns the case studies in Markdown: change of log P by one step, in 1e-4 nats."""
-    return _markdown(
+    return table(
         ("case", "start", "loss", "ρ", "Δ log P(y⁺), predicted", "measured")
         + ("Δ log P(y⁻), predicted", "measured"),
         [
@@ -172,7 +173,7 @@ def _rho_section(steps: Sequence[Row], sizes: Sequence[float]) -> list[str]:
         "the head for each pair, of such a rate that the larger predicted change of log P is the "
         "size given; sign right: log P(y⁺) rose where ρ < 1 and fell where ρ > 1. Where no ρ is "
         "above 1, a guess that it always rises does as well.",
-        _markdown((*heads, *(f"sign right, {size:g} nats" for size in sizes)), lines),
+        table((*heads, *(f"sign right, {size:g} nats" for size in sizes)), lines),
         "![one step](one_step.png)",
     ]
 
@@ -200,7 +201,7 @@ def _claims_section(steps: Sequence[Row], claims: Sequence[Row], size: float) ->
             lines.append(("ExMATE first lowers P(y⁻)", where, text, str(len(chosen)), str(fell)))
     return [
         "## Three claims, each with its condition",
-        _markdown(("claim", "on", "condition", "cases", "of them, it held"), lines),
+        table(("claim", "on", "condition", "cases", "of them, it held"), lines),
         "For ExMATE the threshold is ⟨∇S⁺, ∇S⁻⟩ T⁻ / (‖∇S⁻‖² T⁺): where P̄⁻, the geometric mean of "
         "the bad token probabilities, is above, the penalty outweighs what MLE on y⁺ does to y⁻. "
         + _starts_sentence(select(steps, loss="exmate", size=size)),
@@ -246,7 +247,7 @@ def _unlikelihood_table(rows: Sequence[Row]) -> str:
             )
         )
     heads = ("pairs", "head", "largest ∂L/∂p", "largest ∂L/∂l", "the same token's ∂L/∂m")
-    return _markdown((*heads, "pairs with a token in the published clamp's dead zone"), lines)
+    return table((*heads, "pairs with a token in the published clamp's dead zone"), lines)
 
 
 def _cases_section(cases: Sequence[Row]) -> list[str]:
@@ -299,7 +300,7 @@ def _training_section(training: Sequence[Row], about: Mapping[str, Any]) -> list
     return [
         "## Training",
         "Before the first and before the last step, mean over the pairs:",
-        _markdown(
+        table(
             ("pairs", "loss", "mean log p of y⁺", "mean log p of y⁻", "median ρ", "ρ > 1"), lines
         ),
         "![four cells](four_cells.png)",
@@ -316,9 +317,3 @@ def _training_section(training: Sequence[Row], about: Mapping[str, Any]) -> list
 def _share(right: int, count: int) -> str:
     """A count with its share."""
     return f"{right} of {count} ({100 * right / count:.1f} %)"
-
-
-def _markdown(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A table."""
-    rows = [heads, ["---"] * len(heads), *lines]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)

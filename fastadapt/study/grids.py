@@ -105,7 +105,7 @@ def read_grid(path: str | os.PathLike[str]) -> list[Cell]:
     """
     path = Path(path)
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
+        entries = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise ValueError(f"{path.name}: expected JSON, got {error}") from error
     if not isinstance(entries, list) or not entries:

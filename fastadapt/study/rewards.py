@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from operator import attrgetter
+from textwrap import shorten
+from typing import Any
 
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -12,25 +18,59 @@ from fastadapt.study.corpora import Reward
 
 
 def reward_function(name: str) -> Reward:
-    """Imports a reward.
+    """Imports a reward, also from the current folder, as `python -m` would.
 
     Args:
         name: "MODULE:FUNCTION"; the function takes a prompt and a list of texts.
 
+    Returns:
+        The function; what it raises comes as a ValueError of one line that names it.
+
     Raises:
-        ValueError: the name has another form, or there is no such module or function.
+        ValueError: the name has another form, there is no such module or function, or the module
+            cannot be imported.
     """
     module, _, function = name.partition(":")
-    if not module or not function:
+    if not module or not function or "/" in module or module.endswith(".py"):
         raise ValueError(f"reward: expected MODULE:FUNCTION, got {name!r}")
+    folder = os.getcwd()
     try:
-        found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"reward: {name!r} cannot be imported: {error}") from error
+        with _importable(folder):
+            found = attrgetter(function)(importlib.import_module(module))
+    except (Exception, SystemExit) as error:  # the module's own errors are of any kind
+        raise ValueError(
+            f"reward: {name!r} cannot be imported, from {folder} or as installed: {_line(error)}"
+        ) from error
     if not callable(found):
         raise ValueError(f"reward: expected a function, got {found!r}")
-    reward: Reward = found
+
+    def reward(*arguments: Any) -> Any:
+        try:
+            with _importable(folder):
+                return found(*arguments)
+        except (Exception, SystemExit) as error:
+            prompt = shorten(str(arguments[0]), 40)
+            raise ValueError(
+                f"reward: {name} raised {_line(error)}, for the prompt {prompt!r}"
+            ) from error
+
     return reward
+
+
+@contextmanager
+def _importable(folder: str) -> Iterator[None]:
+    """Imports look into a folder first, within the block."""
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        with suppress(ValueError):  # whoever took it away has done so for good
+            sys.path.remove(folder)
+
+
+def _line(error: BaseException) -> str:
+    """An error in one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 def reward_model(name: str) -> Reward:
@@ -42,8 +82,8 @@ def reward_model(name: str) -> Reward:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForSequenceClassification.from_pretrained(name).eval()
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # what damaged files raise is of any kind
+        reason = _line(error)
         raise ValueError(f"reward model: {name!r} cannot be loaded: {reason}") from error
     if model.config.num_labels != 1:
         raise ValueError(f"reward model: expected one output, got {model.config.num_labels}")

@@ -26,6 +26,7 @@ import numpy as np
 from fastadapt.study import correlations, normalisation, statistics
 from fastadapt.study.contexts import Prompts, Side, check_lengths, check_sides
 from fastadapt.study.corpora import Corpora, Plan, Reward
+from fastadapt.study.files import write_whole
 from fastadapt.study.grids import Cell, check_grid, hidden_cells
 from fastadapt.study.pool import Pool, pool_of
 
@@ -150,8 +151,10 @@ def analyse(pool: Pool, settings: Settings, *, has_reward: bool = False) -> dict
         has_reward: whether the strings have a user's reward.
 
     Returns:
-        `counts` and `identity`; `adaptors`, one entry each; `correlations` for each reward
-        ("implicit"; "flipped", its negative; "released", as the released code computes it; "user");
+        `counts` and `identity`; `adaptors`, one entry each ("own", means of log p and of the
+        implicit reward; "user", of log p and the user's, null without any); `correlations` for
+        each reward ("implicit"; "flipped", its negative; "released", as the released code computes
+        it; "user");
         `typical`; `normalisation`, local against global; `hidden_top_k`; `strings`, rounded, for
         the figures.
 
@@ -175,6 +178,7 @@ def analyse(pool: Pool, settings: Settings, *, has_reward: bool = False) -> dict
     if settings.released:
         rewards["released"] = (grid, grid.log_alone, grid.log_alone - grid.log_aligned)
     not_finite = 0
+    extra: list[dict[str, Any]] = [{} for _ in _grid_cells(pool)]
     if has_reward:
         usable = np.isfinite(grid.reward)
         not_finite = int((~usable).sum())
@@ -185,6 +189,8 @@ def analyse(pool: Pool, settings: Settings, *, has_reward: bool = False) -> dict
                 f"finite ones of {len(usable)}"
             )
         rewards["user"] = (rest, rest.log_prior, rest.reward)
+        per_adaptor = [_judged(rest, number) for number in _grid_cells(pool)]
+        extra = [{"user": values} for values in per_adaptor]
     compared = normalisation.compare(pool, counts, settings.seed)
     return {
         "counts": {
@@ -198,8 +204,10 @@ def analyse(pool: Pool, settings: Settings, *, has_reward: bool = False) -> dict
         },
         "identity": _identity(grid),
         "adaptors": [
-            {**_adaptor(grid, number), **entry}
-            for number, entry in zip(_grid_cells(pool), compared["adaptors"], strict=True)
+            {**_adaptor(grid, number), **entry, **more}
+            for number, entry, more in zip(
+                _grid_cells(pool), compared["adaptors"], extra, strict=True
+            )
         ],
         "correlations": {
             name: correlations.correlate(*arguments, counts) for name, arguments in rewards.items()
@@ -211,6 +219,7 @@ def analyse(pool: Pool, settings: Settings, *, has_reward: bool = False) -> dict
             "cell": grid.cell.tolist(),
             "log_prior": np.round(grid.log_prior, 2).tolist(),
             "reward": np.round(grid.implicit_reward, 2).tolist(),
+            **({"user": grid.reward.tolist()} if has_reward else {}),
         },
     }
 
@@ -220,7 +229,8 @@ def write_results(path: Path, results: dict[str, Any]) -> None:
     entries = [
         f"{json.dumps(k)}: {json.dumps(_clean(v), allow_nan=False)}" for k, v in results.items()
     ]
-    path.write_text("{\n" + ",\n".join(entries) + "\n}\n", encoding="utf-8")
+    text = "{\n" + ",\n".join(entries) + "\n}\n"
+    write_whole(path, lambda place: place.write_text(text, encoding="utf-8"))
 
 
 def read_results(path: Path) -> dict[str, Any]:
@@ -245,6 +255,12 @@ def _identity(grid: Pool) -> dict[str, float]:
         )
         error = max(error, float(np.abs(reward + prior - aligned).max()))
     return {"corpora": len(np.unique(grid.cell)) + len(np.unique(grid.prompt)), "error": error}
+
+
+def _judged(rest: Pool, number: int) -> list[float] | None:
+    """Mean log p and mean reward of the user over an adaptor's strings that have one, if any do."""
+    mine = rest.select(rest.cell == number)
+    return [float(mine.log_prior.mean()), float(mine.reward.mean())] if len(mine.cell) else None
 
 
 def _adaptor(grid: Pool, number: int) -> dict[str, Any]:

@@ -13,7 +13,8 @@ from rich.console import Console
 
 from fastadapt.demo import progress_bar, stepper
 from fastadapt.pretrained import DEFAULT_MODEL, load_model
-from fastadapt.study import contexts, grids, rewards, tradeoff
+from fastadapt.study import contexts, corpora, grids, rewards, tradeoff
+from fastadapt.study.corpora import Reward
 from fastadapt.study.tradeoff_plots import draw_figures
 from fastadapt.study.tradeoff_report import write_report
 
@@ -101,11 +102,10 @@ def run(
     if options.threads:
         torch.set_num_threads(options.threads)
     prompts = _prompts(options)
-    reward = None
-    if options.reward:
-        reward = rewards.reward_function(options.reward)
-    elif options.reward_model:
-        reward = rewards.reward_model(options.reward_model)
+    reward, reward_name = _reward(options)
+    if reward is not None:
+        # one that raises or returns no numbers stops here, before a model is loaded
+        corpora.reward_values(reward, prompts.texts[0], ["Yes.", "No, I cannot."])
     aligned, prior = _sides(options, err)
     with progress_bar(err, auto_refresh=False) as bar:
         step = stepper(bar, "sampling, prompt by prompt", len(prompts.texts))
@@ -120,8 +120,8 @@ def run(
                 "prior": options.prior or options.model or DEFAULT_MODEL,
                 "system": aligned.system,
                 "prior_system": prior.system,
-                "reward": options.reward or options.reward_model,
-                "dtype": "float32",
+                "reward": reward_name,
+                "dtype": str(aligned.model.dtype).removeprefix("torch."),
             },
             reward=reward,
             on_part=step,
@@ -164,6 +164,16 @@ def _prompts(options: Options) -> contexts.Prompts:
     if count is not None and count > len(prompts.texts):
         raise ValueError(f"count: expected at most {len(prompts.texts)}, got {count}")
     return prompts._replace(texts=prompts.texts[:count])
+
+
+def _reward(options: Options) -> tuple[Reward | None, str | None]:
+    """The user's reward and what the report calls it, if there is one."""
+    if options.reward:
+        return rewards.reward_function(options.reward), f"the function {options.reward}"
+    if options.reward_model:
+        name = options.reward_model
+        return rewards.reward_model(name), f"the reward model {name}"
+    return None, None
 
 
 def _sides(options: Options, err: Console) -> tuple[contexts.Side, contexts.Side]:

@@ -6,7 +6,8 @@ that nothing is lost in print without colours.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+
+from fastadapt.study.files import write_whole
 
 # Okabe and Ito's colours, which remain apart for the colour-blind, and a marker each.
 _STYLES = (
@@ -45,7 +48,7 @@ _RC: Any = {
     "legend.frameon": False,
 }
 _LOG_PRIOR = "log p under the prior, nats"
-_REWARD = "reward, log p₊ − log p, nats"
+USER = "user_reward"  # the figure that there is only with a reward of the user
 
 
 def draw_figures(results: Mapping[str, Any], folder: Path) -> list[str]:
@@ -56,21 +59,39 @@ def draw_figures(results: Mapping[str, Any], folder: Path) -> list[str]:
         folder: where `NAME.png` and `NAME.svg` go.
 
     Returns:
-        `FIGURES`.
+        `FIGURES`, and `USER` where the strings have a reward of the user.
     """
-    drawers = (_strings_and_corpora, _corpus_size, _local_and_global)
-    for name, draw in zip(FIGURES, drawers, strict=True):
+    drawers: dict[str, Callable[[Mapping[str, Any]], Figure]] = dict(
+        zip(FIGURES, (_strings_and_corpora, _corpus_size, _local_and_global), strict=True)
+    )
+    if "user" in results["correlations"]:
+        drawers[USER] = partial(_strings_and_corpora, which="user")
+    for name, draw in drawers.items():
         with rc_context(_RC):
             figure = draw(results)
             for suffix, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
-                figure.savefig(folder / f"{name}.{suffix}", dpi=150, metadata=metadata)
-    return list(FIGURES)
+                save = partial(figure.savefig, dpi=150, metadata=metadata, format=suffix)
+                write_whole(folder / f"{name}.{suffix}", save)
+    return list(drawers)
 
 
-def _strings_and_corpora(results: Mapping[str, Any]) -> Figure:
-    """Strings on the left, corpora on the right, with lines of equal mean log p+."""
+def reward_label(results: Mapping[str, Any], which: str) -> str:
+    """What an axis with a reward says: the user's by its name, or which one is meant instead."""
+    if which == "user":
+        return f"reward, {results['names']['reward']}"
+    implicit = "implicit reward" if "user" in results["correlations"] else "reward"
+    return f"{implicit}, log p₊ − log p, nats"
+
+
+def _strings_and_corpora(results: Mapping[str, Any], which: str = "implicit") -> Figure:
+    """Strings on the left, corpora on the right, with lines of equal mean log p+.
+
+    The user's reward has no such lines: it does not add up to log p+ with log p.
+    """
     adaptors, strings = results["adaptors"], results["strings"]
-    x, y, cell = (np.array(strings[name]) for name in ("log_prior", "reward", "cell"))
+    implicit = which == "implicit"
+    columns = ("log_prior", "reward" if implicit else "user", "cell")
+    x, y, cell = (np.array(strings[name], dtype=float) for name in columns)
     figure = Figure(figsize=(9.6, 4.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     rng = np.random.default_rng(0)
@@ -78,22 +99,26 @@ def _strings_and_corpora(results: Mapping[str, Any]) -> Figure:
     cloud: Any = {"linewidths": 0, "alpha": 0.7, "rasterized": True}
     for number, adaptor in enumerate(adaptors):
         style = _style(adaptor, adaptors)
-        mine = cell == number
+        mine = (cell == number) & np.isfinite(y)
+        if not mine.any():
+            continue
         left.scatter(x[mine], y[mine], s=6, **cloud, **style)
         values = np.stack([x[mine], y[mine]], -1)
         counts = rng.multinomial(_CORPUS, np.full(len(values), 1 / len(values)), _CORPORA)
         right.scatter(*(counts @ values / _CORPUS).T, s=9, **cloud, **style)
-    for adaptor in adaptors:
+    key = "own" if implicit else "user"
+    for adaptor in (one for one in adaptors if one[key] is not None):
         right.scatter(
-            *adaptor["own"],
+            *adaptor[key],
             s=42,
             edgecolors="black",
             linewidths=0.7,
             zorder=3,
             **_style(adaptor, adaptors),
         )
-    _iso_lines(right, [sum(adaptor["own"]) for adaptor in adaptors])
-    found = results["correlations"]["implicit"]
+    if implicit:
+        _iso_lines(right, [sum(adaptor["own"]) for adaptor in adaptors])
+    found = results["correlations"][which]
     r = [_with_interval(found[k]["pooled"]["pearson"]) for k in ("string", "adaptors")]
     left.set_title(f"Strings\nr = {r[0]}", loc="left")
     right.set_title(
@@ -101,9 +126,9 @@ def _strings_and_corpora(results: Mapping[str, Any]) -> Figure:
         loc="left",
     )
     for axes, what in ((left, ""), (right, "mean ")):
-        axes.set(xlabel=what + _LOG_PRIOR, ylabel=what + _REWARD)
+        axes.set(xlabel=what + _LOG_PRIOR, ylabel=what + reward_label(results, which))
     figure.legend(
-        handles=_legend(adaptors, iso=True), loc="outside lower center", ncols=6, fontsize=8
+        handles=_legend(adaptors, iso=implicit), loc="outside lower center", ncols=6, fontsize=8
     )
     return figure
 
@@ -115,7 +140,7 @@ def _corpus_size(results: Mapping[str, Any]) -> Figure:
     lines = {
         "implicit": ("log p₊ − log p", "-", "o", "#0072B2"),
         "released": ("as the released code computes it", "--", "s", "#D55E00"),
-        "user": ("the user's reward", ":", "^", "#009E73"),
+        "user": (str(results["names"]["reward"]), ":", "^", "#009E73"),
     }
     for name, (label, line, marker, colour) in lines.items():
         if name not in results["correlations"]:
@@ -162,7 +187,7 @@ def _local_and_global(results: Mapping[str, Any]) -> Figure:
             zorder=3,
             **style,
         )
-    left.set(xlabel="mean " + _LOG_PRIOR, ylabel="mean " + _REWARD)
+    left.set(xlabel="mean " + _LOG_PRIOR, ylabel="mean " + reward_label(results, "implicit"))
     left.set_title("Filled: local law. Hollow: global law", loc="left")
     right.axhline(_RELIABLE, color="black", lw=0.8, ls="--")
     right.text(

@@ -1,0 +1,45 @@
+"""Pieces of Markdown that the studies' reports are made of: numbers, paragraphs, lists, tables."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+
+Estimate = Sequence[float | None]
+
+
+def sign(found: Estimate) -> str:
+    """Says in words what an interval says of a sign."""
+    value, low, high = (float("nan") if v is None else v for v in found)
+    if value != value:  # NaN
+        return "not defined"
+    if low > 0:
+        return "positive"
+    return "negative" if high < 0 else "of undecided sign"
+
+
+def shown(found: Estimate, digits: int = 2) -> str:
+    """An estimate with its interval."""
+    value, low, high = (number(one, digits) for one in found)
+    return value if value == "–" else f"{value} [{low}, {high}]"
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    """A number, or a dash where there is none."""
+    return "–" if value is None or value != value else f"{value:.{digits}f}".replace("-", "−")
+
+
+def flow(text: str) -> str:
+    """A paragraph of lines that fit 100 characters, indented or not."""
+    return textwrap.fill(" ".join(text.split()), 98, break_long_words=False, break_on_hyphens=False)
+
+
+def listed(items: Sequence[str]) -> str:
+    """A list of paragraphs."""
+    return "\n".join("- " + flow(item).replace("\n", "\n  ") for item in items)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
