@@ -19,6 +19,20 @@ static void fill_minus_inf(T* out, int64_t n) {
   for (int64_t i = 0; i < n; ++i) out[i] = none;
 }
 
+// Scaled logits as a type holds them: never infinite. Where the largest of a row is beyond its range,
+// or so low that others may be, all of the row are less by it, which is the same law; what is still
+// too low is the lowest that the type has.
+template <class T>
+struct Fitted {
+  float shift = 0, lowest = -largest_of(T{});
+  explicit Fitted(const View<T>& v) {
+    const bool beyond = v.m > -lowest || v.m < lowest / 2;
+    if (sizeof(T) < sizeof(float) && v.inv_t > 1 && beyond) shift = v.m;
+  }
+  F operator()(F s) const { return maximum(sub(s, fset(shift)), fset(lowest)); }
+  float one(float s) const { return s - shift > lowest ? s - shift : lowest; }
+};
+
 template <class T>
 static void filter_row(const FilterArgs& a, int64_t r, const Scratch& scratch) {
   const int64_t v = a.rows.v;
@@ -39,16 +53,17 @@ static void filter_row(const FilterArgs& a, int64_t r, const Scratch& scratch) {
   }
   const Survivors<T> survivors(row, k, scratch);
   if (survivors.listed()) fill_minus_inf(out, v);
+  const Fitted<T> fitted(row.view);
   survivors.visit([&](const auto& view, const auto& test) {
     for_survivors(view, test, [&](int64_t i, F s, M chosen) {
       if (view.id) {
         for (uint32_t b = bits(chosen); b; b &= b - 1) {
           const int64_t at = i + __builtin_ctz(b);
-          from_float(view.s_at(at), out + view.id[at]);
+          from_float(fitted.one(view.s_at(at)), out + view.id[at]);
         }
         return;
       }
-      const F kept = choose(chosen, s, fset(-kInf));
+      const F kept = choose(chosen, fitted(s), fset(-kInf));
       if (i + W <= v) return store(out + i, kept);
       T tail[W];
       store(tail, kept);

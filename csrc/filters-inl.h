@@ -195,27 +195,21 @@ class Survivors {
     keep_selection(by_rank<true>(view, n, view.n, true));
   }
 
-  // What top-p keeps of survivors of mass z: the first whose masses reach this.
-  int64_t nucleus(int64_t z) const {
-    const int64_t removed =
-        static_cast<int64_t>(__builtin_floor((1 - k_[kTopP]) * static_cast<double>(z)));
-    return removed < z ? z - removed : 1;
-  }
-
   template <class V>
   void top_p(V& view, int64_t alive) {
     if (k_.keep >= alive) return;
     if (constant()) {
-      const int64_t target = nucleus(alive * static_cast<int64_t>(kUnit));
-      const int64_t last = (target - 1) / static_cast<int64_t>(kUnit);
+      const int64_t one = static_cast<int64_t>(kUnit);
+      const int64_t last = (Nucleus(k_[kTopP], alive * one).target(one) - 1) / one;
       return keep_rank({view.m, view.id_at(last >= k_.keep ? last : k_.keep - 1)});
     }
     if (!listed_ && !row_.weighed && Sample<false>::pays(view.n)) {
       Sample<false> sample(view, RankKey{});
       if (sample.even()) return top_p_in(sample.window_of_part(1 - k_[kTopP]), view);
     }
-    const int64_t z = sums(false, false).z, target = nucleus(z);
-    keep_at_least(view, by_rank<false>(view, target, z, false));
+    const int64_t z = sums(false, false).z;
+    const Nucleus nucleus(k_[kTopP], z);
+    keep_nucleus(view, nucleus, by_rank<false>(view, nucleus.most, z, false));
   }
 
   // Top-p of a row that is not weighed yet, in the pass that weighs it.
@@ -224,8 +218,16 @@ class Survivors {
     const Split s = split<false, true>(view, RankKey{}, window, scratch_);
     row_.sums = {s.all, 0};
     row_.weighed = true;
-    keep_at_least(view,
-                  select_in<false>(window, s, view, RankKey{}, nucleus(s.all), false, scratch_));
+    const Nucleus nucleus(k_[kTopP], s.all);
+    keep_nucleus(view, nucleus,
+                 select_in<false>(window, s, view, RankKey{}, nucleus.most, false, scratch_));
+  }
+
+  template <class V>
+  void keep_nucleus(const V& view, const Nucleus& nucleus, const Selection& selection) {
+    const RankCut cut = selection.cut;
+    const Tally last{truncated_mass(cut.key - view.m), 1};
+    keep_at_least(view, less_heavy(selection, nucleus, last, {cut.key, cut.id - 1}));
   }
 
   template <class V>
@@ -243,7 +245,7 @@ class Survivors {
   void min_p(V& view) {
     if (constant()) return;
     // the most probable token is among the survivors and has mass 2^40
-    const double least = __builtin_ceil(static_cast<float>(k_[kMinP]) * kUnit);
+    const double least = __builtin_ceil(static_cast<float>(k_[kMinP]) * kUnit * kNearly);
     MassCut cut{float_at_least(static_cast<int64_t>(least)), {kInf, 0}};
     if (k_.keep > 1) {
       cut.guard = best(view, k_.keep);
@@ -263,27 +265,34 @@ class Survivors {
     const Sums s = sums(true, true);
     const double z = static_cast<double>(s.z);
     const TypicalKey key{view.m, static_cast<float>(static_cast<double>(s.u) / z)};
-    const int64_t target = static_cast<int64_t>(__builtin_ceil(k_[kTypicalP] * z));
     pending_ = Pending::kBand;
     typical_ran_ = true;
-    const Selection selection = view.m < kHuge ? band(view, TypicalRank<false>{key}, target, s.z)
-                                               : band(view, TypicalRank<true>{key}, target, s.z);
+    const Selection selection = view.m < kHuge ? band(view, TypicalRank<false>{key}, s.z)
+                                               : band(view, TypicalRank<true>{key}, s.z);
     band_ = {key, selection.cut};
     know(selection);
   }
 
-  // The least typical token that stays: ties stay, unless the minimum decides.
+  // The least typical tokens that stay: ties stay, unless the minimum decides.
   template <class V, class Key>
-  Selection band(const V& view, Key key, int64_t target, int64_t z) const {
+  Selection band(const V& view, Key key, int64_t z) const {
+    const Nucleus nucleus(k_[kTypicalP], z);
+    const Selection s = by_typicality(view, key, nucleus.most, z);
+    const View<float> undecided = candidates(s.n, scratch_);
+    const Tally last = tally(undecided, Equals{s.cut.key}, nullptr, nullptr);
+    const float above = from_ordered(ordered(s.cut.key) + 1);
+    const Selection band = less_heavy(s, nucleus, last, {above, kAllIds});
+    if (k_.keep == 1) return band;
+    const RankCut least = select<true>(view, key, k_.keep, view.n, false, scratch_).cut;
+    return {lower(band.cut, least), {0, 0}, false, -1};
+  }
+
+  template <class V, class Key>
+  Selection by_typicality(const V& view, Key key, int64_t target, int64_t z) const {
     if constexpr (may_be_in_pieces(V{}) && may_be_in_pieces(key)) {
       if (in_pieces()) return select_band(view, *row_.pieces, key, target, z, scratch_);
     }
-    Selection s = select<false>(view, key, target, z, true, scratch_);
-    if (k_.keep > 1) {
-      const RankCut least = select<true>(view, key, k_.keep, view.n, false, scratch_).cut;
-      s = {lower(s.cut, least), {0, 0}, false, -1};
-    }
-    return s;
+    return select<false>(view, key, target, z, true, scratch_);
   }
 
   // Epsilon, and eta with its cutoff lowered by the entropy.
@@ -296,7 +305,8 @@ class Survivors {
       const double lowered = __builtin_sqrt(p) * exp64(-entropy_of(s.z, s.u));
       p = lowered < p ? lowered : p;
     }
-    const int64_t least = static_cast<int64_t>(__builtin_ceil(p * static_cast<double>(s.z)));
+    const double wanted = p * static_cast<double>(s.z);
+    const int64_t least = static_cast<int64_t>(__builtin_ceil(wanted * kNearly));
     MassCut cut{float_at_least(least), {view.m, kAllIds}};
     if (k_.keep > 1) {
       cut.guard = {best(view, k_.keep).key, kAllIds};

@@ -5,6 +5,10 @@ constexpr float kLog2E = 1.4426950216f;
 constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest integer
 constexpr float kLowest = -28.0f;      // below, a token has no mass: 2^40 e^-28 < 1
 constexpr double kUnit = 0x1p40;
+// Factors of a threshold, so that a mass that reaches it but for rounding does. The polynomial errs
+// by up to 1.8e-6 of one token's mass; of many tokens, whose errors cancel, only p and Z are rounded.
+constexpr double kNearly = 1 - 0x1p-19;
+constexpr double kAlmost = 1 - 0x1p-52;
 constexpr double kLn2High = 0.693147180369123816490;
 constexpr double kLn2Low = 1.90821492927058770002e-10;
 
@@ -20,6 +24,11 @@ static inline F mass(F d) {
   p = add(mul(p, f), fset(.69314698f));
   p = add(mul(p, f), fset(1.0f));
   return scale_by(p, biased, 40);
+}
+
+// The integer mass of one distance.
+static inline int64_t truncated_mass(float d) {
+  return static_cast<int64_t>(max_lane(mass(fset(d))));
 }
 
 // 2^40 e^d (-d) before truncation, 0 below the lowest d.
@@ -70,6 +79,23 @@ static inline double log_mass(int64_t mass) { return log64(static_cast<double>(m
 static inline double entropy_of(int64_t z, int64_t u) {
   return log_mass(z) + static_cast<double>(u) / static_cast<double>(z);
 }
+
+// What top-p keeps of survivors of mass z, in rank order: tokens before which there is less than a
+// target, that of heavy tokens or that of light ones. Typical does in its order, where equally
+// typical tokens are as one.
+struct Nucleus {
+  int64_t least, most;  // the targets of heavy and of light tokens; one token always stays
+  int64_t heavy;        // the least mass of a heavy token
+
+  Nucleus(double p, int64_t z) : heavy((z + 1023) >> 10) {
+    const double wanted = p * static_cast<double>(z);
+    least = static_cast<int64_t>(__builtin_ceil(wanted * kNearly));
+    most = static_cast<int64_t>(__builtin_ceil(wanted * kAlmost));
+    least = least > 1 ? least : 1;
+    most = most > 1 ? most : 1;
+  }
+  int64_t target(int64_t mass) const { return mass >= heavy ? least : most; }
+};
 
 // The first 64 bits of Philox4x32-10 (Salmon et al. 2011) with key = seed, counter = position.
 static inline uint64_t philox64(uint64_t seed, uint64_t position) {

@@ -194,6 +194,12 @@ struct RankCut {
   }
 };
 
+// Of one key.
+struct Equals {
+  float key;
+  M operator()(F s, F, I) const { return eq(s, fset(key)); }
+};
+
 // Mass at least e, or ranked no lower than the guard.
 struct MassCut {
   float e;

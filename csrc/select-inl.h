@@ -168,6 +168,7 @@ struct Selection {
   Tally kept;
   bool known;      // kept is, and by block too: see kept_of_block
   int64_t listed;  // the number of candidates where they hold all that is kept, else -1
+  int64_t n = 0;   // the number of candidates
 };
 
 // The cut among the candidates of a split that surrounds the target.
@@ -176,9 +177,9 @@ static Selection decide(const Split& s, int64_t target, bool ties_stay, const Sc
   RankCut cut = cut_among<kCount, Key::kHeaviestFirst>(s.n, target - s.above.z, scratch);
   if (ties_stay) cut.id = kAllIds;
   const int64_t listed = s.above.count == 0 ? s.n : -1;
-  if (kCount) return {cut, {0, 0}, false, listed};
+  if (kCount) return {cut, {0, 0}, false, listed, s.n};
   const Tally t = tally(candidates(s.n, scratch), cut, nullptr, nullptr);
-  return {cut, {s.above.z + t.z, s.above.count + t.count}, true, listed};
+  return {cut, {s.above.z + t.z, s.above.count + t.count}, true, listed, s.n};
 }
 
 // The cut of a view that a window has split, for a target in [1, the view's weight].
@@ -212,6 +213,15 @@ static Selection select(const View<T>& v, Key key, int64_t target, int64_t all, 
   }
   const Split s = split<kCount, false>(v, key, window, scratch);
   return select_in<kCount>(window, s, v, key, target, ties_stay, scratch);
+}
+
+// What is selected by the target of light tokens, less its last ones where they are heavy and past
+// their own target. Nothing else can be: the targets are less apart than anything heavy weighs.
+static Selection less_heavy(Selection s, const Nucleus& nucleus, const Tally& last,
+                            const RankCut& without) {
+  const int64_t before = s.kept.z - last.z;
+  if (!s.known || before < nucleus.target(last.z)) return s;
+  return {without, {before, s.kept.count - last.count}, true, s.listed, s.n};
 }
 
 // What a selection keeps of a block of its view.

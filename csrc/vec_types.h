@@ -65,6 +65,11 @@ static inline void from_float(float x, f16* out) {
   out->bits = static_cast<uint16_t>(sign | half);
 }
 
+// The largest finite value of a type.
+static inline float largest_of(float) { return 0x1.fffffep127f; }
+static inline float largest_of(bf16) { return 0x1.fep127f; }
+static inline float largest_of(f16) { return 65504.0f; }
+
 // Values of the padding lanes of a row's tail: no mass, never a survivor.
 static inline void set_minus_inf(float* x) { *x = bits_float(0xff800000u); }
 static inline void set_minus_inf(bf16* x) { x->bits = 0xff80; }

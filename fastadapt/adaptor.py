@@ -1,6 +1,7 @@
 """The sampling adaptor as a value: temperature, truncation knobs and their order."""
 
 from dataclasses import dataclass, field, fields
+from numbers import Integral, Real
 from typing import NamedTuple
 
 import torch
@@ -55,15 +56,16 @@ class Adaptor:
     """Temperature, six truncation filters and the order in which they run.
 
     The neutral value of every knob is its default, so `Adaptor()` changes nothing. Each knob is a
-    Python number or a 1-d tensor with one value per row. Filters run one after the other, each on
-    the renormalised survivors of the one before. The exact integer rule, the same on every device,
-    is in the documentation of `fastadapt.reference`.
+    number, NumPy's included, or a 1-d tensor with one value per row. Filters run one after the
+    other, each on the renormalised survivors of the one before. A mass or a probability that
+    reaches its threshold but for rounding reaches it. The exact integer rule, the same on every
+    device, is in the documentation of `fastadapt.reference`.
 
     Args:
         temperature: divides the logits; finite, 0 (the argmax) or >= 1e-6.
         top_k: integer >= 0, 0 is off. Keeps logits >= the k-th largest; ties all stay.
-        top_p: in [0, 1], 1 is off. Removes the least probable tokens while their cumulated mass
-            is <= 1 - top_p; among equal values the lowest ids stay.
+        top_p: in [0, 1], 1 is off. Keeps the most probable tokens until their mass reaches top_p
+            (where it is exactly top_p, no more than these); among equal values the lowest ids stay.
         min_p: in [0, 1], 0 is off. Keeps p >= min_p * max p.
         typical_p: in (0, 1], 1 is off. Keeps the tokens whose -log p is nearest the entropy, up to
             this mass (Meister et al. 2022, arXiv 2202.00666).
@@ -75,6 +77,7 @@ class Adaptor:
 
     Raises:
         TypeError: a knob is neither a number nor a 1-d tensor, or an integer knob is not integral.
+            A bool is no number, and neither is a 0-d tensor, whose value may be on a GPU.
         ValueError: a number or a CPU tensor is out of range, per-row tensors differ in length or
             device, or `order` is unknown. Values of CUDA tensors are not read (that would
             synchronise): a bad one gives its row status 4.
@@ -97,11 +100,11 @@ class Adaptor:
 
     def __post_init__(self) -> None:
         """Checks every knob and packs them once, so that a call has nothing left to prepare."""
-        if self.order not in ORDER_CODES:
+        if self.order not in list(ORDER_CODES):
             raise ValueError(f"order: expected one of {list(ORDER_CODES)}, got {self.order!r}")
-        knobs = {name: getattr(self, name) for name in KNOBS}
+        knobs = {name: _checked(name, getattr(self, name)) for name in KNOBS}
         for name, value in knobs.items():
-            _check_knob(name, value)
+            object.__setattr__(self, name, value)
         tensors = {name: value for name, value in knobs.items() if isinstance(value, Tensor)}
         with torch.inference_mode(False):  # else they could not be saved for a backward
             packed = _pack(knobs, tensors)
@@ -158,16 +161,18 @@ class Adaptor:
         return f"Adaptor({', '.join(changed)})"
 
 
-def _check_knob(name: str, value: object) -> None:
-    """Raises unless a knob has the right type and, where it can be read, the right range."""
+def _checked(name: str, value: object) -> Knob:
+    """A knob as a Python number or the tensor it is; raises on a wrong type or range."""
     if isinstance(value, Tensor):
         _check_tensor(name, value)
-        return
-    kinds = int if name in INTEGER_KNOBS else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kinds):
+        return value
+    kind = Integral if name in INTEGER_KNOBS else Real
+    if isinstance(value, bool) or not isinstance(value, kind):
         raise TypeError(f"{name}: expected {RANGES[name].text} or a tensor, got {value!r}")
-    if not RANGES[name].holds(value):
-        raise ValueError(f"{name}: expected {RANGES[name].text}, got {float(value)}")
+    number = int(value) if isinstance(value, Integral) else float(value)
+    if not RANGES[name].holds(number):
+        raise ValueError(f"{name}: expected {RANGES[name].text}, got {number}")
+    return number
 
 
 def _check_tensor(name: str, value: Tensor) -> None:
@@ -197,7 +202,9 @@ def _is_greedy(temperature: Knob) -> bool:
 def _pack(knobs: dict[str, Knob], tensors: dict[str, Tensor]) -> Tensor:
     """One float64 tensor (8, R) in the order of `KNOBS`; R = 1 when every knob is a number."""
     if not tensors:
-        return torch.tensor([[float(v)] for v in knobs.values()], dtype=torch.float64)
+        # on the CPU, whatever the default device is
+        numbers = [[float(v)] for v in knobs.values()]
+        return torch.tensor(numbers, dtype=torch.float64, device="cpu")
     lengths = {name: t.shape[0] for name, t in tensors.items()}
     devices = {name: str(t.device) for name, t in tensors.items()}
     if len(set(lengths.values())) > 1:

@@ -1,5 +1,7 @@
 """Checks and folding of arguments, shared by the public functions."""
 
+from numbers import Integral
+
 import torch
 from torch import Tensor
 
@@ -50,3 +52,17 @@ def per_row(
         raise ValueError(f"{name}: expected device {like.device}, got {value.device}")
     flat = value.dim() == 1 and value.is_contiguous()
     return value if flat else value.reshape(-1).contiguous()
+
+
+def integer(name: str, value: object, low: int, high: int) -> int:
+    """A number that must be whole, NumPy's included; raises outside [low, high].
+
+    Raises:
+        TypeError: not an integer; a bool is none.
+        ValueError: out of range.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name}: expected an integer, got {value!r}")
+    if not low <= value <= high:
+        raise ValueError(f"{name}: expected {low} to {high}, got {value}")
+    return int(value)

@@ -13,8 +13,9 @@ class Sample(NamedTuple):
         logprobs: (...), float32, nats; log-probability of the token under the adapted law,
             NaN in a bad row.
         kept: (...), int32; number of finite tokens that survived the filters, 0 in a bad row.
-        status: (...), uint8; 0 ok, 1 NaN in the row, 2 +inf in the row (after scaling),
-            3 nothing finite, 4 a knob of the row out of range (only knobs on CUDA get this far).
+        status: (...), uint8; 0 ok, 1 NaN in the row, 2 +inf in the row, 3 nothing finite (2 and 3
+            as x / T is in float32), 4 a knob of the row out of range (only knobs on CUDA get this
+            far).
         base_logprobs: (...), float32, nats; the token's log-probability at temperature 1
             without filters, or None.
         log_mass: (...), float32, nats; `lse_kept(z/T) - lse(z/T)`, the log of the kept

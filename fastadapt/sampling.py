@@ -7,10 +7,11 @@ from torch import Tensor
 
 from fastadapt import ops
 from fastadapt.adaptor import Adaptor
-from fastadapt.checks import fold_rows, per_row
+from fastadapt.checks import fold_rows, integer, per_row
 from fastadapt.results import Sample, Score
 
 MAX_TOP_LOGPROBS = 1024
+INT64 = torch.iinfo(torch.int64)
 
 
 def filter_logits(logits: Tensor, adaptor: Adaptor) -> Tensor:
@@ -27,7 +28,14 @@ def filter_logits(logits: Tensor, adaptor: Adaptor) -> Tensor:
     Returns:
         Tensor: shape and dtype of `logits`, contiguous. Survivors hold x / T, computed in float32
         as `x * fl(1 / T)` and rounded once; where temperature is 0 only the lowest id of the
-        largest logit stays, undivided. A bad row (NaN, +inf, nothing finite) comes back as it is.
+        largest logit stays, undivided. A bad row (NaN, +inf, nothing finite; x / T counts) comes
+        back as it is.
+
+        No survivor is infinite, so what stays is `out > -inf`. Where T < 1 takes a row of float16
+        or bfloat16 beyond the range of its dtype (its largest x / T above the dtype's largest
+        number, or below minus half of it), that row holds x / T less its largest, whose softmax is
+        the same; survivors that are still too low hold the dtype's lowest number. x / T below
+        float32's range is -inf: removed, here as in `sample`.
 
     Raises:
         TypeError: the dtype is not one of the three (`fastadapt.reference` takes float64).
@@ -75,21 +83,22 @@ def sample(
         Sample: see there for shapes, dtypes and bad rows. Log-probabilities are exact to 2e-6.
 
     Raises:
-        TypeError, ValueError: as `filter_logits`, and for seeds or positions of the wrong dtype,
-            shape or device.
+        TypeError, ValueError: as `filter_logits`, and for seeds or positions that are no tensor or
+            of the wrong dtype, shape or device, a generator of another device, `top_logprobs` out
+            of range.
     """
     rows = fold_rows("logits", logits, double=False)
     knobs = _knobs_for(rows, adaptor)
     shape = logits.shape[:-1]
+    most = min(MAX_TOP_LOGPROBS, rows.shape[1])
+    top_logprobs = integer("top_logprobs", top_logprobs, 0, most)
+    if positions is not None:
+        positions = per_row("positions", positions, torch.int64, shape, rows)
     if seeds is None:
+        _check_generator(generator, rows)
         seeds = torch.randint(2**63 - 1, (rows.shape[0],), generator=generator, device=rows.device)
     else:
         seeds = per_row("seeds", seeds, torch.int64, shape, rows)
-    if positions is not None:
-        positions = per_row("positions", positions, torch.int64, shape, rows)
-    if not 0 <= top_logprobs <= min(MAX_TOP_LOGPROBS, rows.shape[1]):
-        limit = min(MAX_TOP_LOGPROBS, rows.shape[1])
-        raise ValueError(f"top_logprobs: expected 0 to {limit}, got {top_logprobs}")
     out = torch.ops.fastadapt.sample(
         rows, knobs, adaptor.order_code, seeds, positions, base_logprobs, log_mass, top_logprobs
     )
@@ -126,11 +135,15 @@ def score(
     """
     rows = fold_rows("logits", logits, double=False)
     flat = per_row("tokens", tokens, torch.int64, logits.shape[:-1], rows)
+    ignore_index = integer("ignore_index", ignore_index, INT64.min, INT64.max)
+    if not isinstance(adaptors, Sequence) or isinstance(adaptors, str):
+        got = type(adaptors).__name__
+        raise TypeError(f"adaptors: expected a sequence of Adaptors, got {got}")
     if not 1 <= len(adaptors) <= ops.MAX_ADAPTORS:
         raise ValueError(f"adaptors: expected 1 to {ops.MAX_ADAPTORS}, got {len(adaptors)}")
+    knobs = [_knobs_for(rows, a, f"adaptors[{i}]") for i, a in enumerate(adaptors)]
     for adaptor in adaptors:
         _refuse_greedy(adaptor, "score")
-    knobs = [_knobs_for(rows, adaptor) for adaptor in adaptors]
     orders = [adaptor.order_code for adaptor in adaptors]
     out = torch.ops.fastadapt.score(rows, flat, knobs, orders, ignore_index)
     return Score(*(t.view(tokens.shape + t.shape[1:]) for t in out))
@@ -162,9 +175,11 @@ def adapted_margins(
     """
     rows = fold_rows("logits", logits)
     flat = per_row("tokens", tokens, torch.int64, logits.shape[:-1], rows)
+    ignore_index = integer("ignore_index", ignore_index, INT64.min, INT64.max)
+    knobs = _knobs_for(rows, adaptor)
     _refuse_greedy(adaptor, "adapted_margins")
     margins: Tensor = torch.ops.fastadapt.adapted_margins(
-        rows, flat, _knobs_for(rows, adaptor), adaptor.order_code, ignore_index
+        rows, flat, knobs, adaptor.order_code, ignore_index
     )[0]
     return margins.view(tokens.shape)
 
@@ -182,22 +197,33 @@ def adapted_logps(
     return torch.where(tokens == ignore_index, 0.0, logps)
 
 
-def _knobs_for(rows: Tensor, adaptor: Adaptor) -> Tensor:
+def _check_generator(generator: object, rows: Tensor) -> None:
+    """A generator is one, and of the device of the rows."""
+    if generator is None:
+        return
+    if not isinstance(generator, torch.Generator):
+        got = type(generator).__name__
+        raise TypeError(f"generator: expected a torch.Generator, got {got}")
+    if generator.device.type != rows.device.type:
+        raise ValueError(f"generator: expected one on {rows.device}, got one on {generator.device}")
+
+
+def _knobs_for(rows: Tensor, adaptor: Adaptor, name: str = "adaptor") -> Tensor:
     """The packed knobs, checked against the rows they are for."""
     if not isinstance(adaptor, Adaptor):
-        raise TypeError(f"adaptor: expected an Adaptor, got {type(adaptor).__name__}")
+        raise TypeError(f"{name}: expected an Adaptor, got {type(adaptor).__name__}")
     if adaptor.rows is not None and adaptor.rows != rows.shape[0]:
         raise ValueError(
-            f"adaptor: expected per-row knobs of {rows.shape[0]} values, got {adaptor.rows}"
+            f"{name}: expected per-row knobs of {rows.shape[0]} values, got {adaptor.rows}"
         )
     if adaptor.rows is not None and adaptor.packed.device != rows.device:
         raise ValueError(
-            f"adaptor: expected per-row knobs on {rows.device}, got {adaptor.packed.device}"
+            f"{name}: expected per-row knobs on {rows.device}, got {adaptor.packed.device}"
         )
     return adaptor.packed_on(rows.device)
 
 
 def _refuse_greedy(adaptor: Adaptor, what: str) -> None:
     """Temperature 0 has no law to score under."""
-    if isinstance(adaptor, Adaptor) and adaptor.greedy:
+    if adaptor.greedy:
         raise ValueError(f"{what}: expected temperature > 0, got 0")

@@ -1,11 +1,13 @@
 """The adaptor as a value: what it accepts, refuses and packs."""
 
 import pickle
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 
-from fastadapt import Adaptor, adapted_margins
+from fastadapt import Adaptor, adapted_margins, filter_logits, reference, sample, score
 
 OUT_OF_RANGE = [
     ("temperature", -1.0),
@@ -27,9 +29,7 @@ OUT_OF_RANGE = [
 
 @pytest.mark.parametrize(("name", "value"), OUT_OF_RANGE)
 def test_number_out_of_range_names_argument_and_value(name, value):
-    with pytest.raises(
-        ValueError, match=rf"{name}: expected .* got {float(value)}".replace("+", r"\+")
-    ):
+    with pytest.raises(ValueError, match=rf"{name}: expected .* got {value}".replace("+", r"\+")):
         Adaptor(**{name: value})
 
 
@@ -48,6 +48,13 @@ def test_tensor_out_of_range_names_row(name, value):
         ("top_k", 1.5),
         ("top_k", True),
         ("top_k", torch.tensor([1.5])),
+        ("top_k", np.float64(3)),
+        ("top_k", np.bool_(True)),
+        ("top_p", np.bool_(True)),
+        ("top_p", np.array([0.9])),
+        ("top_p", np.array(0.9)),
+        ("top_p", 0.9j),
+        ("top_p", [0.5, 0.9]),
         ("min_tokens_to_keep", 2.0),
         ("top_p", None),
         ("top_p", "0.9"),
@@ -59,6 +66,88 @@ def test_tensor_out_of_range_names_row(name, value):
 def test_wrong_type_raises(name, value):
     with pytest.raises(TypeError, match=f"{name}: expected"):
         Adaptor(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("knobs", "plain"),
+    [
+        ({"top_p": np.float64(0.9)}, {"top_p": 0.9}),
+        ({"top_p": np.float32(0.9)}, {"top_p": float(np.float32(0.9))}),
+        ({"min_p": np.float16(0.5)}, {"min_p": 0.5}),
+        ({"top_k": np.int64(50)}, {"top_k": 50}),
+        ({"min_tokens_to_keep": np.uint8(2)}, {"min_tokens_to_keep": 2}),
+        ({"temperature": np.int32(2)}, {"temperature": 2}),
+        ({"eta_cutoff": Fraction(1, 4)}, {"eta_cutoff": 0.25}),
+    ],
+)
+def test_numbers_of_other_libraries_become_python_ones(knobs, plain):
+    ours = Adaptor(**knobs)
+    assert ours == Adaptor(**plain) and hash(ours) == hash(Adaptor(**plain))
+    assert repr(ours) == repr(Adaptor(**plain))
+    assert type(getattr(ours, next(iter(knobs)))) in (int, float)
+
+
+@pytest.mark.parametrize("value", [np.float32(1.5), np.float64("nan"), np.int64(-3), 10**400])
+def test_numbers_of_other_libraries_have_the_same_ranges(value):
+    with pytest.raises(ValueError, match=r"top_p: expected a value in \[0, 1\], got "):
+        Adaptor(top_p=value)
+
+
+def everything(logits):
+    """An adaptor made here, and what the verbs and their twins say with it."""
+    adaptor = Adaptor(temperature=0.7, top_p=0.9, typical_p=0.95, eta_cutoff=1e-3)
+    seeds, tokens = logits.argmax(-1), logits.argmax(-1)
+    results = []
+    for verbs in (
+        (filter_logits, sample, score, adapted_margins),
+        (reference.filter_logits, reference.sample, reference.score, reference.adapted_margins),
+    ):
+        masked, drawn, scored, margins = verbs
+        results += [masked(logits, adaptor), margins(logits, tokens, adaptor)]
+        results += drawn(logits, adaptor, seeds=seeds, base_logprobs=True, top_logprobs=2)
+        results += scored(logits, torch.where(tokens == 3, -100, tokens), [adaptor] * 2)
+    return adaptor, [t for t in results if t is not None]
+
+
+@pytest.mark.parametrize("how", ["device", "set_default_device"])
+@pytest.mark.parametrize("other", ["meta", "cuda"])
+def test_another_default_device_changes_nothing(how, other):
+    """The numbers are packed on the CPU, where models are built on the meta device too."""
+    if other == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device: torch.cuda.is_available() is False")
+    logits = torch.randn(5, 40)
+    adaptor, wanted = everything(logits)
+    with torch.device(other):  # also puts back what set_default_device sets
+        if how == "set_default_device":
+            torch.set_default_device(other)
+        try:
+            same, got = everything(logits)
+        finally:
+            torch.set_default_device(None)
+    assert same.packed.device.type == "cpu"
+    assert same == adaptor
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_another_default_dtype_changes_nothing(dtype):
+    logits = torch.randn(5, 40)
+    adaptor, wanted = everything(logits)
+    torch.set_default_dtype(dtype)
+    try:
+        same, got = everything(logits)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert same == adaptor and same.packed.dtype == torch.float64
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)  # and the same dtype
+
+
+@pytest.mark.parametrize("order", ["sglang", None, ["hf"], {}])
+def test_unknown_order_is_refused_whatever_it_is(order):
+    with pytest.raises(ValueError, match="order: expected one of .* got "):
+        Adaptor(order=order)
 
 
 def test_unknown_order_raises():

@@ -13,11 +13,15 @@ LOG2E = tl.constexpr(1.4426950216)
 ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds to the nearest integer
 UNIT_BITS = tl.constexpr(40)  # a token of probability 1 has mass 2^40
 ROUND64 = tl.constexpr(6755399441055744.0)  # 1.5 * 2^52
+# factors of a threshold: reference.law
+NEARLY = tl.constexpr(1 - 2.0**-19)
+ALMOST = tl.constexpr(1 - 2.0**-52)
 LN2_HIGH = tl.constexpr(0.693147180369123816490)
 LN2_LOW = tl.constexpr(1.90821492927058770002e-10)
 EXP64 = tl.constexpr(tuple(1 / math.factorial(i) for i in range(13, -1, -1)))
 LAST_ID = tl.constexpr(0x7FFFFFFF)
 MIN_INT32 = tl.constexpr(-(2**31))
+ONE_KEY = tl.constexpr(1 << 32)  # from a rank to that of the next key
 ANY_RANK = tl.constexpr(-(2**63))
 NO_RANK = tl.constexpr(2**63 - 1)
 FINITE_RANK = tl.constexpr((-2139095040 + 1) << 32)  # above every rank of -inf

@@ -4,10 +4,13 @@ import triton
 import triton.language as tl
 
 from fastadapt.kernels.arithmetic import (
+    ALMOST,
     FINITE_RANK,
     LAST_ID,
     MIN_INT32,
+    NEARLY,
     NO_RANK,
+    ONE_KEY,
     ceil64,
     exp64,
     exponentials,
@@ -16,6 +19,7 @@ from fastadapt.kernels.arithmetic import (
     masses,
     ranks,
     surprisals,
+    values,
     with_ties,
 )
 from fastadapt.kernels.bundles import Decision, Found, Law, List, Row
@@ -125,6 +129,34 @@ def _sums(row, law, found, inside, sums, store, BLOCK: tl.constexpr, LIST: tl.co
 
 
 @triton.jit
+def _masses_at(s, ids, row, law, by_kappa, cut):
+    """Masses of survivors above a cut, and of those at it."""
+    alive, _, rank, _, _ = look(s, ids, row.m, law, by_kappa, by_kappa)
+    mass = tl.where(alive, masses(s - row.m), 0)
+    rank = tl.where(by_kappa, with_ties(rank), rank)
+    return tl.where(rank > cut, mass, 0), tl.where(rank == cut, mass, 0)
+
+
+@triton.jit
+def _at_cut(row, law, by_kappa, cut, found, inside, BLOCK: tl.constexpr, LIST: tl.constexpr):
+    """The mass before the last that a cut keeps, and of that: a token, or all equally typical."""
+    if inside:
+        s, ids = load_list(found.listed, found.number, LIST)
+        above, at = _masses_at(s, ids, row, law, by_kappa, cut)
+        before, last = tl.sum(above, 0), tl.sum(at, 0)
+    else:
+        all_above = tl.zeros([BLOCK], tl.int64)
+        all_at = tl.zeros([BLOCK], tl.int64)
+        for block in range(tl.cdiv(row.v, BLOCK)):
+            ids = block * BLOCK + tl.arange(0, BLOCK)
+            above, at = _masses_at(load_scaled(row, ids), ids, row, law, by_kappa, cut)
+            all_above += above
+            all_at += at
+        before, last = tl.sum(all_above, 0), tl.sum(all_at, 0)
+    return before, last
+
+
+@triton.jit
 def decide(rows, adaptors, parts, lists, weights, ALL_WEIGHED: tl.constexpr, sizes):
     """Runs the filters of the row that this program has, each on the survivors of the one before.
 
@@ -172,8 +204,8 @@ def decide(rows, adaptors, parts, lists, weights, ALL_WEIGHED: tl.constexpr, siz
             if is_typical:
                 centre = (u.to(tl.float64) / total).to(tl.float32)
                 law = Law(cut, mass, guard, cutoff, cutoff_guard, band, centre)
-            part_of_z = tl.where(is_p, 1.0 - value, value) * total
-            target = tl.where(is_p, z - part_of_z.to(tl.int64), ceil64(part_of_z))
+            part_of_z = value * total
+            target = ceil64(part_of_z * ALMOST)
             target = tl.where(is_k, tl.minimum(value, MAX_KEEP).to(tl.int64), target)
             target = tl.where(is_k, tl.maximum(target, keep), tl.maximum(target, 1))
 
@@ -202,10 +234,20 @@ def decide(rows, adaptors, parts, lists, weights, ALL_WEIGHED: tl.constexpr, siz
                     least = tl.where(second == 1, rank, least)
 
             main = tl.where(is_k | is_typical, with_ties(main), main)
+            # the target was that of light tokens
+            heavy = (z + 1023) >> 10
+            own = masses(values((main >> 32).to(tl.int32)) - m)
+            if is_typical | (is_p & (own >= heavy)):
+                before, last = _at_cut(
+                    row, law, is_typical, main, found, inside | held, sizes.BLOCK, sizes.LIST
+                )
+                past = before >= tl.maximum(ceil64(part_of_z * NEARLY), 1)
+                past &= last >= heavy
+                main += tl.where(past, tl.where(is_typical, ONE_KEY, 1), 0)
             cut = tl.where(is_k | is_p, tl.maximum(cut, tl.minimum(main, least)), cut)
             band = tl.where(is_typical, tl.minimum(main, least), band)
             if is_min:
-                mass = ceil64(value.to(tl.float32).to(tl.float64) * 1099511627776.0)
+                mass = ceil64(value.to(tl.float32).to(tl.float64) * 1099511627776.0 * NEARLY)
                 guard = least
                 held &= mass.to(tl.float64) > listed_from
             if is_cutoff:
@@ -213,7 +255,7 @@ def decide(rows, adaptors, parts, lists, weights, ALL_WEIGHED: tl.constexpr, siz
                 if is_eta:
                     entropy = log_mass(z) + u.to(tl.float64) / total
                     p = tl.minimum(p, tl.sqrt(p) * exp64(-entropy))
-                cutoff = tl.maximum(cutoff, ceil64(p * total))
+                cutoff = tl.maximum(cutoff, ceil64(p * total * NEARLY))
                 best = with_ties(ranks(keys(m), 0))
                 cutoff_guard = tl.where((keep > 1) | typical_ran, with_ties(least), best)
                 held &= (

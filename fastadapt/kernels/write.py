@@ -35,6 +35,16 @@ def _temperature(adaptors, at):
 
 
 @triton.jit
+def _fitted(s, m, inverse, TYPE: tl.constexpr):
+    """Scaled logits that a half type holds: `reference.law.Law.fitted`."""
+    if (TYPE == tl.float16) | (TYPE == tl.bfloat16):
+        most: tl.constexpr = 65504.0 if TYPE == tl.float16 else 3.3895313892515355e38
+        beyond = (inverse > 1) & ((m > most) | (m < -most / 2))
+        s = tl.maximum(s - tl.where(beyond, m, 0.0), -most)
+    return s
+
+
+@triton.jit
 def filter_kernel(rows, adaptors, parts, laws, out, BLOCK: tl.constexpr, SPLITS: tl.constexpr):
     """Survivors scaled, all else -inf; a bad row as it is."""
     at, block = tl.program_id(0), tl.program_id(1)
@@ -44,7 +54,8 @@ def filter_kernel(rows, adaptors, parts, laws, out, BLOCK: tl.constexpr, SPLITS:
     ids = block * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(row_at(rows, at) + ids, mask=ids < rows.v, other=float("-inf")).to(tl.float32)
     s = x * inverse
-    kept = tl.where(survives(s, ids, m, load_law(laws)), s, float("-inf"))
+    alive = survives(s, ids, m, load_law(laws))
+    kept = tl.where(alive, _fitted(s, m, inverse, out.dtype.element_ty), float("-inf"))
     kept = tl.where(tl.load(laws + LAW_STATUS) == OK, kept, x)
     out += at.to(tl.int64) * rows.v + ids
     tl.store(out, kept.to(out.dtype.element_ty), mask=ids < rows.v)

@@ -8,7 +8,11 @@ on their order and every implementation decides alike, bit for bit:
    polynomial whose operations are rounded separately, and `u = trunc(2^40 * e^d * (-d))`.
 3. Tokens are ranked by (s descending, id ascending).
 4. Filters run in the adaptor's order, each on the survivors of the one before, with their
-   `Z = sum w` and `U = sum u`; scalars of a row are float64.
+   `Z = sum w` and `U = sum u`; scalars of a row are float64. A token stays in top-p if the mass
+   before it is below `ceil(p Z c)`, with `c = 1 - 2^-19` if its own is at least `Z / 1024`, else
+   `c = 1 - 2^-52`: a mass that is p but for the polynomial's error or a rounding is p. So it is in
+   typical, of all that are equally typical together, and the thresholds of min-p, epsilon and eta
+   are multiplied by `1 - 2^-19`.
 5. The draw inverts the cumulated masses at `floor(x * S / 2^64)`, x one 64-bit Philox number.
 
 For float64 logits the same steps run on plain float64 probabilities: the textbook form.
@@ -63,7 +67,7 @@ def filter_logits(logits: Tensor, adaptor: Knobs) -> Tensor:
     """Twin of `fastadapt.filter_logits`; float64 logits take the textbook form."""
     x = _fold(logits)
     law = Law(x, adaptor)
-    scaled = torch.where(law.greedy, law.x, law.s).to(logits.dtype)
+    scaled = torch.where(law.greedy, law.x, law.fitted(logits.dtype)).to(logits.dtype)
     out = torch.where(law.alive, scaled, float("-inf"))
     return torch.where((law.status == 0)[:, None], out, x).view(logits.shape)
 
@@ -142,10 +146,10 @@ def score(
         shift = law.m[:, 0].double() - base.m[:, 0].double() * inverse
         log_norm = (shift + log_s - log_z * inverse).float()
         kept = torch.where(ok, law.alive.sum(-1), 0).int()
-        bad = torch.where(used, float("nan"), 0.0)
+        bad = torch.where(used, float("nan"), 0.0).float()
         columns.append((torch.where(ok, logprobs, bad), torch.where(ok, log_norm, bad), kept))
     logprobs, log_norm, kept = (torch.stack(c, -1) for c in zip(*columns, strict=True))
-    ok, bad = (base.status == 0) & used, torch.where(used, float("nan"), 0.0)
+    ok, bad = (base.status == 0) & used, torch.where(used, float("nan"), 0.0).float()
     base_logprobs = torch.where(ok, _log_ratio(base, y, log_z), bad)
     entropy = torch.where(ok, base.entropy(base.alive).float(), bad)
     many = (*shape, len(adaptors))

@@ -8,6 +8,9 @@ from torch import Tensor
 from fastadapt.reference.arithmetic import UNIT, exp64, log64, masses, philox
 
 Knobs = Any  # an Adaptor, or anything with its attributes
+# Factors of a threshold, so that a mass that reaches it but for rounding does: of few tokens, the
+# polynomial's error stands between; of many, only the rounding of p and Z.
+NEARLY, ALMOST = 1 - 2.0**-19, 1 - 2.0**-52
 FILTERS = {
     "hf": ("top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"),
     "vllm": ("min_p", "top_k", "top_p", "typical_p", "epsilon_cutoff", "eta_cutoff"),
@@ -91,6 +94,19 @@ class Law:
         z, u = (self.w * alive).sum(-1), (self.u * alive).sum(-1)
         return self.log(z) + u.double() / z.double()
 
+    def fitted(self, dtype: torch.dtype) -> Tensor:
+        """Scaled logits that a dtype holds, those of survivors never as infinities.
+
+        In half precision a row is less by its maximum m where that is beyond the range of the
+        dtype, or so low that others may be: the same law. What is still too low is the lowest
+        value of the dtype.
+        """
+        if dtype not in (torch.bfloat16, torch.float16):
+            return self.s
+        most = torch.finfo(dtype).max
+        beyond = (self.inverse > 1) & ((self.m > most) | (self.m < -most / 2))
+        return (self.s - torch.where(beyond, self.m, 0.0)).clamp(min=-most)
+
     def draw_target(self, seeds: Tensor, positions: Tensor, total: Tensor) -> Tensor:
         """Step 5: floor(x * S / 2^64), x = x0 + 2^32 * x1; real for float64."""
         x0, x1 = philox(seeds, positions)
@@ -102,10 +118,6 @@ class Law:
         middle = x1 * s0 + low  # below 2^64: its bits are right although int64 wraps
         cross = (middle & mask) + x0 * s1
         return x1 * s1 + ((middle >> 32) & mask) + (cross >> 32)
-
-    def _floor(self, value: Tensor) -> Tensor:
-        """Integer thresholds round down; float64 ones stay."""
-        return value.floor().to(torch.int64) if self.exact else value
 
     def _ceil(self, value: Tensor) -> Tensor:
         """Integer thresholds round up; float64 ones stay."""
@@ -137,40 +149,56 @@ class Law:
         threshold = self._smallest(self.s, self.ranking, there & (count <= limit))
         return (self.s >= threshold) | (k == 0)
 
+    def _targets(self, part: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        """A part of Z as heavy and as light tokens must stay below it."""
+        return self._ceil(part * z.double() * NEARLY), self._ceil(part * z.double() * ALMOST)
+
+    def _is_heavy(self, mass: Tensor, z: Tensor) -> Tensor:
+        """Whether a mass is at least a 1024th of Z."""
+        return mass >= ((z + 1023) >> 10 if self.exact else z / 1024)
+
     def _top_p(self, p: Tensor) -> Tensor:
-        """The best-ranked until what is left has mass <= floor((1 - p) Z)."""
+        """Survivors before which, in rank order, there is less mass than p Z, nearly."""
         there, count, before = self._before(self.ranking)
         z = self._sums()[0]
-        kept = before < z - self._floor((1 - p) * z.double())
-        kept = there & (kept | (count <= self.keep))
+        least, most = self._targets(p, z)
+        heavy = self._is_heavy(self.w.gather(1, self.ranking), z)
+        kept = there & ((before < torch.where(heavy, least, most)) | (count <= self.keep))
         return self._in_place(self.ranking, kept) | (p == 1)
 
     def _min_p(self, min_p: Tensor) -> Tensor:
-        """Survivors with w >= ceil(f32(min_p) max w), and the best-ranked `keep`."""
+        """Survivors with w >= f32(min_p) max w, nearly, and the best-ranked `keep`."""
         there, count, _ = self._before(self.ranking)
         top = (self.w * self.alive).amax(-1, keepdim=True)
-        kept = self.w >= self._ceil(min_p.float().double() * top.double())
+        kept = self.w >= self._ceil(min_p.float().double() * top.double() * NEARLY)
         best = self._in_place(self.ranking, there & (count <= self.keep))
         return kept | best | (min_p == 0)
 
     def _typical_p(self, tau: Tensor) -> Tensor:
-        """The nearest to the entropy, up to mass tau; ties in distance stay."""
+        """The nearest to the entropy, up to mass tau; the equally near are as one token."""
         z, u = self._sums()
         centre = (u.double() / z.double()).to(self.d.dtype)
         kappa = torch.where(self.alive, (self.d + centre).abs(), float("inf"))
         order = kappa.sort(stable=True, dim=-1).indices
         there, count, before = self._before(order)
-        nearest = there & (before < self._ceil(tau * z.double()))
-        radius = torch.where(nearest, kappa.gather(1, order), -1.0).amax(-1, keepdim=True)
+        least, most = self._targets(tau, z)
+        nearest = kappa <= self._radius(kappa, self._in_place(order, there & (before < most)))
+        last = nearest & (kappa == self._radius(kappa, nearest))
+        inside, at_last = ((self.w * kept).sum(-1, keepdim=True) for kept in (nearest ^ last, last))
+        nearest &= ~(last & self._is_heavy(at_last, z) & (inside >= least))
         first = self._in_place(order, there & (count <= self.keep))
-        return (kappa <= radius) | first | (tau == 1)
+        return nearest | first | (tau == 1)
+
+    def _radius(self, kappa: Tensor, chosen: Tensor) -> Tensor:
+        """The largest distance among the chosen tokens, (N, 1)."""
+        return torch.where(chosen, kappa, -1.0).amax(-1, keepdim=True)
 
     def _at_least(self, cutoff: Tensor) -> Tensor:
-        """Survivors with w >= ceil(cutoff Z) or s >= the keep-th largest."""
+        """Survivors with w >= cutoff Z, nearly, or s >= the keep-th largest."""
         there, count, _ = self._before(self.ranking)
         z = self._sums()[0]
         threshold = self._smallest(self.s, self.ranking, there & (count <= self.keep))
-        return (self.w >= self._ceil(cutoff * z.double())) | (self.s >= threshold)
+        return (self.w >= self._ceil(cutoff * z.double() * NEARLY)) | (self.s >= threshold)
 
     def _epsilon_cutoff(self, epsilon: Tensor) -> Tensor:
         """Survivors of probability >= epsilon."""

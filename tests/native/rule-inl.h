@@ -11,10 +11,10 @@ constexpr float kInfF = std::numeric_limits<float>::infinity();
 // A row times 1/T, its maximum and status.
 struct Scaled {
   std::vector<float> s;
-  float m = -kInfF;
+  float m = -kInfF, inv_t;
   Status status;
 
-  Scaled(const std::vector<float>& x, float inv_t) {
+  Scaled(const std::vector<float>& x, float inverse) : inv_t(inverse) {
     bool nan = false;
     for (float z : x) {
       s.push_back(z * inv_t);
@@ -25,6 +25,15 @@ struct Scaled {
   }
 
   double at(int64_t i) const { return s[static_cast<size_t>(i)]; }
+
+  // a survivor as a type holds it: less m where that may be beyond its range, and no less than its
+  // lowest value
+  double fitted(int64_t i, DType dtype) const {
+    if (dtype == DType::kFloat32) return at(i);
+    const float most = dtype == DType::kFloat16 ? 65504.0f : 0x1.fep127f;
+    const bool beyond = inv_t > 1 && (m > most || m < -most / 2);
+    return std::max(s[static_cast<size_t>(i)] - (beyond ? m : 0), -most);
+  }
 };
 
 // 2^40 exp(d) by the specified polynomial, 0 below -28.
@@ -117,12 +126,22 @@ struct Law {
     for (int64_t i : by) top = std::max(top, w[i]);
     const size_t guard =
         keep < static_cast<double>(by.size()) ? static_cast<size_t>(keep) : by.size();
-    const double least =
-        std::ceil(knob == kMinP ? static_cast<float>(a) * static_cast<double>(top) : a * zd);
+    const double nearly = 1 - 0x1p-19, almost = 1 - 0x1p-52;
+    const double min_p = std::ceil(static_cast<float>(a) * static_cast<double>(top) * nearly);
     const double h = std::log(zd * 0x1p-40) + static_cast<double>(surprisal) / zd;
-    const double eta = std::ceil(std::min(a, std::sqrt(a) * std::exp(-h)) * zd);
+    const double eta = std::ceil(std::min(a, std::sqrt(a) * std::exp(-h)) * zd * nearly);
     std::fill(alive.begin(), alive.end(), char(0));
-    float last = key(by[0]);
+    const int64_t heavy = (mass + 1023) >> 10;
+    const int64_t least = static_cast<int64_t>(std::ceil(a * zd * nearly));
+    const int64_t most = static_cast<int64_t>(std::ceil(a * zd * almost));
+    float last = key(by[0]);  // of typical: tokens that are equally typical are as one
+    for (size_t j = 0, end; knob == kTypicalP && j < by.size(); j = end) {
+      int64_t group = 0;
+      for (end = j; end < by.size() && key(by[end]) == key(by[j]); ++end) group += w[by[end]];
+      if (before < (group >= heavy ? least : most)) last = key(by[j]);
+      before += group;
+    }
+    before = 0;
     for (size_t j = 0; j < by.size(); before += w[by[j++]]) {
       const int64_t i = by[j];
       const bool in_guard = j < guard, tie = key(i) == key(by[guard - 1]);
@@ -130,14 +149,10 @@ struct Law {
         const double rank = std::max(a, static_cast<double>(guard));
         alive[i] = key(i) >= key(by[std::min<double>(rank, by.size()) - 1]);
       }
-      if (knob == kTopP)
-        alive[i] = in_guard || before < mass - static_cast<int64_t>(std::floor((1 - a) * zd));
-      if (knob == kMinP) alive[i] = in_guard || w[i] >= static_cast<int64_t>(least);
-      if (knob == kTypicalP) {
-        if (before < static_cast<int64_t>(least)) last = key(i);
-        alive[i] = in_guard || key(i) >= last;
-      }
-      if (knob == kEpsilon) alive[i] = in_guard || tie || w[i] >= static_cast<int64_t>(least);
+      if (knob == kTopP) alive[i] = in_guard || before < (w[i] >= heavy ? least : most);
+      if (knob == kMinP) alive[i] = in_guard || w[i] >= static_cast<int64_t>(min_p);
+      if (knob == kTypicalP) alive[i] = in_guard || key(i) >= last;
+      if (knob == kEpsilon) alive[i] = in_guard || tie || w[i] >= least;
       if (knob == kEta) alive[i] = in_guard || tie || w[i] >= static_cast<int64_t>(eta);
     }
   }
@@ -199,7 +214,7 @@ struct Case {
     const uint8_t* out = o.get<uint8_t>("filtered") + r * p.v * p.element;
     for (int64_t i = 0; i < p.v; ++i) {
       uint8_t want[8];
-      const double s = row ? row->at(i) : static_cast<double>(x[static_cast<size_t>(i)]);
+      const double s = row ? row->fitted(i, p.dtype) : static_cast<double>(x[static_cast<size_t>(i)]);
       put(!alive || (*alive)[static_cast<size_t>(i)] ? s : -kInf, p.dtype, want);
       if (!alive) std::memcpy(want, p.logits.get() + (r * p.stride + i) * p.element, p.element);
       if (std::memcmp(want, out + i * p.element, p.element)) return "filtered";
