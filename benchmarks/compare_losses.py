@@ -36,7 +36,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from fastadapt import RewardPenalizeLoss, linear_label_margins
 from fastadapt.demo import progress_bar, stepper
-from fastadapt.model_head import Head, head_of
+from fastadapt.head_check import head_of
+from fastadapt.model_head import Head
 from fastadapt.preferences import IGNORED, PairBatch, encode_pairs, read_pairs
 from fastadapt.pretrained import load_model
 from fastadapt.training import reference_logps, training_steps

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from math import isfinite
 from typing import Any
@@ -11,8 +12,18 @@ from torch import Tensor
 
 TOLERANCE, HALF_TOLERANCE = 1e-4, 2e-2  # of the largest |logit| of a row
 _COLUMNS = 64  # of the vocabulary, for the choice of a shape; all of it has to fit in the end
-_WORDS = ("logit", "scal", "cap", "mult", "mup", "temperature")
+_WORDS = re.compile("logit|scal|cap|mult|mup|temperature")
 _DEPTH = 4  # of configurations in configurations
+
+
+def configurations(config: Any, depth: int = _DEPTH) -> Iterator[Any]:
+    """Yields a configuration and those in it."""
+    if config is None or depth == 0:
+        return
+    yield config
+    for value in vars(config).values():
+        if hasattr(value, "to_dict"):
+            yield from configurations(value, depth - 1)
 
 
 def numbers_of(model: Any) -> Iterator[float]:
@@ -22,25 +33,31 @@ def numbers_of(model: Any) -> Iterator[float]:
         model: with a `config`; numbers are its own and those of its configurations, at any depth,
             under names that speak of logits, scales, factors or caps.
     """
-    yield from _numbers(vars(model), 0)
-    config = getattr(model, "config", None)
-    if config is not None:
-        yield from _numbers(vars(config), 0)
-
-
-def _numbers(fields: dict[str, Any], depth: int) -> Iterator[float]:
-    for name, value in fields.items():
-        if isinstance(value, bool):
-            continue
-        if isinstance(value, int | float):
-            if any(word in name for word in _WORDS) and value != 0 and isfinite(value):
+    configs = list(configurations(getattr(model, "config", None)))
+    computed = [
+        (name, getattr(config, name, None))
+        for config in configs
+        for kind in type(config).__mro__
+        for name, value in vars(kind).items()
+        if _WORDS.search(name) and isinstance(value, property)
+    ]
+    for fields in (computed, *(vars(owner).items() for owner in (model, *configs))):
+        for name, value in fields:
+            if not _WORDS.search(name) or isinstance(value, bool):
+                continue
+            if isinstance(value, int | float) and value != 0 and isfinite(value):
                 yield float(value)
-        elif depth < _DEPTH and name.endswith("config") and hasattr(value, "__dict__"):
-            yield from _numbers(vars(value), depth + 1)
+
+
+def tolerance_of(products: Tensor, logits: Tensor) -> float:
+    """Returns how far logits may be from products of these dtypes, in parts of the largest."""
+    half = 2 in (products.element_size(), logits.element_size())
+    rounds = products.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+    return HALF_TOLERANCE if half or rounds else TOLERANCE
 
 
 def fitted_shape(
-    products: Tensor, logits: Tensor, numbers: Iterable[float]
+    products: Tensor, logits: Tensor, numbers: Iterable[float], tolerance: float
 ) -> tuple[float | None, float] | None:
     """Returns the cap and the factor that make logits of products; None where none do.
 
@@ -51,13 +68,11 @@ def fitted_shape(
         products: (N, V), of any float dtype, of sizes from far below to far above any cap.
         logits: (N, V); rows that overflow are left out, but not all of them.
         numbers: the candidates.
+        tolerance: of `tolerance_of`.
 
     Returns:
         tuple | None: softcap, logit_scale.
     """
-    tolerance = TOLERANCE
-    if 2 in (products.element_size(), logits.element_size()) or _rounds_products(products):
-        tolerance = HALF_TOLERANCE
     x, z = products.double(), logits.double()
     keep = z.isfinite().all(-1) & x.isfinite().all(-1)
     if int(keep.sum()) < min(4, len(x)):
@@ -90,8 +105,3 @@ def fitted_shape(
 def _logits(products: Tensor, scale: Any, cap: float | None) -> Tensor:
     scaled = products * scale
     return scaled if cap is None else cap * torch.tanh(scaled / cap)
-
-
-def _rounds_products(x: Tensor) -> bool:
-    """Whether float32 products are made of shorter numbers here."""
-    return x.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"

@@ -39,6 +39,8 @@ _library.define(
     "frozen_head_backward(Tensor dmargins, Tensor labels, int ignore_index, Tensor stats,"
     " Tensor rows, ScalarType dtype) -> Tensor"
 )
+_library.define("without_gradient(Tensor values, Tensor margins, str name) -> Tensor")
+_library.define("refused_gradient(Tensor gradient, str name) -> Tensor")
 
 
 def _forward_cpu(*arguments: Any) -> Triple:
@@ -111,6 +113,34 @@ def _gradient(ctx: Any, dmargins: Tensor | None, *_: None) -> tuple[Tensor | Non
     return dhidden, dweight, None, dbias, *rest
 
 
+def _without_gradient(values: Tensor, margins: Tensor, name: str) -> Tensor:
+    """The values."""
+    return values.clone()
+
+
+def _refused_gradient(gradient: Tensor, name: str) -> Tensor:
+    """Zeros, of a gradient that is zero; an operator, so that compiled graphs keep it."""
+    if bool(gradient.any()):
+        raise RuntimeError(
+            f"outputs: expected a loss without the {name} of linear_label_margins, which has no "
+            "gradient here; detach it, or take it from logits"
+        )
+    return torch.zeros_like(gradient)
+
+
+def _keep_name(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """Nothing else is needed to refuse."""
+    ctx.set_materialize_grads(False)
+    ctx.name = inputs[-1]
+
+
+def _refuse(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The gradient of margins: none, or an error."""
+    if gradient is None:
+        return None, None, None
+    return None, torch.ops.fastadapt.refused_gradient(gradient, ctx.name), None
+
+
 def _autocast(
     hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, *rest: Any
 ) -> Any:
@@ -144,9 +174,21 @@ def _register() -> None:
         torch.library.register_autograd(
             f"fastadapt::{name}", no_double_backward("label margins"), lib=_library
         )
+    for name, function in (
+        ("without_gradient", _without_gradient),
+        ("refused_gradient", _refused_gradient),
+    ):
+        _library.impl(name, function, "CompositeExplicitAutograd")
+        torch.library.register_fake(
+            f"fastadapt::{name}", lambda x, *_: torch.empty_like(x), lib=_library
+        )
+    torch.library.register_autograd(
+        "fastadapt::without_gradient", _refuse, setup_context=_keep_name, lib=_library
+    )
     for key in ("AutocastCPU", "AutocastCUDA"):
         _library.impl("linear_label_margins", _autocast, key)
 
 
 _register()
 linear_label_margins = torch.ops.fastadapt.linear_label_margins
+without_gradient = torch.ops.fastadapt.without_gradient

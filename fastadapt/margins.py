@@ -168,7 +168,8 @@ def linear_label_margins(
             head that needs gradients; fewer are kept if fewer are needed. None: all of them where
             they take 128 MiB at most, else none.
         outputs (Sequence[str]): of "entropy" (nats), "logsumexp" (of all logits, nats) and "hit"
-            (bool, no logit is larger than the label's), from the same pass and detached.
+            (bool, no logit is larger than the label's), from the same pass. They have no gradient:
+            a loss that asks for one fails in its backward. Detach what is kept, such as metrics.
 
     Returns:
         Tensor: shape of `labels`, float32 (float64 for float64 inputs), nats, edges as in
@@ -180,7 +181,7 @@ def linear_label_margins(
         ValueError: shapes or devices that do not agree, a softcap that is not positive, an unknown
             output, a DTensor of another placement or on another mesh; on the CPU a label out of
             range, before any work, and labels that are not the same on all ranks.
-        RuntimeError: a group without torch.distributed.
+        RuntimeError: a group without torch.distributed; in the backward, a gradient of `outputs`.
     """
     part = split_head(hidden, weight, labels, bias, group)
     rows = _in_type_of_head(fold_rows("hidden", part.hidden), part.weight)
@@ -217,7 +218,15 @@ def linear_label_margins(
         return margins
     used = part.labels != ignore_index
     extra = _extra_outputs(margins.detach(), stats.view(*labels.shape, stats.shape[-1]), used)
-    return (margins, *(extra[name] for name in outputs))
+    return (margins, *(_tied(extra[name], margins, name) for name in outputs))
+
+
+def _tied(values: Tensor, margins: Tensor, name: str) -> Tensor:
+    """A further output that a backward refuses, where the margins have a gradient."""
+    if not margins.requires_grad or not values.is_floating_point():
+        return values
+    tied: Tensor = linear_ops.without_gradient(values, margins, name)
+    return tied
 
 
 def _in_type_of_head(hidden: Tensor, weight: Tensor) -> Tensor:
@@ -239,6 +248,8 @@ def _check_head(hidden: Tensor, part: Slice) -> None:
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is None:
             continue
+        if not tensor.is_floating_point():  # codes of a quantised head: autocast would cast them
+            raise TypeError(f"{name}: expected floating-point numbers, got {tensor.dtype}")
         if tensor.dtype != hidden.dtype and not casts:
             raise TypeError(f"{name}: expected {hidden.dtype} as hidden, got {tensor.dtype}")
         if tensor.device != hidden.device:

@@ -13,16 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastadapt.head_check import ask, read_head
 from fastadapt.losses import Responses, RewardPenalizeLoss, sequence_logps
 from fastadapt.margins import label_margins, linear_label_margins
 from fastadapt.model_head import (
     Head,
     accepted,
-    ask,
     before_head,
     causal_of,
     layer_of,
-    read_head,
     without_positions,
 )
 from fastadapt.preferences import IGNORED, PairBatch
@@ -90,7 +89,7 @@ def forward_margins(model: Any, inputs: Mapping[str, Any], labels: Tensor) -> Te
     Wrappers of distributed training gather parameters and wait for gradients around that forward;
     the head's product has to be inside of it. Hooks do that: the head scores what reaches it and
     makes no logits, and the model returns the margins. They are gone after the call. The first call
-    asks the model what it makes of its head's products (`fastadapt.model_head`): one forward more.
+    asks the model what it makes of its head's products (`fastadapt.head_check`): one forward more.
 
     Args:
         model: a language model of transformers whose head is a module that its forward calls; as it
@@ -104,7 +103,7 @@ def forward_margins(model: Any, inputs: Mapping[str, Any], labels: Tensor) -> Te
         Tensor: (B, T), float32, nats; 0 where `labels` is ignored.
 
     Raises:
-        ValueError: as `fastadapt.model_head.head_of`, among which a model that makes something else
+        ValueError: as `fastadapt.head_check.head_of`, among which a model that makes something else
             of its head's products, a quantised or compiled one; positions that are not those of
             `labels`.
     """
@@ -116,7 +115,7 @@ def forward_margins(model: Any, inputs: Mapping[str, Any], labels: Tensor) -> Te
         if states.shape[:-1] != labels.shape:
             got = f"{tuple(states.shape[:-1])} states"
             raise ValueError(f"labels: expected one for each position, got {got}")
-        head = read_head(layer, answer.width, answer.softcap, answer.logit_scale)
+        head = read_head(causal, answer)
         margins.append(head_margins(head, states, labels))
         return without_positions(states, layer.weight)
 
@@ -216,7 +215,7 @@ def head_margins(head: Head, states: Tensor, labels: Tensor) -> Tensor:
     """Returns the margins of labels under a head.
 
     Args:
-        head (Head): from `head_of`.
+        head (Head): from `fastadapt.head_check.head_of`.
         states (Tensor): (..., H), what the head reads.
         labels (Tensor): `states.shape[:-1]`, int64; `IGNORED` gives 0.
 

@@ -41,7 +41,10 @@ def fused_log_probs() -> Iterator[None]:
     """Serves trl's own trainers through `linear_label_margins` inside a `with` block.
 
     SFT, DPO, KTO, GRPO and RLOO take their log-probabilities, their entropy, mean logit and token
-    accuracy from it; the same losses and gradients, to rounding. Blocks may nest. Entropy has no
+    accuracy from it; the same losses and gradients, to rounding. Blocks may nest. Cap, factor and
+    vocabulary of a head are those of the model's own logits, asked once a model, where trl reads
+    its configuration; a model whose logits are no products with its head's matrix, or that is
+    compiled, is refused (ValueError) by its first forward. Entropy has no
     gradient here, so a loss that contains it (GRPO's `entropy_coef`) fails in its backward;
     `use_weighting` (WPO) asks for an output that is not made here and fails in its forward.
 
@@ -304,7 +307,9 @@ def _check_hook() -> None:
 
 
 def _check_config(args: DPOConfig) -> None:
-    """Raises where the arguments ask for another loss than the mixture."""
+    """Raises where the arguments ask for another loss than the mixture, or to compile the model."""
+    if args.torch_compile:
+        raise ValueError("args.torch_compile: expected False, got True; compile the model's layers")
     for name, instead in _UNSUPPORTED.items():
         default = DPOConfig.__dataclass_fields__[name]
         usual = default.default_factory() if callable(default.default_factory) else default.default

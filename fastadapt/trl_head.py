@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import copy
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from fastadapt.head_check import Answer, fitted, known_states, remembered
 from fastadapt.losses import label_logps
 from fastadapt.margins import linear_label_margins
+from fastadapt.model_head import causal_of, evaluating, layer_of
 
 # What the forward of trl 1.16 passes, in this order.
 ARGUMENTS = (
@@ -24,6 +30,8 @@ ARGUMENTS = (
     "outputs",
 )
 _OURS = frozenset({"log_probs", "entropy", "mean_logits", "is_top1"})
+_FORWARD = "_fused_forward"  # of trl 1.16
+_RECORD = "_fastadapt_trl_head"
 _MEAN_ROWS = 1024  # of the head at a time, where its logits are capped
 
 Outputs = tuple[Tensor, Tensor | None, None, Tensor | None, Tensor | None]
@@ -48,23 +56,6 @@ class Margins:
         return score(*arguments)
 
 
-class _WithoutGradient(torch.autograd.Function):
-    """Entropy, tied to the hidden states only so that a loss which contains it says so."""
-
-    @staticmethod
-    def forward(ctx: Any, entropy: Tensor, hidden: Tensor) -> Tensor:
-        """The entropy."""
-        return entropy.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        """There is none."""
-        raise RuntimeError(
-            "fused_log_probs: expected a loss without the entropy, which has no gradient here; "
-            "train with entropy_coef=0 or outside the block"
-        )
-
-
 def score(
     hidden: Tensor,
     weight: Tensor,
@@ -82,6 +73,11 @@ def score(
         raise ValueError(f"outputs: expected some of {sorted(_OURS)}, got {missing} (WPO)")
     if hasattr(weight, "ds_id") and weight.requires_grad:
         raise ValueError("lm_head: expected a frozen one under ZeRO-3, got one that is trained")
+    caller = _forward_of_trl()
+    if caller is not None:
+        answer = _ask(caller, weight, bias)
+        softcap, logit_scale = answer.softcap, answer.logit_scale
+        weight, bias = weight[: answer.width], None if bias is None else bias[: answer.width]
     if not torch.is_autocast_enabled(hidden.device.type):
         weight = weight.to(hidden.dtype)
         bias = None if bias is None else bias.to(hidden.dtype)
@@ -97,15 +93,86 @@ def score(
         logit_scale=scale,
         outputs=("entropy", "hit"),
     )
-    tied = None
-    if "entropy" in outputs:
-        # torch's `apply` has no annotations
-        tied = _WithoutGradient.apply(entropy, hidden)  # type: ignore[no-untyped-call]
     mean = None
     if "mean_logits" in outputs:
         with torch.no_grad():
             mean = _mean_logits(hidden, weight, bias, cap, scale)
-    return margins, tied, None, mean, hit if "is_top1" in outputs else None
+    return (
+        margins,
+        entropy if "entropy" in outputs else None,
+        None,
+        mean,
+        hit if "is_top1" in outputs else None,
+    )
+
+
+def _forward_of_trl() -> Mapping[str, Any] | None:
+    """The variables of the forward of trl that called, if one did: it passes no model on.
+
+    Raises:
+        ValueError: torch.compile has cut that forward in parts.
+    """
+    frame = inspect.currentframe()
+    while frame is not None and _FORWARD not in frame.f_code.co_name:
+        frame = frame.f_back
+    if frame is None:
+        return None
+    if frame.f_code.co_name != _FORWARD or torch.compiler.is_compiling():
+        raise ValueError("model: expected one that is not compiled, got one of torch.compile")
+    return frame.f_locals
+
+
+def _ask(caller: Mapping[str, Any], weight: Tensor, bias: Tensor | None) -> Answer:
+    """What the model makes of the products of its head with the states of its body.
+
+    trl scores those states by what it reads in the configuration. The model's own forward says what
+    is right: it runs once, with known states in the place of those that its body returned; the body
+    itself does not run.
+
+    Raises:
+        ValueError: a head that is no matrix, or logits that are no products of it.
+    """
+    causal = causal_of(caller["self"])
+    layer_of(causal)
+    return remembered(causal, _RECORD, (), lambda: _look(causal, caller, weight, bias))
+
+
+@torch.no_grad()
+def _look(causal: Any, caller: Mapping[str, Any], weight: Tensor, bias: Tensor | None) -> Answer:
+    """The same, without memory."""
+    body, given = causal.base_model, copy.copy(caller["backbone_outputs"])
+    states = given.last_hidden_state
+    if not torch.is_autocast_enabled(states.device.type):
+        states = states.to(weight.dtype)
+    known = known_states(states, weight)
+    products = F.linear(known, weight, bias)
+    given.last_hidden_state = known.expand(*states.shape[:-2], *known.shape)
+    with evaluating(causal), contextlib.ExitStack() as stack:
+        for module in {body, causal.get_decoder()} - {causal, None}:  # some call the inner one
+            stack.enter_context(_returning(module, given))
+        output = caller["original_forward"](*caller["args"], **caller["kwargs"])
+    logits = output.logits.reshape(-1, *output.logits.shape[-2:])[0]
+    found = fitted(causal, products, logits)
+    if found is None:
+        raise ValueError(
+            f"model: expected logits that are products of the states of its body with the head's "
+            f"matrix, scaled and capped by numbers of its configuration; "
+            f"{type(causal).__name__} makes others; trl's loss needs logits here"
+        )
+    return Answer(logits.shape[-1], *found, None, direct=True)
+
+
+@contextlib.contextmanager
+def _returning(module: torch.nn.Module, output: Any) -> Iterator[None]:
+    """Lets a module return something without computing it; its forward is as before afterwards."""
+    before = module.__dict__.get("forward")
+    object.__setattr__(module, "forward", lambda *_, **__: output)
+    try:
+        yield
+    finally:
+        object.__delattr__(module, "forward")
+        if before is not None:
+            object.__setattr__(module, "forward", before)
 
 
 def _mean_logits(

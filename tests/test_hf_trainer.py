@@ -15,9 +15,9 @@ from transformers import (
     TrainingArguments,
 )
 
+from fastadapt.head_check import LEVELS
 from fastadapt.hf_trainer import LogitsFreeTrainer
 from fastadapt.losses import mle_loss, unlikelihood_penalty
-from fastadapt.model_head import LEVELS
 from fastadapt.preferences import IGNORED
 from fastadapt.training import forward_margins
 

@@ -55,11 +55,12 @@ OURS = {
     "kernels": {"kernels"},
     "reference": {"reference", "results"},
     "hf": PUBLIC,
-    "hf_trainer": PUBLIC | {"model_head", "preferences", "training"},
-    "trl": PUBLIC | {"model_head", "trl_head"},
-    "trl_head": PUBLIC,
+    "hf_trainer": PUBLIC | {"head_shape", "model_head", "preferences", "training"},
+    "trl": PUBLIC | {"trl_head"},
+    "trl_head": PUBLIC | {"head_check", "model_head"},
     "study": PUBLIC
-    | {"demo", "model_head", "pair_forms", "preferences", "pretrained", "study", "training"},
+    | {"demo", "pair_forms", "preferences", "pretrained", "study"}
+    | {"head_check", "model_head", "training"},
     "packaged_models": set(),
     "model_cache": {"packaged_models"},
     "pretrained": {"model_cache", "packaged_models"},
@@ -81,8 +82,9 @@ OURS = {
     "cli_train": {"cli_errors", "train_config", "train_data", "train_log", "train_options"}
     | {"train_run"},
     "head_shape": set(),
-    "model_head": {"head_shape"},
-    "training": PUBLIC | {"model_head", "preferences"},
+    "model_head": set(),
+    "head_check": {"head_shape", "model_head"},
+    "training": PUBLIC | {"head_check", "model_head", "preferences"},
     "measure": PUBLIC | {"hf"},
     "demo": PUBLIC | {"demo_training", "hf", "measure", "pretrained"},
     "demo_training": PUBLIC | {"memory", "preferences", "training"},

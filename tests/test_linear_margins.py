@@ -179,9 +179,56 @@ def test_extra_outputs(dtype, frozen):
         )
     assert ours[1].sum() >= 2
     assert ours[0].requires_grad
-    assert not any(x.requires_grad for x in ours[1:])
+    assert [x.requires_grad for x in ours[1:]] == [False, True, True]  # hit is no number
     alone = linear_label_margins(hidden, weight, labels, bias, softcap=9.0)
     assert torch.equal(alone.detach(), ours[0].detach())
+
+
+@pytest.mark.parametrize("frozen", (False, True))
+@pytest.mark.parametrize("compiled", (False, True))
+@pytest.mark.parametrize("name", ("entropy", "logsumexp"))
+def test_a_gradient_of_an_extra_output_is_refused(name, compiled, frozen):
+    """By its name, whatever else the loss has; without a share in the loss it costs nothing."""
+    hidden, weight, labels, bias = head(9, 24, V, torch.float32)
+    hidden.requires_grad_()
+    weight.requires_grad_(not frozen)
+
+    def both(h, share):
+        margins, extra = linear_label_margins(h * 2, weight, labels, bias, outputs=(name,))
+        return margins.mean() + share * extra.mean(), extra
+
+    if compiled:
+        torch.compiler.reset()
+        both = torch.compile(both, fullgraph=True, backend="aot_eager")
+    message = f"outputs: expected a loss without the {name} of linear_label_margins"
+    with pytest.raises(RuntimeError, match=message):
+        both(hidden, torch.tensor(0.1))[0].backward()
+    gradients = []
+    for share in (0.0, None):
+        hidden.grad = None
+        loss = (
+            linear_label_margins(hidden * 2, weight, labels, bias).mean()
+            if share is None
+            else both(hidden, torch.tensor(share))[0]
+        )
+        loss.backward()
+        gradients.append(hidden.grad)
+    assert torch.equal(*gradients)
+    with torch.no_grad():
+        assert not both(hidden, torch.tensor(0.1))[1].requires_grad
+
+
+@pytest.mark.parametrize("cast", (False, True), ids=("plain", "autocast"))
+@pytest.mark.parametrize("dtype", (torch.int8, torch.uint8, torch.int32, torch.bool))
+def test_codes_are_no_weights(dtype, cast):
+    """Autocast would cast them, and a quantised head's codes be taken for its weights."""
+    hidden, weight, labels, bias = head(3, 8, V, torch.float32)
+    message = f"weight: expected floating-point numbers, got {dtype}"
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=cast):
+        with pytest.raises(TypeError, match=message):
+            linear_label_margins(hidden, (weight * 10).to(dtype), labels, bias)
+        with pytest.raises(TypeError, match="bias: expected floating-point numbers"):
+            linear_label_margins(hidden, weight, labels, bias.to(dtype))
 
 
 def test_extra_outputs_of_no_rows():
@@ -447,7 +494,7 @@ def test_compiled_without_graph_breaks(frozen):
 
     def loss(h, w):
         m, entropy = linear_label_margins(h * 2, w, labels, bias, outputs=("entropy",))
-        return torch.nn.functional.logsigmoid(m).mean() + entropy.mean()
+        return torch.nn.functional.logsigmoid(m).mean() + entropy.detach().mean()
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     got, wanted = (torch.autograd.grad(f(hidden, weight), leaves) for f in (compiled, loss))

@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from fastadapt import RewardPenalizeLoss, model_head, training
+from fastadapt import RewardPenalizeLoss, head_check, training
 from fastadapt.pair_forms import pair_of
 from fastadapt.preferences import IGNORED, PAIRS, Pair, encode_pairs, read_pairs
 from fastadapt.pretrained import load_model
@@ -261,7 +261,7 @@ def test_gradients_reach_every_parameter_alike(model, batch):
 def test_model_without_a_linear_head_is_refused(model):
     model.get_output_embeddings = lambda: None
     with pytest.raises(ValueError, match="expected one with a linear head, got NoneType"):
-        model_head.head_of(model)
+        head_check.head_of(model)
 
 
 def test_the_body_may_have_any_name(model, batch):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastadapt import Adaptor, label_logps, sample, score
 from fastadapt.adaptor import KNOBS
-from fastadapt.model_head import head_of
+from fastadapt.head_check import head_of
 from fastadapt.preferences import IGNORED
 from fastadapt.training import head_margins, states_at_head
 

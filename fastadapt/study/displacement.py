@@ -65,7 +65,7 @@ def token_products(
         hidden (Tensor): (N, H), a float dtype; what the head reads before label t. It is cast to
             that of the head, and autocast is off.
         labels (Tensor): (N,), int64, ids in [0, V).
-        head (Head): as `fastadapt.model_head.head_of` returns it.
+        head (Head): as `fastadapt.head_check.head_of` returns it.
         groups (list[Tensor]): places (n,) in [0, N), int64, of the tokens of each group, such as a
             good and a bad response.
 

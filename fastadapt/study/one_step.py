@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastadapt.head_check import head_of
 from fastadapt.losses import Responses, RewardPenalizeLoss
-from fastadapt.model_head import Head, head_of
+from fastadapt.model_head import Head
 from fastadapt.preferences import IGNORED
 from fastadapt.study.displacement import token_products
 from fastadapt.study.gradients import analytic_gradients, loss_value

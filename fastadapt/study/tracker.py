@@ -15,8 +15,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from fastadapt.head_check import ask, head_of
 from fastadapt.losses import Responses, RewardPenalizeLoss
-from fastadapt.model_head import ask, causal_of, evaluating, head_of, layer_of
+from fastadapt.model_head import causal_of, evaluating, layer_of
 from fastadapt.preferences import PairBatch
 from fastadapt.study.displacement import Displacement, displacement
 from fastadapt.study.pair_contexts import cross_cells
