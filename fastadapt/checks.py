@@ -1,5 +1,6 @@
 """Checks and folding of arguments, shared by the public functions."""
 
+from collections.abc import Sequence
 from numbers import Integral
 
 import torch
@@ -66,3 +67,28 @@ def integer(name: str, value: object, low: int, high: int) -> int:
     if not low <= value <= high:
         raise ValueError(f"{name}: expected {low} to {high}, got {value}")
     return int(value)
+
+
+def integers(name: str, values: Tensor | Sequence[int]) -> Tensor:
+    """Integers as an int64 tensor of their shape, on their device.
+
+    Args:
+        name (str): of the argument, for the message.
+        values (Tensor or sequence of int): of any integer type, each in [-2**63, 2**63).
+
+    Raises:
+        TypeError: something else than integers.
+        ValueError: an integer that int64 does not hold, or sequences of unequal lengths.
+    """
+    try:
+        tensor = torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        numbers = isinstance(values, Sequence) and all(isinstance(v, int) for v in values)
+        kind = ValueError if numbers else TypeError
+        raise kind(f"{name}: expected integers in [-2**63, 2**63), got {values!r}") from error
+    if tensor.dtype == torch.bool or tensor.is_floating_point() or tensor.is_complex():
+        raise TypeError(f"{name}: expected integers, got {tensor.dtype}")
+    whole = tensor.to(torch.int64)
+    if tensor.dtype == torch.uint64 and bool((whole < 0).any()):
+        raise ValueError(f"{name}: expected integers in [-2**63, 2**63), got {values!r}")
+    return whole

@@ -7,7 +7,7 @@ import torch
 
 transformers = pytest.importorskip("transformers", reason="the hooks need transformers")
 
-from fastadapt import hf  # noqa: E402, only where transformers is
+from fastadapt import hf, hf_draw  # noqa: E402, only where transformers is
 from fastadapt.adaptor import Adaptor  # noqa: E402, as above
 from fastadapt.sampling import filter_logits, sample  # noqa: E402, as above
 
@@ -91,7 +91,7 @@ def draws(monkeypatch):
         calls.append((scores.clone(), adaptor, seeds, positions))
         return sample(scores, adaptor, seeds=seeds, positions=positions)
 
-    monkeypatch.setattr(hf, "sample", recorded)
+    monkeypatch.setattr(hf_draw, "sample", recorded)
     return calls
 
 
@@ -460,7 +460,7 @@ def test_generate_names_a_bad_row(model, prompts, value, status):
 
 
 def test_generate_defers_the_error_where_reading_a_value_waits(model, prompts, monkeypatch):
-    monkeypatch.setattr(hf, "_reads_are_free", lambda device: False)
+    monkeypatch.setattr(hf_draw, "_reads_are_free", lambda device: False)
     spoil = Spoil(lambda ids: (torch.arange(3) == 1) & (ids.shape[1] == 9), torch.nan)
     streamer = Recorder()
     custom = hf.generate.using(streamer=streamer, seeds=[1, 2, 3])
@@ -475,7 +475,7 @@ def test_generate_defers_the_error_where_reading_a_value_waits(model, prompts, m
 
 
 def test_generate_ends_when_every_row_is_bad(model, prompts, monkeypatch):
-    monkeypatch.setattr(hf, "_reads_are_free", lambda device: False)
+    monkeypatch.setattr(hf_draw, "_reads_are_free", lambda device: False)
     spoil = Spoil(lambda ids: torch.tensor([True] * 3) & (ids.shape[1] == 8), torch.nan)
     streamer = Recorder()
     with pytest.raises(RuntimeError, match="row 0 .*; row 1 .*; row 2 "):
@@ -485,7 +485,7 @@ def test_generate_ends_when_every_row_is_bad(model, prompts, monkeypatch):
 
 @pytest.mark.parametrize("at_once", [True, False])
 def test_generate_lets_finished_rows_be_bad(model, prompts, monkeypatch, at_once):
-    monkeypatch.setattr(hf, "_reads_are_free", lambda device: at_once)
+    monkeypatch.setattr(hf_draw, "_reads_are_free", lambda device: at_once)
     ends = torch.arange(2, VOCAB, 3)
 
     def finished(ids):
@@ -545,22 +545,43 @@ def test_generate_names_the_way_to_stop_strings(model, prompts):
         run(model, prompts, stop_strings=["."], tokenizer=object())
 
 
-@pytest.mark.parametrize(
-    ("error", "message", "seeds", "options"),
-    [
-        (ValueError, r"shape \(6,\).*got \(3,\)", [1, 2, 3], {"num_return_sequences": 2}),
-        (ValueError, r"shape \(3,\).*got \(\)", 5, {}),
-        (TypeError, "expected integers, got torch.float32", [0.5, 1.0, 2.0], {}),
-        (TypeError, "expected integers, got torch.bool", [True, False, True], {}),
-        (ValueError, "got do_sample=False", [1, 2, 3], {"do_sample": False}),
-    ],
-)
+BAD_SEEDS = [
+    (ValueError, r"shape \(6,\).*got \(3,\)", [1, 2, 3], {"num_return_sequences": 2}),
+    (ValueError, r"shape \(3,\).*got \(\)", 5, {}),
+    (ValueError, r"shape \(3,\).*got \(3, 1\)", [[1], [2], [3]], {}),
+    (TypeError, "expected integers, got torch.float32", [0.5, 1.0, 2.0], {}),
+    (TypeError, "expected integers, got torch.bool", [True, False, True], {}),
+    (TypeError, r"expected integers in .*, got \[1, None, 2\]", [1, None, 2], {}),
+    (TypeError, r"expected integers in .*, got \['1', '2', '3'\]", ["1", "2", "3"], {}),
+    (TypeError, "expected integers in .*, got <object", object(), {}),
+    (TypeError, r"expected integers in .*, got \[\[1\], \[2, 3\]\]", [[1], [2, 3]], {}),
+    (ValueError, r"expected integers in \[-2\*\*63, 2\*\*63\), got \[1, 2, 92", [1, 2, 2**63], {}),
+    (ValueError, "expected integers in .*, got", [1, 2, -(2**63) - 1], {}),
+    (
+        ValueError,
+        "expected integers in .*, got",
+        torch.tensor([1, 2, 2**63], dtype=torch.uint64),
+        {},
+    ),
+    (ValueError, "got do_sample=False", [1, 2, 3], {"do_sample": False}),
+]
+
+
+@pytest.mark.parametrize(("error", "message", "seeds", "options"), BAD_SEEDS)
 def test_generate_checks_seeds(model, prompts, draws, error, message, seeds, options):
-    with pytest.raises(error, match=message):
+    with pytest.raises(error, match="^seeds: .*" + message):
         run(model, prompts, seeds=seeds, **options)
-    with pytest.raises(error, match=message):
+    with pytest.raises(error, match="^seeds: .*" + message):
         run(model, prompts, hf.generate.using(seeds=seeds), **options)
     assert not draws
+
+
+def test_generate_takes_integers_of_every_kind(model, prompts):
+    ids = [3, 2**31 - 1, 0]
+    as_list = run(model, prompts, seeds=ids, temperature=2.0).sequences
+    kinds = [torch.tensor(ids, dtype=t) for t in (torch.int32, torch.uint32, torch.uint64)]
+    for seeds in (tuple(ids), torch.tensor(ids).numpy(), list(torch.tensor(ids)), *kinds):
+        assert torch.equal(run(model, prompts, seeds=seeds, temperature=2.0).sequences, as_list)
 
 
 def test_generate_refuses_seeds_from_two_places(model, prompts):
@@ -613,3 +634,271 @@ def test_warper_checks_that_per_row_knobs_fit_the_batch(model, prompts, custom_g
 def test_warper_takes_an_adaptor_only():
     with pytest.raises(TypeError, match="expected an Adaptor, got dict"):
         hf.FusedLogitsWarper({"top_p": 0.9})
+
+
+def test_warper_filters_float64_as_float32():
+    logits = torch.randn(3, VOCAB, dtype=torch.float64)
+    scores = hf.FusedLogitsWarper(PER_ROW)(torch.zeros(3, 1, dtype=torch.int64), logits)
+    assert scores.dtype == torch.float64
+    assert torch.equal(scores, filter_logits(logits.float(), PER_ROW).double())
+
+
+@pytest.mark.parametrize("through", [hf.generate, with_processors(None)], ids=["direct", "wrapped"])
+@pytest.mark.parametrize("do_sample", [True, False])
+def test_generate_refuses_a_streamer_that_it_cannot_have(model, prompts, draws, through, do_sample):
+    streamer = Recorder()
+    with pytest.raises(ValueError, match=r"^streamer: expected none .*using\(streamer="):
+        run(model, prompts, through, streamer=streamer, do_sample=do_sample)
+    assert streamer.ends == 1  # who waits for its end has it
+    assert not draws
+
+
+def test_generate_refuses_an_assistant_that_it_cannot_have(model, prompts, draws):
+    one = {name: tensor[:1] for name, tensor in prompts.items()}
+    with pytest.raises(ValueError, match="^assistant_model: expected none .* got LlamaForCausalLM"):
+        run(model, one, assistant_model=copy.copy(model))
+    assert not draws
+
+
+def test_generate_refuses_synced_gpus_that_it_cannot_have(model, prompts, monkeypatch):
+    def has_unfinished(this_peer_finished, synced_gpus, device):
+        return not this_peer_finished
+
+    monkeypatch.setattr(model, "_has_unfinished_sequences", has_unfinished)
+    with pytest.raises(ValueError, match=r"^synced_gpus: expected none .*using\(synced_gpus=True"):
+        run(model, prompts, synced_gpus=True)
+    run(model, prompts, hf.generate.using(synced_gpus=True), synced_gpus=True)
+    run(model, prompts, synced_gpus=False)
+
+
+class DrawsByItself(transformers.LogitsProcessor):
+    """Adds noise out of the default generator."""
+
+    def __call__(self, input_ids, scores):
+        return scores + torch.rand_like(scores)
+
+
+@pytest.mark.parametrize("seeds", [[1, 2, 3], None])
+def test_generate_says_where_seeds_do_not_reach(model, prompts, recwarn, seeds):
+    run(model, prompts, seeds=seeds, logits_processor=[DrawsByItself()])
+    seen = [str(w.message) for w in recwarn if "default generator" in str(w.message)]
+    assert len(seen) == (seeds is not None)
+    assert all(text.startswith("seeds: LlamaForCausalLM or one of its proc") for text in seen)
+    recwarn.clear()
+    run(model, prompts, seeds=[1, 2, 3])
+    assert not [w for w in recwarn if "seeds" in str(w.message)]
+
+
+# No adaptor takes these; transformers' warpers do.
+BEYOND = {
+    "almost_greedy": {"temperature": 1e-7, "top_k": 0, "top_p": 0.9},
+    "tiny": {"temperature": 1e-30, "top_k": 5},
+    "huge": {"temperature": 1e39, "top_k": 20},
+    "infinite": {"temperature": float("inf"), "top_k": 7},
+    "top_k": {"top_k": 2**31, "top_p": 0.8},
+}
+
+
+@pytest.mark.parametrize("config", BEYOND.values(), ids=BEYOND)
+def test_generate_runs_stock_warpers_on_values_that_no_adaptor_takes(model, prompts, draws, config):
+    with pytest.warns(UserWarning, match="transformers' own warpers run") as seen:
+        check_kept_sets(model, prompts, config)
+    assert len([w for w in seen if "own warpers" in str(w.message)]) == 1
+    assert all(adaptor == Adaptor() for _, adaptor, *_ in draws)
+
+
+def test_generate_is_almost_greedy_at_almost_no_temperature(model, prompts):
+    with pytest.warns(UserWarning, match=r"temperature: expected .*, got 1e-07; "):
+        out = run(model, prompts, seeds=[1, 2, 3], temperature=1e-7)
+    greedy = run(model, prompts, do_sample=False)
+    assert torch.equal(out.sequences, greedy.sequences)
+
+
+@pytest.mark.parametrize("top_k", [VOCAB - 1, VOCAB, VOCAB + 1, 2**31 - 1])
+def test_generate_takes_any_top_k(model, prompts, draws, top_k):
+    check_kept_sets(model, prompts, {"top_k": top_k})
+    assert all(adaptor == Adaptor(top_k=top_k) for _, adaptor, *_ in draws)
+
+
+class Returns(transformers.LogitsProcessor):
+    """Returns what a function makes of the scores."""
+
+    def __init__(self, function):
+        self.function = function
+
+    def __call__(self, input_ids, scores):
+        return self.function(scores)
+
+
+@pytest.mark.parametrize(
+    "config", [{"top_k": 0}, CONFIGS["all"], CONFIGS["normalised"]], ids=["no", "all", "normalised"]
+)
+def test_generate_runs_stock_warpers_on_float64(model, prompts, config):
+    processors = [Returns(torch.Tensor.double)]
+    with pytest.warns(UserWarning, match="expected float32, .*, got torch.float64") as seen:
+        check_kept_sets(model, prompts, {**config, "logits_processor": processors})
+        out = run(model, prompts, seeds=[1, 2, 3], logits_processor=processors, **config)
+    assert len([w for w in seen if "float64" in str(w.message)]) == 2  # once a call
+    assert all(scores.dtype == torch.float64 for scores in out.scores)
+    plain = run(model, prompts, seeds=[1, 2, 3], **config)
+    assert torch.equal(out.sequences, plain.sequences)
+
+
+def test_generate_draws_from_float64_that_float32_does_not_hold(model, prompts):
+    spread = Returns(lambda scores: scores.double() * 1e60)
+    with pytest.warns(UserWarning, match="got torch.float64"):
+        out = run(model, prompts, seeds=[1, 2, 3], logits_processor=[spread], top_k=0)
+    assert torch.equal(out.sequences, run(model, prompts, do_sample=False).sequences)
+
+
+@pytest.mark.parametrize(("value", "status"), BAD.values(), ids=BAD)
+def test_generate_names_a_bad_row_of_float64(model, prompts, value, status):
+    spoil = Spoil(lambda ids: torch.arange(3) == 1, value)
+    processors = [spoil, Returns(torch.Tensor.double)]
+    with (
+        pytest.warns(UserWarning, match="got torch.float64"),
+        pytest.raises(RuntimeError, match=rf"row 1 has .*\(status {status}\)$"),
+    ):
+        run(model, prompts, logits_processor=processors, top_k=0)
+
+
+FORMS = {
+    "bfloat16": torch.Tensor.bfloat16,
+    "float16": torch.Tensor.half,
+    "transposed": lambda scores: scores.T.contiguous().T,
+    "every_second": lambda scores: scores.repeat_interleave(2, dim=1)[:, ::2],
+    "expanded": lambda scores: scores[:1].expand(3, -1),
+}
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_generate_takes_scores_of_every_form(model, prompts, draws, form):
+    run(model, prompts, seeds=[1, 2, 3], logits_processor=[Returns(form)], top_k=9)
+    assert len(draws) == STEPS
+    for scores, adaptor, seeds, positions in draws:
+        out = sample(scores, adaptor, seeds=seeds, positions=positions)
+        assert adaptor == Adaptor(top_k=9)
+        assert (out.status == 0).all() and (out.kept == 9).all() or scores.dtype != torch.float32
+
+
+def test_generate_follows_scores_whose_width_and_type_change(model, prompts):
+    widths = [VOCAB, VOCAB + 7, VOCAB - 3, VOCAB - 3, VOCAB, VOCAB + 1]
+    types = [torch.float32, torch.float32, torch.float32, torch.bfloat16, torch.float32] * 2
+    steps = iter(zip(widths, types, strict=False))
+
+    def change(scores):
+        width, dtype = next(steps)
+        wider = torch.nn.functional.pad(scores, (0, max(0, width - VOCAB)), value=-torch.inf)
+        return wider[:, :width].to(dtype)
+
+    processors = [Returns(change)]
+    out = run(model, prompts, seeds=[1, 2, 3], logits_processor=processors, top_p=0.9)
+    assert [scores.shape[1] for scores in out.scores] == widths
+    length = prompts["input_ids"].shape[1]
+    for step, (scores, logits) in enumerate(zip(out.scores, out.logits, strict=True)):
+        width, dtype = widths[step], types[step]
+        kept = filter_logits(logits[:, : min(width, VOCAB)].to(dtype), Adaptor(top_k=50, top_p=0.9))
+        assert torch.equal(scores[:, : kept.shape[1]], kept)
+        assert (scores[:, kept.shape[1] :] == -torch.inf).all()
+        drawn = sample(
+            scores,
+            Adaptor(),
+            seeds=torch.tensor([1, 2, 3]),
+            positions=torch.full((3,), step),
+        )
+        assert torch.equal(out.sequences[:, length + step], drawn.tokens)
+
+
+@pytest.fixture(scope="module")
+def whisper():
+    """A one-layer Whisper whose window is 128 frames."""
+    torch.manual_seed(0)
+    config = transformers.WhisperConfig(
+        vocab_size=260,
+        num_mel_bins=16,
+        d_model=32,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=32,
+        decoder_ffn_dim=32,
+        max_source_positions=64,
+        max_target_positions=32,
+        decoder_start_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+        bos_token_id=1,
+        suppress_tokens=None,
+        begin_suppress_tokens=None,
+        init_std=0.3,
+    )
+    model = transformers.WhisperForConditionalGeneration(config).eval()
+    model.generation_config.no_timestamps_token_id = 99
+    model.generation_config.max_length = 24
+    model.generation_config.is_multilingual = False
+    return model
+
+
+def transcribe(whisper, custom_generate, frames=128, rows=3, **kwargs):
+    """Token ids of three recordings, the second and third of them shorter."""
+    features = torch.randn(3, 16, frames, generator=torch.Generator().manual_seed(4))[:rows]
+    mask = torch.ones(3, frames, dtype=torch.int64)[:rows]
+    mask[1:2, frames // 2 :] = 0
+    return whisper.generate(
+        features, attention_mask=mask, custom_generate=custom_generate, **kwargs
+    )
+
+
+def test_whisper_is_greedy_with_seeds_and_no_temperature(whisper, draws):
+    kwargs = {"do_sample": True, "seeds": [1, 2, 3]}
+    ours = transcribe(whisper, hf.generate, **kwargs)
+    assert torch.equal(ours, transcribe(whisper, None, do_sample=True)) and not draws
+
+
+@pytest.mark.filterwarnings("ignore:seeds. WhisperForConditionalGeneration:UserWarning")
+def test_whisper_falls_back_to_temperatures_with_seeds(whisper, draws):
+    def ours(seeds, state):
+        torch.manual_seed(state)
+        # hardly a recording is good enough
+        return transcribe(
+            whisper,
+            hf.generate,
+            temperature=(0.0, 0.5, 1.0),
+            logprob_threshold=0.0,
+            compression_ratio_threshold=0.0,
+            max_new_tokens=8,
+            seeds=seeds,
+        )
+
+    by_seed = ours([1, 2, 3], 0)
+    assert {adaptor.temperature for _, adaptor, *_ in draws} == {0.5, 1.0}
+    assert draws[0][2].tolist() == [1, 2, 3]
+    assert torch.equal(by_seed, ours([1, 2, 3], 1))
+    assert not torch.equal(by_seed, ours([4, 5, 6], 0))
+
+
+def test_whisper_goes_on_where_rows_leave(whisper, draws):
+    def ours(state):
+        torch.manual_seed(state)
+        return transcribe(
+            whisper,
+            hf.generate,
+            frames=400,
+            return_timestamps=True,
+            do_sample=True,
+            temperature=1.0,
+            seeds=[1, 2, 3],
+        )
+
+    with pytest.warns(UserWarning, match=r"generate goes on with \d of 3 rows and does not say"):
+        first = ours(0)
+        second = ours(1)
+    assert torch.equal(first, second)
+    assert {len(seeds) for *_, seeds, _ in draws} > {3}
+    assert all(seeds.tolist() == [1, 2, 3][: len(seeds)] for *_, seeds, _ in draws)
+
+
+def test_whisper_checks_that_seeds_are_enough(whisper):
+    with pytest.raises(ValueError, match=r"seeds: expected shape \(3,\).*got \(2,\)"):
+        transcribe(whisper, hf.generate, do_sample=True, temperature=1.0, seeds=[1, 2])

@@ -54,7 +54,9 @@ OURS = {
     "vocab_parallel": {"outputs"},
     "kernels": {"kernels"},
     "reference": {"reference", "results"},
-    "hf": PUBLIC,
+    "hf": PUBLIC | {"hf_chain", "hf_draw"},
+    "hf_chain": PUBLIC,
+    "hf_draw": PUBLIC | {"hf_chain"},
     "hf_trainer": PUBLIC | {"head_shape", "model_head", "preferences", "training"},
     "trl": PUBLIC | {"trl_head"},
     "trl_head": PUBLIC | {"head_check", "model_head"},
@@ -96,6 +98,8 @@ OURS = {
 OTHERS = {
     "kernels": {"torch", "triton"},
     "hf": {"torch", "transformers"},
+    "hf_chain": {"transformers"},
+    "hf_draw": {"torch", "transformers"},
     "hf_trainer": {"torch", "transformers"},
     "trl": {"torch", "transformers", "trl"},
     "study": {

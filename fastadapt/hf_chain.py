@@ -1,0 +1,99 @@
+"""transformers' prepared processors, read: the warpers at their end become one adaptor."""
+
+import math
+import warnings
+from typing import Any, NamedTuple
+
+from transformers import (
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
+    LogitNormalization,
+    LogitsProcessor,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)
+
+from fastadapt.adaptor import Adaptor
+
+# In the order in which transformers runs them: the knob of ours, the attribute of theirs.
+_WARPERS = {
+    TemperatureLogitsWarper: ("temperature", "temperature"),
+    TopKLogitsWarper: ("top_k", "top_k"),
+    TopPLogitsWarper: ("top_p", "top_p"),
+    MinPLogitsWarper: ("min_p", "min_p"),
+    TypicalLogitsWarper: ("typical_p", "mass"),
+    EpsilonLogitsWarper: ("epsilon_cutoff", "epsilon"),
+    EtaLogitsWarper: ("eta_cutoff", "epsilon"),
+}
+
+
+class Chain(NamedTuple):
+    """A list of processors in its parts.
+
+    Attributes:
+        before: the processors that run as they are.
+        warpers: the ones after them that `adaptor` stands for.
+        adaptor: what is fused with the draw.
+        normalised: whether a `LogitNormalization` follows.
+    """
+
+    before: list[LogitsProcessor]
+    warpers: list[LogitsProcessor]
+    adaptor: Adaptor
+    normalised: bool
+
+
+def chain_of(processors: LogitsProcessorList, fused_warper: type) -> Chain:
+    """Reads a prepared list of processors.
+
+    Args:
+        processors: as `model.generate` prepares them.
+        fused_warper: a processor class of this package, with an `adaptor`; one at the end is used
+            as it is.
+
+    Returns:
+        Chain: with everything in `before` and a neutral adaptor where the warpers cannot be fused.
+
+    Warns:
+        UserWarning: a warper has a value that no `Adaptor` takes (a temperature of 1e-7, say).
+    """
+    body = list(processors)
+    normalised = bool(body) and type(body[-1]) is LogitNormalization
+    if normalised:
+        body.pop()
+    if body and type(body[-1]) is fused_warper:
+        return Chain(body[:-1], body[-1:], body[-1].adaptor, normalised)
+    split = len(body) - sum(type(p) in _WARPERS for p in body)
+    before, warpers = body[:split], body[split:]
+    adaptor = _adaptor_of(warpers)
+    if adaptor is None:
+        return Chain(list(processors), [], Adaptor(), False)
+    return Chain(before, warpers, adaptor, normalised)
+
+
+def _adaptor_of(warpers: list[Any]) -> Adaptor | None:
+    """The one adaptor that does what these do, or None."""
+    kinds = [type(warper) for warper in warpers]
+    if not warpers or kinds != [kind for kind in _WARPERS if kind in kinds]:
+        return None
+    # top-k has its own minimum in top_k already
+    guarded = [w for w in warpers if type(w) not in (TemperatureLogitsWarper, TopKLogitsWarper)]
+    keep = {w.min_tokens_to_keep for w in guarded} or {1}
+    few = any(w.top_k < max(keep) for w in warpers if type(w) is TopKLogitsWarper)
+    finite = any(getattr(w, "filter_value", -math.inf) != -math.inf for w in warpers)
+    if few or finite or len(keep) > 1:
+        return None
+    knobs: dict[str, Any] = {}
+    try:
+        for warper in warpers:
+            knob, attribute = _WARPERS[type(warper)]
+            value = getattr(warper, attribute)
+            knobs[knob] = int(value) if knob == "top_k" else float(value)
+        return Adaptor(**knobs, min_tokens_to_keep=keep.pop())
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+        warnings.warn(f"{error}; transformers' own warpers run instead of fused ones", stacklevel=6)
+        return None
