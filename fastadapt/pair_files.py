@@ -114,8 +114,8 @@ def _parquet_rows(name: str, data: bytes) -> Entries:
 
     try:
         table = pyarrow.parquet.read_table(pyarrow.BufferReader(data))
-        return numbered_rows(datasets.Dataset(table))
-    except (pyarrow.ArrowException, OSError) as error:
+        return numbered_rows(list(datasets.Dataset(table)))
+    except Exception as error:  # of Arrow, of Python or of datasets, by what is damaged
         raise ValueError(f"{name}: expected Parquet, got a damaged file: {error}") from error
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,34 +76,37 @@ def _load(source: str, split: str) -> list[Pair]:
     return pairs
 
 
-def _saved_rows(folder: Path, split: str) -> Any:
+def _saved_rows(folder: Path, split: str) -> list[Any]:
     """The rows of a folder that `save_to_disk` wrote."""
     import datasets
 
     try:
         saved: Any = datasets.load_from_disk(str(folder))
-    except Exception as error:  # of Arrow, of JSON, of datasets: whatever is wrong with its files
+        if isinstance(saved, datasets.DatasetDict):
+            if split not in saved:
+                raise DataError(
+                    f"{folder}: expected one of the splits {sorted(saved)}, got {split!r}"
+                )
+            saved = saved[split]
+        return list(saved)
+    except DataError:
+        raise
+    except Exception as error:  # of Arrow, of JSON or of datasets, by what is damaged
         raise DataError(
             f"{folder}: expected a file, or a folder written by save_to_disk of datasets: {error}"
         ) from error
-    if not isinstance(saved, datasets.DatasetDict):
-        return saved
-    if split not in saved:
-        raise DataError(f"{folder}: expected one of the splits {sorted(saved)}, got {split!r}")
-    return saved[split]
 
 
-def _hub_rows(name: str, split: str) -> Iterable[Any]:
+def _hub_rows(name: str, split: str) -> list[Any]:
     """The rows of a data set of the hub."""
     import datasets
 
     load: Any = datasets.load_dataset
     try:
-        rows: Iterable[Any] = load(name, split=split)
+        return list(load(name, split=split))
     except Exception as error:  # of the hub's client, of the network, of any format of a data set
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(
             f"no data could be loaded from {name!r}: there is no such file, and the hub says: "
             f"{reason}"
         ) from error
-    return rows

@@ -205,6 +205,10 @@ BROKEN = {
     "r.parquet": (FILES["rows.parquet"][:-30], "expected Parquet, got a damaged file"),
     "s.parquet": (GOOD.encode(), "expected Parquet, got a damaged file"),
     "t.parquet": (_parquet([*ROWS, {"prompt": "a"}]), "row 4: chosen: expected a string or mess"),
+    "names.parquet": (
+        _parquet().replace(b"prompt", b"promp\xff"),
+        "expected Parquet, got a damaged",
+    ),
     "u.jsonl": (b"\n", "expected at least one pair, got none"),
     "v.csv": (b"prompt,chosen,rejected\n", "expected at least one pair, got none"),
     "w.json": (b"[]", "expected at least one pair, got none"),
