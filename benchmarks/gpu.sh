@@ -30,8 +30,10 @@ step() {
 }
 
 step build 90 "$python" setup.py build_ext --inplace
-# Without the modules that need packages besides the list above; they have no test for a GPU.
+# In one process, for the one device. Without the modules that need packages besides the list above;
+# they have no test for a GPU.
 step gpu_tests 150 "$python" -m pytest -q -m gpu -p no:cacheprovider \
+  --override-ini="addopts=--import-mode=importlib --strict-markers -ra" \
   --ignore=tests/test_benchmarks.py --ignore=tests/test_cli.py --ignore=tests/test_pretrained.py \
   --ignore=tests/test_preferences.py
 # A benchmark leaves cells out that do not fit its share of what is left, three fifths and the rest;

@@ -99,13 +99,19 @@ def _compact(value: Any) -> str:
 
 
 def _cpu_name() -> str:
-    """Name the processor's model."""
+    """Name the processor: its model, and the family of a name that hides it, as clouds' do."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.processor()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
+    found: dict[str, str] = {}
+    for name, _, value in (line.partition(":") for line in lines):
+        found.setdefault(name.strip(), value.strip())
+    if "model name" not in found:
+        return platform.processor()
+    if {"cpu family", "model"} <= found.keys():
+        return f"{found['model name']} (family {found['cpu family']}, model {found['model']})"
+    return found["model name"]
 
 
 def _version(package: str) -> str | None:

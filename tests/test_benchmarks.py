@@ -209,6 +209,23 @@ def test_quartiles():
     assert timing.ratios([2.0, 9.0], [1.0, 3.0]) == [2.0, 3.0]
 
 
+@pytest.mark.parametrize(
+    ("cpuinfo", "name"),
+    [
+        (
+            "processor\t: 0\ncpu family\t: 26\nmodel\t\t: 2\nmodel name\t: AMD EPYC\n\n"
+            "processor\t: 1\ncpu family\t: 25\nmodel\t\t: 1\nmodel name\t: other\n",
+            "AMD EPYC (family 26, model 2)",
+        ),
+        ("processor\t: 0\nmodel name\t: some: core\n", "some: core"),
+    ],
+)
+def test_results_name_the_processor(cpuinfo, name, monkeypatch):
+    """A cloud's "AMD EPYC" is several generations; the family tells Zen 3 from Zen 5."""
+    monkeypatch.setattr(host.Path, "read_text", lambda path, encoding: cpuinfo)
+    assert host._cpu_name() == name
+
+
 def test_record_is_json_with_a_line_per_cell(tmp_path):
     record = {"host": {"cpu": "x"}, "notes": [], "call_us": [1.0, 2.0], "cells": [{"a": 1}] * 3}
     host.write_record(tmp_path / "new" / "r.json", record)

@@ -359,7 +359,9 @@ def test_generate_by_seed_ignores_padding_batch_mates_and_the_default_generator(
                 drawn.append(int(tokens[at, step - STEPS]))
                 assert drawn[-1] == int(wanted)
             if same:
-                torch.testing.assert_close(out.logits[step][0], batch.logits[step][row])
+                torch.testing.assert_close(
+                    out.logits[step][0], batch.logits[step][row], rtol=1e-3, atol=1e-4
+                )
             same = same and drawn[0] == drawn[1]
 
 

@@ -31,6 +31,7 @@ from fastadapt.kernels import launch  # noqa: E402  (the interpreter is chosen b
 # of rows that hold NaN or infinities, where the interpreter is NumPy
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
 PLAN = launch.Plan(block=128, list_size=64, sample_size=128, bins=32)
+V = 200  # a whole block and a part; more than the list and the sample hold
 INF = float("inf")
 ROWS: dict[str, Callable[[int], Tensor]] = {
     "normal": lambda v: torch.randn(1, v) * 3,
@@ -74,6 +75,7 @@ KNOBS: tuple[dict[str, float | str], ...] = (
     },
 )
 GREEDY = {"temperature": 0.0, "top_k": 3}
+HALF = {"bfloat16", "float16"}  # rows that differ from others by the conversion of what is loaded
 
 
 def same(ours: Tensor, kernel: Tensor) -> bool:
@@ -100,8 +102,8 @@ def assert_sample(
 
 @pytest.mark.parametrize("kind", ROWS)
 def test_sample_equals_the_cpu(kind: str) -> None:
-    logits = ROWS[kind](333)
-    for i, knobs in enumerate((GREEDY, *KNOBS)):
+    logits = ROWS[kind](V)
+    for i, knobs in enumerate((GREEDY, *(KNOBS[2::3] if kind in HALF else KNOBS))):
         assert_sample(logits, Adaptor(**knobs), PLAN, fields=i % 3 == 0)
 
 
@@ -114,7 +116,7 @@ def test_short_rows(v: int) -> None:
 
 @pytest.mark.parametrize("kind", ["normal", "almost flat", "two levels", "bad", "bfloat16"])
 def test_filter_logits_equals_the_cpu(kind: str) -> None:
-    logits = ROWS[kind](333)
+    logits = ROWS[kind](V)
     for knobs in (GREEDY, *KNOBS[1::2]):
         adaptor = Adaptor(**knobs)
         # the interpreter cuts bfloat16 off where GPUs round: torch rounds what is float32 here
@@ -125,9 +127,9 @@ def test_filter_logits_equals_the_cpu(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["normal", "flat", "mostly -inf", "bad", "bfloat16"])
 def test_score_equals_the_cpu(kind: str) -> None:
-    logits = ROWS[kind](333)
+    logits = ROWS[kind](V)
     adaptors = [Adaptor(**knobs) for knobs in KNOBS]
-    tokens = torch.randint(333, (len(logits),))
+    tokens = torch.randint(V, (len(logits),))
     tokens[1:2] = -100
     ours = score(logits, tokens, adaptors)
     packed, orders = [a.packed for a in adaptors], [a.order_code for a in adaptors]
@@ -138,10 +140,10 @@ def test_score_equals_the_cpu(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["normal", "two levels", "one for all", "bad", "bfloat16"])
 def test_margins_equal_the_cpu(kind: str) -> None:
-    logits = ROWS[kind](333)
+    logits = ROWS[kind](V)
     for knobs in KNOBS[1::2]:
         adaptor = Adaptor(**knobs)
-        tokens = torch.randint(333, (len(logits),))
+        tokens = torch.randint(V, (len(logits),))
         tokens[:1] = logits[:1].nan_to_num().argmax(-1)  # inside most supports
         upstream = torch.randn(len(logits))
         mine = logits.clone().requires_grad_()
