@@ -1,5 +1,6 @@
 """The gradient study: steps as predicted, claims with their conditions, tables, pictures, page."""
 
+import gzip
 import json
 import math
 import re
@@ -13,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import bench_tracker
 import limits
-from fastadapt import RewardPenalizeLoss, label_margins
+from fastadapt import RewardPenalizeLoss, cli_gradients, label_margins
 from fastadapt.cli import main
 from fastadapt.losses import Responses
 from fastadapt.preferences import Pair
@@ -294,12 +295,54 @@ def test_rows_survive_a_file(tmp_path):
         (["step", "--step-pairs", "3"], "pairs: expected at least 4, got 3"),
         (["train", "--train-steps", "1"], "steps: expected at least 2, got 1"),
         (["run", "--step-max-length", "2"], "max_length: expected at least 8, got 2"),
+        (["run", "--train-learning-rate", "nan"], "learning_rate: expected a value > 0, got nan"),
+        (["train", "--train-learning-rate", "-1"], "learning_rate: expected a value > 0, got -1.0"),
+        (["step", "--threads", "0"], "threads: expected at least 1, got 0"),
+        (["step", "--step-pair", "x"], "invalid int value: 'x'"),
     ],
 )
 def test_wrong_options_end_before_a_model_is_loaded(options, message, tmp_path, capsys):
     with pytest.raises(SystemExit) as left:
         main(["gradients", *options, "--data", "none.jsonl", "--out", str(tmp_path)])
     assert left.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_what_people_do_every_day_is_one_line(data, tmp_path, capsys, monkeypatch):
+    """Files that are not there, damaged or in the way: before a model is loaded, with code 2."""
+    cut, file, folder = (tmp_path / name for name in ("cut.jsonl.gz", "file", "folder"))
+    cut.write_bytes(gzip.compress(data.read_bytes())[:-20])
+    file.write_text("")
+    folder.mkdir()
+    (tmp_path / "half").mkdir()
+    for name in ("steps.csv", "training.csv"):
+        (tmp_path / "half" / name).write_text("a\n1\n")
+    (tmp_path / "half" / "steps.json").write_text('{"model": ')
+    out = ["--out", str(folder)]
+    for words, message in [
+        (["step", "--data", str(tmp_path / "none.jsonl"), *out], "none.jsonl"),
+        (["train", "--data", str(folder), *out], "Is a directory"),
+        (["run", "--data", str(cut), *out], "end-of-stream marker"),
+        (
+            ["run", "--data", str(data), "--out", str(file)],
+            f"expected a folder, got the file {file}",
+        ),
+        (["step", "--data", str(data), "--out", str(file / "x")], "Not a directory"),
+        (["step", "--data", str(data), *out, "--model", str(tmp_path / "no")], "does not exist"),
+        (["report", "--out", str(tmp_path / "none")], "No such file or directory"),
+        (["report", "--out", str(file)], "Not a directory"),
+        (["report", "--out", str(tmp_path / "half")], "steps.json: expected a record of the study"),
+    ]:
+        assert main(["gradients", *words]) == 2, words
+        (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("fastadapt:")]
+        assert message in line, words
+    assert list(folder.iterdir()) == []
+
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli_gradients, "_load", interrupt)
+    assert main(["gradients", "step", "--data", str(data), *out]) == 130
+    assert "fastadapt: interrupted; tables" in capsys.readouterr().err
 
 
 def test_too_few_pairs_are_refused(model, tokenizer, data, tmp_path):
