@@ -136,9 +136,7 @@ def score(
     rows = fold_rows("logits", logits, double=False)
     flat = per_row("tokens", tokens, torch.int64, logits.shape[:-1], rows)
     ignore_index = integer("ignore_index", ignore_index, INT64.min, INT64.max)
-    if not isinstance(adaptors, Sequence) or isinstance(adaptors, str):
-        got = type(adaptors).__name__
-        raise TypeError(f"adaptors: expected a sequence of Adaptors, got {got}")
+    _check_sequence(adaptors)
     if not 1 <= len(adaptors) <= ops.MAX_ADAPTORS:
         raise ValueError(f"adaptors: expected 1 to {ops.MAX_ADAPTORS}, got {len(adaptors)}")
     knobs = [_knobs_for(rows, a, f"adaptors[{i}]") for i, a in enumerate(adaptors)]
@@ -206,6 +204,13 @@ def _check_generator(generator: object, rows: Tensor) -> None:
         raise TypeError(f"generator: expected a torch.Generator, got {got}")
     if generator.device.type != rows.device.type:
         raise ValueError(f"generator: expected one on {rows.device}, got one on {generator.device}")
+
+
+def _check_sequence(adaptors: object) -> None:
+    """Several adaptors are a list or a tuple of them."""
+    if isinstance(adaptors, str) or not isinstance(adaptors, Sequence):
+        got = type(adaptors).__name__
+        raise TypeError(f"adaptors: expected a sequence of Adaptors, got {got}")
 
 
 def _knobs_for(rows: Tensor, adaptor: Adaptor, name: str = "adaptor") -> Tensor:
