@@ -77,7 +77,8 @@ def score(
     if caller is not None:
         answer = _ask(caller, weight, bias)
         softcap, logit_scale = answer.softcap, answer.logit_scale
-        weight, bias = weight[: answer.width], None if bias is None else bias[: answer.width]
+        if answer.width != weight.shape[0]:
+            weight, bias = weight[: answer.width], None if bias is None else bias[: answer.width]
     if not torch.is_autocast_enabled(hidden.device.type):
         weight = weight.to(hidden.dtype)
         bias = None if bias is None else bias.to(hidden.dtype)

@@ -53,3 +53,10 @@ def test_sharded(curves, way):
     one, two = (seen[way] for seen in curves)
     assert two == pytest.approx(one, rel=1e-5)
     assert one[-1] != pytest.approx(one[0], rel=1e-2)
+
+
+def test_a_head_with_a_group_of_its_own(curves):
+    """Trained, it is refused before the forward; frozen, its backward does not need it."""
+    one, two = (seen["refused"] for seen in curves)
+    assert one == ["", ""]
+    assert "got a trained one with fully_shard of its own" in two[0] and two[1] == ""

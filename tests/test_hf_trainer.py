@@ -5,12 +5,18 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    BertForMaskedLM,
     CohereConfig,
     CohereForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
     Trainer,
     TrainingArguments,
 )
@@ -121,9 +127,11 @@ def test_no_logits_are_made_and_predictions_are_margins(tmp_path):
     )
     trainer.train()
     result = trainer.evaluate()
-    # the model is asked once, by a few positions of one row
-    assert [shape for shape in shapes if shape[1]] == [(1, len(LEVELS), 30)]
-    assert len(shapes) == 5
+    # of one row, at most 32 tokens: its own loss, and what it makes of the head's products
+    asked = [shape for shape in shapes if shape[1]]
+    assert [shape[0] for shape in asked] == [1, 1] and asked[1][1] == len(LEVELS)
+    assert asked[0][1] <= 32
+    assert len(shapes) == 4 + 3
     batch = _collate(_rows(4))
     with torch.no_grad():
         expected = float(model.eval()(**batch).loss)
@@ -153,6 +161,146 @@ def test_objective_is_the_loss(tmp_path):
 def test_what_needs_logits_is_refused(tmp_path):
     with pytest.raises(ValueError, match="objective= has the loss"):
         LogitsFreeTrainer(_model(), _arguments(tmp_path, label_smoothing_factor=0.1))
+    for changes in ({}, {"torch_compile_mode": "reduce-overhead"}):
+        arguments = _arguments(tmp_path, torch_compile=True, **changes)
+        with pytest.raises(ValueError, match="args.torch_compile: expected False, got True"):
+            LogitsFreeTrainer(_model(), arguments)
+    with pytest.raises(ValueError, match="expected one that is not compiled"):
+        LogitsFreeTrainer(torch.compile(_model(), backend="eager"), _arguments(tmp_path))
+
+
+def _first_losses(make, arguments, collate=_collate):
+    """Loss and norm of the first step, by `Trainer` and by ours."""
+    seen = []
+    for kind in (Trainer, LogitsFreeTrainer):
+        torch.manual_seed(0)
+        trainer = kind(make(), arguments, train_dataset=_rows(6), data_collator=collate)
+        entry = _log(trainer)[0]
+        seen.append((entry["loss"], entry["grad_norm"]))
+    return seen
+
+
+ENCODED = {"vocab_size": 30, "d_model": 16, "pad_token_id": 0, "decoder_start_token_id": 0}
+
+
+def _t5():
+    return T5ForConditionalGeneration(
+        T5Config(**ENCODED, d_kv=4, d_ff=24, num_layers=1, num_heads=4, dropout_rate=0.0)
+    )
+
+
+def _bart():
+    config = BartConfig(
+        **ENCODED,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_ffn_dim=24,
+        decoder_ffn_dim=24,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        max_position_embeddings=32,
+        dropout=0.0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return BartForConditionalGeneration(config)
+
+
+def _masked():
+    """Labels stand where they are, without an encoder."""
+    config = BertConfig(
+        **{name: size for name, size in SIZES.items() if name != "num_key_value_heads"},
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    return BertForMaskedLM(config)
+
+
+@pytest.mark.parametrize("make", [_t5, _bart, _masked], ids=["t5", "bart", "masked"])
+def test_labels_that_are_aligned(tmp_path, make):
+    """The loss is that of the model's own forward, whichever label a position scores."""
+    theirs, ours = _first_losses(make, _arguments(tmp_path, max_steps=1))
+    assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+def test_aligned_predictions_are_of_all_positions(tmp_path):
+    seen = []
+    trainer = LogitsFreeTrainer(
+        _t5(),
+        _arguments(tmp_path),
+        eval_dataset=_rows(4),
+        data_collator=_collate,
+        compute_metrics=lambda p: seen.append(p.predictions.shape) or {},
+    )
+    trainer.evaluate()
+    assert seen == [(4, _collate(_rows(4))["labels"].shape[1])]
+
+
+class _WithZLoss(LlamaForCausalLM):
+    """Adds a term of its logits to its loss."""
+
+    def forward(self, *rest, labels=None, **named):
+        output = super().forward(*rest, labels=labels, **named)
+        if labels is not None:
+            output["loss"] = output.loss + 1e-3 * output.logits.logsumexp(-1).square().mean()
+        return output
+
+
+class _Unaveraged(LlamaForCausalLM):
+    """Sums over tokens whatever it is told to divide by."""
+
+    def forward(self, *rest, labels=None, **named):
+        output = super().forward(*rest, labels=labels, **named)
+        if labels is not None:
+            output["loss"] = output.loss * 2
+        return output
+
+
+class _WithoutLogits(LlamaForCausalLM):
+    """As a fused loss leaves them."""
+
+    def forward(self, *rest, labels=None, **named):
+        output = super().forward(*rest, labels=labels, **named)
+        return output if labels is None else {"loss": output.loss}
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (_WithZLoss, "expected a loss that is the cross-entropy.*_WithZLoss.*further terms"),
+        (_Unaveraged, "expected a loss that is the cross-entropy.*_Unaveraged"),
+        (_WithoutLogits, "returns logits"),
+    ],
+)
+def test_other_losses_of_a_model_are_refused(tmp_path, kind, message):
+    """At the first batch, before a step was taken."""
+    torch.manual_seed(0)
+    model = kind(LlamaConfig(**SIZES))
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    trainer = LogitsFreeTrainer(
+        model, _arguments(tmp_path), train_dataset=_rows(60), data_collator=_collate
+    )
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
+    assert all(torch.equal(before[name], x) for name, x in model.state_dict().items())
+
+
+def test_router_losses_are_refused(tmp_path):
+    """Whichever configuration asks for them."""
+    model = _model()
+    model.config.text_config = LlamaConfig(**SIZES, output_router_logits=True)
+    with pytest.raises(ValueError, match="expected output_router_logits=False, got True"):
+        LogitsFreeTrainer(model, _arguments(tmp_path))
+
+
+def test_the_question_draws_nothing(tmp_path):
+    """Dropout of a first step is that of `Trainer`."""
+
+    def make():
+        return LlamaForCausalLM(LlamaConfig(**SIZES, attention_dropout=0.5))
+
+    theirs, ours = _first_losses(make, _arguments(tmp_path, max_steps=1))
+    assert ours == pytest.approx(theirs, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["llama", "cohere", "gemma2"])

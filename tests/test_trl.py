@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 datasets = pytest.importorskip("datasets", reason="needs trl")
@@ -242,6 +243,7 @@ def test_without_dpo_there_is_no_reference(folder, tokenizer, tmp_path):
         ({"loss_type": ["ipo"]}, {}, r"args.loss_type: expected \['sigmoid'\] \(loss= here\)"),
         ({"ld_alpha": 0.5}, {}, "args.ld_alpha: expected None"),
         ({"use_weighting": True}, {}, "args.use_weighting: expected False"),
+        ({"torch_compile": True}, {}, "args.torch_compile: expected False, got True"),
         ({}, {"loss": {"sigmoid": 1.0}}, "weights: expected some of"),
         ({}, {"loss_options": {"beta": 0.3}}, "expected args.beta for beta"),
         (
@@ -338,3 +340,104 @@ def test_other_trainers_are_served(folder, tokenizer, tmp_path, make):
     for one, other in zip(plain, fused, strict=True):
         for name in ("loss", "grad_norm"):
             assert other[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6), name
+
+
+def _tiny(name, **options):
+    """A small random model of a class, with large logits."""
+    sizes = {
+        "vocab_size": 40,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 32,
+        **options,
+    }
+    config = getattr(transformers, f"{name}Config")(**sizes)
+    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(40)
+    return model
+
+
+def _served_and_own(model):
+    """Log-probabilities of labels as trl's forward returns them in a block, and by the logits."""
+    ids = torch.randint(3, 35, (2, 6))
+    labels = ids.clone()
+    labels[0, 2] = -100
+    logps = model(input_ids=ids).logits[:, :-1].float().log_softmax(-1)
+    own = logps.gather(-1, labels[:, 1:].clamp(min=0)[..., None])[..., 0]
+    own = own.masked_fill(labels[:, 1:] == -100, 0.0)
+    trl_utils.add_fused_lm_head(model)
+    with fused_log_probs():
+        for _ in range(2):  # asked, remembered
+            served = model(input_ids=ids, labels=labels, fused_lm_head=True).log_probs
+    return served, own
+
+
+MLA = {
+    **{"q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4},
+    **{"v_head_dim": 4, "head_dim": 4, "dim_model_base": 4},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("Granite", {"logits_scaling": 2.5}),
+        ("HyperCLOVAX", {"logits_scaling": 2.5}),
+        ("MiniCPM3", MLA),
+        ("Gemma2", {"final_logit_softcapping": 3.0, "head_dim": 4}),
+        ("OPT", {"ffn_dim": 24, "word_embed_proj_dim": 8}),
+    ],
+)
+def test_heads_of_other_models(name, options):
+    """As their own logits say, whatever trl reads in their configurations."""
+    model = _tiny(name, **options)
+    served, own = _served_and_own(model)
+    torch.testing.assert_close(served, own, rtol=1e-4, atol=1e-4)
+    served.sum().backward()
+    assert all(p.grad is not None for p in model.get_output_embeddings().parameters())
+    assert "forward" not in model.base_model.__dict__
+
+
+class _Cut(torch.nn.Linear):
+    """Makes logits of the first 35 ids."""
+
+    def forward(self, x):
+        return super().forward(x)[..., :35]
+
+
+class _Scaled(torch.nn.Linear):
+    """Scales by a number that stands nowhere."""
+
+    def forward(self, x):
+        return 0.37 * super().forward(x)
+
+
+def _with_head(kind):
+    model = _tiny("Llama")
+    head = kind(16, 40, bias=False)
+    head.weight = model.lm_head.weight
+    model.set_output_embeddings(head)
+    return model
+
+
+def test_a_head_that_is_cut():
+    served, own = _served_and_own(_with_head(_Cut))
+    torch.testing.assert_close(served, own, rtol=1e-4, atol=1e-4)
+
+
+def test_heads_that_trl_takes_for_a_matrix_are_refused():
+    hooked = _tiny("Llama")
+    hooked.lm_head.register_forward_hook(lambda m, x, z: z * 0.37)
+    for model in (_with_head(_Scaled), hooked):
+        with pytest.raises(ValueError, match="expected logits that are products of the states"):
+            _served_and_own(model)
+    with pytest.raises(ValueError, match="expected one that is not compiled"):
+        compiled = torch.compile(_with_head(torch.nn.Linear), backend="eager")
+        trl_utils.add_fused_lm_head(compiled._orig_mod)
+        ids = torch.randint(3, 35, (2, 6))
+        with fused_log_probs():
+            compiled(input_ids=ids, labels=ids, fused_lm_head=True)

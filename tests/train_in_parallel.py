@@ -160,6 +160,27 @@ def train_split_head(folder: str, world: int) -> list[float]:
     return losses
 
 
+def refused(folder: str, world: int) -> list[str]:
+    """What is said of a trained head with a group of its own, which is gone before the backward."""
+    said = []
+    for trained in (True, False):
+        model = LlamaForCausalLM.from_pretrained(folder)
+        weight = model.lm_head.weight.detach().clone()
+        model.lm_head.weight = torch.nn.Parameter(weight, requires_grad=trained)
+        if world > 1:
+            mesh = init_device_mesh("cpu", (world,))
+            fully_shard(model.lm_head, mesh=mesh)
+            fully_shard(model, mesh=mesh)
+        tokens = torch.arange(3, 9)[None]
+        try:
+            margins = forward_margins(model, {"input_ids": tokens}, tokens.roll(-1, 1))
+            margins.sum().backward()
+            said.append("")
+        except ValueError as error:
+            said.append(str(error))
+    return said
+
+
 def everything(folder: Path, model: str, rank: int = 0, world: int = 1) -> dict[str, object]:
     """The curves of all ways of training."""
     size = BATCH // world
@@ -168,6 +189,7 @@ def everything(folder: Path, model: str, rank: int = 0, world: int = 1) -> dict[
         "texts": train_texts(folder, model, size),
         "sharded": train_sharded(model, rank, world),
         "split head": train_split_head(model, world),
+        "refused": refused(model, world),
     }
 
 
