@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -50,6 +51,7 @@ class LogitsFreeTrainer(Trainer):
 
     objective: Callable[[Responses], Tensor]
     _shifts: bool | None = None  # whether the model scores the next label; None: not asked yet
+    _divides = True  # whether its loss is divided by num_items_in_batch where that is given
 
     def __init__(
         self, *rest: Any, objective: Callable[[Responses], Tensor] = mle_loss, **named: Any
@@ -80,7 +82,8 @@ class LogitsFreeTrainer(Trainer):
         if self._shifts is None:
             self._shifts = self._ask_loss(model, inputs, num_items_in_batch is not None)
         margins, mask = self._margins(model, inputs, shift=self._shifts)
-        loss = self.objective(Responses(margins, mask, total_tokens=num_items_in_batch))
+        items = num_items_in_batch if self._divides else None
+        loss = self.objective(Responses(margins, mask, total_tokens=items))
         loss = loss * self._share(num_items_in_batch)
         return (loss, {"loss": loss, "margins": margins}) if return_outputs else loss
 
@@ -109,34 +112,38 @@ class LogitsFreeTrainer(Trainer):
         """
         few = _few(inputs)
         given = few["labels"]
-        items = given.ne(IGNORED).sum() * 2 if counted else None
+        items = given.ne(IGNORED).sum() * 3 if counted else None
         with evaluating(model):
             loss, output = super().compute_loss(model, dict(few), True, items)
             own, logits = float(loss) / self._share(items), output.get("logits")
             if not isinstance(logits, Tensor) or logits.shape[:-1] != given.shape:
                 raise ValueError("model: expected one that returns logits, one row a label")
-            seen = dict[bool, float]()
-            for shift in (True, False):
+            seen = dict[tuple[bool, bool], float]()
+            for shift, divides in itertools.product((True, False), repeat=2):
                 labels = _labels_of_positions(given, shift=shift)
                 margins = label_margins(logits.float(), labels, ignore_index=IGNORED)
                 rows = _without_last(margins, labels != IGNORED, shift=shift)
-                seen[shift] = float(mle_loss(Responses(*rows, total_tokens=items)))
+                over = items if divides else None
+                seen[shift, divides] = float(mle_loss(Responses(*rows, total_tokens=over)))
             fits = [s for s, x in seen.items() if abs(x - own) <= _TOLERANCE * abs(own)]
             name = type(causal_of(model)).__name__
             if not fits:
                 raise ValueError(
-                    f"model: expected a loss that is the cross-entropy of the next labels, "
-                    f"{seen[True]:.6g} here, or of the labels as they stand, {seen[False]:.6g}, "
+                    "model: expected a loss that is the cross-entropy of the next labels, "
+                    f"{seen[True, True]:.6g}, or of the labels as they stand, "
+                    f"{seen[False, True]:.6g}, "
                     f"got {own:.6g} of {name}; transformers' Trainer has its further terms"
                 )
-            rows = self._margins(model, few, shift=fits[0])
-            ours = float(mle_loss(Responses(*rows, total_tokens=items)))
+            shift, self._divides = fits[0]
+            rows = self._margins(model, few, shift=shift)
+            over = items if self._divides else None
+            ours = float(mle_loss(Responses(*rows, total_tokens=over)))
             if abs(ours - own) > HALF_TOLERANCE * abs(own):
                 raise ValueError(
                     f"model: expected the loss of its own forward, {own:.6g}, got {ours:.6g} of "
                     f"{name}; with decoder_input_ids in the batch both forwards read the same"
                 )
-        return fits[0]
+        return shift
 
 
 def _labels_of_positions(labels: Tensor, *, shift: bool) -> Tensor:
