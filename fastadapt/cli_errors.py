@@ -70,7 +70,9 @@ def check_folder(name: str, folder: Path) -> None:
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Returns "; did you mean X?" with the most similar of the known words, or nothing."""
-    plain = {name.replace("-", "_"): name for name in known}
+    plain: dict[str, str] = {}
+    for name in known:  # a flag has two spellings, the usual one first
+        plain.setdefault(name.replace("-", "_"), name)
     close = difflib.get_close_matches(word.partition("=")[0].replace("-", "_"), plain, n=1)
     return f"; did you mean {plain[close[0]]}?" if close else ""
 
