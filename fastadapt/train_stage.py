@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -24,6 +25,7 @@ from fastadapt.cli_errors import CommandError
 from fastadapt.train_folder import seal, unseal
 from fastadapt.trl import RewardPenalizeTrainer, fused_log_probs
 
+_OF_TORCHS_WRITER = "PytorchStreamWriter|inline_container"
 _REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
 Advance = Callable[[str, int, int], None]
 
@@ -274,11 +276,14 @@ def writing(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
-        # torch's writer has no type of its own
-        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+        # torch's writer has no type of its own, and may say nothing of the disk
+        if isinstance(error, RuntimeError) and not re.search(_OF_TORCHS_WRITER, str(error)):
             raise
+        free = shutil.disk_usage(next(p for p in folder.parents if p.exists())).free
         shutil.rmtree(folder, ignore_errors=True)
-        raise CommandError(f"{folder}: cannot be written: {error}") from error
+        raise CommandError(
+            f"{folder}: cannot be written ({free / 1e6:.1f} MB free): {error}"
+        ) from error
 
 
 def check_parameters(model: nn.Module, where: str) -> None:

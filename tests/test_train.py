@@ -196,6 +196,8 @@ def _stop_at(patch, place, error=KeyboardInterrupt, after=1):
     patch.setattr(owner, name, stops)
 
 
+# what torch.save raises on a full disk, and has no type for
+TORCHS = "[enforce fail at inline_container.cc:672] . unexpected pos 55424 vs 55312"
 FULL = OSError(errno.ENOSPC, "No space left on device")
 TWO = ["--stages", "exmate,dpo", "--max_steps", 5, "--learning_rate", 1e-2, "--save_steps", 2]
 TWO += ["--logging_steps", 3, "--eval_fraction", 0.2, "--eval_strategy", "steps", "--eval_steps", 2]
@@ -219,6 +221,7 @@ def whole(model, data, tmp_path_factory):
         ("reference", 0, KeyboardInterrupt(), "stage-1/checkpoint-5"),  # between the stages
         ("evaluation", 1, KeyboardInterrupt(), "stage-1/checkpoint-2"),
         ("optimizer", 1, FULL, "stage-1/checkpoint-2"),
+        ("optimizer", 1, RuntimeError(TORCHS), "stage-1/checkpoint-2"),
         ("model", 0, FULL, "stage-2/checkpoint-5"),
     ],
 )
@@ -228,7 +231,7 @@ def test_stopped_run_loses_nothing(place, after, error, left, train, whole, tmp_
         _stop_at(patch, place, error, after)
         assert train(tmp_path, *TWO) == (130 if isinstance(error, KeyboardInterrupt) else 2)
     line = _one_line(capsys)
-    assert "interrupted" in line or "cannot be written: [Errno 28] No space left" in line
+    assert "interrupted" in line or re.search(r"cannot be written \([\d.]+ MB free\): \S", line)
     stage, found, _ = RunFolder(tmp_path).last_checkpoint(2)
     assert (None if found is None else f"stage-{stage + 1}/{found.name}") == left
     assert train(tmp_path, *TWO, "--resume") == 0
