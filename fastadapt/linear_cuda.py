@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 from fastadapt.linear_tiles import Asked, Head, RowWork
 from fastadapt.outputs import wide_dtype
@@ -134,8 +135,10 @@ class CudaWork(RowWork):
         """In float32, rounded nowhere."""
         if sums.dtype == a.dtype:
             torch.addmm(sums, a, b, out=sums)
-        else:
+        elif _adds_wide_products():
             torch.addmm(sums, a, b, out_dtype=torch.float32, out=sums)
+        else:
+            sums += torch.mm(a, b, out_dtype=torch.float32)
 
     def product(self, a: Tensor, b: Tensor, out: Tensor) -> None:
         """out = a @ b, of half types in float32."""
@@ -198,6 +201,11 @@ class DoubleCudaWork(CudaWork):
 def _has_wide_products() -> bool:
     """Whether this torch has products of half types in float32."""
     return "dtype_out" in torch.ops.aten.mm.overloads()
+
+
+def _adds_wide_products() -> bool:
+    """Whether this torch adds products of half types to float32 in one call."""
+    return TorchVersion(torch.__version__) >= "2.10"
 
 
 def _contiguous_rows(source: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:

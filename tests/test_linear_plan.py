@@ -92,3 +92,23 @@ def test_peaks_on_cuda(n, wants, budget, expected, monkeypatch):
 
 def test_the_device_decides_about_the_work():
     assert work_of(torch.zeros(1)).tile == 2048
+
+
+@pytest.mark.parametrize("in_one_call", [False, True])
+def test_half_products_are_added_by_old_and_new_torch(in_one_call, monkeypatch):
+    """torch before 2.10 has mm of half types in float32, and no such addmm."""
+
+    def mm(a, b, *, out_dtype):
+        return (a.double() @ b.double()).to(out_dtype)
+
+    def addmm(sums, a, b, *, out_dtype, out):
+        assert in_one_call
+        return out.copy_(sums + mm(a, b, out_dtype=out_dtype))
+
+    a, b, sums = torch.randn(3, 5).bfloat16(), torch.randn(5, 4).bfloat16(), torch.randn(3, 4)
+    expected = sums.double() + a.double() @ b.double()
+    monkeypatch.setattr("fastadapt.linear_cuda._adds_wide_products", lambda: in_one_call)
+    monkeypatch.setattr(torch, "mm", mm)
+    monkeypatch.setattr(torch, "addmm", addmm)
+    CudaWork.add_product(None, sums, a, b)
+    assert torch.allclose(sums.double(), expected, atol=1e-6)
