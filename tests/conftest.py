@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -294,11 +295,13 @@ def demo_model(request: pytest.FixtureRequest) -> tuple[Any, Any]:
     Skips where the model cannot be had, and fails there with `--require-model`. One worker runs all
     tests that need it.
     """
-    pretrained = pytest.importorskip("fastadapt.pretrained", reason="needs the demo's packages")
+    required = request.config.getoption("--require-model")
+    find = importlib.import_module if required else pytest.importorskip
+    pretrained = find("fastadapt.pretrained")
     try:
         return pretrained.load_model(None, fetch=True)
     except pretrained.ModelNotFoundError as error:
-        if request.config.getoption("--require-model"):
+        if required:
             raise
         pytest.skip(str(error))
 
