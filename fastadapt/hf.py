@@ -123,8 +123,8 @@ class Generate:
         cache_implementation="paged": transformers goes to `generate_batch` before it looks at
             `custom_generate`, so nothing is fused, seeds are ignored, and nothing here can see it.
 
-    Models with a `generate` of their own (Bark, MusicGen, Janus' images) may not pass
-    `custom_generate` on; it is then ignored, and nothing here can see it. Those that call the loop
+    Models with a `generate` of their own (MusicGen, Dia, Janus for images) may not pass
+    `custom_generate` on; it is then ignored or refused there, and nothing here can see it. Those that call the loop
     more than once (Whisper, for each segment and each temperature) count the tokens of each call
     anew and decide by themselves which calls sample; seeds are for those. Where they go on with
     some rows alone they do not say which: these draw by the first of the seeds, with a warning.
@@ -258,7 +258,7 @@ def _refuse_unreachable(model: Any, synced_gpus: bool) -> None:
     given = {} if frame is None or frame.f_locals.get("self") is not model else frame.f_locals
     for name, instead in _UNREACHABLE.items():
         value = given.get(name)
-        if not value or (name == "synced_gpus" and synced_gpus):
+        if value is None or value is False or (name == "synced_gpus" and synced_gpus):
             continue
         if isinstance(value, BaseStreamer):
             value.end()
