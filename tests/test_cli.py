@@ -164,7 +164,7 @@ def test_version(capsys):
     [
         (KeyboardInterrupt(), 130, "interrupted"),
         (OSError(28, "No space left on device"), 2, "[Errno 28] No space left on device"),
-        (PermissionError(13, "Permission denied", "x"), 2, "Permission denied: 'x'"),
+        (PermissionError(13, "Permission denied", "x"), 2, "[Errno 13] Permission denied: 'x'"),
         (cli_errors.CommandError("expected\n a, got b"), 2, "expected a, got b"),
     ],
 )
