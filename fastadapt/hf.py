@@ -124,10 +124,11 @@ class Generate:
             `custom_generate`, so nothing is fused, seeds are ignored, and nothing here can see it.
 
     Models with a `generate` of their own (MusicGen, Dia, Janus for images) may not pass
-    `custom_generate` on; it is then ignored or refused there, and nothing here can see it. Those that call the loop
-    more than once (Whisper, for each segment and each temperature) count the tokens of each call
-    anew and decide by themselves which calls sample; seeds are for those. Where they go on with
-    some rows alone they do not say which: these draw by the first of the seeds, with a warning.
+    `custom_generate` on; it is then ignored or refused there, and nothing here can see it. Those
+    that call the loop more than once (Whisper, for each segment and each temperature) count the
+    tokens of each call anew and decide by themselves which calls sample; seeds are for those. Where
+    they go on with some rows alone they do not say which: these draw by the first of the seeds,
+    with a warning.
 
     Raises:
         ValueError: a mode other than sampling and greedy search (beams, contrastive, assisted,
