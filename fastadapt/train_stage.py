@@ -192,15 +192,6 @@ class StageTrainer(RewardPenalizeTrainer):
                 known = torch.where(known.isnan(), other, known)
         return known
 
-    def _check_reference(self, places: list[int], values: Tensor) -> None:
-        """Stops the run at a pair that the reference cannot score."""
-        for place, pair in zip(places, values.T, strict=True):
-            if not bool(pair.isfinite().all()):
-                expected = "expected finite log-probabilities under the reference"
-                raise CommandError(
-                    f"{self.label}: {expected}, got {pair.tolist()} of pair {place + 1}"
-                )
-
     def _write_reference(self, path: Path, found: Tensor) -> None:
         """Keeps the reference, at once or not at all."""
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -34,6 +34,8 @@ _UNSUPPORTED = {
     "use_weighting": "equal weights",
 }
 _NOT_OF_THE_MODEL = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps")
+# Of text: one row a response, the chosen ones first.
+_ROWS = frozenset({"input_ids", "attention_mask", "completion_mask", "token_type_ids"})
 
 
 @contextlib.contextmanager
@@ -67,7 +69,8 @@ class RewardPenalizeTrainer(DPOTrainer):
     checkpoints and resuming are trl's. A step's loss is that of all pairs it takes, however they
     are split over micro-batches and, with `average_tokens_across_devices`, processes: token means
     divide by all the tokens and sequence means by all the pairs of the step. With `{"dpo": 1.0}` it
-    follows trl's loss.
+    follows trl's loss. Steps of a mixture of the chosen responses alone (`{"mle": 1.0}`) leave the
+    rejected ones out, and so do their metrics; evaluation looks at both.
 
     Logged are trl's metrics of DPO and, of `RewardPenalizeLoss`, "loss/NAME", "pairs/margins",
     "pairs/accuracies", "gradients/good" and "gradients/bad"; "rewards/..." only with "dpo".
@@ -164,6 +167,9 @@ class RewardPenalizeTrainer(DPOTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The loss of a batch, as its share of the step's where `num_items_in_batch` says so."""
+        sides = 1 if model.training and self._needs_chosen_alone(inputs) else 2
+        if sides == 1:
+            inputs = {k: v.chunk(2)[0] if k in _ROWS else v for k, v in inputs.items()}
         keep = {k: v for k, v in inputs.items() if k not in _NOT_OF_THE_MODEL}
         keep["use_cache"] = False
         extra = {"output_router_logits": True} if self.aux_loss_enabled else {}
@@ -173,12 +179,13 @@ class RewardPenalizeTrainer(DPOTrainer):
             outputs = model(**keep, **extra, labels=labels, fused_lm_head=True)
         # prompt-learning adapters put their own positions before those of the tokens
         margins = outputs.log_probs[:, -mask.shape[1] :]
-        good, bad = self._sides(margins, mask, num_items_in_batch)
+        good, bad = self._sides(margins, mask, num_items_in_batch, sides)
         loss, metrics = self.objective(good, bad, *self._reference(inputs))
         parts = self._parts(num_items_in_batch)
         if self.aux_loss_enabled:
             loss = loss + self.router_aux_loss_coef * outputs.aux_loss / parts
-        self._note(inputs, outputs, mask, {**metrics, **_scaled(metrics, parts)})
+        counted = _counted(outputs, mask, sides)
+        self._note(inputs, counted, {**metrics, **_scaled(metrics, parts)})
         if self._averages(num_items_in_batch):
             loss = loss * (self.accelerator.num_processes // self._tp_size)
         if not return_outputs:
@@ -186,17 +193,22 @@ class RewardPenalizeTrainer(DPOTrainer):
         with torch.no_grad():
             return loss, model(**keep)
 
+    def _needs_chosen_alone(self, inputs: Mapping[str, Any]) -> bool:
+        """Whether the loss asks for nothing of the rejected responses; of images we do not know."""
+        known = _ROWS.union(_NOT_OF_THE_MODEL)
+        return not self.objective.needs("bad") and inputs.keys() <= known
+
     def _sides(
-        self, margins: Tensor, mask: Tensor, counts: Tensor | int | None
-    ) -> tuple[Responses, Responses]:
-        """The good and the bad responses, with the divisors of the step."""
+        self, margins: Tensor, mask: Tensor, counts: Tensor | int | None, sides: int
+    ) -> tuple[Responses, Responses | None]:
+        """The good and the bad responses, if there are two sides, with the divisors of the step."""
         divisors: list[dict[str, Any]] = [{}, {}]
         if isinstance(counts, Tensor) and self._splits:
             good, bad, pairs = counts.unbind()
             divisors = [{"total_tokens": n, "total_sequences": pairs} for n in (good, bad)]
-        sides = zip(margins.chunk(2), mask.chunk(2), divisors, strict=True)
-        first, second = (Responses(m, kept, **totals) for m, kept, totals in sides)
-        return first, second
+        parts = zip(margins.chunk(sides), mask.chunk(sides), divisors[:sides], strict=True)
+        first, *rest = (Responses(m, kept, **totals) for m, kept, totals in parts)
+        return first, rest[0] if rest else None
 
     def _reference(self, inputs: dict[str, Any]) -> tuple[Tensor | None, Tensor | None]:
         """log P of both sides under the reference, (B,) each, if any loss asks for it."""
@@ -218,14 +230,16 @@ class RewardPenalizeTrainer(DPOTrainer):
         return 1 if counts is None else int(self.current_gradient_accumulation_steps)
 
     def _note(
-        self, inputs: dict[str, Any], outputs: Any, mask: Tensor, metrics: Mapping[str, Tensor]
+        self,
+        inputs: dict[str, Any],
+        counted: dict[str, tuple[Tensor, Tensor | None]],
+        metrics: Mapping[str, Tensor],
     ) -> None:
         """Keeps the metrics of a batch until they are logged; one transfer, over all processes."""
         model: Any = self.model
         mode = "train" if model.training else "eval"
         with torch.no_grad():
-            named = _counted(outputs, mask)
-            named["tokens"] = (inputs["attention_mask"].sum().float(), None)
+            named = {**counted, "tokens": (inputs["attention_mask"].sum().float(), None)}
             ours = {_TRL_NAMES.get(k, k): (v.float(), None) for k, v in metrics.items()}
             named |= ours
             names, values = list(named), [v for v, _ in named.values()]
@@ -263,17 +277,18 @@ def _scaled(metrics: Mapping[str, Tensor], parts: int) -> dict[str, Tensor]:
     return {k: v * parts for k, v in metrics.items() if k.startswith("loss/")}
 
 
-def _counted(outputs: Any, mask: Tensor) -> dict[str, tuple[Tensor, Tensor | None]]:
+@torch.no_grad()
+def _counted(outputs: Any, mask: Tensor, sides: int) -> dict[str, tuple[Tensor, Tensor | None]]:
     """What trl's DPO logs of tokens: sums, and the tokens they are over."""
     t = mask.shape[1]
-    good, bad = mask.chunk(2)
-    mean_good, mean_bad = (outputs.mean_logits[:, -t:] * mask).chunk(2)
-    hits = outputs.is_top1[:, -t:].chunk(2)[0] & good
+    parts = mask.chunk(sides)
+    means = (outputs.mean_logits[:, -t:] * mask).chunk(sides)
+    hits = outputs.is_top1[:, -t:].chunk(sides)[0] & parts[0]
+    logits = zip(("logits/chosen", "logits/rejected"), means, parts, strict=False)
     return {
         "entropy": ((outputs.entropy[:, -t:] * mask).sum(), mask.sum()),
-        "logits/chosen": (mean_good.sum(), good.sum()),
-        "logits/rejected": (mean_bad.sum(), bad.sum()),
-        "mean_token_accuracy": (hits.sum(), good.sum()),
+        **{name: (mean.sum(), part.sum()) for name, mean, part in logits},
+        "mean_token_accuracy": (hits.sum(), parts[0].sum()),
     }
 
 

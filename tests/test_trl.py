@@ -187,6 +187,26 @@ def _mixed(folder, tokenizer, arguments, **named):
     )
 
 
+def test_steps_of_the_chosen_alone_are_those_of_sft(folder, tokenizer, tmp_path):
+    """Without a loss on rejected responses a step reads as many tokens as supervised training."""
+    arguments = _settings(tmp_path, max_steps=4, gradient_accumulation_steps=2)
+    rows = [{"prompt": r["prompt"], "completion": r["chosen"]} for r in _pairs(40)]
+    supervised = SFTTrainer(
+        folder,
+        args=SFTConfig(**arguments),
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=tokenizer,
+    )
+    held_out = _pairs(6, seed=1)
+    trainer = _mixed(folder, tokenizer, arguments, loss={"mle": 1.0}, eval_dataset=held_out)
+    for ours, theirs in zip(_train(trainer), _train(supervised), strict=True):
+        for name in ("loss", "grad_norm", "entropy"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-5), name
+        assert ours["num_tokens"] == theirs["num_tokens"]
+        assert not {"logps/rejected", "pairs/accuracies", "logits/rejected"} & ours.keys()
+    assert {"eval_logps/rejected", "eval_pairs/accuracies"} <= trainer.evaluate().keys()
+
+
 @pytest.mark.parametrize("penalty", ["exmate", "unlikelihood"])
 def test_accumulated_batches_are_one(folder, tokenizer, tmp_path, penalty):
     """A step's loss does not depend on how its pairs, of different lengths, are split."""

@@ -99,6 +99,10 @@ class RewardPenalizeLoss(nn.Module):
         options = "".join(f", {k}={v!r}" for k, v in self.options.items())
         return f"{self.weights}{options}"
 
+    def needs(self, name: str) -> bool:
+        """Returns whether any of the losses needs an input of `forward`, by its name."""
+        return any(wanted.get(name, False) for wanted in self._inputs.values())
+
     def forward(
         self,
         good: Responses,
