@@ -47,7 +47,7 @@ class Chain(NamedTuple):
     normalised: bool
 
 
-def chain_of(processors: LogitsProcessorList, fused_warper: type) -> Chain:
+def chain_of(processors: LogitsProcessorList, fused_warper: type[Any]) -> Chain:
     """Reads a prepared list of processors.
 
     Args:
@@ -61,7 +61,7 @@ def chain_of(processors: LogitsProcessorList, fused_warper: type) -> Chain:
     Warns:
         UserWarning: a warper has a value that no `Adaptor` takes (a temperature of 1e-7, say).
     """
-    body = list(processors)
+    body: list[Any] = list(processors)
     normalised = bool(body) and type(body[-1]) is LogitNormalization
     if normalised:
         body.pop()

@@ -8,7 +8,6 @@ from torch import Tensor
 from transformers import (
     GenerationConfig,
     LogitsProcessor,
-    LogitsProcessorList,
     StoppingCriteriaList,
 )
 
@@ -79,8 +78,9 @@ class Draw(LogitsProcessor):
                 f"scores: {expected}, got {scores.dtype}; warpers and draw run unfused",
                 stacklevel=8,  # whoever called model.generate
             )
-        out: Tensor = LogitsProcessorList(self.chain.warpers)(input_ids, scores)
-        return out
+        for warper in self.chain.warpers:
+            scores = warper(input_ids, scores)
+        return scores
 
     def _rows_of(self, tokens: Tensor, scores: Tensor) -> Tensor:
         """The one-hot rows, in one buffer while the scores keep their shape: two writes a row."""
