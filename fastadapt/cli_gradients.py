@@ -160,10 +160,7 @@ def _prefixed(arguments: argparse.Namespace, prefix: str) -> dict[str, Any]:
 
 def _load(arguments: argparse.Namespace) -> tuple[Any, Any, str]:
     """The model, its tokenizer and its name."""
-    from fastadapt.pretrained import DEFAULT_MODEL, load_model
+    from fastadapt.pretrained import DEFAULT_MODEL, load_model, no_progress
 
-    def quiet(phase: str, done: int, total: int) -> None:
-        """Load without bars of transformers' own."""
-
-    loaded = load_model(arguments.model, fetch=True, progress=quiet)
+    loaded = load_model(arguments.model, fetch=True, progress=no_progress)
     return *loaded, arguments.model or DEFAULT_MODEL

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastadapt import model_cache
@@ -39,6 +40,8 @@ __all__ = [
     "Progress",
     "TermsNotAcceptedError",
     "load_model",
+    "no_progress",
+    "silenced",
     "terms_to_accept",
 ]
 
@@ -87,7 +90,7 @@ def load_model(
             fetched.
         TermsNotAcceptedError: the model's terms of use have to be accepted first.
     """
-    report, quiet = progress or _ignore, progress is not None
+    report, quiet = progress or no_progress, progress is not None
     name = None if name_or_path is None else os.fspath(name_or_path)
     path = None if name is None else Path(name).expanduser()
     packaged = find_packaged(name)
@@ -106,7 +109,7 @@ def load_model(
                 loaded = _load_gguf(path, dtype)
             else:
                 loaded = _load_folder(path if path.is_dir() else name, dtype)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise ModelNotFoundError(
                 f"no causal language model could be loaded from {name!r}: {_first_line(error)}"
             ) from error
@@ -140,7 +143,7 @@ def _load_packaged(
     progress: Progress | None,
 ) -> tuple[Any, Any]:
     """Load a packaged model from the cache, or make its copy there under a lock first."""
-    report, quiet = progress or _ignore, progress is not None
+    report, quiet = progress or no_progress, progress is not None
     report("checking the kept model", 0, 4)
     folder = model_cache.intact_folder(model)
     if folder is None:
@@ -212,7 +215,7 @@ def _make(
     return loaded, of_hub
 
 
-def _ignore(phase: str, done: int, total: int) -> None:
+def no_progress(phase: str, done: int, total: int) -> None:
     """Take a progress report and do nothing."""
 
 
@@ -275,20 +278,25 @@ def _first_line(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def _quiet(active: bool) -> Iterator[None]:
-    """Silence transformers' bars and warnings for a while, if asked to."""
+def silenced() -> Iterator[None]:
+    """Leave transformers' bars and warnings out for a while; its errors stay."""
     logging: Any = transformers.utils.logging
     bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    if active:
-        logging.disable_progress_bar()
-        logging.set_verbosity_error()
-    # the bar of the GGUF reader has no switch
-    bar_output = contextlib.redirect_stderr(io.StringIO()) if active else contextlib.nullcontext()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
-        with bar_output:
-            yield
+        yield
     finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def _quiet(active: bool) -> Iterator[None]:
+    """Silence transformers for a while, if asked to, and its GGUF reader, which has no switch."""
+    with contextlib.ExitStack() as stack:
         if active:
-            logging.set_verbosity(verbosity)
-            if bars:
-                logging.enable_progress_bar()
+            stack.enter_context(silenced())
+            stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+        yield

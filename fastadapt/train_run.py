@@ -13,17 +13,15 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import transformers
 from accelerate import PartialState
 from datasets import Dataset
-from safetensors import SafetensorError
 from transformers import set_seed
 from trl.trainer.dpo_config import DPOConfig
 
 from fastadapt.cli_errors import CommandError, check_folder
 from fastadapt.pair_forms import Pair
 from fastadapt.preferences import Truncation, tokenize_pair
-from fastadapt.pretrained import load_model
+from fastadapt.pretrained import load_model, no_progress, silenced
 from fastadapt.train_config import check_resumed, settings_of
 from fastadapt.train_data import load_pairs, split_pairs
 from fastadapt.train_folder import RunFolder, sole_writer, step_of
@@ -130,10 +128,7 @@ class Job:
         arguments = self.arguments
         before = self.folder.end_of_stage(number - 1) if number else None
         name: Any = before if before and not arguments.lora_r else arguments.model
-        try:
-            model, self.tokenizer = load_model(name, fetch=True, progress=_no_progress)
-        except SafetensorError as error:
-            raise CommandError(f"model: {name} cannot be read: {error}") from error
+        model, self.tokenizer = load_model(name, fetch=True, progress=no_progress)
         if arguments.lora_r:
             set_seed(self.config.seed)
             model = _with_adapters(model, arguments, before)
@@ -280,22 +275,9 @@ def _named(stage: Mapping[str, float]) -> str:
     return " + ".join(name if w == 1 else f"{w:g} {name}" for name, w in stage.items())
 
 
-def _no_progress(phase: str, done: int, total: int) -> None:
-    """Loads without bars."""
-
-
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Leaves transformers' bars and warnings out of a run's lines; its errors stay."""
-    logging: Any = transformers.utils.logging
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
-            yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
+    with silenced(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        yield

@@ -107,7 +107,7 @@ OTHERS = {
     },
     "packaged_models": set(),
     "model_cache": {"filelock", "platformdirs", "transformers"},
-    "pretrained": {"torch", "transformers"},
+    "pretrained": {"torch", "transformers", "safetensors"},
     "measure": {"torch", "transformers"},
     "memory": set(),
     "demo": {"torch", "transformers", "rich"},
@@ -119,8 +119,7 @@ OTHERS = {
     "train_folder": {"filelock"},
     "train_log": {"rich", "transformers"},
     "train_stage": {"torch", "transformers", "trl", "datasets", "safetensors"},
-    "train_run": {"torch", "transformers", "trl", "accelerate", "datasets", "peft"}
-    | {"safetensors"},
+    "train_run": {"torch", "transformers", "trl", "accelerate", "datasets", "peft"},
     "cli_errors": set(),
     "cli_train": {"torch", "accelerate", "rich"},
     "cli": set(),

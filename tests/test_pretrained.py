@@ -540,6 +540,14 @@ def test_load_model_says_what_is_wrong_with_a_folder(tmp_path):
     assert "\n" not in str(raised.value)
 
 
+def test_load_model_says_that_weights_are_cut_short(tmp_path):
+    pretrained._save(*_tiny(), tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-7])
+    with pytest.raises(ModelNotFoundError, match="could be loaded from .*not fully covered"):
+        pretrained.load_model(tmp_path)
+
+
 @pytest.mark.demo_model
 def test_rebuilt_demo_model_is_the_one_of_the_gguf(tmp_path, monkeypatch):
     """The GGUF-loaded model, the rebuilt one and the one read from the cache give equal logits."""
