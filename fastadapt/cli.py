@@ -124,6 +124,7 @@ def _parser() -> argparse.ArgumentParser:
 def _run_demo(arguments: argparse.Namespace) -> int:
     """Check the arguments of the demo, then run it."""
     from fastadapt import Adaptor, demo
+    from fastadapt.model_head import HeadError
 
     try:
         options = demo.DemoOptions(
@@ -141,7 +142,7 @@ def _run_demo(arguments: argparse.Namespace) -> int:
         arguments.subparser.error(str(error))
     try:
         demo.run(options)
-    except demo.PromptTooLongError as error:
+    except (demo.PromptTooLongError, HeadError) as error:
         raise CommandError(error) from error
     return 0
 

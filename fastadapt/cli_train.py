@@ -84,6 +84,7 @@ def main(argv: Sequence[str]) -> int:
     from accelerate import PartialState
     from rich.console import Console
 
+    from fastadapt.model_head import HeadError
     from fastadapt.train_data import DataError
     from fastadapt.train_log import Reporter
     from fastadapt.train_run import run
@@ -92,7 +93,7 @@ def main(argv: Sequence[str]) -> int:
     reporter = Reporter(out, active=PartialState().is_main_process)
     try:
         run(arguments, config, reporter)
-    except DataError as error:
+    except (DataError, HeadError) as error:
         raise CommandError(error) from error
     except torch.OutOfMemoryError as error:
         raise CommandError(f"expected room for a batch, got: {error}") from error

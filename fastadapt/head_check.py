@@ -22,6 +22,7 @@ from fastadapt.head_shape import fitted_shape, numbers_of, tolerance_of
 from fastadapt.model_head import (
     INSTEAD,
     Head,
+    HeadError,
     accepted,
     before_head,
     beside,
@@ -194,7 +195,7 @@ def _forward(model: Any, causal: Any, layer: Any, inputs: Mapping[str, Any] | No
         weight, bias = layer.weight, getattr(layer, "bias", None)
         if states.shape[-1] != weight.shape[-1] or not states.is_floating_point():
             got = f"{tuple(states.shape)} states and a matrix of {tuple(weight.shape)}"
-            raise ValueError(f"model: expected a head that reads its states, got {got}")
+            raise HeadError(f"model: expected a head that reads its states, got {got}")
         known = known_states(states, weight)
         seen.states.append(states.reshape(-1, *states.shape[-2:])[0])
         seen.products.append(whole(F.linear(beside(known, weight), weight, bias)))
@@ -232,17 +233,17 @@ def _answer(causal: Any, layer: Any, seen: _Seen) -> Answer:
     name = type(causal).__name__
     if len(seen.states) != 1:
         times = {0: "never calls it", 2: "calls it twice"}.get(len(seen.states), "calls it often")
-        raise ValueError(
+        raise HeadError(
             f"model: expected a forward that calls its head once, {name} {times}; {INSTEAD}"
         )
     if len(seen.logits) != 1:
-        raise ValueError(f"model: expected a forward that returns logits, {name} does not")
+        raise HeadError(f"model: expected a forward that returns logits, {name} does not")
     direct = len(seen.body) == 1 and torch.equal(seen.body[0], seen.states[0])
     for offset, values in ((None, None), *seen.offsets.items()):
         found = fitted(causal, seen.products[0], seen.logits[0], values)
         if found is not None:
             return Answer(seen.logits[0].shape[-1], *found, offset, direct)
-    raise ValueError(
+    raise HeadError(
         f"model: expected logits that are products with the head's matrix, scaled and capped by "
         f"numbers of its configuration; {name} with {type(layer).__name__} as head makes others; "
         f"{INSTEAD}"

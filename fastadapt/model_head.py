@@ -15,6 +15,10 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 INSTEAD = "fastadapt.training.logits_margins is right for any model"
 
 
+class HeadError(ValueError):
+    """A model cannot be scored without its logits: the message says why, and what is right."""
+
+
 class Head(NamedTuple):
     """A linear head and what its model does to the logits.
 
@@ -41,7 +45,7 @@ def causal_of(model: Any) -> Any:
     inner = model
     for _ in range(2):
         if hasattr(inner, "_orig_mod") or getattr(inner, "_compiled_call_impl", None) is not None:
-            raise ValueError(
+            raise HeadError(
                 "model: expected one that is not compiled, got one of torch.compile; compile its "
                 "layers instead, `layer.compile()`"
             )
@@ -59,15 +63,15 @@ def layer_of(model: Any) -> Any:
     layer = causal_of(model).get_output_embeddings()
     weight, kind = getattr(layer, "weight", None), type(layer).__name__
     if hasattr(layer, "base_layer") or hasattr(layer, "original_module"):
-        raise ValueError(f"model: expected a head without an adapter, got {kind}; {INSTEAD}")
+        raise HeadError(f"model: expected a head without an adapter, got {kind}; {INSTEAD}")
     if not isinstance(weight, Tensor):
-        raise ValueError(f"model: expected one with a linear head, got {kind}; {INSTEAD}")
+        raise HeadError(f"model: expected one with a linear head, got {kind}; {INSTEAD}")
     wrapped = not isinstance(weight, DTensor) and _is_wrapped(weight)
     if wrapped or not weight.is_floating_point():
         got = f"{type(weight).__name__} of {weight.dtype} in {kind}"
-        raise ValueError(f"model: expected a head that is not quantised, got {got}; {INSTEAD}")
+        raise HeadError(f"model: expected a head that is not quantised, got {got}; {INSTEAD}")
     if weight.dim() != 2 and not hasattr(weight, "ds_id"):
-        raise ValueError(f"model: expected one with a linear head, got {kind}; {INSTEAD}")
+        raise HeadError(f"model: expected one with a linear head, got {kind}; {INSTEAD}")
     return layer
 
 
@@ -78,9 +82,9 @@ def check_sharding(layer: Any) -> None:
     if not layer.weight.requires_grad or not torch.is_grad_enabled():
         return
     if hasattr(layer.weight, "ds_id"):
-        raise ValueError("model: expected a frozen head under ZeRO-3, got one that is trained")
+        raise HeadError("model: expected a frozen head under ZeRO-3, got one that is trained")
     if isinstance(layer, FSDPModule):
-        raise ValueError(
+        raise HeadError(
             "model: expected a head that is sharded with the model (FSDP2) or frozen, got a "
             "trained one with fully_shard of its own"
         )
@@ -113,7 +117,7 @@ def before_head(layer: Any, meet: Callable[[Tensor], Tensor]) -> Iterator[None]:
     def on_call(_: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         if not arguments or not isinstance(arguments[0], Tensor):
             got = [type(argument).__name__ for argument in arguments]
-            raise ValueError(f"model: expected a head called with states, got {got}; {INSTEAD}")
+            raise HeadError(f"model: expected a head called with states, got {got}; {INSTEAD}")
         return (meet(arguments[0]), *arguments[1:])
 
     handle = layer.register_forward_pre_hook(on_call)

@@ -18,6 +18,7 @@ from fastadapt.losses import Responses, RewardPenalizeLoss, sequence_logps
 from fastadapt.margins import label_margins, linear_label_margins
 from fastadapt.model_head import (
     Head,
+    HeadError,
     accepted,
     before_head,
     causal_of,
@@ -58,7 +59,7 @@ def states_at_head(model: Any, inputs: Mapping[str, Any]) -> tuple[Tensor, Any]:
     with before_head(layer, keep):
         output = model(**(accepted(model, use_cache=False) | dict(inputs)))
     if len(met) != 1:
-        raise ValueError(f"model: expected a forward that calls its head once, got {len(met)}")
+        raise HeadError(f"model: expected a forward that calls its head once, got {len(met)}")
     return met[0], output
 
 
@@ -122,7 +123,7 @@ def forward_margins(model: Any, inputs: Mapping[str, Any], labels: Tensor) -> Te
     def give(*_: Any) -> dict[str, Tensor]:
         if len(margins) != 1:
             name = type(causal).__name__
-            raise ValueError(f"model: expected a forward that calls its head once, got {name}")
+            raise HeadError(f"model: expected a forward that calls its head once, got {name}")
         return {"margins": margins.pop()}
 
     # before the hooks of wrappers, which look at what the forward returned

@@ -15,7 +15,7 @@ from torch import Tensor
 from fastadapt.head_check import Answer, fitted, known_states, remembered
 from fastadapt.losses import label_logps
 from fastadapt.margins import linear_label_margins
-from fastadapt.model_head import causal_of, evaluating, layer_of
+from fastadapt.model_head import HeadError, causal_of, evaluating, layer_of
 
 # What the forward of trl 1.16 passes, in this order.
 ARGUMENTS = (
@@ -72,7 +72,7 @@ def score(
     if missing:
         raise ValueError(f"outputs: expected some of {sorted(_OURS)}, got {missing} (WPO)")
     if hasattr(weight, "ds_id") and weight.requires_grad:
-        raise ValueError("lm_head: expected a frozen one under ZeRO-3, got one that is trained")
+        raise HeadError("lm_head: expected a frozen one under ZeRO-3, got one that is trained")
     caller = _forward_of_trl()
     if caller is not None:
         answer = _ask(caller, weight, bias)
@@ -119,7 +119,7 @@ def _forward_of_trl() -> Mapping[str, Any] | None:
     if frame is None:
         return None
     if frame.f_code.co_name != _FORWARD or torch.compiler.is_compiling():
-        raise ValueError("model: expected one that is not compiled, got one of torch.compile")
+        raise HeadError("model: expected one that is not compiled, got one of torch.compile")
     return frame.f_locals
 
 
@@ -155,7 +155,7 @@ def _look(causal: Any, caller: Mapping[str, Any], weight: Tensor, bias: Tensor |
     logits = output.logits.reshape(-1, *output.logits.shape[-2:])[0]
     found = fitted(causal, products, logits)
     if found is None:
-        raise ValueError(
+        raise HeadError(
             f"model: expected logits that are products of the states of its body with the head's "
             f"matrix, scaled and capped by numbers of its configuration; "
             f"{type(causal).__name__} makes others; trl's loss needs logits here"

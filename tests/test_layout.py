@@ -82,7 +82,7 @@ OURS = {
     | {"train_folder", "train_log", "train_options", "train_stage"},
     "cli_errors": set(),
     "cli_train": {"cli_errors", "train_config", "train_data", "train_log", "train_options"}
-    | {"train_run"},
+    | {"model_head", "train_run"},
     "head_shape": set(),
     "model_head": set(),
     "head_check": {"head_shape", "model_head"},
@@ -91,7 +91,8 @@ OURS = {
     "demo": PUBLIC | {"demo_training", "hf", "measure", "pretrained"},
     "demo_training": PUBLIC | {"memory", "preferences", "training"},
     "cli": PUBLIC
-    | {"cli_errors", "cli_gradients", "cli_tradeoff", "cli_train", "demo", "hf", "study"},
+    | {"cli_errors", "cli_gradients", "cli_tradeoff", "cli_train", "demo", "hf", "model_head"}
+    | {"study"},
     "cli_gradients": {"cli_errors", "preferences", "pretrained", "study"},
     "cli_tradeoff": {"cli_errors", "pretrained", "study"} | {""},
 }

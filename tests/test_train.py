@@ -14,7 +14,13 @@ import datasets
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, LlamaForCausalLM, Trainer
+from transformers import (
+    AutoTokenizer,
+    LlamaForCausalLM,
+    RobertaConfig,
+    RobertaForCausalLM,
+    Trainer,
+)
 
 from fastadapt import train_folder, train_stage
 from fastadapt.cli import main
@@ -535,6 +541,26 @@ def test_model_that_cannot_be_read(train, model, tmp_path, capsys):
     flags = ["--loss", "mle", "--lora_r", 2, "--lora_target_modules", "q_prooj"]
     assert train(tmp_path / "other", *flags) == 2
     assert "lora_target_modules: Target modules {'q_prooj'} not found" in _one_line(capsys)
+
+
+def test_model_with_more_than_a_matrix_as_head(train, model, tmp_path, capsys):
+    """Nothing is computed before the first step of a stage without a reference."""
+    tokenizer, folder = AutoTokenizer.from_pretrained(model), tmp_path / "model"
+    config = RobertaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=80,
+        pad_token_id=tokenizer.pad_token_id,
+        is_decoder=True,
+    )
+    RobertaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    capsys.readouterr()
+    assert train(tmp_path / "run", "--loss", "exmate", "--model", folder) == 2
+    assert "RobertaForCausalLM makes others; trl's loss needs logits here" in _one_line(capsys)
 
 
 def test_parsing_of_stages():
