@@ -98,6 +98,19 @@ class RunFolder:
             raise CommandError(f"{self._settings}: expected JSON, got {error}") from error
         return found
 
+    def check_unused(self) -> None:
+        """Raises where a run that begins here would take or replace what it has not written.
+
+        Raises:
+            CommandError: there is a model, metrics.jsonl or a stage, without the run's settings.
+        """
+        for path in (self.model, self._metrics, self.stage(0)):
+            if path.exists():
+                raise CommandError(
+                    f"output_dir: expected a folder without {path.name}, which a run writes, got "
+                    f"{self.path}"
+                )
+
     def keep_settings(self, settings: Mapping[str, Any]) -> None:
         """Writes the settings of the run."""
         write_json(self._settings, dict(settings))

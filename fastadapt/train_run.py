@@ -99,8 +99,8 @@ class Job:
                 settings = self._check_settings()
             number, checkpoint, damaged = self.folder.last_checkpoint(len(self.mixtures))
             if processes.is_main_process:
-                self.folder.rewind_metrics(number, step_of(checkpoint) if checkpoint else 0)
                 self.folder.keep_settings(settings)
+                self.folder.rewind_metrics(number, step_of(checkpoint) if checkpoint else 0)
         for text in damaged:
             self.reporter.say(f"damaged, set aside: {text}")
         if checkpoint is not None:
@@ -112,15 +112,17 @@ class Job:
         digest = hashlib.sha256(repr(self.pairs).encode()).hexdigest()
         settings = settings_of(self.arguments, self.config, digest)
         had = self.folder.settings()
-        if had is not None and not self.arguments.resume:
+        if had is None:
+            self.folder.check_unused()
+            return settings
+        if not self.arguments.resume:
             raise CommandError(
                 f"output_dir: {self.folder.path} has a run; go on with --resume or name another"
             )
-        if had is not None:
-            try:
-                check_resumed(had, settings)
-            except ValueError as error:
-                raise CommandError(error) from error
+        try:
+            check_resumed(had, settings)
+        except ValueError as error:
+            raise CommandError(error) from error
         return settings
 
     def _load(self, number: int) -> Any:

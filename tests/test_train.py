@@ -298,6 +298,15 @@ def test_one_run_in_a_folder(train, tmp_path, capsys):
     assert "has a run; go on with --resume or name another" in _one_line(capsys)
 
 
+@pytest.mark.parametrize("name", ["model", "metrics.jsonl", "stage-1"])
+def test_a_run_begins_in_no_folder_with_files_like_its_own(train, tmp_path, capsys, name):
+    """They may be all that somebody has, such as the model that the run shall begin with."""
+    (tmp_path / name).mkdir()
+    assert train(tmp_path, "--loss", "mle") == 2
+    assert f"output_dir: expected a folder without {name}, which" in _one_line(capsys)
+    assert (tmp_path / name).is_dir() and not (tmp_path / "run.json").exists()
+
+
 def _broken_model(model, folder):
     """The same model with one NaN."""
     found = LlamaForCausalLM.from_pretrained(model)
