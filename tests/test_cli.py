@@ -26,6 +26,7 @@ from fastadapt import (
     pretrained,
     training,
 )
+from fastadapt.model_head import HeadError
 from fastadapt.preferences import Pair, encode_pairs
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,6 +57,17 @@ def tiny_folder(tmp_path_factory):
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
+
+
+def test_demo_of_a_model_that_cannot_be_trained_ends_in_one_line(monkeypatch, capsys):
+    def run(options):
+        raise HeadError("model: expected one with a linear head, got ModuleList")
+
+    monkeypatch.setattr(demo, "run", run)
+    assert cli.main(["demo"]) == 2
+    assert capsys.readouterr().err == (
+        "fastadapt: model: expected one with a linear head, got ModuleList\n"
+    )
 
 
 @pytest.fixture
