@@ -28,7 +28,7 @@ def sole_writer(folder: Path) -> Iterator[None]:
     The lock goes with its process, however that ends.
 
     Raises:
-        CommandError: another process holds it; the message says which.
+        CommandError: another process holds it, the message says which; or there are no locks here.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(folder / ".lock")
@@ -37,6 +37,8 @@ def sole_writer(folder: Path) -> Iterator[None]:
         lock.acquire(timeout=0)
     except filelock.Timeout:
         raise CommandError(f"output_dir: {folder} is in use by {_holder(note)}") from None
+    except NotImplementedError as error:
+        raise CommandError(f"output_dir: expected a file system with locks: {error}") from error
     try:
         started = time.strftime("%Y-%m-%d %H:%M:%S %z")
         who = {"pid": os.getpid(), "host": socket.gethostname(), "since": started}

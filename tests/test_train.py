@@ -298,6 +298,15 @@ def test_one_run_in_a_folder(train, tmp_path, capsys):
     assert "has a run; go on with --resume or name another" in _one_line(capsys)
 
 
+def test_file_system_without_locks(train, tmp_path, capsys, monkeypatch):
+    def refuse(self, **_):
+        raise NotImplementedError("use SoftFileLock instead")
+
+    monkeypatch.setattr(train_folder.filelock.FileLock, "acquire", refuse)
+    assert train(tmp_path, "--loss", "mle") == 2
+    assert "output_dir: expected a file system with locks: use Soft" in _one_line(capsys)
+
+
 @pytest.mark.parametrize("name", ["model", "metrics.jsonl", "stage-1"])
 def test_a_run_begins_in_no_folder_with_files_like_its_own(train, tmp_path, capsys, name):
     """They may be all that somebody has, such as the model that the run shall begin with."""
