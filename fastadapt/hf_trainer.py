@@ -46,7 +46,8 @@ class LogitsFreeTrainer(Trainer):
     Raises:
         ValueError: what needs logits: `compute_loss_func`, `label_smoothing_factor`; a compiled
             model; router logits, whose loss would be left out; at the first batch, a model whose
-            own loss is another one, or as `fastadapt.training.forward_margins`.
+            own loss is another one, or as `fastadapt.training.forward_margins`; a batch without
+            labels.
     """
 
     objective: Callable[[Responses], Tensor]
@@ -79,6 +80,8 @@ class LogitsFreeTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The loss of a batch, its share of the step's where `num_items_in_batch` is given."""
+        if inputs.get("labels") is None:
+            raise ValueError(f"inputs: expected labels among them, got {sorted(inputs)}")
         if self._shifts is None:
             self._shifts = self._ask_loss(model, inputs, num_items_in_batch is not None)
         margins, mask = self._margins(model, inputs, shift=self._shifts)

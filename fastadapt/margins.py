@@ -183,6 +183,9 @@ def linear_label_margins(
             range, before any work, and labels that are not the same on all ranks.
         RuntimeError: a group without torch.distributed; in the backward, a gradient of `outputs`.
     """
+    for name, given in (("hidden", hidden), ("weight", weight), ("labels", labels)):
+        if not isinstance(given, Tensor):
+            raise TypeError(f"{name}: expected a Tensor, got {type(given).__name__}")
     part = split_head(hidden, weight, labels, bias, group)
     rows = _in_type_of_head(fold_rows("hidden", part.hidden), part.weight)
     flat = per_row("labels", part.labels, torch.int64, part.hidden.shape[:-1], rows)

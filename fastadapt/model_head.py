@@ -60,7 +60,11 @@ def layer_of(model: Any) -> Any:
         ValueError: there is none; one with an adapter of its own, which a product with its matrix
             alone would leave out; a quantised one, whose numbers are codes.
     """
-    layer = causal_of(model).get_output_embeddings()
+    causal = causal_of(model)
+    if not hasattr(causal, "get_output_embeddings"):
+        got = type(causal).__name__
+        raise ValueError(f"model: expected a language model of transformers, got {got}")
+    layer = causal.get_output_embeddings()
     weight, kind = getattr(layer, "weight", None), type(layer).__name__
     if hasattr(layer, "base_layer") or hasattr(layer, "original_module"):
         raise HeadError(f"model: expected a head without an adapter, got {kind}; {INSTEAD}")

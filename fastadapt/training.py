@@ -106,16 +106,22 @@ def forward_margins(model: Any, inputs: Mapping[str, Any], labels: Tensor) -> Te
     Raises:
         ValueError: as `fastadapt.head_check.head_of`, among which a model that makes something else
             of its head's products, a quantised or compiled one; positions that are not those of
-            `labels`.
+            `labels`; labels among the inputs.
+        TypeError: inputs that are no mapping.
     """
+    if not isinstance(inputs, Mapping):
+        got = type(inputs).__name__
+        raise TypeError(f"inputs: expected a mapping, arguments of the model's forward, got {got}")
+    if inputs.get("labels") is not None:
+        raise ValueError("inputs: expected no labels among them, got labels")
     causal, layer = causal_of(model), layer_of(model)
     answer = ask(model, inputs)
     margins: list[Tensor] = []
 
     def score(states: Tensor) -> Tensor:
         if states.shape[:-1] != labels.shape:
-            got = f"{tuple(states.shape[:-1])} states"
-            raise ValueError(f"labels: expected one for each position, got {got}")
+            want, got = tuple(states.shape[:-1]), tuple(labels.shape)
+            raise ValueError(f"labels: expected one for each position, {want}, got {got}")
         head = read_head(causal, answer)
         margins.append(head_margins(head, states, labels))
         return without_positions(states, layer.weight)

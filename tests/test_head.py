@@ -412,6 +412,20 @@ def test_adapters_and_compiled_models_are_refused():
     check(layers)
 
 
+def test_arguments_that_are_none_of_a_forward():
+    model = make()
+    inputs = inputs_of(model)
+    labels = labels_of(inputs)
+    with pytest.raises(ValueError, match="inputs: expected no labels among them"):
+        forward_margins(model, {**inputs, "labels": labels}, labels)
+    with pytest.raises(TypeError, match="inputs: expected a mapping.*, got Tensor"):
+        forward_margins(model, inputs["input_ids"], labels)
+    with pytest.raises(ValueError, match=r"labels: expected one for each position, \(\d+, \d+\),"):
+        forward_margins(model, inputs, labels[:, :2])
+    with pytest.raises(ValueError, match="expected a language model of transformers, got Linear"):
+        forward_margins(torch.nn.Linear(2, 2), inputs, labels)
+
+
 def test_a_trained_head_that_sharding_takes_away_is_refused():
     """ZeRO-3 marks its parameters; a frozen head, or no gradient, is none of its matters."""
     model = make()

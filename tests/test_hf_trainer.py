@@ -303,6 +303,13 @@ def test_the_question_draws_nothing(tmp_path):
     assert ours == pytest.approx(theirs, rel=1e-5)
 
 
+def test_batches_need_labels(tmp_path):
+    args = TrainingArguments(tmp_path, report_to=[], use_cpu=True)
+    trainer = LogitsFreeTrainer(_model(), args)
+    with pytest.raises(ValueError, match="inputs: expected labels among them, got .'input_ids'."):
+        trainer.compute_loss(trainer.model, {"input_ids": torch.zeros(1, 4, dtype=torch.int64)})
+
+
 @pytest.mark.parametrize("name", ["llama", "cohere", "gemma2"])
 def test_margins_of_a_forward(name):
     model, batch = _model(name).eval(), _collate(_rows(5))

@@ -380,6 +380,10 @@ def test_arguments_are_checked():
     hidden, labels = hidden.detach(), labels.clamp(max=19)
     with pytest.raises(ValueError, match=r"weight: expected shape \(V, 8\), V >= 1, got \(8, 20\)"):
         linear_label_margins(hidden, weight.t(), labels)
+    with pytest.raises(TypeError, match="weight: expected a Tensor, got Linear"):
+        linear_label_margins(hidden, torch.nn.Linear(8, 20), labels)
+    with pytest.raises(TypeError, match="labels: expected a Tensor, got list"):
+        linear_label_margins(hidden, weight, labels.tolist())
     with pytest.raises(ValueError, match=r"bias: expected shape \(20,\), got \(19,\)"):
         linear_label_margins(hidden, weight, labels, bias[1:])
     with pytest.raises(TypeError, match="weight: expected torch.float32 as hidden, got .*bfloat16"):
