@@ -38,13 +38,13 @@ RANGES = {
     "temperature": _Range(
         "0 or a value in [1e-6, 3.4e38]", 1e-6, 3.4028234663852886e38, or_zero=True
     ),
-    "top_k": _Range("an integer >= 0", 0, 2**31 - 1),
+    "top_k": _Range("an integer in [0, 2**31)", 0, 2**31 - 1),
     "top_p": _UNIT,
     "min_p": _UNIT,
     "typical_p": _Range("a value in (0, 1]", 0, 1, open_low=True),
     "epsilon_cutoff": _CUTOFF,
     "eta_cutoff": _CUTOFF,
-    "min_tokens_to_keep": _Range("an integer >= 1", 1, 2**31 - 1),
+    "min_tokens_to_keep": _Range("an integer in [1, 2**31)", 1, 2**31 - 1),
 }
 KNOBS = tuple(RANGES)
 

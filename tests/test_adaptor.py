@@ -42,6 +42,13 @@ def test_tensor_out_of_range_names_row(name, value):
         Adaptor(**{name: knob})
 
 
+def test_upper_end_of_integers_is_named():
+    for name, low in (("top_k", 0), ("min_tokens_to_keep", 1)):
+        message = rf"{name}: expected an integer in \[{low}, 2\*\*31\), got 2147483648"
+        with pytest.raises(ValueError, match=message):
+            Adaptor(**{name: 2**31})
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [

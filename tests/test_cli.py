@@ -108,7 +108,7 @@ def test_missing_extra_is_named(package, tmp_path):
     [
         (["--top-p", "1.5"], r"top_p: expected a value in \[0, 1\], got 1.5"),
         (["--top-p", "nan"], "top_p: expected"),
-        (["--top-k", "-1"], "top_k: expected an integer >= 0, got -1"),
+        (["--top-k", "-1"], r"top_k: expected an integer in \[0, 2\*\*31\), got -1"),
         (["--top-k", "2.5"], "--top-k: invalid int value: '2.5'"),
         (["--temperature", "-1"], "temperature: expected"),
         (["--temperature", "0"], "temperature: expected above 0, got 0"),
