@@ -6,8 +6,9 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import yaml
-from transformers import Trainer
+from transformers import Trainer, get_scheduler
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 from trl.scripts.utils import TrlParser
 from trl.trainer.dpo_config import DPOConfig
@@ -44,6 +45,8 @@ _INSTEAD = {
     "load_best_model_at_end": "a stage goes on from where it is",
     "push_to_hub": "upload the run's model folder when it is done",
     "save_only_model": "a checkpoint without its optimizer cannot be resumed",
+    "torch_compile": "a model whose forward is compiled has no margins",
+    "use_liger_kernel": "margins are made without logits already",
 }
 _DECIDE_NOTHING = (
     *("output_dir", "report_to", "run_name", "disable_tqdm", "log_level", "log_on_each_node"),
@@ -61,9 +64,12 @@ def make_parser() -> TrainParser:
     """Returns the parser of all flags, ours and trl's."""
     parser = TrainParser(dataclass_types=[RunArguments, DPOConfig], prog="fastadapt train")
     parser.set_defaults(**DEFAULTS)
+    switch = next(action.type for action in parser._actions if action.dest == "use_cpu")
     for action in parser._actions:
         if action.dest == "output_dir":
             action.required = True
+        if action.type is switch and action.nargs is None:  # bool | None, as bf16
+            action.nargs, action.const = "?", True
     return parser
 
 
@@ -154,13 +160,23 @@ def _check(run: RunArguments, config: DPOConfig) -> None:
         value = getattr(config, name)
         if value != usual and (value or usual):
             raise ValueError(f"{name}: expected {usual!r}, got {value!r}: {instead}")
-    for name in ("learning_rate", "max_grad_norm", "weight_decay", "beta"):
+    for name in ("learning_rate", "max_grad_norm", "weight_decay", "beta", "adam_epsilon"):
         value = getattr(config, name)
         if not 0 <= value < float("inf"):
             raise ValueError(f"{name}: expected a finite value of at least 0, got {value}")
     for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name}: expected at least 1, got {getattr(config, name)}")
+    for name in ("adam_beta1", "adam_beta2"):
+        if not 0 <= getattr(config, name) < 1:
+            raise ValueError(f"{name}: expected a value in [0, 1), got {getattr(config, name)}")
+    if config.dataloader_num_workers < 0:
+        got = config.dataloader_num_workers
+        raise ValueError(f"dataloader_num_workers: expected at least 0, got {got}")
+    for name in ("eval_accumulation_steps", "pad_to_multiple_of", "dataloader_prefetch_factor"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name}: expected at least 1, got {value}")
     if config.gradient_accumulation_steps < 1:
         got = config.gradient_accumulation_steps
         raise ValueError(f"gradient_accumulation_steps: expected at least 1, got {got}")
@@ -177,6 +193,8 @@ def _check(run: RunArguments, config: DPOConfig) -> None:
             f"eval_strategy: expected --eval_data or --eval_fraction beside "
             f"{as_plain(config)['eval_strategy']}, got neither"
         )
+    if config.eval_on_start and not evaluates:
+        raise ValueError("eval_on_start: expected --eval_data or --eval_fraction too, got neither")
     stages = run.mixtures()
     options = run.loss_options()
     for name, usual in (("beta", 0.1), ("label_smoothing", 0.0)):
@@ -192,9 +210,20 @@ def _check(run: RunArguments, config: DPOConfig) -> None:
             known = ", ".join(available) or "none"
             raise ValueError(f"report_to: expected what is installed ({known}), got {name!r}{hint}")
     Trainer.get_optimizer_cls_and_kwargs(config)  # refuses what is not installed
+    _check_schedule(config)
     sharded = config.deepspeed or config.fsdp
     if sharded and len(stages) > 1:
         raise ValueError("stages: expected one with FSDP or DeepSpeed, got several")
+
+
+def _check_schedule(config: DPOConfig) -> None:
+    """Raises where the learning rate's schedule lacks what it needs, or has what it does not."""
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    kwargs = config.lr_scheduler_kwargs
+    try:
+        get_scheduler(config.lr_scheduler_type, optimizer, 0, 10, scheduler_specific_kwargs=kwargs)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"lr_scheduler_kwargs: {error}") from error
 
 
 def _apart(word: str) -> tuple[str, ...]:

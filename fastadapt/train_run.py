@@ -80,32 +80,33 @@ class Job:
 
     def run(self) -> None:
         """Goes from where the folder is to the saved model."""
-        number, checkpoint = self._begin()
+        number, checkpoint, settings = self._begin()
         model = self._load(number)
         counts = [len(side) for side in self.pairs]
         self.reporter.say(f"{counts[0]} pairs to train on, {counts[1]} held out")
         train, held_out = (self._tokens(side, model) for side in self.pairs)
+        if settings is not None:  # what was refused until here leaves no run behind
+            self.folder.keep_settings(settings)
+            self.folder.rewind_metrics(number, step_of(checkpoint) if checkpoint else 0)
         while number < len(self.mixtures):
             self._train_stage(number, model, train, held_out, checkpoint)
             checkpoint = None
             number += 1
         self._save(model)
 
-    def _begin(self) -> tuple[int, Path | None]:
-        """Where to begin: a stage, from 0, and its checkpoint."""
+    def _begin(self) -> tuple[int, Path | None, dict[str, Any] | None]:
+        """Where to begin: a stage, from 0, its checkpoint, and the settings to keep, if any."""
         processes = PartialState()
+        settings = None
         with processes.main_process_first():
             if processes.is_main_process:
                 settings = self._check_settings()
             number, checkpoint, damaged = self.folder.last_checkpoint(len(self.mixtures))
-            if processes.is_main_process:
-                self.folder.keep_settings(settings)
-                self.folder.rewind_metrics(number, step_of(checkpoint) if checkpoint else 0)
         for text in damaged:
             self.reporter.say(f"damaged, set aside: {text}")
         if checkpoint is not None:
             self.reporter.say(f"going on from {checkpoint}")
-        return number, checkpoint
+        return number, checkpoint, settings
 
     def _check_settings(self) -> dict[str, Any]:
         """The settings of this run, which must be those of the folder's."""
@@ -131,6 +132,11 @@ class Job:
         before = self.folder.end_of_stage(number - 1) if number else None
         name: Any = before if before and not arguments.lora_r else arguments.model
         model, self.tokenizer = load_model(name, fetch=True, progress=no_progress)
+        if getattr(model, "peft_config", None):
+            raise CommandError(
+                f"model: expected a whole model, got adapters in {name}; peft merges them into "
+                "their model with merge_and_unload"
+            )
         if arguments.lora_r:
             set_seed(self.config.seed)
             model = _with_adapters(model, arguments, before)

@@ -446,6 +446,18 @@ def test_model_that_is_not_there(train, tmp_path, capsys):
             ["--loss", "exmate", "--norm", "batch_token_mean", "--gradient_accumulation_steps=2"],
             "norm: expected one that splits over 2 micro-batches, got 'batch_token_mean'",
         ),
+        (["--loss", "mle", "--torch_compile"], "torch_compile: expected False, got True"),
+        (["--loss", "mle", "--use_liger_kernel"], "use_liger_kernel: expected False, got True"),
+        (["--loss", "mle", "--adam_beta1", "1.5"], "adam_beta1: expected a value in [0, 1)"),
+        (["--loss", "mle", "--adam_epsilon", "-1"], "adam_epsilon: expected a finite value of"),
+        (["--loss", "mle", "--dataloader_num_workers", "-1"], "workers: expected at least 0, got"),
+        (["--loss", "mle", "--eval_accumulation_steps", "0"], "steps: expected at least 1, got 0"),
+        (["--loss", "mle", "--pad_to_multiple_of", "0"], "pad_to_multiple_of: expected at least"),
+        (["--loss", "mle", "--eval_on_start"], "eval_on_start: expected --eval_data or"),
+        (
+            ["--loss", "mle", "--lr_scheduler_type", "cosine_with_min_lr"],
+            "lr_scheduler_kwargs: One of min_lr or min_lr_rate should be set",
+        ),
         ([], "loss, stages: expected one of --loss and --stages, got neither"),
         (["--loss", "mle", "--stages", "dpo"], "got both"),
     ],
@@ -462,7 +474,37 @@ def test_wrong_arguments(arguments, message, capsys, tmp_path, monkeypatch):
 def test_bf16_without_support(tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["train", "--data", "p", "--output_dir", str(tmp_path), "--loss", "mle", "--bf16"])
-    assert stopped.value.code == 2 and "bf16" in _one_line(capsys)
+    error = _one_line(capsys)
+    assert stopped.value.code == 2 and "bf16" in error and "expected one argument" not in error
+
+
+def test_flags_of_true_need_no_word():
+    """As the help has them, also where trl's own value may be None."""
+    for name in ("bf16", "gradient_checkpointing", "use_cpu"):
+        for words in ([], ["true"]):
+            arguments = ["--data", "p", "--output_dir", "o", "--use_cpu", f"--{name}", *words]
+            assert getattr(make_parser().parse_args([*arguments, "--loss", "mle"]), name) is True
+
+
+def test_refused_run_leaves_its_folder_free(train, model, tmp_path, capsys):
+    """A wrong model, layer or length is mended in the next call, without --resume."""
+    for wrong in (
+        ["--model", str(tmp_path / "none")],
+        ["--lora_r", 2, "--lora_target_modules", "none"],
+        ["--max_length", 3, "--truncation", "error"],
+    ):
+        assert train(tmp_path / "run", "--loss", "mle", "--max_steps", 1, *wrong) == 2
+        assert "has a run" not in _one_line(capsys)
+    assert train(tmp_path / "run", "--loss", "mle", "--max_steps", 1) == 0
+
+
+def test_adapters_are_no_model_to_begin_with(train, tmp_path, capsys):
+    """They would be frozen, or left out of the new adapters' model."""
+    assert train(tmp_path / "run", "--loss", "mle", "--max_steps", 1, "--lora_r", 2) == 0
+    for more in ([], ["--lora_r", 2]):
+        flags = ["--loss", "mle", "--model", str(tmp_path / "run" / "model"), *more]
+        assert train(tmp_path / "next", *flags) == 2
+        assert "model: expected a whole model, got adapters in" in capsys.readouterr().err
 
 
 def test_target_that_cannot_be_written(train, tmp_path, capsys, monkeypatch):
