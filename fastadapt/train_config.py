@@ -219,7 +219,7 @@ def _check(run: RunArguments, config: DPOConfig) -> None:
 def _check_schedule(config: DPOConfig) -> None:
     """Raises where the learning rate's schedule lacks what it needs, or has what it does not."""
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
-    kwargs = config.lr_scheduler_kwargs
+    kwargs: Any = config.lr_scheduler_kwargs
     try:
         get_scheduler(config.lr_scheduler_type, optimizer, 0, 10, scheduler_specific_kwargs=kwargs)
     except (ValueError, TypeError) as error:

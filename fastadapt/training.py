@@ -110,8 +110,10 @@ def forward_margins(model: Any, inputs: Mapping[str, Any], labels: Tensor) -> Te
         TypeError: inputs that are no mapping.
     """
     if not isinstance(inputs, Mapping):
-        got = type(inputs).__name__
-        raise TypeError(f"inputs: expected a mapping, arguments of the model's forward, got {got}")
+        raise TypeError(
+            "inputs: expected a mapping, arguments of the model's forward, got "
+            f"{type(inputs).__name__}"
+        )
     if inputs.get("labels") is not None:
         raise ValueError("inputs: expected no labels among them, got labels")
     causal, layer = causal_of(model), layer_of(model)
