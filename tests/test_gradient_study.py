@@ -298,7 +298,7 @@ def test_rows_survive_a_file(tmp_path):
         (["run", "--train-learning-rate", "nan"], "learning_rate: expected a value > 0, got nan"),
         (["train", "--train-learning-rate", "-1"], "learning_rate: expected a value > 0, got -1.0"),
         (["step", "--threads", "0"], "threads: expected at least 1, got 0"),
-        (["step", "--step-pair", "x"], "invalid int value: 'x'"),
+        (["step", "--step-pairs", "x"], "invalid int value: 'x'"),
     ],
 )
 def test_wrong_options_end_before_a_model_is_loaded(options, message, tmp_path, capsys):
@@ -321,7 +321,7 @@ def test_what_people_do_every_day_is_one_line(data, tmp_path, capsys, monkeypatc
     for words, message in [
         (["step", "--data", str(tmp_path / "none.jsonl"), *out], "none.jsonl"),
         (["train", "--data", str(folder), *out], "Is a directory"),
-        (["run", "--data", str(cut), *out], "end-of-stream marker"),
+        (["run", "--data", str(cut), *out], "got a truncated one"),
         (
             ["run", "--data", str(data), "--out", str(file)],
             f"expected a folder, got the file {file}",
