@@ -19,9 +19,9 @@ static void fill_minus_inf(T* out, int64_t n) {
   for (int64_t i = 0; i < n; ++i) out[i] = none;
 }
 
-// Scaled logits as a type holds them: never infinite. Where the largest of a row is beyond its range,
-// or so low that others may be, all of the row are less by it, which is the same law; what is still
-// too low is the lowest that the type has.
+// Scaled logits as a type holds them: never infinite. Where the largest of a row is beyond its
+// range, or so low that others may be, all of the row are less by it, which is the same law; what
+// is still too low is the lowest that the type has.
 template <class T>
 struct Fitted {
   float shift = 0, lowest = -largest_of(T{});

@@ -6,7 +6,8 @@ constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to the ne
 constexpr float kLowest = -28.0f;      // below, a token has no mass: 2^40 e^-28 < 1
 constexpr double kUnit = 0x1p40;
 // Factors of a threshold, so that a mass that reaches it but for rounding does. The polynomial errs
-// by up to 1.8e-6 of one token's mass; of many tokens, whose errors cancel, only p and Z are rounded.
+// by up to 1.8e-6 of one token's mass; of many tokens, whose errors cancel, only p and Z are
+// rounded.
 constexpr double kNearly = 1 - 0x1p-19;
 constexpr double kAlmost = 1 - 0x1p-52;
 constexpr double kLn2High = 0.693147180369123816490;
