@@ -18,10 +18,13 @@ else
 fi
 
 flags=(-std=c++17 -ffp-contract=off -fno-math-errno -Icsrc "${checks[@]}")
+builds=()
 for source in csrc/*.cpp tests/native/fuzz_kernels.cpp; do
   [[ $source == *bindings.cpp ]] && continue
-  ${CXX:-g++} "${flags[@]}" -c "$source" -o "$work/$(basename "$source").o"
+  ${CXX:-g++} "${flags[@]}" -c "$source" -o "$work/$(basename "$source").o" &
+  builds+=($!)
 done
+for build in "${builds[@]}"; do wait "$build"; done
 ${CXX:-g++} "${flags[@]}" "$work"/*.o -o "$work/fuzz"
 
 processes=()

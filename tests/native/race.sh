@@ -12,10 +12,13 @@ trap 'rm -rf "$work"' EXIT
 flags=(-std=c++17 -O1 -g -ffp-contract=off -fno-math-errno -fopenmp -fsanitize=thread -Icsrc)
 wrap=(-Wl,--wrap=GOMP_parallel
   -Wl,--wrap=GOMP_critical_name_start -Wl,--wrap=GOMP_critical_name_end)
+builds=()
 for source in csrc/*.cpp tests/native/race_kernels.cpp; do
   [[ $source == *bindings.cpp ]] && continue
-  ${CXX:-g++} "${flags[@]}" -c "$source" -o "$work/$(basename "$source").o"
+  ${CXX:-g++} "${flags[@]}" -c "$source" -o "$work/$(basename "$source").o" &
+  builds+=($!)
 done
+for build in "${builds[@]}"; do wait "$build"; done
 ${CXX:-g++} "${flags[@]}" "$work"/*.o "${wrap[@]}" -o "$work/race"
 
 export TSAN_OPTIONS=halt_on_error=1:exitcode=66
