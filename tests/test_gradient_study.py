@@ -324,9 +324,9 @@ def test_what_people_do_every_day_is_one_line(data, tmp_path, capsys, monkeypatc
         (["run", "--data", str(cut), *out], "got a truncated one"),
         (
             ["run", "--data", str(data), "--out", str(file)],
-            f"expected a folder, got the file {file}",
+            f"expected a folder, got the file '{file}'",
         ),
-        (["step", "--data", str(data), "--out", str(file / "x")], "Not a directory"),
+        (["step", "--data", str(data), "--out", str(file / "x")], f"got the file '{file}'"),
         (["step", "--data", str(data), *out, "--model", str(tmp_path / "no")], "does not exist"),
         (["report", "--out", str(tmp_path / "none")], "No such file or directory"),
         (["report", "--out", str(file)], "Not a directory"),
