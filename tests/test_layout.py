@@ -116,7 +116,7 @@ OTHERS = {
     "pair_files": {"datasets", "pyarrow"},
     "pair_tokens": {"jinja2"},
     "train_data": {"datasets"},
-    "train_config": {"transformers", "trl", "yaml"},
+    "train_config": {"torch", "transformers", "trl", "yaml"},
     "train_folder": {"filelock"},
     "train_log": {"rich", "transformers"},
     "train_stage": {"torch", "transformers", "trl", "datasets", "safetensors"},
