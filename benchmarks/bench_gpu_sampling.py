@@ -37,6 +37,7 @@ from limits import gpu_sampling_limits, print_limits
 from timing import Timer, clock, in_turns, ratios
 
 READS = ("amax of each row", "amax of all")
+MODES = ("cold", "hot", "cold, graph", "hot, graph")
 LEAST_ROUNDS = 20  # whatever the budget
 QUICK: dict[str, list[Any]] = {
     "vocab": [128_256],
@@ -75,11 +76,12 @@ class Bench:
             self.modes = {"clock": Mode(clock, False)}
         else:
             timers = {"cold": DeviceTimer(hot=False), "hot": DeviceTimer(hot=True)}
-            self.modes = {
+            modes = {
                 f"{cache}, graph" if graph else cache: Mode(timer, graph)
                 for graph in (False, True)
                 for cache, timer in timers.items()
             }
+            self.modes = {name: modes[name] for name in options.modes}
 
     def note(self, text: str) -> None:
         """Keep a note, once."""
@@ -325,6 +327,7 @@ def _parse() -> argparse.Namespace:
         "adaptors": tuple(GPU_ADAPTORS),
         "dtypes": tuple(DTYPES),
         "peers": tuple(GPU_PEERS),
+        "modes": MODES,
     }
     parser = grid_parser(__doc__, axes, rounds=100, seconds=2.0)
     add = parser.add_argument

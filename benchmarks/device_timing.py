@@ -10,6 +10,7 @@ import torch
 from timing import Call
 
 FLUSH_BYTES = 128 << 20  # at least
+SLEEP = 1_000_000  # cycles, some 0.6 ms: the host has submitted a call by then
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,8 @@ class DeviceTimer:
     """Seconds between two events around a call, as `timing.in_turns` takes them.
 
     Before each call a buffer of four times the L2 cache is written and read. The read leaves no
-    line to be written back while the call runs. While the device does this the host submits the
-    call, so a call's time holds the host's share only as far as that is longer than the flush.
+    line to be written back while the call runs. Then the device waits while the host submits the
+    call, whose time holds the host's share only as far as that is longer than `SLEEP`.
 
     Args:
         hot: the call is made once more between the flush and the first event, so that it finds in
@@ -61,6 +62,7 @@ class DeviceTimer:
             call(turn)
             if prepare:
                 prepare()
+        torch.cuda._sleep(SLEEP)
         self._start.record()
         call(turn)
         self._end.record()

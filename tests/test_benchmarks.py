@@ -810,6 +810,7 @@ def fake_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", _Event)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: properties)
     monkeypatch.setattr(torch, "empty", lambda *size, device=None, **rest: empty(*size, **rest))
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: None)
     monkeypatch.setattr(device_timing, "FLUSH_BYTES", 1 << 10)
 
 

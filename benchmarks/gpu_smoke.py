@@ -1,0 +1,132 @@
+"""Whether `sample` on a CUDA device draws the CPU's tokens, in a minute or two.
+
+    python benchmarks/gpu_smoke.py --out smoke.jsonl
+
+A process for every batch and dtype, so that kernels are compiled beside each other. Each case
+compares every field with the CPU's kernel, to the last bit, then replays a CUDA graph with other
+seeds, and calls once more while torch raises where the host would wait. A line of JSON a case is
+written as soon as the case is done.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from itertools import product
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from cases import DTYPES, GPU_ADAPTORS, GPU_ROWS, make_rows
+from device_timing import DeviceCall, captured
+from fastadapt import Adaptor, sample
+
+BATCHES = (1, 64, 512)
+FIELDS = {"base_logprobs": True, "log_mass": True}
+NAMES = ("tokens", "logprobs", "kept", "status", "base_logprobs", "log_mass")
+
+
+def main() -> int:
+    """Run all cases; the exit code is 1 where one differs or fails."""
+    options = _parse()
+    jobs = list(product(options.batch, options.dtypes))
+    failed, done, console = 0, 0, Console()
+    pool = ProcessPoolExecutor(len(jobs), mp_context=get_context("spawn"))
+    with pool:
+        running = [pool.submit(run, n, dtype, options.vocabulary, options.out) for n, dtype in jobs]
+        for job in as_completed(running):
+            for case in job.result():
+                done += 1
+                if case["result"] != "equal":
+                    failed += 1
+                    console.print(json.dumps(case), markup=False, highlight=False, soft_wrap=True)
+    console.print(f"{done} cases, {failed} differ or fail", highlight=False)
+    return int(failed > 0 or done == 0)
+
+
+def run(n: int, dtype: str, v: int, out: Path | None) -> list[dict[str, Any]]:
+    """The cases of a batch and dtype, each written when it is done."""
+    torch.set_num_threads(2)
+    cases = []
+    for kind in GPU_ROWS:
+        rows = make_rows(kind, v, n, seed=n)[0].to(DTYPES[dtype])
+        for name, fields in product(GPU_ADAPTORS, ({}, FIELDS)):
+            if fields and name not in ("T+k+p", "T+p", "everything"):
+                continue
+            case: dict[str, Any] = {"n": n, "v": v, "dtype": dtype, "rows": kind, "adaptor": name}
+            start = time.perf_counter()
+            try:
+                result = check(rows, GPU_ADAPTORS[name], fields)
+            except Exception as error:  # whatever a compiler or a driver raises
+                result = f"{type(error).__name__}: {str(error)[:300]}"
+            case |= {"fields": bool(fields), "result": result}
+            case["s"] = round(time.perf_counter() - start, 2)
+            cases.append(case)
+            if out:
+                with out.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(case) + "\n")
+    return cases
+
+
+def check(rows: Tensor, adaptor: Adaptor, fields: dict[str, bool]) -> str:
+    """Compare a call, a replay and a call without waiting with the CPU."""
+    here = rows.cuda()
+    seeds = torch.arange(len(rows)) * 7 + 1
+    positions = torch.arange(len(rows)) % 5
+    where, steps = seeds.cuda(), positions.cuda()
+    drawn: list[Any] = []
+
+    def draw(turn: int = 0) -> Any:
+        return sample(here, adaptor, seeds=where, positions=steps, **fields)
+
+    for step in ("call", "call that may not wait", "replay"):
+        if step == "call that may not wait":
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            if step == "replay":
+                graph = captured(DeviceCall(lambda turn: drawn.append(draw())))
+                where += 5
+                seeds = seeds + 5
+                graph(0)
+                ours = drawn[-1]
+            else:
+                ours = draw()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        wanted = sample(rows, adaptor, seeds=seeds, positions=positions, **fields)
+        for name in NAMES[: 6 if fields else 4]:
+            a, b = getattr(ours, name).cpu(), getattr(wanted, name)
+            same = (a == b) | ((a != a) & (b != b))
+            if not same.all():
+                at = int((~same).nonzero()[0])
+                wrong = f"{step}: {name} differs in {int((~same).sum())} rows"
+                return f"{wrong}; row {at}: expected {b[at].item()}, got {a[at].item()}"
+    return "equal"
+
+
+def _parse() -> argparse.Namespace:
+    """Read the arguments."""
+    parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
+    add = parser.add_argument
+    add("--out", type=Path, help="file to which a line of JSON a case is appended")
+    add("--batch", type=int, nargs="+", default=BATCHES, metavar="N")
+    add("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    add("--vocabulary", type=int, default=128_256, metavar="V", help="(default: %(default)s)")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("no CUDA device: torch.cuda.is_available() is False")
+    return options
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "2")
+    sys.exit(main())
