@@ -58,8 +58,9 @@ sampling() {
     ${commit:+--commit "$commit"} --out "$out/gpu_sampling_$name.json" "$@"
 }
 
+# The metadata too: an uninstalled tree has no version.
 "$python" -c "import torch, fastadapt" 2>/dev/null ||
-  step build 90 "$python" setup.py build_ext --inplace
+  step build 90 "$python" setup.py -q egg_info build_ext --inplace
 stage smoke 150 "$python" benchmarks/gpu_smoke.py --out "$out/smoke.jsonl"
 sampling key 110 --vocab 128256 --batch 64 512 1 --rows normal3 flat --dtypes float32 bfloat16 \
   --adaptors T+k+p T T+p min-p typical everything --peers --modes "cold, graph" "hot, graph" \
