@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastadapt.law_code import law_code
+
 # Filter orders, by the code that the kernels know them by (csrc/kernels.h).
 ORDER_CODES = {"hf": 0, "vllm": 1}
 
@@ -47,6 +49,10 @@ RANGES = {
     "min_tokens_to_keep": _Range("an integer in [1, 2**31)", 1, 2**31 - 1),
 }
 KNOBS = tuple(RANGES)
+# The values at which a filter keeps all.
+_NEUTRAL = {
+    "top_k": 0, "top_p": 1, "min_p": 0, "typical_p": 1, "epsilon_cutoff": 0, "eta_cutoff": 0
+}  # fmt: skip
 
 Knob = float | int | Tensor
 
@@ -95,6 +101,7 @@ class Adaptor:
     packed: Tensor = field(init=False, repr=False)  # (8, R) float64, R = 1 or the number of rows
     rows: int | None = field(init=False, repr=False)  # None: every knob is a number
     order_code: int = field(init=False, repr=False)
+    law_code: int = field(init=False, repr=False)  # order and knobs that may act
     greedy: bool = field(init=False, repr=False)  # some temperature is known to be 0
     _copies: dict[torch.device, Tensor] = field(init=False, repr=False, default_factory=dict)
 
@@ -112,6 +119,8 @@ class Adaptor:
         object.__setattr__(self, "rows", packed.shape[1] if tensors else None)
         object.__setattr__(self, "order_code", ORDER_CODES[self.order])
         object.__setattr__(self, "greedy", _is_greedy(self.temperature))
+        acting = [_may_act(name, knobs[name]) for name in ("temperature", *_NEUTRAL)]
+        object.__setattr__(self, "law_code", law_code(self.order_code, acting))
 
     def packed_on(self, device: torch.device) -> Tensor:
         """The packed knobs on a device; those of numbers are copied there once and kept.
@@ -197,6 +206,14 @@ def _is_greedy(temperature: Knob) -> bool:
     if isinstance(temperature, Tensor):
         return temperature.device.type == "cpu" and bool((temperature == 0).any())
     return temperature == 0
+
+
+def _may_act(name: str, knob: Knob) -> bool:
+    """Whether a filter drops tokens in some row, or T is 0; so far as that is known here."""
+    if isinstance(knob, Tensor) and knob.device.type != "cpu":
+        return True
+    acts = knob == 0 if name == "temperature" else knob != _NEUTRAL[name]
+    return bool(acts.any()) if isinstance(acts, Tensor) else bool(acts)
 
 
 def _pack(knobs: dict[str, Knob], tensors: dict[str, Tensor]) -> Tensor:

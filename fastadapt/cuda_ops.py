@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from fastadapt.law_code import ORDER, joined
 from fastadapt.outputs import Margins, Scores, margin_outputs, sample_outputs, score_outputs
 
 Out = TypeVar("Out")
@@ -82,12 +83,13 @@ def score(
     from fastadapt.kernels import launch
 
     out = score_outputs(logits, len(knobs))
-    for order in sorted(set(orders)):
-        members = [i for i, o in enumerate(orders) if o == order]
+    for order in sorted({code & ORDER for code in orders}):
+        members = [i for i, code in enumerate(orders) if code & ORDER == order]
+        code = joined(orders[i] for i in members)
         rows = max(knobs[i].shape[1] for i in members)
         packed = torch.stack([knobs[i].expand(-1, rows) for i in members])
         part = out if len(members) == len(knobs) else score_outputs(logits, len(members))
-        filled(part, launch.score, logits, tokens, packed, order, ignore_index, plan=plan)
+        filled(part, launch.score, logits, tokens, packed, code, ignore_index, plan=plan)
         if part is not out:
             for whole, some in zip(out[:3], part[:3], strict=True):
                 for column, i in enumerate(members):

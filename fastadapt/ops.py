@@ -2,8 +2,8 @@
 
 PyTorch's dispatcher chooses the implementation by device. Inputs arrive checked and folded by
 `sampling`; rows may have any stride, the last dimension is contiguous. Knobs are the packed
-(8, R) float64 tensor of an `Adaptor`. Operators without a gradient fall through autograd: their
-outputs are detached.
+(8, R) float64 tensor of an `Adaptor`, and an order is its `law_code`. Operators without a gradient
+fall through autograd: their outputs are detached.
 """
 
 from collections.abc import Callable
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastadapt import _C, cuda_ops
+from fastadapt.law_code import ORDER
 from fastadapt.outputs import Margins, Scores, margin_outputs, sample_outputs, score_outputs
 
 MAX_ADAPTORS = 256  # csrc/kernels.h
@@ -50,7 +51,7 @@ def rows_of(logits: Tensor) -> Rows:
 
 def _knobs(knobs: Tensor, order: int) -> tuple[int, int, int]:
     """What the kernels need to know of packed knobs."""
-    return knobs.data_ptr(), knobs.shape[1], order
+    return knobs.data_ptr(), knobs.shape[1], order & ORDER
 
 
 def check_ids(name: str, ids: Tensor, v: int, ignore_index: int | None) -> None:

@@ -44,7 +44,7 @@ def filter_logits(logits: Tensor, adaptor: Adaptor) -> Tensor:
     """
     rows = fold_rows("logits", logits, double=False)
     knobs = _knobs_for(rows, adaptor)
-    out: Tensor = torch.ops.fastadapt.filter_logits(rows, knobs, adaptor.order_code)
+    out: Tensor = torch.ops.fastadapt.filter_logits(rows, knobs, adaptor.law_code)
     return out.view(logits.shape)
 
 
@@ -100,7 +100,7 @@ def sample(
     else:
         seeds = per_row("seeds", seeds, torch.int64, shape, rows)
     out = torch.ops.fastadapt.sample(
-        rows, knobs, adaptor.order_code, seeds, positions, base_logprobs, log_mass, top_logprobs
+        rows, knobs, adaptor.law_code, seeds, positions, base_logprobs, log_mass, top_logprobs
     )
     if logits.dim() != 2:
         out = [t.view(shape + t.shape[1:]) for t in out]
@@ -142,7 +142,7 @@ def score(
     knobs = [_knobs_for(rows, a, f"adaptors[{i}]") for i, a in enumerate(adaptors)]
     for adaptor in adaptors:
         _refuse_greedy(adaptor, "score")
-    orders = [adaptor.order_code for adaptor in adaptors]
+    orders = [adaptor.law_code for adaptor in adaptors]
     out = torch.ops.fastadapt.score(rows, flat, knobs, orders, ignore_index)
     return Score(*(t.view(tokens.shape + t.shape[1:]) for t in out))
 
@@ -177,7 +177,7 @@ def adapted_margins(
     knobs = _knobs_for(rows, adaptor)
     _refuse_greedy(adaptor, "adapted_margins")
     margins: Tensor = torch.ops.fastadapt.adapted_margins(
-        rows, flat, knobs, adaptor.order_code, ignore_index
+        rows, flat, knobs, adaptor.law_code, ignore_index
     )[0]
     return margins.view(tokens.shape)
 

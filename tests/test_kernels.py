@@ -30,7 +30,19 @@ from fastadapt.kernels import launch  # noqa: E402  (the interpreter is chosen b
 
 # of rows that hold NaN or infinities, where the interpreter is NumPy
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
-PLAN = launch.Plan(block=128, list_size=64, sample_size=128, bins=32)
+PLAN = launch.Plan(
+    columns=16,
+    group=8,
+    ahead=4,
+    supers=4,
+    block=32,
+    bins_step=16,
+    bins_steps=2,
+    bins=32,
+    list_size=64,
+    short_size=16,
+    middle_size=32,
+)
 V = 200  # a whole block and a part; more than the list and the sample hold
 INF = float("inf")
 ROWS: dict[str, Callable[[int], Tensor]] = {
@@ -94,7 +106,7 @@ def assert_sample(
     )
     asked = {"base_logprobs": fields, "log_mass": fields, "top_logprobs": top}
     ours = sample(logits, adaptor, seeds=seeds, positions=positions, **asked)
-    law = logits, adaptor.packed, adaptor.order_code, seeds, positions
+    law = logits, adaptor.packed, adaptor.law_code, seeds, positions
     kernel = cuda_ops.sample(*law, fields, fields, top, plan=plan)
     for name, a, b in zip(ours._fields, ours, kernel, strict=False):
         assert same(a, b), (adaptor, name, a, b)
@@ -122,7 +134,7 @@ def test_filter_logits_equals_the_cpu(kind: str) -> None:
         adaptor = Adaptor(**knobs)
         # the interpreter cuts bfloat16 off where GPUs round: torch rounds what is float32 here
         out = torch.empty_like(logits, dtype=torch.float32)
-        launch.filter_logits(logits, adaptor.packed, adaptor.order_code, out, PLAN)
+        launch.filter_logits(logits, adaptor.packed, adaptor.law_code, out, PLAN)
         assert same(filter_logits(logits, adaptor), out.to(logits.dtype)), knobs
 
 
@@ -133,7 +145,7 @@ def test_score_equals_the_cpu(kind: str) -> None:
     tokens = torch.randint(V, (len(logits),))
     tokens[1:2] = -100
     ours = score(logits, tokens, adaptors)
-    packed, orders = [a.packed for a in adaptors], [a.order_code for a in adaptors]
+    packed, orders = [a.packed for a in adaptors], [a.law_code for a in adaptors]
     kernel = cuda_ops.score(logits, tokens, packed, orders, -100, plan=PLAN)
     for name, a, b in zip(ours._fields, ours, kernel, strict=True):
         assert same(a, b), (name, a, b)
@@ -150,7 +162,7 @@ def test_margins_equal_the_cpu(kind: str) -> None:
         mine = logits.clone().requires_grad_()
         ours = adapted_margins(mine, tokens, adaptor)
         ours.backward(upstream)
-        law = tokens, adaptor.packed, adaptor.order_code, -100
+        law = tokens, adaptor.packed, adaptor.law_code, -100
         margins, support, stats = cuda_ops.adapted_margins(logits, *law, plan=PLAN)
         assert same(ours.detach(), margins), knobs
         out = torch.empty_like(logits, dtype=torch.float32)
@@ -167,7 +179,7 @@ def test_float64_margins_equal_the_cpu() -> None:
     mine, upstream = logits.clone().requires_grad_(), torch.randn(2, dtype=torch.float64)
     ours = adapted_margins(mine, tokens, adaptor)
     ours.backward(upstream)
-    law = tokens, adaptor.packed, adaptor.order_code, -100
+    law = tokens, adaptor.packed, adaptor.law_code, -100
     margins, support, stats = cuda_ops.adapted_margins(logits, *law, plan=PLAN)
     dlogits = cuda_ops.adapted_margins_backward(upstream, logits, *law, support, stats, plan=PLAN)
     torch.testing.assert_close(margins, ours.detach(), rtol=1e-13, atol=1e-13)

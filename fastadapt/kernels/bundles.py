@@ -22,21 +22,24 @@ class Adaptors(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """What is known of the parts that rows are scanned in."""
+    """Of each row of logits, its largest by tile, by super-group and by group; NaN if one is."""
 
-    largest: Any  # (N, splits) float32: largest logit, NaN if one is
-    splits: Any
+    largest: Any  # (N, splits) float32
+    supers: Any  # (N, number of them) float32
+    groups: Any  # (N, splits COLUMNS) float32
+    splits: Any  # tiles of a row
 
 
 class Lists(NamedTuple):
     """Of each virtual row, the tokens from a floor up, in no order."""
 
-    counts: Any  # (N A,) int32, 0 before the first pass: how many there are
+    marks: Any  # (N A, step) int64, 0 before they count: what `rows` names, then masses by bin
     floors: Any  # (N A,) float32
-    listed: Any  # (N A, LIST) float32 and int32: scaled logits and ids
+    listed: Any  # (N A, ROOM) float32 and int32: scaled logits and ids
     listed_ids: Any
     spare: Any  # room for another list
     spare_ids: Any
+    step: Any
 
 
 class Weights(NamedTuple):
@@ -54,10 +57,12 @@ class Sizes(NamedTuple):
     """Constants of the kernels that decide, powers of two."""
 
     BLOCK: Any  # logits that are looked at together
-    LIST: Any  # tokens of a list
+    ROOM: Any  # tokens that a list has room for in memory
+    LIST: Any  # that a program holds
     BINS: Any  # of a histogram
     SPLITS: Any  # at least Parts.splits
     BLOCKS: Any  # at least Weights.blocks
+    ALONE: Any  # whether a program looks at its list alone, put in order, and never at a row
 
 
 class Knobs(NamedTuple):
@@ -96,13 +101,35 @@ class List(NamedTuple):
     ids: Any
 
 
-class Found(NamedTuple):
-    """What the first pass has left of a row."""
+class Bracket(NamedTuple):
+    """A bin of a row in which its nucleus ends."""
+
+    stage: Any
+    by_kappa: Any
+    centre: Any
+    reach: Any  # of all bins together
+    end: Any  # which it is
+
+
+class Held(NamedTuple):
+    """Which list of a virtual row a program holds."""
 
     number: Any
+    partial: Any  # that of the bracket alone
+    above: Any  # the mass above the bracket, and within it
+    within: Any
+    one: Any  # whether the bracket is one kappa, which no list is needed for, and its rank
+    rank: Any
+
+
+class Found(NamedTuple):
+    """The list of a virtual row, held by the program that decides it; if `ALONE`, best first."""
+
+    held: Held
     floor: Any
-    listed: List
-    spare: List
+    s: Any  # (LIST,)
+    ids: Any
+    spare: List  # room in memory
 
 
 class Decision(NamedTuple):
@@ -113,6 +140,7 @@ class Decision(NamedTuple):
     status: Any
     greedy: Any  # T is 0
     inside: Any  # whether the list holds all survivors; else the masses of blocks are theirs
+    state: Any  # DECIDED, or what is left to do
     kept: Any
     total: Any  # mass of the survivors
 

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from fastadapt.kernels.arithmetic import (
-    ALMOST,
+    ANY_RANK,
     FINITE_RANK,
     LAST_ID,
     MIN_INT32,
@@ -12,30 +12,43 @@ from fastadapt.kernels.arithmetic import (
     NO_RANK,
     ONE_KEY,
     ceil64,
-    exp64,
     exponentials,
     keys,
-    log_mass,
     masses,
     ranks,
     surprisals,
     values,
     with_ties,
 )
-from fastadapt.kernels.bundles import Decision, Found, Law, List, Row
+from fastadapt.kernels.bundles import Decision, Found, Held, Law, List, Row
+from fastadapt.kernels.nucleus import ID_BITS
 from fastadapt.kernels.rows import (
+    BINNED,
+    BRACKET_LISTED,
+    DECIDED,
     EPSILON,
     ETA,
     KEEP,
+    MARK_ABOVE,
+    MARK_BRACKETED,
+    MARK_LISTED,
+    MARK_LOW,
+    MARK_STAGE,
+    MARK_WITHIN,
     MAX_KEEP,
     MIN_P,
     OK,
+    ONE_KAPPA,
     TEMPERATURE,
     TOP_K,
     TOP_P,
     TYPICAL_P,
+    UNDECIDED,
+    UNSUMMED,
+    cutoff_of,
     filter_at,
     first_filter,
+    has_one_filter,
     inverse_of,
     is_neutral,
     knobs_of,
@@ -44,88 +57,147 @@ from fastadapt.kernels.rows import (
     load_knob,
     load_list,
     load_scaled,
+    marks_of,
+    mass_target,
     needs_masses,
     needs_surprisal,
     row_at,
     status_of,
     survives,
 )
-from fastadapt.kernels.select import cut_of_row, last_before, look
+from fastadapt.kernels.select import cut_of_row, first_ranks, last_before, look
 
 
 @triton.jit
-def found_of(lists, virtual, LIST: tl.constexpr):
-    """The list of a virtual row, and its room for another."""
-    at = virtual.to(tl.int64) * LIST
+def held_of(lists, virtual, knobs, sizes):
+    """Which list of a virtual row is looked at, and whether a program holds as much.
+
+    The list from its floor up, or that of its bracket: where the other has no room, or where the
+    only filter needs no more, since then its survivors are summed by many programs.
+    """
+    marks = marks_of(lists, virtual)
+    number = tl.load(marks + MARK_LISTED)
+    stage = tl.load(marks + MARK_STAGE).to(tl.int32)
+    bracketed = tl.load(marks + MARK_BRACKETED)
+    one = stage == ONE_KAPPA
+    bracketed = tl.where(one, 0, bracketed)
+    few = ((stage == BINNED) & (bracketed <= sizes.ROOM)) | (stage == BRACKET_LISTED) | one
+    few &= bracketed <= sizes.LIST
+    partial = few & ((number > sizes.ROOM) | ((number > sizes.LIST) & has_one_filter(knobs)))
+    number = tl.minimum(tl.where(partial, bracketed, number), 2**31 - 1).to(tl.int32)
+    key = (tl.load(marks + MARK_LOW) >> ID_BITS).to(tl.int32)
+    return Held(
+        number,
+        partial,
+        tl.load(marks + MARK_ABOVE),
+        tl.load(marks + MARK_WITHIN),
+        one,
+        ranks(key, key * 0),
+    )
+
+
+@triton.jit
+def found_of(lists, virtual, held, sizes):
+    """A list of a virtual row, and room for another."""
+    at = virtual.to(tl.int64) * sizes.ROOM
     listed = List(lists.listed + at, lists.listed_ids + at)
     spare = List(lists.spare + at, lists.spare_ids + at)
-    return Found(tl.load(lists.counts + virtual), tl.load(lists.floors + virtual), listed, spare)
+    s, ids = load_list(listed, tl.where(held.partial, 0, held.number), sizes.LIST)
+    if held.partial:
+        s, ids = load_list(spare, held.number, sizes.LIST)
+    if sizes.ALONE:
+        there = tl.arange(0, sizes.LIST) < held.number
+        rank = tl.sort(tl.where(there, ranks(keys(s), ids), ANY_RANK), descending=True)
+        s = tl.where(there, values((rank >> 32).to(tl.int32)), float("-inf"))
+        ids = tl.where(there, LAST_ID - (rank & 0xFFFFFFFF).to(tl.int32), 0)
+    return Found(held, tl.load(lists.floors + virtual), s, ids, spare)
 
 
 @triton.jit
-def _cut(row, law, by_kappa, by_mass, target, found, inside, sizes):
-    """A cut, and whether the list held all that decides it."""
+def _cut(row, law, by_kappa, by_mass, target, found, inside, partial, sizes):
+    """A cut, whether the list held all that decides it, and whether there is none without it."""
     cut = tl.full([], 0, tl.int64)
-    usable = found.number <= sizes.LIST
+    above = tl.where(partial, found.held.above, 0)
+    usable = (found.held.number <= sizes.LIST) & (partial | (found.held.partial == 0))
     if usable:
-        s, ids = load_list(found.listed, found.number, sizes.LIST)
-        alive, _, rank, q, weight = look(s, ids, row.m, law, by_kappa, by_mass)
+        alive, _, rank, q, weight = look(found.s, found.ids, row.m, law, by_kappa, by_mass)
         # as typical as the floor, below the centre, may also be tokens that are not in the list
         edge = found.floor - row.m + law.centre
         limit = tl.where(edge < 0.0, keys(edge), 2**31 - 1)
-        near = keys(q) > tl.where(inside | (by_kappa == 0), MIN_INT32, limit)
+        near = keys(q) > tl.where(inside | partial | (by_kappa == 0), MIN_INT32, limit)
         alive &= near
         weight = tl.where(near, weight, 0)
-        usable = inside | (tl.sum(weight, 0) >= target)
+        usable = inside | partial | (tl.sum(weight, 0) >= target)
         if usable:
-            cut = last_before(rank, weight, alive, tl.full([], 0, tl.int64), target)
-    if usable == 0:
-        cut = cut_of_row(
-            row, law, by_kappa, by_mass, target, found.spare, sizes.BLOCK, sizes.LIST, sizes.BINS
-        )
-    return cut, usable
+            if sizes.ALONE:
+                if by_kappa:
+                    cut = last_before(rank, weight, alive, above, target)
+                else:
+                    cut = first_ranks(rank, weight, alive, above, target)
+            else:
+                cut = last_before(rank, weight, alive, above, target)
+            cut = tl.where(partial & found.held.one, found.held.rank, cut)
+    lost = usable == 0
+    if sizes.ALONE == 0:
+        if lost:
+            cut = cut_of_row(
+                row, law, by_kappa, by_mass, target, found.spare,
+                sizes.BLOCK, sizes.ROOM, sizes.BINS,
+            )  # fmt: skip
+    return cut, usable & (partial == 0), lost
 
 
 @triton.jit
-def _first_largest(row, found, BLOCK: tl.constexpr, LIST: tl.constexpr):
-    """The lowest id of the largest scaled logit."""
+def _first_largest(row, found, sizes):
+    """The lowest id of the largest scaled logit; `LAST_ID` where a list alone does not tell."""
     best = tl.full([], LAST_ID, tl.int32)
-    if found.number <= LIST:
-        s, ids = load_list(found.listed, found.number, LIST)
-        best = tl.min(tl.where(s == row.m, ids, LAST_ID), 0)
-    block = tl.where(best == LAST_ID, 0, tl.cdiv(row.v, BLOCK))
-    while block < tl.cdiv(row.v, BLOCK):
-        ids = block * BLOCK + tl.arange(0, BLOCK)
-        best = tl.min(tl.where(load_scaled(row, ids) == row.m, ids, LAST_ID), 0)
-        block = tl.where(best == LAST_ID, block + 1, tl.cdiv(row.v, BLOCK))
+    if (found.held.number <= sizes.LIST) & (found.held.partial == 0):
+        best = tl.min(tl.where(found.s == row.m, found.ids, LAST_ID), 0)
+    if sizes.ALONE == 0:
+        block = tl.where(best == LAST_ID, 0, tl.cdiv(row.v, sizes.BLOCK))
+        while block < tl.cdiv(row.v, sizes.BLOCK):
+            ids = block * sizes.BLOCK + tl.arange(0, sizes.BLOCK)
+            best = tl.min(tl.where(load_scaled(row, ids) == row.m, ids, LAST_ID), 0)
+            block = tl.where(best == LAST_ID, block + 1, tl.cdiv(row.v, sizes.BLOCK))
     return best
 
 
 @triton.jit
-def _sums(row, law, found, inside, sums, store, BLOCK: tl.constexpr, LIST: tl.constexpr):
-    """Mass, surprisal mass and number of the survivors; stores the masses of blocks if asked to."""
-    if inside:
-        s, ids = load_list(found.listed, found.number, LIST)
+def _sums_of_row(row, law, sums, store, BLOCK: tl.constexpr):
+    """Mass, surprisal mass and number of a row's survivors; stores masses of blocks if asked to."""
+    z = tl.full([], 0, tl.int64)
+    all_u = tl.zeros([BLOCK], tl.int64)
+    all_n = tl.zeros([BLOCK], tl.int32)
+    for block in range(tl.cdiv(row.v, BLOCK)):
+        ids = block * BLOCK + tl.arange(0, BLOCK)
+        s = load_scaled(row, ids)
         alive = survives(s, ids, row.m, law)
-        z = tl.sum(tl.where(alive, masses(s - row.m), 0), 0)
-        u = tl.sum(tl.where(alive, surprisals(s - row.m), 0), 0)
+        here = tl.sum(tl.where(alive, masses(s - row.m), 0), 0)
+        z += here
+        if store:
+            tl.store(sums + block, here)
+        all_u += tl.where(alive, surprisals(s - row.m), 0)
+        all_n += alive.to(tl.int32)
+    return z, tl.sum(all_u, 0), tl.sum(all_n, 0)
+
+
+@triton.jit
+def _sums(row, law, found, inside, sums, store, sizes):
+    """The same, of the list where it holds all survivors, and whether there are none without it."""
+    z = tl.full([], 0, tl.int64)
+    u = tl.full([], 0, tl.int64)
+    n = tl.full([], 0, tl.int32)
+    lost = inside == 0
+    if inside:
+        alive = survives(found.s, found.ids, row.m, law)
+        d = found.s - row.m
+        z = tl.sum(tl.where(alive, masses(d), 0), 0)
+        u = tl.sum(tl.where(alive, surprisals(d), 0), 0)
         n = tl.sum(alive.to(tl.int32), 0)
-    else:
-        z = tl.full([], 0, tl.int64)
-        all_u = tl.zeros([BLOCK], tl.int64)
-        all_n = tl.zeros([BLOCK], tl.int32)
-        for block in range(tl.cdiv(row.v, BLOCK)):
-            ids = block * BLOCK + tl.arange(0, BLOCK)
-            s = load_scaled(row, ids)
-            alive = survives(s, ids, row.m, law)
-            here = tl.sum(tl.where(alive, masses(s - row.m), 0), 0)
-            z += here
-            if store:
-                tl.store(sums + block, here)
-            all_u += tl.where(alive, surprisals(s - row.m), 0)
-            all_n += alive.to(tl.int32)
-        u, n = tl.sum(all_u, 0), tl.sum(all_n, 0)
-    return z, u, n
+    if sizes.ALONE == 0:
+        if lost:
+            z, u, n = _sums_of_row(row, law, sums, store, sizes.BLOCK)
+    return z, u, n, lost
 
 
 @triton.jit
@@ -138,31 +210,38 @@ def _masses_at(s, ids, row, law, by_kappa, cut):
 
 
 @triton.jit
-def _at_cut(row, law, by_kappa, cut, found, inside, BLOCK: tl.constexpr, LIST: tl.constexpr):
+def _at_cut(row, law, by_kappa, cut, found, inside, partial, sizes):
     """The mass before the last that a cut keeps, and of that: a token, or all equally typical."""
-    if inside:
-        s, ids = load_list(found.listed, found.number, LIST)
-        above, at = _masses_at(s, ids, row, law, by_kappa, cut)
-        before, last = tl.sum(above, 0), tl.sum(at, 0)
-    else:
-        all_above = tl.zeros([BLOCK], tl.int64)
-        all_at = tl.zeros([BLOCK], tl.int64)
-        for block in range(tl.cdiv(row.v, BLOCK)):
-            ids = block * BLOCK + tl.arange(0, BLOCK)
-            above, at = _masses_at(load_scaled(row, ids), ids, row, law, by_kappa, cut)
-            all_above += above
-            all_at += at
-        before, last = tl.sum(all_above, 0), tl.sum(all_at, 0)
-    return before, last
+    above, at = _masses_at(found.s, found.ids, row, law, by_kappa, cut)
+    before, last = tl.sum(above, 0), tl.sum(at, 0)
+    before += tl.where(partial, found.held.above, 0)
+    last = tl.where(partial & found.held.one, found.held.within, last)
+    lost = (inside | partial) == 0
+    if sizes.ALONE == 0:
+        if lost:
+            all_above = tl.zeros([sizes.BLOCK], tl.int64)
+            all_at = tl.zeros([sizes.BLOCK], tl.int64)
+            for block in range(tl.cdiv(row.v, sizes.BLOCK)):
+                ids = block * sizes.BLOCK + tl.arange(0, sizes.BLOCK)
+                s = load_scaled(row, ids)
+                more_above, more_at = _masses_at(s, ids, row, law, by_kappa, cut)
+                all_above += more_above
+                all_at += more_at
+            before, last = tl.sum(all_above, 0), tl.sum(all_at, 0)
+    return before, last, lost
 
 
 @triton.jit
-def decide(rows, adaptors, parts, lists, weights, ALL_WEIGHED: tl.constexpr, sizes):
-    """Runs the filters of the row that this program has, each on the survivors of the one before.
+def decide(
+    rows, adaptors, parts, lists, weights, virtual, found,
+    ALL_WEIGHED: tl.constexpr,
+    SUM_LATER: tl.constexpr,  # whether survivors that no list holds are summed by another kernel
+    sizes,
+):  # fmt: skip
+    """Runs the filters of a virtual row, each on the survivors of the one before.
 
     Where T is 0 no filter runs, and the law leaves the lowest id of the largest logit.
     """
-    virtual = tl.program_id(0)
     at, knobs = knobs_of(adaptors, virtual)
     temperature = load_knob(knobs, TEMPERATURE)
     inverse = inverse_of(temperature)
@@ -173,8 +252,8 @@ def decide(rows, adaptors, parts, lists, weights, ALL_WEIGHED: tl.constexpr, siz
     filters = (status == OK) & (temperature > 0)
     keep = tl.minimum(load_knob(knobs, KEEP), MAX_KEEP).to(tl.int64)
     first = first_filter(knobs)
-    found = found_of(lists, virtual, sizes.LIST)
-    usable = found.number <= sizes.LIST
+    partial = found.held.partial
+    usable = (found.held.number <= sizes.LIST) & (partial == 0)
     inside = usable & (found.floor == float("-inf"))
     listed_from = exponentials(found.floor - m).to(tl.float64) * 1.0001  # masses above are listed
 
@@ -189,25 +268,26 @@ def decide(rows, adaptors, parts, lists, weights, ALL_WEIGHED: tl.constexpr, siz
     u = weights.surprisal_sums + of_row + j
     u = tl.sum(tl.load(u, mask=j < tl.where(known_u, blocks, 0), other=0), 0)
     typical_ran = first < 0  # false
+    undecided = first < 0
     for i in range(6):
         knob = filter_at(knobs, i)
         value = load_knob(knobs, knob)
-        if filters & (is_neutral(knob, value) == 0):
+        if filters & (is_neutral(knob, value) == 0) & (undecided == 0):
             law = Law(cut, mass, guard, cutoff, cutoff_guard, band, centre)
             is_k, is_p, is_min = knob == TOP_K, knob == TOP_P, knob == MIN_P
             is_typical, is_eta = knob == TYPICAL_P, knob == ETA
             is_cutoff = (knob == EPSILON) | is_eta
             with_u = is_typical | is_eta
             if ((is_p | is_typical | is_cutoff) & (known == 0)) | (with_u & (known_u == 0)):
-                z, u, _ = _sums(row, law, found, inside, sums, False, sizes.BLOCK, sizes.LIST)
+                z, u, _, lost = _sums(row, law, found, inside, sums, False, sizes)
+                undecided |= lost & sizes.ALONE
             total = z.to(tl.float64)
             if is_typical:
                 centre = (u.to(tl.float64) / total).to(tl.float32)
                 law = Law(cut, mass, guard, cutoff, cutoff_guard, band, centre)
             part_of_z = value * total
-            target = ceil64(part_of_z * ALMOST)
-            target = tl.where(is_k, tl.minimum(value, MAX_KEEP).to(tl.int64), target)
-            target = tl.where(is_k, tl.maximum(target, keep), tl.maximum(target, 1))
+            target = tl.minimum(value, MAX_KEEP).to(tl.int64)
+            target = tl.where(is_k, tl.maximum(target, keep), mass_target(part_of_z))
 
             # the cut of the filter itself, and that of the tokens it must leave
             main = guard * 0 + NO_RANK
@@ -218,8 +298,8 @@ def decide(rows, adaptors, parts, lists, weights, ALL_WEIGHED: tl.constexpr, siz
                 asked = is_k | is_p | is_typical
                 if second == 1:
                     asked = ((keep > 1) & (is_k == 0)) | (is_cutoff & typical_ran)
-                if asked:
-                    rank, in_list = _cut(
+                if asked & (undecided == 0):
+                    rank, in_list, lost = _cut(
                         row,
                         law,
                         is_typical,
@@ -227,9 +307,11 @@ def decide(rows, adaptors, parts, lists, weights, ALL_WEIGHED: tl.constexpr, siz
                         tl.where(second == 0, target, keep),
                         found,
                         inside,
+                        partial & (second == 0),
                         sizes,
                     )
                     held = held & in_list
+                    undecided |= lost & sizes.ALONE
                     main = tl.where(second == 0, rank, main)
                     least = tl.where(second == 1, rank, least)
 
@@ -237,10 +319,11 @@ def decide(rows, adaptors, parts, lists, weights, ALL_WEIGHED: tl.constexpr, siz
             # the target was that of light tokens
             heavy = (z + 1023) >> 10
             own = masses(values((main >> 32).to(tl.int32)) - m)
-            if is_typical | (is_p & (own >= heavy)):
-                before, last = _at_cut(
-                    row, law, is_typical, main, found, inside | held, sizes.BLOCK, sizes.LIST
+            if (is_typical | (is_p & (own >= heavy))) & (undecided == 0):
+                before, last, lost = _at_cut(
+                    row, law, is_typical, main, found, inside | held, partial, sizes
                 )
+                undecided |= lost & sizes.ALONE
                 past = before >= tl.maximum(ceil64(part_of_z * NEARLY), 1)
                 past &= last >= heavy
                 main += tl.where(past, tl.where(is_typical, ONE_KEY, 1), 0)
@@ -251,27 +334,29 @@ def decide(rows, adaptors, parts, lists, weights, ALL_WEIGHED: tl.constexpr, siz
                 guard = least
                 held &= mass.to(tl.float64) > listed_from
             if is_cutoff:
-                p = value
-                if is_eta:
-                    entropy = log_mass(z) + u.to(tl.float64) / total
-                    p = tl.minimum(p, tl.sqrt(p) * exp64(-entropy))
+                p = cutoff_of(is_eta, value, z, u)
                 cutoff = tl.maximum(cutoff, ceil64(p * total * NEARLY))
                 best = with_ties(ranks(keys(m), 0))
                 cutoff_guard = tl.where((keep > 1) | typical_ran, with_ties(least), best)
-                held &= (
-                    cutoff.to(tl.float64) > exponentials(found.floor - m).to(tl.float64) * 1.0001
-                )
+                held &= cutoff.to(tl.float64) > listed_from
             inside = inside | held
             typical_ran = typical_ran | is_typical
-            known, known_u = first < 0, first < 0
+            known, known_u, partial = first < 0, first < 0, first < 0
     if greedy:
-        cut = ranks(keys(m), _first_largest(row, found, sizes.BLOCK, sizes.LIST))
+        best = _first_largest(row, found, sizes)
+        undecided |= (best == LAST_ID) & sizes.ALONE
+        cut = ranks(keys(m), best)
         inside = usable
     law = Law(cut, mass, guard, cutoff, cutoff_guard, band, centre)
     kept = tl.full([], 0, tl.int32)
+    state = tl.where(undecided, UNDECIDED, DECIDED)
     if filters & (first == 0):
         kept = tl.sum(tl.load(weights.finite + of_row + j, mask=j < blocks, other=0), 0)
         inside = first < 0  # the masses of the blocks are there
-    elif filters | greedy:
-        z, u, kept = _sums(row, law, found, inside, sums, True, sizes.BLOCK, sizes.LIST)
-    return Decision(row, law, status, greedy, inside, kept, z)
+    elif (filters | greedy) & (undecided == 0):
+        if SUM_LATER & (inside == 0):
+            state = tl.full([], UNSUMMED, tl.int32)
+        else:
+            z, u, kept, lost = _sums(row, law, found, inside, sums, True, sizes)
+            state = tl.where(lost & sizes.ALONE, UNDECIDED, state)
+    return Decision(row, law, status, greedy, inside, state, kept, z)

@@ -1,17 +1,74 @@
-"""The draw: a row is decided, and a token of its survivors is found by its running mass."""
+"""The draw: a row is decided, and a token of its survivors is found by its running mass.
+
+First every row is tried by its list alone, then the rows for which that does not do; of rows whose
+survivors no list holds, the masses are summed by many programs, the last of which draws.
+"""
 
 import triton
 import triton.language as tl
 
 from fastadapt.kernels.arithmetic import LAST_ID, draw_target, log_mass, masses
-from fastadapt.kernels.decide import decide, found_of
-from fastadapt.kernels.rows import OK, largest_of, load_list, load_scaled, survives
-from fastadapt.kernels.select import last_before
+from fastadapt.kernels.bundles import Row
+from fastadapt.kernels.decide import decide, found_of, held_of
+from fastadapt.kernels.rows import (
+    DECIDED,
+    LAW_SIZE,
+    LAW_STATUS,
+    MARK_ALL_MASS,
+    MARK_STATE,
+    MARK_SUMMED,
+    OK,
+    TEMPERATURE,
+    UNDECIDED,
+    UNSUMMED,
+    inverse_of,
+    knobs_of,
+    largest_of,
+    load_knob,
+    load_law,
+    load_scaled,
+    marks_of,
+    row_at,
+    store_law,
+    survives,
+)
+
+NOTHING = tl.constexpr(2**63 - 1)
+ID_SHIFT = tl.constexpr(41)  # over a mass; ids have 22 bits
+MASS_BITS = tl.constexpr((1 << 41) - 1)
 
 
 @triton.jit
-def _first_in_block(row, law, block, before, target, BLOCK: tl.constexpr):
-    """The same of a block, with the mass before it."""
+def _first_in_list(row, law, found, target, sizes):
+    """The first survivor of a list, by id, whose running mass exceeds a target."""
+    alive = survives(found.s, found.ids, row.m, law)
+    mass = tl.where(alive, masses(found.s - row.m), 0)
+    if sizes.ALONE:
+        packed = tl.where(alive, (found.ids.to(tl.int64) << ID_SHIFT) + mass, NOTHING)
+        packed = tl.sort(packed)
+        there = packed != NOTHING
+        running = tl.cumsum(tl.where(there, packed & MASS_BITS, 0), 0)
+        ids = (packed >> ID_SHIFT).to(tl.int32)
+        token = tl.min(tl.where(there & (running > target), ids, LAST_ID), 0)
+    else:  # of a long list halving ids takes a third of the time
+        token = tl.full([], 0, tl.int32)
+        last = token + row.v - 1
+        while token < last:
+            middle = (token + last) // 2
+            beyond = tl.sum(tl.where(found.ids <= middle, mass, 0), 0) > target
+            last = tl.where(beyond, middle, last)
+            token = tl.where(beyond, token, middle + 1)
+    return token
+
+
+@triton.jit
+def _first_by_blocks(row, law, sums, blocks, target, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
+    """The same by the masses of blocks, and then of one block's tokens."""
+    at = tl.arange(0, BLOCKS)
+    mass = tl.load(sums + at, mask=at < blocks, other=0)
+    running = tl.cumsum(mass, 0)
+    block = tl.sum(((running <= target) & (at < blocks)).to(tl.int32), 0)
+    before = tl.sum(tl.where(at < block, mass, 0), 0)
     ids = block * BLOCK + tl.arange(0, BLOCK)
     s = load_scaled(row, ids)
     mass = tl.where(survives(s, ids, row.m, law), masses(s - row.m), 0)
@@ -19,69 +76,171 @@ def _first_in_block(row, law, block, before, target, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _first_beyond(decided, found, sums, blocks, target, sizes):
-    """The first survivor, by id, whose running mass exceeds a target."""
-    row, law = decided.row, decided.law
-    if decided.inside:
-        s, ids = load_list(found.listed, found.number, sizes.LIST)
-        alive = survives(s, ids, row.m, law)
-        weight = tl.where(alive, masses(s - row.m), 0)
-        by_id = tl.where(alive, -ids, 1).to(tl.int64)
-        best = last_before(by_id, weight, alive, tl.full([], 0, tl.int64), target + 1)
-        token = (-best).to(tl.int32)
-    else:
-        tl.debug_barrier()  # masses of blocks that other threads stored
-        at = tl.arange(0, sizes.BLOCKS)
-        mass = tl.load(sums + at, mask=at < blocks, other=0)
-        running = tl.cumsum(mass, 0)
-        block = tl.sum(((running <= target) & (at < blocks)).to(tl.int32), 0)
-        before = tl.sum(tl.where(at < block, mass, 0), 0)
-        token = _first_in_block(row, law, block, before, target, sizes.BLOCK)
-    return token
+def _target(chance, at, total, POSITIONS: tl.constexpr):
+    """What a row's running mass must exceed."""
+    position = tl.full([], 0, tl.int64)
+    if POSITIONS:
+        position = tl.load(chance.positions + at)
+    return draw_target(tl.load(chance.seeds + at), position, total)
 
 
 @triton.jit
-def sample_kernel(
-    rows, adaptors, parts, lists, weights, chance, out,
-    POSITIONS: tl.constexpr, BASE: tl.constexpr, LOG_MASS: tl.constexpr,
-    ALL_WEIGHED: tl.constexpr, sizes,
+def _store_drawn(
+    parts, weights, out, at, row, status, greedy, kept, total, all_mass, token,
+    BASE: tl.constexpr, LOG_MASS: tl.constexpr, SPLITS: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """Decides a row and draws from it."""
-    at = tl.program_id(0)
-    j = tl.arange(0, sizes.BLOCKS)
-    here = weights.sums + at.to(tl.int64) * weights.blocks
-    all_mass = tl.full([], 0, tl.int64)
-    if LOG_MASS:  # before the blocks become those of the survivors
-        all_mass = tl.sum(tl.load(here + j, mask=j < weights.blocks, other=0), 0)
-    decided = decide(rows, adaptors, parts, lists, weights, ALL_WEIGHED, sizes)
-    row, status = decided.row, decided.status
-    token = tl.full([], -1, tl.int32)
+    """All fields of a row whose token is known; a bad row has none."""
     nan = row.m * 0.0 + float("nan")
     logprob, base, log_kept = nan, nan, nan
     if status == OK:
-        position = tl.full([], 0, tl.int64)
-        if POSITIONS:
-            position = tl.load(chance.positions + at)
-        target = draw_target(tl.load(chance.seeds + at), position, decided.total)
-        found = found_of(lists, at, sizes.LIST)
-        token = _first_beyond(decided, found, here, weights.blocks, target, sizes)
         x = tl.load(row.logits + token, mask=token < row.v, other=float("nan")).to(tl.float32)
-        of_kept = log_mass(decided.total)
+        of_kept = log_mass(total)
         logprob = x * row.inverse
         logprob = (logprob.to(tl.float64) - row.m.to(tl.float64) - of_kept).to(tl.float32)
         if LOG_MASS:
             log_kept = (of_kept - log_mass(all_mass)).to(tl.float32)
-            log_kept = tl.where(decided.greedy, 0.0, log_kept)
+            log_kept = tl.where(greedy, 0.0, log_kept)
         if BASE:
-            m1 = largest_of(parts, at, sizes.SPLITS)
+            m1 = largest_of(parts, at, SPLITS)
+            j = tl.arange(0, BLOCKS)
             masses1 = weights.base_sums + at.to(tl.int64) * weights.blocks + j
             of_all = log_mass(tl.sum(tl.load(masses1, mask=j < weights.blocks, other=0), 0))
             base = (x.to(tl.float64) - m1.to(tl.float64) - of_all).to(tl.float32)
     tl.store(out.tokens + at, token.to(tl.int64))
     tl.store(out.logprobs + at, logprob)
-    tl.store(out.kept + at, tl.where(status == OK, decided.kept, 0))
+    tl.store(out.kept + at, tl.where(status == OK, kept, 0))
     tl.store(out.status + at, status.to(tl.uint8))
     if BASE:
         tl.store(out.base_logprobs + at, base)
     if LOG_MASS:
         tl.store(out.log_masses + at, log_kept)
+
+
+@triton.jit
+def _try_row(
+    rows, adaptors, parts, lists, weights, laws, chance, out, at, held,
+    POSITIONS: tl.constexpr, BASE: tl.constexpr, LOG_MASS: tl.constexpr,
+    ALL_WEIGHED: tl.constexpr, SUM_LATER: tl.constexpr, sizes,
+):  # fmt: skip
+    """Decides a row and draws from it, or leaves that to others; the state in which it is then."""
+    j = tl.arange(0, sizes.BLOCKS)
+    here = weights.sums + at.to(tl.int64) * weights.blocks
+    all_mass = tl.full([], 0, tl.int64)
+    if LOG_MASS:  # before the blocks become those of the survivors
+        all_mass = tl.sum(tl.load(here + j, mask=j < weights.blocks, other=0), 0)
+    found = found_of(lists, at, held, sizes)
+    decided = decide(
+        rows, adaptors, parts, lists, weights, at, found, ALL_WEIGHED, SUM_LATER, sizes
+    )
+    row, status, state = decided.row, decided.status, decided.state
+    token = tl.full([], -1, tl.int32)
+    if (status == OK) & (state == DECIDED):
+        target = _target(chance, at, decided.total, POSITIONS)
+        if decided.inside:
+            token = _first_in_list(row, decided.law, found, target, sizes)
+        else:
+            tl.debug_barrier()  # masses of blocks that other threads stored
+            token = _first_by_blocks(
+                row, decided.law, here, weights.blocks, target, sizes.BLOCK, sizes.BLOCKS
+            )
+    if state == DECIDED:
+        _store_drawn(
+            parts, weights, out, at, row, status, decided.greedy, decided.kept,
+            decided.total, all_mass, token, BASE, LOG_MASS, sizes.SPLITS, sizes.BLOCKS,
+        )  # fmt: skip
+    if state == UNSUMMED:
+        store_law(laws + at.to(tl.int64) * LAW_SIZE, decided.law, status)
+        tl.store(marks_of(lists, at) + MARK_ALL_MASS, all_mass)
+    return state
+
+
+@triton.jit
+def short_kernel(
+    rows, adaptors, parts, lists, weights, laws, chance, out,
+    POSITIONS: tl.constexpr, BASE: tl.constexpr, LOG_MASS: tl.constexpr,
+    ALL_WEIGHED: tl.constexpr, SUM_LATER: tl.constexpr, sizes,
+):  # fmt: skip
+    """Decides the rows whose lists are short, and draws from them."""
+    at = tl.program_id(0)
+    _, knobs = knobs_of(adaptors, at)
+    held = held_of(lists, at, knobs, sizes)
+    state = tl.full([], 0, tl.int32) + UNDECIDED
+    if held.number <= sizes.LIST:
+        state = _try_row(
+            rows, adaptors, parts, lists, weights, laws, chance, out, at, held,
+            POSITIONS, BASE, LOG_MASS, ALL_WEIGHED, SUM_LATER, sizes,
+        )  # fmt: skip
+    tl.store(marks_of(lists, at) + MARK_STATE, state.to(tl.int64))
+
+
+@triton.jit
+def long_kernel(
+    rows, adaptors, parts, lists, weights, laws, chance, out,
+    POSITIONS: tl.constexpr, BASE: tl.constexpr, LOG_MASS: tl.constexpr,
+    ALL_WEIGHED: tl.constexpr, SUM_LATER: tl.constexpr,
+    middle,  # sizes of lists that are put in order, and of all others
+    sizes,
+):  # fmt: skip
+    """Decides the rows that are left: by lists of middle length, by longer ones, by the rows."""
+    at = tl.program_id(0)
+    marks = marks_of(lists, at)
+    if tl.load(marks + MARK_STATE) == UNDECIDED:
+        _, knobs = knobs_of(adaptors, at)
+        state = tl.full([], 0, tl.int32) + UNDECIDED
+        held = held_of(lists, at, knobs, middle)
+        if held.number <= middle.LIST:
+            state = _try_row(
+                rows, adaptors, parts, lists, weights, laws, chance, out, at, held,
+                POSITIONS, BASE, LOG_MASS, ALL_WEIGHED, SUM_LATER, middle,
+            )  # fmt: skip
+        if state == UNDECIDED:
+            held = held_of(lists, at, knobs, sizes)
+            state = _try_row(
+                rows, adaptors, parts, lists, weights, laws, chance, out, at, held,
+                POSITIONS, BASE, LOG_MASS, ALL_WEIGHED, SUM_LATER, sizes,
+            )  # fmt: skip
+        tl.store(marks + MARK_STATE, state.to(tl.int64))
+
+
+@triton.jit
+def sum_kernel(
+    rows, adaptors, parts, lists, weights, laws, chance, out,
+    POSITIONS: tl.constexpr, BASE: tl.constexpr, LOG_MASS: tl.constexpr,
+    BLOCK: tl.constexpr, TOGETHER: tl.constexpr, SPLITS: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """Sums the survivors of a decided row by block; who is last of a row draws from it."""
+    at, some = tl.program_id(0), tl.program_id(1)
+    marks = marks_of(lists, at)
+    if tl.load(marks + MARK_STATE) == UNSUMMED:
+        _, knobs = knobs_of(adaptors, at)
+        temperature = load_knob(knobs, TEMPERATURE)
+        inverse = inverse_of(temperature)
+        m = largest_of(parts, at, SPLITS) * inverse + 0.0
+        row = Row(row_at(rows, at), rows.v, inverse, m)
+        laws += at.to(tl.int64) * LAW_SIZE
+        law = load_law(laws)
+        first = at.to(tl.int64) * weights.blocks
+        block = some * TOGETHER + tl.arange(0, TOGETHER)
+        there = block < weights.blocks
+        ids = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+        s = load_scaled(row, ids)
+        alive = survives(s, ids, m, law)
+        tl.store(
+            weights.sums + first + block, tl.sum(tl.where(alive, masses(s - m), 0), 1), mask=there
+        )
+        tl.store(weights.finite + first + block, tl.sum(alive.to(tl.int32), 1), mask=there)
+        tl.debug_barrier()
+        if tl.atomic_add(marks + MARK_SUMMED, 1, sem="acq_rel") == tl.num_programs(1) - 1:
+            j = tl.arange(0, BLOCKS)
+            here = j < weights.blocks
+            total = tl.sum(tl.load(weights.sums + first + j, mask=here, other=0), 0)
+            kept = tl.sum(tl.load(weights.finite + first + j, mask=here, other=0), 0)
+            status = tl.load(laws + LAW_STATUS).to(tl.int32)
+            target = _target(chance, at, total, POSITIONS)
+            token = _first_by_blocks(
+                row, law, weights.sums + first, weights.blocks, target, BLOCK, BLOCKS
+            )
+            _store_drawn(
+                parts, weights, out, at, row, status, temperature == 0, kept, total,
+                tl.load(marks + MARK_ALL_MASS), token, BASE, LOG_MASS, SPLITS, BLOCKS,
+            )  # fmt: skip

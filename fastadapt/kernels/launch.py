@@ -1,8 +1,8 @@
 """What the operators call for CUDA tensors: scratch, grids, outputs. Nothing here synchronises.
 
-A call scans the rows (one read: maxima, and a list of each row's largest), weighs those whose first
-filter asks for it (one more), and then one program a row decides, mostly from the list. Rows are
-split over several programs where there are few.
+A call takes the maxima of groups of logits (one read), weighs the rows whose first filter asks for
+it (one more), finds a floor over all that matters, lists the tokens above it, and then one program
+a row decides, mostly from the list. What is launched follows from the adaptor, never from logits.
 """
 
 from functools import lru_cache
@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from triton import next_power_of_2
 
-from fastadapt.kernels import draw, law, scan, top, write
+from fastadapt.kernels import draw, law, nucleus, scan, top, write
 from fastadapt.kernels.bundles import (
     Adaptors,
     Chance,
@@ -28,40 +28,43 @@ from fastadapt.kernels.bundles import (
     Support,
     Weights,
 )
-from fastadapt.kernels.rows import LAW_SIZE
+from fastadapt.kernels.rows import LAW_SIZE, MARKS
+from fastadapt.kernels.steps import Steps, steps_of
 
 PASS: dict[str, object] = {"num_warps": 4, "enable_fp_fusion": False}
 # Without a limit, assemblers for sm_80 stop at 128 or 168 registers and spill.
 COLLECTING: dict[str, object] = {**PASS, "maxnreg": 255}
 DECIDING: dict[str, object] = {**COLLECTING, "num_warps": 8}
-WIDE_PASS: dict[str, object] = {**PASS, "num_warps": 8}
+ONE_WARP: dict[str, object] = {**PASS, "num_warps": 1}
+WIDE: dict[str, object] = {**PASS, "num_warps": 8}
 
 
 class Plan(NamedTuple):
     """Sizes that change how soon a kernel is done, never what it computes; powers of two."""
 
+    columns: int = 128  # groups of a tile of the first pass
+    group: int = 32  # logits of a group
+    ahead: int = 8  # that a thread loads before it looks at them
+    supers: int = 16  # super-groups of a tile
     block: int = 1024  # logits whose mass is one number; what the deciding kernels look at together
-    wide: int = 4  # blocks that a program of the first pass reads at once, where rows are many
-    wide_weigh: int = 2  # and of the second
+    together: int = 2  # blocks that a weighing program looks at together
+    bins: int = 1024
+    bins_step: int = 512  # logits that a warp puts into bins at once
+    bins_steps: int = 8
+    rounds: int = 3  # on brackets of too many tokens
+    programs: int = 2048  # that list tokens, each with tiles enough for its share of the floor
+    collect_step: int = 1024  # and that are looked at together for a list
     list_size: int = 2048  # of a row's largest
-    sample_size: int = 1024  # of a row, from which the floor of its list is guessed
-    bins: int = 512
+    short_size: int = 128  # of a list that one warp decides
+    middle_size: int = 512  # and of one that is put in order
     scratch_bytes: int = 1 << 28  # of virtual rows at a time
 
     def row_bytes(self, v: int) -> int:
         """Scratch of a virtual row."""
-        return 16 * self.list_size + 36 * -(-v // self.block)
+        return 16 * self.list_size + 8 * self.bins + 36 * -(-v // self.block) + v // self.group * 8
 
 
 PLAN = Plan()
-
-
-@lru_cache
-def _programs(device: torch.device) -> int:
-    """How many programs keep a device busy: 4 a multiprocessor."""
-    if device.type != "cuda":  # Triton's interpreter
-        return 4
-    return 4 * int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 class Scan(NamedTuple):
@@ -84,75 +87,100 @@ class Options(NamedTuple):
 
 def adaptors_of(knobs: Tensor, order: int) -> Adaptors:
     """Knobs (A, 8, R) and the code of the order of their filters."""
-    return Adaptors(knobs, knobs.shape[0], knobs.shape[2], int(knobs.shape[2] > 1), order)
+    return Adaptors(knobs, knobs.shape[0], knobs.shape[2], int(knobs.shape[2] > 1), order & 1)
 
 
-def sizes_of(plan: Plan, splits: int, blocks: int) -> Sizes:
-    """Constants of the deciding kernels."""
+@lru_cache
+def sizes_of(plan: Plan, tiles: int, blocks: int, alone: int = 0) -> Sizes:
+    """Constants of the deciding kernels; `alone`: of lists that are looked at alone."""
     numbers = (
         plan.block,
         plan.list_size,
+        alone or plan.list_size,
         plan.bins,
-        next_power_of_2(splits),
+        next_power_of_2(tiles),
         next_power_of_2(blocks),
+        alone > 0,
     )
     return Sizes(*map(tl.constexpr, numbers))
 
 
 def _scan(
-    logits: Tensor, knobs: Tensor, order: int, plan: Plan, options: Options
-) -> tuple[Scan, Sizes]:
-    """Scans and weighs rows of logits (N, V), N > 0, each once for each of the adaptors."""
+    logits: Tensor, knobs: Tensor, steps: Steps, plan: Plan, options: Options
+) -> tuple[Scan, int]:
+    """Scans rows of logits (N, V), N > 0, each once for each of the adaptors; and their tiles."""
     n, v = logits.shape
-    rows, adaptors = Rows(logits, logits.stride(0), v), adaptors_of(knobs, order)
+    rows, adaptors = Rows(logits, logits.stride(0), v), adaptors_of(knobs, steps.order)
     virtual = n * adaptors.number
     blocks = triton.cdiv(v, plan.block)
-    programs = _programs(logits.device)
-    # few rows are read a block a program, so that all multiprocessors take part
-    many = virtual * blocks >= programs * plan.wide
-    scanned, weighed = (plan.wide, plan.wide_weigh) if many else (1, 1)
-    splits = max(1, min(-(-blocks // scanned), programs // virtual))
-    parts = Parts(logits.new_empty(n, splits, dtype=torch.float32), splits)
-    listed, spare = logits.new_empty(2, virtual, plan.list_size, dtype=torch.float32)
-    listed_ids, spare_ids = logits.new_empty(2, virtual, plan.list_size, dtype=torch.int32)
-    lists = Lists(
-        logits.new_zeros(virtual, dtype=torch.int32),
-        logits.new_empty(virtual, dtype=torch.float32),
-        listed,
-        listed_ids,
-        spare,
-        spare_ids,
+    tiles = triton.cdiv(v, plan.columns * plan.group)
+    weighs = steps.weighs or options.all_weighed or options.base
+    new = logits.new_empty
+    parts = Parts(
+        new(n, tiles, dtype=torch.float32),
+        new(n, tiles * plan.supers, dtype=torch.float32),
+        new(n, tiles * plan.columns, dtype=torch.float32),
+        tiles,
     )
-    sums, surprisals, base_sums, base_surprisals = logits.new_empty(
-        4, virtual, blocks, dtype=torch.int64
-    )
-    finite = logits.new_empty(virtual, blocks, dtype=torch.int32)
+    listed, spare = new(2, virtual, plan.list_size, dtype=torch.float32)
+    listed_ids, spare_ids = new(2, virtual, plan.list_size, dtype=torch.int32)
+    marks = new(virtual, MARKS.value + 3 * plan.bins * steps.bins, dtype=torch.int64)
+    floors = new(virtual, dtype=torch.float32)
+    lists = Lists(marks, floors, listed, listed_ids, spare, spare_ids, marks.shape[1])
+    sums, surprisals, base_sums, base_surprisals = new(4, virtual, blocks, dtype=torch.int64)
+    finite = new(virtual, blocks, dtype=torch.int32)
     weights = Weights(sums, surprisals, base_sums, base_surprisals, finite, blocks)
-    sizes = sizes_of(plan, splits, blocks)
-    scan.scan_kernel[(virtual, splits)](
-        rows,
-        adaptors,
-        parts,
-        lists,
-        BLOCK=plan.block * scanned,
-        LIST=plan.list_size,
-        SAMPLE=plan.sample_size,
-        **(WIDE_PASS if many else PASS),
+    padded = {"SPLITS": next_power_of_2(tiles), "BLOCKS": next_power_of_2(blocks)}
+    layout = {"COLUMNS": plan.columns, "GROUP": plan.group}
+    scan.maxima_kernel[(n, tiles)](
+        rows, adaptors, parts, lists, **layout, AHEAD=plan.ahead, SUPERS=plan.supers, **ONE_WARP
     )
-    scan.weigh_kernel[(virtual, splits)](
-        rows,
-        adaptors,
-        parts,
-        weights,
-        ALWAYS=options.all_weighed or options.base,
-        BASE=options.base,
-        BASE_SURPRISAL=options.entropy,
-        BLOCK=plan.block,
-        TOGETHER=weighed,
-        SPLITS=sizes.SPLITS.value,
-        **PASS,
-    )
-    return Scan(rows, adaptors, parts, lists, weights), sizes
+    if weighs:
+        scan.weigh_kernel[(virtual, triton.cdiv(blocks, plan.together))](
+            rows,
+            adaptors,
+            parts,
+            weights,
+            ALWAYS=options.all_weighed or options.base,
+            BASE=options.base,
+            BASE_SURPRISAL=options.entropy,
+            BLOCK=plan.block,
+            TOGETHER=plan.together,
+            SPLITS=padded["SPLITS"],
+            **PASS,
+        )
+    scanned = Scan(rows, adaptors, parts, lists, weights)
+    programs = triton.cdiv(v, plan.bins_step * plan.bins_steps)
+    binned = {"STEP": plan.bins_step, "STEPS": plan.bins_steps, "BINS": plan.bins}
+    if steps.bins:
+        if steps.sketches:
+            nucleus.sketch_kernel[(virtual,)](
+                *scanned,
+                MOST=plan.list_size // plan.group,
+                COLUMNS=plan.columns,
+                GROUPS=next_power_of_2(tiles * plan.columns),
+                **padded,
+                **WIDE,
+            )
+        nucleus.bins_kernel[(virtual, programs)](*scanned, **binned, **padded, **ONE_WARP)
+    if steps.filters:
+        few = not steps.sums  # tokens reach the floor of a top-k
+        scan.collect_kernel[(virtual, min(tiles, max(4, -(-plan.programs // virtual))))](
+            *scanned,
+            **layout,
+            STEP=min(plan.columns * plan.group, plan.collect_step // (4 if few else 1)),
+            ROOM=plan.list_size,
+            SUPERS=next_power_of_2(tiles * plan.supers),
+            PER_TILE=plan.supers,
+            BINS=plan.bins if steps.bins else 0,
+            **padded,
+            **(ONE_WARP if few else PASS),
+        )
+    for _ in range(plan.rounds if steps.bins else 0):
+        nucleus.narrow_kernel[(virtual, programs)](
+            *scanned, **binned, ROOM=plan.list_size, **padded, **ONE_WARP
+        )
+    return scanned, tiles
 
 
 def _slices(logits: Tensor, adaptors: int, plan: Plan) -> list[slice]:
@@ -181,8 +209,9 @@ def sample(
 ) -> None:
     """Draws. `out`: tokens, logprobs, kept, status; `top_out`: ids, logprobs, rank, or nothing."""
     options = Options(log_mass is not None, base_logprobs is not None or bool(top_out))
+    steps = steps_of(order, knobs.shape[1])
     for at in _slices(logits, 1, plan):
-        scanned, sizes = _scan(logits[at], _part(knobs[None], at), order, plan, options)
+        scanned, tiles = _scan(logits[at], _part(knobs[None], at), steps, plan, options)
         tokens, logprobs, kept, status = (t[at] for t in out)
         drawn = Drawn(
             tokens,
@@ -192,18 +221,46 @@ def sample(
             logprobs if base_logprobs is None else base_logprobs[at],
             logprobs if log_mass is None else log_mass[at],
         )
-        draw.sample_kernel[(len(tokens),)](
-            *scanned,
-            Chance(seeds[at], seeds[at] if positions is None else positions[at]),
-            drawn,
-            POSITIONS=positions is not None,
-            BASE=base_logprobs is not None,
-            LOG_MASS=log_mass is not None,
-            ALL_WEIGHED=options.all_weighed or options.base,
-            sizes=sizes,
-            **DECIDING,
+        n, blocks = len(tokens), scanned.weights.blocks
+        laws = logits.new_empty(n, LAW_SIZE.value, dtype=torch.int64)
+        chance = Chance(seeds[at], seeds[at] if positions is None else positions[at])
+        asked = {
+            "POSITIONS": positions is not None,
+            "BASE": base_logprobs is not None,
+            "LOG_MASS": log_mass is not None,
+        }
+        decide = {
+            **asked,
+            "ALL_WEIGHED": options.all_weighed or options.base,
+            "SUM_LATER": steps.sums,
+        }
+        arguments = *scanned, laws, chance, drawn
+        draw.short_kernel[(n,)](
+            *arguments,
+            **decide,
+            sizes=sizes_of(plan, tiles, blocks, plan.short_size),
+            **(ONE_WARP if steps.filters else PASS),
         )
+        if steps.filters:
+            draw.long_kernel[(n,)](
+                *arguments,
+                **decide,
+                middle=sizes_of(plan, tiles, blocks, plan.middle_size),
+                sizes=sizes_of(plan, tiles, blocks),
+                **DECIDING,
+            )
+        if steps.sums and steps.filters:
+            draw.sum_kernel[(n, triton.cdiv(blocks, plan.together))](
+                *arguments,
+                **asked,
+                BLOCK=plan.block,
+                TOGETHER=plan.together,
+                SPLITS=next_power_of_2(tiles),
+                BLOCKS=next_power_of_2(blocks),
+                **PASS,
+            )
         if top_out:
+            sizes = sizes_of(plan, tiles, blocks)
             _top(scanned, sizes, drawn, [t[at] for t in top_out])
 
 
@@ -211,7 +268,7 @@ def _top(scanned: Scan, sizes: Sizes, drawn: Drawn, out: list[Tensor]) -> None:
     """The most probable tokens and the rank of the drawn one."""
     rows, parts, lists = scanned.rows, scanned.parts, scanned.lists
     n, number = out[0].shape
-    shared = {name: getattr(sizes, name).value for name in ("LIST", "SPLITS")}
+    shared = {"LIST": sizes.ROOM.value, "SPLITS": sizes.SPLITS.value}
     top.top_kernel[(n,)](
         rows,
         parts,
@@ -241,7 +298,8 @@ def _top(scanned: Scan, sizes: Sizes, drawn: Drawn, out: list[Tensor]) -> None:
 
 def _laws(logits: Tensor, knobs: Tensor, order: int, plan: Plan) -> tuple[Scan, Sizes, Tensor]:
     """Decides every row: (N, LAW_SIZE)."""
-    scanned, sizes = _scan(logits, knobs, order, plan, Options())
+    scanned, tiles = _scan(logits, knobs, steps_of(order, knobs.shape[2]), plan, Options())
+    sizes = sizes_of(plan, tiles, scanned.weights.blocks)
     laws = logits.new_empty(logits.shape[0], LAW_SIZE.value, dtype=torch.int64)
     law.law_kernel[(len(laws),)](*scanned, laws, ALL_WEIGHED=False, sizes=sizes, **DECIDING)
     return scanned, sizes, laws
@@ -274,9 +332,10 @@ def score(
 ) -> None:
     """Scores tokens under the adaptors of one order; knobs (A, 8, R), outputs (N, A) and (N,)."""
     adaptors = knobs.shape[0]
-    options = Options(base=True, entropy=True)
+    options, steps = Options(base=True, entropy=True), steps_of(order, 0)
     for at in _slices(logits, adaptors, plan):
-        scanned, sizes = _scan(logits[at], _part(knobs, at), order, plan, options)
+        scanned, tiles = _scan(logits[at], _part(knobs, at), steps, plan, options)
+        sizes = sizes_of(plan, tiles, scanned.weights.blocks)
         law.score_kernel[(len(tokens[at]) * adaptors,)](
             *scanned,
             Labels(tokens[at], ignore_index),

@@ -4,15 +4,17 @@ import triton
 import triton.language as tl
 
 from fastadapt.kernels.arithmetic import log_mass
-from fastadapt.kernels.decide import decide
-from fastadapt.kernels.rows import LAW_SIZE, OK, largest_of, store_law, survives
+from fastadapt.kernels.decide import decide, found_of, held_of
+from fastadapt.kernels.rows import LAW_SIZE, OK, knobs_of, largest_of, store_law, survives
 
 
 @triton.jit
 def law_kernel(rows, adaptors, parts, lists, weights, laws, ALL_WEIGHED: tl.constexpr, sizes):
     """Stores the law of a row, (rows, LAW_SIZE) int64."""
-    decided = decide(rows, adaptors, parts, lists, weights, ALL_WEIGHED, sizes)
     at = tl.program_id(0)
+    _, knobs = knobs_of(adaptors, at)
+    found = found_of(lists, at, held_of(lists, at, knobs, sizes), sizes)
+    decided = decide(rows, adaptors, parts, lists, weights, at, found, ALL_WEIGHED, False, sizes)
     store_law(laws + at.to(tl.int64) * LAW_SIZE, decided.law, decided.status)
 
 
@@ -24,7 +26,11 @@ def score_kernel(
     """Decides a row and scores a token under its law; the first adaptor's program, the base law."""
     virtual = tl.program_id(0)
     at = virtual // adaptors.number
-    decided = decide(rows, adaptors, parts, lists, weights, ALL_WEIGHED, sizes)
+    _, knobs = knobs_of(adaptors, virtual)
+    found = found_of(lists, virtual, held_of(lists, virtual, knobs, sizes), sizes)
+    decided = decide(
+        rows, adaptors, parts, lists, weights, virtual, found, ALL_WEIGHED, False, sizes
+    )
     row = decided.row
     token = tl.load(labels.ids + at)
     ignored = token == labels.ignore_index

@@ -4,9 +4,13 @@ import triton
 import triton.language as tl
 
 from fastadapt.kernels.arithmetic import (
+    ALMOST,
     ANY_RANK,
+    ceil64,
+    exp64,
     exponentials,
     keys,
+    log_mass,
     ranks,
 )
 from fastadapt.kernels.bundles import Knobs, Law
@@ -39,6 +43,38 @@ LAW_BAND = tl.constexpr(5)
 LAW_CENTRE = tl.constexpr(6)  # its bits
 LAW_STATUS = tl.constexpr(7)
 LAW_SIZE = tl.constexpr(8)
+
+# What is counted of a virtual row, in int64; its histograms follow.
+MARK_LISTED = tl.constexpr(0)  # tokens that belong into its list
+MARK_BINNED = tl.constexpr(1)  # programs that have put their tiles into bins
+MARK_SUMMED = tl.constexpr(2)  # programs that have summed their survivors
+MARK_STATE = tl.constexpr(3)
+MARK_ALL_MASS = tl.constexpr(4)
+MARK_SETTLED = tl.constexpr(5)  # whether the floor of its list is known before its bins
+MARK_STAGE = tl.constexpr(6)
+MARK_END = tl.constexpr(7)  # the bin in which its nucleus ends
+MARK_ABOVE = tl.constexpr(8)  # the mass above its bracket
+MARK_WITHIN = tl.constexpr(9)  # and in it, and the tokens there
+MARK_BRACKETED = tl.constexpr(10)
+MARK_LOW = tl.constexpr(11)  # places between which its bracket lies
+MARK_HIGH = tl.constexpr(12)
+MARK_UNDER_HIGH = tl.constexpr(13)  # how far some token is under the one and over the other
+MARK_OVER_LOW = tl.constexpr(14)
+MARK_NARROWED = tl.constexpr(15)  # programs that have taken part in a round
+MARKS = tl.constexpr(16)
+
+# Stages of a bracket, the tokens among which a nucleus ends.
+NO_BRACKET = tl.constexpr(0)
+BINNED = tl.constexpr(1)  # one bin
+NARROWED = tl.constexpr(2)  # known by its places
+FEW_ENOUGH = tl.constexpr(3)  # to be listed
+BRACKET_LISTED = tl.constexpr(4)
+ONE_KAPPA = tl.constexpr(5)  # nothing to choose from: equally typical tokens stay together
+
+# States of a virtual row.
+DECIDED = tl.constexpr(0)
+UNDECIDED = tl.constexpr(1)  # its list alone does not do
+UNSUMMED = tl.constexpr(2)  # its law is known, the masses of its survivors are not
 
 
 @triton.jit
@@ -110,6 +146,15 @@ def first_filter(knobs):
         active = is_neutral(at, load_knob(knobs, at)) == 0
         first = tl.where((first == 0) & active, at, first)
     return first
+
+
+@triton.jit
+def has_one_filter(knobs):
+    """Whether all but one filter are neutral, and no minimum of tokens is asked for."""
+    number = tl.full([], 0, tl.int32)
+    for i in range(1, 7):
+        number += (is_neutral(i, load_knob(knobs, i)) == 0).to(tl.int32)
+    return (number == 1) & (load_knob(knobs, KEEP) <= 1)
 
 
 @triton.jit
@@ -205,9 +250,41 @@ def load_scaled(row, ids):
 
 
 @triton.jit
-def load_list(found, number, LIST: tl.constexpr):
-    """A list: scaled logits, -inf past its end, and ids."""
+def load_list(held, number, LIST: tl.constexpr):
+    """A list in memory: scaled logits, -inf past its end, and ids."""
     at = tl.arange(0, LIST)
     there = at < number
-    s = tl.load(found.s + at, mask=there, other=float("-inf"))
-    return s, tl.load(found.ids + at, mask=there, other=0)
+    s = tl.load(held.s + at, mask=there, other=float("-inf"))
+    return s, tl.load(held.ids + at, mask=there, other=0)
+
+
+@triton.jit
+def marks_of(lists, virtual):
+    """What is counted of a virtual row."""
+    return lists.marks + virtual.to(tl.int64) * lists.step
+
+
+@triton.jit
+def sums_of(weights, virtual, BLOCKS: tl.constexpr):
+    """Mass and surprisal mass of a weighed row; the second only where a filter looks at it."""
+    j = tl.arange(0, BLOCKS)
+    at = virtual.to(tl.int64) * weights.blocks + j
+    there = j < weights.blocks
+    z = tl.sum(tl.load(weights.sums + at, mask=there, other=0), 0)
+    return z, tl.sum(tl.load(weights.surprisal_sums + at, mask=there, other=0), 0)
+
+
+@triton.jit
+def mass_target(part_of_z):
+    """The mass before which a nucleus takes tokens."""
+    return tl.maximum(ceil64(part_of_z * ALMOST), 1)
+
+
+@triton.jit
+def cutoff_of(by_eta, value, z, u):
+    """The probability under which epsilon, or eta, drops a token."""
+    p = value
+    if by_eta:
+        entropy = log_mass(z) + u.to(tl.float64) / z.to(tl.float64)
+        p = tl.minimum(p, tl.sqrt(p) * exp64(-entropy))
+    return p

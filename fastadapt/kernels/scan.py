@@ -1,95 +1,81 @@
-"""The passes over whole rows, each row shared by several programs: maximum, list, masses.
+"""The passes over whole rows, each row shared by many programs: maxima, masses, bins, the list.
 
-A row's list holds its largest scaled logits, those from a floor up that a sample of the row
-suggests. It is a hint: what is decided never depends on it, only how soon.
+A row's list holds all its scaled logits from a floor up. The floor is a hint: what is decided never
+depends on it, only how soon. No program reads more of a row than its share.
 """
 
 import triton
 import triton.language as tl
 
-from fastadapt.kernels.arithmetic import masses, surprisals
+from fastadapt.kernels.arithmetic import MIN_INT32, keys, masses, surprisals, values
 from fastadapt.kernels.bundles import Row
+from fastadapt.kernels.nucleus import UNIT, bracket_of, in_bin, no_bracket, push
 from fastadapt.kernels.rows import (
+    BINNED,
+    ETA,
     KEEP,
+    MARK_BRACKETED,
+    MARK_LISTED,
+    MAX_KEEP,
+    MIN_P,
     TEMPERATURE,
     TOP_K,
+    TOP_P,
+    TYPICAL_P,
+    cutoff_of,
     first_filter,
     inverse_of,
     knobs_of,
     largest_of,
     load_knob,
     load_scaled,
+    marks_of,
     needs_masses,
     needs_surprisal,
     row_at,
+    sums_of,
 )
 
-
-@triton.jit
-def _list_floor(row, knobs, LIST: tl.constexpr, SAMPLE: tl.constexpr):
-    """A scaled logit that some thousand tokens reach: as many as top-k needs, if it is first."""
-    at = (tl.arange(0, SAMPLE).to(tl.int64) * row.v) // SAMPLE
-    s = load_scaled(row, at)
-    share = SAMPLE / row.v.to(tl.float32)
-    least = LIST / 4 * share
-    k = tl.maximum(load_knob(knobs, TOP_K), load_knob(knobs, KEEP))
-    expected = k.to(tl.float32) * share
-    wanted = expected + 3.0 * tl.sqrt(expected) + 4.0
-    fits = (first_filter(knobs) == TOP_K) & (wanted < LIST * 0.75 * share)
-    least = tl.where(fits, wanted, least)
-    most = least * 1.5 + 4.0
-    finite = s > float("-inf")
-    high = tl.max(s, 0)
-    low = tl.min(tl.where(finite, s, float("inf")), 0)
-    floor = low
-    few = tl.sum(finite.to(tl.int32), 0).to(tl.float32) <= most
-    step = tl.where(few, 24, 0)
-    while step < 24:
-        floor = low * 0.5 + high * 0.5
-        reach = tl.sum((s >= floor).to(tl.int32), 0).to(tl.float32)
-        low = tl.where(reach > most, floor, low)
-        high = tl.where(reach < least, floor, high)
-        step = tl.where((reach > most) | (reach < least), step + 1, 24)
-    return tl.where(few, float("-inf"), floor)
+FEW = tl.constexpr(8)  # groups of a tile that are read one by one
+AT_ONCE = tl.constexpr(4)
 
 
 @triton.jit
-def scan_kernel(
-    rows, adaptors, parts, lists, BLOCK: tl.constexpr, LIST: tl.constexpr, SAMPLE: tl.constexpr
-):
-    """One read: the largest logit of each part, and the list."""
-    virtual, part = tl.program_id(0), tl.program_id(1)
-    at, knobs = knobs_of(adaptors, virtual)
-    inverse = inverse_of(load_knob(knobs, TEMPERATURE))
-    v = rows.v
-    row = Row(row_at(rows, at), v, inverse, float("nan"))
-    floor = tl.full([], float("-inf"), tl.float32)
-    if v > LIST:
-        floor = _list_floor(row, knobs, LIST, SAMPLE)
-    listed = lists.listed + virtual.to(tl.int64) * LIST
-    listed_ids = lists.listed_ids + virtual.to(tl.int64) * LIST
-    largest = tl.full([BLOCK], float("-inf"), tl.float32)
-    nan = tl.full([BLOCK], 0, tl.int32)
-    for block in range(part, tl.cdiv(v, BLOCK), parts.splits):
-        ids = block * BLOCK + tl.arange(0, BLOCK)
-        x = tl.load(row.logits + ids, mask=ids < v, other=float("-inf")).to(tl.float32)
-        largest = tl.maximum(largest, x)
-        nan |= (x != x).to(tl.int32)
-        s = x * inverse
-        hit = (s >= floor) & (s > float("-inf"))
-        number = tl.cumsum(hit.to(tl.int32), 0)
-        many = tl.max(number, 0)
-        if many > 0:
-            first = tl.atomic_add(lists.counts + virtual, many, sem="relaxed")
-            place = first + number - 1
-            hit &= place < LIST
-            tl.store(listed + place, s, mask=hit)
-            tl.store(listed_ids + place, ids, mask=hit)
-    if virtual % adaptors.number == 0:
-        most = tl.where(tl.max(nan, 0) > 0, float("nan"), tl.max(largest, 0))
-        tl.store(parts.largest + at * parts.splits + part, most)
-    if part == 0:
-        tl.store(lists.floors + virtual, floor)
+def maxima_kernel(
+    rows, adaptors, parts, lists,
+    COLUMNS: tl.constexpr, GROUP: tl.constexpr, AHEAD: tl.constexpr, SUPERS: tl.constexpr,
+):  # fmt: skip
+    """One read: the largest logit of groups, super-groups and tiles. Zeroes the marks of the row.
+
+    A tile is GROUP times COLUMNS logits, a group one of its columns: loads are contiguous, and
+    neighbours are of different groups and super-groups, where sorted vocabularies have their best.
+    """
+    at, tile = tl.program_id(0), tl.program_id(1)
+    row = row_at(rows, at) + tile * (COLUMNS * GROUP)
+    left = rows.v - tile * (COLUMNS * GROUP)
+    c = tl.arange(0, COLUMNS)
+    best = tl.full([COLUMNS], float("-inf"), tl.float32)
+    if left >= COLUMNS * GROUP:
+        for r in range(0, GROUP, AHEAD):
+            for i in tl.static_range(AHEAD):
+                x = tl.load(row + (r + i) * COLUMNS + c).to(tl.float32)
+                best = tl.maximum(best, x, propagate_nan=tl.PropagateNan.ALL)
+    else:
+        for r in range(0, tl.cdiv(left, COLUMNS)):
+            j = r * COLUMNS + c
+            x = tl.load(row + j, mask=j < left, other=float("-inf")).to(tl.float32)
+            best = tl.maximum(best, x, propagate_nan=tl.PropagateNan.ALL)
+    part = at.to(tl.int64) * parts.splits + tile
+    tl.store(parts.groups + part * COLUMNS + c, best)
+    of_supers = tl.max(tl.reshape(best, (COLUMNS // SUPERS, SUPERS)), 0)
+    tl.store(parts.supers + part * SUPERS + tl.arange(0, SUPERS), of_supers)
+    nan = tl.max((best != best).to(tl.int32), 0) > 0
+    tl.store(parts.largest + part, tl.where(nan, float("nan"), tl.max(best, 0)))
+    words = lists.step * adaptors.number
+    marks = lists.marks + at.to(tl.int64) * words
+    for some in range(tile, tl.cdiv(words, COLUMNS), tl.num_programs(1)):
+        j = some * COLUMNS + c
+        tl.store(marks + j, j.to(tl.int64) * 0, mask=j < words)
 
 
 @triton.jit
@@ -100,9 +86,10 @@ def weigh_kernel(
     SPLITS: tl.constexpr,
 ):  # fmt: skip
     """One read: integer masses of each block, of rows whose first filter needs them, or of all."""
-    virtual, part = tl.program_id(0), tl.program_id(1)
+    virtual, some = tl.program_id(0), tl.program_id(1)
     at, knobs = knobs_of(adaptors, virtual)
-    needed = needs_masses(first_filter(knobs)) | ALWAYS
+    first = first_filter(knobs)
+    needed = needs_masses(first) | ALWAYS
     with_surprisal = needs_surprisal(knobs)
     with_base = virtual % adaptors.number == 0
     if needed:
@@ -113,24 +100,142 @@ def weigh_kernel(
         base_row = Row(row.logits, rows.v, 1.0, largest)
         out = virtual.to(tl.int64) * weights.blocks
         base_out = at.to(tl.int64) * weights.blocks
-        inner = tl.arange(0, BLOCK)[None, :]
-        for some in range(part, tl.cdiv(weights.blocks, TOGETHER), tl.num_programs(1)):
-            block = some * TOGETHER + tl.arange(0, TOGETHER)
-            there = block < weights.blocks
-            ids = block[:, None] * BLOCK + inner
-            s = load_scaled(row, ids)
-            d = s - m
-            tl.store(weights.sums + out + block, tl.sum(masses(d), 1), mask=there)
+        block = some * TOGETHER + tl.arange(0, TOGETHER)
+        there = block < weights.blocks
+        ids = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+        s = load_scaled(row, ids)
+        d = s - m
+        tl.store(weights.sums + out + block, tl.sum(masses(d), 1), mask=there)
+        if first == 0:
             number = tl.sum((s > float("-inf")).to(tl.int32), 1)
             tl.store(weights.finite + out + block, number, mask=there)
-            if with_surprisal:
-                u = tl.sum(surprisals(d), 1)
-                tl.store(weights.surprisal_sums + out + block, u, mask=there)
-            if BASE:
-                if with_base:
-                    d1 = load_scaled(base_row, ids) - largest
-                    z1 = tl.sum(masses(d1), 1)
-                    tl.store(weights.base_sums + base_out + block, z1, mask=there)
-                    if BASE_SURPRISAL:
-                        u1 = tl.sum(surprisals(d1), 1)
-                        tl.store(weights.base_surprisal_sums + base_out + block, u1, mask=there)
+        if with_surprisal:
+            u = tl.sum(surprisals(d), 1)
+            tl.store(weights.surprisal_sums + out + block, u, mask=there)
+        if BASE:
+            if with_base:
+                d1 = load_scaled(base_row, ids) - largest
+                z1 = tl.sum(masses(d1), 1)
+                tl.store(weights.base_sums + base_out + block, z1, mask=there)
+                if BASE_SURPRISAL:
+                    u1 = tl.sum(surprisals(d1), 1)
+                    tl.store(weights.base_surprisal_sums + base_out + block, u1, mask=there)
+
+
+@triton.jit
+def _kth_largest(supers, number, k, SUPERS: tl.constexpr):
+    """A logit that at least k tokens reach, and not many more: the k-th largest super-group's."""
+    j = tl.arange(0, SUPERS)
+    key = keys(tl.load(supers + j, mask=j < number, other=float("-inf")))
+    low, high = tl.min(tl.where(j < number, key, 2**31 - 1), 0), tl.max(key, 0)
+    low = tl.where(k > number, MIN_INT32, low)
+    high = tl.where(k > number, MIN_INT32, high)
+    while low < high:
+        middle = high - ((high.to(tl.int64) - low) // 2).to(tl.int32)
+        reach = tl.sum((key >= middle).to(tl.int32), 0)
+        low = tl.where(reach >= k, middle, low)
+        # a little more than k do as well
+        enough = (reach >= k) & (reach <= k + k // 8)
+        high = tl.where(reach < k, middle - 1, tl.where(enough, middle, high))
+    return tl.where(k > number, float("-inf"), values(low))
+
+
+@triton.jit
+def _floor(
+    parts, lists, weights, virtual, at, v, knobs, m, inverse,
+    ROOM: tl.constexpr, SUPERS: tl.constexpr, PER_TILE: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """The scaled logit from which tokens of a row are listed; +inf where no filter asks for any."""
+    first = first_filter(knobs)
+    value = load_knob(knobs, first)
+    slack = 1e-3 + tl.abs(m) * 3e-7
+    floor = m * 0.0 + float("inf")
+    if load_knob(knobs, TEMPERATURE) == 0:
+        floor = m
+    elif first == 0:
+        floor = m * 0.0 + float("inf")
+    elif v <= ROOM:
+        floor = m * 0.0 - float("inf")
+    elif first == TOP_K:
+        k = tl.minimum(tl.maximum(value, load_knob(knobs, KEEP)), MAX_KEEP).to(tl.int32)
+        number = parts.splits * PER_TILE
+        floor = _kth_largest(parts.supers + at.to(tl.int64) * number, number, k, SUPERS) * inverse
+    elif (first == TOP_P) | (first == TYPICAL_P):
+        floor = tl.load(lists.floors + virtual)
+    elif first == MIN_P:
+        floor = m + tl.log(value.to(tl.float32)) - slack
+    else:
+        z, u = sums_of(weights, virtual, BLOCKS)
+        p = cutoff_of(first == ETA, value, tl.maximum(z, 1), u)
+        # the most probable stay, however high the cutoff
+        share = tl.minimum(p * z.to(tl.float64) / UNIT, 1.0)
+        floor = m + tl.log(share.to(tl.float32)) - slack
+    return floor
+
+
+@triton.jit
+def _push_both(
+    lists, virtual, marks, s, ids, floor, m, bracket, ROOM: tl.constexpr, BINS: tl.constexpr
+):
+    """Lists the tokens from the floor up, and beside them those of the bracket."""
+    good = (s >= floor) & (s > float("-inf"))
+    at = virtual.to(tl.int64) * ROOM
+    push(lists.listed + at, lists.listed_ids + at, marks + MARK_LISTED, s, ids, good, ROOM)
+    if BINS > 0:
+        if bracket.stage == BINNED:
+            good &= in_bin(s - m, bracket, BINS)
+            count = marks + MARK_BRACKETED
+            push(lists.spare + at, lists.spare_ids + at, count, s, ids, good, ROOM)
+
+
+@triton.jit
+def collect_kernel(
+    rows, adaptors, parts, lists, weights,
+    COLUMNS: tl.constexpr, GROUP: tl.constexpr, STEP: tl.constexpr, ROOM: tl.constexpr,
+    SUPERS: tl.constexpr, PER_TILE: tl.constexpr, SPLITS: tl.constexpr, BLOCKS: tl.constexpr,
+    BINS: tl.constexpr,  # 0 where no row has a bracket
+):  # fmt: skip
+    """Lists the tokens from the floor up, out of the groups that reach it, or of the whole tile."""
+    virtual, part = tl.program_id(0), tl.program_id(1)
+    at, knobs = knobs_of(adaptors, virtual)
+    inverse = inverse_of(load_knob(knobs, TEMPERATURE))
+    m = largest_of(parts, at, SPLITS) * inverse + 0.0
+    floor = _floor(
+        parts, lists, weights, virtual, at, rows.v, knobs, m, inverse,
+        ROOM, SUPERS, PER_TILE, BLOCKS,
+    )  # fmt: skip
+    bracket = no_bracket()
+    if BINS > 0:
+        first_knob = first_filter(knobs)
+        if (first_knob == TOP_P) | (first_knob == TYPICAL_P):
+            bracket = bracket_of(parts, lists, weights, virtual, at, rows.v, knobs, SPLITS, BLOCKS)
+    row = Row(row_at(rows, at), rows.v, inverse, m)
+    marks = marks_of(lists, virtual)
+    c = tl.arange(0, COLUMNS)
+    for tile in range(part, parts.splits, tl.num_programs(1)):
+        first = tile * (COLUMNS * GROUP)
+        groups = parts.groups + (at.to(tl.int64) * parts.splits + tile) * COLUMNS
+        largest = tl.load(groups + c) * inverse
+        hit = (largest >= floor) & (largest > float("-inf"))
+        left = tl.sum(hit.to(tl.int32), 0)
+        if left > FEW:
+            for i in range(0, COLUMNS * GROUP, STEP):
+                ids = first + i + tl.arange(0, STEP)
+                s = load_scaled(row, ids)
+                _push_both(lists, virtual, marks, s, ids, floor, m, bracket, ROOM, BINS)
+        else:
+            turn = tl.cumsum(hit.to(tl.int32), 0) - 1
+            done = 0
+            while done < left:
+                wanted = done + tl.arange(0, AT_ONCE)
+                here = hit[None, :] & (turn[None, :] == wanted[:, None])
+                column = tl.sum(tl.where(here, c[None, :], 0), 1)
+                r = tl.arange(0, GROUP)[:, None]
+                ids = tl.reshape(first + column[None, :] + r * COLUMNS, (GROUP * AT_ONCE,))
+                there = (wanted < left)[None, :] & (r >= 0)
+                there = tl.reshape(there, (GROUP * AT_ONCE,))
+                s = tl.where(there, load_scaled(row, ids), float("-inf"))
+                _push_both(lists, virtual, marks, s, ids, floor, m, bracket, ROOM, BINS)
+                done += AT_ONCE
+    if part == 0:
+        tl.store(lists.floors + virtual, floor)

@@ -52,6 +52,13 @@ def last_before(rank, weight, alive, above, target):
 
 
 @triton.jit
+def first_ranks(rank, weight, alive, above, target):
+    """The same among tokens in the order of their ranks, the best first."""
+    before = above + tl.cumsum(weight, 0) - weight
+    return tl.min(tl.where(alive & (before < target), rank, NO_RANK), 0)
+
+
+@triton.jit
 def _bin_of(key, q, best_key, worst_key, q_high, q_low, linear, BINS: tl.constexpr):
     """Bins of equal width in q, or where that is of no use in keys; the first is the best."""
     if linear:

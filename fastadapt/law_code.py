@@ -1,0 +1,33 @@
+"""What operators are told of an adaptor beside its packed knobs, as one integer.
+
+Bit 0 is the order of the filters. Knobs may be on a device, where the host does not read them: bit
+1 says that the following bits are known, one for each knob in the order of `adaptor.KNOBS`, set
+where the knob may do something in some row (temperature: where it may be 0). A code without bit 1
+leaves all open.
+"""
+
+from collections.abc import Iterable
+from functools import reduce
+from operator import or_
+
+ORDER = 1
+_KNOWN = 2
+_FIRST_KNOB = 2
+
+
+def law_code(order: int, may_act: Iterable[bool]) -> int:
+    """The code of an order (0 or 1) and of knobs that may do something."""
+    return order | _KNOWN | sum(acts << (_FIRST_KNOB + i) for i, acts in enumerate(may_act))
+
+
+def may_act(code: int, knob: int) -> bool:
+    """Whether a knob, by its place, may do something in some row."""
+    return not code & _KNOWN or bool(code >> (_FIRST_KNOB + knob) & 1)
+
+
+def joined(codes: Iterable[int]) -> int:
+    """A code for rows of any of several laws of one order."""
+    codes = list(codes)
+    if not all(code & _KNOWN for code in codes):
+        return codes[0] & ORDER
+    return reduce(or_, codes)

@@ -1,0 +1,114 @@
+"""Nuclei that no list holds, under Triton's interpreter: the CPU's bits, and by which way.
+
+Sizes are so small that lists overflow and brackets are narrowed over several rounds.
+"""
+
+import os
+
+import pytest
+import torch
+
+from fastadapt import Adaptor, cuda_ops, sample
+
+triton = pytest.importorskip("triton", reason="triton is not installed: it has wheels for Linux")
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("a GPU is there: the tests marked gpu run these kernels", allow_module_level=True)
+
+from fastadapt.kernels import launch, nucleus, rows  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
+V = 900
+PLAN = launch.Plan(
+    columns=32,
+    group=8,
+    ahead=4,
+    supers=4,
+    block=128,
+    bins=32,
+    bins_step=128,
+    bins_steps=2,
+    list_size=32,
+    short_size=8,
+    middle_size=16,
+)
+KINDS = {
+    "normal": lambda: torch.randn(1, V) * 3,
+    "narrow": lambda: torch.randn(1, V) * 0.5,
+    "flat": lambda: torch.full((1, V), 1.5),
+    "two levels": lambda: torch.randint(0, 2, (1, V)).float(),
+    "uniform": lambda: torch.rand(1, V) * 0.01 + 7,
+    "ties": lambda: (torch.randn(1, V)).round(),
+    "holes": lambda: torch.randn(1, V).masked_fill_(torch.rand(1, V) < 0.9, -float("inf")),
+    "scales": lambda: 10.0 ** -(torch.rand(1, V) * 12),
+    "peak over bulk": lambda: (torch.randn(1, V) * 0.05).index_fill_(1, torch.tensor([7]), 6.0),
+}
+KNOBS = (
+    {"top_p": 0.9},
+    {"top_p": 0.3, "temperature": 2.0},
+    {"typical_p": 0.9},
+    {"typical_p": 0.2},
+    {"top_p": 0.95, "typical_p": 0.9},
+    {"top_p": 0.5, "min_tokens_to_keep": 40},
+)
+
+
+@pytest.fixture
+def stages(monkeypatch):
+    """The stage of each row's bracket when it is decided."""
+    seen = []
+    kernel = launch.draw.short_kernel
+
+    class Watched:
+        def __getitem__(self, grid):
+            def run(*arguments, **rest):
+                kernel[grid](*arguments, **rest)
+                seen.append(int(arguments[3].marks[0, rows.MARK_STAGE.value]))
+
+            return run
+
+    monkeypatch.setattr(launch.draw, "short_kernel", Watched())
+    return seen
+
+
+def assert_same(x, knobs, plan=PLAN):
+    """The four fields, to the last bit."""
+    adaptor, seeds = Adaptor(**knobs), torch.arange(len(x)) + 5
+    law = x, adaptor.packed, adaptor.law_code, seeds, None
+    ours = cuda_ops.sample(*law, False, False, 0, plan=plan)
+    for a, b in zip(ours, sample(x, adaptor, seeds=seeds)[:4], strict=True):
+        assert torch.equal(a.nan_to_num(-9), b.nan_to_num(-9)), (knobs, a, b)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nuclei_are_those_of_the_cpu(kind):
+    x = KINDS[kind]()
+    for knobs in KNOBS:
+        assert_same(x, knobs)
+
+
+@pytest.mark.parametrize(
+    ("kind", "knobs", "stage"),
+    [
+        ("normal", {"top_p": 0.9}, rows.BINNED),
+        ("flat", {"top_p": 0.9}, rows.BRACKET_LISTED),
+        ("two levels", {"top_p": 0.9}, rows.BRACKET_LISTED),
+        ("flat", {"typical_p": 0.9}, rows.ONE_KAPPA),
+        ("uniform", {"top_p": 0.5}, rows.BRACKET_LISTED),
+    ],
+)
+def test_the_way_to_a_nucleus(kind, knobs, stage, stages):
+    plan = PLAN._replace(rounds=6)
+    assert_same(KINDS[kind](), knobs, plan)
+    assert stages[-1] == stage.value
+
+
+def test_few_groups_settle_a_peaked_row(stages):
+    x = torch.randn(1, V).index_fill_(1, torch.tensor([5, 600, 601]), 12.0)
+    assert_same(x, {"top_p": 0.9})
+    assert stages == [rows.NO_BRACKET.value] * len(stages)
+
+
+def test_the_last_round_is_enough_or_one_program_goes_on():
+    for rounds in (0, 1, 2):
+        assert_same(KINDS["flat"](), {"top_p": 0.9}, PLAN._replace(rounds=rounds))
+    assert nucleus.ID_BITS.value == 22
