@@ -26,17 +26,18 @@ triton = pytest.importorskip("triton", reason="triton is not installed: it has w
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("a GPU is there: the tests marked gpu run these kernels", allow_module_level=True)
 
-from fastadapt.kernels import launch  # noqa: E402  (the interpreter is chosen before)
+from fastadapt.kernels import launch, launch_scan  # noqa: E402  (the interpreter is chosen before)
 
 # of rows that hold NaN or infinities, where the interpreter is NumPy
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
-PLAN = launch.Plan(
+PLAN = launch_scan.Plan(
     columns=16,
     group=8,
     ahead=4,
     supers=4,
     block=32,
     bins_step=16,
+    step=16,
     bins_steps=2,
     bins=32,
     list_size=64,
@@ -96,7 +97,7 @@ def same(ours: Tensor, kernel: Tensor) -> bool:
 
 
 def assert_sample(
-    logits: Tensor, adaptor: Adaptor, plan: launch.Plan, *, fields: bool = True
+    logits: Tensor, adaptor: Adaptor, plan: launch_scan.Plan, *, fields: bool = True
 ) -> None:
     """The four fields of every call, or all."""
     n, top = len(logits), min(7, logits.shape[1]) if fields else 0
@@ -213,12 +214,12 @@ def test_a_bad_knob_spoils_its_own_row() -> None:
 
 
 @pytest.mark.parametrize("plan", [
-    PLAN._replace(list_size=512, block=512),
+    PLAN._replace(list_size=512, block=128),
     PLAN._replace(bins=8, list_size=16),
     PLAN._replace(scratch_bytes=1),
     PLAN._replace(block=16),
 ], ids=["all in the list", "little list", "a row at a time", "little blocks"])  # fmt: skip
-def test_sizes_change_nothing(plan: launch.Plan) -> None:
+def test_sizes_change_nothing(plan: launch_scan.Plan) -> None:
     logits = torch.randn(2, 300) * 2
     for knobs in ({"top_p": 0.9}, {"typical_p": 0.7}, {"top_k": 100, "eta_cutoff": 0.01}):
         assert_sample(logits, Adaptor(**knobs), plan)

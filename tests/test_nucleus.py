@@ -14,11 +14,11 @@ triton = pytest.importorskip("triton", reason="triton is not installed: it has w
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("a GPU is there: the tests marked gpu run these kernels", allow_module_level=True)
 
-from fastadapt.kernels import launch, nucleus, rows  # noqa: E402
+from fastadapt.kernels import launch, launch_scan, nucleus, rows  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
 V = 900
-PLAN = launch.Plan(
+PLAN = launch_scan.Plan(
     columns=32,
     group=8,
     ahead=4,
@@ -26,6 +26,7 @@ PLAN = launch.Plan(
     block=128,
     bins=32,
     bins_step=128,
+    step=64,
     bins_steps=2,
     list_size=32,
     short_size=8,

@@ -49,7 +49,8 @@ class Weights(NamedTuple):
     surprisal_sums: Any
     base_sums: Any  # (N, blocks): the same at temperature 1
     base_surprisal_sums: Any
-    finite: Any  # (N A, blocks) int32: finite logits
+    kept_sums: Any  # (N A, blocks) int64: what is known of the survivors' masses
+    finite: Any  # (N A, blocks) int32: finite logits, or survivors
     blocks: Any
 
 
@@ -116,6 +117,7 @@ class Held(NamedTuple):
 
     number: Any
     partial: Any  # that of the bracket alone
+    counted: Any  # whether what is above the bracket is summed and counted by blocks
     above: Any  # the mass above the bracket, and within it
     within: Any
     one: Any  # whether the bracket is one kappa, which no list is needed for, and its rank

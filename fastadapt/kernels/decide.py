@@ -44,6 +44,7 @@ from fastadapt.kernels.rows import (
     TOP_P,
     TYPICAL_P,
     UNDECIDED,
+    UNLISTED,
     UNSUMMED,
     cutoff_of,
     filter_at,
@@ -84,11 +85,13 @@ def held_of(lists, virtual, knobs, sizes):
     few = ((stage == BINNED) & (bracketed <= sizes.ROOM)) | (stage == BRACKET_LISTED) | one
     few &= bracketed <= sizes.LIST
     partial = few & ((number > sizes.ROOM) | ((number > sizes.LIST) & has_one_filter(knobs)))
+    listed = number
     number = tl.minimum(tl.where(partial, bracketed, number), 2**31 - 1).to(tl.int32)
     key = (tl.load(marks + MARK_LOW) >> ID_BITS).to(tl.int32)
     return Held(
         number,
         partial,
+        partial & (stage == BINNED) & (listed >= UNLISTED),
         tl.load(marks + MARK_ABOVE),
         tl.load(marks + MARK_WITHIN),
         one,

@@ -7,7 +7,7 @@ survivors no list holds, the masses are summed by many programs, the last of whi
 import triton
 import triton.language as tl
 
-from fastadapt.kernels.arithmetic import LAST_ID, draw_target, log_mass, masses
+from fastadapt.kernels.arithmetic import LAST_ID, draw_target, keys, log_mass, masses, ranks
 from fastadapt.kernels.bundles import Row
 from fastadapt.kernels.decide import decide, found_of, held_of
 from fastadapt.kernels.rows import (
@@ -28,6 +28,7 @@ from fastadapt.kernels.rows import (
     load_law,
     load_scaled,
     marks_of,
+    only_cut,
     row_at,
     store_law,
     survives,
@@ -143,10 +144,26 @@ def _try_row(
             token = _first_by_blocks(
                 row, decided.law, here, weights.blocks, target, sizes.BLOCK, sizes.BLOCKS
             )
+    total, kept = decided.total, decided.kept
+    if (state == UNSUMMED) & held.counted:
+        here = weights.kept_sums + at.to(tl.int64) * weights.blocks
+        number = weights.finite + at.to(tl.int64) * weights.blocks
+        alive = survives(found.s, found.ids, row.m, decided.law)
+        mass = masses(found.s - row.m)
+        tl.atomic_add(here + found.ids // sizes.BLOCK, mass, mask=alive, sem="relaxed")
+        kept = tl.sum(tl.load(number + j, mask=j < weights.blocks, other=0), 0)
+        kept += tl.sum(alive.to(tl.int32), 0)
+        tl.debug_barrier()
+        total = tl.sum(tl.load(here + j, mask=j < weights.blocks, other=0), 0)
+        target = _target(chance, at, total, POSITIONS)
+        token = _first_by_blocks(
+            row, decided.law, here, weights.blocks, target, sizes.BLOCK, sizes.BLOCKS
+        )
+        state = tl.full([], 0, tl.int32) + DECIDED
     if state == DECIDED:
         _store_drawn(
-            parts, weights, out, at, row, status, decided.greedy, decided.kept,
-            decided.total, all_mass, token, BASE, LOG_MASS, sizes.SPLITS, sizes.BLOCKS,
+            parts, weights, out, at, row, status, decided.greedy, kept,
+            total, all_mass, token, BASE, LOG_MASS, sizes.SPLITS, sizes.BLOCKS,
         )  # fmt: skip
     if state == UNSUMMED:
         store_law(laws + at.to(tl.int64) * LAW_SIZE, decided.law, status)
@@ -224,7 +241,10 @@ def sum_kernel(
         there = block < weights.blocks
         ids = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
         s = load_scaled(row, ids)
-        alive = survives(s, ids, m, law)
+        if only_cut(law):
+            alive = ranks(keys(s), ids) >= law.cut
+        else:
+            alive = survives(s, ids, m, law)
         tl.store(
             weights.sums + first + block, tl.sum(tl.where(alive, masses(s - m), 0), 1), mask=there
         )

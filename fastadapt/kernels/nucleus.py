@@ -8,7 +8,7 @@ finer bins narrow it, by their keys and then by their ids.
 import triton
 import triton.language as tl
 
-from fastadapt.kernels.arithmetic import keys, masses
+from fastadapt.kernels.arithmetic import exponentials, keys, log64, masses
 from fastadapt.kernels.bundles import Bracket, Row
 from fastadapt.kernels.rows import (
     BINNED,
@@ -23,6 +23,7 @@ from fastadapt.kernels.rows import (
     MARK_LOW,
     MARK_NARROWED,
     MARK_OVER_LOW,
+    MARK_REACH,
     MARK_SETTLED,
     MARK_STAGE,
     MARK_UNDER_HIGH,
@@ -58,12 +59,14 @@ def _reach(value, z, v, centre, by_kappa):
     All tokens below that d together have less than half of the mass that is left out.
     """
     left_out = (1.0 - value) * z.to(tl.float64) / (2.0 * UNIT) / v.to(tl.float64)
-    d = tl.log(tl.maximum(left_out.to(tl.float32), 1e-13))  # at least -30: masses end at -28
+    d = log64(tl.maximum(left_out, 1e-13)).to(tl.float32)  # at least -30: masses end at -28
     return tl.where(by_kappa, tl.maximum(centre, -d - centre), -d)
 
 
 @triton.jit
-def _nucleus_of(parts, weights, virtual, at, v, knobs, SPLITS: tl.constexpr, BLOCKS: tl.constexpr):
+def _nucleus_of(
+    parts, lists, weights, virtual, at, v, knobs, SPLITS: tl.constexpr, BLOCKS: tl.constexpr
+):
     """What top-p, or typical, looks for: 1 / T, m, its target, and an empty bracket."""
     inverse = inverse_of(load_knob(knobs, TEMPERATURE))
     m = largest_of(parts, at, SPLITS) * inverse + 0.0
@@ -75,6 +78,9 @@ def _nucleus_of(parts, weights, virtual, at, v, knobs, SPLITS: tl.constexpr, BLO
     centre = tl.where(by_kappa, centre, 0.0)
     value = load_knob(knobs, first)
     reach = _reach(value, z, v, centre, by_kappa)
+    bound = tl.load(marks_of(lists, virtual) + MARK_REACH).to(tl.int32)
+    bound = bound.to(tl.float32, bitcast=True)
+    reach = tl.where(bound > 0, tl.minimum(reach, bound), reach)
     none = tl.full([], 0, tl.int32)
     bracket = Bracket(none, by_kappa, centre, reach, none)
     return inverse, m, mass_target(value * z.to(tl.float64)), bracket
@@ -86,7 +92,7 @@ def bracket_of(
     SPLITS: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """The bracket of a row that begins with top-p or typical, as its bins have left it."""
-    _, _, _, empty = _nucleus_of(parts, weights, virtual, at, v, knobs, SPLITS, BLOCKS)
+    _, _, _, empty = _nucleus_of(parts, lists, weights, virtual, at, v, knobs, SPLITS, BLOCKS)
     marks = marks_of(lists, virtual)
     stage, end = tl.load(marks + MARK_STAGE).to(tl.int32), tl.load(marks + MARK_END).to(tl.int32)
     return Bracket(stage, empty.by_kappa, empty.centre, empty.reach, end)
@@ -109,19 +115,19 @@ def _bin_of(d, bracket, BINS: tl.constexpr):
 
 
 @triton.jit
-def in_bin(d, bracket, BINS: tl.constexpr):
-    """Which tokens are in the bin in which the nucleus ends."""
+def around(d, bracket, BINS: tl.constexpr):
+    """Which tokens are above the bin in which the nucleus ends, and which are in it."""
     b, hit = _bin_of(d, bracket, BINS)
-    return hit & (b == bracket.end) & (masses(d) > 0)
+    return hit & (b < bracket.end), hit & (b == bracket.end)
 
 
 @triton.jit
 def push(s_out, ids_out, count, s, ids, good, ROOM: tl.constexpr):
     """Appends tokens to a list as far as there is room, and counts all."""
-    number = tl.cumsum(good.to(tl.int32), 0)
-    many = tl.max(number, 0)
+    many = tl.sum(good.to(tl.int32), 0)
     if many > 0:
-        place = tl.atomic_add(count, many.to(tl.int64), sem="relaxed") + number - 1
+        place = tl.cumsum(good.to(tl.int32), 0) - 1
+        place += tl.atomic_add(count, many.to(tl.int64), sem="relaxed")
         good &= place < ROOM
         tl.store(s_out + place, s, mask=good)
         tl.store(ids_out + place, ids, mask=good)
@@ -129,13 +135,19 @@ def push(s_out, ids_out, count, s, ids, good, ROOM: tl.constexpr):
 
 @triton.jit
 def _add_by_bin(sums, b, value, hit, BINS: tl.constexpr):
-    """Adds to bins; at once where all is of one, as on flat rows."""
-    least = tl.min(tl.where(hit, b, BINS), 0)
-    most = tl.max(tl.where(hit, b, -1), 0)
-    if least == most:
-        tl.atomic_add(sums + least, tl.sum(tl.where(hit, value, 0), 0), sem="relaxed")
-    elif least < most:
-        tl.atomic_add(sums + b, value, mask=hit, sem="relaxed")
+    """Adds to bins: at once what is of one bin as long as that is much, as on tied rows."""
+    left = tl.sum(hit.to(tl.int32), 0)
+    while left > 0:
+        most = tl.max(tl.where(hit, b, -1), 0)
+        same = hit & (b == most)
+        many = tl.sum(same.to(tl.int32), 0)
+        if many * 8 >= left:
+            tl.atomic_add(sums + most, tl.sum(tl.where(same, value, 0), 0), sem="relaxed")
+            hit = hit & (b != most)
+            left -= many
+        else:
+            tl.atomic_add(sums + b, value, mask=hit, sem="relaxed")
+            left = left * 0
 
 
 @triton.jit
@@ -144,33 +156,36 @@ def sketch_kernel(
     MOST: tl.constexpr, COLUMNS: tl.constexpr, GROUPS: tl.constexpr,
     SPLITS: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """The floor of a top-p row whose largest logits of groups reach the nucleus by themselves.
+    """How far down a top-p row's nucleus may be, if the largest logits of groups reach it alone.
 
-    That is so where few tokens have most of the mass. Where it takes more than MOST groups, whose
-    tokens might be more than a list holds, the row goes to its bins.
+    That is so where few tokens have most of the mass. Where it takes no more than MOST groups, a
+    list holds their tokens, and that is the row's floor; other rows go to their bins.
     """
     virtual = tl.program_id(0)
     at, knobs = knobs_of(adaptors, virtual)
     if (load_knob(knobs, TEMPERATURE) > 0) & (first_filter(knobs) == TOP_P):
         inverse, m, target, bracket = _nucleus_of(
-            parts, weights, virtual, at, rows.v, knobs, SPLITS, BLOCKS
+            parts, lists, weights, virtual, at, rows.v, knobs, SPLITS, BLOCKS
         )
         number = parts.splits * COLUMNS
         j = tl.arange(0, GROUPS)
         groups = parts.groups + at.to(tl.int64) * number
         d = tl.load(groups + j, mask=j < number, other=float("-inf")) * inverse - m
-        mass = tl.exp(d)
-        wanted = (target.to(tl.float64) / UNIT).to(tl.float32) * 1.0001
+        mass = exponentials(d)
+        wanted = target.to(tl.float32) * 1.0001
         low, high = -bracket.reach, bracket.reach * 0.0
         for _ in range(16):
             middle = (low + high) * 0.5
             enough = tl.sum(tl.where(d >= middle, mass, 0.0), 0) >= wanted
             low = tl.where(enough, middle, low)
             high = tl.where(enough, high, middle)
-        reached = tl.sum(tl.where(d >= low, mass, 0.0), 0) >= wanted
-        if reached & (tl.sum((d >= low).to(tl.int32), 0) <= MOST):
-            tl.store(lists.floors + virtual, m + low - (1e-4 + tl.abs(m) * 3e-7))
-            tl.store(marks_of(lists, virtual) + MARK_SETTLED, tl.full([], 1, tl.int64))
+        if tl.sum(tl.where(d >= low, mass, 0.0), 0) >= wanted:
+            marks = marks_of(lists, virtual)
+            slack = 1e-4 + tl.abs(m) * 3e-7
+            if tl.sum((d >= low).to(tl.int32), 0) <= MOST:
+                tl.store(lists.floors + virtual, m + low - slack)
+                tl.store(marks + MARK_SETTLED, tl.full([], 1, tl.int64))
+            tl.store(marks + MARK_REACH, (slack - low).to(tl.int32, bitcast=True).to(tl.int64))
 
 
 @triton.jit
@@ -190,7 +205,7 @@ def bins_kernel(
     asked = (load_knob(knobs, TEMPERATURE) > 0) & ((first == TYPICAL_P) | (first == TOP_P))
     if asked & (tl.load(marks + MARK_SETTLED) == 0):
         inverse, m, target, bracket = _nucleus_of(
-            parts, weights, virtual, at, rows.v, knobs, SPLITS, BLOCKS
+            parts, lists, weights, virtual, at, rows.v, knobs, SPLITS, BLOCKS
         )
         row = Row(row_at(rows, at), rows.v, inverse, m)
         for i in range(STEPS):
@@ -226,7 +241,7 @@ def _places(q, ids, by_kappa):
 @triton.jit
 def narrow_kernel(
     rows, adaptors, parts, lists, weights,
-    STEP: tl.constexpr, STEPS: tl.constexpr, BINS: tl.constexpr, ROOM: tl.constexpr,
+    STEP: tl.constexpr, BINS: tl.constexpr, ROOM: tl.constexpr,
     SPLITS: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """A round on a bracket that is too much for a list: finer bins, or in the end the list."""
@@ -239,7 +254,7 @@ def narrow_kernel(
     if active:
         at, knobs = knobs_of(adaptors, virtual)
         inverse, m, target, empty = _nucleus_of(
-            parts, weights, virtual, at, rows.v, knobs, SPLITS, BLOCKS
+            parts, lists, weights, virtual, at, rows.v, knobs, SPLITS, BLOCKS
         )
         end = tl.load(marks + MARK_END).to(tl.int32)
         bracket = Bracket(stage, empty.by_kappa, empty.centre, empty.reach, end)
@@ -258,8 +273,8 @@ def narrow_kernel(
             shift += 1
         in_mass, in_count = marks + MARKS + BINS, marks + MARKS + 2 * BINS
         list_at = virtual.to(tl.int64) * ROOM
-        for i in range(STEPS):
-            ids = (part * STEPS + i) * STEP + tl.arange(0, STEP)
+        for step in range(part, tl.cdiv(rows.v, STEP), tl.num_programs(1)):
+            ids = step * STEP + tl.arange(0, STEP)
             s = load_scaled(row, ids)
             d = s - m
             mass = masses(d)
@@ -267,7 +282,8 @@ def narrow_kernel(
             place = _places(q, ids, bracket.by_kappa)
             hit = (place >= low) & (place <= high) & (mass > 0)
             if stage == BINNED:
-                hit &= in_bin(d, bracket, BINS)
+                _, within = around(d, bracket, BINS)
+                hit &= within
             if stage == FEW_ENOUGH:
                 spare = lists.spare + list_at
                 push(spare, lists.spare_ids + list_at, marks + MARK_BRACKETED, s, ids, hit, ROOM)

@@ -61,7 +61,9 @@ MARK_HIGH = tl.constexpr(12)
 MARK_UNDER_HIGH = tl.constexpr(13)  # how far some token is under the one and over the other
 MARK_OVER_LOW = tl.constexpr(14)
 MARK_NARROWED = tl.constexpr(15)  # programs that have taken part in a round
-MARKS = tl.constexpr(16)
+MARK_REACH = tl.constexpr(16)  # of its nucleus, float32 bits, 0 where it is not bounded yet
+MARKS = tl.constexpr(32)
+UNLISTED = tl.constexpr(1 << 40)  # tokens of a list that was not made
 
 # Stages of a bracket, the tokens among which a nucleus ends.
 NO_BRACKET = tl.constexpr(0)
@@ -205,6 +207,13 @@ def survives(s, ids, m, law):
     alive &= (mass >= law.mass) | (rank >= law.guard)
     alive &= (mass >= law.cutoff) | (rank >= law.cutoff_guard)
     return alive & (ranks(keys(typicality(d, law.centre)), ids) >= law.band)
+
+
+@triton.jit
+def only_cut(law):
+    """Whether survivors under a law are those from a rank up."""
+    free = ((law.mass == 0) | (law.guard == ANY_RANK)) & (law.band == ANY_RANK)
+    return free & ((law.cutoff == 0) | (law.cutoff_guard == ANY_RANK))
 
 
 @triton.jit

@@ -7,9 +7,9 @@ depends on it, only how soon. No program reads more of a row than its share.
 import triton
 import triton.language as tl
 
-from fastadapt.kernels.arithmetic import MIN_INT32, keys, masses, surprisals, values
+from fastadapt.kernels.arithmetic import MIN_INT32, keys, log64, masses, surprisals, values
 from fastadapt.kernels.bundles import Row
-from fastadapt.kernels.nucleus import UNIT, bracket_of, in_bin, no_bracket, push
+from fastadapt.kernels.nucleus import UNIT, around, bracket_of, no_bracket, push
 from fastadapt.kernels.rows import (
     BINNED,
     ETA,
@@ -22,8 +22,10 @@ from fastadapt.kernels.rows import (
     TOP_K,
     TOP_P,
     TYPICAL_P,
+    UNLISTED,
     cutoff_of,
     first_filter,
+    has_one_filter,
     inverse_of,
     knobs_of,
     largest_of,
@@ -163,13 +165,13 @@ def _floor(
     elif (first == TOP_P) | (first == TYPICAL_P):
         floor = tl.load(lists.floors + virtual)
     elif first == MIN_P:
-        floor = m + tl.log(value.to(tl.float32)) - slack
+        floor = m + log64(tl.maximum(value, 1e-30)).to(tl.float32) - slack
     else:
         z, u = sums_of(weights, virtual, BLOCKS)
         p = cutoff_of(first == ETA, value, tl.maximum(z, 1), u)
         # the most probable stay, however high the cutoff
         share = tl.minimum(p * z.to(tl.float64) / UNIT, 1.0)
-        floor = m + tl.log(share.to(tl.float32)) - slack
+        floor = m + log64(tl.maximum(share, 1e-30)).to(tl.float32) - slack
     return floor
 
 
@@ -183,9 +185,35 @@ def _push_both(
     push(lists.listed + at, lists.listed_ids + at, marks + MARK_LISTED, s, ids, good, ROOM)
     if BINS > 0:
         if bracket.stage == BINNED:
-            good &= in_bin(s - m, bracket, BINS)
+            _, within = around(s - m, bracket, BINS)
             count = marks + MARK_BRACKETED
-            push(lists.spare + at, lists.spare_ids + at, count, s, ids, good, ROOM)
+            push(lists.spare + at, lists.spare_ids + at, count, s, ids, within, ROOM)
+
+
+@triton.jit
+def _split_tile(
+    lists, weights, virtual, marks, row, tile, bracket,
+    TILE: tl.constexpr, STEP: tl.constexpr, BLOCK: tl.constexpr, ROOM: tl.constexpr,
+    BINS: tl.constexpr,
+):  # fmt: skip
+    """Lists the tokens of the bracket alone, and sums what is above it by blocks."""
+    at = virtual.to(tl.int64) * ROOM
+    for block in range(
+        tile * (TILE // BLOCK), tl.minimum((tile + 1) * (TILE // BLOCK), weights.blocks)
+    ):
+        mass = tl.full([], 0, tl.int64)
+        number = tl.full([], 0, tl.int32)
+        for i in range(0, BLOCK, STEP):
+            ids = block * BLOCK + i + tl.arange(0, STEP)
+            s = load_scaled(row, ids)
+            above, within = around(s - row.m, bracket, BINS)
+            mass += tl.sum(tl.where(above, masses(s - row.m), 0), 0)
+            number += tl.sum(above.to(tl.int32), 0)
+            count = marks + MARK_BRACKETED
+            push(lists.spare + at, lists.spare_ids + at, count, s, ids, within, ROOM)
+        out = virtual.to(tl.int64) * weights.blocks + block
+        tl.store(weights.kept_sums + out, mass)
+        tl.store(weights.finite + out, number)
 
 
 @triton.jit
@@ -193,7 +221,7 @@ def collect_kernel(
     rows, adaptors, parts, lists, weights,
     COLUMNS: tl.constexpr, GROUP: tl.constexpr, STEP: tl.constexpr, ROOM: tl.constexpr,
     SUPERS: tl.constexpr, PER_TILE: tl.constexpr, SPLITS: tl.constexpr, BLOCKS: tl.constexpr,
-    BINS: tl.constexpr,  # 0 where no row has a bracket
+    BLOCK: tl.constexpr, BINS: tl.constexpr,  # 0 where no row has a bracket
 ):  # fmt: skip
     """Lists the tokens from the floor up, out of the groups that reach it, or of the whole tile."""
     virtual, part = tl.program_id(0), tl.program_id(1)
@@ -212,12 +240,19 @@ def collect_kernel(
     row = Row(row_at(rows, at), rows.v, inverse, m)
     marks = marks_of(lists, virtual)
     c = tl.arange(0, COLUMNS)
+    alone = (bracket.stage == BINNED) & has_one_filter(knobs)
     for tile in range(part, parts.splits, tl.num_programs(1)):
         first = tile * (COLUMNS * GROUP)
         groups = parts.groups + (at.to(tl.int64) * parts.splits + tile) * COLUMNS
         largest = tl.load(groups + c) * inverse
-        hit = (largest >= floor) & (largest > float("-inf"))
+        hit = (largest >= floor) & (largest > float("-inf")) & (alone == 0)
         left = tl.sum(hit.to(tl.int32), 0)
+        if BINS > 0:
+            if alone:
+                _split_tile(
+                    lists, weights, virtual, marks, row, tile, bracket,
+                    COLUMNS * GROUP, STEP if STEP < BLOCK else BLOCK, BLOCK, ROOM, BINS,
+                )  # fmt: skip
         if left > FEW:
             for i in range(0, COLUMNS * GROUP, STEP):
                 ids = first + i + tl.arange(0, STEP)
@@ -239,3 +274,5 @@ def collect_kernel(
                 done += AT_ONCE
     if part == 0:
         tl.store(lists.floors + virtual, floor)
+        if alone:
+            tl.atomic_add(marks + MARK_LISTED, tl.full([], 0, tl.int64) + UNLISTED, sem="relaxed")

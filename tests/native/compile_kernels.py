@@ -24,9 +24,18 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastadapt.kernels import bundles, draw, label, law, linear, scan, top, write
+from fastadapt.kernels import bundles, draw, label, law, linear, nucleus, scan, top, write
 from fastadapt.kernels import launch_losses as losses
-from fastadapt.kernels.launch import COLLECTING, DECIDING, PASS, PLAN, WIDE_PASS
+from fastadapt.kernels.launch_scan import (
+    COLLECTING,
+    DECIDING,
+    ONE_WARP,
+    PASS,
+    PLAN,
+    SHORT,
+    WIDE,
+    layout_of,
+)
 
 sys.path.append(str(Path(__file__).parent))  # `python -P` leaves it out
 import linear_kernels  # noqa: E402
@@ -37,15 +46,15 @@ DTYPES = ("fp32", "bf16", "fp16", "fp64")
 LONGEST = 262_144
 KINDS = {
     "*fp64": "knobs largest_others stats tops seconds totals factors",
-    "*fp32": "largest listed floors spare logprobs log_norms entropies base_logprobs log_masses"
-    " top_logprobs",
-    "*i64": "sums surprisal_sums base_sums base_surprisal_sums seeds positions tokens laws top_ids"
-    " ids index",
-    "*i32": "first_ids counts listed_ids spare_ids finite kept token_ranks",
+    "*fp32": "largest supers groups listed floors spare logprobs log_norms entropies base_logprobs"
+    " log_masses top_logprobs",
+    "*i64": "marks sums surprisal_sums base_sums base_surprisal_sums kept_sums seeds positions"
+    " tokens laws top_ids ids index",
+    "*i32": "first_ids listed_ids spare_ids finite kept token_ranks",
     "*u8": "status support mask",
     "i64": "stride ignore_index",
     "i32": "v number step row_step vllm splits blocks tiles",
-    "constexpr": "BLOCK LIST BINS SPLITS BLOCKS",
+    "constexpr": "BLOCK ROOM LIST BINS SPLITS BLOCKS ALONE",
 }
 TYPES = {name: kind for kind, names in KINDS.items() for name in names.split()}
 BUNDLES: dict[str, Any] = {
@@ -55,13 +64,16 @@ BUNDLES: dict[str, Any] = {
     "lists": bundles.Lists,
     "weights": bundles.Weights,
     "sizes": bundles.Sizes,
+    "middle": bundles.Sizes,
     "chance": bundles.Chance,
     "labels": bundles.Labels,
     "candidates": bundles.Candidates,
 }
 # of arguments that are not the same bundle everywhere
 OF_KERNELS: dict[str, dict[str, Any]] = {
-    "sample_kernel": {"out": bundles.Drawn},
+    "short_kernel": {"out": bundles.Drawn},
+    "long_kernel": {"out": bundles.Drawn},
+    "sum_kernel": {"out": bundles.Drawn},
     "score_kernel": {"out": bundles.Scored},
     "top_kernel": {"drawn": bundles.Drawn},
     "sort_kernel": {"drawn": bundles.Drawn},
@@ -117,24 +129,36 @@ def _variant(
 
 def variants(targets: list[int], dtypes: list[str]) -> Iterator[Variant]:
     """Every kernel, dtype and set of options, at the sizes that the launches use."""
-    blocks = triton.next_power_of_2(LONGEST // PLAN.block)
+    layout = layout_of(PLAN, LONGEST)
+    blocks = layout.padded["BLOCKS"]
     block = {"BLOCK": PLAN.block}
-    parts = {**block, "SPLITS": blocks}
-    search = {**parts, "LIST": PLAN.list_size, "BINS": PLAN.bins, "BLOCKS": blocks}
+    parts = {**block, "SPLITS": layout.padded["SPLITS"]}
+    search = {
+        **parts, "ROOM": PLAN.list_size, "LIST": PLAN.list_size, "BINS": PLAN.bins,
+        "BLOCKS": blocks, "ALONE": False,
+    }  # fmt: skip
+    short = {**search, "LIST": PLAN.short_size, "ALONE": True}
+    long = {**search, "middle.LIST": PLAN.middle_size, "middle.ALONE": True}
+    tiles = {"COLUMNS": PLAN.columns, "GROUP": PLAN.group}
     for target, dtype in itertools.product(targets, dtypes):
         one = partial(_variant, target, dtype)
         double = {"DOUBLE": dtype == "fp64"}
-        listing = {"LIST": PLAN.list_size, "SAMPLE": PLAN.sample_size}
-        for wide, options in ((1, PASS), (PLAN.wide, WIDE_PASS)):
-            yield one(scan, "scan_kernel", {"BLOCK": PLAN.block * wide, **listing}, options)
-        for wide in (1, PLAN.wide_weigh):
-            asked = wide > 1
-            base = {"ALWAYS": asked, "BASE": asked, "BASE_SURPRISAL": asked}
-            yield one(scan, "weigh_kernel", {**parts, "TOGETHER": wide, **base})
+        first = {**tiles, "AHEAD": PLAN.ahead, "SUPERS": PLAN.supers}
+        yield one(scan, "maxima_kernel", first, ONE_WARP)
         for asked in (False, True):
-            wanted = {"POSITIONS": asked, "BASE": asked, "LOG_MASS": asked, "ALL_WEIGHED": asked}
-            if dtype != "fp64":
-                yield one(draw, "sample_kernel", {**search, **wanted}, DECIDING)
+            base = {"ALWAYS": asked, "BASE": asked, "BASE_SURPRISAL": asked}
+            together = {"TOGETHER": PLAN.together}
+            yield one(scan, "weigh_kernel", {**parts, **together, **base})
+            listing = {"STEP": PLAN.step, "SUPERS": layout.supers, "PER_TILE": PLAN.supers}
+            binned = {"BINS": PLAN.bins if asked else 0}
+            yield one(scan, "collect_kernel", {**search, **tiles, **listing, **binned}, ONE_WARP)
+        yield from _nucleus_variants(partial(one, nucleus), search)
+        for asked in (False, True) if dtype != "fp64" else ():
+            wanted = {"POSITIONS": asked, "BASE": asked, "LOG_MASS": asked}
+            decided = {**wanted, "ALL_WEIGHED": asked, "SUM_LATER": asked}
+            yield one(draw, "short_kernel", {**short, **decided}, SHORT)
+            yield one(draw, "long_kernel", {**long, **decided}, DECIDING)
+            yield one(draw, "sum_kernel", {**search, **together, **wanted})
         yield one(law, "law_kernel", {**search, "ALL_WEIGHED": False}, DECIDING)
         yield one(write, "support_kernel", {**parts, **double})
         yield one(write, "margin_kernel", {**block, "BLOCKS": blocks, **double})
@@ -148,6 +172,15 @@ def variants(targets: list[int], dtypes: list[str]) -> Iterator[Variant]:
         yield one(top, "top_kernel", search, COLLECTING)
         for number in (1, 1024):
             yield one(top, "sort_kernel", {**search, "TOP": number})
+
+
+def _nucleus_variants(one: Callable[..., Variant], search: Constants) -> Iterator[Variant]:
+    """What finds where a nucleus ends."""
+    groups = {"GROUPS": layout_of(PLAN, LONGEST).groups, "COLUMNS": PLAN.columns}
+    yield one("sketch_kernel", {**search, **groups, "MOST": PLAN.list_size // PLAN.group}, WIDE)
+    steps = {"STEP": PLAN.bins_step, "STEPS": PLAN.bins_steps}
+    yield one("bins_kernel", {**search, **steps}, ONE_WARP)
+    yield one("narrow_kernel", {**search, "STEP": PLAN.step}, ONE_WARP)
 
 
 def _loss_variants(one: Callable[..., Variant], double: Constants) -> Iterator[Variant]:
@@ -182,13 +215,17 @@ def source_of(variant: Variant, kernel: Any) -> ASTSource:
         for inner, (field, kind) in enumerate(zip(fields, kinds, strict=True)):
             if kind == "constexpr":
                 at = (place,) if shape is None else (place, inner)
-                constants[at] = variant.constants[field]
+                own = variant.constants.get(f"{name}.{field}")
+                constants[at] = variant.constants[field] if own is None else own
     return ASTSource(fn=kernel, signature=signature, constexprs=constants)
 
 
 def demand_of(variant: Variant) -> Demand:
     """Compiles a variant."""
-    modules = {"draw": draw, "label": label, "law": law, "scan": scan, "top": top, "write": write}
+    modules = {
+        "draw": draw, "label": label, "law": law, "nucleus": nucleus, "scan": scan, "top": top,
+        "write": write,
+    }  # fmt: skip
     if variant.module == "linear":
         source = linear_kernels.source_of(variant.kernel, variant.dtype, variant.constants)
     else:
