@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import gc
 import importlib
 import os
 import sys
@@ -91,6 +92,26 @@ def _group_of(item: pytest.Item) -> str | None:
     definitions = item._fixtureinfo.name2fixturedefs if isinstance(item, pytest.Function) else {}
     shared = any(found[-1].scope == "module" for found in definitions.values() if found)
     return item.path.stem if shared else None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """Has the garbage collector pass over what is imported by then, a million objects.
+
+    A collection takes 0.6 seconds with them, and trainers of transformers ask for one or two a run.
+    """
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        gc.collect()
+        gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """Lets the interpreter clear what it imported, as it does at its end."""
+    gc.unfreeze()
 
 
 def pytest_report_header() -> str:
