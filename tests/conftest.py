@@ -4,9 +4,12 @@ import dataclasses
 import functools
 import gc
 import importlib
+import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -74,8 +77,8 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Groups the tests that one worker should run, for `--dist loadgroup`; the others go anywhere.
 
-    Groups are those of the GPU, of the demo's model, and of the tests of a module that share one of
-    its fixtures.
+    Groups are those of the GPU, of the demo's model, of new processes, and of the tests of a module
+    that share one of its fixtures.
     """
     for item in items:
         if group := _group_of(item):
@@ -89,6 +92,8 @@ def _group_of(item: pytest.Item) -> str | None:
     names = getattr(item, "fixturenames", ())
     if item.get_closest_marker("demo_model") or "demo_model" in names:
         return "demo_model"
+    if "preloaded" in names:
+        return "preloaded"
     definitions = item._fixtureinfo.name2fixturedefs if isinstance(item, pytest.Function) else {}
     shared = any(found[-1].scope == "module" for found in definitions.values() if found)
     return item.path.stem if shared else None
@@ -332,6 +337,63 @@ def _model_of_marked_tests(request: pytest.FixtureRequest) -> None:
     """Has the demo's model loaded, or the test skipped, where it is marked demo_model."""
     if request.node.get_closest_marker("demo_model"):
         request.getfixturevalue("demo_model")
+
+
+# What a process of `start_python` does before its program.
+CHILD = """
+import gc, os, runpy, sys
+gc.freeze()
+os.chdir({folder!r})
+os.environ.update({environment!r})
+output = os.open({output!r}, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+os.dup2(output, 1)
+os.dup2(output, 2)
+sys.argv[:] = {command!r}
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.fixture(scope="session")
+def preloaded(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The multiprocessing context of processes that have trl imported.
+
+    An interpreter of its own would import that for 10 seconds of the processor. They are forked
+    from one that has done nothing else, not from this one with its threads and locks. With a GPU
+    they are interpreters of their own: one that has asked for a GPU cannot be forked.
+    """
+    if torch.cuda.is_available():
+        return multiprocessing.get_context("spawn")
+    context: Any = multiprocessing.get_context("forkserver")
+    modules = ["torch.distributed.fsdp", "fastadapt.train_run", "fastadapt.demo"]
+    context.set_forkserver_preload(["pytest", *modules])
+    with pytest.MonkeyPatch.context() as patch:
+        # it looks for modules in its folder first, where the sources of a clone are not built
+        patch.chdir(tmp_path_factory.mktemp("preloaded"))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        first = context.Process(target=int)
+        first.start()
+        first.join()
+    return context
+
+
+@pytest.fixture(scope="session")
+def start_python(preloaded: Any) -> Callable[..., BaseProcess]:
+    """Starts `python -P PROGRAM WORDS` with one thread, in a process of `preloaded`."""
+
+    def start(
+        program: Path, *words: str, folder: Path, output: Path, **environment: str
+    ) -> BaseProcess:
+        code = CHILD.format(
+            folder=str(folder),
+            environment=environment,
+            output=str(output),
+            command=[str(program), *words],
+        )
+        process: BaseProcess = preloaded.Process(target=exec, args=(code, {}), daemon=True)
+        process.start()
+        return process
+
+    return start
 
 
 @pytest.fixture(scope="session")

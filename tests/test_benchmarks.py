@@ -7,7 +7,6 @@ import json
 import math
 import multiprocessing
 import os
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -425,23 +424,24 @@ def test_figure_of_the_readme_is_of_its_result():
     assert not shown or report.figure_is_current()
 
 
-def test_pytest_form_measures(tmp_path):
+def test_pytest_form_measures(start_python, tmp_path):
     """With `-n 0`; under workers pytest-benchmark would time nothing and pass."""
     pytest.importorskip("pytest_benchmark")
-    command = [sys.executable, "-P", "-m", "pytest", "-n", "0", "-q", "-k", "32000"]
-    command += ["--benchmark-json=times.json", "--benchmark-max-time=0", "--benchmark-min-rounds=1"]
-    script = ROOT / "benchmarks" / "bench_sampling.py"
-    alone = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
-    done = subprocess.run(
-        [*command, "-p", "no:cacheprovider", str(script)],
-        cwd=tmp_path,
-        env=alone,
-        capture_output=True,
-        text=True,
-        timeout=300,
+    program, output = tmp_path / "run.py", tmp_path / "output"
+    program.write_text(
+        "import os, sys, pytest\n"
+        "for name in [n for n in os.environ if n.startswith('PYTEST_XDIST')]:\n"
+        "    del os.environ[name]\n"
+        "sys.exit(pytest.main(sys.argv[1:]))"
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "8 passed, 8 deselected" in done.stdout
+    words = ["-n", "0", "-q", "-k", "32000", "-p", "no:cacheprovider"]
+    words += ["--benchmark-json=times.json", "--benchmark-max-time=0", "--benchmark-min-rounds=1"]
+    script = str(ROOT / "benchmarks" / "bench_sampling.py")
+    done = start_python(program, *words, script, folder=tmp_path, output=output)
+    done.join(timeout=300)
+    said = output.read_text()
+    assert done.exitcode == 0, said
+    assert "8 passed, 8 deselected" in said
     measured = json.loads((tmp_path / "times.json").read_text())["benchmarks"]
     assert len(measured) == 8 and all(one["stats"]["min"] > 0 for one in measured)
 
@@ -660,7 +660,9 @@ def test_pairs_are_chosen_by_seed():
 
 
 @needs_peak
-def test_training_run_and_table(monkeypatch, tmp_path, tiny_model):
+def test_training_run_and_table(monkeypatch, tmp_path, tiny_model, preloaded):
+    """In processes that have transformers imported, which takes 8 seconds in a new one."""
+    monkeypatch.setattr(fresh.multiprocessing, "get_context", lambda kind: preloaded)
     entry = "\n\nHuman: {}\n\nAssistant: {}"
     lines = [
         json.dumps({"chosen": entry.format(f"w{i}", "a b"), "rejected": entry.format(f"w{i}", "c")})

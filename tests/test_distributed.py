@@ -2,9 +2,7 @@
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
+import socket
 from pathlib import Path
 
 import pytest
@@ -14,24 +12,32 @@ WORKER = Path(__file__).parent / "train_in_parallel.py"
 
 
 @pytest.fixture(scope="module")
-def curves(tmp_path_factory, letter_model):
-    """What one process sees, and what two see."""
+def curves(tmp_path_factory, letter_model, start_python):
+    """What one process sees, and what two see, which are told of each other as by torchrun."""
     folder = tmp_path_factory.mktemp("parallel")
-    launch = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run(
-        [*launch, "--nproc-per-node", "2", str(WORKER), str(folder), letter_model],
-        cwd=folder,
-        env=environment,
-        check=True,
-        timeout=300,
-    )
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "none"}
+    group |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    outputs = [folder / f"{rank}.txt" for rank in "01"]
+    ranks = [
+        start_python(
+            *(WORKER, str(folder), letter_model),
+            **{"folder": folder, "output": output, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            **group,
+        )
+        for rank, output in enumerate(outputs)
+    ]
     spec = importlib.util.spec_from_file_location("train_in_parallel", WORKER)
     worker = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(worker)
-    return worker.everything(folder, letter_model), json.loads(
-        (folder / "parallel.json").read_text()
-    )
+    alone = worker.everything(folder, letter_model)
+    for rank, output in zip(ranks, outputs, strict=True):
+        rank.join(timeout=300)
+        rank.kill()
+        assert rank.exitcode == 0, output.read_text()[-4000:]
+    return alone, json.loads((folder / "parallel.json").read_text())
 
 
 pytestmark = pytest.mark.skipif(

@@ -7,7 +7,6 @@ import math
 import os
 import re
 import signal
-import subprocess
 import sys
 import textwrap
 import time
@@ -198,9 +197,10 @@ def test_every_token_is_in_its_support(table):
     assert np.isneginf(others).any(), "no string leaves another adaptor's support"
 
 
-def test_a_killed_study_resumes_to_the_same_table(folder, tmp_path, sides, table):
+def test_a_killed_study_resumes_to_the_same_table(folder, start_python, tmp_path, sides, table):
     """SIGKILL in the middle of a run; a part that is damaged afterwards is sampled again."""
-    code = (
+    program = tmp_path / "run.py"
+    program.write_text(
         "import sys, time; sys.path.insert(0, sys.argv[2]); from pathlib import Path; "
         "import test_study_tradeoff as t; "
         "place = t.corpora.Corpora(Path(sys.argv[1]), t.plan(), t.NAMES); "
@@ -209,14 +209,15 @@ def test_a_killed_study_resumes_to_the_same_table(folder, tmp_path, sides, table
         "place.fill(t.contexts.Side(m, k, 'w6 w7'), t.contexts.Side(m, k), reward, "
         "on_part=lambda: time.sleep(0.4))"
     )
-    run = [sys.executable, "-P", "-c", code, str(tmp_path), os.path.dirname(__file__)]
-    child = subprocess.Popen(run, stderr=subprocess.PIPE, text=True)
+    words, output = (str(tmp_path), os.path.dirname(__file__)), tmp_path / "output"
+    child = start_python(program, *words, folder=tmp_path, output=output)
     end = time.monotonic() + 120
-    while len(list(tmp_path.glob("parts/*.parquet"))) < 2 and child.poll() is None:
+    while len(list(tmp_path.glob("parts/*.parquet"))) < 2 and child.is_alive():
         assert time.monotonic() < end, "the child sampled nothing"
         time.sleep(0.02)
-    child.send_signal(signal.SIGKILL)
-    assert child.wait() == -signal.SIGKILL, child.stderr.read()
+    child.kill()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL, output.read_text()
     place = corpora.Corpora(tmp_path, plan(), NAMES)
     missing = place.missing()
     assert 0 < len(missing) < len(PROMPTS.texts)

@@ -6,8 +6,6 @@ import math
 import random
 import re
 import signal
-import subprocess
-import sys
 import time
 
 import datasets
@@ -156,7 +154,7 @@ def test_accumulated_batches_are_one(train, tmp_path):
             assert other[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6), name
 
 
-def test_killed_run_goes_on_to_the_same_weights(train, model, data, tmp_path):
+def test_killed_run_goes_on_to_the_same_weights(train, model, data, start_python, tmp_path):
     """A child is killed at a random step, its second life ends where an uninterrupted run does."""
     flags = ["--stages", "exmate,dpo", "--num_train_epochs", "6", "--learning_rate", "1e-2"]
     flags += ["--save_steps", "4", "--threads", "1", "--eval_fraction", "0.2"]
@@ -167,14 +165,18 @@ def test_killed_run_goes_on_to_the_same_weights(train, model, data, tmp_path):
     folder = tmp_path / "killed"
     wanted = random.randint(5, 3 * whole // 4)  # and time enough to be killed before the end
     common = ["train", "--data", data, "--model", model, "--output_dir", str(folder)]
-    run = [sys.executable, "-P", "-c", RUN, *common, *flags]
-    child = subprocess.Popen(run, cwd=tmp_path, stdout=subprocess.DEVNULL)
+    program = tmp_path / "run.py"
+    program.write_text(RUN)
+    output = tmp_path / "output"
+    child = start_python(program, *common, *flags, folder=tmp_path, output=output)
     path, lines = folder / "metrics.jsonl", 0
-    while lines < wanted and child.poll() is None:
+    while lines < wanted and child.is_alive():
         time.sleep(0.002)
         lines = path.read_bytes().count(b"\n") if path.exists() else 0
     child.kill()
-    assert child.wait() == -signal.SIGKILL, f"ended before it was killed after {wanted} lines"
+    child.join()
+    said = output.read_text()[-4000:]
+    assert child.exitcode == -signal.SIGKILL, f"ended before it was killed after {wanted}: {said}"
     assert not (folder / "model").exists()
     assert train(folder, *flags) == 0, "its lock went with it"
     torch.set_num_threads(threads)

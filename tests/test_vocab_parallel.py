@@ -1,7 +1,5 @@
 """A head split over processes by vocabulary: what its ranks do is in vocab_parallel_ranks.py."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,42 +14,47 @@ RANK = Path(__file__).with_name("vocab_parallel_ranks.py")
 CASES = 2 * 3 * 5 * 2 + 4  # splits, dtypes, plans, shapes; and others
 
 
-def run(ranks: int, folder: Path, device: str) -> list[list[str]]:
-    """The cases that held in each process."""
-    command = [sys.executable, "-P", str(RANK)]
-    started = [
-        subprocess.Popen(
-            [*command, str(rank), str(ranks), str(folder / "store"), device],
-            cwd=folder,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(ranks)
-    ]
-    try:
-        outputs = [process.communicate(timeout=240)[0] for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    for process, output in zip(started, outputs, strict=True):
-        assert process.returncode == 0, output[-4000:]
-    return [[x for x in out.splitlines() if x.startswith("held: ")] for out in outputs]
+@pytest.fixture
+def run(start_python, tmp_path):
+    """Runs the ranks; returns the cases that held in each."""
+
+    def start_all(ranks: int, device: str) -> list[list[str]]:
+        outputs = [tmp_path / f"{rank}.txt" for rank in range(ranks)]
+        started = [
+            start_python(
+                *(RANK, str(rank), str(ranks), str(tmp_path / "store"), device),
+                **{"folder": tmp_path, "output": output},
+            )
+            for rank, output in enumerate(outputs)
+        ]
+        try:
+            for process in started:
+                process.join(timeout=240)
+        finally:
+            for process in started:
+                process.kill()
+        for process, output in zip(started, outputs, strict=True):
+            process.join()
+            assert process.exitcode == 0, output.read_text()[-4000:]
+        said = [output.read_text().splitlines() for output in outputs]
+        return [[line for line in lines if line.startswith("held: ")] for lines in said]
+
+    return start_all
 
 
 @pytest.mark.parametrize("ranks", (2, 4))
-def test_ranks_have_the_results_of_one_process(ranks, tmp_path):
-    held = run(ranks, tmp_path, "cpu")
+def test_ranks_have_the_results_of_one_process(ranks, run):
+    held = run(ranks, "cpu")
     assert {len(cases) for cases in held} == {CASES + (ranks == 2)}  # one more on two
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("ranks", (2, 4))
-def test_ranks_on_gpus(ranks, tmp_path):
+def test_ranks_on_gpus(ranks, run):
     """Through NCCL; errors about labels are the CPU's alone."""
     if torch.cuda.device_count() < ranks:
         pytest.skip(f"needs {ranks} CUDA devices")
-    held = run(ranks, tmp_path, "cuda")
+    held = run(ranks, "cuda")
     assert {len(cases) for cases in held} == {CASES - 1 + (ranks == 2)}
 
 

@@ -20,9 +20,9 @@ def test_worker_has_one_thread(request):
 
 
 def test_workers_share_no_group(request):
-    """Tests that share a module's fixture, the GPU or the demo's model run in one process."""
-    groups = {}
+    """Tests that share a module's fixture, or one of the whole list, run in one process."""
+    groups, shared = {}, {"gpu", "demo_model", "preloaded"}
     for item in request.session.items:
         for mark in item.iter_markers("xdist_group"):
             groups.setdefault(item.path.stem, set()).add(mark.args[0])
-    assert all(names <= {module, "gpu", "demo_model"} for module, names in groups.items())
+    assert all(names <= {module, *shared} for module, names in groups.items())
