@@ -1,6 +1,7 @@
 """The command line and the demo behind it, on a tiny model and on the demo's own."""
 
 import copy
+import functools
 import io
 import json
 import math
@@ -440,13 +441,15 @@ def test_bench_passes_arguments_and_exit_code(name, tmp_path, monkeypatch):
 
 @pytest.mark.demo_model
 def test_demo_on_its_own_model(capsys, monkeypatch):
-    """Two prompts and one batch of pairs: what every line of the report needs."""
+    """Two prompts, one round, a batch of two pairs: what every line of the report needs."""
     timed = demo.median_ms
-    monkeypatch.setattr(demo_training, "PAIRS", demo_training.PAIRS[: demo_training.BATCH])
+    monkeypatch.setattr(demo, "DemoOptions", functools.partial(demo.DemoOptions, rounds=1))
+    monkeypatch.setattr(demo_training, "BATCH", 2)
+    monkeypatch.setattr(demo_training, "PAIRS", demo_training.PAIRS[:2])
     monkeypatch.setattr(demo, "median_ms", lambda calls, budget_s: timed(calls, budget_s=0.0))
     assert cli.main(["demo", "--batch", "2", "--max-new-tokens", "4"]) == 0
     out = capsys.readouterr().out
     assert _agreement(out)[1] == 8
-    assert "all 4 pairs, after" in out
+    assert "all 2 pairs, after" in out
     assert max(map(len, out.splitlines())) <= 80
     assert all(math.isfinite(float(number)) for number in re.findall(r"\d+\.\d+", out))

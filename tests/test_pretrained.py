@@ -1,5 +1,6 @@
 """Loading of models: where packaged ones come from, the kept copy, and that it is the GGUF's."""
 
+import functools
 import hashlib
 import importlib.util
 import os
@@ -10,6 +11,7 @@ import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 
+import gguf
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -558,7 +560,9 @@ def test_rebuilt_demo_model_is_the_one_of_the_gguf(tmp_path, monkeypatch):
         quantised.append(model)
         return rebuild(model, dtype)
 
-    pretrained.load_model(None, fetch=True)
+    # transformers reads all of the file three times, and makes the map of names 400 times
+    monkeypatch.setattr(gguf, "GGUFReader", functools.cache(gguf.GGUFReader))
+    monkeypatch.setattr(gguf, "get_tensor_name_map", functools.cache(gguf.get_tensor_name_map))
     file = model_cache.root() / packaged_models.MODELS[0].file
     if file.exists():  # it is not in an installed package
         (tmp_path / file.name).symlink_to(file)
