@@ -20,7 +20,8 @@ from rich.console import Console
 from rich.table import Table
 
 from fastadapt import Adaptor
-from fastadapt.demo import PROMPTS, progress_bar, stepper
+from fastadapt.bars import progress_bar, stepper
+from fastadapt.demo import PROMPTS
 from fastadapt.measure import (
     Generation,
     encode_prompts,

@@ -33,7 +33,7 @@ from gpu_loss_peers import GPU_LOSS_PEERS
 from host import PACKAGES, gpu_record, host_record, quartiles, write_record
 from limits import gpu_losses_limits, print_limits
 from loss_peers import Logps
-from peers import MissingPeer
+from missing import MissingPeer
 from timing import clock, in_turns, ratios
 
 OURS, LEAN, BOUND = "fastadapt", "nothing kept", "products"

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from cases import DTYPES, chosen
 from fastadapt import linear_label_margins
-from fastadapt.demo import progress_bar, stepper
+from fastadapt.bars import progress_bar, stepper
 from fastadapt.linear_cpu import TILE
 from fastadapt.linear_plan import KEPT_BYTES
 from fastadapt.memory import PeakMemory, is_measurable
@@ -33,7 +33,7 @@ from fresh import in_fresh_process
 from host import PACKAGES, host_record, quartiles, write_record
 from limits import losses_limits, print_limits
 from loss_peers import LOSS_PEERS, Logps, plain_margins
-from peers import MissingPeer
+from missing import MissingPeer
 from timing import in_turns, ratios
 
 SHAPES = ((1024, 576, 49_152), (1024, 896, 32_768), (2048, 2048, 128_256), (512, 4096, 151_936))

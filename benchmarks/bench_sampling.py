@@ -28,11 +28,12 @@ from torch import Tensor
 
 from cases import ADAPTORS, BATCHES, DTYPES, ROWS, VOCABULARIES, make_rows
 from fastadapt import Adaptor, sample
-from fastadapt.demo import progress_bar, stepper
+from fastadapt.bars import progress_bar, stepper
 from filters import at_least, fill_filters, grid_parser
 from host import PACKAGES, host_record, quartiles, times_us, write_record
 from limits import print_limits, sampling_limits
-from peers import LlamaChain, MissingPeer, compiled_draw, stock_draw
+from missing import MissingPeer
+from peers import LlamaChain, compiled_draw, stock_draw
 from real_rows import real_logits
 from timing import Call, in_turns, ratios
 

@@ -26,7 +26,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from fastadapt.demo import progress_bar, stepper
+from fastadapt.bars import progress_bar, stepper
 from fastadapt.measure import generate, mode_kwargs, stock_chain
 from fastadapt.pretrained import load_model
 from fastadapt.study import contexts

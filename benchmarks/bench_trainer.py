@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from fastadapt.demo import progress_bar, stepper
+from fastadapt.bars import progress_bar, stepper
 from fastadapt.memory import PeakMemory, return_freed_blocks
 from fastadapt.preferences import PAIRS, read_pairs
 from fastadapt.pretrained import load_model

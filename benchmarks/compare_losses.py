@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from fastadapt import RewardPenalizeLoss, linear_label_margins
-from fastadapt.demo import progress_bar, stepper
+from fastadapt.bars import progress_bar, stepper
 from fastadapt.head_check import head_of
 from fastadapt.model_head import Head
 from fastadapt.preferences import IGNORED, PairBatch, encode_pairs, read_pairs

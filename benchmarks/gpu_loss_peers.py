@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from loss_peers import Logps, liger, plain, trl
-from peers import MissingPeer
+from missing import MissingPeer
 
 CrossEntropy = Callable[[Tensor, Tensor, Tensor], Tensor]
 

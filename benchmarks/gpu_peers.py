@@ -15,7 +15,8 @@ from torch import Tensor
 
 from device_timing import DeviceCall
 from fastadapt import Adaptor
-from peers import MissingPeer, compiled_draw, stock_draw
+from missing import MissingPeer
+from peers import compiled_draw, stock_draw
 
 
 class Peer(NamedTuple):

@@ -14,9 +14,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._inductor.exc import InductorError
 
-from peers import MissingPeer
+from missing import MissingPeer
 
 Logps = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -46,6 +45,8 @@ def compiled() -> Logps:
     Raises:
         MissingPeer: there is no C++ compiler, or the compiler cannot do it.
     """
+    from torch._inductor.exc import InductorError  # takes 3 s, in each process
+
     torch.compiler.reset()
     call: Logps = torch.compile(plain_logps, dynamic=False)
     try:

@@ -16,18 +16,14 @@ from typing import Any
 import numpy
 import torch
 from torch import Tensor
-from torch._inductor.exc import InductorError
 
 from fastadapt import Adaptor
 from fastadapt.measure import stock_chain
+from missing import MissingPeer
 
 _NO_IDS = torch.empty(1, 0, dtype=torch.int64)
 
 Draw = Callable[[Tensor], Tensor]
-
-
-class MissingPeer(RuntimeError):  # noqa: N818, it is no error of the program
-    """A peer cannot run here; the message says why."""
 
 
 def stock_draw(adaptor: Adaptor) -> Draw:
@@ -60,6 +56,8 @@ def compiled_draw(adaptor: Adaptor, rows: Tensor) -> Draw:
 
     def draw(rows: Tensor) -> Tensor:
         return nucleus(rows, temperature, top_p).softmax(-1).multinomial(1)[:, 0]
+
+    from torch._inductor.exc import InductorError  # takes 3 s, in each process
 
     torch.compiler.reset()
     compiled: Draw = torch.compile(draw, dynamic=False)

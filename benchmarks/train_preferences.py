@@ -25,7 +25,7 @@ import torch
 from rich.console import Console
 
 from fastadapt import RewardPenalizeLoss
-from fastadapt.demo import progress_bar, stepper
+from fastadapt.bars import progress_bar, stepper
 from fastadapt.memory import PeakMemory, return_freed_blocks
 from fastadapt.preferences import Pair, encode_pairs, read_pairs
 from fastadapt.pretrained import load_model

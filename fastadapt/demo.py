@@ -8,19 +8,19 @@ from __future__ import annotations
 import contextlib
 import statistics
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
 from fastadapt import Adaptor, demo_training, sample
+from fastadapt.bars import progress_bar, stepper
 from fastadapt.measure import (
     BAND,
     Generation,
@@ -277,35 +277,6 @@ def _threads(count: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def progress_bar(console: Console, *, auto_refresh: bool) -> Progress:
-    """Return a progress display; without automatic refresh no thread runs beside a timing."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeElapsedColumn(),
-        console=console,
-        auto_refresh=auto_refresh,
-        transient=True,
-        disable=not console.is_terminal,
-    )
-
-
-def stepper(bar: Progress, description: str, total: int) -> Callable[[], None]:
-    """Add a task to a display and return what advances it, drawing it five times a second."""
-    task = bar.add_task(description, total=total)
-    drawn = 0.0
-
-    def step() -> None:
-        nonlocal drawn
-        bar.advance(task)
-        if time.monotonic() - drawn > 0.2:
-            drawn = time.monotonic()
-            bar.refresh()
-
-    return step
 
 
 def _print_texts(

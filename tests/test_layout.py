@@ -61,7 +61,7 @@ OURS = {
     "trl": PUBLIC | {"trl_head"},
     "trl_head": PUBLIC | {"head_check", "model_head"},
     "study": PUBLIC
-    | {"demo", "pair_forms", "preferences", "pretrained", "study"}
+    | {"bars", "pair_forms", "preferences", "pretrained", "study"}
     | {"head_check", "model_head", "training"},
     "packaged_models": set(),
     "model_cache": {"packaged_models"},
@@ -88,7 +88,8 @@ OURS = {
     "head_check": {"head_shape", "model_head"},
     "training": PUBLIC | {"head_check", "model_head", "preferences"},
     "measure": PUBLIC | {"hf"},
-    "demo": PUBLIC | {"demo_training", "hf", "measure", "pretrained"},
+    "bars": set(),
+    "demo": PUBLIC | {"bars", "demo_training", "hf", "measure", "pretrained"},
     "demo_training": PUBLIC | {"memory", "preferences", "training"},
     "cli": PUBLIC
     | {"cli_errors", "cli_gradients", "cli_tradeoff", "cli_train", "demo", "hf", "model_head"}
@@ -111,6 +112,7 @@ OTHERS = {
     "pretrained": {"torch", "transformers", "safetensors"},
     "measure": {"torch", "transformers"},
     "memory": set(),
+    "bars": {"rich"},
     "demo": {"torch", "transformers", "rich"},
     "demo_training": {"torch", "rich"},
     "pair_files": {"datasets", "pyarrow"},

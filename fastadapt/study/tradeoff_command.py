@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from fastadapt.demo import progress_bar, stepper
+from fastadapt.bars import progress_bar, stepper
 from fastadapt.pretrained import DEFAULT_MODEL, load_model
 from fastadapt.study import contexts, corpora, grids, rewards, tradeoff
 from fastadapt.study.corpora import Reward
