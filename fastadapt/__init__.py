@@ -1,13 +1,14 @@
 """Fused sampling adaptors and reward-penalise losses for language models."""
 
-from importlib.metadata import version
+# ruff: noqa: E402, nothing is imported where the extension is not built
 
-import torch  # noqa: F401  before the extension, which runs on the OpenMP runtime that torch loads
+from importlib.metadata import version
+from importlib.util import find_spec
 
 try:
-    import fastadapt._C as _C  # noqa: F401
-
     __version__ = version("fastadapt")
+    if find_spec("fastadapt._C") is None:
+        raise ModuleNotFoundError("No module named 'fastadapt._C'")
 except ModuleNotFoundError as error:
     raise ImportError(
         f"fastadapt is imported from {__path__[0]}, where it is not built for this Python: run "
@@ -15,6 +16,9 @@ except ModuleNotFoundError as error:
         "outside the checkout or with -P"
     ) from error
 
+import torch  # noqa: F401  before the extension, which runs on the OpenMP runtime that torch loads
+
+import fastadapt._C as _C  # noqa: F401
 from fastadapt.adaptor import Adaptor
 from fastadapt.losses import (
     Responses,
