@@ -5,6 +5,7 @@ import json
 import math
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from fastadapt import RewardPenalizeLoss, cli_gradients, label_margins
 from fastadapt.cli import main
 from fastadapt.losses import Responses
 from fastadapt.preferences import Pair
-from fastadapt.study import field_plots, gradient_report
+from fastadapt.study import field_plots, gradient_plots, gradient_report
 from fastadapt.study.cases import (
     CASES,
     WITH_MATE,
@@ -87,7 +88,10 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def study(model, tokenizer, data, tmp_path_factory):
-    """A folder with all tables and the page, from the tiny model, whose parameters it leaves."""
+    """A folder with all tables and the page, from the tiny model, whose parameters it leaves.
+
+    The toys take fewer steps for their claims and curves, and the pictures have fewer dots.
+    """
     folder = tmp_path_factory.mktemp("study")
     before = {k: v.clone() for k, v in model.state_dict().items()}
     seen = []
@@ -97,7 +101,12 @@ def study(model, tokenizer, data, tmp_path_factory):
         data=data, out=folder, pairs=4, batch=2, steps=3, max_length=20, learning_rate=1e-2
     )
     run_training(model, tokenizer, training, name="tiny", report=lambda *a: seen.append(a))
-    write_report(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gradient_report, "claim_rows", partial(claim_rows, steps=8))
+        patch.setattr(gradient_report, "curve_rows", partial(curve_rows, steps=10))
+        for module in (field_plots, gradient_plots):
+            patch.setattr(module, "DPI", 40)
+        write_report(folder)
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
     for phase in {phase for phase, _, _ in seen}:
