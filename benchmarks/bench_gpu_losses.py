@@ -84,7 +84,8 @@ def main() -> int:
     options = _parse()
     host = host_record((*PACKAGES, "triton", "trl", "liger-kernel", "cut-cross-entropy"))
     host["gpu"] = gpu_record()
-    host["commit"] = host["commit"] or options.commit
+    if options.commit:  # a copy, whose own git does not know it
+        host |= {"commit": options.commit, "dirty": False}
     notes: list[str] = []
     record: dict[str, Any] = {
         "benchmark": "gpu_losses",

@@ -189,7 +189,8 @@ def main() -> int:
     options = _parse()
     host = host_record((*PACKAGES, "triton", "flashinfer-python", "vllm"))
     host["gpu"] = gpu_record()
-    host["commit"] = host["commit"] or options.commit
+    if options.commit:  # a copy, whose own git does not know it
+        host |= {"commit": options.commit, "dirty": False}
     bench, grid = Bench(options), list(cells(options))
     record: dict[str, Any] = {
         "benchmark": "gpu_sampling",

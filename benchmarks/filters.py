@@ -52,7 +52,7 @@ def fill_filters(
 def add_device(parser: argparse.ArgumentParser) -> None:
     """Add what the benchmarks of a GPU have in common."""
     add = parser.add_argument
-    add("--commit", metavar="HASH", help="of this tree, where it has no git to say it")
+    add("--commit", metavar="HASH", help="that this tree is a copy of, for a tree without its git")
     add("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: only to try the script")
 
 

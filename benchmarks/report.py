@@ -28,6 +28,7 @@ from limits import (
     score_limits,
     train_limits,
 )
+from report_redesign import redesign_table
 from report_tracker import tracker_table
 from report_tradeoff import tradeoff_table
 from report_trainer import trainer_table
@@ -371,9 +372,15 @@ def _counts(cells: list[dict[str, Any]]) -> str:
     return " x ".join(f"{len({cell[key] for cell in cells})} {name}" for key, name in names.items())
 
 
+def _redesign(record: dict[str, Any]) -> str:
+    """The GPU's sampling kernels before and after."""
+    return redesign_table(record, software_words(record["host"]))
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "generation": generation_table,
     "sampling": sampling_table,
+    "gpu_redesign": _redesign,
     "gpu_sampling": gpu_sampling_table,
     "score": score_table,
     "losses": losses_table,

@@ -20,14 +20,19 @@ def law_code(order: int, may_act: Iterable[bool]) -> int:
     return order | _KNOWN | sum(acts << (_FIRST_KNOB + i) for i, acts in enumerate(may_act))
 
 
+def is_known(code: int) -> bool:
+    """Whether a code tells of knobs."""
+    return bool(code & _KNOWN)
+
+
 def may_act(code: int, knob: int) -> bool:
     """Whether a knob, by its place, may do something in some row."""
-    return not code & _KNOWN or bool(code >> (_FIRST_KNOB + knob) & 1)
+    return not is_known(code) or bool(code >> (_FIRST_KNOB + knob) & 1)
 
 
 def joined(codes: Iterable[int]) -> int:
     """A code for rows of any of several laws of one order."""
     codes = list(codes)
-    if not all(code & _KNOWN for code in codes):
+    if not all(map(is_known, codes)):
         return codes[0] & ORDER
     return reduce(or_, codes)

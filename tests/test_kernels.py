@@ -42,7 +42,6 @@ PLAN = launch_scan.Plan(
     bins=32,
     list_size=64,
     short_size=16,
-    middle_size=32,
 )
 V = 200  # a whole block and a part; more than the list and the sample hold
 INF = float("inf")

@@ -32,15 +32,16 @@ LEAVES = {"adaptor", "checks", "results"}
 PUBLIC = {"", "sampling", "losses", "margins"} | LEAVES
 OURS = {
     "__init__": (PUBLIC - {""}) | {"_C"},
-    "adaptor": set(),
+    "adaptor": {"law_code"},
     "checks": set(),
     "results": set(),
     "sampling": {"ops"} | LEAVES,
     "losses": {"losses", "margins"},
     "margins": {"linear_ops", "linear_plan", "loss_ops", "vocab_parallel"} | LEAVES,
+    "law_code": set(),
     "outputs": set(),
-    "ops": {"_C", "cuda_ops", "outputs"},
-    "cuda_ops": {"kernels", "outputs"},
+    "ops": {"_C", "cuda_ops", "law_code", "outputs"},
+    "cuda_ops": {"kernels", "law_code", "outputs"},
     "cuda_loss_ops": {"cuda_ops", "kernels", "outputs"},
     "loss_ops": {"_C", "cuda_loss_ops", "ops", "outputs"},
     "linear_ops": {"linear_cpu", "linear_head", "linear_plan", "linear_tiles", "ops"}
@@ -52,7 +53,7 @@ OURS = {
     "linear_tiles": {"outputs"},
     "linear_cpu": {"_C", "linear_tiles", "loss_ops", "ops"},
     "vocab_parallel": {"outputs"},
-    "kernels": {"kernels"},
+    "kernels": {"kernels", "law_code"},
     "reference": {"reference", "results"},
     "hf": PUBLIC | {"hf_chain", "hf_draw"},
     "hf_chain": PUBLIC,

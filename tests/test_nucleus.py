@@ -30,7 +30,6 @@ PLAN = launch_scan.Plan(
     bins_steps=2,
     list_size=32,
     short_size=8,
-    middle_size=16,
 )
 KINDS = {
     "normal": lambda: torch.randn(1, V) * 3,

@@ -66,6 +66,26 @@ class Sizes(NamedTuple):
     ALONE: Any  # whether a program looks at its list alone, put in order, and never at a row
 
 
+class Tiling(NamedTuple):
+    """Constants of the passes that look at groups of logits, powers of two."""
+
+    COLUMNS: Any  # groups of a tile
+    GROUP: Any  # logits of a group
+    PER_TILE: Any  # super-groups of a tile
+    SUPERS: Any  # at least those of a row
+    STEP: Any  # logits that a warp looks at together
+
+
+class Asked(NamedTuple):
+    """What is asked of a draw, all known at compilation."""
+
+    POSITIONS: Any
+    BASE: Any  # log-probabilities under the base law
+    LOG_MASS: Any
+    ALL_WEIGHED: Any  # whether all rows are weighed
+    SUM_LATER: Any  # whether survivors that no list holds are summed by another kernel
+
+
 class Knobs(NamedTuple):
     """The knobs of a virtual row."""
 
@@ -129,9 +149,10 @@ class Found(NamedTuple):
 
     held: Held
     floor: Any
-    s: Any  # (LIST,)
+    s: Any  # (LIST,) if `ALONE`, else nothing
     ids: Any
-    spare: List  # room in memory
+    listed: List  # where it is in memory, unless it is the bracket's
+    spare: List  # where that is, or room for another list
 
 
 class Decision(NamedTuple):
@@ -145,6 +166,17 @@ class Decision(NamedTuple):
     state: Any  # DECIDED, or what is left to do
     kept: Any
     total: Any  # mass of the survivors
+
+
+class Outcome(NamedTuple):
+    """What a row has come to."""
+
+    status: Any
+    greedy: Any
+    kept: Any
+    total: Any  # mass of the survivors
+    all_mass: Any  # of all tokens at the same temperature, where it is asked for
+    token: Any
 
 
 class Chance(NamedTuple):

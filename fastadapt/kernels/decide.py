@@ -100,20 +100,38 @@ def held_of(lists, virtual, knobs, sizes):
 
 
 @triton.jit
+def load_held(held, listed, spare, sizes):
+    """The list that is held: scaled logits and ids."""
+    s, ids = load_list(listed, tl.where(held.partial, 0, held.number), sizes.LIST)
+    if held.partial:
+        s, ids = load_list(spare, held.number, sizes.LIST)
+    return s, ids
+
+
+@triton.jit
 def found_of(lists, virtual, held, sizes):
     """A list of a virtual row, and room for another."""
     at = virtual.to(tl.int64) * sizes.ROOM
     listed = List(lists.listed + at, lists.listed_ids + at)
     spare = List(lists.spare + at, lists.spare_ids + at)
-    s, ids = load_list(listed, tl.where(held.partial, 0, held.number), sizes.LIST)
-    if held.partial:
-        s, ids = load_list(spare, held.number, sizes.LIST)
+    floor = tl.load(lists.floors + virtual)
+    s, ids = floor, held.number
     if sizes.ALONE:
+        s, ids = load_held(held, listed, spare, sizes)
         there = tl.arange(0, sizes.LIST) < held.number
         rank = tl.sort(tl.where(there, ranks(keys(s), ids), ANY_RANK), descending=True)
         s = tl.where(there, values((rank >> 32).to(tl.int32)), float("-inf"))
         ids = tl.where(there, LAST_ID - (rank & 0xFFFFFFFF).to(tl.int32), 0)
-    return Found(held, tl.load(lists.floors + virtual), s, ids, spare)
+    return Found(held, floor, s, ids, listed, spare)
+
+
+@triton.jit
+def tokens_of(found, sizes):
+    """Scaled logits and ids of a list; one that is not in order is loaded for each use."""
+    s, ids = found.s, found.ids
+    if sizes.ALONE == 0:  # else the kernel would hold more than it has registers for
+        s, ids = load_held(found.held, found.listed, found.spare, sizes)
+    return s, ids
 
 
 @triton.jit
@@ -123,7 +141,8 @@ def _cut(row, law, by_kappa, by_mass, target, found, inside, partial, sizes):
     above = tl.where(partial, found.held.above, 0)
     usable = (found.held.number <= sizes.LIST) & (partial | (found.held.partial == 0))
     if usable:
-        alive, _, rank, q, weight = look(found.s, found.ids, row.m, law, by_kappa, by_mass)
+        s, ids = tokens_of(found, sizes)
+        alive, _, rank, q, weight = look(s, ids, row.m, law, by_kappa, by_mass)
         # as typical as the floor, below the centre, may also be tokens that are not in the list
         edge = found.floor - row.m + law.centre
         limit = tl.where(edge < 0.0, keys(edge), 2**31 - 1)
@@ -155,7 +174,8 @@ def _first_largest(row, found, sizes):
     """The lowest id of the largest scaled logit; `LAST_ID` where a list alone does not tell."""
     best = tl.full([], LAST_ID, tl.int32)
     if (found.held.number <= sizes.LIST) & (found.held.partial == 0):
-        best = tl.min(tl.where(found.s == row.m, found.ids, LAST_ID), 0)
+        s, ids = tokens_of(found, sizes)
+        best = tl.min(tl.where(s == row.m, ids, LAST_ID), 0)
     if sizes.ALONE == 0:
         block = tl.where(best == LAST_ID, 0, tl.cdiv(row.v, sizes.BLOCK))
         while block < tl.cdiv(row.v, sizes.BLOCK):
@@ -192,8 +212,9 @@ def _sums(row, law, found, inside, sums, store, sizes):
     n = tl.full([], 0, tl.int32)
     lost = inside == 0
     if inside:
-        alive = survives(found.s, found.ids, row.m, law)
-        d = found.s - row.m
+        s, ids = tokens_of(found, sizes)
+        alive = survives(s, ids, row.m, law)
+        d = s - row.m
         z = tl.sum(tl.where(alive, masses(d), 0), 0)
         u = tl.sum(tl.where(alive, surprisals(d), 0), 0)
         n = tl.sum(alive.to(tl.int32), 0)
@@ -215,7 +236,8 @@ def _masses_at(s, ids, row, law, by_kappa, cut):
 @triton.jit
 def _at_cut(row, law, by_kappa, cut, found, inside, partial, sizes):
     """The mass before the last that a cut keeps, and of that: a token, or all equally typical."""
-    above, at = _masses_at(found.s, found.ids, row, law, by_kappa, cut)
+    own, own_ids = tokens_of(found, sizes)
+    above, at = _masses_at(own, own_ids, row, law, by_kappa, cut)
     before, last = tl.sum(above, 0), tl.sum(at, 0)
     before += tl.where(partial, found.held.above, 0)
     last = tl.where(partial & found.held.one, found.held.within, last)
@@ -235,12 +257,7 @@ def _at_cut(row, law, by_kappa, cut, found, inside, partial, sizes):
 
 
 @triton.jit
-def decide(
-    rows, adaptors, parts, lists, weights, virtual, found,
-    ALL_WEIGHED: tl.constexpr,
-    SUM_LATER: tl.constexpr,  # whether survivors that no list holds are summed by another kernel
-    sizes,
-):  # fmt: skip
+def decide(rows, adaptors, parts, lists, weights, virtual, found, asked, sizes):
     """Runs the filters of a virtual row, each on the survivors of the one before.
 
     Where T is 0 no filter runs, and the law leaves the lowest id of the largest logit.
@@ -265,7 +282,7 @@ def decide(
     blocks = weights.blocks
     of_row = virtual.to(tl.int64) * blocks
     sums = weights.sums + of_row
-    known = needs_masses(first) | ALL_WEIGHED
+    known = needs_masses(first) | asked.ALL_WEIGHED
     known_u = known & needs_surprisal(knobs)
     z = tl.sum(tl.load(sums + j, mask=j < tl.where(known, blocks, 0), other=0), 0)
     u = weights.surprisal_sums + of_row + j
@@ -298,10 +315,10 @@ def decide(
             held = usable
             for turn in range(2):
                 second = first * 0 + turn
-                asked = is_k | is_p | is_typical
+                cuts = is_k | is_p | is_typical
                 if second == 1:
-                    asked = ((keep > 1) & (is_k == 0)) | (is_cutoff & typical_ran)
-                if asked & (undecided == 0):
+                    cuts = ((keep > 1) & (is_k == 0)) | (is_cutoff & typical_ran)
+                if cuts & (undecided == 0):
                     rank, in_list, lost = _cut(
                         row,
                         law,
@@ -357,7 +374,7 @@ def decide(
         kept = tl.sum(tl.load(weights.finite + of_row + j, mask=j < blocks, other=0), 0)
         inside = first < 0  # the masses of the blocks are there
     elif (filters | greedy) & (undecided == 0):
-        if SUM_LATER & (inside == 0):
+        if asked.SUM_LATER & (inside == 0):
             state = tl.full([], UNSUMMED, tl.int32)
         else:
             z, u, kept, lost = _sums(row, law, found, inside, sums, True, sizes)

@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 
 from fastadapt.kernels.arithmetic import LAST_ID, draw_target, keys, log_mass, masses, ranks
-from fastadapt.kernels.bundles import Row
-from fastadapt.kernels.decide import decide, found_of, held_of
+from fastadapt.kernels.bundles import Outcome, Row
+from fastadapt.kernels.decide import decide, found_of, held_of, tokens_of
 from fastadapt.kernels.rows import (
     DECIDED,
     LAW_SIZE,
@@ -42,10 +42,11 @@ MASS_BITS = tl.constexpr((1 << 41) - 1)
 @triton.jit
 def _first_in_list(row, law, found, target, sizes):
     """The first survivor of a list, by id, whose running mass exceeds a target."""
-    alive = survives(found.s, found.ids, row.m, law)
-    mass = tl.where(alive, masses(found.s - row.m), 0)
+    s, own_ids = tokens_of(found, sizes)
+    alive = survives(s, own_ids, row.m, law)
+    mass = tl.where(alive, masses(s - row.m), 0)
     if sizes.ALONE:
-        packed = tl.where(alive, (found.ids.to(tl.int64) << ID_SHIFT) + mass, NOTHING)
+        packed = tl.where(alive, (own_ids.to(tl.int64) << ID_SHIFT) + mass, NOTHING)
         packed = tl.sort(packed)
         there = packed != NOTHING
         running = tl.cumsum(tl.where(there, packed & MASS_BITS, 0), 0)
@@ -56,7 +57,7 @@ def _first_in_list(row, law, found, target, sizes):
         last = token + row.v - 1
         while token < last:
             middle = (token + last) // 2
-            beyond = tl.sum(tl.where(found.ids <= middle, mass, 0), 0) > target
+            beyond = tl.sum(tl.where(own_ids <= middle, mass, 0), 0) > target
             last = tl.where(beyond, middle, last)
             token = tl.where(beyond, token, middle + 1)
     return token
@@ -77,66 +78,58 @@ def _first_by_blocks(row, law, sums, blocks, target, BLOCK: tl.constexpr, BLOCKS
 
 
 @triton.jit
-def _target(chance, at, total, POSITIONS: tl.constexpr):
+def _target(chance, at, total, asked):
     """What a row's running mass must exceed."""
     position = tl.full([], 0, tl.int64)
-    if POSITIONS:
+    if asked.POSITIONS:
         position = tl.load(chance.positions + at)
     return draw_target(tl.load(chance.seeds + at), position, total)
 
 
 @triton.jit
-def _store_drawn(
-    parts, weights, out, at, row, status, greedy, kept, total, all_mass, token,
-    BASE: tl.constexpr, LOG_MASS: tl.constexpr, SPLITS: tl.constexpr, BLOCKS: tl.constexpr,
-):  # fmt: skip
+def _store_drawn(parts, weights, out, at, row, outcome, asked, sizes):
     """All fields of a row whose token is known; a bad row has none."""
     nan = row.m * 0.0 + float("nan")
     logprob, base, log_kept = nan, nan, nan
-    if status == OK:
+    token = outcome.token
+    if outcome.status == OK:
         x = tl.load(row.logits + token, mask=token < row.v, other=float("nan")).to(tl.float32)
-        of_kept = log_mass(total)
+        of_kept = log_mass(outcome.total)
         logprob = x * row.inverse
         logprob = (logprob.to(tl.float64) - row.m.to(tl.float64) - of_kept).to(tl.float32)
-        if LOG_MASS:
-            log_kept = (of_kept - log_mass(all_mass)).to(tl.float32)
-            log_kept = tl.where(greedy, 0.0, log_kept)
-        if BASE:
-            m1 = largest_of(parts, at, SPLITS)
-            j = tl.arange(0, BLOCKS)
+        if asked.LOG_MASS:
+            log_kept = (of_kept - log_mass(outcome.all_mass)).to(tl.float32)
+            log_kept = tl.where(outcome.greedy, 0.0, log_kept)
+        if asked.BASE:
+            m1 = largest_of(parts, at, sizes.SPLITS)
+            j = tl.arange(0, sizes.BLOCKS)
             masses1 = weights.base_sums + at.to(tl.int64) * weights.blocks + j
             of_all = log_mass(tl.sum(tl.load(masses1, mask=j < weights.blocks, other=0), 0))
             base = (x.to(tl.float64) - m1.to(tl.float64) - of_all).to(tl.float32)
     tl.store(out.tokens + at, token.to(tl.int64))
     tl.store(out.logprobs + at, logprob)
-    tl.store(out.kept + at, tl.where(status == OK, kept, 0))
-    tl.store(out.status + at, status.to(tl.uint8))
-    if BASE:
+    tl.store(out.kept + at, tl.where(outcome.status == OK, outcome.kept, 0))
+    tl.store(out.status + at, outcome.status.to(tl.uint8))
+    if asked.BASE:
         tl.store(out.base_logprobs + at, base)
-    if LOG_MASS:
+    if asked.LOG_MASS:
         tl.store(out.log_masses + at, log_kept)
 
 
 @triton.jit
-def _try_row(
-    rows, adaptors, parts, lists, weights, laws, chance, out, at, held,
-    POSITIONS: tl.constexpr, BASE: tl.constexpr, LOG_MASS: tl.constexpr,
-    ALL_WEIGHED: tl.constexpr, SUM_LATER: tl.constexpr, sizes,
-):  # fmt: skip
+def _try_row(rows, adaptors, parts, lists, weights, laws, chance, out, at, held, asked, sizes):
     """Decides a row and draws from it, or leaves that to others; the state in which it is then."""
     j = tl.arange(0, sizes.BLOCKS)
     here = weights.sums + at.to(tl.int64) * weights.blocks
     all_mass = tl.full([], 0, tl.int64)
-    if LOG_MASS:  # before the blocks become those of the survivors
+    if asked.LOG_MASS:  # before the blocks become those of the survivors
         all_mass = tl.sum(tl.load(here + j, mask=j < weights.blocks, other=0), 0)
     found = found_of(lists, at, held, sizes)
-    decided = decide(
-        rows, adaptors, parts, lists, weights, at, found, ALL_WEIGHED, SUM_LATER, sizes
-    )
+    decided = decide(rows, adaptors, parts, lists, weights, at, found, asked, sizes)
     row, status, state = decided.row, decided.status, decided.state
     token = tl.full([], -1, tl.int32)
     if (status == OK) & (state == DECIDED):
-        target = _target(chance, at, decided.total, POSITIONS)
+        target = _target(chance, at, decided.total, asked)
         if decided.inside:
             token = _first_in_list(row, decided.law, found, target, sizes)
         else:
@@ -148,23 +141,22 @@ def _try_row(
     if (state == UNSUMMED) & held.counted:
         here = weights.kept_sums + at.to(tl.int64) * weights.blocks
         number = weights.finite + at.to(tl.int64) * weights.blocks
-        alive = survives(found.s, found.ids, row.m, decided.law)
-        mass = masses(found.s - row.m)
-        tl.atomic_add(here + found.ids // sizes.BLOCK, mass, mask=alive, sem="relaxed")
+        s, ids = tokens_of(found, sizes)
+        alive = survives(s, ids, row.m, decided.law)
+        mass = masses(s - row.m)
+        tl.atomic_add(here + ids // sizes.BLOCK, mass, mask=alive, sem="relaxed")
         kept = tl.sum(tl.load(number + j, mask=j < weights.blocks, other=0), 0)
         kept += tl.sum(alive.to(tl.int32), 0)
         tl.debug_barrier()
         total = tl.sum(tl.load(here + j, mask=j < weights.blocks, other=0), 0)
-        target = _target(chance, at, total, POSITIONS)
+        target = _target(chance, at, total, asked)
         token = _first_by_blocks(
             row, decided.law, here, weights.blocks, target, sizes.BLOCK, sizes.BLOCKS
         )
         state = tl.full([], 0, tl.int32) + DECIDED
     if state == DECIDED:
-        _store_drawn(
-            parts, weights, out, at, row, status, decided.greedy, kept,
-            total, all_mass, token, BASE, LOG_MASS, sizes.SPLITS, sizes.BLOCKS,
-        )  # fmt: skip
+        outcome = Outcome(status, decided.greedy, kept, total, all_mass, token)
+        _store_drawn(parts, weights, out, at, row, outcome, asked, sizes)
     if state == UNSUMMED:
         store_law(laws + at.to(tl.int64) * LAW_SIZE, decided.law, status)
         tl.store(marks_of(lists, at) + MARK_ALL_MASS, all_mass)
@@ -172,11 +164,7 @@ def _try_row(
 
 
 @triton.jit
-def short_kernel(
-    rows, adaptors, parts, lists, weights, laws, chance, out,
-    POSITIONS: tl.constexpr, BASE: tl.constexpr, LOG_MASS: tl.constexpr,
-    ALL_WEIGHED: tl.constexpr, SUM_LATER: tl.constexpr, sizes,
-):  # fmt: skip
+def short_kernel(rows, adaptors, parts, lists, weights, laws, chance, out, asked, sizes):
     """Decides the rows whose lists are short, and draws from them."""
     at = tl.program_id(0)
     _, knobs = knobs_of(adaptors, at)
@@ -184,47 +172,29 @@ def short_kernel(
     state = tl.full([], 0, tl.int32) + UNDECIDED
     if held.number <= sizes.LIST:
         state = _try_row(
-            rows, adaptors, parts, lists, weights, laws, chance, out, at, held,
-            POSITIONS, BASE, LOG_MASS, ALL_WEIGHED, SUM_LATER, sizes,
-        )  # fmt: skip
+            rows, adaptors, parts, lists, weights, laws, chance, out, at, held, asked, sizes
+        )
     tl.store(marks_of(lists, at) + MARK_STATE, state.to(tl.int64))
 
 
 @triton.jit
-def long_kernel(
-    rows, adaptors, parts, lists, weights, laws, chance, out,
-    POSITIONS: tl.constexpr, BASE: tl.constexpr, LOG_MASS: tl.constexpr,
-    ALL_WEIGHED: tl.constexpr, SUM_LATER: tl.constexpr,
-    middle,  # sizes of lists that are put in order, and of all others
-    sizes,
-):  # fmt: skip
-    """Decides the rows that are left: by lists of middle length, by longer ones, by the rows."""
+def long_kernel(rows, adaptors, parts, lists, weights, laws, chance, out, asked, sizes):
+    """Decides the rows that are left: by longer lists, or where none does by the row itself."""
     at = tl.program_id(0)
     marks = marks_of(lists, at)
     if tl.load(marks + MARK_STATE) == UNDECIDED:
         _, knobs = knobs_of(adaptors, at)
-        state = tl.full([], 0, tl.int32) + UNDECIDED
-        held = held_of(lists, at, knobs, middle)
-        if held.number <= middle.LIST:
-            state = _try_row(
-                rows, adaptors, parts, lists, weights, laws, chance, out, at, held,
-                POSITIONS, BASE, LOG_MASS, ALL_WEIGHED, SUM_LATER, middle,
-            )  # fmt: skip
-        if state == UNDECIDED:
-            held = held_of(lists, at, knobs, sizes)
-            state = _try_row(
-                rows, adaptors, parts, lists, weights, laws, chance, out, at, held,
-                POSITIONS, BASE, LOG_MASS, ALL_WEIGHED, SUM_LATER, sizes,
-            )  # fmt: skip
+        held = held_of(lists, at, knobs, sizes)
+        state = _try_row(
+            rows, adaptors, parts, lists, weights, laws, chance, out, at, held, asked, sizes
+        )
         tl.store(marks + MARK_STATE, state.to(tl.int64))
 
 
 @triton.jit
 def sum_kernel(
-    rows, adaptors, parts, lists, weights, laws, chance, out,
-    POSITIONS: tl.constexpr, BASE: tl.constexpr, LOG_MASS: tl.constexpr,
-    BLOCK: tl.constexpr, TOGETHER: tl.constexpr, SPLITS: tl.constexpr, BLOCKS: tl.constexpr,
-):  # fmt: skip
+    rows, adaptors, parts, lists, weights, laws, chance, out, asked, sizes, TOGETHER: tl.constexpr
+):
     """Sums the survivors of a decided row by block; who is last of a row draws from it."""
     at, some = tl.program_id(0), tl.program_id(1)
     marks = marks_of(lists, at)
@@ -232,14 +202,14 @@ def sum_kernel(
         _, knobs = knobs_of(adaptors, at)
         temperature = load_knob(knobs, TEMPERATURE)
         inverse = inverse_of(temperature)
-        m = largest_of(parts, at, SPLITS) * inverse + 0.0
+        m = largest_of(parts, at, sizes.SPLITS) * inverse + 0.0
         row = Row(row_at(rows, at), rows.v, inverse, m)
         laws += at.to(tl.int64) * LAW_SIZE
         law = load_law(laws)
         first = at.to(tl.int64) * weights.blocks
         block = some * TOGETHER + tl.arange(0, TOGETHER)
         there = block < weights.blocks
-        ids = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+        ids = block[:, None] * sizes.BLOCK + tl.arange(0, sizes.BLOCK)[None, :]
         s = load_scaled(row, ids)
         if only_cut(law):
             alive = ranks(keys(s), ids) >= law.cut
@@ -251,16 +221,15 @@ def sum_kernel(
         tl.store(weights.finite + first + block, tl.sum(alive.to(tl.int32), 1), mask=there)
         tl.debug_barrier()
         if tl.atomic_add(marks + MARK_SUMMED, 1, sem="acq_rel") == tl.num_programs(1) - 1:
-            j = tl.arange(0, BLOCKS)
+            j = tl.arange(0, sizes.BLOCKS)
             here = j < weights.blocks
             total = tl.sum(tl.load(weights.sums + first + j, mask=here, other=0), 0)
             kept = tl.sum(tl.load(weights.finite + first + j, mask=here, other=0), 0)
             status = tl.load(laws + LAW_STATUS).to(tl.int32)
-            target = _target(chance, at, total, POSITIONS)
+            target = _target(chance, at, total, asked)
             token = _first_by_blocks(
-                row, law, weights.sums + first, weights.blocks, target, BLOCK, BLOCKS
+                row, law, weights.sums + first, weights.blocks, target, sizes.BLOCK, sizes.BLOCKS
             )
-            _store_drawn(
-                parts, weights, out, at, row, status, temperature == 0, kept, total,
-                tl.load(marks + MARK_ALL_MASS), token, BASE, LOG_MASS, SPLITS, BLOCKS,
-            )  # fmt: skip
+            all_mass = tl.load(marks + MARK_ALL_MASS)
+            outcome = Outcome(status, temperature == 0, kept, total, all_mass, token)
+            _store_drawn(parts, weights, out, at, row, outcome, asked, sizes)

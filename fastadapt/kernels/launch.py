@@ -14,11 +14,11 @@ from fastadapt.kernels.launch_scan import (
     DECIDING,
     PASS,
     PLAN,
-    SHORT,
     Options,
     Plan,
     Scan,
     adaptors_of,
+    asked_of,
     knobs_of_rows,
     scan_rows,
     slices,
@@ -60,38 +60,27 @@ def sample(
         n = len(tokens)
         laws = logits.new_empty(n, LAW_SIZE.value, dtype=torch.int64)
         chance = Chance(some(seeds, at), some(seeds if positions is None else positions, at))
-        asked = {
-            "POSITIONS": positions is not None,
-            "BASE": base_logprobs is not None,
-            "LOG_MASS": log_mass is not None,
-        }
-        decide = {
-            **asked,
-            "ALL_WEIGHED": options.all_weighed or options.base,
-            "SUM_LATER": steps.sums,
-        }
+        asked = asked_of(options, positions is not None, base_logprobs is not None, steps.sums)
         arguments = *scanned, laws, chance, drawn
         draw.short_kernel[(n,)](
             *arguments,
-            **decide,
+            asked=asked,
             sizes=sizes.short,
-            **(SHORT if steps.filters else PASS),
+            **COLLECTING,
         )
         if steps.filters:
             draw.long_kernel[(n,)](
                 *arguments,
-                **decide,
-                middle=sizes.middle,
+                asked=asked,
                 sizes=sizes.long,
                 **DECIDING,
             )
         if steps.sums and steps.filters:
             draw.sum_kernel[(n, sizes.weighing)](
                 *arguments,
-                **asked,
-                BLOCK=plan.block,
+                asked=asked,
+                sizes=sizes.long,
                 TOGETHER=plan.together,
-                **sizes.padded,
                 **PASS,
             )
         if top_out:
@@ -134,7 +123,9 @@ def _laws(logits: Tensor, knobs: Tensor, order: int, plan: Plan) -> tuple[Scan, 
     """Decides every row: (N, LAW_SIZE)."""
     scanned, layout = scan_rows(logits, knobs, steps_of(order, knobs.shape[2]), plan, Options())
     laws = logits.new_empty(logits.shape[0], LAW_SIZE.value, dtype=torch.int64)
-    law.law_kernel[(len(laws),)](*scanned, laws, ALL_WEIGHED=False, sizes=layout.long, **DECIDING)
+    law.law_kernel[(len(laws),)](
+        *scanned, laws, asked=asked_of(Options()), sizes=layout.long, **DECIDING
+    )
     return scanned, layout.long, laws
 
 
@@ -174,7 +165,7 @@ def score(
             *scanned,
             Labels(some(tokens, at), ignore_index),
             Scored(*(some(t, at) for t in out)),
-            ALL_WEIGHED=True,
+            asked=asked_of(options),
             sizes=layout.long,
             **DECIDING,
         )

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastadapt.kernels import nucleus, scan
-from fastadapt.kernels.bundles import Adaptors, Lists, Parts, Rows, Sizes, Weights
+from fastadapt.kernels.bundles import Adaptors, Asked, Lists, Parts, Rows, Sizes, Tiling, Weights
 from fastadapt.kernels.rows import MARKS
 from fastadapt.kernels.steps import Steps
 
@@ -22,7 +22,6 @@ PASS: dict[str, object] = {"num_warps": 4, "enable_fp_fusion": False}
 COLLECTING: dict[str, object] = {**PASS, "maxnreg": 255}
 DECIDING: dict[str, object] = {**COLLECTING, "num_warps": 8}
 ONE_WARP: dict[str, object] = {**PASS, "num_warps": 1}
-SHORT: dict[str, object] = {**COLLECTING, "num_warps": 1}
 WIDE: dict[str, object] = {**PASS, "num_warps": 8}
 
 
@@ -42,8 +41,7 @@ class Plan(NamedTuple):
     programs: int = 4096  # that list tokens, each with tiles enough for its share of the floor
     step: int = 256  # logits that a warp looks at together, for a list or for finer bins
     list_size: int = 2048  # of a row's largest
-    short_size: int = 128  # of a list that one warp decides
-    middle_size: int = 512  # and of one that is put in order
+    short_size: int = 256  # of a list that is put in order
     scratch_bytes: int = 1 << 28  # of virtual rows at a time
 
     def row_bytes(self, v: int) -> int:
@@ -82,14 +80,22 @@ class Layout(NamedTuple):
 
     tiles: int
     blocks: int
-    supers: int  # padded, as are the next
-    groups: int
+    groups: int  # padded, as are the next
+    tiling: Tiling
     padded: dict[str, Any]
     bins: int  # programs that put a row into bins
     weighing: int  # programs that weigh a row
     long: Sizes  # of deciding kernels
-    middle: Sizes
     short: Sizes
+
+
+@lru_cache
+def asked_of(
+    options: Options, positions: bool = False, base: bool = False, sum_later: bool = False
+) -> Asked:
+    """Constants of the deciding kernels; `base`: log-probabilities under the base law."""
+    log_mass, weighed = options.all_weighed, options.all_weighed or options.base
+    return Asked(*map(tl.constexpr, (positions, base, log_mass, weighed, sum_later)))
 
 
 def up(number: int) -> int:
@@ -102,6 +108,8 @@ def layout_of(plan: Plan, v: int) -> Layout:
     """Sizes for rows of a length."""
     tiles, blocks = -(-v // (plan.columns * plan.group)), -(-v // plan.block)
     splits = up(tiles)
+    step = min(plan.columns * plan.group, plan.step)
+    tiling = plan.columns, plan.group, plan.supers, up(tiles * plan.supers), step
 
     def sizes(alone: int) -> Sizes:
         size = alone or plan.list_size
@@ -111,13 +119,12 @@ def layout_of(plan: Plan, v: int) -> Layout:
     return Layout(
         tiles,
         blocks,
-        up(tiles * plan.supers),
         up(tiles * plan.columns),
+        Tiling(*map(tl.constexpr, tiling)),
         {"SPLITS": splits, "BLOCKS": up(blocks)},
         -(-v // (plan.bins_step * plan.bins_steps)),
         -(-blocks // plan.together),
         sizes(0),
-        sizes(plan.middle_size),
         sizes(plan.short_size),
     )
 
@@ -211,15 +218,9 @@ def scan_rows(
         few = max(4, -(-plan.programs // virtual))
         scan.collect_kernel[(virtual, min(sizes.tiles, few))](
             *scanned,
-            COLUMNS=plan.columns,
-            GROUP=plan.group,
-            STEP=min(plan.columns * plan.group, plan.step),
-            ROOM=plan.list_size,
-            SUPERS=sizes.supers,
-            PER_TILE=plan.supers,
-            BLOCK=plan.block,
-            BINS=plan.bins if steps.bins else 0,
-            **sizes.padded,
+            tiling=sizes.tiling,
+            sizes=sizes.long,
+            NUCLEUS=steps.bins,
             **ONE_WARP,
         )
         for _ in range(plan.rounds if steps.bins else 0):

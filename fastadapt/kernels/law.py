@@ -9,28 +9,23 @@ from fastadapt.kernels.rows import LAW_SIZE, OK, knobs_of, largest_of, store_law
 
 
 @triton.jit
-def law_kernel(rows, adaptors, parts, lists, weights, laws, ALL_WEIGHED: tl.constexpr, sizes):
+def law_kernel(rows, adaptors, parts, lists, weights, laws, asked, sizes):
     """Stores the law of a row, (rows, LAW_SIZE) int64."""
     at = tl.program_id(0)
     _, knobs = knobs_of(adaptors, at)
     found = found_of(lists, at, held_of(lists, at, knobs, sizes), sizes)
-    decided = decide(rows, adaptors, parts, lists, weights, at, found, ALL_WEIGHED, False, sizes)
+    decided = decide(rows, adaptors, parts, lists, weights, at, found, asked, sizes)
     store_law(laws + at.to(tl.int64) * LAW_SIZE, decided.law, decided.status)
 
 
 @triton.jit
-def score_kernel(
-    rows, adaptors, parts, lists, weights, labels, out,
-    ALL_WEIGHED: tl.constexpr, sizes,
-):  # fmt: skip
+def score_kernel(rows, adaptors, parts, lists, weights, labels, out, asked, sizes):
     """Decides a row and scores a token under its law; the first adaptor's program, the base law."""
     virtual = tl.program_id(0)
     at = virtual // adaptors.number
     _, knobs = knobs_of(adaptors, virtual)
     found = found_of(lists, virtual, held_of(lists, virtual, knobs, sizes), sizes)
-    decided = decide(
-        rows, adaptors, parts, lists, weights, virtual, found, ALL_WEIGHED, False, sizes
-    )
+    decided = decide(rows, adaptors, parts, lists, weights, virtual, found, asked, sizes)
     row = decided.row
     token = tl.load(labels.ids + at)
     ignored = token == labels.ignore_index

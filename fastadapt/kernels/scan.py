@@ -145,7 +145,7 @@ def _kth_largest(supers, number, k, SUPERS: tl.constexpr):
 @triton.jit
 def _floor(
     parts, lists, weights, virtual, at, v, knobs, m, inverse,
-    ROOM: tl.constexpr, SUPERS: tl.constexpr, PER_TILE: tl.constexpr, BLOCKS: tl.constexpr,
+    tiling, sizes,
 ):  # fmt: skip
     """The scaled logit from which tokens of a row are listed; +inf where no filter asks for any."""
     first = first_filter(knobs)
@@ -156,18 +156,21 @@ def _floor(
         floor = m
     elif first == 0:
         floor = m * 0.0 + float("inf")
-    elif v <= ROOM:
+    elif v <= sizes.ROOM:
         floor = m * 0.0 - float("inf")
     elif first == TOP_K:
         k = tl.minimum(tl.maximum(value, load_knob(knobs, KEEP)), MAX_KEEP).to(tl.int32)
-        number = parts.splits * PER_TILE
-        floor = _kth_largest(parts.supers + at.to(tl.int64) * number, number, k, SUPERS) * inverse
+        number = parts.splits * tiling.PER_TILE
+        floor = (
+            _kth_largest(parts.supers + at.to(tl.int64) * number, number, k, tiling.SUPERS)
+            * inverse
+        )
     elif (first == TOP_P) | (first == TYPICAL_P):
         floor = tl.load(lists.floors + virtual)
     elif first == MIN_P:
         floor = m + log64(tl.maximum(value, 1e-30)).to(tl.float32) - slack
     else:
-        z, u = sums_of(weights, virtual, BLOCKS)
+        z, u = sums_of(weights, virtual, sizes.BLOCKS)
         p = cutoff_of(first == ETA, value, tl.maximum(z, 1), u)
         # the most probable stay, however high the cutoff
         share = tl.minimum(p * z.to(tl.float64) / UNIT, 1.0)
@@ -176,41 +179,38 @@ def _floor(
 
 
 @triton.jit
-def _push_both(
-    lists, virtual, marks, s, ids, floor, m, bracket, ROOM: tl.constexpr, BINS: tl.constexpr
-):
+def _push_both(lists, virtual, marks, s, ids, floor, m, bracket, NUCLEUS: tl.constexpr, sizes):
     """Lists the tokens from the floor up, and beside them those of the bracket."""
     good = (s >= floor) & (s > float("-inf"))
-    at = virtual.to(tl.int64) * ROOM
-    push(lists.listed + at, lists.listed_ids + at, marks + MARK_LISTED, s, ids, good, ROOM)
-    if BINS > 0:
+    at = virtual.to(tl.int64) * sizes.ROOM
+    push(lists.listed + at, lists.listed_ids + at, marks + MARK_LISTED, s, ids, good, sizes.ROOM)
+    if NUCLEUS:
         if bracket.stage == BINNED:
-            _, within = around(s - m, bracket, BINS)
+            _, within = around(s - m, bracket, sizes.BINS)
             count = marks + MARK_BRACKETED
-            push(lists.spare + at, lists.spare_ids + at, count, s, ids, within, ROOM)
+            push(lists.spare + at, lists.spare_ids + at, count, s, ids, within, sizes.ROOM)
 
 
 @triton.jit
 def _split_tile(
     lists, weights, virtual, marks, row, tile, bracket,
-    TILE: tl.constexpr, STEP: tl.constexpr, BLOCK: tl.constexpr, ROOM: tl.constexpr,
-    BINS: tl.constexpr,
+    TILE: tl.constexpr, STEP: tl.constexpr, sizes,
 ):  # fmt: skip
     """Lists the tokens of the bracket alone, and sums what is above it by blocks."""
-    at = virtual.to(tl.int64) * ROOM
+    at = virtual.to(tl.int64) * sizes.ROOM
     for block in range(
-        tile * (TILE // BLOCK), tl.minimum((tile + 1) * (TILE // BLOCK), weights.blocks)
+        tile * (TILE // sizes.BLOCK), tl.minimum((tile + 1) * (TILE // sizes.BLOCK), weights.blocks)
     ):
         mass = tl.full([], 0, tl.int64)
         number = tl.full([], 0, tl.int32)
-        for i in range(0, BLOCK, STEP):
-            ids = block * BLOCK + i + tl.arange(0, STEP)
+        for i in range(0, sizes.BLOCK, STEP):
+            ids = block * sizes.BLOCK + i + tl.arange(0, STEP)
             s = load_scaled(row, ids)
-            above, within = around(s - row.m, bracket, BINS)
+            above, within = around(s - row.m, bracket, sizes.BINS)
             mass += tl.sum(tl.where(above, masses(s - row.m), 0), 0)
             number += tl.sum(above.to(tl.int32), 0)
             count = marks + MARK_BRACKETED
-            push(lists.spare + at, lists.spare_ids + at, count, s, ids, within, ROOM)
+            push(lists.spare + at, lists.spare_ids + at, count, s, ids, within, sizes.ROOM)
         out = virtual.to(tl.int64) * weights.blocks + block
         tl.store(weights.kept_sums + out, mass)
         tl.store(weights.finite + out, number)
@@ -219,26 +219,30 @@ def _split_tile(
 @triton.jit
 def collect_kernel(
     rows, adaptors, parts, lists, weights,
-    COLUMNS: tl.constexpr, GROUP: tl.constexpr, STEP: tl.constexpr, ROOM: tl.constexpr,
-    SUPERS: tl.constexpr, PER_TILE: tl.constexpr, SPLITS: tl.constexpr, BLOCKS: tl.constexpr,
-    BLOCK: tl.constexpr, BINS: tl.constexpr,  # 0 where no row has a bracket
+    tiling, sizes,
+    NUCLEUS: tl.constexpr,  # whether a row may have a bracket
 ):  # fmt: skip
     """Lists the tokens from the floor up, out of the groups that reach it, or of the whole tile."""
     virtual, part = tl.program_id(0), tl.program_id(1)
     at, knobs = knobs_of(adaptors, virtual)
     inverse = inverse_of(load_knob(knobs, TEMPERATURE))
-    m = largest_of(parts, at, SPLITS) * inverse + 0.0
+    m = largest_of(parts, at, sizes.SPLITS) * inverse + 0.0
     floor = _floor(
         parts, lists, weights, virtual, at, rows.v, knobs, m, inverse,
-        ROOM, SUPERS, PER_TILE, BLOCKS,
+        tiling, sizes,
     )  # fmt: skip
     bracket = no_bracket()
-    if BINS > 0:
+    if NUCLEUS:
         first_knob = first_filter(knobs)
         if (first_knob == TOP_P) | (first_knob == TYPICAL_P):
-            bracket = bracket_of(parts, lists, weights, virtual, at, rows.v, knobs, SPLITS, BLOCKS)
+            bracket = bracket_of(
+                parts, lists, weights, virtual, at, rows.v, knobs, sizes.SPLITS, sizes.BLOCKS
+            )
     row = Row(row_at(rows, at), rows.v, inverse, m)
     marks = marks_of(lists, virtual)
+    COLUMNS: tl.constexpr = tiling.COLUMNS
+    GROUP: tl.constexpr = tiling.GROUP
+    STEP: tl.constexpr = tiling.STEP
     c = tl.arange(0, COLUMNS)
     alone = (bracket.stage == BINNED) & has_one_filter(knobs)
     for tile in range(part, parts.splits, tl.num_programs(1)):
@@ -247,17 +251,17 @@ def collect_kernel(
         largest = tl.load(groups + c) * inverse
         hit = (largest >= floor) & (largest > float("-inf")) & (alone == 0)
         left = tl.sum(hit.to(tl.int32), 0)
-        if BINS > 0:
+        if NUCLEUS:
             if alone:
                 _split_tile(
                     lists, weights, virtual, marks, row, tile, bracket,
-                    COLUMNS * GROUP, STEP if STEP < BLOCK else BLOCK, BLOCK, ROOM, BINS,
+                    COLUMNS * GROUP, STEP if STEP < sizes.BLOCK else sizes.BLOCK, sizes,
                 )  # fmt: skip
         if left > FEW:
             for i in range(0, COLUMNS * GROUP, STEP):
                 ids = first + i + tl.arange(0, STEP)
                 s = load_scaled(row, ids)
-                _push_both(lists, virtual, marks, s, ids, floor, m, bracket, ROOM, BINS)
+                _push_both(lists, virtual, marks, s, ids, floor, m, bracket, NUCLEUS, sizes)
         else:
             turn = tl.cumsum(hit.to(tl.int32), 0) - 1
             done = 0
@@ -270,7 +274,7 @@ def collect_kernel(
                 there = (wanted < left)[None, :] & (r >= 0)
                 there = tl.reshape(there, (GROUP * AT_ONCE,))
                 s = tl.where(there, load_scaled(row, ids), float("-inf"))
-                _push_both(lists, virtual, marks, s, ids, floor, m, bracket, ROOM, BINS)
+                _push_both(lists, virtual, marks, s, ids, floor, m, bracket, NUCLEUS, sizes)
                 done += AT_ONCE
     if part == 0:
         tl.store(lists.floors + virtual, floor)

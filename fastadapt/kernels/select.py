@@ -199,7 +199,9 @@ def cut_of_row(
         tl.debug_barrier()
         s, ids = load_list(spare, inside, LIST)
         alive, _, rank, _, weight = look(s, ids, row.m, law, by_kappa, by_mass)
-        cut = last_before(rank, weight, alive, above, target)
+        # what is past the end is -inf, which a law may let survive
+        there = tl.arange(0, LIST) < inside
+        cut = last_before(rank, tl.where(there, weight, 0), alive & there, above, target)
     else:
         each = tl.where(by_mass, tl.maximum(masses(q_high), 1), 1)
         wanted = (target - above + each - 1) // each

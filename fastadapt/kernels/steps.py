@@ -12,7 +12,7 @@ from fastadapt.kernels.rows import (
     TOP_P,
     TYPICAL_P,
 )
-from fastadapt.law_code import ORDER, may_act
+from fastadapt.law_code import ORDER, is_known, may_act
 
 # The order of the filters by the code of an order: that of `rows.filter_at`.
 FILTERS = (
@@ -37,10 +37,11 @@ def steps_of(code: int, rows: int) -> Steps:
     """The passes for a law of a code whose knobs have so many rows, 1 where all are numbers."""
     order = code & ORDER
     used = [knob.value for knob in FILTERS[order] if may_act(code, knob.value)]
-    first = set(used[:1]) if rows == 1 else set(used)
+    one_law = rows == 1 and is_known(code)
+    first = set(used[:1]) if one_law else set(used)
     return Steps(
         order,
-        weighs=not used or rows != 1 or not first <= {TOP_K.value, MIN_P.value},
+        weighs=not used or not one_law or not first <= {TOP_K.value, MIN_P.value},
         bins=bool(first & {TOP_P.value, TYPICAL_P.value}),
         sketches=TOP_P.value in first,
         filters=bool(used) or may_act(code, TEMPERATURE.value),

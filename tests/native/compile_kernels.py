@@ -32,7 +32,6 @@ from fastadapt.kernels.launch_scan import (
     ONE_WARP,
     PASS,
     PLAN,
-    SHORT,
     WIDE,
     layout_of,
 )
@@ -54,7 +53,8 @@ KINDS = {
     "*u8": "status support mask",
     "i64": "stride ignore_index",
     "i32": "v number step row_step vllm splits blocks tiles",
-    "constexpr": "BLOCK ROOM LIST BINS SPLITS BLOCKS ALONE",
+    "constexpr": "BLOCK ROOM LIST BINS SPLITS BLOCKS ALONE COLUMNS GROUP PER_TILE SUPERS STEP"
+    " POSITIONS BASE LOG_MASS ALL_WEIGHED SUM_LATER",
 }
 TYPES = {name: kind for kind, names in KINDS.items() for name in names.split()}
 BUNDLES: dict[str, Any] = {
@@ -64,7 +64,8 @@ BUNDLES: dict[str, Any] = {
     "lists": bundles.Lists,
     "weights": bundles.Weights,
     "sizes": bundles.Sizes,
-    "middle": bundles.Sizes,
+    "tiling": bundles.Tiling,
+    "asked": bundles.Asked,
     "chance": bundles.Chance,
     "labels": bundles.Labels,
     "candidates": bundles.Candidates,
@@ -138,7 +139,6 @@ def variants(targets: list[int], dtypes: list[str]) -> Iterator[Variant]:
         "BLOCKS": blocks, "ALONE": False,
     }  # fmt: skip
     short = {**search, "LIST": PLAN.short_size, "ALONE": True}
-    long = {**search, "middle.LIST": PLAN.middle_size, "middle.ALONE": True}
     tiles = {"COLUMNS": PLAN.columns, "GROUP": PLAN.group}
     for target, dtype in itertools.product(targets, dtypes):
         one = partial(_variant, target, dtype)
@@ -149,17 +149,17 @@ def variants(targets: list[int], dtypes: list[str]) -> Iterator[Variant]:
             base = {"ALWAYS": asked, "BASE": asked, "BASE_SURPRISAL": asked}
             together = {"TOGETHER": PLAN.together}
             yield one(scan, "weigh_kernel", {**parts, **together, **base})
-            listing = {"STEP": PLAN.step, "SUPERS": layout.supers, "PER_TILE": PLAN.supers}
-            binned = {"BINS": PLAN.bins if asked else 0}
-            yield one(scan, "collect_kernel", {**search, **tiles, **listing, **binned}, ONE_WARP)
+            tiling = {name: size.value for name, size in layout.tiling._asdict().items()}
+            listing = {**search, **tiling, "NUCLEUS": asked}
+            yield one(scan, "collect_kernel", listing, ONE_WARP)
         yield from _nucleus_variants(partial(one, nucleus), search)
         for asked in (False, True) if dtype != "fp64" else ():
-            wanted = {"POSITIONS": asked, "BASE": asked, "LOG_MASS": asked}
-            decided = {**wanted, "ALL_WEIGHED": asked, "SUM_LATER": asked}
-            yield one(draw, "short_kernel", {**short, **decided}, SHORT)
-            yield one(draw, "long_kernel", {**long, **decided}, DECIDING)
-            yield one(draw, "sum_kernel", {**search, **together, **wanted})
-        yield one(law, "law_kernel", {**search, "ALL_WEIGHED": False}, DECIDING)
+            decided = dict.fromkeys(bundles.Asked._fields, asked)
+            yield one(draw, "short_kernel", {**short, **decided}, COLLECTING)
+            yield one(draw, "long_kernel", {**search, **decided}, DECIDING)
+            yield one(draw, "sum_kernel", {**search, **together, **decided})
+        no = dict.fromkeys(bundles.Asked._fields, False)
+        yield one(law, "law_kernel", {**search, **no}, DECIDING)
         yield one(write, "support_kernel", {**parts, **double})
         yield one(write, "margin_kernel", {**block, "BLOCKS": blocks, **double})
         yield one(write, "margin_backward_kernel", {**block, **double})
@@ -167,7 +167,7 @@ def variants(targets: list[int], dtypes: list[str]) -> Iterator[Variant]:
         yield from linear_kernels.variants(partial(one, linear), dtype)
         if dtype == "fp64":
             continue
-        yield one(law, "score_kernel", {**search, "ALL_WEIGHED": True}, DECIDING)
+        yield one(law, "score_kernel", {**search, **no, "ALL_WEIGHED": True}, DECIDING)
         yield one(write, "filter_kernel", parts)
         yield one(top, "top_kernel", search, COLLECTING)
         for number in (1, 1024):
@@ -215,8 +215,7 @@ def source_of(variant: Variant, kernel: Any) -> ASTSource:
         for inner, (field, kind) in enumerate(zip(fields, kinds, strict=True)):
             if kind == "constexpr":
                 at = (place,) if shape is None else (place, inner)
-                own = variant.constants.get(f"{name}.{field}")
-                constants[at] = variant.constants[field] if own is None else own
+                constants[at] = variant.constants[field]
     return ASTSource(fn=kernel, signature=signature, constexprs=constants)
 
 
