@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from fastadapt.law_code import ORDER, joined
+from fastadapt.law_code import joined, order_of
 from fastadapt.outputs import Margins, Scores, margin_outputs, sample_outputs, score_outputs
 
 Out = TypeVar("Out")
@@ -83,8 +83,8 @@ def score(
     from fastadapt.kernels import launch
 
     out = score_outputs(logits, len(knobs))
-    for order in sorted({code & ORDER for code in orders}):
-        members = [i for i, code in enumerate(orders) if code & ORDER == order]
+    for order in sorted({order_of(code) for code in orders}):
+        members = [i for i, code in enumerate(orders) if order_of(code) == order]
         code = joined(orders[i] for i in members)
         rows = max(knobs[i].shape[1] for i in members)
         packed = torch.stack([knobs[i].expand(-1, rows) for i in members])

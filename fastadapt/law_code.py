@@ -10,14 +10,26 @@ from collections.abc import Iterable
 from functools import reduce
 from operator import or_
 
-ORDER = 1
+_ORDER = 1
 _KNOWN = 2
 _FIRST_KNOB = 2
+_END = 1 << 9  # of codes: there are seven knobs
 
 
 def law_code(order: int, may_act: Iterable[bool]) -> int:
     """The code of an order (0 or 1) and of knobs that may do something."""
     return order | _KNOWN | sum(acts << (_FIRST_KNOB + i) for i, acts in enumerate(may_act))
+
+
+def order_of(code: int) -> int:
+    """The order that a code tells.
+
+    Raises:
+        ValueError: it is no code.
+    """
+    if not (code in (0, 1) or (0 < code < _END and is_known(code))):
+        raise ValueError(f"order: expected 0, 1 or the law_code of an Adaptor, got {code}")
+    return code & _ORDER
 
 
 def is_known(code: int) -> bool:
@@ -34,5 +46,5 @@ def joined(codes: Iterable[int]) -> int:
     """A code for rows of any of several laws of one order."""
     codes = list(codes)
     if not all(map(is_known, codes)):
-        return codes[0] & ORDER
+        return order_of(codes[0])
     return reduce(or_, codes)

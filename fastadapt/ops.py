@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastadapt import _C, cuda_ops
-from fastadapt.law_code import ORDER
+from fastadapt.law_code import order_of
 from fastadapt.outputs import Margins, Scores, margin_outputs, sample_outputs, score_outputs
 
 MAX_ADAPTORS = 256  # csrc/kernels.h
@@ -51,7 +51,7 @@ def rows_of(logits: Tensor) -> Rows:
 
 def _knobs(knobs: Tensor, order: int) -> tuple[int, int, int]:
     """What the kernels need to know of packed knobs."""
-    return knobs.data_ptr(), knobs.shape[1], order & ORDER
+    return knobs.data_ptr(), knobs.shape[1], order_of(order)
 
 
 def check_ids(name: str, ids: Tensor, v: int, ignore_index: int | None) -> None:

@@ -125,8 +125,9 @@ def test_operator_refuses_what_the_kernel_cannot_take():
         OPS.filter_logits(x, Adaptor(top_p=torch.tensor([0.1, 0.2])).packed, 0)
     with pytest.raises(ValueError, match="logits: expected a dtype code of 0 to 2, got 3"):
         OPS.filter_logits(x.double(), Adaptor().packed, 0)
-    with pytest.raises(ValueError, match="order: expected 0 or 1, got 7"):
-        OPS.filter_logits(x, Adaptor().packed, 7)
+    for code in (4, 5, 1 << 9, -1):
+        with pytest.raises(ValueError, match=f"order: expected 0, 1 or the law_code .* got {code}"):
+            OPS.filter_logits(x, Adaptor().packed, code)
     with pytest.raises(ValueError, match="adaptors: expected 1 to 256, got 257"):
         OPS.score(x, torch.zeros(3).long(), [Adaptor().packed] * 257, [0] * 257, -100)
     wide = torch.zeros(1).expand(1, 2**22 + 1)

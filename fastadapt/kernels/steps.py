@@ -12,7 +12,7 @@ from fastadapt.kernels.rows import (
     TOP_P,
     TYPICAL_P,
 )
-from fastadapt.law_code import ORDER, is_known, may_act
+from fastadapt.law_code import is_known, may_act, order_of
 
 # The order of the filters by the code of an order: that of `rows.filter_at`.
 FILTERS = (
@@ -35,7 +35,7 @@ class Steps(NamedTuple):
 @lru_cache
 def steps_of(code: int, rows: int) -> Steps:
     """The passes for a law of a code whose knobs have so many rows, 1 where all are numbers."""
-    order = code & ORDER
+    order = order_of(code)
     used = [knob.value for knob in FILTERS[order] if may_act(code, knob.value)]
     one_law = rows == 1 and is_known(code)
     first = set(used[:1]) if one_law else set(used)
