@@ -119,6 +119,13 @@ def test_sample_equals_the_cpu(kind: str) -> None:
         assert_sample(logits, Adaptor(**knobs), PLAN, fields=i % 3 == 0)
 
 
+@pytest.mark.parametrize("kind", ["flat", "two levels", "one for all"])
+def test_a_cutoff_above_every_probability_keeps_the_most_probable(kind: str) -> None:
+    """They are tied in the first two, and more than a list holds."""
+    for knobs in ({"epsilon_cutoff": 0.2}, {"epsilon_cutoff": 0.99, "min_tokens_to_keep": 3}):
+        assert_sample(ROWS[kind](V), Adaptor(**knobs), PLAN, fields=False)
+
+
 @pytest.mark.parametrize("v", [1, 2, 50])
 def test_short_rows(v: int) -> None:
     kinds = ("normal", "flat", "mostly -inf", "huge", *(("bad",) if v > 1 else ()))

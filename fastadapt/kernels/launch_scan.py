@@ -40,13 +40,14 @@ class Plan(NamedTuple):
     rounds: int = 3  # on brackets of too many tokens
     programs: int = 4096  # that list tokens, each with tiles enough for its share of the floor
     step: int = 256  # logits that a warp looks at together, for a list or for finer bins
-    list_size: int = 2048  # of a row's largest
+    list_size: int = 1024  # of a row's largest
     short_size: int = 256  # of a list that is put in order
     scratch_bytes: int = 1 << 28  # of virtual rows at a time
 
     def row_bytes(self, v: int) -> int:
-        """Scratch of a virtual row."""
-        return 16 * self.list_size + 8 * self.bins + 36 * -(-v // self.block) + v // self.group * 8
+        """Scratch of a virtual row: its lists, histograms, masses of blocks, maxima of groups."""
+        blocks, groups = -(-v // self.block), -(-v // self.group)
+        return 16 * self.list_size + 24 * self.bins + 44 * blocks + 5 * groups
 
 
 PLAN = Plan()
