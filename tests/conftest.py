@@ -3,10 +3,12 @@
 import dataclasses
 import functools
 import gc
+import getpass
 import importlib
 import multiprocessing
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -35,6 +37,12 @@ if "PYTEST_XDIST_WORKER" in os.environ and "OMP_NUM_THREADS" not in os.environ:
     # As many workers as cores: one thread each, also in the processes that tests start.
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
+
+if "ATEN_CPU_CAPABILITY" in os.environ:
+    # torch would take what it compiled under another capability, and fail to build it.
+    folder = f"inductor-{os.environ['ATEN_CPU_CAPABILITY']}-{getpass.getuser()}"
+    cache = Path(tempfile.gettempdir(), folder).as_posix()
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", cache)
 
 settings.register_profile("fastadapt", deadline=None, derandomize=True)
 settings.load_profile("fastadapt")
