@@ -9,7 +9,7 @@ MODE = "hot, graph"
 
 def redesign_table(record: dict[str, Any], machine: str) -> str:
     """Times of both, beside one read of the rows and torch.softmax, and the device in words."""
-    gpu = record["host"]["gpu"]
+    gpu, first = record["host"]["gpu"], record["cells"][0]
     lines = [
         "| adaptor | N | rows | before, µs | redesigned, µs | one read, µs | torch.softmax, µs |",
         "|---|---|---|---|---|---|---|",
@@ -24,9 +24,9 @@ def redesign_table(record: dict[str, Any], machine: str) -> str:
         lines.append(f"| {' | '.join(entries)} |")
     lines += [
         "",
-        f"V = 128,256, float32, replays of a CUDA graph with a warm L2 cache, medians of "
-        f"{record['settings']['rounds']}. {gpu['name']}, driver {gpu['driver']}, CUDA "
-        f"{gpu['cuda']}, {machine}, triton {record['host']['versions']['triton']}.",
+        f"V = {first['vocabulary']:,}, {first['dtype']}, replays of a CUDA graph with a warm L2 "
+        f"cache, medians of {record['settings']['rounds']}. {gpu['name']}, driver {gpu['driver']}, "
+        f"CUDA {gpu['cuda']}, {machine}, triton {record['host']['versions']['triton']}.",
         *(f"Note: {note}." for note in record["notes"]),
     ]
     return "\n".join(lines) + "\n"

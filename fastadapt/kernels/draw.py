@@ -127,18 +127,8 @@ def _try_row(rows, adaptors, parts, lists, weights, laws, chance, out, at, held,
     found = found_of(lists, at, held, sizes)
     decided = decide(rows, adaptors, parts, lists, weights, at, found, asked, sizes)
     row, status, state = decided.row, decided.status, decided.state
-    token = tl.full([], -1, tl.int32)
-    if (status == OK) & (state == DECIDED):
-        target = _target(chance, at, decided.total, asked)
-        if decided.inside:
-            token = _first_in_list(row, decided.law, found, target, sizes)
-        else:
-            tl.debug_barrier()  # masses of blocks that other threads stored
-            token = _first_by_blocks(
-                row, decided.law, here, weights.blocks, target, sizes.BLOCK, sizes.BLOCKS
-            )
     total, kept = decided.total, decided.kept
-    if (state == UNSUMMED) & held.counted:
+    if (state == UNSUMMED) & held.counted:  # but for the kept of the bracket
         here = weights.kept_sums + at.to(tl.int64) * weights.blocks
         number = weights.finite + at.to(tl.int64) * weights.blocks
         s, ids = tokens_of(found, sizes)
@@ -149,11 +139,17 @@ def _try_row(rows, adaptors, parts, lists, weights, laws, chance, out, at, held,
         kept += tl.sum(alive.to(tl.int32), 0)
         tl.debug_barrier()
         total = tl.sum(tl.load(here + j, mask=j < weights.blocks, other=0), 0)
-        target = _target(chance, at, total, asked)
-        token = _first_by_blocks(
-            row, decided.law, here, weights.blocks, target, sizes.BLOCK, sizes.BLOCKS
-        )
         state = tl.full([], 0, tl.int32) + DECIDED
+    token = tl.full([], -1, tl.int32)
+    if (status == OK) & (state == DECIDED):
+        target = _target(chance, at, total, asked)
+        if decided.inside:
+            token = _first_in_list(row, decided.law, found, target, sizes)
+        else:
+            tl.debug_barrier()  # masses of blocks that other threads stored
+            token = _first_by_blocks(
+                row, decided.law, here, weights.blocks, target, sizes.BLOCK, sizes.BLOCKS
+            )
     if state == DECIDED:
         outcome = Outcome(status, decided.greedy, kept, total, all_mass, token)
         _store_drawn(parts, weights, out, at, row, outcome, asked, sizes)

@@ -75,7 +75,7 @@ def sample(
                 sizes=sizes.long,
                 **DECIDING,
             )
-        if steps.sums and steps.filters:
+        if steps.sums:
             draw.sum_kernel[(n, sizes.weighing)](
                 *arguments,
                 asked=asked,

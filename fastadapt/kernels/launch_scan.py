@@ -22,6 +22,7 @@ PASS: dict[str, object] = {"num_warps": 4, "enable_fp_fusion": False}
 COLLECTING: dict[str, object] = {**PASS, "maxnreg": 255}
 DECIDING: dict[str, object] = {**COLLECTING, "num_warps": 8}
 ONE_WARP: dict[str, object] = {**PASS, "num_warps": 1}
+BINNING: dict[str, object] = {**COLLECTING, "num_warps": 1}
 WIDE: dict[str, object] = {**PASS, "num_warps": 8}
 
 
@@ -72,8 +73,8 @@ class Options(NamedTuple):
 
 
 def adaptors_of(knobs: Tensor, order: int) -> Adaptors:
-    """Knobs (A, 8, R) and the code of the order of their filters."""
-    return Adaptors(knobs, knobs.shape[0], knobs.shape[2], int(knobs.shape[2] > 1), order & 1)
+    """Knobs (A, 8, R) and the order of their filters, 0 or 1."""
+    return Adaptors(knobs, knobs.shape[0], knobs.shape[2], int(knobs.shape[2] > 1), order)
 
 
 class Layout(NamedTuple):
@@ -213,7 +214,7 @@ def scan_rows(
             STEPS=plan.bins_steps,
             BINS=plan.bins,
             **sizes.padded,
-            **ONE_WARP,
+            **BINNING,
         )
     if steps.filters:
         few = max(4, -(-plan.programs // virtual))
@@ -231,7 +232,7 @@ def scan_rows(
                 BINS=plan.bins,
                 ROOM=plan.list_size,
                 **sizes.padded,
-                **ONE_WARP,
+                **BINNING,
             )
     return scanned, sizes
 

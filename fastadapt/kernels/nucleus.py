@@ -67,7 +67,7 @@ def _reach(value, z, v, centre, by_kappa):
 def _nucleus_of(
     parts, lists, weights, virtual, at, v, knobs, SPLITS: tl.constexpr, BLOCKS: tl.constexpr
 ):
-    """What top-p, or typical, looks for: 1 / T, m, its target, and an empty bracket."""
+    """What top-p, or typical, looks for: 1 / T, m, its target, and its bracket so far."""
     inverse = inverse_of(load_knob(knobs, TEMPERATURE))
     m = largest_of(parts, at, SPLITS) * inverse + 0.0
     z, u = sums_of(weights, virtual, BLOCKS)
@@ -78,11 +78,12 @@ def _nucleus_of(
     centre = tl.where(by_kappa, centre, 0.0)
     value = load_knob(knobs, first)
     reach = _reach(value, z, v, centre, by_kappa)
-    bound = tl.load(marks_of(lists, virtual) + MARK_REACH).to(tl.int32)
+    marks = marks_of(lists, virtual)
+    bound = tl.load(marks + MARK_REACH).to(tl.int32)
     bound = bound.to(tl.float32, bitcast=True)
     reach = tl.where(bound > 0, tl.minimum(reach, bound), reach)
-    none = tl.full([], 0, tl.int32)
-    bracket = Bracket(none, by_kappa, centre, reach, none)
+    stage, end = tl.load(marks + MARK_STAGE).to(tl.int32), tl.load(marks + MARK_END).to(tl.int32)
+    bracket = Bracket(stage, by_kappa, centre, reach, end)
     return inverse, m, mass_target(value * z.to(tl.float64)), bracket
 
 
@@ -92,10 +93,8 @@ def bracket_of(
     SPLITS: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """The bracket of a row that begins with top-p or typical, as its bins have left it."""
-    _, _, _, empty = _nucleus_of(parts, lists, weights, virtual, at, v, knobs, SPLITS, BLOCKS)
-    marks = marks_of(lists, virtual)
-    stage, end = tl.load(marks + MARK_STAGE).to(tl.int32), tl.load(marks + MARK_END).to(tl.int32)
-    return Bracket(stage, empty.by_kappa, empty.centre, empty.reach, end)
+    _, _, _, bracket = _nucleus_of(parts, lists, weights, virtual, at, v, knobs, SPLITS, BLOCKS)
+    return bracket
 
 
 @triton.jit
@@ -227,7 +226,6 @@ def bins_kernel(
             if end < BINS:
                 tl.store(marks + MARK_END, end.to(tl.int64))
                 tl.store(marks + MARK_ABOVE, tl.sum(tl.where(j < end, mass, 0), 0))
-                tl.store(marks + MARK_WITHIN, tl.sum(tl.where(j == end, mass, 0), 0))
                 tl.store(marks + MARK_STAGE, tl.full([], 0, tl.int64) + BINNED)
 
 
@@ -253,19 +251,17 @@ def narrow_kernel(
     active |= (stage == BINNED) & (bracketed > ROOM) & (tl.load(marks + MARK_LISTED) > ROOM)
     if active:
         at, knobs = knobs_of(adaptors, virtual)
-        inverse, m, target, empty = _nucleus_of(
+        inverse, m, target, bracket = _nucleus_of(
             parts, lists, weights, virtual, at, rows.v, knobs, SPLITS, BLOCKS
         )
-        end = tl.load(marks + MARK_END).to(tl.int32)
-        bracket = Bracket(stage, empty.by_kappa, empty.centre, empty.reach, end)
         row = Row(row_at(rows, at), rows.v, inverse, m)
         low, high = tl.load(marks + MARK_LOW), tl.load(marks + MARK_HIGH)
-        if stage == BINNED:  # about where the bin is; which tokens are in it, `in_bin` says
+        if stage == BINNED:  # about where the bin is; which tokens are in it, `around` says
             width = bracket.reach / BINS
             origin = tl.where(bracket.by_kappa, 0.0, m)
             slack = tl.where(bracket.by_kappa, 1e-6, tl.abs(m) * 3e-7)
-            top = origin - end.to(tl.float32) * width * 0.99999 + slack
-            bottom = origin - (end + 1).to(tl.float32) * width * 1.00001 - slack
+            top = origin - bracket.end.to(tl.float32) * width * 0.99999 + slack
+            bottom = origin - (bracket.end + 1).to(tl.float32) * width * 1.00001 - slack
             high = (keys(tl.minimum(top, origin)).to(tl.int64) << ID_BITS) + LAST_PLACE
             low = keys(bottom).to(tl.int64) << ID_BITS
         shift = tl.full([], 0, tl.int64)

@@ -27,6 +27,7 @@ from triton.compiler import ASTSource
 from fastadapt.kernels import bundles, draw, label, law, linear, nucleus, scan, top, write
 from fastadapt.kernels import launch_losses as losses
 from fastadapt.kernels.launch_scan import (
+    BINNING,
     COLLECTING,
     DECIDING,
     ONE_WARP,
@@ -179,8 +180,8 @@ def _nucleus_variants(one: Callable[..., Variant], search: Constants) -> Iterato
     groups = {"GROUPS": layout_of(PLAN, LONGEST).groups, "COLUMNS": PLAN.columns}
     yield one("sketch_kernel", {**search, **groups, "MOST": PLAN.list_size // PLAN.group}, WIDE)
     steps = {"STEP": PLAN.bins_step, "STEPS": PLAN.bins_steps}
-    yield one("bins_kernel", {**search, **steps}, ONE_WARP)
-    yield one("narrow_kernel", {**search, "STEP": PLAN.step}, ONE_WARP)
+    yield one("bins_kernel", {**search, **steps}, BINNING)
+    yield one("narrow_kernel", {**search, "STEP": PLAN.step}, BINNING)
 
 
 def _loss_variants(one: Callable[..., Variant], double: Constants) -> Iterator[Variant]:
