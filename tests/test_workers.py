@@ -25,4 +25,6 @@ def test_workers_share_no_group(request):
     for item in request.session.items:
         for mark in item.iter_markers("xdist_group"):
             groups.setdefault(item.path.stem, set()).add(mark.args[0])
+            if hasattr(request.config, "workerinput"):  # where pytest-xdist looks for the group
+                assert item.nodeid.endswith(f"@{mark.args[0]}"), item.nodeid
     assert all(names <= {module, *shared} for module, names in groups.items())
