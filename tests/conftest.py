@@ -1,13 +1,11 @@
 """Fixtures of all tests: each starts from the same seed and leaves no setting behind."""
 
 import dataclasses
-import functools
 import gc
 import getpass
-import importlib
+import importlib.util
 import multiprocessing
 import os
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
@@ -49,6 +47,7 @@ settings.load_profile("fastadapt")
 
 CAPABILITIES = ("scalar", "avx2", "avx512")
 DEVICE = "cuda"
+INTERPRETER = Path(__file__).with_name("interpreter.py")
 MOST_WORKERS = 8  # each imports torch, transformers and trl: about 1 GB
 
 
@@ -158,38 +157,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _language_patched_once_a_launch() -> Iterator[None]:
-    """Spares Triton's interpreter work that changes nothing: two fifths of its time.
-
-    It replaces the language's functions by NumPy's when a kernel is launched, and then once more
-    in each call of a device function, of which a launch makes hundreds.
-    """
-    interpreter = sys.modules.get("triton.runtime.interpreter")
-    if interpreter is None or not hasattr(interpreter, "_patch_lang"):
-        yield
-        return
-    patch, patched = interpreter._patch_lang, {}
-
-    @functools.cache
-    def languages(function: Any) -> frozenset[str]:
-        """The modules that are patched for a function: those of the language among its globals."""
-        modules = {getattr(x, "__name__", "") for x in function.__globals__.values()}
-        return frozenset(modules & {"triton.language", "triton.language.core"})
-
-    def patch_once(function: Any) -> Any:
-        needed = languages(function)
-        for names, scope in patched.items():
-            if needed <= names:
-                return scope  # a device function, which leaves the scope to its launch
-        scope = patch(function)
-        if not patched:
-            restore = scope.restore
-            scope.restore = lambda: (patched.clear(), restore())
-        patched[needed] = scope
-        return scope
-
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(interpreter, "_patch_lang", patch_once)
+def _interpreter_without_repetition() -> Iterator[None]:
+    """Triton's interpreter, which most of the tests' time would go into, with a memory."""
+    spec = importlib.util.spec_from_file_location("interpreter", INTERPRETER)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    with module.without_repetition():
         yield
 
 
