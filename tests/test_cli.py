@@ -446,10 +446,10 @@ def test_bench_passes_arguments_and_exit_code(name, tmp_path, monkeypatch):
 
 @pytest.mark.demo_model
 def test_demo_on_its_own_model(capsys, monkeypatch):
-    """Two prompts, one round, a batch of two pairs: what every line of the report needs."""
+    """Two prompts, one round, two steps of a pair each: what every line of the report needs."""
     timed = demo.median_ms
     monkeypatch.setattr(demo, "DemoOptions", functools.partial(demo.DemoOptions, rounds=1))
-    monkeypatch.setattr(demo_training, "BATCH", 2)
+    monkeypatch.setattr(demo_training, "BATCH", 1)
     monkeypatch.setattr(demo_training, "PAIRS", demo_training.PAIRS[:2])
     monkeypatch.setattr(demo, "median_ms", lambda calls, budget_s: timed(calls, budget_s=0.0))
     assert cli.main(["demo", "--batch", "2", "--max-new-tokens", "4"]) == 0

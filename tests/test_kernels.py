@@ -35,9 +35,9 @@ PLAN = launch_scan.Plan(
     group=8,
     ahead=4,
     supers=4,
-    block=32,
-    bins_step=16,
-    step=16,
+    block=64,
+    bins_step=32,
+    step=32,
     bins_steps=2,
     bins=32,
     list_size=64,
@@ -88,6 +88,8 @@ KNOBS: tuple[dict[str, float | str], ...] = (
 )
 GREEDY = {"temperature": 0.0, "top_k": 3}
 HALF = {"bfloat16", "float16"}  # rows that differ from others by the conversion of what is loaded
+# of which test_nucleus.py draws under top-p and typical alone, longer ones
+NUCLEI = {"normal", "flat", "two levels", "almost flat", "mostly -inf"}
 
 
 def same(ours: Tensor, kernel: Tensor) -> bool:
@@ -116,7 +118,9 @@ def assert_sample(
 def test_sample_equals_the_cpu(kind: str) -> None:
     logits = ROWS[kind](V)
     for i, knobs in enumerate((GREEDY, *(KNOBS[2::3] if kind in HALF else KNOBS))):
-        assert_sample(logits, Adaptor(**knobs), PLAN, fields=i % 3 == 0)
+        filters = set(knobs) - {"temperature", "min_tokens_to_keep"}
+        if kind not in NUCLEI or filters not in ({"top_p"}, {"typical_p"}):
+            assert_sample(logits, Adaptor(**knobs), PLAN, fields=i % 3 == 0)
 
 
 @pytest.mark.parametrize("kind", ["flat", "two levels", "one for all"])
