@@ -345,7 +345,7 @@ def preloaded(tmp_path_factory: pytest.TempPathFactory) -> Any:
     if torch.cuda.is_available():
         return multiprocessing.get_context("spawn")
     context: Any = multiprocessing.get_context("forkserver")
-    modules = ["torch.distributed.fsdp", "fastadapt.train_run", "fastadapt.demo"]
+    modules = ["torch._dynamo", "torch.distributed.fsdp", "fastadapt.train_run", "fastadapt.demo"]
     context.set_forkserver_preload(["pytest", *modules])
     with pytest.MonkeyPatch.context() as patch:
         # it looks for modules in its folder first, where the sources of a clone are not built

@@ -6,6 +6,7 @@ STORE is a file by which the ranks find each other; DEVICE is cpu, with gloo, or
 with NCCL. Says which cases held.
 """
 
+import functools
 import sys
 from collections.abc import Callable
 
@@ -30,6 +31,7 @@ OUTPUTS = ("entropy", "logsumexp", "hit")
 CLOSE = {torch.float64: (1e-11, 1e-12), torch.float32: (1e-5, 3e-6), torch.bfloat16: (1e-5, 3e-6)}
 
 Head = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+Results = dict[str, Tensor]
 
 
 def head(dtype: torch.dtype) -> Head:
@@ -45,7 +47,7 @@ def head(dtype: torch.dtype) -> Head:
 
 def results(
     f: Callable[..., tuple[Tensor, ...]], inputs: Head, plan: str, **options: object
-) -> dict[str, Tensor]:
+) -> Results:
     """Margins, extra outputs and the gradients that the plan has."""
     hidden, weight, labels, bias, upstream = (x.clone() for x in inputs)
     leaves = {"dhidden": hidden, "dweight": weight, "dbias": bias}
@@ -89,17 +91,25 @@ def error(x: Tensor, truth: Tensor) -> float:
     return float((x.double() - truth).norm() / truth.norm())
 
 
+@functools.cache
+def of_one_process(plan: str, shape: str, dtype: torch.dtype) -> tuple[Results, Results]:
+    """Results of the whole head, and their reference in float64."""
+    inputs, options = head(dtype), {**PLANS[plan], **SHAPES[shape]}
+    double = tuple(x.double() if x.is_floating_point() else x for x in inputs)
+    return (
+        results(linear_label_margins, inputs, plan, **options),
+        results(reference.linear_label_margins, double, plan, **options),
+    )
+
+
 def assert_whole(split: list[int], plan: str, shape: str, dtype: torch.dtype) -> None:
     """The slices' results are those of the whole head."""
-    inputs = head(dtype)
-    local, part = own(inputs, split)
+    local, part = own(head(dtype), split)
     options = {**PLANS[plan], **SHAPES[shape]}
     group = dist.group.WORLD
     ours = results(linear_label_margins, local, plan, group=group, **options)
     again = results(linear_label_margins, local, plan, group=group, **options)
-    whole = results(linear_label_margins, inputs, plan, **options)
-    double = tuple(x.double() if x.is_floating_point() else x for x in inputs)
-    truth = results(reference.linear_label_margins, double, plan, **options)
+    whole, truth = of_one_process(plan, shape, dtype)
     assert ours.keys() == whole.keys()
     for name, got in ours.items():
         expected, exact = whole[name], truth[name]
