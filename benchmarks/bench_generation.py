@@ -20,9 +20,8 @@ from rich.console import Console
 from rich.table import Table
 
 from fastadapt import Adaptor
-from fastadapt.bars import progress_bar, stepper
-from fastadapt.demo import PROMPTS
-from fastadapt.measure import (
+from fastadapt._cli.demo import PROMPTS
+from fastadapt._cli.measure import (
     Generation,
     encode_prompts,
     mode_kwargs,
@@ -31,7 +30,8 @@ from fastadapt.measure import (
     time_generation,
     tokens_per_s,
 )
-from fastadapt.pretrained import load_model
+from fastadapt._progress import progress_bar, stepper
+from fastadapt.training.pretrained import load_model
 from host import host_record, quartiles
 
 

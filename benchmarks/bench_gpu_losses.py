@@ -27,7 +27,7 @@ from torch import Tensor
 
 from device_timing import DeviceCall, DeviceTimer
 from fastadapt import label_logps, linear_label_margins
-from fastadapt.linear_plan import plan_of
+from fastadapt._ops.linear.plan import plan_of
 from filters import add_device, check_device, fill_filters, grid_parser
 from gpu_loss_peers import GPU_LOSS_PEERS
 from host import PACKAGES, gpu_record, host_record, quartiles, write_record

@@ -19,10 +19,10 @@ import torch
 from rich.console import Console
 
 from fastadapt import RewardPenalizeLoss
-from fastadapt.preferences import PAIRS, encode_pairs, read_pairs
-from fastadapt.pretrained import load_model
-from fastadapt.study.tracker import INTERVAL, RewardPenalizeTracker
+from fastadapt.tracking.tracker import INTERVAL, RewardPenalizeTracker
 from fastadapt.training import reference_logps, training_steps
+from fastadapt.training.pairs import PAIRS, encode_pairs, read_pairs
+from fastadapt.training.pretrained import load_model
 from host import host_record, quartiles, write_record
 from limits import print_limits, tracker_limits
 from timing import in_turns, ratios

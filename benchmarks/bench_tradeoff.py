@@ -26,12 +26,12 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from fastadapt.bars import progress_bar, stepper
-from fastadapt.measure import generate, mode_kwargs, stock_chain
-from fastadapt.pretrained import load_model
-from fastadapt.study import contexts
-from fastadapt.study.decoding import draw_strings, score_strings
-from fastadapt.study.grids import Cell, paper_grid, small_grid
+from fastadapt._cli.measure import generate, mode_kwargs, stock_chain
+from fastadapt._progress import progress_bar, stepper
+from fastadapt.study.tradeoff import contexts
+from fastadapt.study.tradeoff.decoding import draw_strings, score_strings
+from fastadapt.study.tradeoff.grids import Cell, paper_grid, small_grid
+from fastadapt.training.pretrained import load_model
 from filters import at_least
 from host import host_record, quartiles, write_record
 from limits import print_limits, tradeoff_limits

@@ -22,10 +22,10 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from fastadapt.bars import progress_bar, stepper
-from fastadapt.memory import PeakMemory, return_freed_blocks
-from fastadapt.preferences import PAIRS, read_pairs
-from fastadapt.pretrained import load_model
+from fastadapt._ops.linear.memory import PeakMemory, return_freed_blocks
+from fastadapt._progress import progress_bar, stepper
+from fastadapt.training.pairs import PAIRS, read_pairs
+from fastadapt.training.pretrained import load_model
 from fresh import in_fresh_process
 from host import PACKAGES, host_record, quartiles, write_record
 

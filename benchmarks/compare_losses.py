@@ -35,12 +35,12 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from fastadapt import RewardPenalizeLoss, linear_label_margins
-from fastadapt.bars import progress_bar, stepper
-from fastadapt.head_check import head_of
-from fastadapt.model_head import Head
-from fastadapt.preferences import IGNORED, PairBatch, encode_pairs, read_pairs
-from fastadapt.pretrained import load_model
+from fastadapt._progress import progress_bar, stepper
 from fastadapt.training import reference_logps, training_steps
+from fastadapt.training.head import Head
+from fastadapt.training.head_check import head_of
+from fastadapt.training.pairs import IGNORED, PairBatch, encode_pairs, read_pairs
+from fastadapt.training.pretrained import load_model
 from host import host_record, write_record
 
 RATES = (3e-5, 1e-4, 3e-4)

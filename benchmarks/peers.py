@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fastadapt import Adaptor
-from fastadapt.measure import stock_chain
+from fastadapt._cli.measure import stock_chain
 from missing import MissingPeer
 
 _NO_IDS = torch.empty(1, 0, dtype=torch.int64)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastadapt.demo import PROMPTS
-from fastadapt.measure import encode_prompts
-from fastadapt.pretrained import ModelNotFoundError, load_model
+from fastadapt._cli.demo import PROMPTS
+from fastadapt._cli.measure import encode_prompts
+from fastadapt.training.pretrained import ModelNotFoundError, load_model
 
 
 def real_logits(*, seed: int, length: int = 32) -> Tensor | str:

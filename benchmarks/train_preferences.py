@@ -25,11 +25,11 @@ import torch
 from rich.console import Console
 
 from fastadapt import RewardPenalizeLoss
-from fastadapt.bars import progress_bar, stepper
-from fastadapt.memory import PeakMemory, return_freed_blocks
-from fastadapt.preferences import Pair, encode_pairs, read_pairs
-from fastadapt.pretrained import load_model
+from fastadapt._ops.linear.memory import PeakMemory, return_freed_blocks
+from fastadapt._progress import progress_bar, stepper
 from fastadapt.training import logits_margins, reference_logps, response_margins, training_steps
+from fastadapt.training.pairs import Pair, encode_pairs, read_pairs
+from fastadapt.training.pretrained import load_model
 from fresh import in_fresh_process
 from host import host_record, quartiles, write_record
 from limits import print_limits, train_limits

@@ -1,5 +1,5 @@
 // The Python module: addresses and sizes in, kernels run with the GIL released. Checks of shapes
-// and dtypes are made in fastadapt/ops.py; here only what would be unsafe is refused.
+// and dtypes are made in fastadapt/_ops/sampling.py; here only what would be unsafe is refused.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #if defined(__linux__)

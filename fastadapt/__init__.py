@@ -2,8 +2,10 @@
 
 # ruff: noqa: E402, nothing is imported where the extension is not built
 
+from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
+from typing import Any
 
 try:
     __version__ = version("fastadapt")
@@ -20,6 +22,7 @@ import torch  # noqa: F401  before the extension, which runs on the OpenMP runti
 
 import fastadapt._C as _C  # noqa: F401
 from fastadapt.adaptor import Adaptor
+from fastadapt.log_odds import candidate_margins, label_margins, linear_label_margins
 from fastadapt.losses import (
     Responses,
     RewardPenalizeLoss,
@@ -35,7 +38,6 @@ from fastadapt.losses import (
     unlikelihood_loss,
     unlikelihood_penalty,
 )
-from fastadapt.margins import candidate_margins, label_margins, linear_label_margins
 from fastadapt.results import Sample, Score
 from fastadapt.sampling import adapted_logps, adapted_margins, filter_logits, sample, score
 
@@ -65,3 +67,32 @@ __all__ = [
     "unlikelihood_loss",
     "unlikelihood_penalty",
 ]
+
+# Loaded when touched, each with the extra that has what it needs beside torch.
+_SUBMODULES = {
+    "hf": "demo",
+    "losses": "",
+    "reference": "",
+    "study": "study",
+    "tracking": "",
+    "training": "",
+    "trl": "train",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Loads a submodule; where a package it needs is missing, says how to install it."""
+    if name not in _SUBMODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        return import_module(f"fastadapt.{name}")
+    except ModuleNotFoundError as error:
+        raise AttributeError(
+            f"fastadapt.{name} needs the package {error.name!r}, which is not installed: "
+            f'pip install "fastadapt[{_SUBMODULES[name]}]"'
+        ) from error
+
+
+def __dir__() -> list[str]:
+    """Lists the public names and the submodules."""
+    return sorted([*__all__, *_SUBMODULES, "__version__"])

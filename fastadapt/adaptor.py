@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastadapt.law_code import law_code
+from fastadapt._ops.law_code import law_code
 
 # Filter orders, by the code that the kernels know them by (csrc/kernels.h).
 ORDER_CODES = {"hf": 0, "vllm": 1}

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastadapt import ops
+from fastadapt._ops import sampling as ops
+from fastadapt._ops.checks import fold_rows, integer, per_row
 from fastadapt.adaptor import Adaptor
-from fastadapt.checks import fold_rows, integer, per_row
 from fastadapt.results import Sample, Score
 
 MAX_TOP_LOGPROBS = 1024

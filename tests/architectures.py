@@ -45,9 +45,9 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from fastadapt import hf
-from fastadapt.margins import label_margins
-from fastadapt.preferences import IGNORED, PairBatch
+from fastadapt.log_odds import label_margins
 from fastadapt.training import forward_margins, response_margins
+from fastadapt.training.pairs import IGNORED, PairBatch
 
 TABLE = Path(__file__).with_suffix(".json")
 CHECKS = ("forward", "body", "generation")

@@ -304,7 +304,7 @@ def demo_model(request: pytest.FixtureRequest) -> tuple[Any, Any]:
     """
     required = request.config.getoption("--require-model")
     find = importlib.import_module if required else pytest.importorskip
-    pretrained = find("fastadapt.pretrained")
+    pretrained = find("fastadapt.training.pretrained")
     try:
         return pretrained.load_model(None, fetch=True)
     except pretrained.ModelNotFoundError as error:
@@ -345,7 +345,12 @@ def preloaded(tmp_path_factory: pytest.TempPathFactory) -> Any:
     if torch.cuda.is_available():
         return multiprocessing.get_context("spawn")
     context: Any = multiprocessing.get_context("forkserver")
-    modules = ["torch._dynamo", "torch.distributed.fsdp", "fastadapt.train_run", "fastadapt.demo"]
+    modules = [
+        "torch._dynamo",
+        "torch.distributed.fsdp",
+        "fastadapt._cli.train.run",
+        "fastadapt._cli.demo",
+    ]
     context.set_forkserver_preload(["pytest", *modules])
     with pytest.MonkeyPatch.context() as patch:
         # it looks for modules in its folder first, where the sources of a clone are not built

@@ -34,9 +34,10 @@ import real_rows
 import report
 import timing
 import train_preferences
-from fastadapt import Adaptor, filter_logits, linear_label_margins, memory, score
-from fastadapt.preferences import Pair
-from fastadapt.pretrained import ModelNotFoundError
+from fastadapt import Adaptor, filter_logits, linear_label_margins, score
+from fastadapt._ops.linear import memory
+from fastadapt.training.pairs import Pair
+from fastadapt.training.pretrained import ModelNotFoundError
 
 ROOT = Path(__file__).resolve().parents[1]
 GPU_TIES = ("flat", "levels")

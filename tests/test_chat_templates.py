@@ -10,7 +10,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from fastadapt.preferences import IGNORED, Pair, encode_pairs, pad_pairs, tokenize_pair
+from fastadapt.training.pairs import IGNORED, Pair, encode_pairs, pad_pairs, tokenize_pair
 
 SPECIAL = [
     *("<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|head|>", "<|tail|>", "<|eot|>"),

@@ -16,19 +16,14 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import fastadapt
-from fastadapt import (
-    Adaptor,
-    cli,
-    cli_errors,
-    demo,
-    demo_training,
-    memory,
-    packaged_models,
-    pretrained,
-    training,
-)
-from fastadapt.model_head import HeadError
-from fastadapt.preferences import Pair, encode_pairs
+from fastadapt import Adaptor, training
+from fastadapt._cli import demo, demo_training
+from fastadapt._cli import errors as cli_errors
+from fastadapt._cli import main as cli
+from fastadapt._ops.linear import memory
+from fastadapt.training import packaged_models, pretrained
+from fastadapt.training.head import HeadError
+from fastadapt.training.pairs import Pair, encode_pairs
 
 ROOT = Path(__file__).resolve().parents[1]
 WORDS = ("<pad>", "<unk>", "<end>", *"the a cat dog sat ran on mat and sky is blue".split())
@@ -87,7 +82,7 @@ def _python(code, **kwargs):
 
 
 def test_import_is_cheap(tmp_path):
-    done = _python("import sys, fastadapt.cli; print(*sys.modules)", cwd=tmp_path, check=True)
+    done = _python("import sys, fastadapt._cli.main; print(*sys.modules)", cwd=tmp_path, check=True)
     loaded = {name.partition(".")[0] for name in done.stdout.split()}
     assert loaded & {"transformers", "rich", "platformdirs", "gguf", "accelerate"} == set()
 
@@ -96,7 +91,7 @@ def test_missing_extra_is_named(tmp_path):
     """Of packages that are imported one after the other: what came before them may be there."""
     packages = ("rich", "transformers", "platformdirs")
     code = (
-        "import sys; from fastadapt.cli import main\n"
+        "import sys; from fastadapt._cli.main import main\n"
         f"for name in {packages!r}:\n"
         "    sys.modules[name] = None\n"
         "    print(main(['demo']))\n"

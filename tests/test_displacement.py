@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from fastadapt import Responses, RewardPenalizeLoss
-from fastadapt.model_head import Head
-from fastadapt.preferences import IGNORED
-from fastadapt.study import displacement as module
-from fastadapt.study.displacement import displacement, predicted_change, token_products
-from fastadapt.study.gradients import analytic_gradients
+from fastadapt.tracking import displacement as module
+from fastadapt.tracking.displacement import displacement, predicted_change, token_products
+from fastadapt.tracking.gradients import analytic_gradients
+from fastadapt.training.head import Head
+from fastadapt.training.pairs import IGNORED
 
 V, H, T = 23, 6, 5
 HEADS = {

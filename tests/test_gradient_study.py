@@ -15,12 +15,14 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import bench_tracker
 import limits
-from fastadapt import RewardPenalizeLoss, cli_gradients, label_margins
-from fastadapt.cli import main
+from fastadapt import RewardPenalizeLoss, label_margins
+from fastadapt._cli import gradients as cli_gradients
+from fastadapt._cli.main import main
 from fastadapt.losses import Responses
-from fastadapt.preferences import Pair
-from fastadapt.study import field_plots, gradient_plots, gradient_report
-from fastadapt.study.cases import (
+from fastadapt.study.gradients import field_plots
+from fastadapt.study.gradients import plots as gradient_plots
+from fastadapt.study.gradients import report as gradient_report
+from fastadapt.study.gradients.cases import (
     CASES,
     WITH_MATE,
     claim_rows,
@@ -28,20 +30,21 @@ from fastadapt.study.cases import (
     prediction_rows,
     toy_pair,
 )
-from fastadapt.study.field_plots import plane_field, simplex_field
-from fastadapt.study.gradient_records import read_rows, write_rows
-from fastadapt.study.gradient_report import cases_table, write_report
-from fastadapt.study.named_losses import LOSSES
-from fastadapt.study.one_step import (
+from fastadapt.study.gradients.field_plots import plane_field, simplex_field
+from fastadapt.study.gradients.named_losses import LOSSES
+from fastadapt.study.gradients.one_step import (
     exmate_threshold,
     head_copy,
     pair_features,
     step_records,
     trained_head,
 )
-from fastadapt.study.pair_contexts import pairs_of_kind
-from fastadapt.study.step_study import SITUATIONS, StepOptions, run_steps, select, signs
-from fastadapt.study.training_study import TrainingOptions, run_training
+from fastadapt.study.gradients.records import read_rows, write_rows
+from fastadapt.study.gradients.report import cases_table, write_report
+from fastadapt.study.gradients.steps import SITUATIONS, StepOptions, run_steps, select, signs
+from fastadapt.study.gradients.training import TrainingOptions, run_training
+from fastadapt.tracking.pair_contexts import pairs_of_kind
+from fastadapt.training.pairs import Pair
 
 DOCS = Path(__file__).resolve().parents[1] / "docs" / "gradients"
 WORDS = ("<pad>", "<unk>", "<end>", *"a b c d e f g h i j".split())

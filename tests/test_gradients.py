@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 
 from fastadapt import Responses, RewardPenalizeLoss
-from fastadapt.cli import main
+from fastadapt._cli.main import main
 from fastadapt.losses import FORMULAS
-from fastadapt.study.gradient_check import check_gradients
-from fastadapt.study.gradient_table import OPTIONS, ROWS, example_batch, one_token
-from fastadapt.study.gradients import analytic_gradients, logit
+from fastadapt.study.gradients.check import check_gradients
+from fastadapt.study.gradients.table import OPTIONS, ROWS, example_batch, one_token
+from fastadapt.tracking.gradients import analytic_gradients, logit
 
 V = 7
 each_row = pytest.mark.parametrize("row", ROWS, ids=[row.name for row in ROWS])
@@ -184,7 +184,7 @@ def test_self_check_is_small(row):
 
 def test_self_check_finds_a_wrong_form(monkeypatch):
     """A closed form that is off by 1 % is off in both columns."""
-    from fastadapt.study import closed_forms
+    from fastadapt.tracking import closed_forms
 
     right = closed_forms.CLOSED_FORMS["exmate_penalty"]
 

@@ -9,10 +9,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from fastadapt import RewardPenalizeLoss
-from fastadapt.head_check import ask, head_of
-from fastadapt.margins import label_margins
-from fastadapt.preferences import IGNORED, PairBatch
-from fastadapt.study.tracker import RewardPenalizeTracker
+from fastadapt.log_odds import label_margins
+from fastadapt.tracking.tracker import RewardPenalizeTracker
 from fastadapt.training import (
     forward_margins,
     hidden_states,
@@ -20,6 +18,8 @@ from fastadapt.training import (
     pair_loss,
     response_margins,
 )
+from fastadapt.training.head_check import ask, head_of
+from fastadapt.training.pairs import IGNORED, PairBatch
 
 V = 40
 SIZES = {

@@ -7,8 +7,9 @@ import torch
 
 transformers = pytest.importorskip("transformers", reason="the hooks need transformers")
 
-from fastadapt import hf, hf_draw  # noqa: E402, only where transformers is
+from fastadapt import hf  # noqa: E402, only where transformers is
 from fastadapt.adaptor import Adaptor  # noqa: E402, as above
+from fastadapt.hf import _draw as hf_draw  # noqa: E402, only where transformers is
 from fastadapt.sampling import filter_logits, sample  # noqa: E402, as above
 
 VOCAB = 199

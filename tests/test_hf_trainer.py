@@ -21,11 +21,11 @@ from transformers import (
     TrainingArguments,
 )
 
-from fastadapt.head_check import LEVELS
-from fastadapt.hf_trainer import LogitsFreeTrainer
+from fastadapt.hf.trainer import LogitsFreeTrainer
 from fastadapt.losses import mle_loss, unlikelihood_penalty
-from fastadapt.preferences import IGNORED
 from fastadapt.training import forward_margins
+from fastadapt.training.head_check import LEVELS
+from fastadapt.training.pairs import IGNORED
 
 SIZES = {
     "vocab_size": 30,

@@ -13,20 +13,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastadapt import (
-    Adaptor,
-    adapted_margins,
-    cuda_ops,
-    filter_logits,
-    sample,
-    score,
-)
+from fastadapt import Adaptor, adapted_margins, filter_logits, sample, score
+from fastadapt._ops import sampling_cuda as cuda_ops
 
 triton = pytest.importorskip("triton", reason="triton is not installed: it has wheels for Linux")
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("a GPU is there: the tests marked gpu run these kernels", allow_module_level=True)
 
-from fastadapt.kernels import launch, launch_scan  # noqa: E402  (the interpreter is chosen before)
+from fastadapt._ops.triton import launch, launch_scan  # noqa: E402  (the interpreter is chosen before)
 
 # of rows that hold NaN or infinities, where the interpreter is NumPy
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")

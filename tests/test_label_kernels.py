@@ -11,13 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastadapt import candidate_margins, cuda_loss_ops, label_margins, reference
+from fastadapt import candidate_margins, label_margins, reference
+from fastadapt._ops import log_odds_cuda as cuda_loss_ops
 
 triton = pytest.importorskip("triton", reason="triton is not installed: it has wheels for Linux")
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("a GPU is there: the tests marked gpu run these kernels", allow_module_level=True)
 
-from fastadapt.kernels import launch_losses  # noqa: E402  (the interpreter is chosen before)
+from fastadapt._ops.triton import launch_losses  # noqa: E402  (the interpreter is chosen before)
 
 # of rows that hold NaN or infinities, where the interpreter is NumPy
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from fastadapt import Adaptor
+from fastadapt._ops.law_code import joined, may_act
 from fastadapt.adaptor import KNOBS
-from fastadapt.law_code import joined, may_act
 
 
 def acting(adaptor):
@@ -55,7 +55,7 @@ def test_codes_of_several_laws():
 )
 def test_passes_follow_from_the_adaptor(adaptor, passes):
     pytest.importorskip("triton", reason="triton is not installed: it has wheels for Linux")
-    from fastadapt.kernels.steps import steps_of
+    from fastadapt._ops.triton.steps import steps_of
 
     steps = steps_of(adaptor.law_code, adaptor.packed.shape[1])
     assert {name for name, asked in steps._asdict().items() if asked and name != "order"} == passes

@@ -26,110 +26,46 @@ CSRC = ROOT / "csrc"
 MODULES = sorted(p.relative_to(PACKAGE).as_posix() for p in PACKAGE.rglob("*.py"))
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
-# What each module (or folder) of the package may import: modules of ours ("" is the package
+# What each folder or module at the top of the package may import: of ours ("" is the package
 # itself, so a public name), and packages of others beside the standard library.
-LEAVES = {"adaptor", "checks", "results"}
-PUBLIC = {"", "sampling", "losses", "margins"} | LEAVES
+PUBLIC = {"", "adaptor", "results", "sampling", "log_odds", "losses"}
 OURS = {
-    "__init__": (PUBLIC - {""}) | {"_C"},
-    "adaptor": {"law_code"},
-    "checks": set(),
+    "_ops": {"_C", "_ops"},
+    "_progress": set(),
     "results": set(),
-    "sampling": {"ops"} | LEAVES,
-    "losses": {"losses", "margins"},
-    "margins": {"linear_ops", "linear_plan", "loss_ops", "vocab_parallel"} | LEAVES,
-    "law_code": set(),
-    "outputs": set(),
-    "ops": {"_C", "cuda_ops", "law_code", "outputs"},
-    "cuda_ops": {"kernels", "law_code", "outputs"},
-    "cuda_loss_ops": {"cuda_ops", "kernels", "outputs"},
-    "loss_ops": {"_C", "cuda_loss_ops", "ops", "outputs"},
-    "linear_ops": {"linear_cpu", "linear_head", "linear_plan", "linear_tiles", "ops"}
-    | {"cuda_linear_ops"},
-    "linear_plan": {"linear_cpu", "linear_cuda", "linear_head", "linear_tiles", "outputs"},
-    "cuda_linear_ops": {"cuda_ops", "linear_head", "linear_plan", "linear_tiles"},
-    "linear_cuda": {"kernels", "linear_tiles", "outputs"},
-    "linear_head": {"linear_tiles", "outputs", "vocab_parallel"},
-    "linear_tiles": {"outputs"},
-    "linear_cpu": {"_C", "linear_tiles", "loss_ops", "ops"},
-    "vocab_parallel": {"outputs"},
-    "kernels": {"kernels", "law_code"},
+    "adaptor": {"_ops"},
+    "sampling": {"_ops", "adaptor", "results"},
+    "log_odds": {"_ops"},
+    "losses": {"log_odds", "losses"},
+    "__init__": (PUBLIC - {""}) | {"_C"},
     "reference": {"reference", "results"},
-    "hf": PUBLIC | {"hf_chain", "hf_draw"},
-    "hf_chain": PUBLIC,
-    "hf_draw": PUBLIC | {"hf_chain"},
-    "hf_trainer": PUBLIC | {"head_shape", "model_head", "preferences", "training"},
-    "trl": PUBLIC | {"trl_head"},
-    "trl_head": PUBLIC | {"head_check", "model_head"},
-    "study": PUBLIC
-    | {"bars", "pair_forms", "preferences", "pretrained", "study"}
-    | {"head_check", "model_head", "training"},
-    "packaged_models": set(),
-    "model_cache": {"packaged_models"},
-    "pretrained": {"model_cache", "packaged_models"},
-    "memory": set(),
-    "pair_forms": set(),
-    "pair_files": {"pair_forms"},
-    "pair_tokens": {"pair_forms"},
-    "preferences": {"pair_files", "pair_forms", "pair_tokens"},
-    "train_data": {"pair_files", "pair_forms"},
-    "train_options": PUBLIC | {"cli_errors"},
-    "train_config": PUBLIC | {"cli_errors", "train_options"},
-    "train_folder": {"cli_errors"},
-    "train_log": {"train_folder"},
-    "train_stage": PUBLIC | {"cli_errors", "train_folder", "trl"},
-    "train_run": PUBLIC
-    | {"cli_errors", "pair_forms", "preferences", "pretrained", "train_config", "train_data"}
-    | {"train_folder", "train_log", "train_options", "train_stage"},
-    "cli_errors": set(),
-    "cli_train": {"cli_errors", "train_config", "train_data", "train_log", "train_options"}
-    | {"model_head", "train_run"},
-    "head_shape": set(),
-    "model_head": set(),
-    "head_check": {"head_shape", "model_head"},
-    "training": PUBLIC | {"head_check", "model_head", "preferences"},
-    "measure": PUBLIC | {"hf"},
-    "bars": set(),
-    "demo": PUBLIC | {"bars", "demo_training", "hf", "measure", "pretrained"},
-    "demo_training": PUBLIC | {"memory", "preferences", "training"},
-    "cli": PUBLIC
-    | {"cli_errors", "cli_gradients", "cli_tradeoff", "cli_train", "demo", "hf", "model_head"}
-    | {"study"},
-    "cli_gradients": {"cli_errors", "preferences", "pretrained", "study"},
-    "cli_tradeoff": {"cli_errors", "pretrained", "study"} | {""},
+    "training": PUBLIC | {"training"},
+    "hf": PUBLIC | {"_ops", "hf", "training"},
+    "trl": PUBLIC | {"training", "trl"},
+    "tracking": PUBLIC | {"tracking", "training"},
+    "study": PUBLIC | {"_progress", "study", "tracking", "training"},
+    "_cli": PUBLIC | {"_cli", "_ops", "_progress", "hf", "study", "training", "trl"},
 }
 OTHERS = {
-    "kernels": {"torch", "triton"},
+    "_progress": {"rich"},
+    "training": {
+        *("datasets", "filelock", "jinja2", "platformdirs", "pyarrow", "safetensors", "torch"),
+        "transformers",
+    },
     "hf": {"torch", "transformers"},
-    "hf_chain": {"transformers"},
-    "hf_draw": {"torch", "transformers"},
-    "hf_trainer": {"torch", "transformers"},
     "trl": {"torch", "transformers", "trl"},
+    "tracking": {"torch", "transformers"},
     "study": {
         *("jinja2", "matplotlib", "numpy", "pyarrow", "rich", "scipy", "torch", "transformers"),
     },
-    "packaged_models": set(),
-    "model_cache": {"filelock", "platformdirs", "transformers"},
-    "pretrained": {"torch", "transformers", "safetensors"},
-    "measure": {"torch", "transformers"},
-    "memory": set(),
-    "bars": {"rich"},
-    "demo": {"torch", "transformers", "rich"},
-    "demo_training": {"torch", "rich"},
-    "pair_files": {"datasets", "pyarrow"},
-    "pair_tokens": {"jinja2"},
-    "train_data": {"datasets"},
-    "train_config": {"torch", "transformers", "trl", "yaml"},
-    "train_folder": {"filelock"},
-    "train_log": {"rich", "transformers"},
-    "train_stage": {"torch", "transformers", "trl", "datasets", "safetensors"},
-    "train_run": {"torch", "transformers", "trl", "accelerate", "datasets", "peft"},
-    "cli_errors": set(),
-    "cli_train": {"torch", "accelerate", "rich"},
-    "cli": set(),
-    "cli_gradients": set(),
-    "cli_tradeoff": set(),
+    "_cli": {
+        *("accelerate", "datasets", "filelock", "peft", "rich", "safetensors", "torch"),
+        *("transformers", "trl", "yaml"),
+    },
 }
+KERNELS = "_ops/triton/"  # the only folder that imports triton, and that only within functions
+REGISTER = {"_ops/sampling.py", "_ops/log_odds.py", "_ops/linear/operator.py"}
+MOST_AT_THE_TOP, MOST_IN_A_FOLDER = 18, 20
 
 
 class Import(NamedTuple):
@@ -195,21 +131,62 @@ def _dotted(node: ast.AST) -> str:
     return _dotted(node.value) if isinstance(node, ast.Subscript) else ""
 
 
-def test_every_module_has_a_rule() -> None:
-    assert {_role(m) for m in MODULES} <= set(OURS)
+def test_every_folder_has_a_rule() -> None:
+    assert {_role(m) for m in MODULES} == set(OURS)
+
+
+def test_the_tree_is_seen_at_a_glance() -> None:
+    tops = {m.split("/")[0] for m in MODULES} | {"_C.pyi", "py.typed"}
+    assert len(tops) <= MOST_AT_THE_TOP, sorted(tops)
+    for folder in {Path(m).parent for m in MODULES}:
+        modules = [m for m in MODULES if Path(m).parent == folder]
+        assert len(modules) <= MOST_IN_A_FOLDER, f"{folder}: {len(modules)} modules"
+
+
+def _graph() -> dict[str, set[str]]:
+    """The modules of ours that each module imports, anywhere in it."""
+    graph: dict[str, set[str]] = {}
+    for module in MODULES:
+        graph[module] = set()
+        for path, *_ in _imports(module):
+            parts = path.split(".")[1:] if path.startswith("fastadapt.") else []
+            for end in range(len(parts), 0, -1):
+                stem = "/".join(parts[:end])
+                found = {f"{stem}.py", f"{stem}/__init__.py"} & set(MODULES)
+                if found:
+                    graph[module] |= found - {module}
+                    break
+    return graph
+
+
+def test_arrows_only_go_down() -> None:
+    """No module imports itself through others, within functions or not."""
+    graph, done = _graph(), set()
+
+    def visit(module: str, above: tuple[str, ...]) -> None:
+        assert module not in above, " -> ".join((*above[above.index(module) :], module))
+        if module not in done:
+            for below in sorted(graph[module]):
+                visit(below, (*above, module))
+            done.add(module)
+
+    for module in MODULES:
+        visit(module, ())
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_imports(module: str) -> None:
     role = _role(module)
-    others = OTHERS.get(role, {"torch"})
+    within = module.startswith(KERNELS)
+    others = OTHERS.get(role, {"torch"}) | ({"triton"} if within else set())
     for path, _, lazy, line in _imports(module):
         top = path.split(".")[0]
         where = f"{module}:{line} imports {path}"
         if top == "fastadapt":
             target = _imported_role(path)
             assert target in OURS[role], f"{where}; {role} may import {sorted(OURS[role])}"
-            assert target != "kernels" or role == "kernels" or lazy, f"{where} outside a function"
+            kernels = path.startswith("fastadapt._ops.triton")
+            assert not kernels or within or lazy, f"{where} outside a function"
         elif top != "__future__":
             assert top in others | sys.stdlib_module_names, f"{where}; allowed: {sorted(others)}"
 
@@ -237,7 +214,7 @@ def _forbidden(module: str) -> Iterator[str]:
                 yield f"{line}: calls {called}"
             named = _dotted(node.args[0]).split(".")[0] if node.args else ""
             # one exception: what trl's models score labels with, put back by the same `with` block
-            serves = module == "trl.py" and named == "trl_utils"
+            serves = module == "trl/trainer.py" and named == "trl_utils"
             if called in {"setattr", "delattr"} and named in imported and not serves:
                 yield f"{line}: {called} on {_dotted(node.args[0])}, which is imported"
         elif isinstance(node, ast.Global):
@@ -253,14 +230,14 @@ def test_nothing_forbidden(module: str) -> None:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_import_only_defines(module: str) -> None:
-    """Module level: imports, definitions, constants. Only `*ops` call anything: registration."""
+    """Module level: imports, definitions, constants. Only registration calls anything."""
     allowed = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)
     if module == "__init__.py":  # it tries to import the extension
         allowed = (ast.Import, ast.ImportFrom, ast.Assign, ast.Try)
     for node in _tree(module).body:
         docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
         typing = isinstance(node, ast.If) and _dotted(node.test).endswith("TYPE_CHECKING")
-        registers = module.endswith("ops.py") and isinstance(node, ast.Expr | ast.For)
+        registers = module in REGISTER and isinstance(node, ast.Expr | ast.For)
         assert isinstance(node, allowed) or docstring or typing or registers, (
             f"{module}:{node.lineno}: {type(node).__name__} at import"
         )
@@ -317,19 +294,16 @@ def test_import_is_light(tmp_path: Path) -> None:
     heavy = {"triton", "transformers", "trl", "matplotlib", "rich", "numpy", "platformdirs"}
     assert {n for n in names if n.split(".")[0] in heavy} == set()
     own = {n.split(".")[1] for n in names if n.startswith("fastadapt.")}
-    assert (
-        own
-        & {"hf", "trl", "cli", "demo", "pretrained", "study", "reference", "kernels", "training"}
-        == set()
-    )
+    assert own <= {"_C", "_ops", "adaptor", "log_odds", "losses", "results", "sampling"}
+    assert not [n for n in names if n.startswith("fastadapt._ops.triton")]
 
 
 @pytest.mark.parametrize(
     ("words", "extension"),
     [
         (["-c", "import fastadapt"], None),
-        (["-c", "from fastadapt import cli"], None),
-        (["-m", "fastadapt.cli"], None),
+        (["-c", "from fastadapt import hf"], None),
+        (["-m", "fastadapt._cli.main"], None),
         (["-c", "import fastadapt"], "_C.cpython-39-x86_64-linux-gnu.so"),
     ],
 )

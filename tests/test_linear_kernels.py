@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from fastadapt import reference
-from fastadapt.linear_cpu import CpuWork
-from fastadapt.linear_cuda import CudaWork, backward_tile
-from fastadapt.linear_head import (
+from fastadapt._ops.linear.cpu import CpuWork
+from fastadapt._ops.linear.cuda import CudaWork, backward_tile
+from fastadapt._ops.linear.driver import (
     FORWARD_ONLY,
     FROZEN_HEAD,
     RECOMPUTE,
@@ -22,13 +22,13 @@ from fastadapt.linear_head import (
     forward,
     frozen_head_backward,
 )
-from fastadapt.linear_tiles import Problem
+from fastadapt._ops.linear.tiles import Problem
 
 pytest.importorskip("triton", reason="triton is not installed: it has wheels for Linux")
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("a GPU is there: the tests marked gpu run these kernels", allow_module_level=True)
 
-from fastadapt.kernels import launch_linear  # noqa: E402  (the interpreter is chosen before)
+from fastadapt._ops.triton import launch_linear  # noqa: E402  (the interpreter is chosen before)
 
 # of rows that hold NaN or infinities, where the interpreter is NumPy
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
@@ -343,7 +343,7 @@ def test_half_types_need_products_in_float32(monkeypatch):
     """This torch has them; one that has not is named."""
     given = problem(3, 8, V, torch.bfloat16)
     forward(Interpreted, given, FORWARD_ONLY, 0, False)
-    monkeypatch.setattr("fastadapt.linear_cuda._has_wide_products", lambda: False)
+    monkeypatch.setattr("fastadapt._ops.linear.cuda._has_wide_products", lambda: False)
     with pytest.raises(RuntimeError, match=r"expected torch 2.8 or later .* got 2\."):
         forward(Interpreted, given, FORWARD_ONLY, 0, False)
     forward(Interpreted, problem(3, 8, V, torch.float32), FORWARD_ONLY, 0, False)

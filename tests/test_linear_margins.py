@@ -120,7 +120,7 @@ def test_large_margins(cpu_capability, margin, frozen):
 
 @pytest.mark.parametrize("plan", PLANS)
 def test_gradcheck(plan, monkeypatch):
-    monkeypatch.setattr("fastadapt.linear_cpu.CpuWork.tile", 7)
+    monkeypatch.setattr("fastadapt._ops.linear.cpu.CpuWork.tile", 7)
     hidden, weight, labels, bias = head(5, 4, 17, torch.float64)
     labels[1] = -100
     hidden.requires_grad_()

@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastadapt.linear_cpu import CpuWork
-from fastadapt.linear_cuda import CudaWork
-from fastadapt.linear_head import backward, forward, frozen_head_backward
-from fastadapt.linear_plan import LinearPlan, kept_bytes, number_of, plan_of, work_of
-from fastadapt.linear_tiles import Problem
+from fastadapt._ops.linear.cpu import CpuWork
+from fastadapt._ops.linear.cuda import CudaWork
+from fastadapt._ops.linear.driver import backward, forward, frozen_head_backward
+from fastadapt._ops.linear.plan import LinearPlan, kept_bytes, number_of, plan_of, work_of
+from fastadapt._ops.linear.tiles import Problem
 
 N, H, V = 8, 64, 5003
 MIB = 1 << 20
@@ -83,7 +83,7 @@ def test_one_product_less_where_the_hidden_states_want_no_gradient():
 )  # fmt: skip
 def test_peaks_on_cuda(n, wants, budget, expected, monkeypatch):
     """Llama 3's 8B head in bfloat16, at most 0.3 GiB over inputs and gradients for 4096 rows."""
-    monkeypatch.setattr("fastadapt.linear_plan.work_of", lambda hidden: CudaWork)
+    monkeypatch.setattr("fastadapt._ops.linear.plan.work_of", lambda hidden: CudaWork)
     inputs = arguments(wants, torch.bfloat16, n, 4096, 128_256, "meta")
     assert plan_of(*inputs, memory_budget=budget) == expected
     if n == 4096:
@@ -107,7 +107,7 @@ def test_half_products_are_added_by_old_and_new_torch(in_one_call, monkeypatch):
 
     a, b, sums = torch.randn(3, 5).bfloat16(), torch.randn(5, 4).bfloat16(), torch.randn(3, 4)
     expected = sums.double() + a.double() @ b.double()
-    monkeypatch.setattr("fastadapt.linear_cuda._adds_wide_products", lambda: in_one_call)
+    monkeypatch.setattr("fastadapt._ops.linear.cuda._adds_wide_products", lambda: in_one_call)
     monkeypatch.setattr(torch, "mm", mm)
     monkeypatch.setattr(torch, "addmm", addmm)
     CudaWork.add_product(None, sums, a, b)

@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from fastadapt import Adaptor, measure
+from fastadapt import Adaptor
+from fastadapt._cli import measure
 
 IDS = torch.zeros(1, 0, dtype=torch.int64)
 

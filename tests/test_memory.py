@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from fastadapt import memory
+from fastadapt._ops.linear import memory
 
 needs_peak = pytest.mark.skipif(
     not memory.is_measurable(), reason="this system does not tell the peak of a process"

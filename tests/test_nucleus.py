@@ -8,13 +8,14 @@ import os
 import pytest
 import torch
 
-from fastadapt import Adaptor, cuda_ops, sample
+from fastadapt import Adaptor, sample
+from fastadapt._ops import sampling_cuda as cuda_ops
 
 triton = pytest.importorskip("triton", reason="triton is not installed: it has wheels for Linux")
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("a GPU is there: the tests marked gpu run these kernels", allow_module_level=True)
 
-from fastadapt.kernels import launch, launch_scan, rows  # noqa: E402
+from fastadapt._ops.triton import launch, launch_scan, rows  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
 V = 900

@@ -9,9 +9,9 @@ import sys
 import datasets
 import pytest
 
-from fastadapt.pair_forms import pair_of
-from fastadapt.preferences import read_pairs
-from fastadapt.train_data import DataError, load_pairs
+from fastadapt._cli.train.data import DataError, load_pairs
+from fastadapt.training.pair_forms import pair_of
+from fastadapt.training.pairs import read_pairs
 
 COLUMNS = ("prompt", "chosen", "rejected")
 # What a reader that guesses types would change, and what needs quoting.

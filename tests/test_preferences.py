@@ -19,10 +19,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from fastadapt import RewardPenalizeLoss, head_check, training
-from fastadapt.pair_forms import pair_of
-from fastadapt.preferences import IGNORED, PAIRS, Pair, encode_pairs, read_pairs
-from fastadapt.pretrained import load_model
+from fastadapt import RewardPenalizeLoss, training
+from fastadapt.training import head_check
+from fastadapt.training.pair_forms import pair_of
+from fastadapt.training.pairs import IGNORED, PAIRS, Pair, encode_pairs, read_pairs
+from fastadapt.training.pretrained import load_model
 
 WORDS = ("<pad>", "<unk>", "<end>", "<user>", *"a b c d e f g h <assistant> <turn>".split())
 TEMPLATE = (

@@ -17,9 +17,9 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from fastadapt import model_cache, packaged_models, pretrained
-from fastadapt.packaged_models import PackagedModel, Part, Terms
-from fastadapt.pretrained import ModelNotFoundError
+from fastadapt.training import model_cache, packaged_models, pretrained
+from fastadapt.training.packaged_models import PackagedModel, Part, Terms
+from fastadapt.training.pretrained import ModelNotFoundError
 
 
 def _tiny():

@@ -9,7 +9,7 @@ import datasets
 import pytest
 from transformers import AutoTokenizer, DataCollatorForLanguageModeling, LlamaForCausalLM
 
-from fastadapt.cli import main
+from fastadapt._cli.main import main
 
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
 ROWS = [

@@ -8,7 +8,7 @@ import torch
 from scipy.special import logsumexp
 
 from fastadapt import Adaptor, reference, sample, score
-from fastadapt.study import globalised, grids
+from fastadapt.study.tradeoff import globalised, grids
 
 TEMPERATURES = grids.TEMPERATURES
 # The paper's seven samplers; with four symbols most of them keep everything, so stricter ones too.

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.special import logsumexp
 
-from fastadapt.study import statistics
+from fastadapt.study.tradeoff import statistics
 
 
 @pytest.fixture(scope="module")

@@ -25,23 +25,24 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from fastadapt import Adaptor, cli, score
-from fastadapt.study import (
+from fastadapt import Adaptor, score
+from fastadapt._cli import main as cli
+from fastadapt.study import files
+from fastadapt.study.tradeoff import command as tradeoff_command
+from fastadapt.study.tradeoff import (
     contexts,
     corpora,
     correlations,
     decoding,
-    files,
     grids,
     normalisation,
     rewards,
     statistics,
-    tradeoff,
-    tradeoff_command,
-    tradeoff_plots,
-    tradeoff_report,
 )
-from fastadapt.study.pool import pool_of
+from fastadapt.study.tradeoff import plots as tradeoff_plots
+from fastadapt.study.tradeoff import report as tradeoff_report
+from fastadapt.study.tradeoff import study as tradeoff
+from fastadapt.study.tradeoff.pool import pool_of
 
 WORDS = ("<pad>", "<unk>", "<end>", *(f"w{i}" for i in range(57)))
 TEMPLATE = (

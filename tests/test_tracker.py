@@ -10,8 +10,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 from transformers import TrainingArguments as Arguments
 
 from fastadapt import Responses, RewardPenalizeLoss, training
-from fastadapt.preferences import IGNORED, Pair, PairBatch, encode_pairs
-from fastadapt.study.pair_contexts import (
+from fastadapt.tracking.callback import TrackerCallback
+from fastadapt.tracking.pair_contexts import (
     ContextPair,
     cross_cells,
     encode_contexts,
@@ -19,8 +19,8 @@ from fastadapt.study.pair_contexts import (
     pairs_of_kind,
     shared_rows,
 )
-from fastadapt.study.tracker import RewardPenalizeTracker
-from fastadapt.study.tracker_callback import TrackerCallback
+from fastadapt.tracking.tracker import RewardPenalizeTracker
+from fastadapt.training.pairs import IGNORED, Pair, PairBatch, encode_pairs
 
 WORDS = ("<pad>", "<unk>", "<end>", *"a b c d e f g h".split())
 STEPS = 20

@@ -20,16 +20,17 @@ from transformers import (
     Trainer,
 )
 
-from fastadapt import train_folder, train_stage
-from fastadapt.cli import main
-from fastadapt.train_config import make_parser
-from fastadapt.train_data import DataError, load_pairs, split_pairs
-from fastadapt.train_folder import RunFolder, seal, sole_writer
-from fastadapt.train_options import parse_stages
+from fastadapt._cli.main import main
+from fastadapt._cli.train import folder as train_folder
+from fastadapt._cli.train import stage as train_stage
+from fastadapt._cli.train.config import make_parser
+from fastadapt._cli.train.data import DataError, load_pairs, split_pairs
+from fastadapt._cli.train.folder import RunFolder, seal, sole_writer
+from fastadapt._cli.train.options import parse_stages
 from fastadapt.trl import RewardPenalizeTrainer
 
 SIDES = ("chosen", "rejected")
-RUN = "import sys; from fastadapt.cli import main; sys.exit(main())"
+RUN = "import sys; from fastadapt._cli.main import main; sys.exit(main())"
 
 
 @pytest.fixture(scope="module")

@@ -16,9 +16,9 @@ import compare_losses
 import compare_report
 import report
 import report_trainer
-from fastadapt.preferences import encode_pairs, read_pairs
-from fastadapt.pretrained import load_model
 from fastadapt.training import response_margins
+from fastadapt.training.pairs import encode_pairs, read_pairs
+from fastadapt.training.pretrained import load_model
 
 WORDS = ("<unk>", "<end>", *"abcdefgh", "Human", "Assistant", ":")
 QUIET = {"progress": lambda phase, done, total: None}

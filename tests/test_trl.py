@@ -23,8 +23,8 @@ from trl import (  # noqa: E402
 )
 from trl.trainer import utils as trl_utils  # noqa: E402
 
-from fastadapt import trl_head  # noqa: E402
 from fastadapt.trl import RewardPenalizeTrainer, fused_log_probs  # noqa: E402
+from fastadapt.trl import _log_probs as trl_head  # noqa: E402
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
 SHARED = (

@@ -21,10 +21,10 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, LlamaForCausalLM, TrainingArguments
 from trl import DPOConfig
 
-from fastadapt.hf_trainer import LogitsFreeTrainer
+from fastadapt.hf.trainer import LogitsFreeTrainer
 from fastadapt.losses import Responses, RewardPenalizeLoss, mle_loss
-from fastadapt.preferences import IGNORED
 from fastadapt.training import forward_margins
+from fastadapt.training.pairs import IGNORED
 from fastadapt.trl import RewardPenalizeTrainer
 
 VOCABULARY = 19  # of the model

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastadapt.log_odds import label_margins
 from fastadapt.losses.options import shown
-from fastadapt.margins import label_margins
 
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # what is meant where a tensor of another dtype comes

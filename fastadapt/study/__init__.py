@@ -1,1 +1,1 @@
-"""Analyses of losses and adaptors, built on the public functions; each module is imported alone."""
+"""Two studies on the public functions: `tradeoff` and `gradients`."""

@@ -24,9 +24,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastadapt.kernels import bundles, draw, label, law, linear, nucleus, scan, top, write
-from fastadapt.kernels import launch_losses as losses
-from fastadapt.kernels.launch_scan import (
+from fastadapt._ops.triton import bundles, draw, label, law, linear, nucleus, scan, top, write
+from fastadapt._ops.triton import launch_losses as losses
+from fastadapt._ops.triton.launch_scan import (
     BINNING,
     COLLECTING,
     DECIDING,

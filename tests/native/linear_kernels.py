@@ -6,8 +6,8 @@ from typing import Any
 
 from triton.compiler import ASTSource
 
-from fastadapt.kernels import launch_linear, linear
-from fastadapt.linear_cuda import DOUBLE_TILE, TILE
+from fastadapt._ops.linear.cuda import DOUBLE_TILE, TILE
+from fastadapt._ops.triton import launch_linear, linear
 
 FIELDS = {"tile_sum_kernel": linear.Kind, "tile_gradient_kernel": linear.Kind}
 FIELDS |= {"mix_kernel": linear.Mix}

@@ -1,0 +1,1 @@
+"""The command `fastadapt`, one module a subcommand."""

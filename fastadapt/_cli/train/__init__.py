@@ -1,0 +1,1 @@
+"""A run of `fastadapt train`: its options, its data, its folder and its stages."""

@@ -1,0 +1,171 @@
+"""What `fastadapt train` is told beside trl's own arguments: data, losses, stages, adapters."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from fastadapt._cli.errors import did_you_mean
+from fastadapt.losses import FORMULAS, Responses, RewardPenalizeLoss
+
+Stages = tuple[dict[str, float], ...]
+TRUNCATIONS = ("prompt", "response", "error")
+_OF_THE_LOSSES = ("coefficient", "norm", "level")
+
+
+def _flag(text: str, default: Any = None, **more: Any) -> Any:
+    """A field whose flag has a help text."""
+    return field(default=default, metadata={"help": text, **more})
+
+
+@dataclass
+class RunArguments:
+    """What to train on what. `ValueError` where a value is out of range.
+
+    Each field is a flag of the command with the same name; its help text says what it is.
+    """
+
+    data: list[str] = field(
+        metadata={"help": "preference pairs: files, or a data set of the hub (owner/name)"}
+    )
+    model: str | None = _flag(
+        "a causal language model: folder, .gguf or hub (default: the demo's)",
+        aliases=["--model_name_or_path"],
+    )
+    loss: str | None = _flag("one stage: losses joined by +, each with a weight, as dpo+exmate=0.5")
+    stages: str | None = _flag("several, one after the other: exmate,dpo or mle,dpo=1+exmate=0.5")
+    learning_rates: list[float] | None = _flag("of each stage, in place of --learning_rate")
+    coefficient: float | None = _flag("of the penalty inside a loss (default: 1)")
+    norm: str | None = _flag("of ExMATE: sequence_mean, batch_token_mean, sequence_sum or token")
+    level: str | None = _flag("of unlikelihood: token, sequence or sequence_mean")
+    split: str = _flag("of a data set of the hub", "train")
+    eval_data: list[str] | None = _flag("pairs to evaluate on")
+    eval_split: str = _flag("of a data set of the hub for --eval_data", "test")
+    eval_fraction: float = _flag("share of --data to evaluate on instead", 0.0)
+    chat: bool = _flag("prompts that are text are a user's, for the chat template", False)
+    truncation: str = _flag(
+        "what is cut from pairs of more than --max_length tokens: the prompt's beginning, the "
+        "responses' ends, or nothing (an error)",
+        "prompt",
+        choices=TRUNCATIONS,
+    )
+    lora_r: int | None = _flag("train adapters of this rank instead of all parameters")
+    lora_alpha: int | None = _flag("their scale (default: twice the rank)")
+    lora_target_modules: list[str] | None = _flag("the layers with adapters (default: all linear)")
+    threads: int | None = _flag("threads of torch (default: its own choice)")
+    resume: bool = _flag("go on from the folder's last checkpoint, if there is one", False)
+
+    def __post_init__(self) -> None:
+        """Checks the ranges and what excludes what."""
+        for name in ("lora_r", "lora_alpha", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: expected at least 1, got {value}")
+        if self.truncation not in TRUNCATIONS:  # a file's values are no choices of argparse
+            expected = f"expected one of {TRUNCATIONS}"
+            raise ValueError(f"truncation: {expected}, got {self.truncation!r}")
+        if not 0 <= self.eval_fraction < 1:
+            raise ValueError(f"eval_fraction: expected a share in [0, 1), got {self.eval_fraction}")
+        if self.eval_fraction and self.eval_data:
+            raise ValueError("eval_fraction: expected it without eval_data, got both")
+        if self.lora_r is None and (self.lora_alpha or self.lora_target_modules):
+            raise ValueError("lora_r: expected a rank beside the other flags of LoRA, got none")
+        for rate in self.learning_rates or ():
+            if not 0 < rate < math.inf:
+                raise ValueError(f"learning_rates: expected values above 0, got {rate}")
+        count = len(self.mixtures())
+        if self.learning_rates and len(self.learning_rates) != count:
+            got = len(self.learning_rates)
+            raise ValueError(f"learning_rates: expected {count}, one per stage, got {got}")
+
+    def mixtures(self) -> Stages:
+        """Returns the mixture of each stage."""
+        return parse_stages(self.loss, self.stages)
+
+    def loss_options(self) -> dict[str, Any]:
+        """Returns the options of the losses that were given."""
+        named = {name: getattr(self, name) for name in _OF_THE_LOSSES}
+        return {name: value for name, value in named.items() if value is not None}
+
+
+def parse_stages(loss: str | None, stages: str | None) -> Stages:
+    """Reads "dpo+exmate=0.5", one stage, or "exmate,dpo+mle=0.5", a stage between commas.
+
+    Raises:
+        ValueError: neither or both, a comma in one stage, a loss that there is not, a loss named
+            twice, a weight that is no finite number.
+    """
+    if (loss is None) == (stages is None):
+        got = "neither" if loss is None else "both"
+        raise ValueError(f"loss, stages: expected one of --loss and --stages, got {got}")
+    if stages is not None:
+        return tuple(_mixture("stages", part) for part in stages.split(","))
+    text = loss or ""
+    if "," in text:
+        joined = text.replace(",", "+")
+        raise ValueError(
+            f"loss: expected losses joined by +, got {text!r}; their sum is --loss {joined}, "
+            f"one after the other --stages {text}"
+        )
+    return (_mixture("loss", text),)
+
+
+def objective_of(stage: Mapping[str, float], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns those options that a loss of a stage has."""
+    own = {name for loss in stage for name in inspect.signature(FORMULAS[loss]).parameters}
+    return {name: value for name, value in options.items() if name in own}
+
+
+def check_losses(stages: Stages, options: Mapping[str, Any], micro_batches: int) -> None:
+    """Computes every stage's loss of a toy pair, so that what it refuses is refused now.
+
+    Args:
+        stages: the mixtures.
+        options: of the losses, as `objective_of` takes them; each must be of some loss.
+        micro_batches: how many batches and processes share a step.
+
+    Raises:
+        ValueError: whatever a loss refuses, or an option of none of them.
+    """
+    margins, mask = torch.zeros(1, 2), torch.ones(1, 2, dtype=torch.bool)
+    toy, reference = Responses(margins, mask), torch.zeros(1)
+    used: set[str] = set()
+    for stage in stages:
+        own = objective_of(stage, options)
+        used |= set(own)
+        RewardPenalizeLoss(stage, **own)(toy, toy, reference, reference)
+        if own.get("norm") == "batch_token_mean" and micro_batches > 1:
+            raise ValueError(
+                f"norm: expected one that splits over {micro_batches} micro-batches, "
+                "got 'batch_token_mean'"
+            )
+    unused = sorted(set(options) - used)
+    if unused:
+        names = ", ".join(name for stage in stages for name in stage)
+        raise ValueError(f"{unused[0]}: expected a loss that has it, got {names}")
+
+
+def _mixture(flag: str, text: str) -> dict[str, float]:
+    """Names of losses, each with a weight or 1."""
+    mixture: dict[str, float] = {}
+    for part in text.split("+"):
+        name, equals, written = part.strip().partition("=")
+        if name not in FORMULAS:
+            known = ", ".join(FORMULAS)
+            hint = did_you_mean(name, FORMULAS)
+            raise ValueError(f"{flag}: expected some of {known}, got {name!r}{hint}")
+        if name in mixture:
+            raise ValueError(f"{flag}: expected each loss once in a stage, got {name!r} twice")
+        try:
+            weight = float(written) if equals else 1.0
+        except ValueError:
+            weight = math.nan
+        if not math.isfinite(weight):
+            raise ValueError(f"{flag}: expected a number as the weight of {name}, got {written!r}")
+        mixture[name] = weight
+    return mixture

@@ -1,0 +1,170 @@
+"""The row work of a linear head on the CPU: torch's products, C++ between them."""
+
+import torch
+from torch import Tensor
+
+from fastadapt import _C
+from fastadapt._ops.linear.tiles import Asked, Head, RowWork
+from fastadapt._ops.log_odds import address
+from fastadapt._ops.sampling import DTYPE_CODES, Rows, rows_of
+
+TILE = 2048  # ids a tile; csrc/kernels.h: at most 4096
+_PRODUCT_ELEMENTS = 1 << 20  # of a bfloat16 product that is added to float32 sums
+
+
+class CpuWork(RowWork):
+    """Products in the dtype of the inputs."""
+
+    tile = TILE
+
+    def __init__(self, head: Head) -> None:
+        """One tile of products is held, from the first on."""
+        super().__init__(head)
+        self._buffer: Tensor | None = None
+        self._shrinks = head.hidden.new_empty(head.hidden.shape[0], dtype=torch.float64)
+
+    @classmethod
+    def scratch_bytes(cls, n: int, v: int, itemsize: int) -> tuple[int, int]:
+        """One tile; the products of half types that are added to sums are 2 MiB."""
+        tile = n * min(cls.tile, v) * itemsize
+        return tile, tile
+
+    def expect(self, out: Tensor) -> None:
+        """Fewer page faults."""
+        _C.prefer_huge_pages(out.data_ptr(), out.nbytes)
+
+    def label_products(self) -> Tensor:
+        """Float32 dot products."""
+        head = self.head
+        n, h = head.hidden.shape
+        out = head.hidden.new_zeros(n, dtype=torch.float64)
+        if head.weight.shape[0] == 0:
+            return out
+        weight, index = head.weight, head.rows
+        picked = None if weight.stride(1) == 1 else weight.index_select(0, index)
+        source = weight if picked is None else picked
+        _C.dot(
+            DTYPE_CODES[weight.dtype],
+            n,
+            h,
+            head.hidden.data_ptr(),
+            head.hidden.stride(0),
+            source.data_ptr(),
+            source.stride(0),
+            address(index if picked is None else None),
+            out.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return out
+
+    def sum_tile(self, first: int, last: int, stats: Tensor, asked: Asked) -> None:
+        """A frozen head's exponentials replace the products."""
+        tile = self._products(first, last, asked.kept)
+        _C.tile(
+            self._tile(tile, first),
+            asked.weighted,
+            stats.data_ptr(),
+            0 if asked.sums is None else tile.data_ptr(),
+            self._shrinks.data_ptr(),
+            torch.get_num_threads(),
+        )
+        if asked.sums is not None:
+            self.add_product(asked.sums, tile, self.head.weight[first:last], self._shrinks)
+
+    def gradient_tile(
+        self, first: int, last: int, stats: Tensor, gains: Tensor, kept: Tensor | None, out: Tensor
+    ) -> None:
+        """Products are made where their gradient will be."""
+        tile = self._products(first, last, out) if kept is None else kept
+        _C.tile_backward(
+            self._tile(tile, first),
+            stats.data_ptr(),
+            gains.data_ptr(),
+            out.data_ptr(),
+            torch.get_num_threads(),
+        )
+
+    def set_labels(self, first: int, label_gains: Tensor, out: Tensor) -> None:
+        """One entry a row at most."""
+        place = self.head.labels - first
+        here = ((place >= 0) & (place < out.shape[1])).nonzero()[:, 0]
+        out[here, place[here]] = label_gains[here].to(out.dtype)
+
+    def add_product(self, sums: Tensor, a: Tensor, b: Tensor, factor: Tensor | None = None) -> None:
+        """sums = factor sums + a @ b: half types by blocks of rows, each product rounded once."""
+        if sums.dtype == a.dtype:
+            if factor is not None:
+                sums.mul_(factor[:, None].to(sums.dtype))
+            torch.addmm(sums, a, b, out=sums)
+            return
+        n, h = sums.shape
+        block = max(1, min(n, _PRODUCT_ELEMENTS // h))
+        out = a.new_empty(block, h)
+        for r in range(0, n, block):
+            rows = slice(r, min(r + block, n))
+            product = torch.mm(a[rows], b, out=out[: rows.stop - r])
+            _mix(sums[rows], product, factor=None if factor is None else factor[rows])
+
+    def add_rows(
+        self, sums: Tensor, source: Tensor, index: Tensor, gain: Tensor, factor: Tensor | None
+    ) -> None:
+        """Source rounded to nothing less."""
+        if source.stride(1) == 1:
+            _mix(sums, source, factor=factor, gain=gain, index=index)
+        else:
+            picked = source.index_select(0, index).contiguous()
+            _mix(sums, picked, factor=factor, gain=gain)
+
+    @staticmethod
+    def scatter(sums: Tensor, gain: Tensor | None, index: Tensor | None, out: Tensor) -> None:
+        """In C++."""
+        n, h = sums.shape
+        _C.scatter(
+            DTYPE_CODES[out.dtype],
+            n,
+            h,
+            sums.data_ptr(),
+            address(gain),
+            address(index),
+            out.data_ptr(),
+            torch.get_num_threads(),
+        )
+
+    def _tile(self, x: Tensor, first: int) -> tuple[Rows, int, int, int, float, float]:
+        """What the kernels need to know of a tile of products."""
+        head = self.head
+        bias = 0 if head.bias is None else head.bias[first:].data_ptr()
+        return rows_of(x), first, head.labels.data_ptr(), bias, head.scale, head.softcap
+
+    def _products(self, first: int, last: int, out: Tensor | None) -> Tensor:
+        """hidden @ weight.T over a tile."""
+        n, v = self.head.hidden.shape[0], self.head.weight.shape[0]
+        if out is None:
+            if self._buffer is None:
+                self._buffer = self.head.hidden.new_empty(n * min(self.tile, v))
+            out = self._buffer[: n * (last - first)].view(n, last - first)
+        return torch.mm(self.head.hidden, self.head.weight[first:last].t(), out=out)
+
+
+def _mix(
+    sums: Tensor,
+    source: Tensor,
+    *,
+    factor: Tensor | None = None,
+    gain: Tensor | None = None,
+    index: Tensor | None = None,
+) -> None:
+    """sums[r] = factor[r] sums[r] + gain[r] source[index[r]], contiguous rows."""
+    n, h = sums.shape
+    _C.mix(
+        DTYPE_CODES[source.dtype],
+        n,
+        h,
+        sums.data_ptr(),
+        address(factor),
+        address(gain),
+        address(index),
+        source.data_ptr(),
+        source.stride(0),
+        torch.get_num_threads(),
+    )

@@ -1,0 +1,216 @@
+"""The row work of a linear head on CUDA: cuBLAS's products, Triton between them.
+
+Products are float32 (float64 of float64), so that logits are never rounded before their
+log-sum-exp, and made in blocks of 1024 rows, the last one filled up with zeros, by tiles of 8192
+ids: they stay in or near the L2 cache, and their shape, by which cuBLAS chooses its kernel, is the
+same for any number of rows.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.torch_version import TorchVersion
+
+from fastadapt._ops.linear.tiles import Asked, Head, RowWork
+from fastadapt._ops.outputs import wide_dtype
+
+TILE = 8192  # ids a tile
+DOUBLE_TILE = 2048  # of float64, as many as a program has registers for
+ROWS = 1024  # of a product: with a tile of ids 32 MiB of float32
+GRADIENT_BYTES = 128 << 20  # of one tile's gradient, where there are so many rows
+LEAST_TILE = 1024
+
+
+def backward_tile(n: int, itemsize: int) -> int:
+    """Ids a tile in the backward, a power of two: fewer for many rows."""
+    width = TILE
+    while width > LEAST_TILE and n * width * itemsize > GRADIENT_BYTES:
+        width //= 2
+    return width
+
+
+class CudaWork(RowWork):
+    """Products in float32 by blocks of rows."""
+
+    tile = TILE
+    rows = ROWS
+
+    def __init__(self, head: Head) -> None:
+        """Room for one block of products, made when it is needed."""
+        super().__init__(head)
+        hidden = head.hidden
+        if hidden.element_size() == 2 and not _has_wide_products():
+            raise RuntimeError(
+                "linear_label_margins: expected torch 2.8 or later for half types on CUDA, "
+                f"got {torch.__version__}"
+            )
+        self._wide = wide_dtype(hidden.dtype)
+        self._block: Tensor | None = None
+        # filled on the device: a tensor made from numbers would be copied there, and waited for
+        numbers = (head.scale, head.softcap or 1.0)
+        self._numbers = torch.cat(
+            [hidden.new_full((1,), number, dtype=torch.float64) for number in numbers]
+        )
+        self._last: Tensor | None = None  # of the blocks of rows, filled up
+        self._exps: Tensor | None = None
+
+    def backward_tile(self) -> int:
+        """As many as keep the gradient of a tile within 128 MiB."""
+        hidden = self.head.hidden
+        return min(self.tile, backward_tile(hidden.shape[0], hidden.element_size()))
+
+    @classmethod
+    def scratch_bytes(cls, n: int, v: int, itemsize: int) -> tuple[int, int]:
+        """A block of products; in the backward the gradient of a tile too."""
+        block = cls.rows * min(cls.tile, v) * max(itemsize, 4)
+        width = min(backward_tile(n, itemsize), cls.tile, v)
+        return block, cls.rows * width * max(itemsize, 4) + n * width * itemsize
+
+    @classmethod
+    def exps_bytes(cls, n: int, v: int, itemsize: int) -> int:
+        """Of a block of rows."""
+        return cls.rows * min(cls.tile, v) * itemsize
+
+    def label_products(self) -> Tensor:
+        """Float32 dot products, float64 from block to block."""
+        from fastadapt._ops.triton import launch_linear
+
+        head = self.head
+        out = head.hidden.new_zeros(head.hidden.shape[0], dtype=torch.float64)
+        if head.weight.shape[0] > 0:
+            weight, index = _contiguous_rows(head.weight, head.rows)
+            launch_linear.dot(head.hidden, weight, index, out)
+        return out
+
+    def sum_tile(self, first: int, last: int, stats: Tensor, asked: Asked) -> None:
+        """Exponentials of a frozen head are rounded to the dtype of the head for their product."""
+        from fastadapt._ops.triton import launch_linear
+
+        weight, v = self.head.weight[first:last], self.head.weight.shape[0]
+        for begin, end in self._blocks():
+            part = slice(begin, end)
+            rows = self._rows(self._products(begin, end, weight), part, first)
+            if asked.sums is None:
+                launch_linear.sum_tile(
+                    rows,
+                    stats[part],
+                    weighted=asked.weighted,
+                    kept=None if asked.kept is None else asked.kept[part],
+                )
+                continue
+            if self._exps is None:
+                self._exps = self.head.hidden.new_empty(self.rows * min(self.tile, v))
+            exps = self._exps[: (end - begin) * (last - first)].view(end - begin, last - first)
+            shrinks = stats.new_empty(end - begin)
+            launch_linear.sum_tile(
+                rows, stats[part], weighted=asked.weighted, shrinks=shrinks, exps=exps
+            )
+            launch_linear.mix(asked.sums[part], asked.sums[part], factors=shrinks)
+            self.add_product(asked.sums[part], exps, weight)
+
+    def gradient_tile(
+        self, first: int, last: int, stats: Tensor, gains: Tensor, kept: Tensor | None, out: Tensor
+    ) -> None:
+        """Products again by blocks of rows, or what was kept, all rows at once."""
+        from fastadapt._ops.triton import launch_linear
+
+        if kept is not None:
+            everything = slice(0, kept.shape[0])
+            launch_linear.gradient_tile(self._rows(kept, everything, first), stats, gains, out)
+            return
+        weight = self.head.weight[first:last]
+        for begin, end in self._blocks():
+            part = slice(begin, end)
+            rows = self._rows(self._products(begin, end, weight), part, first)
+            launch_linear.gradient_tile(rows, stats[part], gains[part], out[part])
+
+    def set_labels(self, first: int, label_gains: Tensor, out: Tensor) -> None:
+        """One launch."""
+        from fastadapt._ops.triton import launch_linear
+
+        launch_linear.set_labels(self.head.labels, label_gains, first, out)
+
+    def add_product(self, sums: Tensor, a: Tensor, b: Tensor) -> None:
+        """In float32, rounded nowhere."""
+        if sums.dtype == a.dtype:
+            torch.addmm(sums, a, b, out=sums)
+        elif _adds_wide_products():
+            torch.addmm(sums, a, b, out_dtype=torch.float32, out=sums)
+        else:
+            sums += torch.mm(a, b, out_dtype=torch.float32)
+
+    def product(self, a: Tensor, b: Tensor, out: Tensor) -> None:
+        """out = a @ b, of half types in float32."""
+        if out.dtype == a.dtype:
+            torch.mm(a, b, out=out)
+        else:
+            torch.mm(a, b, out_dtype=torch.float32, out=out)
+
+    def add_rows(
+        self, sums: Tensor, source: Tensor, index: Tensor, gain: Tensor, factor: Tensor | None
+    ) -> None:
+        """In place."""
+        from fastadapt._ops.triton import launch_linear
+
+        source, index = _contiguous_rows(source, index)
+        launch_linear.mix(sums, sums, factors=factor, source=(gain, source, index))
+
+    @staticmethod
+    def scatter(sums: Tensor, gain: Tensor | None, index: Tensor | None, out: Tensor) -> None:
+        """One read, one write."""
+        from fastadapt._ops.triton import launch_linear
+
+        launch_linear.mix(sums, out, factors=gain, places=index)
+
+    def _blocks(self) -> list[tuple[int, int]]:
+        """First row of each block and the one after its last."""
+        n = self.head.hidden.shape[0]
+        return [(begin, min(begin + self.rows, n)) for begin in range(0, n, self.rows)]
+
+    def _products(self, begin: int, end: int, weight: Tensor) -> Tensor:
+        """hidden @ weight.T of some rows, in a shape that has nothing to do with their number."""
+        hidden = self.head.hidden[begin:end]
+        if end - begin < self.rows:
+            if self._last is None:
+                self._last = hidden.new_zeros(self.rows, hidden.shape[1])
+                self._last[: end - begin] = hidden
+            hidden = self._last
+        if self._block is None:  # the first tile is as wide as any
+            self._block = hidden.new_empty(self.rows * weight.shape[0], dtype=self._wide)
+        out = self._block[: self.rows * weight.shape[0]].view(self.rows, weight.shape[0])
+        self.product(hidden, weight.t(), out)
+        return out[: end - begin]
+
+    def _rows(self, products: Tensor, part: slice, first: int) -> Any:
+        """As the launches take them."""
+        from fastadapt._ops.triton import launch_linear
+
+        head = self.head
+        return launch_linear.Rows(
+            products, first, head.labels[part], head.bias, self._numbers, head.softcap != 0
+        )
+
+
+class DoubleCudaWork(CudaWork):
+    """The same of float64."""
+
+    tile = DOUBLE_TILE
+
+
+def _has_wide_products() -> bool:
+    """Whether this torch has products of half types in float32."""
+    return "dtype_out" in torch.ops.aten.mm.overloads()
+
+
+def _adds_wide_products() -> bool:
+    """Whether this torch adds products of half types to float32 in one call."""
+    return TorchVersion(torch.__version__) >= "2.10"
+
+
+def _contiguous_rows(source: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of which the kernels can read those at an index, and the index."""
+    if source.stride(1) == 1 or source.shape[1] == 1:
+        return source, index
+    picked = source.index_select(0, index).contiguous()
+    return picked, torch.arange(len(index), device=index.device)

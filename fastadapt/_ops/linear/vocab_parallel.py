@@ -1,0 +1,160 @@
+"""A head split over ranks by vocabulary: its slices, and the few sums that the ranks exchange.
+
+Torch's functional collectives, by the group's name. What decides a margin is gathered and folded
+in the order of the ranks, so that every rank has the same bits whatever the backend.
+"""
+
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
+
+import torch
+from torch import Tensor
+
+from fastadapt._ops.outputs import NUM_STATS
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
+
+_MAX, _SUM, _WEIGHTED, _LABEL = range(NUM_STATS)  # csrc/kernels.h, Stat
+
+
+class Slice(NamedTuple):
+    """This rank's part of a head."""
+
+    hidden: Tensor
+    weight: Tensor
+    labels: Tensor
+    bias: Tensor | None
+    group: str | None  # its name; None: the head is whole
+    span: Tensor | None  # (2,) int64: the first id of the slice, and the size of the whole
+
+
+def split_head(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    group: "ProcessGroup | None",
+) -> Slice:
+    """The local parts of the inputs and, if the head is split, where its slice lies.
+
+    Raises:
+        RuntimeError: a group without torch.distributed.
+        TypeError: something else than a process group.
+        ValueError: a DTensor of another placement or mesh, a group that this rank is not in.
+    """
+    mesh = None
+    if _is_distributed(weight):
+        mesh = weight.device_mesh
+    hidden, labels = (
+        _local(name, x, mesh, "Replicate") for name, x in (("hidden", hidden), ("labels", labels))
+    )
+    weight = _local("weight", weight, mesh, "Shard(0)")
+    bias = None if bias is None else _local("bias", bias, mesh, "Shard(0)")
+    if group is not None:
+        _check_group(group)
+    if mesh is not None:
+        of_mesh = mesh.get_group()
+        if group is not None and group.group_name != of_mesh.group_name:
+            raise ValueError(
+                f"group: expected that of the weight's mesh, {of_mesh.group_name!r}, or None, "
+                f"got {group.group_name!r}"
+            )
+        group = of_mesh
+    if group is None:
+        return Slice(hidden, weight, labels, bias, None, None)
+    sizes = _gather(labels.new_full((1,), weight.shape[0]), group.group_name)[:, 0]
+    first = sizes[: group.rank()].sum()
+    return Slice(hidden, weight, labels, bias, group.group_name, torch.stack([first, sizes.sum()]))
+
+
+def merge_stats(stats: Tensor, own: Tensor, labels: Tensor, group: str) -> tuple[Tensor, Tensor]:
+    """Statistics over the whole vocabulary, and whether a rank has the row's label.
+
+    A label that the ranks do not agree on counts as nobody's; on the CPU it is an error.
+
+    Args:
+        stats: (N, 4) float64, of this rank's slice; the label's logit 0 where it is elsewhere.
+        own: (N,) bool, the label is in this slice.
+        labels: (N,) int64.
+        group: its name.
+    """
+    mine = torch.cat([stats, own[:, None].double(), labels[:, None].double()], 1)
+    parts = _gather(mine, group)  # (ranks, N, NUM_STATS + 2)
+    agreed = (parts[..., -1] == parts[0, :, -1]).all(0)
+    if labels.device.type == "cpu" and not bool(agreed.all()):
+        row = int(agreed.logical_not().nonzero()[0])
+        got = [int(label) for label in parts[:, row, -1]]
+        raise ValueError(
+            f"labels: expected the same on all ranks of the group, got {got} in {row=}"
+        )
+    tops = parts[..., _MAX]
+    top = tops.amax(0)
+    some = tops != float("-inf")
+    shift = torch.where(some, tops - top, 0.0)
+    factor = torch.where(some, shift.exp(), 0.0)
+    mass = parts[..., _SUM]
+    weighted = torch.where(some, parts[..., _WEIGHTED] + mass * shift, 0.0)
+    merged = torch.stack(
+        [top, (factor * mass).sum(0), (factor * weighted).sum(0), parts[..., _LABEL].sum(0)], 1
+    )
+    return merged, agreed & (parts[..., NUM_STATS].sum(0) == 1)
+
+
+def sum_over_ranks(x: Tensor, group: str) -> Tensor:
+    """The sum, the same on every rank."""
+    collectives = torch.ops._c10d_functional
+    out: Tensor = collectives.wait_tensor(collectives.all_reduce(x, "sum", group))
+    return out
+
+
+def _gather(x: Tensor, group: str) -> Tensor:
+    """(ranks, *x.shape)."""
+    from torch.distributed.distributed_c10d import _get_group_size_by_name
+
+    name: Any = group
+    ranks = _get_group_size_by_name(name)
+    collectives = torch.ops._c10d_functional
+    parts = collectives.all_gather_into_tensor(x.contiguous(), ranks, group)
+    out: Tensor = collectives.wait_tensor(parts)
+    return out.view(ranks, *x.shape)
+
+
+def _check_group(group: object) -> None:
+    """Whether this process is a member of it."""
+    import torch.distributed as dist
+
+    if not dist.is_available() or not dist.is_initialized():
+        raise RuntimeError("group: expected torch.distributed to be initialised, it is not")
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"group: expected a ProcessGroup or None, got {type(group).__name__}")
+    if dist.get_rank(group) < 0:
+        raise ValueError("group: expected one that this rank is a member of")
+
+
+def _is_distributed(x: object) -> "TypeGuard[DTensor]":
+    """Whether it is a DTensor, without loading that class for those that are not."""
+    if not isinstance(x, Tensor) or type(x) in (Tensor, torch.nn.Parameter):
+        return False
+    if not torch.distributed.is_available():
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(x, DTensor)
+
+
+def _local(name: str, x: Tensor, mesh: "DeviceMesh | None", placement: str) -> Tensor:
+    """This rank's part of a DTensor; its gradient is a DTensor of the same placement."""
+    if not _is_distributed(x):
+        return x
+    from torch.distributed.tensor import Replicate, Shard
+
+    expected = Replicate() if placement == "Replicate" else Shard(0)
+    got = x.placements
+    if got != (expected,):
+        raise ValueError(f"{name}: expected a DTensor placed as ({placement},), got {got}")
+    if x.device_mesh != mesh:
+        raise ValueError(f"{name}: expected a DTensor on the mesh of weight, {mesh}")
+    local: Tensor = x.to_local(grad_placements=got)
+    return local

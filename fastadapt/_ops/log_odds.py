@@ -1,0 +1,172 @@
+"""The operators under the losses that take logits: margins of labels and of candidates.
+
+As in `sampling`: one schema each, chosen by device; arguments come checked and folded by
+`fastadapt.log_odds`.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastadapt import _C
+from fastadapt._ops import log_odds_cuda
+from fastadapt._ops.outputs import Pair, candidate_outputs, label_outputs
+from fastadapt._ops.sampling import (
+    Implementations,
+    check_ids,
+    no_double_backward,
+    register,
+    rows_of,
+)
+
+_library = torch.library.Library("fastadapt", "FRAGMENT")
+_library.define("label_margins(Tensor logits, Tensor labels, int ignore_index) -> (Tensor, Tensor)")
+_library.define(
+    "label_margins_backward(Tensor dmargins, Tensor logits, Tensor labels, int ignore_index,"
+    " Tensor stats) -> Tensor"
+)
+_library.define("candidate_margins(Tensor logits, Tensor index, Tensor? mask) -> (Tensor, Tensor)")
+_library.define(
+    "candidate_margins_backward(Tensor dmargins, Tensor logits, Tensor index, Tensor? mask,"
+    " Tensor stats) -> Tensor"
+)
+
+
+def address(tensor: Tensor | None) -> int:
+    """0 for none."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _label_margins_cpu(logits: Tensor, labels: Tensor, ignore_index: int) -> Pair:
+    """One read of the logits."""
+    check_ids("labels", labels, logits.shape[1], ignore_index)
+    margins, stats = out = label_outputs(logits)
+    _C.label_margins(
+        rows_of(logits),
+        labels.data_ptr(),
+        ignore_index,
+        margins.data_ptr(),
+        stats.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def _label_margins_backward_cpu(
+    dmargins: Tensor, logits: Tensor, labels: Tensor, ignore_index: int, stats: Tensor
+) -> Tensor:
+    """One read of the logits, one write of their gradient."""
+    out = logits.new_empty(logits.shape)
+    dmargins = dmargins.contiguous()  # a name of its own: a temporary would be freed too early
+    _C.label_margins_backward(
+        rows_of(logits),
+        labels.data_ptr(),
+        ignore_index,
+        dmargins.data_ptr(),
+        stats.data_ptr(),
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def _candidate_margins_cpu(logits: Tensor, index: Tensor, mask: Tensor | None) -> Pair:
+    """Two reads of the logits, the second from cache."""
+    used = index if mask is None else torch.where(mask, index, 0)
+    if index.numel():
+        check_ids("index", used, logits.shape[1], None)
+    margins, stats = out = candidate_outputs(logits, index)
+    _C.candidate_margins(
+        rows_of(logits),
+        index.shape[1],
+        index.data_ptr(),
+        address(mask),
+        margins.data_ptr(),
+        stats.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def _candidate_margins_backward_cpu(
+    dmargins: Tensor, logits: Tensor, index: Tensor, mask: Tensor | None, stats: Tensor
+) -> Tensor:
+    """One read of the logits, one write of their gradient."""
+    out = logits.new_empty(logits.shape)
+    dmargins = dmargins.contiguous()
+    _C.candidate_margins_backward(
+        rows_of(logits),
+        index.shape[1],
+        index.data_ptr(),
+        address(mask),
+        dmargins.data_ptr(),
+        stats.data_ptr(),
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def _save_label(ctx: Any, inputs: tuple[Any, ...], output: Pair) -> None:
+    """Keeps the logits and four numbers a row."""
+    logits, labels, ctx.ignore_index = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(logits, labels, output[1])
+
+
+def _label_gradient(ctx: Any, dmargins: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    """dL/dlogits = dL/dm (onehot(y) - q)."""
+    logits, labels, stats = ctx.saved_tensors
+    dlogits = torch.ops.fastadapt.label_margins_backward(
+        dmargins, logits, labels, ctx.ignore_index, stats
+    )
+    return dlogits, None, None
+
+
+def _save_candidates(ctx: Any, inputs: tuple[Any, ...], output: Pair) -> None:
+    """Keeps the logits and four numbers a row."""
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*inputs, output[1])
+
+
+def _candidate_gradient(ctx: Any, dmargins: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    """dL/dlogits = sum over candidates of dL/dm_c (onehot(c) - q_c)."""
+    dlogits = torch.ops.fastadapt.candidate_margins_backward(dmargins, *ctx.saved_tensors)
+    return dlogits, None, None
+
+
+def _register() -> None:
+    """Implementations, fakes and autograd."""
+    implementations: Implementations = {
+        "label_margins": (_label_margins_cpu, lambda x, labels, ignore_index: label_outputs(x)),
+        "label_margins_backward": (
+            _label_margins_backward_cpu,
+            lambda dmargins, x, *_: x.new_empty(x.shape),
+        ),
+        "candidate_margins": (
+            _candidate_margins_cpu,
+            lambda x, index, mask: candidate_outputs(x, index),
+        ),
+        "candidate_margins_backward": (
+            _candidate_margins_backward_cpu,
+            lambda dmargins, x, *_: x.new_empty(x.shape),
+        ),
+    }
+    register(_library, implementations, log_odds_cuda)
+    gradients = {
+        "label_margins": (_label_gradient, _save_label),
+        "candidate_margins": (_candidate_gradient, _save_candidates),
+    }
+    for name, (gradient, save) in gradients.items():
+        torch.library.register_autograd(
+            f"fastadapt::{name}", gradient, setup_context=save, lib=_library
+        )
+        torch.library.register_autograd(
+            f"fastadapt::{name}_backward", no_double_backward("label margins"), lib=_library
+        )
+
+
+_register()
+label_margins = torch.ops.fastadapt.label_margins
+candidate_margins = torch.ops.fastadapt.candidate_margins

@@ -1,0 +1,63 @@
+"""The operators of margins of logits for CUDA tensors.
+
+`plan`, a `triton.launch_losses.Plan`, is for tests as in `sampling_cuda`.
+"""
+
+from typing import Any
+
+from torch import Tensor
+
+from fastadapt._ops.outputs import Pair, candidate_outputs, label_outputs
+from fastadapt._ops.sampling_cuda import filled
+
+
+def label_margins(logits: Tensor, labels: Tensor, ignore_index: int, *, plan: Any = None) -> Pair:
+    """One read of the logits."""
+    from fastadapt._ops.triton import launch_losses
+
+    arguments = logits, labels, ignore_index
+    return filled(label_outputs(logits), launch_losses.label_margins, *arguments, plan=plan)
+
+
+def label_margins_backward(
+    dmargins: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+    stats: Tensor,
+    *,
+    plan: Any = None,
+) -> Tensor:
+    """One read of the logits, one write of their gradient."""
+    from fastadapt._ops.triton import launch_losses
+
+    out = logits.new_empty(logits.shape)
+    arguments = dmargins.contiguous(), logits, labels, ignore_index, stats
+    return filled(out, launch_losses.label_margins_backward, *arguments, plan=plan)
+
+
+def candidate_margins(
+    logits: Tensor, index: Tensor, mask: Tensor | None, *, plan: Any = None
+) -> Pair:
+    """One read of the logits."""
+    from fastadapt._ops.triton import launch_losses
+
+    out = candidate_outputs(logits, index)
+    return filled(out, launch_losses.candidate_margins, logits, index, mask, plan=plan)
+
+
+def candidate_margins_backward(
+    dmargins: Tensor,
+    logits: Tensor,
+    index: Tensor,
+    mask: Tensor | None,
+    stats: Tensor,
+    *,
+    plan: Any = None,
+) -> Tensor:
+    """One read of the logits, one write of their gradient; the candidates' own entries after it."""
+    from fastadapt._ops.triton import launch_losses
+
+    out = logits.new_empty(logits.shape)
+    arguments = dmargins.contiguous(), logits, index, mask, stats
+    return filled(out, launch_losses.candidate_margins_backward, *arguments, plan=plan)

@@ -1,0 +1,257 @@
+"""The operators of sampling: one schema each, CPU implementations, fakes and autograd.
+
+PyTorch's dispatcher chooses the implementation by device. Inputs arrive checked and folded by
+`sampling`; rows may have any stride, the last dimension is contiguous. Knobs are the packed
+(8, R) float64 tensor of an `Adaptor`, and an order is its `law_code`. Operators without a gradient
+fall through autograd: their outputs are detached.
+"""
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastadapt import _C
+from fastadapt._ops import sampling_cuda
+from fastadapt._ops.law_code import order_of
+from fastadapt._ops.outputs import Margins, Scores, margin_outputs, sample_outputs, score_outputs
+
+MAX_ADAPTORS = 256  # csrc/kernels.h
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+
+_library = torch.library.Library("fastadapt", "DEF")
+_library.define("filter_logits(Tensor logits, Tensor knobs, int order) -> Tensor")
+_library.define(
+    "sample(Tensor logits, Tensor knobs, int order, Tensor seeds, Tensor? positions,"
+    " bool base_logprobs, bool log_mass, int top_n) -> Tensor[]"
+)
+_library.define(
+    "score(Tensor logits, Tensor tokens, Tensor[] knobs, int[] orders, int ignore_index)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+_library.define(
+    "adapted_margins(Tensor logits, Tensor tokens, Tensor knobs, int order, int ignore_index)"
+    " -> (Tensor, Tensor, Tensor)"
+)
+_library.define(
+    "adapted_margins_backward(Tensor dmargins, Tensor logits, Tensor tokens, Tensor knobs,"
+    " int order, int ignore_index, Tensor support, Tensor stats) -> Tensor"
+)
+
+Rows = tuple[int, int, int, int, int]
+Implementations = dict[str, tuple[Callable[..., object], Callable[..., object]]]
+
+
+def rows_of(logits: Tensor) -> Rows:
+    """What the kernels need to know of (N, V) logits."""
+    n, v = logits.shape
+    return logits.data_ptr(), DTYPE_CODES[logits.dtype], n, v, logits.stride(0)
+
+
+def _knobs(knobs: Tensor, order: int) -> tuple[int, int, int]:
+    """What the kernels need to know of packed knobs."""
+    return knobs.data_ptr(), knobs.shape[1], order_of(order)
+
+
+def check_ids(name: str, ids: Tensor, v: int, ignore_index: int | None) -> None:
+    """Raises for the first entry that is neither an id nor the ignored one."""
+    ignored = 0 if ignore_index is None else ignore_index
+    at = _C.first_bad_token(ids.data_ptr(), ids.numel(), v, ignored)
+    if at >= 0:
+        got, row = int(ids.view(-1)[at]), at // ids[0].numel()
+        expected = f"[0, {v})" if ignore_index is None else f"[0, {v}) or {ignore_index}"
+        raise ValueError(f"{name}: expected ids in {expected}, got {got} in {row=}")
+
+
+def _filter_logits_cpu(logits: Tensor, knobs: Tensor, order: int) -> Tensor:
+    """(N, V) in the dtype of the logits."""
+    out = logits.new_empty(logits.shape)
+    _C.filter(rows_of(logits), _knobs(knobs, order), out.data_ptr(), torch.get_num_threads())
+    return out
+
+
+def _sample_cpu(
+    logits: Tensor,
+    knobs: Tensor,
+    order: int,
+    seeds: Tensor,
+    positions: Tensor | None,
+    base_logprobs: bool,
+    log_mass: bool,
+    top_n: int,
+) -> list[Tensor]:
+    """Allocates only what was asked for."""
+    out = sample_outputs(logits, base_logprobs, log_mass, top_n)
+    tokens, logprobs, kept, status = (t.data_ptr() for t in out[:4])
+    base = out[4].data_ptr() if base_logprobs else 0
+    mass = out[4 + base_logprobs].data_ptr() if log_mass else 0
+    top_ids, top_logprobs, rank = (t.data_ptr() for t in out[-3:]) if top_n else (0, 0, 0)
+    _C.sample(
+        rows_of(logits),
+        _knobs(knobs, order),
+        seeds.data_ptr(),
+        0 if positions is None else positions.data_ptr(),
+        tokens,
+        logprobs,
+        kept,
+        status,
+        base,
+        mass,
+        top_n,
+        top_ids,
+        top_logprobs,
+        rank,
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def _score_cpu(
+    logits: Tensor, tokens: Tensor, knobs: list[Tensor], orders: list[int], ignore_index: int
+) -> Scores:
+    """One visit of each row for all adaptors."""
+    check_ids("tokens", tokens, logits.shape[1], ignore_index)
+    out = score_outputs(logits, len(knobs))
+    logprobs, log_norm, kept, base_logprobs, entropy = (t.data_ptr() for t in out)
+    _C.score(
+        rows_of(logits),
+        [_knobs(k, o) for k, o in zip(knobs, orders, strict=True)],
+        tokens.data_ptr(),
+        ignore_index,
+        logprobs,
+        log_norm,
+        kept,
+        base_logprobs,
+        entropy,
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def _adapted_margins_cpu(
+    logits: Tensor, tokens: Tensor, knobs: Tensor, order: int, ignore_index: int
+) -> Margins:
+    """Forward; the last two outputs are what the backward needs."""
+    check_ids("tokens", tokens, logits.shape[1], ignore_index)
+    out = margin_outputs(logits)
+    margins, support, stats = (t.data_ptr() for t in out)
+    _C.margins(
+        rows_of(logits),
+        _knobs(knobs, order),
+        tokens.data_ptr(),
+        ignore_index,
+        margins,
+        support,
+        stats,
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def _adapted_margins_backward_cpu(
+    dmargins: Tensor,
+    logits: Tensor,
+    tokens: Tensor,
+    knobs: Tensor,
+    order: int,
+    ignore_index: int,
+    support: Tensor,
+    stats: Tensor,
+) -> Tensor:
+    """One read of the logits, one write of their gradient."""
+    out = logits.new_empty(logits.shape)
+    dmargins = dmargins.contiguous()  # a name of its own: a temporary would be freed too early
+    _C.margins_backward(
+        rows_of(logits),
+        _knobs(knobs, order),
+        tokens.data_ptr(),
+        ignore_index,
+        dmargins.data_ptr(),
+        support.data_ptr(),
+        stats.data_ptr(),
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def _save_for_margins(ctx: Any, inputs: tuple[Any, ...], output: Margins) -> None:
+    """Keeps the logits and one bit a token."""
+    logits, tokens, knobs, ctx.order, ctx.ignore_index = inputs
+    _, support, stats = output
+    ctx.mark_non_differentiable(support, stats)
+    ctx.set_materialize_grads(False)  # else the backward gets zeros as large as the support
+    ctx.save_for_backward(logits, tokens, knobs, support, stats)
+
+
+def _margins_gradient(ctx: Any, dmargins: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    """dL/dlogits = dL/dm / T * (onehot(y) - q)."""
+    if dmargins is None:
+        return (None,) * 5
+    logits, tokens, knobs, support, stats = ctx.saved_tensors
+    dlogits = torch.ops.fastadapt.adapted_margins_backward(
+        dmargins, logits, tokens, knobs, ctx.order, ctx.ignore_index, support, stats
+    )
+    return dlogits, None, None, None, None
+
+
+def no_double_backward(name: str) -> Callable[..., None]:
+    """The gradient of a backward: without it, autograd would return zeros."""
+
+    def refuse(ctx: Any, *_: Tensor) -> None:
+        raise RuntimeError(f"{name}: expected a first-order gradient, got a double backward")
+
+    return refuse
+
+
+def register(
+    library: torch.library.Library,
+    implementations: Implementations,
+    cuda: ModuleType | None = None,
+) -> None:
+    """Registers each operator of a library: for the CPU, for CUDA by its name, and its fake."""
+    for name, (cpu, fake) in implementations.items():
+        library.impl(name, cpu, "CPU")
+        if cuda is not None:
+            library.impl(name, getattr(cuda, name), "CUDA")
+        torch.library.register_fake(f"fastadapt::{name}", fake, lib=library)
+
+
+def _register() -> None:
+    """Implementations, fakes and autograd of every operator."""
+    implementations: Implementations = {
+        "filter_logits": (_filter_logits_cpu, lambda x, knobs, order: x.new_empty(x.shape)),
+        "sample": (
+            _sample_cpu,
+            lambda x, knobs, order, seeds, positions, *asked: sample_outputs(x, *asked),
+        ),
+        "score": (
+            _score_cpu,
+            lambda x, tokens, knobs, orders, ignore_index: score_outputs(x, len(knobs)),
+        ),
+        "adapted_margins": (
+            _adapted_margins_cpu,
+            lambda x, tokens, knobs, order, ignore_index: margin_outputs(x),
+        ),
+        "adapted_margins_backward": (
+            _adapted_margins_backward_cpu,
+            lambda dmargins, x, *_: x.new_empty(x.shape),
+        ),
+    }
+    register(_library, implementations, sampling_cuda)
+    for name in ("filter_logits", "sample", "score"):
+        _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
+    torch.library.register_autograd(
+        "fastadapt::adapted_margins",
+        _margins_gradient,
+        setup_context=_save_for_margins,
+        lib=_library,
+    )
+    torch.library.register_autograd(
+        "fastadapt::adapted_margins_backward", no_double_backward("adapted_margins"), lib=_library
+    )
+
+
+_register()

@@ -1,0 +1,231 @@
+"""The draw: a row is decided, and a token of its survivors is found by its running mass.
+
+First every row is tried by its list alone, then the rows for which that does not do; of rows whose
+survivors no list holds, the masses are summed by many programs, the last of which draws.
+"""
+
+import triton
+import triton.language as tl
+
+from fastadapt._ops.triton.arithmetic import LAST_ID, draw_target, keys, log_mass, masses, ranks
+from fastadapt._ops.triton.bundles import Outcome, Row
+from fastadapt._ops.triton.decide import decide, found_of, held_of, tokens_of
+from fastadapt._ops.triton.rows import (
+    DECIDED,
+    LAW_SIZE,
+    LAW_STATUS,
+    MARK_ALL_MASS,
+    MARK_STATE,
+    MARK_SUMMED,
+    OK,
+    TEMPERATURE,
+    UNDECIDED,
+    UNSUMMED,
+    inverse_of,
+    knobs_of,
+    largest_of,
+    load_knob,
+    load_law,
+    load_scaled,
+    marks_of,
+    only_cut,
+    row_at,
+    store_law,
+    survives,
+)
+
+NOTHING = tl.constexpr(2**63 - 1)
+ID_SHIFT = tl.constexpr(41)  # over a mass; ids have 22 bits
+MASS_BITS = tl.constexpr((1 << 41) - 1)
+
+
+@triton.jit
+def _first_in_list(row, law, found, target, sizes):
+    """The first survivor of a list, by id, whose running mass exceeds a target."""
+    s, own_ids = tokens_of(found, sizes)
+    alive = survives(s, own_ids, row.m, law)
+    mass = tl.where(alive, masses(s - row.m), 0)
+    if sizes.ALONE:
+        packed = tl.where(alive, (own_ids.to(tl.int64) << ID_SHIFT) + mass, NOTHING)
+        packed = tl.sort(packed)
+        there = packed != NOTHING
+        running = tl.cumsum(tl.where(there, packed & MASS_BITS, 0), 0)
+        ids = (packed >> ID_SHIFT).to(tl.int32)
+        token = tl.min(tl.where(there & (running > target), ids, LAST_ID), 0)
+    else:  # of a long list halving ids takes a third of the time
+        token = tl.full([], 0, tl.int32)
+        last = token + row.v - 1
+        while token < last:
+            middle = (token + last) // 2
+            beyond = tl.sum(tl.where(own_ids <= middle, mass, 0), 0) > target
+            last = tl.where(beyond, middle, last)
+            token = tl.where(beyond, token, middle + 1)
+    return token
+
+
+@triton.jit
+def _first_by_blocks(row, law, sums, blocks, target, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
+    """The same by the masses of blocks, and then of one block's tokens."""
+    at = tl.arange(0, BLOCKS)
+    mass = tl.load(sums + at, mask=at < blocks, other=0)
+    running = tl.cumsum(mass, 0)
+    block = tl.sum(((running <= target) & (at < blocks)).to(tl.int32), 0)
+    before = tl.sum(tl.where(at < block, mass, 0), 0)
+    ids = block * BLOCK + tl.arange(0, BLOCK)
+    s = load_scaled(row, ids)
+    mass = tl.where(survives(s, ids, row.m, law), masses(s - row.m), 0)
+    return tl.min(tl.where(before + tl.cumsum(mass, 0) > target, ids, LAST_ID), 0)
+
+
+@triton.jit
+def _target(chance, at, total, asked):
+    """What a row's running mass must exceed."""
+    position = tl.full([], 0, tl.int64)
+    if asked.POSITIONS:
+        position = tl.load(chance.positions + at)
+    return draw_target(tl.load(chance.seeds + at), position, total)
+
+
+@triton.jit
+def _store_drawn(parts, weights, out, at, row, outcome, asked, sizes):
+    """All fields of a row whose token is known; a bad row has none."""
+    nan = row.m * 0.0 + float("nan")
+    logprob, base, log_kept = nan, nan, nan
+    token = outcome.token
+    if outcome.status == OK:
+        x = tl.load(row.logits + token, mask=token < row.v, other=float("nan")).to(tl.float32)
+        of_kept = log_mass(outcome.total)
+        logprob = x * row.inverse
+        logprob = (logprob.to(tl.float64) - row.m.to(tl.float64) - of_kept).to(tl.float32)
+        if asked.LOG_MASS:
+            log_kept = (of_kept - log_mass(outcome.all_mass)).to(tl.float32)
+            log_kept = tl.where(outcome.greedy, 0.0, log_kept)
+        if asked.BASE:
+            m1 = largest_of(parts, at, sizes.SPLITS)
+            j = tl.arange(0, sizes.BLOCKS)
+            masses1 = weights.base_sums + at.to(tl.int64) * weights.blocks + j
+            of_all = log_mass(tl.sum(tl.load(masses1, mask=j < weights.blocks, other=0), 0))
+            base = (x.to(tl.float64) - m1.to(tl.float64) - of_all).to(tl.float32)
+    tl.store(out.tokens + at, token.to(tl.int64))
+    tl.store(out.logprobs + at, logprob)
+    tl.store(out.kept + at, tl.where(outcome.status == OK, outcome.kept, 0))
+    tl.store(out.status + at, outcome.status.to(tl.uint8))
+    if asked.BASE:
+        tl.store(out.base_logprobs + at, base)
+    if asked.LOG_MASS:
+        tl.store(out.log_masses + at, log_kept)
+
+
+@triton.jit
+def _try_row(rows, adaptors, parts, lists, weights, laws, chance, out, at, held, asked, sizes):
+    """Decides a row and draws from it, or leaves that to others; the state in which it is then."""
+    j = tl.arange(0, sizes.BLOCKS)
+    here = weights.sums + at.to(tl.int64) * weights.blocks
+    all_mass = tl.full([], 0, tl.int64)
+    if asked.LOG_MASS:  # before the blocks become those of the survivors
+        all_mass = tl.sum(tl.load(here + j, mask=j < weights.blocks, other=0), 0)
+    found = found_of(lists, at, held, sizes)
+    decided = decide(rows, adaptors, parts, lists, weights, at, found, asked, sizes)
+    row, status, state = decided.row, decided.status, decided.state
+    total, kept = decided.total, decided.kept
+    if (state == UNSUMMED) & held.counted:  # but for the kept of the bracket
+        here = weights.kept_sums + at.to(tl.int64) * weights.blocks
+        number = weights.finite + at.to(tl.int64) * weights.blocks
+        s, ids = tokens_of(found, sizes)
+        alive = survives(s, ids, row.m, decided.law)
+        mass = masses(s - row.m)
+        tl.atomic_add(here + ids // sizes.BLOCK, mass, mask=alive, sem="relaxed")
+        kept = tl.sum(tl.load(number + j, mask=j < weights.blocks, other=0), 0)
+        kept += tl.sum(alive.to(tl.int32), 0)
+        tl.debug_barrier()
+        total = tl.sum(tl.load(here + j, mask=j < weights.blocks, other=0), 0)
+        state = tl.full([], 0, tl.int32) + DECIDED
+    token = tl.full([], -1, tl.int32)
+    if (status == OK) & (state == DECIDED):
+        target = _target(chance, at, total, asked)
+        if decided.inside:
+            token = _first_in_list(row, decided.law, found, target, sizes)
+        else:
+            tl.debug_barrier()  # masses of blocks that other threads stored
+            token = _first_by_blocks(
+                row, decided.law, here, weights.blocks, target, sizes.BLOCK, sizes.BLOCKS
+            )
+    if state == DECIDED:
+        outcome = Outcome(status, decided.greedy, kept, total, all_mass, token)
+        _store_drawn(parts, weights, out, at, row, outcome, asked, sizes)
+    if state == UNSUMMED:
+        store_law(laws + at.to(tl.int64) * LAW_SIZE, decided.law, status)
+        tl.store(marks_of(lists, at) + MARK_ALL_MASS, all_mass)
+    return state
+
+
+@triton.jit
+def short_kernel(rows, adaptors, parts, lists, weights, laws, chance, out, asked, sizes):
+    """Decides the rows whose lists are short, and draws from them."""
+    at = tl.program_id(0)
+    _, knobs = knobs_of(adaptors, at)
+    held = held_of(lists, at, knobs, sizes)
+    state = tl.full([], 0, tl.int32) + UNDECIDED
+    if held.number <= sizes.LIST:
+        state = _try_row(
+            rows, adaptors, parts, lists, weights, laws, chance, out, at, held, asked, sizes
+        )
+    tl.store(marks_of(lists, at) + MARK_STATE, state.to(tl.int64))
+
+
+@triton.jit
+def long_kernel(rows, adaptors, parts, lists, weights, laws, chance, out, asked, sizes):
+    """Decides the rows that are left: by longer lists, or where none does by the row itself."""
+    at = tl.program_id(0)
+    marks = marks_of(lists, at)
+    if tl.load(marks + MARK_STATE) == UNDECIDED:
+        _, knobs = knobs_of(adaptors, at)
+        held = held_of(lists, at, knobs, sizes)
+        state = _try_row(
+            rows, adaptors, parts, lists, weights, laws, chance, out, at, held, asked, sizes
+        )
+        tl.store(marks + MARK_STATE, state.to(tl.int64))
+
+
+@triton.jit
+def sum_kernel(
+    rows, adaptors, parts, lists, weights, laws, chance, out, asked, sizes, TOGETHER: tl.constexpr
+):
+    """Sums the survivors of a decided row by block; who is last of a row draws from it."""
+    at, some = tl.program_id(0), tl.program_id(1)
+    marks = marks_of(lists, at)
+    if tl.load(marks + MARK_STATE) == UNSUMMED:
+        _, knobs = knobs_of(adaptors, at)
+        temperature = load_knob(knobs, TEMPERATURE)
+        inverse = inverse_of(temperature)
+        m = largest_of(parts, at, sizes.SPLITS) * inverse + 0.0
+        row = Row(row_at(rows, at), rows.v, inverse, m)
+        laws += at.to(tl.int64) * LAW_SIZE
+        law = load_law(laws)
+        first = at.to(tl.int64) * weights.blocks
+        block = some * TOGETHER + tl.arange(0, TOGETHER)
+        there = block < weights.blocks
+        ids = block[:, None] * sizes.BLOCK + tl.arange(0, sizes.BLOCK)[None, :]
+        s = load_scaled(row, ids)
+        if only_cut(law):
+            alive = ranks(keys(s), ids) >= law.cut
+        else:
+            alive = survives(s, ids, m, law)
+        tl.store(
+            weights.sums + first + block, tl.sum(tl.where(alive, masses(s - m), 0), 1), mask=there
+        )
+        tl.store(weights.finite + first + block, tl.sum(alive.to(tl.int32), 1), mask=there)
+        tl.debug_barrier()
+        if tl.atomic_add(marks + MARK_SUMMED, 1, sem="acq_rel") == tl.num_programs(1) - 1:
+            j = tl.arange(0, sizes.BLOCKS)
+            here = j < weights.blocks
+            total = tl.sum(tl.load(weights.sums + first + j, mask=here, other=0), 0)
+            kept = tl.sum(tl.load(weights.finite + first + j, mask=here, other=0), 0)
+            status = tl.load(laws + LAW_STATUS).to(tl.int32)
+            target = _target(chance, at, total, asked)
+            token = _first_by_blocks(
+                row, law, weights.sums + first, weights.blocks, target, sizes.BLOCK, sizes.BLOCKS
+            )
+            all_mass = tl.load(marks + MARK_ALL_MASS)
+            outcome = Outcome(status, temperature == 0, kept, total, all_mass, token)
+            _store_drawn(parts, weights, out, at, row, outcome, asked, sizes)

@@ -1,0 +1,162 @@
+"""What the row work of a linear head calls for CUDA tensors. Nothing here synchronises."""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastadapt._ops.triton import linear
+
+# 8 warps for a row of a tile have hardly the registers
+BY_TILE: dict[str, int | bool] = {"num_warps": 16, "enable_fp_fusion": False}
+BY_ROW: dict[str, int | bool] = {"num_warps": 4, "enable_fp_fusion": False}
+ROW_BLOCK = 1024  # numbers of a row of hidden states at a time
+LABEL_BLOCK = 256  # labels of a program
+
+
+class Rows(NamedTuple):
+    """Products of some rows with a tile of the head, and how they become logits."""
+
+    products: Tensor  # (n, width), contiguous rows of any stride
+    first: int
+    labels: Tensor  # (n,)
+    bias: Tensor | None  # (V,)
+    numbers: Tensor  # (2,) float64: the scale, the softcap
+    capped: bool
+
+
+def _tile(rows: Rows) -> linear.Tile:
+    """As the kernels take it."""
+    x = rows.products
+    bias = x if rows.bias is None else rows.bias  # not read where there is none
+    return linear.Tile(x, x.stride(0), rows.first, x.shape[1], rows.labels, bias, rows.numbers)
+
+
+def _kind(
+    rows: Rows, *, weighted: bool = False, exps: bool = False, keep: bool = False
+) -> linear.Kind:
+    """What is compiled."""
+    values = (
+        rows.bias is not None,
+        rows.capped,
+        weighted,
+        exps,
+        keep,
+        rows.products.dtype == torch.float64,
+        triton.next_power_of_2(rows.products.shape[1]),
+    )
+    return linear.Kind(*(tl.constexpr(value) for value in values))
+
+
+def sum_tile(
+    rows: Rows,
+    stats: Tensor,
+    *,
+    weighted: bool,
+    shrinks: Tensor | None = None,
+    exps: Tensor | None = None,
+    kept: Tensor | None = None,
+) -> None:
+    """Takes a tile into the statistics; `shrinks` and `exps` together or not at all."""
+    n = rows.products.shape[0]
+    if n == 0:
+        return
+    linear.tile_sum_kernel[(n,)](
+        _tile(rows),
+        stats,
+        stats if shrinks is None else shrinks,
+        rows.products if exps is None else exps,
+        rows.products if kept is None else kept,
+        0 if kept is None else kept.stride(0),
+        _kind(rows, weighted=weighted, exps=exps is not None, keep=kept is not None),
+        **BY_TILE,
+    )
+
+
+def gradient_tile(rows: Rows, stats: Tensor, gains: Tensor, out: Tensor) -> None:
+    """The gradient of a tile's products."""
+    n = rows.products.shape[0]
+    if n == 0:
+        return
+    linear.tile_gradient_kernel[(n,)](
+        _tile(rows),
+        stats,
+        gains,
+        out,
+        out.stride(0),
+        _kind(rows),
+        **BY_TILE,
+    )
+
+
+def set_labels(labels: Tensor, gains: Tensor, first: int, out: Tensor) -> None:
+    """The labels' own entries of a tile's gradient."""
+    n, width = out.shape
+    if n == 0:
+        return
+    linear.label_entry_kernel[(triton.cdiv(n, LABEL_BLOCK),)](
+        labels,
+        gains,
+        n,
+        first,
+        out,
+        out.stride(0),
+        width,
+        BLOCK=LABEL_BLOCK,
+        **BY_ROW,
+    )
+
+
+def mix(
+    sums: Tensor,
+    out: Tensor,
+    *,
+    factors: Tensor | None = None,
+    source: tuple[Tensor, Tensor, Tensor] | None = None,
+    places: Tensor | None = None,
+) -> None:
+    """out[places[r]] = factors[r] sums[r] + gains[r] source[index[r]], of `source` in this order:
+
+    gains, source, index. Rows of `source` are contiguous.
+    """
+    n, h = sums.shape
+    if n == 0:
+        return
+    gains, rows, index = (sums, sums, sums) if source is None else source
+    block = min(ROW_BLOCK, triton.next_power_of_2(h))
+    flags = factors is not None, source is not None, places is not None
+    constants = (*flags, out.data_ptr() == sums.data_ptr(), block)
+    linear.mix_kernel[(n, triton.cdiv(h, block))](
+        sums,
+        h,
+        sums if factors is None else factors,
+        rows,
+        rows.stride(0),
+        index,
+        gains,
+        sums if places is None else places,
+        out,
+        linear.Mix(*(tl.constexpr(value) for value in constants)),
+        **BY_ROW,
+    )
+
+
+def dot(a: Tensor, b: Tensor, index: Tensor, out: Tensor) -> None:
+    """out[r] = a[r] b[index[r]], float64."""
+    n, h = a.shape
+    if n == 0:
+        return
+    linear.dot_kernel[(n,)](
+        a,
+        a.stride(0),
+        b,
+        b.stride(0),
+        index,
+        h,
+        out,
+        DOUBLE=a.dtype == torch.float64,
+        BLOCK=min(ROW_BLOCK, triton.next_power_of_2(h)),
+        **BY_ROW,
+    )

@@ -1,0 +1,265 @@
+"""The passes over whole rows for CUDA tensors: scratch, sizes, grids. Nothing here synchronises.
+
+A call takes the maxima of groups of logits (one read), weighs the rows whose first filter asks for
+it (one more), finds where a nucleus ends, and lists the tokens from a floor up. What is launched
+follows from the adaptor, never from logits.
+"""
+
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from fastadapt._ops.triton import nucleus, scan
+from fastadapt._ops.triton.bundles import (
+    Adaptors,
+    Asked,
+    Lists,
+    Parts,
+    Rows,
+    Sizes,
+    Tiling,
+    Weights,
+)
+from fastadapt._ops.triton.rows import MARKS
+from fastadapt._ops.triton.steps import Steps
+
+PASS: dict[str, object] = {"num_warps": 4, "enable_fp_fusion": False}
+# Without a limit, assemblers for sm_80 stop at 128 or 168 registers and spill.
+COLLECTING: dict[str, object] = {**PASS, "maxnreg": 255}
+DECIDING: dict[str, object] = {**COLLECTING, "num_warps": 8}
+ONE_WARP: dict[str, object] = {**PASS, "num_warps": 1}
+BINNING: dict[str, object] = {**COLLECTING, "num_warps": 1}
+WIDE: dict[str, object] = {**PASS, "num_warps": 8}
+
+
+class Plan(NamedTuple):
+    """Sizes that change how soon a kernel is done, never what it computes; powers of two."""
+
+    columns: int = 128  # groups of a tile of the first pass
+    group: int = 32  # logits of a group
+    ahead: int = 8  # that a thread loads before it looks at them
+    supers: int = 16  # super-groups of a tile
+    block: int = 1024  # logits whose mass is one number; what the deciding kernels look at together
+    together: int = 2  # blocks that a weighing program looks at together
+    bins: int = 512
+    bins_step: int = 512  # logits that a warp puts into bins at once
+    bins_steps: int = 8
+    rounds: int = 3  # on brackets of too many tokens
+    programs: int = 4096  # that list tokens, each with tiles enough for its share of the floor
+    step: int = 256  # logits that a warp looks at together, for a list or for finer bins
+    list_size: int = 1024  # of a row's largest
+    short_size: int = 256  # of a list that is put in order
+    scratch_bytes: int = 1 << 28  # of virtual rows at a time
+
+    def row_bytes(self, v: int) -> int:
+        """Scratch of a virtual row: its lists, histograms, masses of blocks, maxima of groups."""
+        blocks, groups = -(-v // self.block), -(-v // self.group)
+        return 16 * self.list_size + 24 * self.bins + 44 * blocks + 5 * groups
+
+
+PLAN = Plan()
+
+
+class Scan(NamedTuple):
+    """Scanned and weighed rows: what the deciding kernels are given, in their order."""
+
+    rows: Rows
+    adaptors: Adaptors
+    parts: Parts
+    lists: Lists
+    weights: Weights
+
+
+class Options(NamedTuple):
+    """What is asked of a scan."""
+
+    all_weighed: bool = False  # weigh also the rows whose first filter does not ask for it
+    base: bool = False  # weigh at temperature 1 too
+    entropy: bool = False  # with `base`, surprisals of it too
+
+
+def adaptors_of(knobs: Tensor, order: int) -> Adaptors:
+    """Knobs (A, 8, R) and the order of their filters, 0 or 1."""
+    return Adaptors(knobs, knobs.shape[0], knobs.shape[2], int(knobs.shape[2] > 1), order)
+
+
+class Layout(NamedTuple):
+    """What follows from a plan and V; constants of kernels by their names."""
+
+    tiles: int
+    blocks: int
+    groups: int  # padded, as are the next
+    tiling: Tiling
+    padded: dict[str, Any]
+    bins: int  # programs that put a row into bins
+    weighing: int  # programs that weigh a row
+    long: Sizes  # of deciding kernels
+    short: Sizes
+
+
+@lru_cache
+def asked_of(
+    options: Options, positions: bool = False, base: bool = False, sum_later: bool = False
+) -> Asked:
+    """Constants of the deciding kernels; `base`: log-probabilities under the base law."""
+    log_mass, weighed = options.all_weighed, options.all_weighed or options.base
+    return Asked(*map(tl.constexpr, (positions, base, log_mass, weighed, sum_later)))
+
+
+def up(number: int) -> int:
+    """The next power of two."""
+    return 1 << (number - 1).bit_length()
+
+
+@lru_cache
+def layout_of(plan: Plan, v: int) -> Layout:
+    """Sizes for rows of a length."""
+    tiles, blocks = -(-v // (plan.columns * plan.group)), -(-v // plan.block)
+    splits = up(tiles)
+    step = min(plan.columns * plan.group, plan.step)
+    tiling = plan.columns, plan.group, plan.supers, up(tiles * plan.supers), step
+
+    def sizes(alone: int) -> Sizes:
+        size = alone or plan.list_size
+        constants = plan.block, plan.list_size, size, plan.bins, splits, up(blocks), alone > 0
+        return Sizes(*map(tl.constexpr, constants))
+
+    return Layout(
+        tiles,
+        blocks,
+        up(tiles * plan.columns),
+        Tiling(*map(tl.constexpr, tiling)),
+        {"SPLITS": splits, "BLOCKS": up(blocks)},
+        -(-v // (plan.bins_step * plan.bins_steps)),
+        -(-blocks // plan.together),
+        sizes(0),
+        sizes(plan.short_size),
+    )
+
+
+def _scratch(logits: Tensor, virtual: int, bins: bool, plan: Plan, sizes: Layout) -> Any:
+    """Parts, lists and weights of rows, not filled."""
+    n, tiles, blocks = len(logits), sizes.tiles, sizes.blocks
+    new, real, word = logits.new_empty, torch.float32, torch.int64
+    parts = Parts(
+        new(n, tiles, dtype=real),
+        new(n, tiles * plan.supers, dtype=real),
+        new(n, tiles * plan.columns, dtype=real),
+        tiles,
+    )
+    step = MARKS.value + 3 * plan.bins * bins
+    lists = Lists(
+        new(virtual, step, dtype=word),
+        new(virtual, dtype=real),
+        new(virtual, plan.list_size, dtype=real),
+        new(virtual, plan.list_size, dtype=torch.int32),
+        new(virtual, plan.list_size, dtype=real),
+        new(virtual, plan.list_size, dtype=torch.int32),
+        step,
+    )
+    weights = Weights(
+        new(virtual, blocks, dtype=word),
+        new(virtual, blocks, dtype=word),
+        new(virtual, blocks, dtype=word),
+        new(virtual, blocks, dtype=word),
+        new(virtual, blocks, dtype=word),
+        new(virtual, blocks, dtype=torch.int32),
+        blocks,
+    )
+    return parts, lists, weights
+
+
+def scan_rows(
+    logits: Tensor, knobs: Tensor, steps: Steps, plan: Plan, options: Options
+) -> tuple[Scan, Layout]:
+    """Scans rows of logits (N, V), N > 0, each once for each of the adaptors."""
+    n, v = logits.shape
+    sizes = layout_of(plan, v)
+    rows, adaptors = Rows(logits, logits.stride(0), v), adaptors_of(knobs, steps.order)
+    virtual = n * adaptors.number
+    scanned = Scan(rows, adaptors, *_scratch(logits, virtual, steps.bins, plan, sizes))
+    parts, lists, weights = scanned[2:]
+    scan.maxima_kernel[(n, sizes.tiles)](
+        rows,
+        adaptors,
+        parts,
+        lists,
+        COLUMNS=plan.columns,
+        GROUP=plan.group,
+        AHEAD=plan.ahead,
+        SUPERS=plan.supers,
+        **ONE_WARP,
+    )
+    if steps.weighs or options.all_weighed or options.base:
+        scan.weigh_kernel[(virtual, sizes.weighing)](
+            rows,
+            adaptors,
+            parts,
+            weights,
+            ALWAYS=options.all_weighed or options.base,
+            BASE=options.base,
+            BASE_SURPRISAL=options.entropy,
+            BLOCK=plan.block,
+            TOGETHER=plan.together,
+            SPLITS=sizes.padded["SPLITS"],
+            **PASS,
+        )
+    if steps.sketches:
+        nucleus.sketch_kernel[(virtual,)](
+            *scanned,
+            MOST=plan.list_size // plan.group,
+            COLUMNS=plan.columns,
+            GROUPS=sizes.groups,
+            **sizes.padded,
+            **WIDE,
+        )
+    if steps.bins:
+        nucleus.bins_kernel[(virtual, sizes.bins)](
+            *scanned,
+            STEP=plan.bins_step,
+            STEPS=plan.bins_steps,
+            BINS=plan.bins,
+            **sizes.padded,
+            **BINNING,
+        )
+    if steps.filters:
+        few = max(4, -(-plan.programs // virtual))
+        scan.collect_kernel[(virtual, min(sizes.tiles, few))](
+            *scanned,
+            tiling=sizes.tiling,
+            sizes=sizes.long,
+            NUCLEUS=steps.bins,
+            **ONE_WARP,
+        )
+        for _ in range(plan.rounds if steps.bins else 0):
+            nucleus.narrow_kernel[(virtual, min(sizes.bins, few))](
+                *scanned,
+                STEP=plan.step,
+                BINS=plan.bins,
+                ROOM=plan.list_size,
+                **sizes.padded,
+                **BINNING,
+            )
+    return scanned, sizes
+
+
+def slices(logits: Tensor, adaptors: int, plan: Plan) -> list[slice | None]:
+    """Rows at a time, so that scratch stays within its bytes; None for all."""
+    n, v = logits.shape
+    step = max(1, plan.scratch_bytes // (adaptors * plan.row_bytes(v)))
+    if 0 < n <= step:
+        return [None]
+    return [slice(i, min(i + step, n)) for i in range(0, n, step)]
+
+
+def some(tensor: Tensor, at: slice | None) -> Tensor:
+    """Some rows of a tensor, or itself."""
+    return tensor if at is None else tensor[at]
+
+
+def knobs_of_rows(knobs: Tensor, at: slice | None) -> Tensor:
+    """Knobs (A, 8, R) of some rows."""
+    return knobs if at is None or knobs.shape[2] == 1 else knobs[:, :, at].contiguous()

@@ -1,0 +1,299 @@
+"""A row, its knobs and its law: what the kernels that decide and those that write share."""
+
+import triton
+import triton.language as tl
+
+from fastadapt._ops.triton.arithmetic import (
+    ALMOST,
+    ANY_RANK,
+    ceil64,
+    exp64,
+    exponentials,
+    keys,
+    log_mass,
+    ranks,
+)
+from fastadapt._ops.triton.bundles import Knobs, Law
+
+OK = tl.constexpr(0)
+NAN = tl.constexpr(1)
+POSITIVE_INF = tl.constexpr(2)
+NOTHING_FINITE = tl.constexpr(3)
+BAD_KNOB = tl.constexpr(4)
+
+# The order of the packed knobs.
+TEMPERATURE = tl.constexpr(0)
+TOP_K = tl.constexpr(1)
+TOP_P = tl.constexpr(2)
+MIN_P = tl.constexpr(3)
+TYPICAL_P = tl.constexpr(4)
+EPSILON = tl.constexpr(5)
+ETA = tl.constexpr(6)
+KEEP = tl.constexpr(7)
+NUM_KNOBS = tl.constexpr(8)
+MAX_KEEP = tl.constexpr(1 << 22)  # the longest row
+
+# Where a law lies in memory, in int64.
+LAW_CUT = tl.constexpr(0)
+LAW_MASS = tl.constexpr(1)
+LAW_GUARD = tl.constexpr(2)
+LAW_CUTOFF = tl.constexpr(3)
+LAW_CUTOFF_GUARD = tl.constexpr(4)
+LAW_BAND = tl.constexpr(5)
+LAW_CENTRE = tl.constexpr(6)  # its bits
+LAW_STATUS = tl.constexpr(7)
+LAW_SIZE = tl.constexpr(8)
+
+# What is counted of a virtual row, in int64; its histograms follow.
+MARK_LISTED = tl.constexpr(0)  # tokens that belong into its list
+MARK_BINNED = tl.constexpr(1)  # programs that have put their tiles into bins
+MARK_SUMMED = tl.constexpr(2)  # programs that have summed their survivors
+MARK_STATE = tl.constexpr(3)
+MARK_ALL_MASS = tl.constexpr(4)
+MARK_SETTLED = tl.constexpr(5)  # whether the floor of its list is known before its bins
+MARK_STAGE = tl.constexpr(6)
+MARK_END = tl.constexpr(7)  # the bin in which its nucleus ends
+MARK_ABOVE = tl.constexpr(8)  # the mass above its bracket
+MARK_WITHIN = tl.constexpr(9)  # and in it, and the tokens there
+MARK_BRACKETED = tl.constexpr(10)
+MARK_LOW = tl.constexpr(11)  # places between which its bracket lies
+MARK_HIGH = tl.constexpr(12)
+MARK_UNDER_HIGH = tl.constexpr(13)  # how far some token is under the one and over the other
+MARK_OVER_LOW = tl.constexpr(14)
+MARK_NARROWED = tl.constexpr(15)  # programs that have taken part in a round
+MARK_REACH = tl.constexpr(16)  # of its nucleus, float32 bits, 0 where it is not bounded yet
+MARKS = tl.constexpr(32)
+UNLISTED = tl.constexpr(1 << 40)  # tokens of a list that was not made
+
+# Stages of a bracket, the tokens among which a nucleus ends.
+NO_BRACKET = tl.constexpr(0)
+BINNED = tl.constexpr(1)  # one bin
+NARROWED = tl.constexpr(2)  # known by its places
+FEW_ENOUGH = tl.constexpr(3)  # to be listed
+BRACKET_LISTED = tl.constexpr(4)
+ONE_KAPPA = tl.constexpr(5)  # nothing to choose from: equally typical tokens stay together
+
+# States of a virtual row.
+DECIDED = tl.constexpr(0)
+UNDECIDED = tl.constexpr(1)  # its list alone does not do
+UNSUMMED = tl.constexpr(2)  # its law is known, the masses of its survivors are not
+
+
+@triton.jit
+def row_at(rows, at):
+    """The logits of a row."""
+    return rows.logits + at.to(tl.int64) * rows.stride
+
+
+@triton.jit
+def knobs_of(adaptors, virtual):
+    """The row of logits and the knobs that a virtual row stands for."""
+    at, adaptor = virtual // adaptors.number, virtual % adaptors.number
+    first = adaptors.knobs + adaptor.to(tl.int64) * NUM_KNOBS * adaptors.step
+    first += at.to(tl.int64) * adaptors.row_step
+    return at, Knobs(first, adaptors.step, adaptors.vllm)
+
+
+@triton.jit
+def load_knob(knobs, knob):
+    """A knob of a row, float64."""
+    return tl.load(knobs.first + knob * knobs.step)
+
+
+@triton.jit
+def inverse_of(temperature):
+    """fl32(1 / T); 1 where T is 0, anything where it is out of range."""
+    usable = (temperature > 0) & (temperature <= 3.4028234663852886e38)
+    return tl.div_rn(1.0, tl.where(usable, temperature, temperature * 0 + 1).to(tl.float32))
+
+
+@triton.jit
+def is_neutral(knob, value):
+    """A knob that filters nothing; a NaN is not."""
+    return tl.where((knob == TOP_P) | (knob == TYPICAL_P), value == 1, value == 0)
+
+
+@triton.jit
+def knobs_in_range(knobs):
+    """Whether every knob of a row is; NaN never is."""
+    t = load_knob(knobs, TEMPERATURE)
+    good = (t == 0) | ((t >= 1e-6) & (t <= 3.4028234663852886e38))
+    good &= load_knob(knobs, TOP_K) >= 0
+    top_p = load_knob(knobs, TOP_P)
+    good &= (top_p >= 0) & (top_p <= 1)
+    min_p = load_knob(knobs, MIN_P)
+    good &= (min_p >= 0) & (min_p <= 1)
+    typical_p = load_knob(knobs, TYPICAL_P)
+    good &= (typical_p > 0) & (typical_p <= 1)
+    epsilon = load_knob(knobs, EPSILON)
+    good &= (epsilon >= 0) & (epsilon < 1)
+    eta = load_knob(knobs, ETA)
+    good &= (eta >= 0) & (eta < 1)
+    return good & (load_knob(knobs, KEEP) >= 1)
+
+
+@triton.jit
+def filter_at(knobs, turn):
+    """The knob of the filter that runs at a turn, 0 to 5: min-p is first, or after top-p."""
+    early = tl.where(turn == 0, MIN_P, turn)
+    return tl.where((knobs.vllm == 1) & (turn < 3), early, turn + 1)
+
+
+@triton.jit
+def first_filter(knobs):
+    """The knob of the first filter that is not neutral, 0 if all are."""
+    first = tl.full([], 0, tl.int32)
+    for i in range(6):
+        at = filter_at(knobs, i).to(tl.int32)
+        active = is_neutral(at, load_knob(knobs, at)) == 0
+        first = tl.where((first == 0) & active, at, first)
+    return first
+
+
+@triton.jit
+def has_one_filter(knobs):
+    """Whether all but one filter are neutral, and no minimum of tokens is asked for."""
+    number = tl.full([], 0, tl.int32)
+    for i in range(1, 7):
+        number += (is_neutral(i, load_knob(knobs, i)) == 0).to(tl.int32)
+    return (number == 1) & (load_knob(knobs, KEEP) <= 1)
+
+
+@triton.jit
+def needs_masses(first):
+    """Whether a row is weighed whole, by its first filter: all but top-k and min-p look at Z."""
+    return (first == 0) | (first == TOP_P) | (first >= TYPICAL_P)
+
+
+@triton.jit
+def needs_surprisal(knobs):
+    """Whether a filter of a row looks at its entropy."""
+    typical = load_knob(knobs, TYPICAL_P) != 1
+    return typical | (load_knob(knobs, ETA) != 0)
+
+
+@triton.jit
+def largest_of(parts, at, SPLITS: tl.constexpr):
+    """The largest logit of a row from those of its parts, -0 as 0; NaN if one is."""
+    j = tl.arange(0, SPLITS)
+    part = parts.largest + at * parts.splits + j
+    part = tl.load(part, mask=j < parts.splits, other=float("-inf"))
+    nan = tl.max((part != part).to(tl.int32), 0) > 0
+    return tl.where(nan, float("nan"), tl.max(tl.where(part != part, float("-inf"), part), 0)) + 0.0
+
+
+@triton.jit
+def status_of(knobs, m):
+    """The status of a row whose largest scaled logit is m."""
+    status = tl.where(m == float("-inf"), NOTHING_FINITE, OK)
+    status = tl.where(m == float("inf"), POSITIVE_INF, status)
+    status = tl.where(m != m, NAN, status)
+    return tl.where(knobs_in_range(knobs), status, BAD_KNOB)
+
+
+@triton.jit
+def typicality(d, centre):
+    """-kappa = -|d + U / Z|."""
+    return -tl.abs(d + centre)
+
+
+@triton.jit
+def survives(s, ids, m, law):
+    """Whether tokens survive under a law."""
+    d = s - m
+    rank = ranks(keys(s), ids)
+    mass = exponentials(d).to(tl.int64)
+    alive = rank >= law.cut
+    alive &= (mass >= law.mass) | (rank >= law.guard)
+    alive &= (mass >= law.cutoff) | (rank >= law.cutoff_guard)
+    return alive & (ranks(keys(typicality(d, law.centre)), ids) >= law.band)
+
+
+@triton.jit
+def only_cut(law):
+    """Whether survivors under a law are those from a rank up."""
+    free = ((law.mass == 0) | (law.guard == ANY_RANK)) & (law.band == ANY_RANK)
+    return free & ((law.cutoff == 0) | (law.cutoff_guard == ANY_RANK))
+
+
+@triton.jit
+def law_from(rank):
+    """The law under which all tokens from a rank up survive."""
+    none = tl.full([], 0, tl.int64)
+    any_rank = none + ANY_RANK
+    return Law(none + rank, none, any_rank, none, any_rank, any_rank, none.to(tl.float32))
+
+
+@triton.jit
+def store_law(laws, law, status):
+    """A law and its row's status to memory."""
+    tl.store(laws + LAW_CUT, law.cut)
+    tl.store(laws + LAW_MASS, law.mass)
+    tl.store(laws + LAW_GUARD, law.guard)
+    tl.store(laws + LAW_CUTOFF, law.cutoff)
+    tl.store(laws + LAW_CUTOFF_GUARD, law.cutoff_guard)
+    tl.store(laws + LAW_BAND, law.band)
+    tl.store(laws + LAW_CENTRE, law.centre.to(tl.int32, bitcast=True).to(tl.int64))
+    tl.store(laws + LAW_STATUS, status.to(tl.int64))
+
+
+@triton.jit
+def load_law(laws):
+    """A law from memory."""
+    return Law(
+        tl.load(laws + LAW_CUT),
+        tl.load(laws + LAW_MASS),
+        tl.load(laws + LAW_GUARD),
+        tl.load(laws + LAW_CUTOFF),
+        tl.load(laws + LAW_CUTOFF_GUARD),
+        tl.load(laws + LAW_BAND),
+        tl.load(laws + LAW_CENTRE).to(tl.int32).to(tl.float32, bitcast=True),
+    )
+
+
+@triton.jit
+def load_scaled(row, ids):
+    """Scaled logits of a row, -inf past its end."""
+    x = tl.load(row.logits + ids, mask=ids < row.v, other=float("-inf"))
+    return x.to(tl.float32) * row.inverse
+
+
+@triton.jit
+def load_list(held, number, LIST: tl.constexpr):
+    """A list in memory: scaled logits, -inf past its end, and ids."""
+    at = tl.arange(0, LIST)
+    there = at < number
+    s = tl.load(held.s + at, mask=there, other=float("-inf"))
+    return s, tl.load(held.ids + at, mask=there, other=0)
+
+
+@triton.jit
+def marks_of(lists, virtual):
+    """What is counted of a virtual row."""
+    return lists.marks + virtual.to(tl.int64) * lists.step
+
+
+@triton.jit
+def sums_of(weights, virtual, BLOCKS: tl.constexpr):
+    """Mass and surprisal mass of a weighed row; the second only where a filter looks at it."""
+    j = tl.arange(0, BLOCKS)
+    at = virtual.to(tl.int64) * weights.blocks + j
+    there = j < weights.blocks
+    z = tl.sum(tl.load(weights.sums + at, mask=there, other=0), 0)
+    return z, tl.sum(tl.load(weights.surprisal_sums + at, mask=there, other=0), 0)
+
+
+@triton.jit
+def mass_target(part_of_z):
+    """The mass before which a nucleus takes tokens."""
+    return tl.maximum(ceil64(part_of_z * ALMOST), 1)
+
+
+@triton.jit
+def cutoff_of(by_eta, value, z, u):
+    """The probability under which epsilon, or eta, drops a token."""
+    p = value
+    if by_eta:
+        entropy = log_mass(z) + u.to(tl.float64) / z.to(tl.float64)
+        p = tl.minimum(p, tl.sqrt(p) * exp64(-entropy))
+    return p

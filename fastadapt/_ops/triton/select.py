@@ -1,0 +1,211 @@
+"""Where a row is cut: the last token, in rank order, before which there is less than a target.
+
+What comes before a token is the weight, a count or a mass, of the survivors of higher rank. Ranks
+are unique integers, so a cut is one, and ties are part of it.
+"""
+
+import triton
+import triton.language as tl
+
+from fastadapt._ops.triton.arithmetic import (
+    ANY_RANK,
+    LAST_ID,
+    MIN_INT32,
+    NO_RANK,
+    exponentials,
+    keys,
+    masses,
+    ranks,
+    values,
+)
+from fastadapt._ops.triton.rows import load_list, load_scaled, survives, typicality
+
+SLACK = tl.constexpr(1e-3)  # of masses told from counts, over 1e-4 that rounding takes
+
+
+@triton.jit
+def look(s, ids, m, law, by_kappa, by_mass):
+    """Of tokens: survivors, key, rank, distance (d or -kappa), weight."""
+    d = s - m
+    alive = survives(s, ids, m, law)
+    q = tl.where(by_kappa, typicality(d, law.centre), d)
+    key = keys(tl.where(by_kappa, q, s))
+    weight = tl.where(by_mass, exponentials(d), 1.0).to(tl.int64)
+    return alive, key, ranks(key, ids), q, tl.where(alive, weight, 0)
+
+
+@triton.jit
+def last_before(rank, weight, alive, above, target):
+    """The cut among tokens at hand, with the weight above all of them."""
+    low = tl.min(tl.where(alive, rank, NO_RANK), 0)
+    high = tl.max(tl.where(alive, rank, ANY_RANK), 0)
+    best = tl.sum(tl.where(rank == high, weight, 0), 0)
+    low = tl.where(above + best >= target, high, low)
+    left = tl.sum((alive & (rank >= low)).to(tl.int32), 0)
+    while left > 1:
+        middle = (low >> 1) + (high >> 1) + (low & high & 1)
+        before = above + tl.sum(tl.where(rank > middle, weight, 0), 0)
+        low = tl.where(before < target, low, middle + 1)
+        high = tl.where(before < target, middle, high)
+        left = tl.sum((alive & (rank >= low) & (rank <= high)).to(tl.int32), 0)
+    return tl.max(tl.where(alive & (rank >= low) & (rank <= high), rank, ANY_RANK), 0)
+
+
+@triton.jit
+def first_ranks(rank, weight, alive, above, target):
+    """The same among tokens in the order of their ranks, the best first."""
+    before = above + tl.cumsum(weight, 0) - weight
+    return tl.min(tl.where(alive & (before < target), rank, NO_RANK), 0)
+
+
+@triton.jit
+def _bin_of(key, q, best_key, worst_key, q_high, q_low, linear, BINS: tl.constexpr):
+    """Bins of equal width in q, or where that is of no use in keys; the first is the best."""
+    if linear:
+        by_q = (q_high - q) * (BINS / (q_high - q_low))
+        chosen = tl.minimum(tl.maximum(by_q, 0.0), BINS - 1.0).to(tl.int32)
+    else:  # a division of integers for each token
+        width = best_key.to(tl.int64) - worst_key.to(tl.int64) + 1
+        chosen = (((best_key.to(tl.int64) - key) * BINS) // width).to(tl.int32)
+    return chosen
+
+
+@triton.jit
+def _bracket(
+    histogram, need, q_high, q_low, linear, first, by_kappa, by_mass, centre, BINS: tl.constexpr
+):
+    """The bins between which the cut lies, by what the masses of their tokens may be."""
+    j = tl.arange(0, BINS).to(tl.float32)[None, :]
+    upper_side = (tl.arange(0, 2) == 1)[:, None]
+    width = (q_high - q_low) / BINS
+    q_best = tl.where(linear, q_high - j * width, q_high)
+    q_worst = tl.where(linear, q_high - (j + 1.0) * width, q_low)
+    q_worst = tl.where(j == tl.where(first, BINS - 1, BINS), float("-inf"), q_worst)
+    # of a distance -kappa, d is -centre - kappa, or on the upper side -centre + kappa
+    d_most = tl.where(upper_side, tl.minimum(-centre - q_worst, 0.0), q_best - centre)
+    d_least = tl.where(upper_side, -centre - q_best, q_worst - centre)
+    d_most = tl.where(by_kappa, d_most, q_best)
+    d_least = tl.where(by_kappa, d_least, q_worst)
+    most = tl.exp(d_most) * 1.099511627776e12 * (1.0 + SLACK) + 1.0
+    least = tl.maximum(tl.exp(d_least) * 1.099511627776e12 * (1.0 - SLACK) - 1.0, 0.0)
+    number = tl.reshape(histogram, (2, BINS)).to(tl.float32)
+    most = tl.cumsum(tl.sum(number * tl.where(by_mass, most, 1.0), 0), 0)
+    least = tl.cumsum(tl.sum(number * tl.where(by_mass, least, 1.0), 0), 0)
+    slack = tl.where(by_mass, SLACK, 0.0)
+    begin = tl.sum((most * (1.0 + slack) < need).to(tl.int32), 0)
+    end = tl.sum((least * (1.0 - slack) < need).to(tl.int32), 0)
+    end = tl.minimum(end, BINS - 1)
+    return tl.minimum(begin, end), end, tl.sum(tl.reshape(histogram, (2, BINS)), 0)
+
+
+@triton.jit
+def _number_in(number, begin, end, BINS: tl.constexpr):
+    """How many tokens are in bins from one to another."""
+    j = tl.arange(0, BINS)
+    return tl.sum(tl.where((j >= begin) & (j <= end), number, 0), 0)
+
+
+@triton.jit
+def _tied_cut(row, law, by_kappa, key, wanted, BLOCK: tl.constexpr):
+    """The rank of the wanted-th survivor, by id, among those of a key."""
+    running = tl.full([], 0, tl.int64)
+    answer = tl.full([], LAST_ID, tl.int32)
+    for block in range(tl.cdiv(row.v, BLOCK)):
+        ids = block * BLOCK + tl.arange(0, BLOCK)
+        s = load_scaled(row, ids)
+        alive, here, _, _, _ = look(s, ids, row.m, law, by_kappa, by_kappa)
+        hit = alive & (here == key)
+        number = tl.cumsum(hit.to(tl.int32), 0)
+        found = hit & (running + number == wanted)
+        answer = tl.minimum(answer, tl.min(tl.where(found, ids, LAST_ID), 0))
+        running += tl.max(number, 0)
+    return ranks(key, answer)
+
+
+@triton.jit
+def cut_of_row(
+    row, law, by_kappa, by_mass, target, spare,
+    BLOCK: tl.constexpr, LIST: tl.constexpr, BINS: tl.constexpr,
+):  # fmt: skip
+    """The cut of a row that no list decides: counts by bin bracket it, then exact sums do.
+
+    Two passes part all from the few thousand tokens around it, unless many are almost equal; the
+    tokens that are left are looked at together. All of one key are cut by id.
+    """
+    above = tl.full([], 0, tl.int64)
+    best_key = tl.full([], 2**31 - 1, tl.int32)
+    worst_key = tl.full([], MIN_INT32, tl.int32)
+    q_high = row.m * 0.0
+    q_low = q_high - 32.0
+    first = True
+    inside = tl.full([], LIST + 1, tl.int32)
+    while (inside > LIST) & (worst_key < best_key):
+        span = q_high - q_low
+        linear = first | ((span > 1e-30) & (span < 1e30))
+        histogram = tl.zeros([2 * BINS], tl.int32)
+        for block in range(tl.cdiv(row.v, BLOCK)):
+            ids = block * BLOCK + tl.arange(0, BLOCK)
+            s = load_scaled(row, ids)
+            alive, key, _, q, _ = look(s, ids, row.m, law, by_kappa, by_mass)
+            alive &= (key >= worst_key) & (key <= best_key)
+            b = _bin_of(key, q, best_key, worst_key, q_high, q_low, linear, BINS)
+            b += tl.where(s - row.m + law.centre > 0, tl.where(by_kappa, BINS, 0), 0)
+            histogram += tl.histogram(tl.where(alive, b, 0), 2 * BINS, mask=alive)
+        need = (target - above).to(tl.float32)
+        begin, end, number = _bracket(
+            histogram, need, q_high, q_low, linear, first, by_kappa, by_mass, law.centre, BINS
+        )
+        # where the bounds leave too much, exact sums halve the bins
+        while (end > begin) & (_number_in(number, begin, end, BINS) > LIST):
+            middle = (begin + end + 1) // 2
+            best = tl.zeros([BLOCK], tl.int64)
+            for block in range(tl.cdiv(row.v, BLOCK)):
+                ids = block * BLOCK + tl.arange(0, BLOCK)
+                s = load_scaled(row, ids)
+                alive, key, _, q, weight = look(s, ids, row.m, law, by_kappa, by_mass)
+                alive &= (key >= worst_key) & (key <= best_key)
+                b = _bin_of(key, q, best_key, worst_key, q_high, q_low, linear, BINS)
+                best += tl.where(alive & (b < middle), weight, 0)
+            reached = above + tl.sum(best, 0) >= target
+            end = tl.where(reached, middle - 1, end)
+            begin = tl.where(reached, begin, middle)
+        over = tl.zeros([BLOCK], tl.int64)
+        most_key = tl.full([BLOCK], MIN_INT32, tl.int32)
+        least_key = tl.full([BLOCK], 2**31 - 1, tl.int32)
+        filled = tl.full([], 0, tl.int32)
+        tl.debug_barrier()  # the spare list may still be read
+        for block in range(tl.cdiv(row.v, BLOCK)):
+            ids = block * BLOCK + tl.arange(0, BLOCK)
+            s = load_scaled(row, ids)
+            alive, key, _, q, weight = look(s, ids, row.m, law, by_kappa, by_mass)
+            alive &= (key >= worst_key) & (key <= best_key)
+            b = _bin_of(key, q, best_key, worst_key, q_high, q_low, linear, BINS)
+            over += tl.where(alive & (b < begin), weight, 0)
+            within = alive & (b >= begin) & (b <= end)
+            most_key = tl.maximum(most_key, tl.where(within, key, MIN_INT32))
+            least_key = tl.minimum(least_key, tl.where(within, key, 2**31 - 1))
+            place = filled + tl.cumsum(within.to(tl.int32), 0)
+            filled = tl.max(place, 0)
+            within &= place <= LIST
+            tl.store(spare.s + place - 1, s, mask=within)
+            tl.store(spare.ids + place - 1, ids, mask=within)
+        above += tl.sum(over, 0)
+        inside = filled
+        best_key, worst_key = tl.max(most_key, 0), tl.min(least_key, 0)
+        origin = tl.where(by_kappa, 0.0, row.m)
+        q_high, q_low = values(best_key) - origin, values(worst_key) - origin
+        first = False
+    if inside <= LIST:
+        tl.debug_barrier()
+        s, ids = load_list(spare, inside, LIST)
+        alive, _, rank, _, weight = look(s, ids, row.m, law, by_kappa, by_mass)
+        # what is past the end is -inf, which a law may let survive
+        there = tl.arange(0, LIST) < inside
+        cut = last_before(rank, tl.where(there, weight, 0), alive & there, above, target)
+    else:
+        each = tl.where(by_mass, tl.maximum(masses(q_high), 1), 1)
+        wanted = (target - above + each - 1) // each
+        # of equally typical tokens a mass keeps all, whichever is found here
+        wanted = tl.where(by_mass & by_kappa, 1, wanted)
+        cut = _tied_cut(row, law, by_kappa, best_key, wanted, BLOCK)
+    return cut

@@ -1,0 +1,178 @@
+"""The passes that write under a decided law: filtered logits, and margins with their gradient."""
+
+import triton
+import triton.language as tl
+
+from fastadapt._ops.triton.arithmetic import exp64, exponentials, log64, masses
+from fastadapt._ops.triton.bundles import Row
+from fastadapt._ops.triton.rows import (
+    LAW_SIZE,
+    LAW_STATUS,
+    OK,
+    TEMPERATURE,
+    inverse_of,
+    knobs_of,
+    largest_of,
+    load_knob,
+    load_law,
+    load_scaled,
+    row_at,
+    survives,
+)
+
+
+@triton.jit
+def _exponential(x):
+    """e^x in float64 for x <= 0, 0 below -700."""
+    return tl.where(x >= -700.0, exp64(tl.maximum(x, -700.0)), 0.0)
+
+
+@triton.jit
+def _temperature(adaptors, at):
+    """Temperature of a row, under the only adaptor."""
+    _, knobs = knobs_of(adaptors, at)
+    return load_knob(knobs, TEMPERATURE)
+
+
+@triton.jit
+def _fitted(s, m, inverse, TYPE: tl.constexpr):
+    """Scaled logits that a half type holds: `reference.law.Law.fitted`."""
+    if (TYPE == tl.float16) | (TYPE == tl.bfloat16):
+        most: tl.constexpr = 65504.0 if TYPE == tl.float16 else 3.3895313892515355e38
+        beyond = (inverse > 1) & ((m > most) | (m < -most / 2))
+        s = tl.maximum(s - tl.where(beyond, m, 0.0), -most)
+    return s
+
+
+@triton.jit
+def filter_kernel(rows, adaptors, parts, laws, out, BLOCK: tl.constexpr, SPLITS: tl.constexpr):
+    """Survivors scaled, all else -inf; a bad row as it is."""
+    at, block = tl.program_id(0), tl.program_id(1)
+    laws += at.to(tl.int64) * LAW_SIZE
+    inverse = inverse_of(_temperature(adaptors, at))
+    m = largest_of(parts, at, SPLITS) * inverse + 0.0
+    ids = block * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(row_at(rows, at) + ids, mask=ids < rows.v, other=float("-inf")).to(tl.float32)
+    s = x * inverse
+    alive = survives(s, ids, m, load_law(laws))
+    kept = tl.where(alive, _fitted(s, m, inverse, out.dtype.element_ty), float("-inf"))
+    kept = tl.where(tl.load(laws + LAW_STATUS) == OK, kept, x)
+    out += at.to(tl.int64) * rows.v + ids
+    tl.store(out, kept.to(out.dtype.element_ty), mask=ids < rows.v)
+
+
+@triton.jit
+def _has_margin(labels, token, temperature, status, v):
+    """Whether the margin of a row's token is a number."""
+    good = (status == OK) & (temperature > 0)
+    return good & (token >= 0) & (token < v) & (token != labels.ignore_index)
+
+
+@triton.jit
+def support_kernel(
+    rows, adaptors, parts, laws, labels, kept,
+    DOUBLE: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """One bit a token, and the largest scaled logit among the surviving others of each block."""
+    at, block = tl.program_id(0), tl.program_id(1)
+    laws += at.to(tl.int64) * LAW_SIZE
+    token, temperature = tl.load(labels.ids + at), _temperature(adaptors, at)
+    good = _has_margin(labels, token, temperature, tl.load(laws + LAW_STATUS), rows.v)
+    inverse = inverse_of(temperature)
+    m = largest_of(parts, at, SPLITS) * inverse + 0.0
+    row = Row(row_at(rows, at), rows.v, inverse, m)
+    ids = block * BLOCK + tl.arange(0, BLOCK)
+    s = load_scaled(row, ids)
+    alive = survives(s, ids, m, load_law(laws)).to(tl.int32) * good.to(tl.int32)
+    bits = tl.reshape(alive, (BLOCK // 8, 8)) << tl.arange(0, 8)[None, :]
+    bytes_ = (rows.v + 7) // 8
+    place = block * (BLOCK // 8) + tl.arange(0, BLOCK // 8)
+    here = kept.support + at.to(tl.int64) * bytes_ + place
+    tl.store(here, tl.sum(bits, 1).to(tl.uint8), mask=place < bytes_)
+    others = (alive > 0) & (ids != token)
+    if DOUBLE:
+        x = tl.load(row.logits + ids, mask=ids < rows.v, other=float("-inf"))
+        wide = x / temperature
+    else:
+        wide = s.to(tl.float64)
+    best = tl.max(tl.where(others, wide, float("-inf")), 0)
+    tl.store(kept.largest_others + at.to(tl.int64) * kept.blocks + block, best)
+
+
+@triton.jit
+def _others(support, ids, v, token):
+    """The surviving lanes other than the token."""
+    byte = tl.load(support + (ids >> 3), mask=ids < v, other=0).to(tl.int32)
+    return (((byte >> (ids & 7)) & 1) > 0) & (ids != token)
+
+
+@triton.jit
+def margin_kernel(
+    rows, adaptors, laws, labels, kept, margins, stats,
+    DOUBLE: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """The margin of a row, and the maximum and mass of its others."""
+    at = tl.program_id(0)
+    token, temperature = tl.load(labels.ids + at), _temperature(adaptors, at)
+    status = tl.load(laws + at.to(tl.int64) * LAW_SIZE + LAW_STATUS)
+    good = _has_margin(labels, token, temperature, status, rows.v)
+    support = kept.support + at.to(tl.int64) * ((rows.v + 7) // 8)
+    j = tl.arange(0, BLOCKS)
+    largest = kept.largest_others + at.to(tl.int64) * kept.blocks + j
+    m = tl.max(tl.load(largest, mask=j < kept.blocks, other=float("-inf")), 0) + 0.0
+    row = Row(row_at(rows, at), rows.v, inverse_of(temperature), m.to(tl.float32))
+    y = tl.where(good, token, 0).to(tl.int32)
+    inside = ((tl.load(support + (y >> 3)).to(tl.int32) >> (y & 7)) & 1) > 0
+    total = tl.full([], 0.0, tl.float64)
+    units = tl.full([], 0, tl.int64)
+    if inside & (m > float("-inf")):
+        for block in range(kept.blocks):
+            ids = block * BLOCK + tl.arange(0, BLOCK)
+            others = _others(support, ids, rows.v, token)
+            if DOUBLE:
+                x = tl.load(row.logits + ids, mask=others, other=float("-inf"))
+                total += tl.sum(_exponential(x / temperature - m), 0)
+            else:
+                units += tl.sum(tl.where(others, masses(load_scaled(row, ids) - row.m), 0), 0)
+    if DOUBLE:
+        own = tl.load(row.logits + y) / temperature
+    else:
+        total = units.to(tl.float64) * 9.094947017729282e-13  # 2^-40
+        own = (tl.load(row.logits + y).to(tl.float32) * row.inverse).to(tl.float64)
+    of_others = log64(tl.where(total > 0, total, temperature * 0 + 1))
+    margin = tl.where(total > 0, own - m - of_others, float("inf"))
+    margin = tl.where(inside, margin, float("-inf"))
+    margin = tl.where(good, margin, float("nan"))
+    margin = tl.where(token == labels.ignore_index, 0.0, margin)
+    tl.store(margins + at, margin)
+    tl.store(stats + 2 * at, tl.where(good & inside, m, 0.0))
+    tl.store(stats + 2 * at + 1, tl.where(good & inside, total, 0.0))
+
+
+@triton.jit
+def margin_backward_kernel(
+    dmargins, rows, adaptors, labels, support, stats, out,
+    DOUBLE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """dL/dlogits = dL/dm / T (onehot(y) - q), q the law of the surviving others."""
+    at, block = tl.program_id(0), tl.program_id(1)
+    token, temperature = tl.load(labels.ids + at), _temperature(adaptors, at)
+    m, total = tl.load(stats + 2 * at), tl.load(stats + 2 * at + 1)
+    row = Row(row_at(rows, at), rows.v, inverse_of(temperature), m.to(tl.float32))
+    used = (token != labels.ignore_index) & (total > 0)
+    ids = block * BLOCK + tl.arange(0, BLOCK)
+    others = _others(support + at.to(tl.int64) * ((rows.v + 7) // 8), ids, rows.v, token)
+    g = tl.load(dmargins + at).to(tl.float64)
+    if DOUBLE:
+        gain = g / temperature
+        x = tl.load(row.logits + ids, mask=others, other=float("-inf"))
+        dx = -gain * _exponential(x / temperature - m) / total
+    else:
+        gain = g * row.inverse.to(tl.float64)
+        per_mass = (-gain / total).to(tl.float32)
+        dx = per_mass * (exponentials(load_scaled(row, ids) - row.m) * 9.094947017729282e-13)
+    dx = tl.where(others, dx, 0.0)
+    dx = tl.where(ids == token, gain.to(dx.dtype), dx)
+    dx = tl.where(ids * 0 + used.to(tl.int32) > 0, dx, 0.0)
+    out += at.to(tl.int64) * rows.v + ids
+    tl.store(out, dx.to(out.dtype.element_ty), mask=ids < rows.v)

@@ -1,0 +1,156 @@
+"""The draw inside transformers' loop: its last processor, and the stopping criteria beside it."""
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    StoppingCriteriaList,
+)
+
+from fastadapt.adaptor import Adaptor
+from fastadapt.hf._chain import Chain
+from fastadapt.sampling import filter_logits, sample
+
+_STATUS = {
+    1: "NaN among its scores",
+    2: "+inf among its scores",
+    3: "no finite score",
+    4: "a sampling knob out of range",
+}
+
+
+class Draw(LogitsProcessor):
+    """Last of the processors: draws a token per row and returns one-hot rows for the argmax.
+
+    Args:
+        chain: what the processors before it are, and the adaptor that it draws by.
+        input_ids (Tensor): (N, T), int64; the prompts.
+        seeds (Tensor | None): (N,), int64, on the device of the prompts.
+        config: the call's generation config.
+    """
+
+    def __init__(
+        self, chain: Chain, input_ids: Tensor, seeds: Tensor | None, config: GenerationConfig
+    ) -> None:
+        """Sets up the bookkeeping of one call of the loop."""
+        rows, self.prompt_length = input_ids.shape[:2]
+        self.chain, self.seeds = chain, seeds
+        self.records = bool(config.return_dict_in_generate and config.output_scores)
+        self.scores: list[Tensor] = []
+        self.pad_token = _pad_token(config)
+        self.at_once = _reads_are_free(input_ids.device)
+        self.finished = torch.zeros(rows, dtype=torch.bool, device=input_ids.device)
+        self.status = torch.zeros(rows, dtype=torch.uint8, device=input_ids.device)
+        self.one_hot: Tensor | None = None
+        self.previous: Tensor | None = None
+        self.warned = False
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Draws from the scores, (N, V); 1 at each row's token and 0 elsewhere."""
+        positions = None
+        if self.seeds is not None:
+            positions = torch.full_like(self.seeds, input_ids.shape[1] - self.prompt_length)
+        adaptor, kept = self.chain.adaptor, None
+        if scores.dtype == torch.float64:
+            kept = self._unfused(input_ids, scores)
+            adaptor, scores = Adaptor(), _narrowed(kept)
+        drawn = sample(scores, adaptor, seeds=self.seeds, positions=positions)
+        seen = self.finished | (self.status != 0)
+        self.status = torch.where(seen, self.status, drawn.status)
+        if self.at_once:
+            _raise_bad_rows(self.status)
+        if self.records:
+            kept = filter_logits(scores, adaptor) if kept is None else kept
+            self.scores.append(kept.log_softmax(-1) if self.chain.normalised else kept)
+        tokens = torch.where(drawn.status == 0, drawn.tokens, self.pad_token)
+        return self._rows_of(tokens[:, None], scores)
+
+    def _unfused(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """The scores after transformers' own warpers, which take every dtype."""
+        if not self.warned:
+            self.warned = True
+            expected = "expected float32, bfloat16 or float16 from the processors"
+            warnings.warn(
+                f"scores: {expected}, got {scores.dtype}; warpers and draw run unfused",
+                stacklevel=8,  # whoever called model.generate
+            )
+        for warper in self.chain.warpers:
+            scores = warper(input_ids, scores)
+        return scores
+
+    def _rows_of(self, tokens: Tensor, scores: Tensor) -> Tensor:
+        """The one-hot rows, in one buffer while the scores keep their shape: two writes a row."""
+        buffer, previous = self.one_hot, self.previous
+        if (
+            buffer is None
+            or previous is None
+            or buffer.shape != scores.shape
+            or buffer.dtype != scores.dtype
+        ):
+            buffer = self.one_hot = torch.zeros_like(scores)
+        else:
+            buffer.scatter_(1, previous, 0.0)
+        self.previous = tokens
+        return buffer.scatter_(1, tokens, 1.0)
+
+    def end_rows(self, done: Tensor) -> Tensor:
+        """Rows that end with this step: those that are done, and the bad ones."""
+        self.finished = self.finished | done | (self.status != 0)
+        return self.finished
+
+    def finish(self, output: Any) -> Any:
+        """The loop's output with the true scores; raises for bad rows."""
+        _raise_bad_rows(self.status)
+        if self.records:
+            output.scores = tuple(self.scores[: len(output.scores)])
+        return output
+
+
+class Stopping(StoppingCriteriaList):
+    """The given criteria, who see the true scores; bad rows stop too.
+
+    Args:
+        criteria: as `model.generate` prepares them.
+        draw: the processor that knows the scores.
+    """
+
+    def __init__(self, criteria: StoppingCriteriaList, draw: Draw) -> None:
+        """Takes over the criteria."""
+        super().__init__(criteria)
+        self.draw = draw
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        """Which rows end, (N,) bool."""
+        true_scores = None if scores is None else tuple(self.draw.scores)
+        return self.draw.end_rows(super().__call__(input_ids, true_scores, **kwargs))
+
+
+def _narrowed(scores: Tensor) -> Tensor:
+    """Float64 scores in float32, each finite row moved to a maximum of 0 so that none overflows."""
+    top = scores.amax(-1, keepdim=True)
+    return (scores - torch.where(top.isfinite(), top, 0.0)).float()
+
+
+def _raise_bad_rows(status: Tensor) -> None:
+    """Raises naming every row whose status is not 0."""
+    if bool(status.any()):
+        bad = [(row, code) for row, code in enumerate(status.tolist()) if code]
+        listed = "; ".join(f"row {row} has {_STATUS[code]} (status {code})" for row, code in bad)
+        raise RuntimeError(f"no token can be drawn: {listed}")
+
+
+def _reads_are_free(device: torch.device) -> bool:
+    """Whether the host can look at a value without waiting for a device."""
+    return device.type == "cpu"
+
+
+def _pad_token(config: GenerationConfig) -> int:
+    """The id that a bad row gets: pad, else the first end of sequence, else 0."""
+    for token in (config.pad_token_id, config.eos_token_id):
+        if token is not None:
+            return max(int(torch.as_tensor(token).flatten()[0]), 0)
+    return 0

@@ -1,0 +1,320 @@
+"""Hooks for transformers: a generation loop with a fused draw, and a fused logits processor.
+
+`generate` runs transformers' own decoding loop as a greedy search whose last processor has drawn
+already: it returns one-hot rows, so the loop's argmax finds the token. `FusedLogitsWarper` is the
+mask alone, for code that samples by itself.
+"""
+
+import copy
+import inspect
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteriaList,
+)
+from transformers.generation.streamers import BaseStreamer
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.integrations.fsdp import is_fsdp_managed_module
+
+from fastadapt._ops.checks import integers
+from fastadapt.adaptor import Adaptor
+from fastadapt.hf._chain import chain_of
+from fastadapt.hf._draw import Draw, Stopping
+from fastadapt.sampling import filter_logits
+
+# What `model.generate` takes by name and hands to no callable: how to have it.
+_UNREACHABLE = {
+    "streamer": "pass custom_generate=generate.using(streamer=...) instead",
+    "synced_gpus": "pass custom_generate=generate.using(synced_gpus=True) instead",
+    "assistant_model": "leave custom_generate out to decode with an assistant",
+}
+
+
+class FusedLogitsWarper(LogitsProcessor):
+    """Masks logits by an adaptor in one fused call; removed entries become -inf.
+
+    A user's processor runs before the warpers that transformers builds from the generation config
+    (whose default is top_k=50), so those must be neutral; `generate_kwargs` says so:
+
+        model.generate(**inputs, **FusedLogitsWarper(Adaptor(top_p=0.9)).generate_kwargs())
+
+    Together with `custom_generate=fastadapt.hf.generate` mask and draw are one call; that is the
+    way to give each sequence knobs of its own.
+
+    Args:
+        adaptor (Adaptor): a per-row knob holds one value per sequence, that is prompts times
+            `num_return_sequences`, those of one prompt next to each other.
+
+    Raises:
+        TypeError: `adaptor` is not an `Adaptor`.
+        ValueError: (when called) the per-row knobs do not fit the batch.
+    """
+
+    def __init__(self, adaptor: Adaptor) -> None:
+        """Keeps the adaptor."""
+        if not isinstance(adaptor, Adaptor):
+            raise TypeError(f"adaptor: expected an Adaptor, got {type(adaptor).__name__}")
+        self.adaptor = adaptor
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Filters the scores, (N, V); a row with NaN, +inf or nothing finite stays as it is.
+
+        Float64 scores are filtered as float32.
+        """
+        _check_rows(self.adaptor, scores.shape[0])
+        if scores.dtype == torch.float64:
+            return filter_logits(scores.float(), self.adaptor).double()
+        return filter_logits(scores, self.adaptor)
+
+    def generate_kwargs(self) -> dict[str, Any]:
+        """Return keyword arguments of `model.generate` that make this the only warper."""
+        return {
+            "logits_processor": LogitsProcessorList([self]),
+            "do_sample": True,
+            "temperature": 1.0,
+            "top_h": None,
+            "top_k": 0,
+            "top_p": 1.0,
+            "min_p": None,
+            "typical_p": 1.0,
+            "epsilon_cutoff": 0.0,
+            "eta_cutoff": 0.0,
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class Generate:
+    """Generate with filters and draw fused: `model.generate(..., custom_generate=generate)`.
+
+    Equivalent to `model.generate(...)` with the same arguments: the same processors, kept tokens,
+    scores, stopping and outputs; only the random numbers differ. `do_sample=False` is
+    transformers' greedy search, unchanged.
+
+    The warpers at the end of the prepared processor list (temperature, top-k, top-p, min-p,
+    typical, epsilon, eta, in this order) are read into one `Adaptor`. Where another processor
+    stands among or after them (top-h, a watermark), or they disagree on `min_tokens_to_keep`, are
+    repeated, out of order or have a finite `filter_value`, the chain runs as it is and only the
+    draw is fused. So it is, with a warning, where a value is none that an `Adaptor` takes (a
+    temperature below 1e-6) or a processor returns float64. `LogitNormalization` may follow, and a
+    `FusedLogitsWarper` may take their place.
+
+    Arguments of `model.generate` that are special here:
+        seeds: one int64 per returned sequence, prompts times `num_return_sequences`, those of one
+            prompt next to each other. The n-th token that a call generates in a sequence depends
+            on its logits, the knobs, its seed and n alone: neither padding nor batch mates nor
+            the default generator matter. Without seeds the default generator is used, so
+            `torch.manual_seed` reproduces. A model that draws by itself within a step (the depth
+            decoders of CSM and Moshi, dropout in training mode) does so from the default generator
+            in spite of seeds; where that is seen, a warning says so.
+        streamer, synced_gpus: never reach a callable and are refused; pass them to `using` instead.
+            `synced_gpus` is otherwise chosen as transformers does.
+        stop_strings: its tokenizer never reaches a callable; pass
+            `stopping_criteria=[StopStringCriteria(tokenizer, stop_strings)]` instead.
+        assistant_model: never reaches a callable and is refused.
+        cache_implementation="paged": transformers goes to `generate_batch` before it looks at
+            `custom_generate`, so nothing is fused, seeds are ignored, and nothing here can see it.
+
+    Models with a `generate` of their own (MusicGen, Dia, Janus for images) may not pass
+    `custom_generate` on; it is then ignored or refused there, and nothing here can see it. Those
+    that call the loop more than once (Whisper, for each segment and each temperature) count the
+    tokens of each call anew and decide by themselves which calls sample; seeds are for those. Where
+    they go on with some rows alone they do not say which: these draw by the first of the seeds,
+    with a warning.
+
+    Raises:
+        ValueError: a mode other than sampling and greedy search (beams, contrastive, assisted,
+            DoLa, constraints), an argument that cannot reach here (above), `seeds` without
+            `do_sample=True`, or seeds or per-row knobs that do not fit the batch.
+        TypeError: seeds that are not integers.
+        RuntimeError: an unfinished row has NaN, +inf or nothing finite. On a CPU at once; elsewhere
+            the row ends with the pad token and the error follows after the loop, so that no step
+            waits for the device.
+    """
+
+    streamer: BaseStreamer | None = None
+    synced_gpus: bool | None = None
+    seeds: Sequence[int] | Tensor | None = None
+
+    def using(
+        self,
+        *,
+        streamer: BaseStreamer | None = None,
+        synced_gpus: bool | None = None,
+        seeds: Sequence[int] | Tensor | None = None,
+    ) -> "Generate":
+        """Return a callable for `custom_generate` with these settings and no others.
+
+        Args:
+            streamer (BaseStreamer): receives the prompt, every token, and the end.
+            synced_gpus (bool): keep calling the model until every rank has finished.
+            seeds (Tensor or sequence of int): as the `seeds` of `model.generate`.
+        """
+        return Generate(streamer, synced_gpus, seeds)
+
+    def __call__(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        *,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        seeds: Sequence[int] | Tensor | None = None,
+        stop_strings: object = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        """Run the loop; called by `model.generate`, which prepares the arguments."""
+        synced_gpus = _is_sharded(model) if self.synced_gpus is None else self.synced_gpus
+        _refuse_unreachable(model, synced_gpus)
+        if stop_strings is not None:  # named above, it is kept from the generation config
+            raise ValueError(
+                "stop_strings: expected none, because transformers hands a callable no tokenizer; "
+                "pass stopping_criteria=[StopStringCriteria(tokenizer, stop_strings)] instead"
+            )
+        _check_mode(generation_config)
+        seeds = self._seeds(model, seeds, input_ids, generation_config)
+        draw = None
+        if generation_config.do_sample:
+            chain = chain_of(logits_processor, FusedLogitsWarper)
+            _check_rows(chain.adaptor, input_ids.shape[0])
+            draw = Draw(chain, input_ids, seeds, generation_config)
+            logits_processor = LogitsProcessorList([*chain.before, draw])
+            stopping_criteria = Stopping(stopping_criteria, draw)
+            generation_config = copy.copy(generation_config)
+            generation_config.do_sample = False
+        if self.streamer is not None:
+            self.streamer.put(input_ids.cpu())
+        states = None if seeds is None else _default_generators(input_ids.device)
+        output = model._sample(
+            input_ids,
+            logits_processor=logits_processor,
+            stopping_criteria=stopping_criteria,
+            generation_config=generation_config,
+            synced_gpus=synced_gpus,
+            streamer=self.streamer,
+            **model_kwargs,
+        )
+        if states is not None:
+            _warn_of_other_draws(model, states, input_ids.device)
+        return output if draw is None else draw.finish(output)
+
+    def _seeds(
+        self,
+        model: Any,
+        seeds: Sequence[int] | Tensor | None,
+        input_ids: Tensor,
+        config: GenerationConfig,
+    ) -> Tensor | None:
+        """The seeds of this call, from either place, as (N,) int64 on the device of the ids."""
+        if seeds is not None and self.seeds is not None:
+            raise ValueError("seeds: expected in `using` or in `model.generate`, got them in both")
+        seeds = self.seeds if seeds is None else seeds
+        if seeds is None:
+            return None
+        # such a model decides by itself which of its calls sample, and which rows they have
+        decides = type(model).generate is not GenerationMixin.generate
+        if not config.do_sample:
+            if decides:
+                return None
+            raise ValueError("seeds: expected do_sample=True beside them, got do_sample=False")
+        tensor, rows = integers("seeds", seeds), input_ids.shape[0]
+        if decides and tensor.dim() == 1 and tensor.shape[0] > rows:
+            warnings.warn(
+                f"seeds: {type(model).__name__}.generate goes on with {rows} of {len(tensor)} rows "
+                "and does not say which; they draw by the first seeds, so that they depend on "
+                "their batch mates",
+                stacklevel=5,
+            )
+            tensor = tensor[:rows]
+        if tensor.shape != (rows,):
+            raise ValueError(
+                f"seeds: expected shape ({rows},), one per sequence (prompts times "
+                f"num_return_sequences), got {tuple(tensor.shape)}"
+            )
+        return tensor.to(input_ids.device)
+
+
+generate = Generate()
+
+
+def _refuse_unreachable(model: Any, synced_gpus: bool) -> None:
+    """Raises where `model.generate`, which called us, was given what it hands to no callable.
+
+    It is nowhere but in that call's frame. A streamer is ended first: its consumer would wait for
+    ever.
+    """
+    code = inspect.unwrap(GenerationMixin.generate).__code__
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code is not code:
+        frame = frame.f_back
+    given = {} if frame is None or frame.f_locals.get("self") is not model else frame.f_locals
+    for name, instead in _UNREACHABLE.items():
+        value = given.get(name)
+        if value is None or value is False or (name == "synced_gpus" and synced_gpus):
+            continue
+        if isinstance(value, BaseStreamer):
+            value.end()
+        raise ValueError(
+            f"{name}: expected none beside custom_generate, because transformers hands it to no "
+            f"callable, got {type(value).__name__}; {instead}"
+        )
+
+
+def _default_generators(device: torch.device) -> list[Tensor]:
+    """The states of the default generators of the CPU and of a device."""
+    states = [torch.random.get_rng_state()]
+    if device.type != "cpu":
+        states.append(torch.get_device_module(device).get_rng_state(device))
+    return states
+
+
+def _warn_of_other_draws(model: Any, states: list[Tensor], device: torch.device) -> None:
+    """Warns where something has drawn from a default generator since it was in these states."""
+    if not all(map(torch.equal, states, _default_generators(device))):
+        warnings.warn(
+            f"seeds: {type(model).__name__} or one of its processors drew from torch's default "
+            "generator too, which seeds do not reach; torch.manual_seed reproduces that part",
+            stacklevel=5,
+        )
+
+
+def _check_mode(config: GenerationConfig) -> None:
+    """Raises unless the config asks for one sequence per row and one token per step."""
+    mode = config.get_generation_mode()
+    if mode not in ("sample", "greedy_search"):
+        raise ValueError(
+            f"generation mode: expected sampling or greedy search, got {mode.value}; "
+            "set num_beams=1 and no contrastive, assisted, DoLa or constraint option"
+        )
+
+
+def _check_rows(adaptor: Adaptor, rows: int) -> None:
+    """Raises unless per-row knobs fit the batch."""
+    if adaptor.rows is not None and adaptor.rows != rows:
+        raise ValueError(
+            f"adaptor: expected per-row knobs for {rows} sequences (prompts times "
+            f"num_return_sequences), got {adaptor.rows}; repeat_interleave expands them as "
+            "transformers expands the prompts"
+        )
+
+
+def _is_sharded(model: Any) -> bool:
+    """Whether ranks share the weights and so must call the model equally often."""
+    zero3 = is_deepspeed_zero3_enabled()
+    if not (zero3 or is_fsdp_managed_module(model)):
+        return False
+    distributed = torch.distributed
+    return (
+        distributed.is_available()
+        and distributed.is_initialized()
+        and distributed.get_world_size() > 1
+    )

@@ -1,0 +1,183 @@
+"""transformers' `Trainer` without logits: a loss of margins, made inside the model's forward."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import Trainer
+
+from fastadapt.log_odds import label_margins
+from fastadapt.losses import Responses, mle_loss
+from fastadapt.training import forward_margins
+from fastadapt.training.head import causal_of, evaluating, one_row
+from fastadapt.training.head_shape import HALF_TOLERANCE, configurations
+from fastadapt.training.pairs import IGNORED
+
+_TOKENS = 32  # of a text, to compare losses on
+_TOLERANCE = 2e-5  # of the model's own loss, which is made of the same logits
+_TEXTS = {"input_ids", "attention_mask", "position_ids", "token_type_ids", "labels"}
+
+
+class LogitsFreeTrainer(Trainer):
+    """A `Trainer` for language models that never makes their logits.
+
+    Its loss is that of the model's own forward, the cross-entropy of the next tokens (of an
+    encoder–decoder or a masked model: of the labels as they stand), with `num_items_in_batch` and
+    `average_tokens_across_devices` as transformers has them; the head's rows of ignored labels are
+    not computed. A frozen head (LoRA) takes two products a step. Before the first step the model's
+    own loss of one short text is compared with ours, so that nothing is left out without a word.
+    Predictions, as `compute_metrics` sees them, are margins (B, T-1), (B, T) of labels that are
+    aligned, instead of logits.
+
+    Example:
+        >>> trainer = LogitsFreeTrainer(model, args, train_dataset=dataset, data_collator=collator)
+        >>> trainer.train()
+
+    Args:
+        objective: makes the loss of `Responses`, padded, whose `total_tokens` is
+            `num_items_in_batch`; by default `mle_loss`.
+        *rest, **named: as for `Trainer`; batches have "labels", not shifted, as usual.
+
+    Raises:
+        ValueError: what needs logits: `compute_loss_func`, `label_smoothing_factor`; a compiled
+            model; router logits, whose loss would be left out; at the first batch, a model whose
+            own loss is another one, or as `fastadapt.training.forward_margins`; a batch without
+            labels.
+    """
+
+    objective: Callable[[Responses], Tensor]
+    _shifts: bool | None = None  # whether the model scores the next label; None: not asked yet
+    _divides = True  # whether its loss is divided by num_items_in_batch where that is given
+
+    def __init__(
+        self, *rest: Any, objective: Callable[[Responses], Tensor] = mle_loss, **named: Any
+    ) -> None:
+        """See the class."""
+        super().__init__(*rest, **named)
+        self.objective = objective
+        if self.compute_loss_func is not None or self.args.label_smoothing_factor:
+            raise ValueError(
+                "expected neither compute_loss_func nor label_smoothing_factor, which need logits; "
+                "objective= has the loss"
+            )
+        if self.args.torch_compile:
+            raise ValueError("args.torch_compile: expected False, got True; compile the layers")
+        causal_of(self.model)
+        parts = configurations(getattr(self.model, "config", None))
+        if any(getattr(part, "output_router_logits", False) for part in parts):
+            raise ValueError("model.config: expected output_router_logits=False, got True")
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The loss of a batch, its share of the step's where `num_items_in_batch` is given."""
+        if inputs.get("labels") is None:
+            raise ValueError(f"inputs: expected labels among them, got {sorted(inputs)}")
+        if self._shifts is None:
+            self._shifts = self._ask_loss(model, inputs, num_items_in_batch is not None)
+        margins, mask = self._margins(model, inputs, shift=self._shifts)
+        items = num_items_in_batch if self._divides else None
+        loss = self.objective(Responses(margins, mask, total_tokens=items))
+        loss = loss * self._share(num_items_in_batch)
+        return (loss, {"loss": loss, "margins": margins}) if return_outputs else loss
+
+    def _share(self, items: Tensor | int | None) -> int:
+        """What a process multiplies its loss by, so that the mean over processes is the sum."""
+        if not self.args.average_tokens_across_devices or items is None:
+            return 1
+        return int(self.accelerator.num_processes // self.get_tp_size())
+
+    def _margins(
+        self, model: nn.Module, inputs: dict[str, Any], *, shift: bool
+    ) -> tuple[Tensor, Tensor]:
+        """The margins of a batch, and which of them count."""
+        rest = dict(inputs)
+        given = rest.pop("labels")
+        labels = _labels_of_positions(given, shift=shift)
+        margins = forward_margins(model, _with_decoder(model, rest, given), labels)
+        return _without_last(margins, labels != IGNORED, shift=shift)
+
+    @torch.no_grad()
+    def _ask_loss(self, model: nn.Module, inputs: dict[str, Any], counted: bool) -> bool:
+        """Whether the model's own loss scores the next label; all processes ask together.
+
+        Raises:
+            ValueError: it is neither that of the next labels nor that of the labels as they stand.
+        """
+        few = _few(inputs)
+        given = few["labels"]
+        items = given.ne(IGNORED).sum() * 3 if counted else None
+        with evaluating(model):
+            loss, output = super().compute_loss(model, dict(few), True, items)
+            own, logits = float(loss) / self._share(items), output.get("logits")
+            if not isinstance(logits, Tensor) or logits.shape[:-1] != given.shape:
+                raise ValueError("model: expected one that returns logits, one row a label")
+            seen = dict[tuple[bool, bool], float]()
+            for shift, divides in itertools.product((True, False), repeat=2):
+                labels = _labels_of_positions(given, shift=shift)
+                margins = label_margins(logits.float(), labels, ignore_index=IGNORED)
+                rows = _without_last(margins, labels != IGNORED, shift=shift)
+                over = items if divides else None
+                seen[shift, divides] = float(mle_loss(Responses(*rows, total_tokens=over)))
+            fits = [s for s, x in seen.items() if abs(x - own) <= _TOLERANCE * abs(own)]
+            name = type(causal_of(model)).__name__
+            if not fits:
+                raise ValueError(
+                    "model: expected a loss that is the cross-entropy of the next labels, "
+                    f"{seen[True, True]:.6g}, or of the labels as they stand, "
+                    f"{seen[False, True]:.6g}, "
+                    f"got {own:.6g} of {name}; transformers' Trainer has its further terms"
+                )
+            shift, self._divides = fits[0]
+            rows = self._margins(model, few, shift=shift)
+            over = items if self._divides else None
+            ours = float(mle_loss(Responses(*rows, total_tokens=over)))
+            if abs(ours - own) > HALF_TOLERANCE * abs(own):
+                raise ValueError(
+                    f"model: expected the loss of its own forward, {own:.6g}, got {ours:.6g} of "
+                    f"{name}; with decoder_input_ids in the batch both forwards read the same"
+                )
+        return shift
+
+
+def _labels_of_positions(labels: Tensor, *, shift: bool) -> Tensor:
+    """(B, T): the label that each position is to score."""
+    return F.pad(labels[:, 1:], (0, 1), value=IGNORED) if shift else labels
+
+
+def _without_last(margins: Tensor, mask: Tensor, *, shift: bool) -> tuple[Tensor, Tensor]:
+    """Without the last position, which has no next label."""
+    return (margins[:, :-1], mask[:, :-1]) if shift else (margins, mask)
+
+
+def _few(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The first row, of plain text its beginning; at least one label that counts."""
+    few = one_row(inputs)
+    plain = few.keys() <= _TEXTS and all(x.dim() == 2 for x in few.values())
+    if plain:
+        few = {name: x[:, :_TOKENS] for name, x in few.items()}
+    labels = few["labels"].clone()
+    labels[:, 1:] = torch.where(labels[:, 1:] == IGNORED, 0, labels[:, 1:])
+    return {**few, "labels": labels}
+
+
+def _with_decoder(model: Any, inputs: dict[str, Any], labels: Tensor) -> dict[str, Any]:
+    """What an encoder–decoder makes of its labels by itself, where it is given labels."""
+    causal = causal_of(model)
+    given = {"decoder_input_ids", "decoder_inputs_embeds"} & inputs.keys()
+    if not getattr(causal.config, "is_encoder_decoder", False) or given:
+        return inputs
+    if not hasattr(causal, "prepare_decoder_input_ids_from_labels"):
+        name = type(causal).__name__
+        raise ValueError(f"inputs: expected decoder_input_ids for {name}, got {sorted(inputs)}")
+    decoder = causal.prepare_decoder_input_ids_from_labels(labels=labels)
+    return {**inputs, "decoder_input_ids": decoder}

@@ -1,0 +1,277 @@
+"""Margins: the log-odds of a label against everything else, which all losses are made of.
+
+`m = z_y - logsumexp(z_j, j != y)`, so that `log p = -softplus(-m)`, `log(1 - p) = -softplus(m)` and
+`dm/dz = onehot(y) - q` with q the softmax of the others, all without cancellation.
+"""
+
+from collections.abc import Sequence
+from math import inf
+from typing import TYPE_CHECKING, overload
+
+import torch
+from torch import Tensor
+
+from fastadapt._ops import log_odds as ops
+from fastadapt._ops.checks import fold_rows, per_row
+from fastadapt._ops.linear import operator as linear_ops
+from fastadapt._ops.linear.plan import kept_bytes, number_of
+from fastadapt._ops.linear.plan import plan_of as plan_of
+from fastadapt._ops.linear.vocab_parallel import Slice, split_head
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+OUTPUTS = ("entropy", "logsumexp", "hit")
+
+
+def label_margins(logits: Tensor, labels: Tensor, *, ignore_index: int = -100) -> Tensor:
+    """Returns each label's log-odds `z_y - logsumexp(z_j, j != y)`, differentiably.
+
+    One read of the logits forward, one read and one write backward. Sums are float32 over
+    stretches of 1024 ids (of 4096 on CUDA) and float64 beyond; at any margin the relative error is
+    that of float32.
+
+    Args:
+        logits (Tensor): (..., V), float32, bfloat16, float16, or float64 (for checks); any row
+            stride, a last stride other than 1 costs one copy.
+        labels (Tensor): `logits.shape[:-1]`, int64, ids in [0, V) or `ignore_index`.
+        ignore_index (int): rows with this label give 0 and no gradient.
+
+    Returns:
+        Tensor: shape of `labels`, float32 (float64 for float64 logits), nats. +inf and zero
+        gradient where V is 1 or all other logits are -inf; NaN where one of the others is NaN or
+        +inf, or the label's own is NaN; on CUDA, NaN without a gradient where the label is out of
+        range. Raises when differentiated twice.
+
+    Raises:
+        TypeError: logits or labels of another dtype.
+        ValueError: another shape or device; on the CPU a label out of range, before any work.
+    """
+    rows = fold_rows("logits", logits)
+    flat = per_row("labels", labels, torch.int64, logits.shape[:-1], rows)
+    margins: Tensor = ops.label_margins(rows, flat, ignore_index)[0]
+    return margins.view(labels.shape)
+
+
+def candidate_margins(logits: Tensor, index: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Returns the log-odds of several ids of one row, each against all other entries.
+
+    `m_c = z_c - logsumexp(z_j, j != c)`: what token unlikelihood over previous tokens penalises
+    (`-log(1 - p_c) = softplus(m_c)`). Exact also where one candidate holds nearly all the mass,
+    because the largest entry is kept apart from the sum of all others.
+
+    Args:
+        logits (Tensor): (..., V), as in `label_margins`.
+        index (Tensor): `(*logits.shape[:-1], K)`, int64, ids in [0, V); an id may come repeatedly.
+        mask (Tensor | None): shape of `index`, bool; candidates with False give 0 and no gradient,
+            whatever their id. None: all are meant.
+
+    Returns:
+        Tensor: shape of `index`, float32 (float64 for float64 logits), nats; edges and gradients
+        as in `label_margins`. Raises when differentiated twice.
+
+    Raises:
+        TypeError, ValueError: as `label_margins`.
+    """
+    rows = fold_rows("logits", logits)
+    shape = torch.Size((*logits.shape[:-1], index.shape[-1] if index.dim() else 0))
+    flat = per_row("index", index, torch.int64, shape, rows).view(rows.shape[0], shape[-1])
+    if mask is not None:
+        mask = per_row("mask", mask, torch.bool, shape, rows).view(rows.shape[0], shape[-1])
+    margins: Tensor = ops.candidate_margins(rows, flat, mask)[0]
+    return margins.view(index.shape)
+
+
+@overload
+def linear_label_margins(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    *,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    group: "ProcessGroup | None" = None,
+    memory_budget: int | None = None,
+    outputs: Sequence[str],
+) -> tuple[Tensor, ...]: ...
+@overload
+def linear_label_margins(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    *,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    group: "ProcessGroup | None" = None,
+    memory_budget: int | None = None,
+    outputs: tuple[()] = (),
+) -> Tensor: ...
+def linear_label_margins(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    *,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    group: "ProcessGroup | None" = None,
+    memory_budget: int | None = None,
+    outputs: Sequence[str] = (),
+) -> Tensor | tuple[Tensor, ...]:
+    """Returns the label margins of a linear head without its (N, V) logits.
+
+    Equals `label_margins(z, labels)` with
+    `z = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap)`, made in tiles of 2048
+    ids (8192 on CUDA). Products are torch's. On the CPU they are in the dtype of the inputs; one of
+    half type is rounded once before its logsumexp, while the label's own logit is a float32 dot
+    product, so that the margin's error is about a twentieth of that of rounded logits. On CUDA they
+    are float32, rounded nowhere before the logsumexp (TF32 of float32 inputs if torch is told to
+    use it); half types need torch 2.8. Sums are float32 and float64.
+
+    With 1M = one product of N * H * V: a head that needs gradients costs 4M, forward and backward,
+    or 3M for the logits that `memory_budget` lets the forward keep; a head that needs none 2M, with
+    no product in the backward, which then holds N * H numbers of float32 and not the head; without
+    gradients 1M. Ignored rows are dropped before the first product. The gradient of each block of
+    the head is finished in one product and rounded once. Rows whose upstream gradient is 0 are
+    dropped from the backward (not with a group). Beside inputs and gradients, forward and backward
+    hold 2 N H numbers of float32 at most, one tile and what `memory_budget` allows;
+    `fastadapt.log_odds.plan_of` tells which plan it will be and what it holds.
+
+    On CUDA, forward and backward each wait for the device, to learn how many rows take part, so
+    that neither can be captured in a CUDA graph. Products are of blocks of 1024 rows, the last
+    filled up with zeros, and tiles in one order, so that a row's margin does not depend on the
+    other rows as far as cuBLAS computes equal shapes alike. Logits that `memory_budget` lets the
+    forward keep are rounded to the dtype of the inputs, after their logsumexp. The gradient of a
+    tile takes 128 MiB at most up to 65,536 rows of half type.
+
+    Args:
+        hidden (Tensor): (..., H), float32, bfloat16, float16, or float64 (for checks). Under
+            autocast hidden, weight and bias are cast to its dtype.
+        weight (Tensor): (V, H), dtype of `hidden`; or float32 over half hidden states, which are
+            then taken as float32, products too.
+        labels (Tensor): `hidden.shape[:-1]`, int64, ids in [0, V) or `ignore_index`.
+        bias (Tensor | None): (V,), dtype of `weight`.
+        softcap (float | None): above 0, bounds the logits smoothly.
+        logit_scale (float): finite, multiplies the logits before the cap.
+        ignore_index (int): rows with this label give 0 and no gradient.
+        group (torch.distributed.ProcessGroup | None): its ranks hold the head together: weight and
+            bias are this rank's consecutive slice of the vocabulary, of any size, in the order of
+            the ranks; labels remain ids of the whole. Hidden states, labels, and what is done with
+            the margins must be the same on all ranks, and so are the margins and the gradient of
+            the hidden states; those of weight and bias are the slice's. A weight that is a DTensor
+            placed as (Shard(0),) brings the group of its mesh along, and its gradient is such a
+            DTensor; so do hidden states and labels that are replicated ones.
+        memory_budget (int | None): bytes of logits to keep from the forward to the backward of a
+            head that needs gradients; fewer are kept if fewer are needed. None: all of them where
+            they take 128 MiB at most, else none.
+        outputs (Sequence[str]): of "entropy" (nats), "logsumexp" (of all logits, nats) and "hit"
+            (bool, no logit is larger than the label's), from the same pass. They have no gradient:
+            a loss that asks for one fails in its backward. Detach what is kept, such as metrics.
+
+    Returns:
+        Tensor: shape of `labels`, float32 (float64 for float64 inputs), nats, edges as in
+        `label_margins`; with `outputs` a tuple of the margins and those outputs, in their order and
+        of the same shape, 0 or False in ignored rows. Raises when differentiated twice.
+
+    Raises:
+        TypeError: inputs of another dtype than `hidden`'s.
+        ValueError: shapes or devices that do not agree, a softcap that is not positive, an unknown
+            output, a DTensor of another placement or on another mesh; on the CPU a label out of
+            range, before any work, and labels that are not the same on all ranks.
+        RuntimeError: a group without torch.distributed; in the backward, a gradient of `outputs`.
+    """
+    for name, given in (("hidden", hidden), ("weight", weight), ("labels", labels)):
+        if not isinstance(given, Tensor):
+            raise TypeError(f"{name}: expected a Tensor, got {type(given).__name__}")
+    part = split_head(hidden, weight, labels, bias, group)
+    rows = _in_type_of_head(fold_rows("hidden", part.hidden), part.weight)
+    flat = per_row("labels", part.labels, torch.int64, part.hidden.shape[:-1], rows)
+    _check_head(rows, part)
+    cap = 0.0 if softcap is None else float(softcap)
+    if softcap is not None and not 0 < cap < inf:
+        raise ValueError(f"softcap: expected a finite number above 0 or None, got {softcap}")
+    if not -inf < logit_scale < inf:
+        raise ValueError(f"logit_scale: expected a finite number, got {logit_scale}")
+    if memory_budget is not None and memory_budget < 0:
+        raise ValueError(f"memory_budget: expected bytes >= 0 or None, got {memory_budget}")
+    for name in outputs:
+        if name not in OUTPUTS:
+            raise ValueError(f"outputs: expected names of {OUTPUTS}, got {name!r}")
+    margins: Tensor
+    stats: Tensor
+    margins, stats, _ = linear_ops.linear_label_margins(
+        rows,
+        part.weight,
+        flat,
+        part.bias,
+        cap,
+        logit_scale,
+        ignore_index,
+        part.span,
+        part.group,
+        number_of(rows, part.weight, part.bias),
+        kept_bytes(rows.shape[0] * part.weight.shape[0] * rows.element_size(), memory_budget),
+        "entropy" in outputs,
+    )
+    margins = margins.view(labels.shape)
+    if not outputs:
+        return margins
+    used = part.labels != ignore_index
+    extra = _extra_outputs(margins.detach(), stats.view(*labels.shape, stats.shape[-1]), used)
+    return (margins, *(_tied(extra[name], margins, name) for name in outputs))
+
+
+def _tied(values: Tensor, margins: Tensor, name: str) -> Tensor:
+    """A further output that a backward refuses, where the margins have a gradient."""
+    if not margins.requires_grad or not values.is_floating_point():
+        return values
+    tied: Tensor = linear_ops.without_gradient(values, margins, name)
+    return tied
+
+
+def _in_type_of_head(hidden: Tensor, weight: Tensor) -> Tensor:
+    """Half hidden states as float32 where the head is; under autocast as they are."""
+    half = hidden.dtype in (torch.bfloat16, torch.float16)
+    casts = torch.is_autocast_enabled(hidden.device.type)
+    return hidden.float() if half and weight.dtype == torch.float32 and not casts else hidden
+
+
+def _check_head(hidden: Tensor, part: Slice) -> None:
+    """Shapes, devices and dtypes but for those that autocast makes equal."""
+    h, weight, bias = hidden.shape[1], part.weight, part.bias
+    empty = part.group is None and weight.shape[:1] == (0,)  # a slice may be
+    if weight.dim() != 2 or weight.shape[1] != h or empty:
+        raise ValueError(f"weight: expected shape (V, {h}), V >= 1, got {tuple(weight.shape)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias: expected shape ({weight.shape[0]},), got {tuple(bias.shape)}")
+    casts = torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is None:
+            continue
+        if not tensor.is_floating_point():  # codes of a quantised head: autocast would cast them
+            raise TypeError(f"{name}: expected floating-point numbers, got {tensor.dtype}")
+        if tensor.dtype != hidden.dtype and not casts:
+            raise TypeError(f"{name}: expected {hidden.dtype} as hidden, got {tensor.dtype}")
+        if tensor.device != hidden.device:
+            raise ValueError(f"{name}: expected device {hidden.device}, got {tensor.device}")
+
+
+def _extra_outputs(margins: Tensor, stats: Tensor, used: Tensor) -> dict[str, Tensor]:
+    """From the sums over the others and the label's own logit, float64 inside."""
+    best, mass, weighted, label = stats.unbind(-1)
+    others = torch.where(mass == 0, float("-inf"), best + mass.log())
+    logsumexp = torch.logaddexp(others, label)
+    p = margins.double().sigmoid()
+    mean = torch.where(mass == 0, 0.0, best + weighted / mass)  # of the others' logits, under q
+    own = torch.where(p == 0, 0.0, p * label)  # not 0 times -inf
+    entropy = logsumexp - own - (1 - p) * mean
+    return {
+        "entropy": torch.where(used, entropy, 0.0).to(margins.dtype),
+        "logsumexp": torch.where(used, logsumexp, 0.0).to(margins.dtype),
+        "hit": used & (label >= best),
+    }

@@ -1,0 +1,1 @@
+"""The trade-off of probability and quality under sampling adaptors (arXiv 2406.10203)."""

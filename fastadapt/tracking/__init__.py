@@ -1,0 +1,21 @@
+"""What a step does to the chosen and the rejected responses, watched while a model trains."""
+
+from typing import Any
+
+from fastadapt.tracking.tracker import RewardPenalizeTracker
+
+__all__ = ["RewardPenalizeTracker", "TrackerCallback"]
+
+
+def __getattr__(name: str) -> Any:
+    """Loads the callback when it is asked for: it needs transformers."""
+    if name != "TrackerCallback":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from fastadapt.tracking.callback import TrackerCallback
+
+    return TrackerCallback
+
+
+def __dir__() -> list[str]:
+    """Lists the public names."""
+    return __all__

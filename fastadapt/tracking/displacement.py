@@ -1,0 +1,164 @@
+"""What one step on the head of a model does to each response: predicted from inner products.
+
+The gradients of a head's label log-probabilities are outer products,
+`∂l_t/∂W = d_t ⊗ h_t` with `d_t = (onehot(y_t) - s_t) dz/dx`, so that
+
+    ⟨∇l_t, ∇l_u⟩ = (d_t·d_u) (h_t·h_u),
+
+plus d_t·d_u for a bias. The first factor is added up over tiles of the vocabulary: logits (N, V)
+are never held. From the matrix of these products over the tokens of a pair follows, to first order
+in the step size, the change of log P of each response under any loss of `fastadapt.losses`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastadapt.log_odds import linear_label_margins
+from fastadapt.training.head import Head
+from fastadapt.training.pairs import IGNORED
+
+TILE = 2048  # ids whose logits are held at once
+
+
+class Displacement(NamedTuple):
+    """Inner products of the gradients of log P of pairs, in the parameters of the head.
+
+    Attributes:
+        good: (B,), float64; ‖∇S⁺‖².
+        bad: (B,); ‖∇S⁻‖².
+        cross: (B,); ⟨∇S⁺, ∇S⁻⟩.
+    """
+
+    good: Tensor
+    bad: Tensor
+    cross: Tensor
+
+    @property
+    def rho(self) -> Tensor:
+        """(B,): ρ = ⟨∇S⁺, ∇S⁻⟩ / ‖∇S⁺‖²; NaN where the good response has no gradient."""
+        return self.cross / self.good
+
+    @property
+    def flagged(self) -> Tensor:
+        """(B,), bool: ρ > 1, the pairs whose both probabilities a small step of DPO lowers.
+
+        DPO steps along k (∇S⁺ - ∇S⁻), so ΔS⁺ = ηk ‖∇S⁺‖² (1 - ρ), negative for ρ > 1; by Cauchy and
+        Schwarz ‖∇S⁻‖² >= ρ ⟨∇S⁺, ∇S⁻⟩, so that ΔS⁻ = ηk (⟨∇S⁺, ∇S⁻⟩ - ‖∇S⁻‖²) is negative too.
+        """
+        return self.rho > 1
+
+
+@torch.no_grad()
+def token_products(
+    hidden: Tensor, labels: Tensor, head: Head, groups: list[Tensor]
+) -> list[Tensor]:
+    """Returns ⟨∇l_t, ∇l_u⟩ over the tokens of each group, in the parameters of the head.
+
+    Two products of N * H * V, as a forward pass that makes the logits twice, and of each group
+    n² * V; beside them N tiles of 2048 logits and of each group n² numbers are held.
+
+    Args:
+        hidden (Tensor): (N, H), a float dtype; what the head reads before label t. It is cast to
+            that of the head, and autocast is off.
+        labels (Tensor): (N,), int64, ids in [0, V).
+        head (Head): as `fastadapt.training.head_check.head_of` returns it.
+        groups (list[Tensor]): places (n,) in [0, N), int64, of the tokens of each group, such as a
+            good and a bad response.
+
+    Returns:
+        list[Tensor]: (n, n) each, float64, in the order of the group.
+
+    Raises:
+        TypeError, ValueError: those of `linear_label_margins`.
+    """
+    with torch.autocast(hidden.device.type, enabled=False):
+        return _products(hidden.to(head.weight.dtype), labels, head, groups)
+
+
+def _products(hidden: Tensor, labels: Tensor, head: Head, groups: list[Tensor]) -> list[Tensor]:
+    """The same, in the dtype of the head."""
+    _, lse = linear_label_margins(
+        hidden,
+        head.weight,
+        labels,
+        head.bias,
+        softcap=head.softcap,
+        logit_scale=head.logit_scale,
+        ignore_index=IGNORED,
+        outputs=("logsumexp",),
+    )
+    wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    found = [hidden.new_zeros(len(g), len(g), dtype=torch.float64) for g in groups]
+    for first in range(0, head.weight.shape[0], TILE):
+        z = (hidden @ head.weight[first : first + TILE].t()).to(wide)
+        if head.bias is not None:
+            z += head.bias[first : first + TILE]
+        z *= head.logit_scale
+        slope = None
+        if head.softcap is not None:
+            z = head.softcap * torch.tanh(z / head.softcap)
+            slope = 1 - (z / head.softcap).square()
+        d = -torch.exp(z - lse[:, None].to(wide))
+        here = (labels >= first) & (labels < first + z.shape[1])
+        rows = here.nonzero()[:, 0]
+        d[rows, labels[rows] - first] += 1
+        d *= head.logit_scale
+        if slope is not None:
+            d *= slope
+        for group, products in zip(groups, found, strict=True):
+            own = d[group]
+            products += own @ own.t()
+    for group, products in zip(groups, found, strict=True):
+        h = hidden[group].to(wide)
+        products *= h @ h.t() + (head.bias is not None)
+    return found
+
+
+def displacement(hidden: Tensor, labels: Tensor, head: Head) -> Displacement:
+    """Returns the inner products ‖∇S⁺‖², ‖∇S⁻‖², ⟨∇S⁺, ∇S⁻⟩ of B pairs.
+
+    Args:
+        hidden (Tensor): (2B, T, H), the good responses before the bad ones.
+        labels (Tensor): (2B, T), int64; `IGNORED` where a position belongs to no response.
+        head (Head): as in `token_products`.
+
+    Returns:
+        Displacement: with ρ and the pairs with ρ > 1.
+    """
+    rows = labels != IGNORED
+    groups, sizes = [], []
+    flat = rows.flatten().nonzero()[:, 0]
+    order = torch.full((rows.numel(),), -1, device=rows.device)
+    order[flat] = torch.arange(len(flat), device=rows.device)
+    order = order.view_as(rows)
+    for good, bad in zip(*order.chunk(2), strict=True):
+        good, bad = good[good >= 0], bad[bad >= 0]
+        groups.append(torch.cat([good, bad]))
+        sizes.append(len(good))
+    products = token_products(hidden.flatten(0, 1)[flat], labels.flatten()[flat], head, groups)
+    blocks = [
+        (p[:n, :n].sum(), p[n:, n:].sum(), p[:n, n:].sum())
+        for p, n in zip(products, sizes, strict=True)
+    ]
+    return Displacement(*(torch.stack(column) for column in zip(*blocks, strict=True)))
+
+
+def predicted_change(products: Tensor, slopes: Tensor, step: float = 1.0) -> Tensor:
+    """Returns the change of each token's log-probability by one step of gradient descent.
+
+    To first order in the step: Δl_t = -η Σ_u ⟨∇l_t, ∇l_u⟩ ∂L/∂l_u. The change of log P of a
+    response is the sum over its tokens.
+
+    Args:
+        products (Tensor): (n, n), of `token_products`.
+        slopes (Tensor): (n,), ∂L/∂l of the same tokens, of `analytic_gradients`.
+        step (float): the step size η.
+
+    Returns:
+        Tensor: (n,), float64, nats.
+    """
+    return -step * (products @ slopes.to(products.dtype))

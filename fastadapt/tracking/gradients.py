@@ -1,0 +1,202 @@
+"""The gradients of every loss in closed form, and their check by autograd and differences.
+
+A loss depends on the logits through the margins m_t of the labels alone, so three numbers per token
+say all of it: ∂L/∂p_t, ∂L/∂l_t and ∂L/∂m_t, p = σ(m) and l = log p. The row of logits then gets
+
+    ∂L/∂z = ∂L/∂m (onehot(y) - q),   ‖∂L/∂z‖₁ = 2 |∂L/∂m|,   ‖∂L/∂z‖₂ = |∂L/∂m| √(1 + Σ q²),
+
+q the softmax over the other entries. The three differ by factors that are the whole argument about
+losses that explode: ∂L/∂l = p ∂L/∂p and ∂L/∂m = (1-p) ∂L/∂l. Nothing here differentiates anything
+but `check_gradients`; all is float64.
+
+Tuan & Wang 2024, arXiv 2408.16751, compare these losses by their gradients; the closed forms here
+are derived, not taken from there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from inspect import signature
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastadapt.losses import FORMULAS, Responses, RewardPenalizeLoss
+from fastadapt.losses.responses import checked
+from fastadapt.tracking.closed_forms import CLOSED_FORMS, Inputs, Slopes
+
+Loss = str | Mapping[str, float] | RewardPenalizeLoss
+SPACES = ("margins", "probabilities")
+
+
+class SideGradients(NamedTuple):
+    """Gradients of a loss at the tokens of one side; float64, 0 at tokens that do not count.
+
+    Attributes:
+        probability: shape of the margins; ∂L/∂p_t, the probability taken as free.
+        logp: the same; ∂L/∂l_t, l_t = log p_t. Infinite only where e^m is.
+        margin: the same; ∂L/∂m_t.
+        norm1: per row of logits, ‖∂L/∂z‖₁. Of candidates (..., K) it has shape (...) and belongs to
+            the penalty alone, whose candidates are taken to differ from each other.
+        norm2: per row of logits, ‖∂L/∂z‖₂; None where Σ q² was not given, and of candidates.
+    """
+
+    probability: Tensor
+    logp: Tensor
+    margin: Tensor
+    norm1: Tensor
+    norm2: Tensor | None
+
+
+def analytic_gradients(
+    loss: Loss,
+    good: Responses,
+    bad: Responses | None = None,
+    ref_good_logps: Tensor | None = None,
+    ref_bad_logps: Tensor | None = None,
+    *,
+    candidates: Tensor | None = None,
+    candidate_mask: Tensor | None = None,
+    given: str = "margins",
+    sum_squares: Mapping[str, Tensor] | None = None,
+    **options: Any,
+) -> dict[str, SideGradients]:
+    """Returns the gradients of a loss or a sum of losses, each from its closed form.
+
+    Args:
+        loss (str | Mapping[str, float] | RewardPenalizeLoss): a name of `FORMULAS`, such names with
+            weights, or an objective, whose options then count.
+        good (Responses): as the losses take it.
+        bad (Responses | None): the same.
+        ref_good_logps (Tensor | None): as in `dpo_loss`.
+        ref_bad_logps (Tensor | None): as in `dpo_loss`.
+        candidates (Tensor | None): as in `candidate_unlikelihood_penalty`.
+        candidate_mask (Tensor | None): the same.
+        given (str): "margins", or "probabilities": the values in `good`, `bad` and `candidates` are
+            p in (0, 1) and not m.
+        sum_squares (Mapping[str, Tensor] | None): of "good" and "bad", shape of the margins: Σ q_j²
+            over the entries that are not the label, in [1/(V-1), 1]. It is what `norm2` needs.
+        **options (Any): of the losses, as in `RewardPenalizeLoss`.
+
+    Returns:
+        dict[str, SideGradients]: of "good" and, where given, of "bad" and "candidates".
+
+    Raises:
+        TypeError, ValueError: those of the losses; options beside an objective.
+    """
+    objective = as_objective(loss, options)
+    if given not in SPACES:
+        raise ValueError(f"given: expected one of {', '.join(SPACES)}, got {given!r}")
+    if given == "probabilities":
+        good = good._replace(margins=logit(good.margins))
+        bad = None if bad is None else bad._replace(margins=logit(bad.margins))
+        candidates = None if candidates is None else logit(candidates)
+    # checks what it is given and names what is missing; not a call, which would run hooks
+    with torch.no_grad():
+        objective.forward(
+            good,
+            bad,
+            ref_good_logps,
+            ref_bad_logps,
+            candidates=candidates,
+            candidate_mask=candidate_mask,
+        )
+    inputs = Inputs(
+        checked("good", _wide(good)),
+        None if bad is None else checked("bad", _wide(bad)),
+        (ref_good_logps, ref_bad_logps),
+        None if candidates is None else candidates.detach().double(),
+        candidate_mask,
+        good.total_sequences,
+    )
+    return gradients_of(objective, inputs, sum_squares)
+
+
+def gradients_of(
+    objective: RewardPenalizeLoss,
+    inputs: Inputs,
+    sum_squares: Mapping[str, Tensor] | None = None,
+) -> dict[str, SideGradients]:
+    """Returns what `analytic_gradients` does, of inputs that have been checked."""
+    sides = {"good": (inputs.good.margins, inputs.good.kept)}
+    if inputs.bad is not None:
+        sides["bad"] = (inputs.bad.margins, inputs.bad.kept)
+    if inputs.candidates is not None and inputs.candidate_mask is not None:
+        counted = inputs.candidate_mask & inputs.good.kept[..., None]
+        sides["candidates"] = (inputs.candidates, counted)
+    totals = {side: [torch.zeros_like(m), torch.zeros_like(m)] for side, (m, _) in sides.items()}
+    for name, weight in objective.weights.items():
+        for side, slopes in CLOSED_FORMS[name](inputs, **options_of(objective, name)).items():
+            totals[side][0] += weight * slopes.logp
+            totals[side][1] += weight * _margin_slope(slopes, sides[side][0])
+    return {
+        side: _side(side, sides[side], (total[0], total[1]), (sum_squares or {}).get(side))
+        for side, total in totals.items()
+    }
+
+
+def loss_value(objective: RewardPenalizeLoss, inputs: Mapping[str, Any]) -> Tensor:
+    """Returns the loss of an objective without its metrics, which cost more than small losses.
+
+    Args:
+        objective: weights and options.
+        inputs: the arguments of `RewardPenalizeLoss.forward` by name; what no loss takes is unused.
+    """
+    terms = []
+    for name, weight in objective.weights.items():
+        own = signature(FORMULAS[name]).parameters
+        taken = {k: v for k, v in inputs.items() if k in own}
+        terms.append(weight * FORMULAS[name](**taken, **options_of(objective, name)))
+    return torch.stack(terms).sum()
+
+
+def options_of(objective: RewardPenalizeLoss, name: str) -> dict[str, Any]:
+    """Returns the options that one loss of an objective takes."""
+    own = signature(FORMULAS[name]).parameters
+    return {k: v for k, v in objective.options.items() if k in own}
+
+
+def as_objective(loss: Loss, options: Mapping[str, Any]) -> RewardPenalizeLoss:
+    """Returns whatever names a loss as an objective."""
+    if isinstance(loss, RewardPenalizeLoss):
+        if options:
+            raise ValueError(f"options: expected none beside an objective, got {sorted(options)}")
+        return loss
+    return RewardPenalizeLoss({loss: 1.0} if isinstance(loss, str) else loss, **options)
+
+
+def _wide(side: Responses) -> Responses:
+    """A side whose closed forms are float64."""
+    return side._replace(margins=side.margins.detach().double())
+
+
+def _margin_slope(slopes: Slopes, m: Tensor) -> Tensor:
+    """∂L/∂m from ∂L/∂l; 0 where 1 - p has underflowed."""
+    if slopes.margin is not None:
+        return slopes.margin
+    rest = torch.sigmoid(-m)
+    return torch.where(rest == 0, 0.0, slopes.logp * rest)
+
+
+def _side(
+    side: str, at: tuple[Tensor, Tensor], slopes: tuple[Tensor, Tensor], squares: Tensor | None
+) -> SideGradients:
+    """Slopes with their norms, 0 where nothing counts."""
+    m, kept = at
+    p = torch.sigmoid(m)
+    logp, margin = (torch.where(kept, x.expand_as(m), 0.0) for x in slopes)
+    probability = torch.where(kept, logp / p, 0.0)
+    if side == "candidates":
+        # entry c of the row: ∂L/∂m_c - p_c Σ_{c'≠c} ∂L/∂l_c'; all entries sum to 0
+        entries = margin - p * (logp.sum(-1, keepdim=True) - logp)
+        entries = torch.where(kept, entries, 0.0)
+        rest = torch.where(kept, p, 0.0).sum(-1).neg().add(1) * logp.sum(-1)
+        return SideGradients(probability, logp, margin, entries.abs().sum(-1) + rest.abs(), None)
+    norm2 = None if squares is None else margin.abs() * (1 + squares.double()).sqrt()
+    return SideGradients(probability, logp, margin, 2 * margin.abs(), norm2)
+
+
+def logit(p: Tensor) -> Tensor:
+    """Returns the margin log p - log(1 - p) of probabilities."""
+    return p.log() - torch.log1p(-p)

@@ -1,0 +1,248 @@
+"""What training on preference pairs needs between a causal language model and the losses.
+
+The model is any of transformers' kind whose forward calls a linear head. The margins come from
+`linear_label_margins`, so the logits (2B, T, V) are not made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastadapt.log_odds import label_margins, linear_label_margins
+from fastadapt.losses import Responses, RewardPenalizeLoss, sequence_logps
+from fastadapt.training.head import (
+    Head,
+    HeadError,
+    accepted,
+    before_head,
+    causal_of,
+    layer_of,
+    without_positions,
+)
+from fastadapt.training.head_check import ask, read_head
+from fastadapt.training.pairs import IGNORED, PairBatch
+
+MarginsOf = Callable[[Any, PairBatch], Tensor]
+Reference = tuple[Tensor, Tensor]
+
+
+def hidden_states(model: Any, batch: PairBatch) -> Tensor:
+    """Returns what the head reads: (2B, T-1, H), position t before token t+1.
+
+    Raises:
+        ValueError: the model's forward does not call its head, or calls it with something else.
+    """
+    return states_at_head(model, inputs_of(batch))[0][:, :-1]
+
+
+def states_at_head(model: Any, inputs: Mapping[str, Any]) -> tuple[Tensor, Any]:
+    """Returns the states that reach a model's head and what its forward returns, without logits.
+
+    Args:
+        model: a language model of transformers.
+        inputs: keyword arguments of its forward.
+
+    Raises:
+        ValueError: the model's forward does not call its head, or calls it with something else.
+    """
+    layer, met = layer_of(model), list[Tensor]()
+
+    def keep(states: Tensor) -> Tensor:
+        met.append(states)
+        return without_positions(states, layer.weight)
+
+    with before_head(layer, keep):
+        output = model(**(accepted(model, use_cache=False) | dict(inputs)))
+    if len(met) != 1:
+        raise HeadError(f"model: expected a forward that calls its head once, got {len(met)}")
+    return met[0], output
+
+
+def inputs_of(batch: PairBatch) -> dict[str, Any]:
+    """Returns what a model's forward takes of pairs."""
+    return {"input_ids": batch.tokens, "attention_mask": batch.attention_mask}
+
+
+def response_margins(model: Any, batch: PairBatch) -> Tensor:
+    """Returns the margins of the response tokens, differentiably and without logits.
+
+    Args:
+        model: a causal language model of transformers; as for `forward_margins`.
+        batch: B pairs.
+
+    Returns:
+        Tensor: (2B, T-1), float32, nats; 0 where `batch.labels` is ignored.
+
+    Raises:
+        ValueError: as `forward_margins`.
+    """
+    return forward_margins(model, inputs_of(batch), _of_all_positions(batch))[:, :-1]
+
+
+def forward_margins(model: Any, inputs: Mapping[str, Any], labels: Tensor) -> Tensor:
+    """Returns margins out of the model's own forward, whatever wraps it, without its logits.
+
+    Wrappers of distributed training gather parameters and wait for gradients around that forward;
+    the head's product has to be inside of it. Hooks do that: the head scores what reaches it and
+    makes no logits, and the model returns the margins. They are gone after the call. The first call
+    asks the model what it makes of its head's products (`fastadapt.training.head_check`): one
+    forward more.
+
+    Args:
+        model: a language model of transformers whose head is a module that its forward calls; as it
+            is, or within DDP, FSDP2 (`fully_shard`) or peft. A head split over ranks by vocabulary,
+            a `DTensor` placed as (Shard(0),), is met in its parts.
+        inputs: keyword arguments of its forward, no labels among them.
+        labels (Tensor): (B, T), int64, at each position the token to score there (of a decoder
+            without an encoder the next one), or `IGNORED`.
+
+    Returns:
+        Tensor: (B, T), float32, nats; 0 where `labels` is ignored.
+
+    Raises:
+        ValueError: as `fastadapt.training.head_check.head_of`, among which a model that makes
+            something else of its head's products, a quantised or compiled one; positions that are
+            not those of `labels`; labels among the inputs.
+        TypeError: inputs that are no mapping.
+    """
+    if not isinstance(inputs, Mapping):
+        raise TypeError(
+            "inputs: expected a mapping, arguments of the model's forward, got "
+            f"{type(inputs).__name__}"
+        )
+    if inputs.get("labels") is not None:
+        raise ValueError("inputs: expected no labels among them, got labels")
+    causal, layer = causal_of(model), layer_of(model)
+    answer = ask(model, inputs)
+    margins: list[Tensor] = []
+
+    def score(states: Tensor) -> Tensor:
+        if states.shape[:-1] != labels.shape:
+            want, got = tuple(states.shape[:-1]), tuple(labels.shape)
+            raise ValueError(f"labels: expected one for each position, {want}, got {got}")
+        head = read_head(causal, answer)
+        margins.append(head_margins(head, states, labels))
+        return without_positions(states, layer.weight)
+
+    def give(*_: Any) -> dict[str, Tensor]:
+        if len(margins) != 1:
+            name = type(causal).__name__
+            raise HeadError(f"model: expected a forward that calls its head once, got {name}")
+        return {"margins": margins.pop()}
+
+    # before the hooks of wrappers, which look at what the forward returned
+    handle = causal.register_forward_hook(give, prepend=True)
+    try:
+        with before_head(layer, score):
+            result: Tensor = model(**inputs, **accepted(model, use_cache=False))["margins"]
+    finally:
+        handle.remove()
+    return result
+
+
+def logits_margins(model: Any, batch: PairBatch) -> Tensor:
+    """Returns the same as `response_margins` from the logits (2B, T, V) of the whole model.
+
+    For comparison, and for models whose head is more than a matrix. It makes the logits and their
+    gradient, no further copy of them.
+    """
+    logits = model(**inputs_of(batch), **accepted(model, use_cache=False)).logits
+    return label_margins(logits, _of_all_positions(batch), ignore_index=IGNORED)[:, :-1]
+
+
+def sides(batch: PairBatch, margins: Tensor) -> tuple[Responses, Responses]:
+    """Returns the good and the bad responses of margins (2B, T-1)."""
+    parts = zip(margins.chunk(2), batch.labels.chunk(2), strict=True)
+    good, bad = (Responses.from_labels(m, y, ignore_index=IGNORED) for m, y in parts)
+    return good, bad
+
+
+@torch.no_grad()
+def reference_logps(
+    model: Any, batch: PairBatch, *, margins_of: MarginsOf = response_margins
+) -> Reference:
+    """Returns log P of the good and of the bad responses, (B,) each, to be held constant.
+
+    The reference of DPO is the model before its first step, so this is called before that.
+    """
+    good, bad = sides(batch, margins_of(model, batch))
+    return sequence_logps(good), sequence_logps(bad)
+
+
+def pair_loss(
+    model: Any,
+    batch: PairBatch,
+    objective: RewardPenalizeLoss,
+    reference: Reference | None = None,
+    *,
+    margins_of: MarginsOf = response_margins,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Returns the loss of a batch with its metrics, as `RewardPenalizeLoss` does.
+
+    Args:
+        model: a causal language model of transformers.
+        batch: B pairs.
+        objective: the loss.
+        reference: what `reference_logps` returned; None: reference-free.
+        margins_of: makes the margins (2B, T-1) of a batch.
+    """
+    good, bad = sides(batch, margins_of(model, batch))
+    result: tuple[Tensor, dict[str, Tensor]] = objective(good, bad, *(reference or (None, None)))
+    return result
+
+
+def training_steps(
+    model: Any,
+    batches: Iterable[tuple[PairBatch, Reference | None]],
+    objective: RewardPenalizeLoss,
+    optimizer: torch.optim.Optimizer,
+    *,
+    margins_of: MarginsOf = response_margins,
+) -> Iterator[dict[str, Tensor]]:
+    """Takes one step per batch and yields what it saw: "loss" and the metrics, detached.
+
+    Args:
+        model: a causal language model of transformers, in the mode it shall train in.
+        batches: each with its reference.
+        objective: the loss.
+        optimizer: of the model's parameters.
+        margins_of: as in `pair_loss`.
+    """
+    for batch, reference in batches:
+        optimizer.zero_grad()
+        loss, metrics = pair_loss(model, batch, objective, reference, margins_of=margins_of)
+        loss.backward()
+        optimizer.step()
+        yield {"loss": loss.detach(), **metrics}
+
+
+def head_margins(head: Head, states: Tensor, labels: Tensor) -> Tensor:
+    """Returns the margins of labels under a head.
+
+    Args:
+        head (Head): from `fastadapt.training.head_check.head_of`.
+        states (Tensor): (..., H), what the head reads.
+        labels (Tensor): `states.shape[:-1]`, int64; `IGNORED` gives 0.
+
+    Returns:
+        Tensor: as `linear_label_margins`.
+    """
+    return linear_label_margins(
+        states,
+        head.weight,
+        labels,
+        head.bias,
+        softcap=head.softcap,
+        logit_scale=head.logit_scale,
+        ignore_index=IGNORED,
+    )
+
+
+def _of_all_positions(batch: PairBatch) -> Tensor:
+    """(2B, T): ignoring the last position costs nothing; cutting it off would copy the rest."""
+    return F.pad(batch.labels, (0, 1), value=IGNORED)

@@ -1,0 +1,192 @@
+"""What `fastadapt.trl` puts where trl's models score labels; it needs nothing of trl."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastadapt.log_odds import linear_label_margins
+from fastadapt.losses import label_logps
+from fastadapt.training.head import HeadError, causal_of, evaluating, layer_of
+from fastadapt.training.head_check import Answer, fitted, known_states, remembered
+
+# What the forward of trl 1.16 passes, in this order.
+ARGUMENTS = (
+    "hidden",
+    "weight",
+    "bias",
+    "targets",
+    "temperature",
+    "chunk_size",
+    "final_logit_softcapping",
+    "logit_scale",
+    "outputs",
+)
+_OURS = frozenset({"log_probs", "entropy", "mean_logits", "is_top1"})
+_FORWARD = "_fused_forward"  # of trl 1.16
+_RECORD = "_fastadapt_trl_head"
+_MEAN_ROWS = 1024  # of the head at a time, where its logits are capped
+
+Outputs = tuple[Tensor, Tensor | None, None, Tensor | None, Tensor | None]
+
+
+class LogProbs:
+    """Stands where trl's autograd function does: log-probabilities of labels."""
+
+    @staticmethod
+    def apply(*arguments: Any) -> Outputs:
+        """Log-probabilities (N,), and what else trl asked for."""
+        scored = score(*arguments)
+        return (label_logps(scored[0]), *scored[1:])
+
+
+class Margins:
+    """The same with margins where trl has log-probabilities, for `RewardPenalizeTrainer`."""
+
+    @staticmethod
+    def apply(*arguments: Any) -> Outputs:
+        """Margins (N,), and what else trl asked for."""
+        return score(*arguments)
+
+
+def score(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    temperature: float,
+    chunk_size: int,
+    softcap: float | None,
+    logit_scale: float,
+    outputs: Sequence[str],
+) -> Outputs:
+    """Margins of N rows; entropy, None, mean logit and whether the label is the argmax."""
+    missing = sorted(set(outputs) - _OURS)
+    if missing:
+        raise ValueError(f"outputs: expected some of {sorted(_OURS)}, got {missing} (WPO)")
+    if hasattr(weight, "ds_id") and weight.requires_grad:
+        raise HeadError("lm_head: expected a frozen one under ZeRO-3, got one that is trained")
+    caller = _forward_of_trl()
+    if caller is not None:
+        answer = _ask(caller, weight, bias)
+        softcap, logit_scale = answer.softcap, answer.logit_scale
+        if answer.width != weight.shape[0]:
+            weight, bias = weight[: answer.width], None if bias is None else bias[: answer.width]
+    if not torch.is_autocast_enabled(hidden.device.type):
+        weight = weight.to(hidden.dtype)
+        bias = None if bias is None else bias.to(hidden.dtype)
+    # a temperature divides the capped logits: both the cap and what is below it shrink
+    scale = logit_scale / temperature
+    cap = None if softcap is None else softcap / temperature
+    margins, entropy, hit = linear_label_margins(
+        hidden,
+        weight,
+        targets,
+        bias,
+        softcap=cap,
+        logit_scale=scale,
+        outputs=("entropy", "hit"),
+    )
+    mean = None
+    if "mean_logits" in outputs:
+        with torch.no_grad():
+            mean = _mean_logits(hidden, weight, bias, cap, scale)
+    return (
+        margins,
+        entropy if "entropy" in outputs else None,
+        None,
+        mean,
+        hit if "is_top1" in outputs else None,
+    )
+
+
+def _forward_of_trl() -> Mapping[str, Any] | None:
+    """The variables of the forward of trl that called, if one did: it passes no model on.
+
+    Raises:
+        ValueError: torch.compile has cut that forward in parts.
+    """
+    frame = inspect.currentframe()
+    while frame is not None and _FORWARD not in frame.f_code.co_name:
+        frame = frame.f_back
+    if frame is None:
+        return None
+    if frame.f_code.co_name != _FORWARD or torch.compiler.is_compiling():
+        raise HeadError("model: expected one that is not compiled, got one of torch.compile")
+    return frame.f_locals
+
+
+def _ask(caller: Mapping[str, Any], weight: Tensor, bias: Tensor | None) -> Answer:
+    """What the model makes of the products of its head with the states of its body.
+
+    trl scores those states by what it reads in the configuration. The model's own forward says what
+    is right: it runs once, with known states in the place of those that its body returned; the body
+    itself does not run.
+
+    Raises:
+        ValueError: a head that is no matrix, or logits that are no products of it.
+    """
+    causal = causal_of(caller["self"])
+    layer_of(causal)
+    return remembered(causal, _RECORD, (), lambda: _look(causal, caller, weight, bias))
+
+
+@torch.no_grad()
+def _look(causal: Any, caller: Mapping[str, Any], weight: Tensor, bias: Tensor | None) -> Answer:
+    """The same, without memory."""
+    body, given = causal.base_model, copy.copy(caller["backbone_outputs"])
+    states = given.last_hidden_state
+    if not torch.is_autocast_enabled(states.device.type):
+        states = states.to(weight.dtype)
+    known = known_states(states, weight)
+    products = F.linear(known, weight, bias)
+    given.last_hidden_state = known.expand(*states.shape[:-2], *known.shape)
+    with evaluating(causal), contextlib.ExitStack() as stack:
+        for module in {body, causal.get_decoder()} - {causal, None}:  # some call the inner one
+            stack.enter_context(_returning(module, given))
+        output = caller["original_forward"](*caller["args"], **caller["kwargs"])
+    logits = output.logits.reshape(-1, *output.logits.shape[-2:])[0]
+    found = fitted(causal, products, logits)
+    if found is None:
+        raise HeadError(
+            f"model: expected logits that are products of the states of its body with the head's "
+            f"matrix, scaled and capped by numbers of its configuration; "
+            f"{type(causal).__name__} makes others; trl's loss needs logits here"
+        )
+    return Answer(logits.shape[-1], *found, None, direct=True)
+
+
+@contextlib.contextmanager
+def _returning(module: torch.nn.Module, output: Any) -> Iterator[None]:
+    """Lets a module return something without computing it; its forward is as before afterwards."""
+    before = module.__dict__.get("forward")
+    object.__setattr__(module, "forward", lambda *_, **__: output)
+    try:
+        yield
+    finally:
+        object.__delattr__(module, "forward")
+        if before is not None:
+            object.__setattr__(module, "forward", before)
+
+
+def _mean_logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, scale: float
+) -> Tensor:
+    """(N,) float32: the mean over the vocabulary; linear in the head unless there is a cap."""
+    if softcap is None:
+        mean = hidden.float() @ weight.mean(0, dtype=torch.float32)
+        return scale * (mean if bias is None else mean + bias.float().mean())
+    sums = hidden.new_zeros(hidden.shape[0], dtype=torch.float32)
+    for first in range(0, weight.shape[0], _MEAN_ROWS):
+        ids = slice(first, first + _MEAN_ROWS)
+        x = (hidden @ weight[ids].t()).float()
+        x = x if bias is None else x + bias[ids].float()
+        sums += softcap * torch.tanh(scale * x / softcap).sum(-1)
+    return sums / weight.shape[0]
