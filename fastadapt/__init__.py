@@ -21,6 +21,7 @@ except ModuleNotFoundError as error:
 import torch  # noqa: F401  before the extension, which runs on the OpenMP runtime that torch loads
 
 import fastadapt._C as _C  # noqa: F401
+from fastadapt._config import show_config
 from fastadapt.adaptor import Adaptor
 from fastadapt.log_odds import candidate_margins, label_margins, linear_label_margins
 from fastadapt.losses import (
@@ -64,6 +65,7 @@ __all__ = [
     "sample",
     "score",
     "sequence_logps",
+    "show_config",
     "unlikelihood_loss",
     "unlikelihood_penalty",
 ]

@@ -1,12 +1,21 @@
-"""A bar that shows how much of a command or a benchmark is done; imports rich and no model."""
+"""Bars that show how much of a command or a benchmark is done; imports rich and no model."""
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
 
 
 def progress_bar(console: Console, *, auto_refresh: bool) -> Progress:
@@ -36,3 +45,18 @@ def stepper(bar: Progress, description: str, total: int) -> Callable[[], None]:
             bar.refresh()
 
     return step
+
+
+@contextlib.contextmanager
+def phases() -> Iterator[Callable[[str, int, int], None]]:
+    """Yields a function that shows how much of a phase is done, a bar each: name, done, total."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    tasks: dict[str, TaskID] = {}
+    with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as bar:
+
+        def report(phase: str, done: int, total: int) -> None:
+            if phase not in tasks:
+                tasks[phase] = bar.add_task(phase, total=total)
+            bar.update(tasks[phase], completed=done, total=total)
+
+        yield report

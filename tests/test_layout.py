@@ -3,6 +3,7 @@
 import ast
 import importlib.metadata
 import inspect
+import io
 import re
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ from types import FunctionType
 from typing import NamedTuple
 
 import pytest
+import torch
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -30,6 +32,7 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 # itself, so a public name), and packages of others beside the standard library.
 PUBLIC = {"", "adaptor", "results", "sampling", "log_odds", "losses"}
 OURS = {
+    "_config": {"_C"},
     "_ops": {"_C", "_ops"},
     "_progress": set(),
     "results": set(),
@@ -37,7 +40,7 @@ OURS = {
     "sampling": {"_ops", "adaptor", "results"},
     "log_odds": {"_ops"},
     "losses": {"log_odds", "losses"},
-    "__init__": (PUBLIC - {""}) | {"_C"},
+    "__init__": (PUBLIC - {""}) | {"_C", "_config"},
     "reference": {"reference", "results"},
     "training": PUBLIC | {"training"},
     "hf": PUBLIC | {"_ops", "hf", "training"},
@@ -294,7 +297,7 @@ def test_import_is_light(tmp_path: Path) -> None:
     heavy = {"triton", "transformers", "trl", "matplotlib", "rich", "numpy", "platformdirs"}
     assert {n for n in names if n.split(".")[0] in heavy} == set()
     own = {n.split(".")[1] for n in names if n.startswith("fastadapt.")}
-    assert own <= {"_C", "_ops", "adaptor", "log_odds", "losses", "results", "sampling"}
+    assert own <= {"_C", "_config", "_ops", "adaptor", "log_odds", "losses", "results", "sampling"}
     assert not [n for n in names if n.startswith("fastadapt._ops.triton")]
 
 
@@ -334,12 +337,56 @@ def test_one_openmp_runtime(tmp_path: Path) -> None:
 
 
 def _public_functions() -> list[str]:
-    return [n for n in fastadapt.__all__ if isinstance(getattr(fastadapt, n), FunctionType)]
+    """Of tensors."""
+    functions = [n for n in fastadapt.__all__ if isinstance(getattr(fastadapt, n), FunctionType)]
+    return sorted(set(functions) - {"show_config"})
 
 
 def test_public_names_exist() -> None:
     assert all(hasattr(fastadapt, name) for name in fastadapt.__all__)
     assert {"filter_logits", "sample", "score"} <= set(_public_functions())
+
+
+def test_dir_is_what_is_public() -> None:
+    submodules = {"hf", "losses", "reference", "study", "tracking", "training", "trl"}
+    assert set(dir(fastadapt)) == {*fastadapt.__all__, *submodules, "__version__"}
+    assert inspect.getmembers(fastadapt.hf)
+
+
+def test_submodules_without_their_extra(tmp_path: Path) -> None:
+    """In an environment with torch alone `hasattr` and `inspect.getmembers` say what is there."""
+    code = (
+        "import inspect, sys\n"
+        "for name in ('transformers', 'trl', 'matplotlib'):\n"
+        "    sys.modules[name] = None\n"
+        "import fastadapt\n"
+        "print(*(hasattr(fastadapt, name) for name in ('hf', 'trl', 'training')))\n"
+        "print(len(inspect.getmembers(fastadapt)) > 20)\n"
+        "try:\n"
+        "    fastadapt.trl\n"
+        "except AttributeError as error:\n"
+        "    print(error)\n"
+        "try:\n"
+        "    fastadapt.htf\n"
+        "except AttributeError as error:\n"
+        "    print(error)\n"
+    )
+    run = [sys.executable, "-P", "-c", code]
+    said = subprocess.run(run, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+    there, members, missing, unknown = said.splitlines()
+    assert (there, members) == ("False False True", "True")
+    assert (
+        missing.startswith("fastadapt.trl needs the package 't") and "fastadapt[train]" in missing
+    )
+    assert unknown == "module 'fastadapt' has no attribute 'htf'"
+
+
+def test_config_names_what_a_bug_report_needs() -> None:
+    out = io.StringIO()
+    fastadapt.show_config(out)
+    said = out.getvalue()
+    for part in (fastadapt.__version__, fastadapt._C.cpu_capability(), torch.__version__, "Python"):
+        assert part in said
 
 
 @pytest.mark.parametrize("name", _public_functions())

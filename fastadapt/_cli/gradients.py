@@ -96,10 +96,10 @@ def _run_cases(arguments: argparse.Namespace) -> int:
 
 def _run_model(arguments: argparse.Namespace) -> int:
     """Take single steps, train, and write the report, as the action asks."""
+    from fastadapt._progress import phases
     from fastadapt.study.gradients.report import write_report
     from fastadapt.study.gradients.steps import StepOptions, run_steps
     from fastadapt.study.gradients.training import TrainingOptions, run_training
-    from fastadapt.study.progress import phases
     from fastadapt.training.pairs import read_pairs
 
     common = {name: getattr(arguments, name) for name in ("data", "out", "threads")}
@@ -131,8 +131,8 @@ def _run_model(arguments: argparse.Namespace) -> int:
 
 def _run_report(arguments: argparse.Namespace) -> int:
     """Write the report anew."""
+    from fastadapt._progress import phases
     from fastadapt.study.gradients.report import write_report
-    from fastadapt.study.progress import phases
 
     def work() -> None:
         with phases() as report:

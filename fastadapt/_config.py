@@ -1,0 +1,54 @@
+"""What a bug report should say of the machine and of what is installed."""
+
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TextIO
+
+import torch
+
+from fastadapt import _C
+
+_BESIDE = ("triton", "transformers", "trl")
+
+
+def show_config(file: TextIO | None = None) -> None:
+    """Writes versions, instruction set, threads and GPUs, to be put into a bug report.
+
+    Args:
+        file: where to, standard output by default.
+
+    Example:
+        >>> import fastadapt
+        >>> fastadapt.show_config()  # doctest: +SKIP
+        fastadapt 0.1.0, CPU kernels avx2 (of scalar, avx2), 8 threads
+        ...
+    """
+    out = sys.stdout if file is None else file
+    supported = ", ".join(_C.cpu_capabilities())
+    lines = [
+        f"fastadapt {version('fastadapt')}, CPU kernels {_C.cpu_capability()} (of {supported}), "
+        f"{torch.get_num_threads()} threads",
+        f"from {Path(__file__).parent}",
+        f"Python {platform.python_version()}, {platform.platform()}",
+        f"torch {torch.__version__}, CUDA {torch.version.cuda or 'none'}",
+        *(_package(name) for name in _BESIDE),
+        *(_device(i) for i in range(torch.cuda.device_count())),
+    ]
+    out.write("\n".join(lines) + "\n")
+
+
+def _package(name: str) -> str:
+    """The version of a package that need not be there."""
+    try:
+        return f"{name} {version(name)}"
+    except PackageNotFoundError:
+        return f"{name} is not installed"
+
+
+def _device(index: int) -> str:
+    """A GPU with its compute capability and memory."""
+    found = torch.cuda.get_device_properties(index)
+    memory = found.total_memory / 2**30
+    return f"cuda:{index} {found.name}, sm_{found.major}{found.minor}, {memory:.0f} GiB"
