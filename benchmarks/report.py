@@ -1,6 +1,6 @@
-"""Writes the README's figures from benchmarks/results/*.json; no figure is typed by hand.
+"""Writes the documents' figures from benchmarks/results/*.json; no figure is typed by hand.
 
-    python benchmarks/report.py           # rewrites README.md and draws sampling.png
+    python benchmarks/report.py           # rewrites README.md, docs/benchmarks.md and sampling.png
     python benchmarks/report.py --check   # exit code 1 where they are not what the results say
 
 A result that was measured with uncommitted changes in the tree is refused.
@@ -28,6 +28,8 @@ from limits import (
     score_limits,
     train_limits,
 )
+from report_generation import generation_table
+from report_headline import BUILT_FROM, headline
 from report_redesign import redesign_table
 from report_tracker import tracker_table
 from report_tradeoff import tradeoff_table
@@ -37,11 +39,7 @@ from report_words import host_words, peer_versions, software_words
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 FIGURE = "sampling.png"
-MODES = {
-    "greedy": "greedy search",
-    "stock": "transformers, {adaptor}",
-    "fused": "`fastadapt.hf.generate`, {adaptor}",
-}
+BENCHMARKS = "docs/benchmarks.md"
 LOSS_NAMES = {
     "fastadapt": "`linear_label_margins`",
     "plain": "plain PyTorch",
@@ -66,41 +64,49 @@ TRAINING = {"linear": "`linear_label_margins`", "logits": "full logits, `label_m
 
 
 def main() -> int:
-    """Rewrite or check the README and the figure."""
+    """Rewrite or check the pages and the figure."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--check", action="store_true", help="change nothing, compare")
     options = parser.parse_args()
-    readme = ROOT / "README.md"
-    before = readme.read_text(encoding="utf-8")
-    after = render(before)
+    before = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
+    after = {page: render(text, page) for page, text in before.items()}
+    shows = any(FIGURE in text for text in after.values())
     if options.check:
-        return int(before != after or (FIGURE in after and not figure_is_current()))
-    readme.write_text(after, encoding="utf-8")
-    if FIGURE in after:
+        return int(before != after or (shows and not figure_is_current()))
+    for page, text in after.items():
+        (ROOT / page).write_text(text, encoding="utf-8")
+    if shows:
         import figure  # the tables need no matplotlib
 
         figure.draw(load("sampling"), RESULTS / FIGURE)
     return 0
 
 
-def render(readme: str) -> str:
-    """The README with every marked block made anew; each result has one, each block a result.
+def render(text: str, page: str = BENCHMARKS) -> str:
+    """A page with every marked block made anew; each result has one, each block a result.
 
     Where a block may lack its result it says so.
     """
-    for name, table in TABLES.items():
-        measured = (RESULTS / f"{name}.json").exists()
-        if not measured and f"<!-- {name} -->" not in readme:
+    for name, table in PAGES[page].items():
+        measured = name == "headline" or (RESULTS / f"{name}.json").exists()
+        if not measured and f"<!-- {name} -->" not in text:
             continue
         known = measured or name not in UNMEASURED
-        text = table(load(name)) if known else UNMEASURED[name]
-        block = f"<!-- {name} -->\n{text}<!-- /{name} -->"
-        readme, found = re.subn(
-            rf"<!-- {name} -->\n.*?<!-- /{name} -->", lambda _, b=block: b, readme, flags=re.DOTALL
+        made = _made(name, table) if known else UNMEASURED[name]
+        block = f"<!-- {name} -->\n{made}<!-- /{name} -->"
+        text, found = re.subn(
+            rf"<!-- {name} -->\n.*?<!-- /{name} -->", lambda _, b=block: b, text, flags=re.DOTALL
         )
         if found != 1:
-            raise ValueError(f"README.md: expected one block {name!r}, got {found}")
-    return readme
+            raise ValueError(f"{page}: expected one block {name!r}, got {found}")
+    return text
+
+
+def _made(name: str, table: Callable[..., str]) -> str:
+    """A block from its result, or the headline from several."""
+    if name != "headline":
+        return table(load(name))
+    return table({source: load(source) for source in BUILT_FROM}, FIGURE)
 
 
 def load(name: str) -> dict[str, Any]:
@@ -116,21 +122,6 @@ def figure_is_current() -> bool:
     """Whether the figure was drawn from the result that is there: it names the commit."""
     path = RESULTS / FIGURE
     return path.exists() and load("sampling")["host"]["commit"].encode() in path.read_bytes()
-
-
-def generation_table(record: dict[str, Any]) -> str:
-    """Cost of a generation step, a row per mode, and the machine below."""
-    host, settings = record["host"], record["settings"]
-    knobs = settings["adaptor"].removeprefix("Adaptor(").removesuffix(")")
-    lines = ["| step | ms, median | ratio to greedy, median (quartiles) |", "|---|---|---|"]
-    for name, mode in record["modes"].items():
-        ratio = mode["ratio_to_greedy"]
-        label = MODES[name].format(adaptor=knobs)
-        spread = f"{ratio['median']:.3f} ({ratio['q1']:.3f} to {ratio['q3']:.3f})"
-        lines.append(f"| {label} | {mode['step_ms']['median']:.1f} | {spread} |")
-    lines += ["", f"{host_words(host, settings['dtype'])}, vocabulary {settings['vocabulary']:,}, "]
-    lines[-1] += f"{settings['rounds']} rounds in turns, {software_words(host)}."
-    return "\n".join(lines) + "\n"
 
 
 def sampling_table(record: dict[str, Any]) -> str:
@@ -155,8 +146,6 @@ def sampling_table(record: dict[str, Any]) -> str:
             entries.append(f"{geometric_mean(ratios):.2f} ({max(ratios):.2f})")
         lines.append(f"| {adaptor} | {' | '.join(entries)} |")
     lines += [
-        "",
-        f"![time per row against V](benchmarks/results/{FIGURE})",
         "",
         f"{host_words(record['host'], ' and '.join(record['settings']['dtypes']))}, "
         f"{len(cells)} cells of {_counts(cells)}, up to {record['settings']['rounds']} rounds in "
@@ -389,6 +378,10 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "trainer": _trainer,
     "tradeoff": _tradeoff,
     "tracker": _tracker,
+}
+PAGES: dict[str, dict[str, Callable[..., str]]] = {
+    "README.md": {"headline": headline},
+    BENCHMARKS: TABLES,
 }
 
 

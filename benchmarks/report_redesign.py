@@ -1,4 +1,4 @@
-"""The README's table of the GPU's sampling kernels before and after their redesign."""
+"""The documents' table of the GPU's sampling kernels before and after their redesign."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The README's table of a result of bench_trainer.py."""
+"""The documents' table of a result of bench_trainer.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The README says what benchmarks/results/ says, and no more."""
+"""The documents say what benchmarks/results/ says, and no more; their first examples run."""
 
 import importlib.util
 import json
@@ -18,9 +18,15 @@ def report():
     return module
 
 
-def test_readme_is_what_the_results_say(report):
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert report.render(readme) == readme
+@pytest.mark.parametrize("page", ["README.md", "docs/benchmarks.md"])
+def test_page_is_what_the_results_say(report, page):
+    assert set(report.PAGES) == {"README.md", "docs/benchmarks.md"}
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert report.render(text, page) == text
+
+
+def test_first_screen_is_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
 
 
 def test_result_of_an_uncommitted_tree_is_refused(report, tmp_path, monkeypatch):
@@ -37,21 +43,31 @@ def test_block_that_is_missing_is_an_error(report):
         report.render("# nothing here\n")
 
 
+def _examples(*pages):
+    """The blocks of Python of pages, in their order."""
+    texts = [(ROOT / page).read_text(encoding="utf-8") for page in pages]
+    return [
+        block for text in texts for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    ]
+
+
 def test_quick_start_runs():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    first = re.search(r"```python\n(.*?)```", readme, re.DOTALL)
     scope: dict[str, object] = {}
-    exec(compile(first[1], "README.md", "exec"), scope)
+    for block in _examples("README.md"):
+        if "model.generate(" not in block:
+            exec(compile(block, "README.md", "exec"), scope)
     assert scope["drawn"].status.tolist() == [0, 0, 0, 0]
+    assert scope["scores"].logprobs.shape == (4, 2) and scope["loss"].isfinite()
+    assert scope["hidden"].grad.abs().sum() > 0
 
 
 def test_examples_of_losses_run():
     """In one scope, in their order; what was ignored has no gradient, all else has one."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    blocks = _examples("docs/sampling.md", "docs/training.md")
     scope: dict[str, object] = {}
     for block in blocks[:1] + [b for b in blocks if "Responses.from_labels(" in b]:
-        exec(compile(block, "README.md", "exec"), scope)
+        exec(compile(block, "docs", "exec"), scope)
+    assert scope["drawn"].status.tolist() == [0, 0, 0, 0]
     gradient = scope["hidden"].grad
     assert scope["loss"].isfinite() and scope["metrics"]["logps/good"] < 0
     assert (gradient[:, 28:] == 0).all() and (gradient[:, :28].abs().sum(-1) > 0).all()

@@ -1,4 +1,4 @@
-"""The README's examples of training run as they stand there."""
+"""The examples of docs/training.md run as they stand there."""
 
 import json
 import re
@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, DataCollatorForLanguageModeling, LlamaFo
 
 from fastadapt._cli.main import main
 
-README = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "training.md"
 ROWS = [
     {"prompt": "a b", "chosen": " c d e", "rejected": " f"},
     {"prompt": "c", "chosen": " a", "rejected": " g h"},
@@ -20,7 +20,7 @@ ROWS = [
 
 def _block(language: str, marker: str) -> str:
     """The example that holds a text."""
-    blocks = re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+    blocks = re.findall(rf"```{language}\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     (found,) = [block for block in blocks if marker in block]
     return found
 
@@ -45,7 +45,7 @@ def scope(tmp_path, monkeypatch, letter_model):
 def test_trainers(marker, scope):
     if marker == "LogitsFreeTrainer(":
         scope["model"] = LlamaForCausalLM.from_pretrained(scope["model"])
-    exec(compile(_block("python", marker), "README.md", "exec"), scope)
+    exec(compile(_block("python", marker), PAGE.name, "exec"), scope)
     state = scope["trainer"].state
     assert state.global_step == state.max_steps > 0
     assert scope["trainer"].state.log_history[-1]["train_loss"] > 0
