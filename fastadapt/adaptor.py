@@ -67,6 +67,12 @@ class Adaptor:
     reaches its threshold but for rounding reaches it. The exact integer rule, the same on every
     device, is in the documentation of `fastadapt.reference`.
 
+    Examples:
+        >>> Adaptor(temperature=0.8, top_p=0.9).top_p
+        0.9
+        >>> Adaptor(temperature=torch.tensor([0.0, 1.0]), top_k=50).rows
+        2
+
     Args:
         temperature: divides the logits; finite, 0 (the argmax) or >= 1e-6.
         top_k: integer >= 0, 0 is off. Keeps logits >= the k-th largest; ties all stay.

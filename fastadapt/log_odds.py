@@ -31,6 +31,11 @@ def label_margins(logits: Tensor, labels: Tensor, *, ignore_index: int = -100) -
     stretches of 1024 ids (of 4096 on CUDA) and float64 beyond; at any margin the relative error is
     that of float32.
 
+    Examples:
+        >>> logits = torch.zeros(2, 3)
+        >>> label_margins(logits, torch.tensor([1, -100]))
+        tensor([-0.6931,  0.0000])
+
     Args:
         logits (Tensor): (..., V), float32, bfloat16, float16, or float64 (for checks); any row
             stride, a last stride other than 1 costs one copy.
@@ -59,6 +64,10 @@ def candidate_margins(logits: Tensor, index: Tensor, mask: Tensor | None = None)
     `m_c = z_c - logsumexp(z_j, j != c)`: what token unlikelihood over previous tokens penalises
     (`-log(1 - p_c) = softplus(m_c)`). Exact also where one candidate holds nearly all the mass,
     because the largest entry is kept apart from the sum of all others.
+
+    Examples:
+        >>> candidate_margins(torch.zeros(1, 3), torch.tensor([[0, 2]]))
+        tensor([[-0.6931, -0.6931]])
 
     Args:
         logits (Tensor): (..., V), as in `label_margins`.
@@ -148,6 +157,15 @@ def linear_label_margins(
     other rows as far as cuBLAS computes equal shapes alike. Logits that `memory_budget` lets the
     forward keep are rounded to the dtype of the inputs, after their logsumexp. The gradient of a
     tile takes 128 MiB at most up to 65,536 rows of half type.
+
+    Examples:
+        >>> hidden, weight = torch.ones(2, 4), torch.zeros(3, 4)
+        >>> linear_label_margins(hidden, weight, torch.tensor([1, -100]))
+        tensor([-0.6931,  0.0000])
+        >>> labels = torch.tensor([0, 2])
+        >>> margins, hit = linear_label_margins(hidden, weight, labels, outputs=["hit"])
+        >>> hit
+        tensor([True, True])
 
     Args:
         hidden (Tensor): (..., H), float32, bfloat16, float16, or float64 (for checks). Under

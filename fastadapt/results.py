@@ -8,6 +8,11 @@ from torch import Tensor
 class Sample(NamedTuple):
     """One draw per row. Every field has the shape `logits.shape[:-1]` (written `...` below).
 
+    Examples:
+        >>> drawn = sample(torch.zeros(1, 4), Adaptor(temperature=0.0), log_mass=True)
+        >>> drawn.tokens, drawn.logprobs, drawn.kept, drawn.status
+        (tensor([0]), tensor([0.]), tensor([1], dtype=torch.int32), tensor([0], dtype=torch.uint8))
+
     Attributes:
         tokens: (...), int64; the drawn ids, -1 in a bad row.
         logprobs: (...), float32, nats; log-probability of the token under the adapted law,
@@ -40,11 +45,16 @@ class Sample(NamedTuple):
 class Score(NamedTuple):
     """Given tokens under A adaptors. `...` is the shape of `tokens`.
 
+    Examples:
+        >>> scores = score(torch.zeros(1, 4), torch.tensor([3]), [Adaptor()])
+        >>> scores.base_logprobs, scores.entropy
+        (tensor([-1.3863]), tensor([1.3863]))
+
     Attributes:
         logprobs: (..., A), float32, nats; log-probability under each adapted law, -inf outside
             its support, NaN in a bad row, 0 in an ignored row.
         log_norm: (..., A), float32, nats; `lse_kept(z/T) - lse(z)/T`, the log normaliser log Z_t
-            of the adaptor at this step (reference `tradeoff`, section 1.2).
+            of the adaptor at this step (arXiv 2406.10203).
         kept: (..., A), int32; number of finite tokens in the support.
         base_logprobs: (...), float32, nats; log-probability at temperature 1, unfiltered.
         entropy: (...), float32, nats; entropy of that base law.

@@ -20,6 +20,11 @@ def filter_logits(logits: Tensor, adaptor: Adaptor) -> Tensor:
     Equivalent to transformers' warpers in the adaptor's order (`fastadapt.reference.filter_logits`
     is the rule in PyTorch). Reads the logits about twice, the second time from cache.
 
+    Examples:
+        >>> logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
+        >>> filter_logits(logits, Adaptor(top_k=2))
+        tensor([[2., 1., -inf, -inf]])
+
     Args:
         logits (Tensor): (..., V), float32, bfloat16 or float16, finite or -inf. The rows may have
             any stride; a last stride other than 1 costs one copy.
@@ -65,6 +70,12 @@ def sample(
     on 64-bit integer masses with one Philox number per row. A row's result depends on its own
     logits, knobs, seed and position and on nothing else: batch, threads, instruction set and device
     change no bit of it.
+
+    Examples:
+        >>> logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).expand(5, 4)
+        >>> drawn = sample(logits, Adaptor(top_p=0.9), seeds=torch.arange(5))
+        >>> drawn.tokens, drawn.kept
+        (tensor([1, 1, 0, 0, 1]), tensor([3, 3, 3, 3, 3], dtype=torch.int32))
 
     Args:
         logits (Tensor): (..., V), as in `filter_logits`.
@@ -120,6 +131,13 @@ def score(
     the support it is scored under. Each row is visited once for all adaptors; adaptors of equal
     temperature share one exponential pass.
 
+    Examples:
+        >>> logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
+        >>> adaptors = [Adaptor(), Adaptor(top_k=2), Adaptor(top_k=1)]
+        >>> scores = score(logits, torch.tensor([1]), adaptors)
+        >>> scores.logprobs, scores.kept
+        (tensor([[-1.4402, -1.3133,    -inf]]), tensor([[4, 2, 1]], dtype=torch.int32))
+
     Args:
         logits (Tensor): (..., V), as in `filter_logits`.
         tokens (Tensor): `logits.shape[:-1]`, int64, ids in [0, V) or `ignore_index`.
@@ -156,6 +174,13 @@ def adapted_margins(
     takes, so that one trains on the support one samples from. The support is held constant and is
     decided on the values in float32.
 
+    Examples:
+        >>> logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]], requires_grad=True)
+        >>> margins = adapted_margins(logits, torch.tensor([0]), Adaptor(top_k=2))
+        >>> margins.sum().backward()
+        >>> margins.detach(), logits.grad
+        (tensor([1.]), tensor([[ 1., -1.,  0.,  0.]]))
+
     Args:
         logits (Tensor): (..., V), float32, bfloat16, float16, or float64 (for checks).
         tokens (Tensor): `logits.shape[:-1]`, int64, ids in [0, V) or `ignore_index`.
@@ -189,6 +214,11 @@ def adapted_logps(
 
     Args and errors are those of `adapted_margins`. A token outside the support gives -inf and no
     gradient, one alone in it 0 and no gradient, an ignored row 0.
+
+    Examples:
+        >>> logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
+        >>> adapted_logps(logits, torch.tensor([0]), Adaptor(top_k=2))
+        tensor([-0.3133])
     """
     margins = adapted_margins(logits, tokens, adaptor, ignore_index=ignore_index)
     logps = torch.nn.functional.logsigmoid(margins)

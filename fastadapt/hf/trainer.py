@@ -34,14 +34,15 @@ class LogitsFreeTrainer(Trainer):
     Predictions, as `compute_metrics` sees them, are margins (B, T-1), (B, T) of labels that are
     aligned, instead of logits.
 
-    Example:
+    Examples:
         >>> trainer = LogitsFreeTrainer(model, args, train_dataset=dataset, data_collator=collator)
         >>> trainer.train()
 
     Args:
         objective: makes the loss of `Responses`, padded, whose `total_tokens` is
             `num_items_in_batch`; by default `mle_loss`.
-        *rest, **named: as for `Trainer`; batches have "labels", not shifted, as usual.
+        *rest: as for `Trainer`.
+        **named: as for `Trainer`; batches have "labels", not shifted, as usual.
 
     Raises:
         ValueError: what needs logits: `compute_loss_func`, `label_smoothing_factor`; a compiled

@@ -32,6 +32,11 @@ def mle_loss(good: Responses, *, reduction: str = "token_mean") -> Tensor:
       `good.total_tokens`, transformers' `ForCausalLMLoss(num_items_in_batch=...)`. g = -(1-p)/N.
     - "sequence_sum": `-(1/B) Σ_i S_i`, whose sum over tokens matches that of DPO.
 
+    Examples:
+        >>> good = Responses(torch.tensor([[0.0, 2.0]]), torch.tensor([[True, True]]))
+        >>> mle_loss(good)
+        tensor(0.4100)
+
     Args:
         good (Responses): see there for layouts, dtypes and divisors.
         reduction (str): as above.
@@ -63,6 +68,11 @@ def unlikelihood_penalty(bad: Responses, *, level: str = "token") -> Tensor:
     On a token that both sides share, in the same context, MLE and `a` times this penalty weigh
     1 - a p/(1-p): beyond p = 1/(1+a) the token is pushed down, though it is good too.
 
+    Examples:
+        >>> bad = Responses(torch.tensor([[0.0, -2.0]]), torch.tensor([[True, True]]))
+        >>> unlikelihood_penalty(bad)
+        tensor(0.4100)
+
     Args:
         bad (Responses): see there for layouts, dtypes and divisors.
         level (str): as above.
@@ -90,6 +100,13 @@ def candidate_unlikelihood_penalty(
     `(1/N) Σ_t Σ_{c in C_t} -log(1 - p_t(c))`, token-level unlikelihood: C_t may be the previous
     tokens of the response but y_t. Added to `mle_loss(good)` it is Welleck et al.'s objective, as
     a mean over tokens where their code sums.
+
+    Examples:
+        >>> good = Responses(torch.zeros(1, 2), torch.tensor([[True, True]]))
+        >>> candidates = torch.tensor([[[-1.0, -2.0], [-3.0, 0.0]]])
+        >>> there = torch.tensor([[[True, True], [True, False]]])
+        >>> candidate_unlikelihood_penalty(good, candidates, there)
+        tensor(0.2444)
 
     Args:
         good (Responses): says which rows count and what the mean divides by; its margins are not
@@ -139,6 +156,11 @@ def exmate_penalty(bad: Responses, *, norm: str = "sequence_mean") -> Tensor:
 
     The weight of a response is its own probability: the penalty acts while that is large and fades.
 
+    Examples:
+        >>> bad = Responses(torch.tensor([[0.0, -2.0]]), torch.tensor([[True, True]]))
+        >>> exmate_penalty(bad)
+        tensor(0.2441)
+
     Args:
         bad (Responses): see there for layouts, dtypes and divisors.
         norm (str): as above.
@@ -168,6 +190,11 @@ def mate_penalty(bad: Responses) -> Tensor:
 
     Unbounded below: its weight does not fall with p, so training may run away. g = (1-p)/N.
 
+    Examples:
+        >>> bad = Responses(torch.tensor([[0.0, -2.0]]), torch.tensor([[True, True]]))
+        >>> mate_penalty(bad)
+        tensor(-1.4100)
+
     Args:
         bad (Responses): see there for layouts, dtypes and divisors.
 
@@ -185,7 +212,15 @@ def mate_penalty(bad: Responses) -> Tensor:
 def unlikelihood_loss(
     good: Responses, bad: Responses, *, coefficient: float = 1.0, level: str = "token"
 ) -> Tensor:
-    """Returns `mle_loss(good) + coefficient * unlikelihood_penalty(bad, level=level)`."""
+    """Returns `mle_loss(good) + coefficient * unlikelihood_penalty(bad, level=level)`.
+
+    Examples:
+        >>> mask = torch.tensor([[True, True]])
+        >>> good = Responses(torch.tensor([[0.0, 2.0]]), mask)
+        >>> bad = Responses(torch.tensor([[0.0, -2.0]]), mask)
+        >>> unlikelihood_loss(good, bad, coefficient=0.5)
+        tensor(0.6151)
+    """
     coefficient = number("coefficient", coefficient)
     return mle_loss(good) + coefficient * unlikelihood_penalty(bad, level=level)
 
@@ -193,13 +228,29 @@ def unlikelihood_loss(
 def exmate_loss(
     good: Responses, bad: Responses, *, coefficient: float = 1.0, norm: str = "sequence_mean"
 ) -> Tensor:
-    """Returns `mle_loss(good) + coefficient * exmate_penalty(bad, norm=norm)`."""
+    """Returns `mle_loss(good) + coefficient * exmate_penalty(bad, norm=norm)`.
+
+    Examples:
+        >>> mask = torch.tensor([[True, True]])
+        >>> good = Responses(torch.tensor([[0.0, 2.0]]), mask)
+        >>> bad = Responses(torch.tensor([[0.0, -2.0]]), mask)
+        >>> exmate_loss(good, bad)
+        tensor(0.6542)
+    """
     coefficient = number("coefficient", coefficient)
     return mle_loss(good) + coefficient * exmate_penalty(bad, norm=norm)
 
 
 def mate_loss(good: Responses, bad: Responses, *, coefficient: float = 1.0) -> Tensor:
-    """Returns `mle_loss(good) + coefficient * mate_penalty(bad)`; the published code has 0.05."""
+    """Returns `mle_loss(good) + coefficient * mate_penalty(bad)`; the published code has 0.05.
+
+    Examples:
+        >>> mask = torch.tensor([[True, True]])
+        >>> good = Responses(torch.tensor([[0.0, 2.0]]), mask)
+        >>> bad = Responses(torch.tensor([[0.0, -2.0]]), mask)
+        >>> mate_loss(good, bad)
+        tensor(-1.)
+    """
     coefficient = number("coefficient", coefficient)
     return mle_loss(good) + coefficient * mate_penalty(bad)
 

@@ -41,12 +41,15 @@ _REFERENCE = ("ref_good_logps", "ref_bad_logps")
 class RewardPenalizeLoss(nn.Module):
     """A weighted sum of losses that reward good responses and penalise bad ones.
 
-    Example:
-        >>> objective = RewardPenalizeLoss({"dpo": 1.0, "exmate": 1.0}, beta=0.1)
-        >>> good = Responses.from_labels(good_margins, good_labels)
-        >>> bad = Responses.from_labels(bad_margins, bad_labels)
-        >>> loss, metrics = objective(good, bad, ref_good_logps, ref_bad_logps)
+    Examples:
+        >>> objective = RewardPenalizeLoss({"dpo": 1.0, "exmate": 0.5}, beta=0.1)
+        >>> labels = torch.tensor([[5, 7, 2]])
+        >>> good = Responses.from_labels(torch.full((1, 3), 1.0, requires_grad=True), labels)
+        >>> bad = Responses.from_labels(torch.full((1, 3), -1.0), labels)
+        >>> loss, metrics = objective(good, bad, torch.tensor([-2.0]), torch.tensor([-3.0]))
         >>> loss.backward()
+        >>> metrics["loss/dpo"]
+        tensor(0.5981)
 
     Args:
         weights (Mapping[str, float]): names of `FORMULAS` and their weights: "mle", "unlikelihood",
@@ -115,6 +118,20 @@ class RewardPenalizeLoss(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns the loss and its metrics.
 
+        The metrics are made without reading the device. Means are over this call's responses or
+        pairs:
+
+        - "loss/NAME": each loss named, before its weight.
+        - "logps/good", "logps/bad": mean log P of a response.
+        - "pairs/margins", "pairs/accuracies": mean log P⁺ - log P⁻, and how often it is > 0.
+          Only with as many good as bad responses: the i-th against the i-th.
+        - "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies": of DPO,
+          with the reward β (S - S_ref). Only with "dpo".
+        - "gradients/good", "gradients/bad": shares, in [0, 1], of Σ ‖∂L/∂z_t‖₁ = 2 Σ |g_t| that
+          fall on good and on bad labels, from one more forward and a backward of these
+          formulas on the margins alone; the rows of logits are not visited. 0 both where no
+          gradient is. A row in both counts in both; candidates count in neither.
+
         Args:
             good (Responses): the responses to reward.
             bad (Responses | None): those to penalise. None: for losses on the good side alone.
@@ -124,19 +141,8 @@ class RewardPenalizeLoss(nn.Module):
             candidate_mask (Tensor | None): as in `candidate_unlikelihood_penalty`.
 
         Returns:
-            tuple[Tensor, dict[str, Tensor]]: the loss, a scalar, and detached scalars of its dtype,
-            made without reading the device. Means are over this call's responses or pairs:
-
-            - "loss/NAME": each loss named, before its weight.
-            - "logps/good", "logps/bad": mean log P of a response.
-            - "pairs/margins", "pairs/accuracies": mean log P⁺ - log P⁻, and how often it is > 0.
-              Only with as many good as bad responses: the i-th against the i-th.
-            - "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies": of DPO,
-              with the reward β (S - S_ref). Only with "dpo".
-            - "gradients/good", "gradients/bad": shares, in [0, 1], of Σ ‖∂L/∂z_t‖₁ = 2 Σ |g_t| that
-              fall on good and on bad labels, from one more forward and a backward of these
-              formulas on the margins alone; the rows of logits are not visited. 0 both where no
-              gradient is. A row in both counts in both; candidates count in neither.
+            tuple[Tensor, dict[str, Tensor]]: the loss, a scalar, and its metrics, detached scalars
+            of its dtype.
 
         Raises:
             TypeError, ValueError: those of the losses; an input that one needs is None.

@@ -38,6 +38,15 @@ def dpo_loss(
     Rows that both responses of a pair share, the same tokens after the same prompt, get a gradient
     of exactly 0, but for `length_normalized` with unequal lengths.
 
+    Examples:
+        >>> mask = torch.tensor([[True, True]])
+        >>> good = Responses(torch.tensor([[0.0, 2.0]]), mask)
+        >>> bad = Responses(torch.tensor([[0.0, -2.0]]), mask)
+        >>> dpo_loss(good, bad, beta=0.1)
+        tensor(0.5981)
+        >>> dpo_loss(good, bad, torch.tensor([-1.0]), torch.tensor([-2.0]), loss_type="ipo")
+        tensor(16.)
+
     Args:
         good (Responses): the chosen responses, B of them; see there for layouts and dtypes. The
             mean divides by `good.total_sequences`, by default the pairs with any token.

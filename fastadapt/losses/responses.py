@@ -31,6 +31,13 @@ class Responses(NamedTuple):
     negative for a token of p < 1/2. A mask made by hand has to be False where a label was ignored:
     the margin there is 0, which under a mask of True is a token of probability 1/2.
 
+    Examples:
+        >>> labels = torch.tensor([[5, 7, 2], [5, -100, -100]])
+        >>> responses = Responses.from_labels(torch.zeros(2, 3), labels)
+        >>> responses.mask
+        tensor([[ True,  True,  True],
+                [ True, False, False]])
+
     Attributes:
         margins: (B, T) or (N,), float32, float64, bfloat16 or float16, nats; per token
             `m = z_y - logsumexp(z_j, j != y)`, from `adapted_margins` or any such operator. Sums
@@ -200,6 +207,10 @@ def label_logps(margins: Tensor) -> Tensor:
     Equivalent to `torch.log(torch.sigmoid(margins))`, with all digits for any margin: where p
     rounds to 1, log p = -e^-m. `log(1 - p)` is `label_logps(-margins)`.
 
+    Examples:
+        >>> label_logps(torch.tensor([0.0, 10.0]))
+        tensor([-6.9315e-01, -4.5399e-05])
+
     Args:
         margins (Tensor): any shape, float32, float64, bfloat16 or float16, nats.
 
@@ -215,6 +226,12 @@ def label_logps(margins: Tensor) -> Tensor:
 
 def sequence_logps(responses: Responses) -> Tensor:
     """Returns log P of each response, the sum of its label log-probabilities.
+
+    Examples:
+        >>> labels = torch.tensor([[5, 7, 2], [5, -100, -100]])
+        >>> responses = Responses.from_labels(torch.zeros(2, 3), labels)
+        >>> sequence_logps(responses)
+        tensor([-2.0794, -0.6931])
 
     Args:
         responses (Responses): see there.

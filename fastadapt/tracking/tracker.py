@@ -38,15 +38,15 @@ T = TypeVar("T", bound="RewardPenalizeTracker")
 class RewardPenalizeTracker:
     """Records, at an interval, what a training run does to good and to bad responses.
 
-    Example:
+    Examples:
         >>> tracker = RewardPenalizeTracker(objective, model=model)
         >>> with tracker:
         ...     for seen in training_steps(model, tracker.watch(rows), objective, optimizer):
         ...         pass
         >>> tracker.records[-1]["good_in_good/token"], tracker.pairs[-1]["rho"]
 
-    In a loop of one's own, `tracker.see(batch)` before each step takes the place of `watch`. With
-    transformers' `Trainer` use `fastadapt.tracking.callback.TrackerCallback`. Only calls of
+    In a loop of your own, `tracker.see(batch)` before each step takes the place of `watch`. With
+    transformers' `Trainer` use `fastadapt.tracking.TrackerCallback`. Only calls of
     the objective that build a graph count, so that evaluations in between are not recorded.
 
     A record is a dictionary of floats, ints and None:

@@ -50,7 +50,7 @@ def fused_log_probs() -> Iterator[None]:
     gradient here, so a loss that contains it (GRPO's `entropy_coef`) fails in its backward;
     `use_weighting` (WPO) asks for an output that is not made here and fails in its forward.
 
-    Example:
+    Examples:
         >>> trainer = trl.SFTTrainer(model, args=args, train_dataset=dataset)
         >>> with fused_log_probs():
         ...     trainer.train()
@@ -75,7 +75,7 @@ class RewardPenalizeTrainer(DPOTrainer):
     Logged are trl's metrics of DPO and, of `RewardPenalizeLoss`, "loss/NAME", "pairs/margins",
     "pairs/accuracies", "gradients/good" and "gradients/bad"; "rewards/..." only with "dpo".
 
-    Example:
+    Examples:
         >>> trainer = RewardPenalizeTrainer(
         ...     model,
         ...     args=trl.DPOConfig("out", beta=0.1),

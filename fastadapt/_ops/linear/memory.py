@@ -32,7 +32,7 @@ class PeakMemory:
     pages that the block takes from there would not count. Pages that the kernel counts late make
     the peak wrong by less than 1 MB. Blocks do not nest: each resets the peak.
 
-    Example:
+    Examples:
         >>> with PeakMemory() as peak:
         ...     y = torch.ones(1_000_000)
         >>> peak.extra >= 4_000_000
