@@ -1,0 +1,34 @@
+"""Every script of examples/ runs to its end, on a small random model."""
+
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("trl", reason="some examples train with trl")
+
+from fastadapt._cli.main import main  # noqa: E402
+
+EXAMPLES = sorted((Path(__file__).resolve().parent.parent / "examples").glob("*.py"))
+
+
+def test_there_are_examples():
+    assert len(EXAMPLES) >= 8
+
+
+@pytest.mark.parametrize("script", EXAMPLES, ids=lambda script: script.stem)
+def test_example(script, letter_model, monkeypatch, tmp_path, capsys):
+    def in_this_process(command, check):
+        """An interpreter of its own would import trl for 10 seconds."""
+        assert command[0] == "fastadapt" and check
+        assert main(command[1:]) == 0
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(subprocess, "run", in_this_process)
+    monkeypatch.setattr(sys, "argv", [str(script), letter_model])
+    runpy.run_path(str(script), run_name="__main__")
+    said = capsys.readouterr().out
+    assert said.strip() and "nan" not in said
+    assert not list(tmp_path.iterdir()), "an example left files"
