@@ -11,14 +11,15 @@ from torch import Tensor
 
 from fastadapt import _C
 from fastadapt._ops import log_odds_cuda
-from fastadapt._ops.outputs import Pair, candidate_outputs, label_outputs
-from fastadapt._ops.sampling import (
+from fastadapt._ops.common import (
     Implementations,
+    address,
     check_ids,
     no_double_backward,
     register,
     rows_of,
 )
+from fastadapt._ops.outputs import Pair, candidate_outputs, label_outputs
 
 _library = torch.library.Library("fastadapt", "FRAGMENT")
 _library.define("label_margins(Tensor logits, Tensor labels, int ignore_index) -> (Tensor, Tensor)")
@@ -31,11 +32,6 @@ _library.define(
     "candidate_margins_backward(Tensor dmargins, Tensor logits, Tensor index, Tensor? mask,"
     " Tensor stats) -> Tensor"
 )
-
-
-def address(tensor: Tensor | None) -> int:
-    """0 for none."""
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _label_margins_cpu(logits: Tensor, labels: Tensor, ignore_index: int) -> Pair:

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from fastadapt._ops.common import filled
 from fastadapt._ops.outputs import Pair, candidate_outputs, label_outputs
-from fastadapt._ops.sampling_cuda import filled
 
 
 def label_margins(logits: Tensor, labels: Tensor, ignore_index: int, *, plan: Any = None) -> Pair:

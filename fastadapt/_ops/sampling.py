@@ -6,8 +6,6 @@ PyTorch's dispatcher chooses the implementation by device. Inputs arrive checked
 fall through autograd: their outputs are detached.
 """
 
-from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -15,11 +13,17 @@ from torch import Tensor
 
 from fastadapt import _C
 from fastadapt._ops import sampling_cuda
+from fastadapt._ops.common import (
+    Implementations,
+    check_ids,
+    no_double_backward,
+    register,
+    rows_of,
+)
 from fastadapt._ops.law_code import order_of
 from fastadapt._ops.outputs import Margins, Scores, margin_outputs, sample_outputs, score_outputs
 
 MAX_ADAPTORS = 256  # csrc/kernels.h
-DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
 _library = torch.library.Library("fastadapt", "DEF")
 _library.define("filter_logits(Tensor logits, Tensor knobs, int order) -> Tensor")
@@ -40,29 +44,10 @@ _library.define(
     " int order, int ignore_index, Tensor support, Tensor stats) -> Tensor"
 )
 
-Rows = tuple[int, int, int, int, int]
-Implementations = dict[str, tuple[Callable[..., object], Callable[..., object]]]
-
-
-def rows_of(logits: Tensor) -> Rows:
-    """What the kernels need to know of (N, V) logits."""
-    n, v = logits.shape
-    return logits.data_ptr(), DTYPE_CODES[logits.dtype], n, v, logits.stride(0)
-
 
 def _knobs(knobs: Tensor, order: int) -> tuple[int, int, int]:
     """What the kernels need to know of packed knobs."""
     return knobs.data_ptr(), knobs.shape[1], order_of(order)
-
-
-def check_ids(name: str, ids: Tensor, v: int, ignore_index: int | None) -> None:
-    """Raises for the first entry that is neither an id nor the ignored one."""
-    ignored = 0 if ignore_index is None else ignore_index
-    at = _C.first_bad_token(ids.data_ptr(), ids.numel(), v, ignored)
-    if at >= 0:
-        got, row = int(ids.view(-1)[at]), at // ids[0].numel()
-        expected = f"[0, {v})" if ignore_index is None else f"[0, {v}) or {ignore_index}"
-        raise ValueError(f"{name}: expected ids in {expected}, got {got} in {row=}")
 
 
 def _filter_logits_cpu(logits: Tensor, knobs: Tensor, order: int) -> Tensor:
@@ -195,28 +180,6 @@ def _margins_gradient(ctx: Any, dmargins: Tensor | None, *_: None) -> tuple[Tens
         dmargins, logits, tokens, knobs, ctx.order, ctx.ignore_index, support, stats
     )
     return dlogits, None, None, None, None
-
-
-def no_double_backward(name: str) -> Callable[..., None]:
-    """The gradient of a backward: without it, autograd would return zeros."""
-
-    def refuse(ctx: Any, *_: Tensor) -> None:
-        raise RuntimeError(f"{name}: expected a first-order gradient, got a double backward")
-
-    return refuse
-
-
-def register(
-    library: torch.library.Library,
-    implementations: Implementations,
-    cuda: ModuleType | None = None,
-) -> None:
-    """Registers each operator of a library: for the CPU, for CUDA by its name, and its fake."""
-    for name, (cpu, fake) in implementations.items():
-        library.impl(name, cpu, "CPU")
-        if cuda is not None:
-            library.impl(name, getattr(cuda, name), "CUDA")
-        torch.library.register_fake(f"fastadapt::{name}", fake, lib=library)
 
 
 def _register() -> None:

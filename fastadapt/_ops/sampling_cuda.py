@@ -4,36 +4,14 @@ Triton is imported when the first CUDA tensor meets an operator. `plan`, a `trit
 for tests: they run the same functions under Triton's interpreter on small sizes.
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastadapt._ops.common import device_of, filled, given
 from fastadapt._ops.law_code import joined, order_of
 from fastadapt._ops.outputs import Margins, Scores, margin_outputs, sample_outputs, score_outputs
-
-Out = TypeVar("Out")
-
-
-def device_of(x: Tensor) -> AbstractContextManager[Any]:
-    """Makes the device of a tensor the current one."""
-    if x.device.type != "cuda" or x.device.index == torch.cuda.current_device():
-        return nullcontext()
-    return torch.cuda.device(x.device)
-
-
-def given(plan: Any) -> dict[str, Any]:
-    """Keyword arguments of a launch."""
-    return {} if plan is None else {"plan": plan}
-
-
-def filled(out: Out, launch: Callable[..., None], *arguments: Any, plan: Any) -> Out:
-    """`out`, the last argument of a launch, when it is done on the device of the first."""
-    with device_of(arguments[0]):
-        launch(*arguments, out, **given(plan))
-    return out
 
 
 def filter_logits(logits: Tensor, knobs: Tensor, order: int, *, plan: Any = None) -> Tensor:

@@ -4,9 +4,8 @@ import torch
 from torch import Tensor
 
 from fastadapt import _C
+from fastadapt._ops.common import DTYPE_CODES, Rows, address, rows_of
 from fastadapt._ops.linear.tiles import Asked, Head, RowWork
-from fastadapt._ops.log_odds import address
-from fastadapt._ops.sampling import DTYPE_CODES, Rows, rows_of
 
 TILE = 2048  # ids a tile; csrc/kernels.h: at most 4096
 _PRODUCT_ELEMENTS = 1 << 20  # of a bfloat16 product that is added to float32 sums

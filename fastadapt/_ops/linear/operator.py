@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastadapt._ops.common import Implementations, check_ids, no_double_backward, register
 from fastadapt._ops.linear import operator_cuda
 from fastadapt._ops.linear.cpu import CpuWork
 from fastadapt._ops.linear.driver import (
@@ -19,7 +20,6 @@ from fastadapt._ops.linear.driver import (
 )
 from fastadapt._ops.linear.plan import work_of
 from fastadapt._ops.linear.tiles import Problem
-from fastadapt._ops.sampling import Implementations, check_ids, no_double_backward, register
 
 _library = torch.library.Library("fastadapt", "FRAGMENT")
 _PROBLEM = (

@@ -4,11 +4,11 @@ from typing import Any
 
 from torch import Tensor
 
+from fastadapt._ops.common import device_of
 from fastadapt._ops.linear.driver import Triple, backward, forward
 from fastadapt._ops.linear.driver import frozen_head_backward as frozen
 from fastadapt._ops.linear.plan import work_of
 from fastadapt._ops.linear.tiles import Problem
-from fastadapt._ops.sampling_cuda import device_of
 
 _FIELDS = len(Problem._fields)
 
