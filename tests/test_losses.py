@@ -1075,6 +1075,12 @@ def test_numbers_of_numpy_are_numbers():
     torch.testing.assert_close(ours, 2 * fastadapt.dpo_loss(*sides, beta=0.5), rtol=1e-6, atol=0)
     some = sides[0]._replace(total_tokens=np.int64(7))
     assert fastadapt.mle_loss(some) == fastadapt.mle_loss(sides[0]._replace(total_tokens=7))
+    labels = LABELS.masked_fill(LABELS == -100, -7)
+    plain, numpy = (
+        Responses.from_labels(PAIR.margins, labels, ignore_index=kind(-7))
+        for kind in (int, np.int64)
+    )
+    assert torch.equal(plain.mask, numpy.mask)
 
 
 @pytest.mark.parametrize("kind", ["margins", "logits", "logps"])

@@ -93,8 +93,9 @@ class Responses(NamedTuple):
             TypeError: wrong dtypes.
             ValueError: shapes or devices that do not fit; for logits, as `label_margins`.
         """
-        if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        if isinstance(ignore_index, bool) or not isinstance(ignore_index, Integral):
             raise TypeError(f"ignore_index: expected an integer, got {shown(ignore_index)}")
+        ignore_index = int(ignore_index)
         dims = 2 if segments is None else 1
         of_labels = isinstance(margins, Tensor) and isinstance(labels, Tensor)
         if of_labels and labels.dim() == dims and margins.shape[:-1] == labels.shape:
