@@ -31,6 +31,9 @@ def without_repetition() -> Iterator[None]:
             patch.setattr(interpreter, "_patch_attr", _called_at_once)
         if hasattr(interpreter, "_get_np_dtype"):
             patch.setattr(interpreter, "_get_np_dtype", _by_name(interpreter._get_np_dtype))
+        if hasattr(getattr(interpreter, "TensorHandle", None), "__post_init__"):
+            # a check of NumPy's type, which what makes the array has chosen
+            patch.setattr(interpreter.TensorHandle, "__post_init__", lambda self: None)
         _remember_types(patch, interpreter)
         yield
         for scope in reversed(patched.values()):
