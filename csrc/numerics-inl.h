@@ -1,4 +1,4 @@
-// The specified arithmetic (sampling semantics, section 9): masses, logarithm, exponential, Philox.
+// The specified arithmetic (docs/sampling-rule.md): masses, logarithm, exponential, Philox.
 // Every operation is rounded separately; the build passes -ffp-contract=off.
 
 constexpr float kLog2E = 1.4426950216f;

@@ -187,7 +187,7 @@ def test_short_dtypes_keep_what_their_float32_values_keep(rows, dtype):
     assert torch.equal(filter_logits(x, adaptor), wide.to(dtype))
 
 
-# Regressions that peers have met: sampling semantics, section 8.
+# Regressions that peers have met.
 
 
 def test_top_p_keeps_the_crossing_token(device):

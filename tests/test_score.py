@@ -111,7 +111,7 @@ def test_logits_that_scaling_makes_equal_keep_the_order_of_their_ids(device, cpu
 
 
 def test_identity_of_truncation_and_temperature(rows):
-    """log q = log p / T - log Z_t for a token inside the support (trade-off study, section 1.2)."""
+    """log q = log p / T - log Z_t for a token inside the support (arXiv 2406.10203)."""
     x = rows("spread", 64, 2000)
     y = sample(x, Adaptor(top_k=5)).tokens
     got = score(x, y, ADAPTORS)

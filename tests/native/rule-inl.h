@@ -1,4 +1,4 @@
-// The integer rule (sampling semantics, section 9) as sorts and loops, and every output of the
+// The integer rule (docs/sampling-rule.md) as sorts and loops, and every output of the
 // kernels by it. A part of fuzz_kernels.cpp.
 #pragma once
 
