@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastadapt._ops import sampling as ops
 from fastadapt._ops.checks import fold_rows, integer, per_row
+from fastadapt._ops.outputs import sample_fields
 from fastadapt.adaptor import Adaptor
 from fastadapt.results import Sample, Score
 
@@ -115,11 +116,7 @@ def sample(
     )
     if logits.dim() != 2:
         out = [t.view(shape + t.shape[1:]) for t in out]
-    tokens, logprobs, kept, status = out[:4]
-    base = out[4] if base_logprobs else None
-    mass = out[4 + base_logprobs] if log_mass else None
-    top_ids, top, rank = out[-3:] if top_logprobs else (None, None, None)
-    return Sample(tokens, logprobs, kept, status, base, mass, top_ids, top, rank)
+    return Sample(*sample_fields(out, base_logprobs, log_mass, top_logprobs))
 
 
 def score(

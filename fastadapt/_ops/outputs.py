@@ -6,6 +6,7 @@ from torch import Tensor
 Scores = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 Margins = tuple[Tensor, Tensor, Tensor]
 Pair = tuple[Tensor, Tensor]
+SampleFields = tuple[Tensor, Tensor, Tensor, Tensor, *tuple[Tensor | None, ...]]
 
 NUM_STATS = 4  # csrc/kernels.h, Stat
 
@@ -30,6 +31,17 @@ def sample_outputs(logits: Tensor, base: bool, log_mass: bool, top_n: int) -> li
         out.append(logits.new_empty(n, top_n, dtype=torch.float32))
         out.append(logits.new_empty(n, dtype=torch.int32))
     return out
+
+
+def sample_fields(out: list[Tensor], base: bool, log_mass: bool, top_n: int) -> SampleFields:
+    """The nine fields of `Sample` from what `sample_outputs` made; None where nothing was asked."""
+    tokens, logprobs, kept, status, *asked = out
+    if not asked:  # the host's part of a call on a few rows
+        return tokens, logprobs, kept, status, None, None, None, None, None
+    optional = iter(asked)
+    wanted = (base, log_mass, *(top_n > 0,) * 3)
+    given = (next(optional) if field else None for field in wanted)
+    return tokens, logprobs, kept, status, *given
 
 
 def score_outputs(logits: Tensor, adaptors: int) -> Scores:

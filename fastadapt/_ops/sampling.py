@@ -15,13 +15,21 @@ from fastadapt import _C
 from fastadapt._ops import sampling_cuda
 from fastadapt._ops.common import (
     Implementations,
+    address,
     check_ids,
     no_double_backward,
     register,
     rows_of,
 )
 from fastadapt._ops.law_code import order_of
-from fastadapt._ops.outputs import Margins, Scores, margin_outputs, sample_outputs, score_outputs
+from fastadapt._ops.outputs import (
+    Margins,
+    Scores,
+    margin_outputs,
+    sample_fields,
+    sample_outputs,
+    score_outputs,
+)
 
 MAX_ADAPTORS = 256  # csrc/kernels.h
 
@@ -69,15 +77,13 @@ def _sample_cpu(
 ) -> list[Tensor]:
     """Allocates only what was asked for."""
     out = sample_outputs(logits, base_logprobs, log_mass, top_n)
-    tokens, logprobs, kept, status = (t.data_ptr() for t in out[:4])
-    base = out[4].data_ptr() if base_logprobs else 0
-    mass = out[4 + base_logprobs].data_ptr() if log_mass else 0
-    top_ids, top_logprobs, rank = (t.data_ptr() for t in out[-3:]) if top_n else (0, 0, 0)
+    fields = map(address, sample_fields(out, base_logprobs, log_mass, top_n))
+    tokens, logprobs, kept, status, base, mass, top_ids, top_logprobs, rank = fields
     _C.sample(
         rows_of(logits),
         _knobs(knobs, order),
         seeds.data_ptr(),
-        0 if positions is None else positions.data_ptr(),
+        address(positions),
         tokens,
         logprobs,
         kept,

@@ -11,7 +11,14 @@ from torch import Tensor
 
 from fastadapt._ops.common import device_of, filled, given
 from fastadapt._ops.law_code import joined, order_of
-from fastadapt._ops.outputs import Margins, Scores, margin_outputs, sample_outputs, score_outputs
+from fastadapt._ops.outputs import (
+    Margins,
+    Scores,
+    margin_outputs,
+    sample_fields,
+    sample_outputs,
+    score_outputs,
+)
 
 
 def filter_logits(logits: Tensor, knobs: Tensor, order: int, *, plan: Any = None) -> Tensor:
@@ -38,12 +45,12 @@ def sample(
     from fastadapt._ops.triton import launch
 
     out = sample_outputs(logits, base_logprobs, log_mass, top_n)
-    base = out[4] if base_logprobs else None
-    mass = out[4 + base_logprobs] if log_mass else None
-    top = out[-3:] if top_n else []
+    base, mass, *top = sample_fields(out, base_logprobs, log_mass, top_n)[4:]
     with device_of(logits):
         launch.sample(
-            logits, knobs, order, seeds, positions, out[:4], base, mass, top, **given(plan)
+            *(logits, knobs, order, seeds, positions, out[:4], base, mass),
+            [field for field in top if field is not None],
+            **given(plan),
         )
     return out
 

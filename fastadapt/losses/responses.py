@@ -93,9 +93,10 @@ class Responses(NamedTuple):
             TypeError: wrong dtypes.
             ValueError: shapes or devices that do not fit; for logits, as `label_margins`.
         """
-        if isinstance(ignore_index, bool) or not isinstance(ignore_index, Integral):
-            raise TypeError(f"ignore_index: expected an integer, got {shown(ignore_index)}")
-        ignore_index = int(ignore_index)
+        given: object = ignore_index
+        if isinstance(given, bool) or not isinstance(given, Integral):
+            raise TypeError(f"ignore_index: expected an integer, got {shown(given)}")
+        ignore_index = int(given)
         dims = 2 if segments is None else 1
         of_labels = isinstance(margins, Tensor) and isinstance(labels, Tensor)
         if of_labels and labels.dim() == dims and margins.shape[:-1] == labels.shape:
