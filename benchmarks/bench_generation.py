@@ -30,7 +30,7 @@ from fastadapt._cli.measure import (
     time_generation,
     tokens_per_s,
 )
-from fastadapt._progress import progress_bar, stepper
+from fastadapt.study._progress import progress_bar, stepper
 from fastadapt.training.pretrained import load_model
 from host import host_record, quartiles
 

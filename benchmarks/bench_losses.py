@@ -28,7 +28,7 @@ from fastadapt import linear_label_margins
 from fastadapt._ops.linear.cpu import TILE
 from fastadapt._ops.linear.memory import PeakMemory, is_measurable
 from fastadapt._ops.linear.plan import KEPT_BYTES
-from fastadapt._progress import progress_bar, stepper
+from fastadapt.study._progress import progress_bar, stepper
 from fresh import in_fresh_process
 from host import PACKAGES, host_record, quartiles, write_record
 from limits import losses_limits, print_limits

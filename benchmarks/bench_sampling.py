@@ -28,7 +28,7 @@ from torch import Tensor
 
 from cases import ADAPTORS, BATCHES, DTYPES, ROWS, VOCABULARIES, make_rows
 from fastadapt import Adaptor, sample
-from fastadapt._progress import progress_bar, stepper
+from fastadapt.study._progress import progress_bar, stepper
 from filters import at_least, fill_filters, grid_parser
 from host import PACKAGES, host_record, quartiles, times_us, write_record
 from limits import print_limits, sampling_limits

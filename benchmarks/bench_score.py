@@ -21,7 +21,7 @@ from torch import Tensor
 
 from cases import ROWS, chosen, make_rows, study_adaptors
 from fastadapt import Adaptor, sample, score
-from fastadapt._progress import progress_bar, stepper
+from fastadapt.study._progress import progress_bar, stepper
 from filters import at_least
 from host import host_record, quartiles, write_record
 from limits import print_limits, score_limits

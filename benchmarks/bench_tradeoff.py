@@ -27,7 +27,7 @@ from rich.console import Console
 from torch import Tensor
 
 from fastadapt._cli.measure import generate, mode_kwargs, stock_chain
-from fastadapt._progress import progress_bar, stepper
+from fastadapt.study._progress import progress_bar, stepper
 from fastadapt.study.tradeoff import contexts
 from fastadapt.study.tradeoff.decoding import draw_strings, score_strings
 from fastadapt.study.tradeoff.grids import Cell, paper_grid, small_grid

@@ -23,7 +23,7 @@ import torch
 from rich.console import Console
 
 from fastadapt._ops.linear.memory import PeakMemory, return_freed_blocks
-from fastadapt._progress import progress_bar, stepper
+from fastadapt.study._progress import progress_bar, stepper
 from fastadapt.training.pairs import PAIRS, read_pairs
 from fastadapt.training.pretrained import load_model
 from fresh import in_fresh_process

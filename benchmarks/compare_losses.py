@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from fastadapt import RewardPenalizeLoss, linear_label_margins
-from fastadapt._progress import progress_bar, stepper
+from fastadapt.study._progress import progress_bar, stepper
 from fastadapt.training import reference_logps, training_steps
 from fastadapt.training.head import Head
 from fastadapt.training.head_check import head_of

@@ -26,7 +26,7 @@ from rich.console import Console
 
 from fastadapt import RewardPenalizeLoss
 from fastadapt._ops.linear.memory import PeakMemory, return_freed_blocks
-from fastadapt._progress import progress_bar, stepper
+from fastadapt.study._progress import progress_bar, stepper
 from fastadapt.training import logits_margins, reference_logps, response_margins, training_steps
 from fastadapt.training.pairs import Pair, encode_pairs, read_pairs
 from fastadapt.training.pretrained import load_model

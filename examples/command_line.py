@@ -20,7 +20,8 @@ PAIRS = [
 with tempfile.TemporaryDirectory() as folder:
     data, run = Path(folder, "pairs.jsonl"), Path(folder, "run")
     data.write_text("".join(json.dumps(pair) + "\n" for pair in PAIRS))
-    command = ["fastadapt", "train", "--data", str(data), "--output_dir", str(run)]
+    command = [sys.executable, "-m", "fastadapt", "train", "--data", str(data)]
+    command += ["--output_dir", str(run)]
     command += ["--stages", "exmate,dpo", "--max_steps", "1", "--per_device_train_batch_size", "2"]
     command += ["--model", sys.argv[1]] if len(sys.argv) > 1 else []
     subprocess.run(command, check=True)

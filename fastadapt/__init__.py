@@ -70,28 +70,24 @@ __all__ = [
     "unlikelihood_penalty",
 ]
 
-# Loaded when touched, each with the extra that has what it needs beside torch.
-_SUBMODULES = {
-    "hf": "demo",
-    "losses": "",
-    "reference": "",
-    "study": "study",
-    "tracking": "",
-    "training": "",
-    "trl": "train",
-}
+_SUBMODULES = ("hf", "losses", "reference", "study", "tracking", "training", "trl")
+# What they need beside torch comes with these extras.
+_EXTRAS = {"hf": "demo", "trl": "train"}
 
 
 def __getattr__(name: str) -> Any:
-    """Loads a submodule; where a package it needs is missing, says how to install it."""
+    """Loads a submodule; where what it needs cannot be imported, says what to install."""
     if name not in _SUBMODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
         return import_module(f"fastadapt.{name}")
-    except ModuleNotFoundError as error:
+    except (ImportError, RuntimeError) as error:  # transformers raises both
+        if name not in _EXTRAS:
+            raise
+        why = str(error).partition("\n")[0]
         raise AttributeError(
-            f"fastadapt.{name} needs the package {error.name!r}, which is not installed: "
-            f'pip install "fastadapt[{_SUBMODULES[name]}]"'
+            f"fastadapt.{name} cannot be imported ({why}): what it needs comes with "
+            f'pip install "fastadapt[{_EXTRAS[name]}]"'
         ) from error
 
 

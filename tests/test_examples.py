@@ -22,8 +22,8 @@ def test_there_are_examples():
 def test_example(script, letter_model, monkeypatch, tmp_path, capsys):
     def in_this_process(command, check):
         """An interpreter of its own would import trl for 10 seconds."""
-        assert command[0] == "fastadapt" and check
-        assert main(command[1:]) == 0
+        assert command[:3] == [sys.executable, "-m", "fastadapt"] and check
+        assert main(command[3:]) == 0
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(subprocess, "run", in_this_process)

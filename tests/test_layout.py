@@ -34,7 +34,6 @@ PUBLIC = {"", "adaptor", "results", "sampling", "log_odds", "losses"}
 OURS = {
     "_config": {"_C"},
     "_ops": {"_C", "_ops"},
-    "_progress": set(),
     "results": set(),
     "adaptor": {"_ops"},
     "sampling": {"_ops", "adaptor", "results"},
@@ -46,11 +45,11 @@ OURS = {
     "hf": PUBLIC | {"_ops", "hf", "training"},
     "trl": PUBLIC | {"training", "trl"},
     "tracking": PUBLIC | {"tracking", "training"},
-    "study": PUBLIC | {"_progress", "study", "tracking", "training"},
-    "_cli": PUBLIC | {"_cli", "_ops", "_progress", "hf", "study", "training", "trl"},
+    "study": PUBLIC | {"study", "tracking", "training"},
+    "_cli": PUBLIC | {"_cli", "_ops", "hf", "study", "training", "trl"},
+    "__main__": {"_cli"},
 }
 OTHERS = {
-    "_progress": {"rich"},
     "training": {
         *("datasets", "filelock", "jinja2", "platformdirs", "pyarrow", "safetensors", "torch"),
         "transformers",
@@ -240,6 +239,7 @@ def test_import_only_defines(module: str) -> None:
     for node in _tree(module).body:
         docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
         typing = isinstance(node, ast.If) and _dotted(node.test).endswith("TYPE_CHECKING")
+        typing |= isinstance(node, ast.If) and module == "__main__.py"
         registers = module in REGISTER and isinstance(node, ast.Expr | ast.For)
         assert isinstance(node, allowed) or docstring or typing or registers, (
             f"{module}:{node.lineno}: {type(node).__name__} at import"
@@ -350,7 +350,10 @@ def test_public_names_exist() -> None:
 def test_dir_is_what_is_public() -> None:
     submodules = {"hf", "losses", "reference", "study", "tracking", "training", "trl"}
     assert set(dir(fastadapt)) == {*fastadapt.__all__, *submodules, "__version__"}
-    assert inspect.getmembers(fastadapt.hf)
+    for name in submodules:
+        folder = getattr(fastadapt, name)
+        public = set(getattr(folder, "__all__", ())) | set(getattr(folder, "_SUBMODULES", ()))
+        assert set(dir(folder)) == public == set(dict(inspect.getmembers(folder)))
 
 
 def test_submodules_without_their_extra(tmp_path: Path) -> None:
@@ -362,23 +365,29 @@ def test_submodules_without_their_extra(tmp_path: Path) -> None:
         "import fastadapt\n"
         "print(*(hasattr(fastadapt, name) for name in ('hf', 'trl', 'training')))\n"
         "print(len(inspect.getmembers(fastadapt)) > 20)\n"
-        "try:\n"
-        "    fastadapt.trl\n"
-        "except AttributeError as error:\n"
-        "    print(error)\n"
-        "try:\n"
-        "    fastadapt.htf\n"
-        "except AttributeError as error:\n"
-        "    print(error)\n"
+        "print(hasattr(fastadapt.tracking, 'TrackerCallback'))\n"
     )
     run = [sys.executable, "-P", "-c", code]
     said = subprocess.run(run, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
-    there, members, missing, unknown = said.splitlines()
-    assert (there, members) == ("False False True", "True")
-    assert (
-        missing.startswith("fastadapt.trl needs the package 't") and "fastadapt[train]" in missing
-    )
-    assert unknown == "module 'fastadapt' has no attribute 'htf'"
+    assert said.splitlines() == ["False False True", "True", "False"]
+
+
+@pytest.mark.parametrize("kind", [ModuleNotFoundError, ImportError, RuntimeError])
+def test_what_cannot_be_imported_says_what_to_install(
+    kind: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers turns a missing package of its own into a RuntimeError of several lines."""
+
+    def fails(name: str) -> None:
+        raise kind(f"no {name}\nmore lines")
+
+    monkeypatch.setattr(fastadapt, "import_module", fails)
+    with pytest.raises(AttributeError, match=r"fastadapt.trl cannot be imported \(no .*train\]"):
+        fastadapt.__getattr__("trl")
+    with pytest.raises(kind):  # our own: nothing to install
+        fastadapt.__getattr__("training")
+    with pytest.raises(AttributeError, match="module 'fastadapt' has no attribute 'htf'"):
+        fastadapt.__getattr__("htf")
 
 
 def test_config_names_what_a_bug_report_needs() -> None:

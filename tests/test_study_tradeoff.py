@@ -203,14 +203,16 @@ def test_a_killed_study_resumes_to_the_same_table(folder, start_python, tmp_path
     program = tmp_path / "run.py"
     program.write_text(
         "import sys, time; sys.path.insert(0, sys.argv[2]); from pathlib import Path; "
-        "import test_study_tradeoff as t; "
+        "import test_study_tradeoff as t; t.torch.set_num_threads(int(sys.argv[3])); "
         "place = t.corpora.Corpora(Path(sys.argv[1]), t.plan(), t.NAMES); "
         "m, k = t.make_model(), t.make_tokenizer(); "
         "reward = lambda prompt, texts: [float(len(text)) for text in texts]; "
         "place.fill(t.contexts.Side(m, k, 'w6 w7'), t.contexts.Side(m, k), reward, "
         "on_part=lambda: time.sleep(0.4))"
     )
-    words, output = (str(tmp_path), os.path.dirname(__file__)), tmp_path / "output"
+    threads = str(torch.get_num_threads())  # products of others have other bits
+    words = (str(tmp_path), os.path.dirname(__file__), threads)
+    output = tmp_path / "output"
     child = start_python(program, *words, folder=tmp_path, output=output)
     end = time.monotonic() + 120
     while len(list(tmp_path.glob("parts/*.parquet"))) < 2 and child.is_alive():

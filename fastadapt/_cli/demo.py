@@ -35,7 +35,7 @@ from fastadapt._cli.measure import (
     time_generation,
     tokens_per_s,
 )
-from fastadapt._progress import progress_bar, stepper
+from fastadapt.study._progress import progress_bar, stepper
 from fastadapt.training.pretrained import DEFAULT_MODEL, load_model, terms_to_accept
 
 PROMPTS = (

@@ -96,7 +96,7 @@ def _run_cases(arguments: argparse.Namespace) -> int:
 
 def _run_model(arguments: argparse.Namespace) -> int:
     """Take single steps, train, and write the report, as the action asks."""
-    from fastadapt._progress import phases
+    from fastadapt.study._progress import phases
     from fastadapt.study.gradients.report import write_report
     from fastadapt.study.gradients.steps import StepOptions, run_steps
     from fastadapt.study.gradients.training import TrainingOptions, run_training
@@ -131,7 +131,7 @@ def _run_model(arguments: argparse.Namespace) -> int:
 
 def _run_report(arguments: argparse.Namespace) -> int:
     """Write the report anew."""
-    from fastadapt._progress import phases
+    from fastadapt.study._progress import phases
     from fastadapt.study.gradients.report import write_report
 
     def work() -> None:

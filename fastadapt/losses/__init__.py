@@ -31,3 +31,8 @@ __all__ = [
     "unlikelihood_loss",
     "unlikelihood_penalty",
 ]
+
+
+def __dir__() -> list[str]:
+    """Lists the public names."""
+    return __all__

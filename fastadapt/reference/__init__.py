@@ -63,6 +63,11 @@ __all__ = [
 ]
 
 
+def __dir__() -> list[str]:
+    """Lists the public names."""
+    return __all__
+
+
 def filter_logits(logits: Tensor, adaptor: Knobs) -> Tensor:
     """Twin of `fastadapt.filter_logits`; float64 logits take the textbook form."""
     x = _fold(logits)

@@ -1,1 +1,18 @@
 """Two studies on the public functions: `tradeoff` and `gradients`."""
+
+from importlib import import_module
+from typing import Any
+
+_SUBMODULES = ("gradients", "tradeoff")
+
+
+def __getattr__(name: str) -> Any:
+    """Loads a study when it is touched."""
+    if name not in _SUBMODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return import_module(f"{__name__}.{name}")
+
+
+def __dir__() -> list[str]:
+    """Lists the studies."""
+    return list(_SUBMODULES)

@@ -11,7 +11,10 @@ def __getattr__(name: str) -> Any:
     """Loads the callback when it is asked for: it needs transformers."""
     if name != "TrackerCallback":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from fastadapt.tracking.callback import TrackerCallback
+    try:
+        from fastadapt.tracking.callback import TrackerCallback
+    except ImportError as error:
+        raise AttributeError(f"fastadapt.tracking.TrackerCallback: {error}") from error
 
     return TrackerCallback
 

@@ -3,3 +3,8 @@
 from fastadapt.trl.trainer import RewardPenalizeTrainer, fused_log_probs
 
 __all__ = ["RewardPenalizeTrainer", "fused_log_probs"]
+
+
+def __dir__() -> list[str]:
+    """Lists the public names."""
+    return __all__

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from fastadapt._progress import progress_bar, stepper
+from fastadapt.study._progress import progress_bar, stepper
 from fastadapt.study.tradeoff import contexts, corpora, grids, rewards, study
 from fastadapt.study.tradeoff.corpora import Reward
 from fastadapt.study.tradeoff.plots import draw_figures
