@@ -14,7 +14,7 @@ if [[ ${1:-} == --rows ]]; then
   checks=(-O3)
 else
   rows=1000000000000000 seed=${2:-0} seconds=${1:-60} lengths=mixed jobs=1
-  checks=(-O1 -g -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all)
+  checks=(-O1 -g1 -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all)
 fi
 
 flags=(-std=c++17 -ffp-contract=off -fno-math-errno -Icsrc "${checks[@]}")

@@ -9,7 +9,7 @@ seconds=${1:-30} seed=${2:-0}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
-flags=(-std=c++17 -O1 -g -ffp-contract=off -fno-math-errno -fopenmp -fsanitize=thread -Icsrc)
+flags=(-std=c++17 -O1 -g1 -ffp-contract=off -fno-math-errno -fopenmp -fsanitize=thread -Icsrc)
 wrap=(-Wl,--wrap=GOMP_parallel
   -Wl,--wrap=GOMP_critical_name_start -Wl,--wrap=GOMP_critical_name_end)
 builds=()
