@@ -1,6 +1,7 @@
 """The rules of the code base, read from its source: who imports whom, and what nobody does."""
 
 import ast
+import functools
 import importlib.metadata
 import inspect
 import io
@@ -84,10 +85,12 @@ def _role(module: str) -> str:
     return re.split(r"[./]", module.removesuffix(".py"))[0]
 
 
+@functools.cache
 def _tree(module: str) -> ast.Module:
     return ast.parse((PACKAGE / module).read_text(), module)
 
 
+@functools.cache
 def _imports(module: str) -> list[Import]:
     """All imports of a file, relative ones made absolute."""
     parts = ("fastadapt", *Path(module).parent.parts)
