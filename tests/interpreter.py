@@ -25,9 +25,8 @@ def without_repetition() -> Iterator[None]:
         return
     patched: dict[frozenset[str], Any] = {}
     with pytest.MonkeyPatch.context() as patch:
-        if hasattr(interpreter, "_patch_lang"):
+        if hasattr(interpreter, "_LangPatchScope"):  # from 3.5 on
             patch.setattr(interpreter, "_patch_lang", _only_once(interpreter._patch_lang, patched))
-        if hasattr(interpreter, "_patch_attr"):
             patch.setattr(interpreter, "_patch_attr", _called_at_once)
         if hasattr(interpreter, "_get_np_dtype"):
             patch.setattr(interpreter, "_get_np_dtype", _by_name(interpreter._get_np_dtype))

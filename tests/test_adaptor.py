@@ -124,13 +124,15 @@ def test_another_default_device_changes_nothing(how, other):
         pytest.skip("needs a CUDA device: torch.cuda.is_available() is False")
     logits = torch.randn(5, 40)
     adaptor, wanted = everything(logits)
-    with torch.device(other):  # also puts back what set_default_device sets
-        if how == "set_default_device":
-            torch.set_default_device(other)
+    if how == "set_default_device":
+        torch.set_default_device(other)
         try:
             same, got = everything(logits)
         finally:
             torch.set_default_device(None)
+    else:
+        with torch.device(other):
+            same, got = everything(logits)
     assert same.packed.device.type == "cpu"
     assert same == adaptor
     for a, b in zip(got, wanted, strict=True):

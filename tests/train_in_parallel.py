@@ -27,6 +27,9 @@ from fastadapt.training import forward_margins
 from fastadapt.training.pairs import IGNORED
 from fastadapt.trl import RewardPenalizeTrainer
 
+sys.path.append(str(Path(__file__).parent))  # `python -P` leaves it out
+from gloo_means import times_too_large  # noqa: E402
+
 VOCABULARY = 19  # of the model
 BATCH = 4  # of all processes together
 STEPS = 4
@@ -106,13 +109,14 @@ def train_texts(folder: Path, model: str, size: int) -> list[dict[str, float]]:
 
 def train_sharded(folder: str, rank: int, world: int) -> list[float]:
     """ExMATE on margins out of the forward, parameters sharded (FSDP2) where there are ranks."""
-    model = LlamaForCausalLM.from_pretrained(folder)
+    model, factor = LlamaForCausalLM.from_pretrained(folder), 1.0
     if world > 1:
         mesh = init_device_mesh("cpu", (world,))
+        factor = times_too_large(mesh)
         for layer in model.model.layers:
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1 / factor)
     objective = RewardPenalizeLoss({"exmate": 1.0})
     generator = torch.Generator().manual_seed(2)
     losses = []
