@@ -30,7 +30,7 @@ def number(name: str, value: object, *, positive: bool = False) -> float:
         TypeError: not a number: text, None, a bool, a tensor.
         ValueError: negative, 0 where it has to be positive, infinite or NaN.
     """
-    if isinstance(value, bool) or not isinstance(value, int | float | Real):
+    if isinstance(value, bool) or not isinstance(value, (int, float, Real)):
         raise TypeError(f"{name}: expected a number, got {shown(value)}")
     found = cast(float, value)
     if not (found > 0 if positive else found >= 0):

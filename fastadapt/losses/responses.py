@@ -264,7 +264,7 @@ def checked(name: str, responses: Responses) -> Rows:
         if size is None:
             size = max(int(segments.max()) + 1, 1) if segments.numel() else 1
         least = min(segments.numel(), 1)
-        if isinstance(size, bool) or not isinstance(size, int | Integral) or size < least:
+        if isinstance(size, bool) or not isinstance(size, (int, Integral)) or size < least:
             got = shown(size)
             raise ValueError(f"{name}.num_segments: expected an integer >= {least}, got {got}")
         on_cpu = segments.device.type == "cpu" and not torch.compiler.is_compiling()
@@ -316,7 +316,7 @@ def _divisor(name: str, total: int | Tensor | None, counted: Tensor) -> int | Te
         if total.dtype == torch.bool or total.is_complex():
             raise TypeError(f"{name}: expected an integer or a tensor of one, got {total.dtype}")
         return total.reshape(()).to(counted.device).clamp(min=1)
-    if isinstance(total, bool) or not isinstance(total, int | Integral):
+    if isinstance(total, bool) or not isinstance(total, (int, Integral)):
         raise TypeError(f"{name}: expected an integer or a tensor, got {shown(total)}")
     if total < 0:
         raise ValueError(f"{name}: expected an integer >= 0, got {total}")
