@@ -4,9 +4,9 @@
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from inspect import signature
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import mpmath
 import pytest
@@ -76,7 +76,8 @@ class Batch:
         return x / g.T - y / b.T if normalized else x - y
 
 
-class Case(NamedTuple):
+@dataclass(frozen=True)
+class Case:
     """A loss with options, and the table's c_t of good and of bad rows: ∂L/∂z = c_t (s - e_y)."""
 
     name: str
