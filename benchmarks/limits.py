@@ -149,6 +149,15 @@ def score_limits(record: dict[str, Any]) -> list[Limit]:
     ]
 
 
+def memory_shares(record: dict[str, Any]) -> list[tuple[float, dict[str, Any]]]:
+    """Our peak memory in percent of the float32 logits, of each cell with V >= 128,256."""
+    return [
+        (100e6 * c["memory_mb"]["fastadapt"] / (4 * c["n"] * c["v"]), c)
+        for c in record["cells"]
+        if c["v"] >= 128_256 and "memory_mb" in c
+    ]
+
+
 def losses_limits(record: dict[str, Any]) -> list[Limit]:
     """The demands on `linear_label_margins`."""
     cells = record["cells"]
@@ -160,11 +169,7 @@ def losses_limits(record: dict[str, Any]) -> list[Limit]:
         label = f"{name}'s time to ours, forward and backward, {dtype}, {head} head"
         return Limit(label, ratio and ratio[1], bound, at_least=True, where=shape)
 
-    wide = [
-        (100e6 * c["memory_mb"]["fastadapt"] / (4 * c["n"] * c["v"]), c)
-        for c in cells
-        if c["v"] >= 128_256 and "memory_mb" in c
-    ]
+    wide = memory_shares(record)
     share, worst = max(wide, key=lambda pair: pair[0]) if wide else (None, None)
     errors = [c["rms_error"] for (dtype, _), c in here.items() if dtype == "bfloat16"]
     return [

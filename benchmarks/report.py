@@ -29,7 +29,7 @@ from limits import (
     train_limits,
 )
 from report_generation import generation_table
-from report_headline import BUILT_FROM, headline
+from report_headline import BUILT_FROM, FIGURE, headline
 from report_redesign import redesign_table
 from report_tracker import tracker_table
 from report_tradeoff import tradeoff_table
@@ -38,7 +38,6 @@ from report_words import host_words, peer_versions, software_words
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-FIGURE = "sampling.png"
 BENCHMARKS = "docs/benchmarks.md"
 LOSS_NAMES = {
     "fastadapt": "`linear_label_margins`",
@@ -88,11 +87,12 @@ def render(text: str, page: str = BENCHMARKS) -> str:
     Where a block may lack its result it says so.
     """
     for name, table in PAGES[page].items():
-        measured = name == "headline" or (RESULTS / f"{name}.json").exists()
+        sources = SOURCES.get(name, (name,))
+        measured = all((RESULTS / f"{source}.json").exists() for source in sources)
         if not measured and f"<!-- {name} -->" not in text:
             continue
         known = measured or name not in UNMEASURED
-        made = _made(name, table) if known else UNMEASURED[name]
+        made = table(*map(load, sources)) if known else UNMEASURED[name]
         block = f"<!-- {name} -->\n{made}<!-- /{name} -->"
         text, found = re.subn(
             rf"<!-- {name} -->\n.*?<!-- /{name} -->", lambda _, b=block: b, text, flags=re.DOTALL
@@ -100,13 +100,6 @@ def render(text: str, page: str = BENCHMARKS) -> str:
         if found != 1:
             raise ValueError(f"{page}: expected one block {name!r}, got {found}")
     return text
-
-
-def _made(name: str, table: Callable[..., str]) -> str:
-    """A block from its result, or the headline from several."""
-    if name != "headline":
-        return table(load(name))
-    return table({source: load(source) for source in BUILT_FROM}, FIGURE)
 
 
 def load(name: str) -> dict[str, Any]:
@@ -379,6 +372,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "tradeoff": _tradeoff,
     "tracker": _tracker,
 }
+SOURCES = {"headline": BUILT_FROM}  # of blocks that are not made of the one result of their name
 PAGES: dict[str, dict[str, Callable[..., str]]] = {
     "README.md": {"headline": headline},
     BENCHMARKS: TABLES,

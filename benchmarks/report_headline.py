@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from limits import geometric_mean
+from limits import geometric_mean, memory_shares
 
-BUILT_FROM = ("sampling", "generation", "losses", "trainer")
+FIGURE = "sampling.png"
+BUILT_FROM = ("sampling", "generation", "losses", "trainer")  # the arguments of `headline`
 
 
-def headline(records: dict[str, dict[str, Any]], figure: str) -> str:
-    """What a newcomer should know of speed and memory, from the results of `BUILT_FROM`."""
-    sampling, generation, losses, trainer = (records[name] for name in BUILT_FROM)
+def headline(
+    sampling: dict[str, Any],
+    generation: dict[str, Any],
+    losses: dict[str, Any],
+    trainer: dict[str, Any],
+) -> str:
+    """What a newcomer should know of speed and memory."""
     ratios = [cell["to_softmax"]["fastadapt"][1] for cell in sampling["cells"]]
     stock = [
         peer["to_fastadapt"]["stock"][1]
@@ -20,14 +25,10 @@ def headline(records: dict[str, dict[str, Any]], figure: str) -> str:
     ]
     modes = generation["modes"]
     fused, chain = (modes[name]["ratio_to_greedy"]["median"] for name in ("fused", "stock"))
-    shares = [
-        100e6 * cell["memory_mb"]["fastadapt"] / (4 * cell["n"] * cell["v"])
-        for cell in losses["cells"]
-        if cell["v"] >= 128_256 and "memory_mb" in cell
-    ]
+    shares = [share for share, _ in memory_shares(losses)]
     steps = [cell["trl_to_fastadapt"][1] for cell in trainer["cells"]]
     lines = [
-        f"![Time per row against the vocabulary](benchmarks/results/{figure})",
+        f"![Time per row against the vocabulary](benchmarks/results/{FIGURE})",
         "",
         f"- Filters and draw take {geometric_mean(ratios):.2f} x a `torch.softmax` of the same "
         f"rows (geometric mean of {len(ratios)} cells); transformers' chain takes at least "

@@ -87,8 +87,8 @@ def _remember_types(patch: pytest.MonkeyPatch, interpreter: Any) -> None:
     import triton.language as tl
     from triton.language.semantic import TritonSemantic
 
-    builder, options = interpreter.interpreter_builder, "sanitize_overflow"
-    if hasattr(builder.options, options):
+    builder = interpreter.interpreter_builder
+    if hasattr(builder.options, "sanitize_overflow"):
         quiet = dataclasses.replace(builder.options, sanitize_overflow=False)
         patch.setattr(builder, "options", quiet)
 
