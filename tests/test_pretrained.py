@@ -2,14 +2,16 @@
 
 import functools
 import hashlib
-import importlib.util
 import os
 import re
+import sys
 import threading
 import time
+import venv
 import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from importlib.abc import MetaPathFinder
 
 import gguf
 import pytest
@@ -379,10 +381,24 @@ def test_a_failed_fetch_is_one_sentence(happens, said, machine):
     assert machine.unpacked == [CONTENT["parted"]]
 
 
-def test_an_environment_without_pip(machine, monkeypatch):
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n == "pip" else find(n))
-    assert "this environment has no pip" in _fails()
+def test_an_environment_without_pip(machine, tmp_path, monkeypatch):
+    venv.create(tmp_path / "bare", with_pip=False)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "bare" / "bin" / "python"))
+    monkeypatch.delenv("PYTHONPATH")
+    assert "this environment has no pip to fetch it with" in _fails()
+
+
+def test_pip_is_not_looked_for_in_this_process(machine, monkeypatch):
+    asked = []
+
+    class Finder(MetaPathFinder):
+        def find_spec(self, fullname, path, target=None):
+            asked.append(fullname)
+
+    monkeypatch.setattr(sys, "meta_path", [Finder(), *sys.meta_path])
+    machine.pip_does("sys.exit(1)")
+    _fails()
+    assert "pip" not in asked and len(machine.calls) == 1
 
 
 def test_the_hub_comes_last(machine):

