@@ -1,4 +1,4 @@
-"""`linear_label_margins` on a CUDA device, beside its products alone through cuBLAS and others.
+"""`linear_log_odds` on a CUDA device, beside its products alone through cuBLAS and others.
 
     python benchmarks/bench_gpu_losses.py --out benchmarks/results/gpu_losses.json
 
@@ -26,7 +26,7 @@ from rich.console import Console
 from torch import Tensor
 
 from device_timing import DeviceCall, DeviceTimer
-from fastadapt import label_logps, linear_label_margins
+from fastadapt import label_logps, linear_log_odds
 from fastadapt._ops.linear.plan import plan_of
 from filters import add_device, check_device, fill_filters, grid_parser
 from gpu_loss_peers import GPU_LOSS_PEERS
@@ -172,9 +172,7 @@ def losses(name: str, inputs: Inputs, options: argparse.Namespace) -> dict[str, 
     task = TASKS[name]
 
     def own(budget: int) -> Loss:
-        return from_logps(
-            lambda *rows: label_logps(linear_label_margins(*rows, memory_budget=budget))
-        )
+        return from_logps(lambda *rows: label_logps(linear_log_odds(*rows, memory_budget=budget)))
 
     def from_logps(logps: Logps) -> Loss:
         return lambda *rows: loss_of(name, logps(*rows), inputs, options.tokens)

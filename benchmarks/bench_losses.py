@@ -1,4 +1,4 @@
-"""`linear_label_margins`: time, memory and error beside full logits, trl, Liger and torch's own.
+"""`linear_log_odds`: time, memory and error beside full logits, trl, Liger and torch's own.
 
     python benchmarks/bench_losses.py --threads 1 --out benchmarks/results/losses.json
 
@@ -24,7 +24,7 @@ from rich.console import Console
 from torch import Tensor
 
 from cases import DTYPES, chosen
-from fastadapt import linear_label_margins
+from fastadapt import linear_log_odds
 from fastadapt._ops.linear.cpu import TILE
 from fastadapt._ops.linear.memory import PeakMemory, is_measurable
 from fastadapt._ops.linear.plan import KEPT_BYTES
@@ -32,7 +32,7 @@ from fastadapt.study._progress import progress_bar, stepper
 from fresh import in_fresh_process
 from host import PACKAGES, host_record, quartiles, write_record
 from limits import losses_limits, print_limits
-from loss_peers import LOSS_PEERS, Logps, plain_margins
+from loss_peers import LOSS_PEERS, Logps, plain_log_odds
 from missing import MissingPeer
 from timing import in_turns, ratios
 
@@ -151,7 +151,7 @@ def peers_of(cell: Cell, peers: list[str]) -> list[str]:
 
 def call_of(name: str) -> Logps:
     """Ours or a peer, by name."""
-    return linear_label_margins if name == OURS else LOSS_PEERS[name]()
+    return linear_log_odds if name == OURS else LOSS_PEERS[name]()
 
 
 def make_inputs(cell: Cell, seed: int) -> Inputs:
@@ -169,7 +169,7 @@ def make_inputs(cell: Cell, seed: int) -> Inputs:
 
 
 def measure(cell: Cell, names: list[str], options: argparse.Namespace) -> dict[str, Any]:
-    """Time one cell, in milliseconds, and compare its margins with the truth."""
+    """Time one cell, in milliseconds, and compare its log-odds with the truth."""
     inputs = make_inputs(cell, options.seed)
     steps = {name: Step(call_of(name), inputs) for name in names}
     both = in_turns(steps, rounds=options.rounds, budget_s=options.seconds, least_rounds=3)
@@ -192,18 +192,18 @@ def measure(cell: Cell, names: list[str], options: argparse.Namespace) -> dict[s
 
 
 def rms_errors(inputs: Inputs) -> dict[str, float]:
-    """Root mean square error of margins, nats, ours and plain PyTorch's, on the first rows."""
+    """Root mean square error of log-odds, nats, ours and plain PyTorch's, on the first rows."""
     rows = (inputs.hidden.detach()[:ERROR_ROWS], inputs.weight.detach(), inputs.labels[:ERROR_ROWS])
-    truth = true_margins(*rows)
-    calls = {OURS: linear_label_margins, "plain": plain_margins}
+    truth = true_log_odds(*rows)
+    calls = {OURS: linear_log_odds, "plain": plain_log_odds}
     return {
         name: float((call(*rows).double() - truth).square().mean().sqrt())
         for name, call in calls.items()
     }
 
 
-def true_margins(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """(N,): the margins of inputs as they are, float64."""
+def true_log_odds(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """(N,): the log-odds of inputs as they are, float64."""
     blocks = weight.split(8192)  # no float64 copy of the whole head
     logits = torch.cat([hidden.double() @ block.double().t() for block in blocks], -1)
     own = labels[:, None]
@@ -212,7 +212,7 @@ def true_margins(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 
 
 def formula(cell: Cell) -> int:
-    """Bytes that `linear_label_margins` says it holds beside inputs and gradients."""
+    """Bytes that `linear_log_odds` says it holds beside inputs and gradients."""
     itemsize = DTYPES[cell.dtype].itemsize
     logits = cell.n * cell.v * itemsize
     kept = logits if cell.head == "trainable" and logits <= KEPT_BYTES else 0

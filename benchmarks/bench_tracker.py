@@ -3,7 +3,7 @@
     python benchmarks/bench_tracker.py --out benchmarks/results/tracker.json
 
 One call is as many training steps as the interval has, of which one is recorded: without a tracker,
-with one that sees the margins, and with one that sees the model too and computes ρ. All three run
+with one that sees the log-odds, and with one that sees the model too and computes ρ. All three run
 in every round, on the same model and pairs, the learning rate being 0 so that no call changes what
 the next one does. Run it on an idle machine.
 """
@@ -27,7 +27,7 @@ from host import host_record, quartiles, write_record
 from limits import print_limits, tracker_limits
 from timing import in_turns, ratios
 
-MODES = ("none", "margins", "rho")
+MODES = ("none", "log_odds", "rho")
 
 
 def main() -> None:

@@ -34,7 +34,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from fastadapt import RewardPenalizeLoss, linear_label_margins
+from fastadapt import RewardPenalizeLoss, linear_log_odds
 from fastadapt.study._progress import progress_bar, stepper
 from fastadapt.training import reference_logps, training_steps
 from fastadapt.training.head import Head
@@ -93,12 +93,12 @@ class Tail(NamedTuple):
     body: Any
     head: Head
 
-    def margins(self, batch: Cached) -> Tensor:
-        """(2B, T-1), float32: the margins of the response tokens."""
+    def log_odds(self, batch: Cached) -> Tensor:
+        """(2B, T-1), float32: the log-odds of the response tokens."""
         states = self.body(
             inputs_embeds=batch.hidden, attention_mask=batch.attention_mask, use_cache=False
         ).last_hidden_state[:, :-1]
-        return linear_label_margins(
+        return linear_log_odds(
             states,
             self.head.weight,
             batch.labels,
@@ -203,7 +203,7 @@ def cache(front: Any, pairs: Sequence[PairBatch]) -> list[Cached]:
 
 
 def collate(rows: Sequence[Cached]) -> Cached:
-    """Pairs in one batch, the good responses before the bad ones."""
+    """Pairs in one batch, the chosen responses before the rejected ones."""
     padded = []
     for values, padding in zip(zip(*rows, strict=True), (0.0, 0, IGNORED), strict=True):
         sides = [value[side] for side in (0, 1) for value in values]
@@ -246,53 +246,57 @@ class Study:
         return [collate(chosen[i : i + self.batch]) for i in range(0, len(chosen), self.batch)]
 
     def train(self, method: Method, rate: float, places: Sequence[int]) -> list[list[float]]:
-        """Takes a step per batch; log P of its good and its bad responses before each."""
+        """Takes a step per batch; log P of its chosen and its rejected responses before each."""
         references = [None] * (len(places) // self.batch)
         if "dpo" in method.weights:
             known = [self.before[i] for i in places]
-            good, bad = map(torch.stack, zip(*known, strict=True))
+            chosen, rejected = map(torch.stack, zip(*known, strict=True))
             if method.after:
-                good, bad = self.logps(places)  # the model is still that of the stage before
-            references = list(zip(good.split(self.batch), bad.split(self.batch), strict=True))
+                chosen, rejected = self.logps(places)  # the model is still that of the stage before
+            references = list(
+                zip(chosen.split(self.batch), rejected.split(self.batch), strict=True)
+            )
         parameters = self.tail.body.parameters()
         steps = training_steps(
             self.tail,
             zip(self.batches(places), references, strict=True),
             RewardPenalizeLoss(method.weights),
             torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0, fused=True),
-            margins_of=Tail.margins,
+            log_odds_of=Tail.log_odds,
         )
-        return [[round(float(seen[f"logps/{s}"]), 3) for s in ("good", "bad")] for seen in steps]
+        return [
+            [round(float(seen[f"logps/{s}"]), 3) for s in ("chosen", "rejected")] for seen in steps
+        ]
 
     def logps(self, places: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """log P of the good and of the bad responses of some pairs."""
+        """log P of the chosen and of the rejected responses of some pairs."""
         seen = [
-            reference_logps(self.tail, batch, margins_of=Tail.margins)
+            reference_logps(self.tail, batch, log_odds_of=Tail.log_odds)
             for batch in self.batches(places)
         ]
-        good, bad = (torch.cat(side) for side in zip(*seen, strict=True))
-        return good, bad
+        chosen, rejected = (torch.cat(side) for side in zip(*seen, strict=True))
+        return chosen, rejected
 
     def held_out(self) -> dict[str, Any]:
         """log P of the held-out responses, nats."""
-        good, bad = self.logps(self.split.held_out)
+        chosen, rejected = self.logps(self.split.held_out)
         return {
-            "good": [round(float(x), 3) for x in good],
-            "bad": [round(float(x), 3) for x in bad],
+            "chosen": [round(float(x), 3) for x in chosen],
+            "rejected": [round(float(x), 3) for x in rejected],
         }
 
     def validate(self, kind: str, rate: float) -> float:
         """The loss on the pairs kept for choosing, after an epoch from the start with one rate."""
         self.tail.body.load_state_dict(self.start)
         self.train(Method(kind, {kind: 1.0}), rate, self.order(0, 0))
-        good, bad = self.logps(self.split.choose)
+        chosen, rejected = self.logps(self.split.choose)
         if kind == "dpo":
             known = [self.before[i] for i in self.split.choose]
-            ref_good, ref_bad = map(torch.stack, zip(*known, strict=True))
-            u = 0.1 * ((good - ref_good) - (bad - ref_bad))
+            ref_chosen, ref_rejected = map(torch.stack, zip(*known, strict=True))
+            u = 0.1 * ((chosen - ref_chosen) - (rejected - ref_rejected))
             return float(-nn.functional.logsigmoid(u).mean())
         tokens = sum(int(self.rows[i].mask[0].sum()) for i in self.split.choose)
-        return float(-good.sum() / tokens)
+        return float(-chosen.sum() / tokens)
 
 
 def _parse() -> argparse.Namespace:

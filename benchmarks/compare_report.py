@@ -62,26 +62,26 @@ class Comparison:
     def __init__(self, record: dict[str, Any]) -> None:
         """Sorts the cells into arrays (seeds, pairs)."""
         lengths = np.array(record["tokens"], dtype=float)
-        self.good: dict[str, np.ndarray] = {}
-        self.bad: dict[str, np.ndarray] = {}
+        self.chosen: dict[str, np.ndarray] = {}
+        self.rejected: dict[str, np.ndarray] = {}
         for name in ("start", *METHODS):
             cells = [c for c in record["cells"] if c["method"] == name]
-            self.good[name] = np.array([c["good"] for c in cells])
-            self.bad[name] = np.array([c["bad"] for c in cells])
+            self.chosen[name] = np.array([c["chosen"] for c in cells])
+            self.rejected[name] = np.array([c["rejected"] for c in cells])
         self.lengths = lengths
-        seeds, pairs = self.good["mle"].shape
+        seeds, pairs = self.chosen["mle"].shape
         random = np.random.default_rng(0)
         self.seeds = random.integers(seeds, size=(DRAWS, seeds))
         self.pairs = random.integers(pairs, size=(DRAWS, pairs))
 
     def value(self, name: str, measure: str) -> np.ndarray:
         """A measure of each seed and held-out pair, (seeds or 1, pairs)."""
-        good, bad = self.good[name], self.bad[name]
+        chosen, rejected = self.chosen[name], self.rejected[name]
         if measure == "ahead":
-            return (good > bad).astype(float)
+            return (chosen > rejected).astype(float)
         if measure == "ahead per token":
-            return (good / self.lengths[:, 0] > bad / self.lengths[:, 1]).astype(float)
-        return {"good": good, "bad": bad, "margin": good - bad}[measure]
+            return (chosen / self.lengths[:, 0] > rejected / self.lengths[:, 1]).astype(float)
+        return {"chosen": chosen, "rejected": rejected, "margin": chosen - rejected}[measure]
 
     def interval(self, values: np.ndarray, by: np.ndarray | None = None) -> Interval:
         """Of a mean, or of the ratio of two means."""
@@ -102,7 +102,7 @@ class Comparison:
 def table(record: dict[str, Any]) -> str:
     """The block of docs/results.md."""
     data = Comparison(record)
-    measures = ("good", "bad", "margin")
+    measures = ("chosen", "rejected", "margin")
     lines = [
         "| method | steps | change of log P(y⁺) | change of log P(y⁻) | change of the difference | "
         "P(y⁺) > P(y⁻), % | the same per token, % |",
@@ -130,7 +130,7 @@ def table(record: dict[str, Any]) -> str:
         "|---|---|---|",
     ]
     for name, (label, before, *_) in METHODS.items():
-        change = data.value(name, "good") - data.value(before, "good")
+        change = data.value(name, "chosen") - data.value(before, "chosen")
         fell = data.interval((change < 0).astype(float)).shown(1, sign=False, factor=100)
         lines.append(f"| {label} | {data.interval(change).shown()} | {fell} |")
     lines += [
@@ -162,7 +162,7 @@ def _protocol(record: dict[str, Any]) -> str:
     host, settings = record["host"], record["settings"]
     rates, pairs = settings["rates"], settings["pairs"]
     data = Comparison(record)
-    weight = np.exp(data.bad["start"] / data.lengths[:, 1]).mean()
+    weight = np.exp(data.rejected["start"] / data.lengths[:, 1]).mean()
     return (
         f"{settings['model']}, the last {settings['layers']} layers and the final norm trained "
         f"({settings['trained_parameters']:,} parameters), AdamW, {settings['batch']} pairs a "
@@ -189,7 +189,7 @@ def render(page: str, record: dict[str, Any]) -> str:
 
 
 def draw(record: dict[str, Any], path: Path) -> None:
-    """Where each method moved the held-out pairs, and how often the good one is ahead."""
+    """Where each method moved the held-out pairs, and how often the chosen one is ahead."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -200,10 +200,10 @@ def draw(record: dict[str, Any], path: Path) -> None:
         1, 2, figsize=(9.6, 4.4), width_ratios=[3, 2], layout="constrained"
     )
     for name, (label, before, colour, marker) in METHODS.items():
-        x, y = (data.value(name, m) - data.value("start", m) for m in ("bad", "good"))
+        x, y = (data.value(name, m) - data.value("start", m) for m in ("rejected", "chosen"))
         across, up = data.interval(x), data.interval(y)
         if before != "start":
-            first = [data.value(before, m) - data.value("start", m) for m in ("bad", "good")]
+            first = [data.value(before, m) - data.value("start", m) for m in ("rejected", "chosen")]
             origin = [float(values.mean()) for values in first]
             plane.plot(
                 [origin[0], across.mean], [origin[1], up.mean], ":", color=colour, lw=1.2, zorder=1

@@ -53,7 +53,7 @@ void count_all(const std::string& name, DType dtype) {
   const KernelTable& table = kernels();
 
   std::vector<int64_t> seeds(n), tokens(n), ids(n * 5);
-  std::vector<float> logprobs(n), base(n), mass(n), top(n * 5), margins(n), upstream(n, 1);
+  std::vector<float> logprobs(n), base(n), mass(n), top(n * 5), log_odds(n), upstream(n, 1);
   std::vector<int32_t> kept(n), rank(n);
   std::vector<uint8_t> status(n), support(n * ((v + 7) / 8));
   std::vector<double> stats(n * 2);
@@ -91,13 +91,13 @@ void count_all(const std::string& name, DType dtype) {
   score("8 top_p", one_temperature);
   score("the 6 of sample", knobs);
 
-  const MarginArgs forward{rows,           knobs[1],       tokens.data(), -100,
-                           margins.data(), support.data(), stats.data()};
-  count(name + "/margins/temperature, top_p", table.margins, forward);
-  const MarginBackwardArgs backward{rows,         knobs[1],        tokens.data(),
+  const LogOddsArgs forward{rows,           knobs[1],       tokens.data(), -100,
+                           log_odds.data(), support.data(), stats.data()};
+  count(name + "/log_odds/temperature, top_p", table.log_odds, forward);
+  const LogOddsBackwardArgs backward{rows,         knobs[1],        tokens.data(),
                                     -100,         upstream.data(), support.data(),
                                     stats.data(), out.data()};
-  count(name + "/margins_backward/temperature, top_p", table.margins_backward, backward);
+  count(name + "/log_odds_backward/temperature, top_p", table.log_odds_backward, backward);
 }
 
 }  // namespace

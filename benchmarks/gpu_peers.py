@@ -86,7 +86,8 @@ def vllm(adaptor: Adaptor, rows: Tensor) -> DeviceCall:
     return DeviceCall(draw, prepare=lambda: logits.copy_(scaled))
 
 
-# FlashInfer's and vLLM's top-k and top-p; the slow ones in the cells that have a twin on the CPU.
+# FlashInfer's and vLLM's top-k and top-p; the slow ones in the cells that have a reference on the
+# CPU.
 GPU_PEERS = {
     "flashinfer": Peer(flashinfer, ("T+p", "T+k+p"), in_graph=True),
     "vllm": Peer(vllm, ("T+k", "T+p", "T+k+p"), in_graph=True),

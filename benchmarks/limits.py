@@ -159,7 +159,7 @@ def memory_shares(record: dict[str, Any]) -> list[tuple[float, dict[str, Any]]]:
 
 
 def losses_limits(record: dict[str, Any]) -> list[Limit]:
-    """The demands on `linear_label_margins`."""
+    """The demands on `linear_log_odds`."""
     cells = record["cells"]
     here = {(c["dtype"], c["head"]): c for c in cells if (c["n"], c["h"], c["v"]) == LOSS_SHAPE}
     shape = "N = {:,}, H = {:,}, V = {:,}".format(*LOSS_SHAPE)
@@ -186,7 +186,7 @@ def losses_limits(record: dict[str, Any]) -> list[Limit]:
             where=_loss_place(worst) if worst else "",
         ),
         Limit(
-            "rms error of bfloat16 margins to that of full bfloat16 logits",
+            "rms error of bfloat16 log-odds to that of full bfloat16 logits",
             max((e["fastadapt"] / e["plain"] for e in errors), default=None),
             0.2,
             where=shape,
@@ -195,7 +195,7 @@ def losses_limits(record: dict[str, Any]) -> list[Limit]:
 
 
 def gpu_losses_limits(record: dict[str, Any]) -> list[Limit]:
-    """The demands on `linear_label_margins` on a GPU; times of calls in turns, peaks over inputs
+    """The demands on `linear_log_odds` on a GPU; times of calls in turns, peaks over inputs
     and returned gradients."""
     few, many = ({c["task"]: c for c in record["cells"] if c["n"] == n} for n in GPU_ROWS)
 
@@ -273,7 +273,7 @@ def tradeoff_limits(record: dict[str, Any]) -> list[Limit]:
 
 def tracker_limits(record: dict[str, Any]) -> list[Limit]:
     """The demand on the tracker's cost."""
-    kinds = {"margins": "of margins alone", "rho": "with ρ of every pair"}
+    kinds = {"log_odds": "of log-odds alone", "rho": "with ρ of every pair"}
     return [
         Limit(f"steps with the tracker, {kinds[mode]}, to steps without", ratio[1], 1.05)
         for mode, ratio in record["to_none"].items()

@@ -2,7 +2,7 @@
 
 Each takes hidden (N, H), weight (V, H) and labels (N,), int64, and returns (N,) log-probabilities,
 differentiably. One that this machine lacks is not replaced: making it raises `MissingPeer`. What
-`linear_label_margins` returns is the log-odds instead, which has the log-probability in it.
+`linear_log_odds` returns is the log-odds instead, which has the log-probability in it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def plain_logps(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return logits.float().log_softmax(-1).gather(-1, labels[:, None])[:, 0]
 
 
-def plain_margins(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+def plain_log_odds(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """The label's log-odds from full logits in the dtype of the inputs, float32 from there on."""
     logits, own = F.linear(hidden, weight).float(), labels[:, None]
     return logits.gather(-1, own)[:, 0] - logits.scatter(-1, own, -math.inf).logsumexp(-1)

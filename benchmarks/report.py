@@ -40,7 +40,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 BENCHMARKS = "docs/benchmarks.md"
 LOSS_NAMES = {
-    "fastadapt": "`linear_label_margins`",
+    "fastadapt": "`linear_log_odds`",
     "plain": "plain PyTorch",
     "compiled": "`torch.compile` of it",
     "torch": "`linear_cross_entropy`",
@@ -59,7 +59,7 @@ UNMEASURED = {
     **dict.fromkeys(("gpu_sampling", "gpu_losses"), "Not yet measured on a GPU.\n"),
     **dict.fromkeys(("tracker", "tradeoff", "trainer"), "Not yet measured.\n"),
 }
-TRAINING = {"linear": "`linear_label_margins`", "logits": "full logits, `label_margins`"}
+TRAINING = {"linear": "`linear_log_odds`", "logits": "full logits, `label_log_odds`"}
 
 
 def main() -> int:
@@ -236,7 +236,7 @@ def score_table(record: dict[str, Any]) -> str:
 
 
 def losses_table(record: dict[str, Any]) -> str:
-    """What `linear_label_margins` must show, its times and memory, and the machine."""
+    """What `linear_log_odds` must show, its times and memory, and the machine."""
     names = ["fastadapt", *record["settings"]["peers"]]
     head = " | ".join(LOSS_NAMES[name] for name in names)
     lines = [*limit_rows(losses_limits(record)), ""]
@@ -270,11 +270,11 @@ def losses_table(record: dict[str, Any]) -> str:
 
 
 def gpu_losses_table(record: dict[str, Any]) -> str:
-    """What `linear_label_margins` must show on a GPU, times and peaks, and the machine."""
+    """What `linear_log_odds` must show on a GPU, times and peaks, and the machine."""
     gpu, settings, host = record["host"]["gpu"], record["settings"], record["host"]
     if gpu is None:
         raise ValueError("gpu_losses.json: expected a result of a GPU, got one of the CPU")
-    ours = {"fastadapt": "`linear_label_margins`", "nothing kept": "the same, nothing kept"}
+    ours = {"fastadapt": "`linear_log_odds`", "nothing kept": "the same, nothing kept"}
     names = {"products": "its products", **ours, **GPU_LOSS_PEERS}
     lines = [*limit_rows(gpu_losses_limits(record)), ""]
     lines += [

@@ -4,11 +4,11 @@
         --out benchmarks/results/train_preferences.json
 
 SmolLM2-135M-Instruct takes some steps of DPO+ExMATE on preference pairs in the form of HH-RLHF,
-all parameters, float32, AdamW: once through `linear_label_margins`, once from the full logits. Both
+all parameters, float32, AdamW: once through `linear_log_odds`, once from the full logits. Both
 have the same batches and the same start, and each a process of its own, so that the peak of its
 resident memory, over what the loaded model takes, is its own. The logits go through
-`label_margins`, which makes no further copy of them, as plain PyTorch would. malloc returns what is
-freed in both, so that the peak is of what is alive; that makes the steps a little slower.
+`label_log_odds`, which makes no further copy of them, as plain PyTorch would. malloc returns what
+is freed in both, so that the peak is of what is alive; that makes the steps a little slower.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from rich.console import Console
 from fastadapt import RewardPenalizeLoss
 from fastadapt._ops.linear.memory import PeakMemory, return_freed_blocks
 from fastadapt.study._progress import progress_bar, stepper
-from fastadapt.training import logits_margins, reference_logps, response_margins, training_steps
+from fastadapt.training import logits_log_odds, reference_logps, response_log_odds, training_steps
 from fastadapt.training.pairs import Pair, encode_pairs, read_pairs
 from fastadapt.training.pretrained import load_model
 from fresh import in_fresh_process
 from host import host_record, quartiles, write_record
 from limits import print_limits, train_limits
 
-VARIANTS = {"linear": response_margins, "logits": logits_margins}
-METRICS = ("loss", "logps/good", "logps/bad", "pairs/accuracies", "rewards/accuracies")
+VARIANTS = {"linear": response_log_odds, "logits": logits_log_odds}
+METRICS = ("loss", "logps/chosen", "logps/rejected", "pairs/accuracies", "rewards/accuracies")
 
 
 def main() -> None:
@@ -87,7 +87,7 @@ def train(name: str, pairs: list[Pair], options: argparse.Namespace) -> Iterator
     torch.manual_seed(options.seed)
     if options.threads:
         torch.set_num_threads(options.threads)
-    margins_of = VARIANTS[name]
+    log_odds_of = VARIANTS[name]
     quiet = {"progress": lambda phase, done, total: None}
     model, tokenizer = load_model(options.model, fetch=True, **quiet)
     batches = [
@@ -106,10 +106,10 @@ def train(name: str, pairs: list[Pair], options: argparse.Namespace) -> Iterator
     sum(float(p.detach().sum()) for p in model.parameters())  # a mapped file is resident once read
     seconds: list[float] = []
     with PeakMemory() as peak:
-        references = [reference_logps(model, batch, margins_of=margins_of) for batch in batches]
+        references = [reference_logps(model, batch, log_odds_of=log_odds_of) for batch in batches]
         rows = zip(batches, references, strict=True)
         start = time.perf_counter()
-        for seen in training_steps(model, rows, objective, optimizer, margins_of=margins_of):
+        for seen in training_steps(model, rows, objective, optimizer, log_odds_of=log_odds_of):
             seconds.append(time.perf_counter() - start)
             yield {key: float(seen[key]) for key in METRICS}
             start = time.perf_counter()

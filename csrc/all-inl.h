@@ -16,7 +16,7 @@
 #include "filters-inl.h"
 
 #include "draw-inl.h"
-#include "margins-inl.h"
+#include "log_odds-inl.h"
 #include "score-inl.h"
 
 #include "logits-inl.h"

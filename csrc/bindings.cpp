@@ -113,61 +113,62 @@ void score(const RowsTuple& rows, const std::vector<KnobsTuple>& adaptors, uintp
   run_rows(kernels().score, args, x.n, x.v, num_threads, x.v / kLeastPart);
 }
 
-void margins(const RowsTuple& rows, const KnobsTuple& knobs, uintptr_t tokens, int64_t ignore_index,
-             uintptr_t out, uintptr_t support, uintptr_t stats, int num_threads) {
+void log_odds(const RowsTuple& rows, const KnobsTuple& knobs, uintptr_t tokens,
+              int64_t ignore_index, uintptr_t out, uintptr_t support, uintptr_t stats,
+              int num_threads) {
   const Rows x = rows_of(rows, DType::kFloat64);
-  const MarginArgs args{x,
-                        knobs_of(knobs, x.n),
-                        pointer<const int64_t>(tokens),
-                        ignore_index,
-                        pointer<void>(out),
-                        pointer<uint8_t>(support),
-                        pointer<double>(stats)};
+  const LogOddsArgs args{x,
+                         knobs_of(knobs, x.n),
+                         pointer<const int64_t>(tokens),
+                         ignore_index,
+                         pointer<void>(out),
+                         pointer<uint8_t>(support),
+                         pointer<double>(stats)};
   py::gil_scoped_release release;
-  run_rows(kernels().margins, args, x.n, x.v, num_threads, x.v / kLeastPart);
+  run_rows(kernels().log_odds, args, x.n, x.v, num_threads, x.v / kLeastPart);
 }
 
-void margins_backward(const RowsTuple& rows, const KnobsTuple& knobs, uintptr_t tokens,
-                      int64_t ignore_index, uintptr_t dmargins, uintptr_t support, uintptr_t stats,
-                      uintptr_t dlogits, int num_threads) {
+void log_odds_backward(const RowsTuple& rows, const KnobsTuple& knobs, uintptr_t tokens,
+                       int64_t ignore_index, uintptr_t dlog_odds, uintptr_t support,
+                       uintptr_t stats, uintptr_t dlogits, int num_threads) {
   const Rows x = rows_of(rows, DType::kFloat64);
-  const MarginBackwardArgs args{x,
-                                knobs_of(knobs, x.n),
-                                pointer<const int64_t>(tokens),
-                                ignore_index,
-                                pointer<const void>(dmargins),
-                                pointer<const uint8_t>(support),
-                                pointer<const double>(stats),
-                                pointer<void>(dlogits)};
+  const LogOddsBackwardArgs args{x,
+                                 knobs_of(knobs, x.n),
+                                 pointer<const int64_t>(tokens),
+                                 ignore_index,
+                                 pointer<const void>(dlog_odds),
+                                 pointer<const uint8_t>(support),
+                                 pointer<const double>(stats),
+                                 pointer<void>(dlogits)};
   py::gil_scoped_release release;
-  run_rows(kernels().margins_backward, args, x.n, x.v, num_threads);
+  run_rows(kernels().log_odds_backward, args, x.n, x.v, num_threads);
 }
 
-void label_margins(const RowsTuple& rows, uintptr_t labels, int64_t ignore_index, uintptr_t out,
-                   uintptr_t stats, int num_threads) {
+void label_log_odds(const RowsTuple& rows, uintptr_t labels, int64_t ignore_index, uintptr_t out,
+                    uintptr_t stats, int num_threads) {
   const Rows x = rows_of(rows, DType::kFloat64);
   const LabelArgs args{x, pointer<const int64_t>(labels), ignore_index, pointer<void>(out),
                        pointer<double>(stats)};
   py::gil_scoped_release release;
-  run_rows(kernels().label_margins, args, x.n, 1, num_threads);
+  run_rows(kernels().label_log_odds, args, x.n, 1, num_threads);
 }
 
-void label_margins_backward(const RowsTuple& rows, uintptr_t labels, int64_t ignore_index,
-                            uintptr_t dmargins, uintptr_t stats, uintptr_t dlogits,
-                            int num_threads) {
+void label_log_odds_backward(const RowsTuple& rows, uintptr_t labels, int64_t ignore_index,
+                             uintptr_t dlog_odds, uintptr_t stats, uintptr_t dlogits,
+                             int num_threads) {
   const Rows x = rows_of(rows, DType::kFloat64);
   const LabelBackwardArgs args{x,
                                pointer<const int64_t>(labels),
                                ignore_index,
-                               pointer<const void>(dmargins),
+                               pointer<const void>(dlog_odds),
                                pointer<const double>(stats),
                                pointer<void>(dlogits)};
   py::gil_scoped_release release;
-  run_rows(kernels().label_margins_backward, args, x.n, 1, num_threads);
+  run_rows(kernels().label_log_odds_backward, args, x.n, 1, num_threads);
 }
 
-void candidate_margins(const RowsTuple& rows, int64_t k, uintptr_t index, uintptr_t mask,
-                       uintptr_t out, uintptr_t stats, int num_threads) {
+void candidate_log_odds(const RowsTuple& rows, int64_t k, uintptr_t index, uintptr_t mask,
+                        uintptr_t out, uintptr_t stats, int num_threads) {
   const Rows x = rows_of(rows, DType::kFloat64);
   const CandidateArgs args{x,
                            k,
@@ -176,22 +177,22 @@ void candidate_margins(const RowsTuple& rows, int64_t k, uintptr_t index, uintpt
                            pointer<void>(out),
                            pointer<double>(stats)};
   py::gil_scoped_release release;
-  run_rows(kernels().candidate_margins, args, x.n, 1, num_threads);
+  run_rows(kernels().candidate_log_odds, args, x.n, 1, num_threads);
 }
 
-void candidate_margins_backward(const RowsTuple& rows, int64_t k, uintptr_t index, uintptr_t mask,
-                                uintptr_t dmargins, uintptr_t stats, uintptr_t dlogits,
-                                int num_threads) {
+void candidate_log_odds_backward(const RowsTuple& rows, int64_t k, uintptr_t index, uintptr_t mask,
+                                 uintptr_t dlog_odds, uintptr_t stats, uintptr_t dlogits,
+                                 int num_threads) {
   const Rows x = rows_of(rows, DType::kFloat64);
   const CandidateBackwardArgs args{x,
                                    k,
                                    pointer<const int64_t>(index),
                                    pointer<const uint8_t>(mask),
-                                   pointer<const void>(dmargins),
+                                   pointer<const void>(dlog_odds),
                                    pointer<const double>(stats),
                                    pointer<void>(dlogits)};
   py::gil_scoped_release release;
-  run_rows(kernels().candidate_margins_backward, args, x.n, x.v, num_threads);
+  run_rows(kernels().candidate_log_odds_backward, args, x.n, x.v, num_threads);
 }
 
 // (rows, first id, labels, bias or 0, scale, cap)
@@ -302,12 +303,12 @@ PYBIND11_MODULE(_C, m) {
   m.def("filter", &filter);
   m.def("sample", &sample);
   m.def("score", &score);
-  m.def("margins", &margins);
-  m.def("margins_backward", &margins_backward);
-  m.def("label_margins", &label_margins);
-  m.def("label_margins_backward", &label_margins_backward);
-  m.def("candidate_margins", &candidate_margins);
-  m.def("candidate_margins_backward", &candidate_margins_backward);
+  m.def("log_odds", &log_odds);
+  m.def("log_odds_backward", &log_odds_backward);
+  m.def("label_log_odds", &label_log_odds);
+  m.def("label_log_odds_backward", &label_log_odds_backward);
+  m.def("candidate_log_odds", &candidate_log_odds);
+  m.def("candidate_log_odds_backward", &candidate_log_odds_backward);
   m.def("tile", &tile);
   m.def("tile_backward", &tile_backward);
   m.def("mix", &mix);

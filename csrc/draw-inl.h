@@ -20,8 +20,8 @@ static void fill_minus_inf(T* out, int64_t n) {
 }
 
 // Scaled logits as a type holds them: never infinite. Where the largest of a row is beyond its
-// range, or so low that others may be, all of the row are less by it, which is the same law; what
-// is still too low is the lowest that the type has.
+// range, or so low that others may be, all of the row are less by it, which is the same
+// distribution; what is still too low is the lowest that the type has.
 template <class T>
 struct Fitted {
   float shift = 0, lowest = -largest_of(T{});
@@ -103,7 +103,7 @@ static int64_t locate(const View<T>& view, const Test& test, int64_t target, con
   return view.id_at(view.n - 1);  // not reached: the target is below the total
 }
 
-// The n most probable ids under the base law and their log-probabilities.
+// The n most probable ids under the base distribution and their log-probabilities.
 template <class T>
 static void top_tokens(const Row<T>& base, double log_z, int64_t n, int64_t* ids, float* logprobs,
                        const Scratch& scratch) {

@@ -117,22 +117,22 @@ struct ScoreArgs {
   float* entropy;        // (N,)
 };
 
-struct MarginArgs {
+struct LogOddsArgs {
   Rows rows;
   Knobs knobs;
   const int64_t* tokens;  // (N,)
   int64_t ignore_index;
-  void* margins;     // (N,), float32, or float64 for float64 rows
+  void* log_odds;    // (N,), float32, or float64 for float64 rows
   uint8_t* support;  // (N, ceil(V / 8)), bit j % 8 of byte j / 8 is token j
   double* stats;     // (N, 2): maximum and summed mass (in units of 1) of the surviving others
 };
 
-struct MarginBackwardArgs {
+struct LogOddsBackwardArgs {
   Rows rows;
   Knobs knobs;
   const int64_t* tokens;
   int64_t ignore_index;
-  const void* dmargins;    // (N,), dtype of the margins
+  const void* dlog_odds;   // (N,), dtype of the log-odds
   const uint8_t* support;  // as written by the forward
   const double* stats;
   void* dlogits;  // (N, V), contiguous, dtype of rows
@@ -150,22 +150,22 @@ enum Stat : int {
 // The widest stretch of a row that is mapped, and then summed, in one go.
 constexpr int64_t kMaxTile = 4096;
 
-// Margins are float32, or float64 for float64 rows.
+// Log-odds are float32, or float64 for float64 rows.
 struct LabelArgs {
   Rows rows;
   const int64_t* labels;  // (N,)
   int64_t ignore_index;
-  void* margins;  // (N,)
-  double* stats;  // (N, kNumStats)
+  void* log_odds;  // (N,)
+  double* stats;   // (N, kNumStats)
 };
 
 struct LabelBackwardArgs {
   Rows rows;
   const int64_t* labels;
   int64_t ignore_index;
-  const void* dmargins;  // (N,)
-  const double* stats;   // as written by the forward
-  void* dlogits;         // (N, V), contiguous, dtype of rows
+  const void* dlog_odds;  // (N,)
+  const double* stats;    // as written by the forward
+  void* dlogits;          // (N, V), contiguous, dtype of rows
 };
 
 struct CandidateArgs {
@@ -173,7 +173,7 @@ struct CandidateArgs {
   int64_t k;
   const int64_t* index;  // (N, K)
   const uint8_t* mask;   // (N, K), or null: all
-  void* margins;         // (N, K)
+  void* log_odds;        // (N, K)
   double* stats;  // (N, kNumStats): label = largest entry, its id in the place of kOthersWeighted
 };
 
@@ -182,7 +182,7 @@ struct CandidateBackwardArgs {
   int64_t k;
   const int64_t* index;
   const uint8_t* mask;
-  const void* dmargins;  // (N, K)
+  const void* dlog_odds;  // (N, K)
   const double* stats;
   void* dlogits;
 };
@@ -253,13 +253,13 @@ struct KernelTable {
   void (*filter)(const FilterArgs&, const Scratch&, int64_t begin, int64_t end);
   void (*sample)(const SampleArgs&, const Scratch&, int64_t begin, int64_t end);
   void (*score)(const ScoreArgs&, const Scratch&, int64_t begin, int64_t end);
-  void (*margins)(const MarginArgs&, const Scratch&, int64_t begin, int64_t end);
-  void (*margins_backward)(const MarginBackwardArgs&, const Scratch&, int64_t begin, int64_t end);
-  void (*label_margins)(const LabelArgs&, const Scratch&, int64_t begin, int64_t end);
-  void (*label_margins_backward)(const LabelBackwardArgs&, const Scratch&, int64_t, int64_t);
-  void (*candidate_margins)(const CandidateArgs&, const Scratch&, int64_t begin, int64_t end);
-  void (*candidate_margins_backward)(const CandidateBackwardArgs&, const Scratch&, int64_t,
-                                     int64_t);
+  void (*log_odds)(const LogOddsArgs&, const Scratch&, int64_t begin, int64_t end);
+  void (*log_odds_backward)(const LogOddsBackwardArgs&, const Scratch&, int64_t begin, int64_t end);
+  void (*label_log_odds)(const LabelArgs&, const Scratch&, int64_t begin, int64_t end);
+  void (*label_log_odds_backward)(const LabelBackwardArgs&, const Scratch&, int64_t, int64_t);
+  void (*candidate_log_odds)(const CandidateArgs&, const Scratch&, int64_t begin, int64_t end);
+  void (*candidate_log_odds_backward)(const CandidateBackwardArgs&, const Scratch&, int64_t,
+                                      int64_t);
   void (*tile)(const TileArgs&, const Scratch&, int64_t begin, int64_t end);
   void (*tile_backward)(const TileBackwardArgs&, const Scratch&, int64_t begin, int64_t end);
   void (*mix)(const MixArgs&, const Scratch&, int64_t begin, int64_t end);

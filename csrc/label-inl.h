@@ -1,14 +1,14 @@
 // The label, or several candidates, against all other entries of a row of logits.
 
 template <class T>
-static void label_margin_row(const LabelArgs& a, int64_t r, const Scratch&) {
+static void label_log_odds_row(const LabelArgs& a, int64_t r, const Scratch&) {
   using Real = typename Wide<T>::type;
   const int64_t v = a.rows.v, y = a.labels[r];
   double* stats = a.stats + kNumStats * r;
-  Real* margin = static_cast<Real*>(a.margins) + r;
+  Real* log_odds = static_cast<Real*>(a.log_odds) + r;
   stats[kOthersMax] = -__builtin_inf();
   stats[kOthersSum] = stats[kOthersWeighted] = stats[kLabelLogit] = 0;
-  *margin = 0;
+  *log_odds = 0;
   if (y == a.ignore_index) return;
   const T* x = static_cast<const T*>(a.rows.data) + r * a.rows.stride;
   const LogitMap<T> map{nullptr, 1, 0};
@@ -19,12 +19,12 @@ static void label_margin_row(const LabelArgs& a, int64_t r, const Scratch&) {
     absorb<false>(stretch, high, stats, [](int64_t, auto) {});
   }
   stats[kLabelLogit] = wide(x[y]);
-  *margin = static_cast<Real>(margin_of(stats));
+  *log_odds = static_cast<Real>(log_odds_of(stats));
 }
 
 // dlogits = g (onehot(y) - q), q the softmax of the others.
 template <class T>
-static void label_margin_backward_row(const LabelBackwardArgs& a, int64_t r, const Scratch&) {
+static void label_log_odds_backward_row(const LabelBackwardArgs& a, int64_t r, const Scratch&) {
   using Real = typename Wide<T>::type;
   const int64_t v = a.rows.v, y = a.labels[r];
   T* out = static_cast<T*>(a.dlogits) + r * v;
@@ -35,7 +35,7 @@ static void label_margin_backward_row(const LabelBackwardArgs& a, int64_t r, con
     return;
   }
   const T* x = static_cast<const T*>(a.rows.data) + r * a.rows.stride;
-  const double g = static_cast<double>(static_cast<const Real*>(a.dmargins)[r]);
+  const double g = static_cast<double>(static_cast<const Real*>(a.dlog_odds)[r]);
   const LogitMap<T> map{nullptr, 1, 0};
   for (int64_t begin = 0; begin < v; begin += kMaxTile) {
     const int64_t n = begin + kMaxTile < v ? kMaxTile : v - begin;
@@ -70,7 +70,7 @@ static inline bool nothing_finite(const double* stats) {
   return stats[kOthersSum] == 0 && stats[kLabelLogit] == -__builtin_inf();
 }
 
-// The entries but the largest are summed once; from them follows the margin of every candidate.
+// The entries but the largest are summed once; from them follows the log-odds of every candidate.
 template <class T>
 static void candidate_row(const CandidateArgs& a, int64_t r, const Scratch&) {
   using Real = typename Wide<T>::type;
@@ -90,18 +90,18 @@ static void candidate_row(const CandidateArgs& a, int64_t r, const Scratch&) {
   }
   stats[kLabelLogit] = wide(x[best]);
   for (int64_t k = r * a.k; k < (r + 1) * a.k; ++k) {
-    double margin = 0;
+    double log_odds = 0;
     if (!a.mask || a.mask[k]) {
       const double z = wide(x[a.index[k]]);
-      margin = a.index[k] == best || nothing_finite(stats)
-                   ? margin_of(stats)
-                   : z - stats[kLabelLogit] - log_sum(without(stats, z));
+      log_odds = a.index[k] == best || nothing_finite(stats)
+                     ? log_odds_of(stats)
+                     : z - stats[kLabelLogit] - log_sum(without(stats, z));
     }
-    static_cast<Real*>(a.margins)[k] = static_cast<Real>(margin);
+    static_cast<Real*>(a.log_odds)[k] = static_cast<Real>(log_odds);
   }
 }
 
-// Where a gradient is summed: in place, or for half types in a float32 row.
+// Where a gradient is summed: in place, or for half precision in a float32 row.
 template <class T>
 static inline typename Wide<T>::type* gradient_row(T* out,
                                                    [[maybe_unused]] const Scratch& scratch) {
@@ -124,7 +124,7 @@ static void candidate_backward_row(const CandidateBackwardArgs& a, int64_t r,
   const int64_t best = static_cast<int64_t>(stats[kOthersWeighted]);
   const double top = stats[kLabelLogit], second = stats[kOthersMax];
   const bool alone = stats[kOthersSum] == 0;
-  const Real* g = static_cast<const Real*>(a.dmargins);
+  const Real* g = static_cast<const Real*>(a.dlog_odds);
   auto chosen = [&](int64_t k) { return !a.mask || a.mask[k]; };
   auto g_at = [&](int64_t k) { return static_cast<double>(g[k]); };
 

@@ -194,7 +194,7 @@ struct Stretch {
 static inline double log_sum(double s) { return s > 0 ? log64(s) : s == 0 ? -__builtin_inf() : s; }
 
 // z_y - logsumexp of the others: +inf where there are none.
-static inline double margin_of(const double* stats) {
+static inline double log_odds_of(const double* stats) {
   if (stats[kOthersSum] == 0) return __builtin_inf();
   return stats[kLabelLogit] - stats[kOthersMax] - log_sum(stats[kOthersSum]);
 }

@@ -76,7 +76,7 @@ static inline double exp64(double x) {
 // ln(mass / 2^40)
 static inline double log_mass(int64_t mass) { return log64(static_cast<double>(mass) / kUnit); }
 
-// Entropy in nats of a law with masses of sum z and surprisal masses of sum u.
+// Entropy in nats of a distribution with masses of sum z and surprisal masses of sum u.
 static inline double entropy_of(int64_t z, int64_t u) {
   return log_mass(z) + static_cast<double>(u) / static_cast<double>(z);
 }

@@ -1,7 +1,7 @@
 // Given tokens under many adaptors: each row is scanned once, and adaptors of equal temperature
 // share one pass of masses; many adaptors look at the row in pieces.
 
-// A token of a row, and the base law of that row.
+// A token of a row, and the base distribution of that row.
 template <class T>
 struct Token {
   const T* x;  // the row
@@ -68,7 +68,7 @@ static void weigh_all(Row<Other>& row, Pieces* pieces, const Scratch& scratch) {
   row.pieces = pieces;
 }
 
-// Fills in the base law of a token from a row at temperature 1.
+// Fills in the base distribution of a token from a row at temperature 1.
 template <class Other, class T>
 static void score_base(const ScoreArgs& a, int64_t r, const Row<Other>& row, Token<T>* token) {
   token->base_max = row.view.m;
@@ -85,7 +85,7 @@ static void score_all(const ScoreArgs& a, int64_t r, Row<Other>& row, const RowS
                       Pieces* pieces, const Token<T>& token, float* todo, const Scratch& scratch) {
   const Other* x = row.view.x;
   const int64_t n = row.view.n;
-  // the base law is that of temperature 1: its adaptors first, while its masses are there
+  // the base distribution is that of temperature 1: its adaptors first, while its masses are there
   float inv_t = 1.0f;
   Status status = kOk;
   for (int64_t next = 0;;) {

@@ -29,11 +29,12 @@ static inline void each_row(int64_t begin, int64_t end, const Args& args, const 
 FASTADAPT_WITHOUT_DOUBLE(filter_rows, FilterArgs, filter_row)
 FASTADAPT_WITHOUT_DOUBLE(sample_rows, SampleArgs, sample_row)
 FASTADAPT_WITHOUT_DOUBLE(score_rows, ScoreArgs, score_row)
-FASTADAPT_WITH_DOUBLE(margin_rows, MarginArgs, rows.dtype, margin_row)
-FASTADAPT_WITH_DOUBLE(margin_backward_rows, MarginBackwardArgs, rows.dtype, margin_backward_row)
-FASTADAPT_WITH_DOUBLE(label_margin_rows, LabelArgs, rows.dtype, label_margin_row)
-FASTADAPT_WITH_DOUBLE(label_margin_backward_rows, LabelBackwardArgs, rows.dtype,
-                      label_margin_backward_row)
+FASTADAPT_WITH_DOUBLE(log_odds_rows, LogOddsArgs, rows.dtype, log_odds_row)
+FASTADAPT_WITH_DOUBLE(log_odds_backward_rows, LogOddsBackwardArgs, rows.dtype,
+                      log_odds_backward_row)
+FASTADAPT_WITH_DOUBLE(label_log_odds_rows, LabelArgs, rows.dtype, label_log_odds_row)
+FASTADAPT_WITH_DOUBLE(label_log_odds_backward_rows, LabelBackwardArgs, rows.dtype,
+                      label_log_odds_backward_row)
 FASTADAPT_WITH_DOUBLE(candidate_rows, CandidateArgs, rows.dtype, candidate_row)
 FASTADAPT_WITH_DOUBLE(candidate_backward_rows, CandidateBackwardArgs, rows.dtype,
                       candidate_backward_row)

@@ -1,4 +1,4 @@
-// The row work of linear_label_margins between the products of one tile of the vocabulary.
+// The row work of linear_log_odds between the products of one tile of the vocabulary.
 
 template <class T>
 static inline LogitMap<T> map_of(const Tile& t) {

@@ -29,4 +29,6 @@ for step in range(3):
     loss, metrics = pair_loss(model, batch, objective, reference)
     loss.backward()
     optimizer.step()
-    print(f"step {step}: loss {loss:.4f}, good ahead in {metrics['pairs/accuracies']:.0%} of pairs")
+    print(
+        f"step {step}: loss {loss:.4f}, chosen ahead in {metrics['pairs/accuracies']:.0%} of pairs"
+    )

@@ -34,7 +34,7 @@ def score(
     entropy: int,
     num_threads: int,
 ) -> None: ...
-def margins(
+def log_odds(
     rows: Rows,
     knobs: Knobs,
     tokens: int,
@@ -44,38 +44,38 @@ def margins(
     stats: int,
     num_threads: int,
 ) -> None: ...
-def margins_backward(
+def log_odds_backward(
     rows: Rows,
     knobs: Knobs,
     tokens: int,
     ignore_index: int,
-    dmargins: int,
+    dlog_odds: int,
     support: int,
     stats: int,
     dlogits: int,
     num_threads: int,
 ) -> None: ...
-def label_margins(
+def label_log_odds(
     rows: Rows, labels: int, ignore_index: int, out: int, stats: int, num_threads: int
 ) -> None: ...
-def label_margins_backward(
+def label_log_odds_backward(
     rows: Rows,
     labels: int,
     ignore_index: int,
-    dmargins: int,
+    dlog_odds: int,
     stats: int,
     dlogits: int,
     num_threads: int,
 ) -> None: ...
-def candidate_margins(
+def candidate_log_odds(
     rows: Rows, k: int, index: int, mask: int, out: int, stats: int, num_threads: int
 ) -> None: ...
-def candidate_margins_backward(
+def candidate_log_odds_backward(
     rows: Rows,
     k: int,
     index: int,
     mask: int,
-    dmargins: int,
+    dlog_odds: int,
     stats: int,
     dlogits: int,
     num_threads: int,

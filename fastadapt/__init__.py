@@ -23,7 +23,7 @@ import torch  # noqa: F401  before the extension, which runs on the OpenMP runti
 import fastadapt._C as _C  # noqa: F401
 from fastadapt._config import show_config
 from fastadapt.adaptor import Adaptor
-from fastadapt.log_odds import candidate_margins, label_margins, linear_label_margins
+from fastadapt.log_odds import candidate_log_odds, label_log_odds, linear_log_odds
 from fastadapt.losses import (
     Responses,
     RewardPenalizeLoss,
@@ -40,7 +40,7 @@ from fastadapt.losses import (
     unlikelihood_penalty,
 )
 from fastadapt.results import Sample, Score
-from fastadapt.sampling import adapted_logps, adapted_margins, filter_logits, sample, score
+from fastadapt.sampling import adapted_log_odds, adapted_logps, filter_logits, sample, score
 
 __all__ = [
     "Adaptor",
@@ -49,16 +49,16 @@ __all__ = [
     "Sample",
     "Score",
     "adapted_logps",
-    "adapted_margins",
-    "candidate_margins",
+    "adapted_log_odds",
+    "candidate_log_odds",
     "candidate_unlikelihood_penalty",
     "dpo_loss",
     "exmate_loss",
     "exmate_penalty",
     "filter_logits",
     "label_logps",
-    "label_margins",
-    "linear_label_margins",
+    "label_log_odds",
+    "linear_log_odds",
     "mate_loss",
     "mate_penalty",
     "mle_loss",

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastadapt._ops.law_code import law_code
+from fastadapt._ops.filter_code import filter_code
 
 # Filter orders, by the code that the kernels know them by (csrc/kernels.h).
 ORDER_CODES = {"hf": 0, "vllm": 1}
@@ -107,7 +107,7 @@ class Adaptor:
     packed: Tensor = field(init=False, repr=False)  # (8, R) float64, R = 1 or the number of rows
     rows: int | None = field(init=False, repr=False)  # None: every knob is a number
     order_code: int = field(init=False, repr=False)
-    law_code: int = field(init=False, repr=False)  # order and knobs that may act
+    filter_code: int = field(init=False, repr=False)  # order and knobs that may act
     greedy: bool = field(init=False, repr=False)  # some temperature is known to be 0
     _copies: dict[torch.device, Tensor] = field(init=False, repr=False, default_factory=dict)
 
@@ -126,7 +126,7 @@ class Adaptor:
         object.__setattr__(self, "order_code", ORDER_CODES[self.order])
         object.__setattr__(self, "greedy", _is_greedy(self.temperature))
         acting = [_may_act(name, knobs[name]) for name in ("temperature", *_NEUTRAL)]
-        object.__setattr__(self, "law_code", law_code(self.order_code, acting))
+        object.__setattr__(self, "filter_code", filter_code(self.order_code, acting))
 
     def packed_on(self, device: torch.device) -> Tensor:
         """The packed knobs on a device; those of numbers are copied there once and kept.

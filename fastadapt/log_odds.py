@@ -1,4 +1,4 @@
-"""Margins: the log-odds of a label against everything else, which all losses are made of.
+"""Log-odds: the log-odds of a label against everything else, which all losses are made of.
 
 `m = z_y - logsumexp(z_j, j != y)`, so that `log p = -softplus(-m)`, `log(1 - p) = -softplus(m)` and
 `dm/dz = onehot(y) - q` with q the softmax of the others, all without cancellation.
@@ -24,16 +24,16 @@ if TYPE_CHECKING:
 OUTPUTS = ("entropy", "logsumexp", "hit")
 
 
-def label_margins(logits: Tensor, labels: Tensor, *, ignore_index: int = -100) -> Tensor:
+def label_log_odds(logits: Tensor, labels: Tensor, *, ignore_index: int = -100) -> Tensor:
     """Returns each label's log-odds `z_y - logsumexp(z_j, j != y)`, differentiably.
 
     One read of the logits forward, one read and one write backward. Sums are float32 over
-    stretches of 1024 ids (of 4096 on CUDA) and float64 beyond; at any margin the relative error is
-    that of float32.
+    stretches of 1024 ids (of 4096 on CUDA) and float64 beyond; whatever the log-odds, the relative
+    error is that of float32.
 
     Examples:
         >>> logits = torch.zeros(2, 3)
-        >>> label_margins(logits, torch.tensor([1, -100]))
+        >>> label_log_odds(logits, torch.tensor([1, -100]))
         tensor([-0.6931,  0.0000])
 
     Args:
@@ -54,11 +54,11 @@ def label_margins(logits: Tensor, labels: Tensor, *, ignore_index: int = -100) -
     """
     rows = fold_rows("logits", logits)
     flat = per_row("labels", labels, torch.int64, logits.shape[:-1], rows)
-    margins: Tensor = ops.label_margins(rows, flat, ignore_index)[0]
-    return margins.view(labels.shape)
+    log_odds: Tensor = ops.label_log_odds(rows, flat, ignore_index)[0]
+    return log_odds.view(labels.shape)
 
 
-def candidate_margins(logits: Tensor, index: Tensor, mask: Tensor | None = None) -> Tensor:
+def candidate_log_odds(logits: Tensor, index: Tensor, mask: Tensor | None = None) -> Tensor:
     """Returns the log-odds of several ids of one row, each against all other entries.
 
     `m_c = z_c - logsumexp(z_j, j != c)`: what token unlikelihood over previous tokens penalises
@@ -66,33 +66,33 @@ def candidate_margins(logits: Tensor, index: Tensor, mask: Tensor | None = None)
     because the largest entry is kept apart from the sum of all others.
 
     Examples:
-        >>> candidate_margins(torch.zeros(1, 3), torch.tensor([[0, 2]]))
+        >>> candidate_log_odds(torch.zeros(1, 3), torch.tensor([[0, 2]]))
         tensor([[-0.6931, -0.6931]])
 
     Args:
-        logits (Tensor): (..., V), as in `label_margins`.
+        logits (Tensor): (..., V), as in `label_log_odds`.
         index (Tensor): `(*logits.shape[:-1], K)`, int64, ids in [0, V); an id may come repeatedly.
         mask (Tensor | None): shape of `index`, bool; candidates with False give 0 and no gradient,
             whatever their id. None: all are meant.
 
     Returns:
         Tensor: shape of `index`, float32 (float64 for float64 logits), nats; edges and gradients
-        as in `label_margins`. Raises when differentiated twice.
+        as in `label_log_odds`. Raises when differentiated twice.
 
     Raises:
-        TypeError, ValueError: as `label_margins`.
+        TypeError, ValueError: as `label_log_odds`.
     """
     rows = fold_rows("logits", logits)
     shape = torch.Size((*logits.shape[:-1], index.shape[-1] if index.dim() else 0))
     flat = per_row("index", index, torch.int64, shape, rows).view(rows.shape[0], shape[-1])
     if mask is not None:
         mask = per_row("mask", mask, torch.bool, shape, rows).view(rows.shape[0], shape[-1])
-    margins: Tensor = ops.candidate_margins(rows, flat, mask)[0]
-    return margins.view(index.shape)
+    log_odds: Tensor = ops.candidate_log_odds(rows, flat, mask)[0]
+    return log_odds.view(index.shape)
 
 
 @overload
-def linear_label_margins(
+def linear_log_odds(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
@@ -106,7 +106,7 @@ def linear_label_margins(
     outputs: Sequence[str],
 ) -> tuple[Tensor, ...]: ...
 @overload
-def linear_label_margins(
+def linear_log_odds(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
@@ -119,7 +119,7 @@ def linear_label_margins(
     memory_budget: int | None = None,
     outputs: tuple[()] = (),
 ) -> Tensor: ...
-def linear_label_margins(
+def linear_log_odds(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
@@ -132,15 +132,15 @@ def linear_label_margins(
     memory_budget: int | None = None,
     outputs: Sequence[str] = (),
 ) -> Tensor | tuple[Tensor, ...]:
-    """Returns the label margins of a linear head without its (N, V) logits.
+    """Returns the label log-odds of a linear head without its (N, V) logits.
 
-    Equals `label_margins(z, labels)` with
+    Equals `label_log_odds(z, labels)` with
     `z = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap)`, made in tiles of 2048
     ids (8192 on CUDA). Products are torch's. On the CPU they are in the dtype of the inputs; one of
-    half type is rounded once before its logsumexp, while the label's own logit is a float32 dot
-    product, so that the margin's error is about a twentieth of that of rounded logits. On CUDA they
-    are float32, rounded nowhere before the logsumexp (TF32 of float32 inputs if torch is told to
-    use it); half types need torch 2.8. Sums are float32 and float64.
+    half precision is rounded once before its logsumexp, while the label's own logit is a float32
+    dot product, so that the error of the log-odds is about a twentieth of that of rounded logits.
+    On CUDA they are float32, rounded nowhere before the logsumexp (TF32 of float32 inputs if torch
+    is told to use it); half precision needs torch 2.8. Sums are float32 and float64.
 
     With 1M = one product of N * H * V: a head that needs gradients costs 4M, forward and backward,
     or 3M for the logits that `memory_budget` lets the forward keep; a head that needs none 2M, with
@@ -153,17 +153,17 @@ def linear_label_margins(
 
     On CUDA, forward and backward each wait for the device, to learn how many rows take part, so
     that neither can be captured in a CUDA graph. Products are of blocks of 1024 rows, the last
-    filled up with zeros, and tiles in one order, so that a row's margin does not depend on the
+    filled up with zeros, and tiles in one order, so that the log-odds of a row do not depend on the
     other rows as far as cuBLAS computes equal shapes alike. Logits that `memory_budget` lets the
     forward keep are rounded to the dtype of the inputs, after their logsumexp. The gradient of a
-    tile takes 128 MiB at most up to 65,536 rows of half type.
+    tile takes 128 MiB at most up to 65,536 rows of half precision.
 
     Examples:
         >>> hidden, weight = torch.ones(2, 4), torch.zeros(3, 4)
-        >>> linear_label_margins(hidden, weight, torch.tensor([1, -100]))
+        >>> linear_log_odds(hidden, weight, torch.tensor([1, -100]))
         tensor([-0.6931,  0.0000])
         >>> labels = torch.tensor([0, 2])
-        >>> margins, hit = linear_label_margins(hidden, weight, labels, outputs=["hit"])
+        >>> log_odds, hit = linear_log_odds(hidden, weight, labels, outputs=["hit"])
         >>> hit
         tensor([True, True])
 
@@ -180,7 +180,7 @@ def linear_label_margins(
         group (torch.distributed.ProcessGroup | None): its ranks hold the head together: weight and
             bias are this rank's consecutive slice of the vocabulary, of any size, in the order of
             the ranks; labels remain ids of the whole. Hidden states, labels, and what is done with
-            the margins must be the same on all ranks, and so are the margins and the gradient of
+            the log-odds must be the same on all ranks, and so are the log-odds and the gradient of
             the hidden states; those of weight and bias are the slice's. A weight that is a DTensor
             placed as (Shard(0),) brings the group of its mesh along, and its gradient is such a
             DTensor; so do hidden states and labels that are replicated ones.
@@ -193,8 +193,8 @@ def linear_label_margins(
 
     Returns:
         Tensor: shape of `labels`, float32 (float64 for float64 inputs), nats, edges as in
-        `label_margins`; with `outputs` a tuple of the margins and those outputs, in their order and
-        of the same shape, 0 or False in ignored rows. Raises when differentiated twice.
+        `label_log_odds`; with `outputs` a tuple of the log-odds and those outputs, in their order
+        and of the same shape, 0 or False in ignored rows. Raises when differentiated twice.
 
     Raises:
         TypeError: inputs of another dtype than `hidden`'s.
@@ -220,9 +220,9 @@ def linear_label_margins(
     for name in outputs:
         if name not in OUTPUTS:
             raise ValueError(f"outputs: expected names of {OUTPUTS}, got {name!r}")
-    margins: Tensor
+    log_odds: Tensor
     stats: Tensor
-    margins, stats, _ = linear_ops.linear_label_margins(
+    log_odds, stats, _ = linear_ops.linear_log_odds(
         rows,
         part.weight,
         flat,
@@ -236,19 +236,19 @@ def linear_label_margins(
         kept_bytes(rows.shape[0] * part.weight.shape[0] * rows.element_size(), memory_budget),
         "entropy" in outputs,
     )
-    margins = margins.view(labels.shape)
+    log_odds = log_odds.view(labels.shape)
     if not outputs:
-        return margins
+        return log_odds
     used = part.labels != ignore_index
-    extra = _extra_outputs(margins.detach(), stats.view(*labels.shape, stats.shape[-1]), used)
-    return (margins, *(_tied(extra[name], margins, name) for name in outputs))
+    extra = _extra_outputs(log_odds.detach(), stats.view(*labels.shape, stats.shape[-1]), used)
+    return (log_odds, *(_tied(extra[name], log_odds, name) for name in outputs))
 
 
-def _tied(values: Tensor, margins: Tensor, name: str) -> Tensor:
-    """A further output that a backward refuses, where the margins have a gradient."""
-    if not margins.requires_grad or not values.is_floating_point():
+def _tied(values: Tensor, log_odds: Tensor, name: str) -> Tensor:
+    """A further output that a backward refuses, where the log-odds have a gradient."""
+    if not log_odds.requires_grad or not values.is_floating_point():
         return values
-    tied: Tensor = linear_ops.without_gradient(values, margins, name)
+    tied: Tensor = linear_ops.without_gradient(values, log_odds, name)
     return tied
 
 
@@ -279,17 +279,17 @@ def _check_head(hidden: Tensor, part: Slice) -> None:
             raise ValueError(f"{name}: expected device {hidden.device}, got {tensor.device}")
 
 
-def _extra_outputs(margins: Tensor, stats: Tensor, used: Tensor) -> dict[str, Tensor]:
+def _extra_outputs(log_odds: Tensor, stats: Tensor, used: Tensor) -> dict[str, Tensor]:
     """From the sums over the others and the label's own logit, float64 inside."""
     best, mass, weighted, label = stats.unbind(-1)
     others = torch.where(mass == 0, float("-inf"), best + mass.log())
     logsumexp = torch.logaddexp(others, label)
-    p = margins.double().sigmoid()
+    p = log_odds.double().sigmoid()
     mean = torch.where(mass == 0, 0.0, best + weighted / mass)  # of the others' logits, under q
     own = torch.where(p == 0, 0.0, p * label)  # not 0 times -inf
     entropy = logsumexp - own - (1 - p) * mean
     return {
-        "entropy": torch.where(used, entropy, 0.0).to(margins.dtype),
-        "logsumexp": torch.where(used, logsumexp, 0.0).to(margins.dtype),
+        "entropy": torch.where(used, entropy, 0.0).to(log_odds.dtype),
+        "logsumexp": torch.where(used, logsumexp, 0.0).to(log_odds.dtype),
         "hit": used & (label >= best),
     }

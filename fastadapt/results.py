@@ -1,4 +1,4 @@
-"""What the sampling verbs return; a leaf shared by `sampling` and its PyTorch twin."""
+"""What the sampling verbs return; a leaf shared by `sampling` and its PyTorch reference."""
 
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ class Sample(NamedTuple):
 
     Attributes:
         tokens: (...), int64; the drawn ids, -1 in a bad row.
-        logprobs: (...), float32, nats; log-probability of the token under the adapted law,
+        logprobs: (...), float32, nats; log-probability of the token under the adapted distribution,
             NaN in a bad row.
         kept: (...), int32; number of finite tokens that survived the filters, 0 in a bad row.
         status: (...), uint8; 0 ok, 1 NaN in the row, 2 +inf in the row, 3 nothing finite (2 and 3
@@ -51,13 +51,13 @@ class Score(NamedTuple):
         (tensor([-1.3863]), tensor([1.3863]))
 
     Attributes:
-        logprobs: (..., A), float32, nats; log-probability under each adapted law, -inf outside
-            its support, NaN in a bad row, 0 in an ignored row.
+        logprobs: (..., A), float32, nats; log-probability under each adapted distribution, -inf
+            outside its support, NaN in a bad row, 0 in an ignored row.
         log_norm: (..., A), float32, nats; `lse_kept(z/T) - lse(z)/T`, the log normaliser log Z_t
             of the adaptor at this step (arXiv 2406.10203).
         kept: (..., A), int32; number of finite tokens in the support.
         base_logprobs: (...), float32, nats; log-probability at temperature 1, unfiltered.
-        entropy: (...), float32, nats; entropy of that base law.
+        entropy: (...), float32, nats; entropy of that base distribution.
     """
 
     logprobs: Tensor

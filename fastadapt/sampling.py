@@ -50,7 +50,7 @@ def filter_logits(logits: Tensor, adaptor: Adaptor) -> Tensor:
     """
     rows = fold_rows("logits", logits, double=False)
     knobs = _knobs_for(rows, adaptor)
-    out: Tensor = torch.ops.fastadapt.filter_logits(rows, knobs, adaptor.law_code)
+    out: Tensor = torch.ops.fastadapt.filter_logits(rows, knobs, adaptor.filter_code)
     return out.view(logits.shape)
 
 
@@ -65,7 +65,7 @@ def sample(
     log_mass: bool = False,
     top_logprobs: int = 0,
 ) -> Sample:
-    """Draws one token per row from the adapted law.
+    """Draws one token per row from the adapted distribution.
 
     Equivalent to `softmax(filter_logits(logits, adaptor)).multinomial(1)`, by an exact inverse CDF
     on 64-bit integer masses with one Philox number per row. A row's result depends on its own
@@ -112,7 +112,7 @@ def sample(
     else:
         seeds = per_row("seeds", seeds, torch.int64, shape, rows)
     out = torch.ops.fastadapt.sample(
-        rows, knobs, adaptor.law_code, seeds, positions, base_logprobs, log_mass, top_logprobs
+        rows, knobs, adaptor.filter_code, seeds, positions, base_logprobs, log_mass, top_logprobs
     )
     if logits.dim() != 2:
         out = [t.view(shape + t.shape[1:]) for t in out]
@@ -145,8 +145,8 @@ def score(
         Score: see there for shapes, dtypes and bad rows. Not differentiable: `adapted_logps` is.
 
     Raises:
-        TypeError, ValueError: as `filter_logits`; a token out of range; temperature 0, whose law
-            has no normaliser; no adaptor or more than 256.
+        TypeError, ValueError: as `filter_logits`; a token out of range; temperature 0, whose
+            distribution has no normaliser; no adaptor or more than 256.
     """
     rows = fold_rows("logits", logits, double=False)
     flat = per_row("tokens", tokens, torch.int64, logits.shape[:-1], rows)
@@ -157,12 +157,12 @@ def score(
     knobs = [_knobs_for(rows, a, f"adaptors[{i}]") for i, a in enumerate(adaptors)]
     for adaptor in adaptors:
         _refuse_greedy(adaptor, "score")
-    orders = [adaptor.law_code for adaptor in adaptors]
+    orders = [adaptor.filter_code for adaptor in adaptors]
     out = torch.ops.fastadapt.score(rows, flat, knobs, orders, ignore_index)
     return Score(*(t.view(tokens.shape + t.shape[1:]) for t in out))
 
 
-def adapted_margins(
+def adapted_log_odds(
     logits: Tensor, tokens: Tensor, adaptor: Adaptor, *, ignore_index: int = -100
 ) -> Tensor:
     """Returns each token's log-odds against the other survivors of the adaptor, differentiably.
@@ -173,9 +173,9 @@ def adapted_margins(
 
     Examples:
         >>> logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]], requires_grad=True)
-        >>> margins = adapted_margins(logits, torch.tensor([0]), Adaptor(top_k=2))
-        >>> margins.sum().backward()
-        >>> margins.detach(), logits.grad
+        >>> log_odds = adapted_log_odds(logits, torch.tensor([0]), Adaptor(top_k=2))
+        >>> log_odds.sum().backward()
+        >>> log_odds.detach(), logits.grad
         (tensor([1.]), tensor([[ 1., -1.,  0.,  0.]]))
 
     Args:
@@ -187,8 +187,8 @@ def adapted_margins(
     Returns:
         Tensor: shape of `tokens`, float32 (float64 for float64 logits), nats. -inf for a token
         outside the support, +inf for one that survives alone, NaN for a bad row; these three have
-        zero gradient. `dm/dz = (onehot(y) - q) / T`, q the law of the other survivors. The backward
-        reads the logits once and one bit a token, and raises when differentiated again.
+        zero gradient. `dm/dz = (onehot(y) - q) / T`, q the distribution of the other survivors. The
+        backward reads the logits once and one bit a token, and raises when differentiated again.
 
     Raises:
         TypeError, ValueError: as `score`.
@@ -197,19 +197,19 @@ def adapted_margins(
     flat = per_row("tokens", tokens, torch.int64, logits.shape[:-1], rows)
     ignore_index = integer("ignore_index", ignore_index, INT64.min, INT64.max)
     knobs = _knobs_for(rows, adaptor)
-    _refuse_greedy(adaptor, "adapted_margins")
-    margins: Tensor = torch.ops.fastadapt.adapted_margins(
-        rows, flat, knobs, adaptor.law_code, ignore_index
+    _refuse_greedy(adaptor, "adapted_log_odds")
+    log_odds: Tensor = torch.ops.fastadapt.adapted_log_odds(
+        rows, flat, knobs, adaptor.filter_code, ignore_index
     )[0]
-    return margins.view(tokens.shape)
+    return log_odds.view(tokens.shape)
 
 
 def adapted_logps(
     logits: Tensor, tokens: Tensor, adaptor: Adaptor, *, ignore_index: int = -100
 ) -> Tensor:
-    """Returns log-probabilities under the adapted law: `logsigmoid(adapted_margins(...))`.
+    """Returns log-probabilities under the adapted distribution, differentiably.
 
-    Args and errors are those of `adapted_margins`. A token outside the support gives -inf and no
+    Args and errors are those of `adapted_log_odds`. A token outside the support gives -inf and no
     gradient, one alone in it 0 and no gradient, an ignored row 0.
 
     Examples:
@@ -217,8 +217,8 @@ def adapted_logps(
         >>> adapted_logps(logits, torch.tensor([0]), Adaptor(top_k=2))
         tensor([-0.3133])
     """
-    margins = adapted_margins(logits, tokens, adaptor, ignore_index=ignore_index)
-    logps = torch.nn.functional.logsigmoid(margins)
+    log_odds = adapted_log_odds(logits, tokens, adaptor, ignore_index=ignore_index)
+    logps = torch.nn.functional.logsigmoid(log_odds)
     return torch.where(tokens == ignore_index, 0.0, logps)
 
 
@@ -256,6 +256,6 @@ def _knobs_for(rows: Tensor, adaptor: Adaptor, name: str = "adaptor") -> Tensor:
 
 
 def _refuse_greedy(adaptor: Adaptor, what: str) -> None:
-    """Temperature 0 has no law to score under."""
+    """Temperature 0 has no distribution to score under."""
     if adaptor.greedy:
         raise ValueError(f"{what}: expected temperature > 0, got 0")

@@ -5,8 +5,8 @@
 builds the causal, multimodal and encoder-decoder classes of the installed transformers with small
 random weights and compares, in float32 on the CPU,
 
-- "forward": the log-odds of `forward_margins` with those of the model's own logits;
-- "body": those of `response_margins`, where the model takes text alone and has no encoder;
+- "forward": the log-odds of `forward_log_odds` with those of the model's own logits;
+- "body": those of `response_log_odds`, where the model takes text alone and has no encoder;
 - "generation": the scores of `hf.generate`, step by step, with those of the processors that
   transformers prepared, applied to the model's logits; and that seeds alone decide the tokens.
 
@@ -45,8 +45,8 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from fastadapt import hf
-from fastadapt.log_odds import label_margins
-from fastadapt.training import forward_margins, response_margins
+from fastadapt.log_odds import label_log_odds
+from fastadapt.training import forward_log_odds, response_log_odds
 from fastadapt.training.pairs import IGNORED, PairBatch
 
 TABLE = Path(__file__).with_suffix(".json")
@@ -261,7 +261,7 @@ def compared(ours: Tensor, labels: Tensor, logits: Tensor) -> str:
     """Right where log-odds are those of the logits."""
     if not torch.isfinite(logits).all():
         raise NotBuiltError("logits that are not finite")
-    right = label_margins(logits, labels, ignore_index=IGNORED)
+    right = label_log_odds(logits, labels, ignore_index=IGNORED)
     off, size = (ours - right).abs().max().item(), logits.abs().max().item()
     return (
         "right" if off <= TOLERANCE * size else f"WRONG: off by {off:.3g} where max|z| = {size:.3g}"
@@ -270,17 +270,17 @@ def compared(ours: Tensor, labels: Tensor, logits: Tensor) -> str:
 
 @torch.no_grad()
 def check_forward(model: Any) -> str:
-    """`forward_margins` against the logits."""
+    """`forward_log_odds` against the logits."""
     inputs = inputs_of(model)
     logits = logits_of(model, inputs)
     labels = torch.randint(logits.shape[-1], logits.shape[:-1])
     labels.view(-1)[::5] = IGNORED
-    return compared(forward_margins(model, inputs, labels), labels, logits)
+    return compared(forward_log_odds(model, inputs, labels), labels, logits)
 
 
 @torch.no_grad()
 def check_body(model: Any) -> str:
-    """`response_margins` against the logits."""
+    """`response_log_odds` against the logits."""
     inputs = inputs_of(model)
     if list(inputs) != ["input_ids"]:
         return "none: not text alone"
@@ -289,7 +289,7 @@ def check_body(model: Any) -> str:
     if logits.shape[:2] != tokens.shape:
         return "none: not a position for each token"
     batch = PairBatch(tokens, torch.ones_like(tokens), tokens[:, 1:])
-    return compared(response_margins(model, batch), tokens[:, 1:], logits[:, :-1].contiguous())
+    return compared(response_log_odds(model, batch), tokens[:, 1:], logits[:, :-1].contiguous())
 
 
 def check_generation(model: Any) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastadapt import Adaptor, adapted_margins, filter_logits, reference, sample, score
+from fastadapt import Adaptor, adapted_log_odds, filter_logits, reference, sample, score
 
 OUT_OF_RANGE = [
     ("temperature", -1.0),
@@ -102,16 +102,16 @@ def test_numbers_of_other_libraries_have_the_same_ranges(value):
 
 
 def everything(logits):
-    """An adaptor made here, and what the verbs and their twins say with it."""
+    """An adaptor made here, and what the verbs and their references say with it."""
     adaptor = Adaptor(temperature=0.7, top_p=0.9, typical_p=0.95, eta_cutoff=1e-3)
     seeds, tokens = logits.argmax(-1), logits.argmax(-1)
     results = []
     for verbs in (
-        (filter_logits, sample, score, adapted_margins),
-        (reference.filter_logits, reference.sample, reference.score, reference.adapted_margins),
+        (filter_logits, sample, score, adapted_log_odds),
+        (reference.filter_logits, reference.sample, reference.score, reference.adapted_log_odds),
     ):
-        masked, drawn, scored, margins = verbs
-        results += [masked(logits, adaptor), margins(logits, tokens, adaptor)]
+        masked, drawn, scored, log_odds = verbs
+        results += [masked(logits, adaptor), log_odds(logits, tokens, adaptor)]
         results += drawn(logits, adaptor, seeds=seeds, base_logprobs=True, top_logprobs=2)
         results += scored(logits, torch.where(tokens == 3, -100, tokens), [adaptor] * 2)
     return adaptor, [t for t in results if t is not None]
@@ -210,7 +210,7 @@ def test_made_in_inference_mode_trains_outside() -> None:
     with torch.inference_mode():
         adaptor = Adaptor(top_k=3, temperature=0.5)
     logits = torch.randn(2, 7, requires_grad=True)
-    adapted_margins(logits, logits.argmax(-1), adaptor).sum().backward()
+    adapted_log_odds(logits, logits.argmax(-1), adaptor).sum().backward()
     assert logits.grad.abs().sum() > 0
 
 

@@ -34,7 +34,7 @@ import real_rows
 import report
 import timing
 import train_preferences
-from fastadapt import Adaptor, filter_logits, linear_label_margins, score
+from fastadapt import Adaptor, filter_logits, linear_log_odds, score
 from fastadapt._ops.linear import memory
 from fastadapt.training.pairs import Pair
 from fastadapt.training.pretrained import ModelNotFoundError
@@ -504,7 +504,7 @@ def test_loss_peers_compute_what_we_do(name, head):
         peer = loss_peers.LOSS_PEERS[name]()
     except peers.MissingPeer as missing:
         pytest.skip(str(missing))
-    ours = -torch.nn.functional.softplus(-linear_label_margins(*inputs[:3]))
+    ours = -torch.nn.functional.softplus(-linear_log_odds(*inputs[:3]))
     theirs = peer(*inputs[:3])
     assert theirs.shape == (5,)
     torch.testing.assert_close(theirs, ours, atol=2e-6, rtol=2e-6)
@@ -540,12 +540,12 @@ def test_errors_are_measured_from_the_truth(dtype):
     hidden, weight, labels, upstream = inputs
     assert hidden.dtype == weight.dtype == cases.DTYPES[dtype] and hidden.requires_grad
     assert upstream.min() < 0 < upstream.max()
-    truth = bench_losses.true_margins(hidden.detach(), weight, labels)
+    truth = bench_losses.true_log_odds(hidden.detach(), weight, labels)
     logits = hidden.detach().double() @ weight.double().t()
     p = logits.softmax(-1).gather(-1, labels[:, None])[:, 0]
     torch.testing.assert_close(truth, torch.logit(p))
     errors = bench_losses.rms_errors(inputs)
-    ours = linear_label_margins(hidden, weight, labels).detach()
+    ours = linear_log_odds(hidden, weight, labels).detach()
     expected = (ours.double() - truth).square().mean().sqrt().item()
     assert errors["fastadapt"] == pytest.approx(expected, rel=0.05, abs=1e-7)
     if dtype == "bfloat16":
@@ -680,7 +680,7 @@ def test_training_run_and_table(monkeypatch, tmp_path, tiny_model, preloaded):
     assert record["settings"]["data"] == "pairs.jsonl"
     assert str(tmp_path) not in json.dumps(record["host"])
     table = report.train_table(record)
-    assert "| full logits, `label_margins` |" in table and "3 steps of DPO+ExMATE" in table
+    assert "| full logits, `label_log_odds` |" in table and "3 steps of DPO+ExMATE" in table
 
 
 @pytest.fixture

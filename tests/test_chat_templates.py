@@ -171,9 +171,9 @@ def test_tokens_that_merge_over_the_end_of_a_prompt():
     """The prompt is what all three sequences begin with, token by token."""
     tokenizer = _byte_tokenizer([("Ċ", "Ċ")])
     tokenizer.chat_template = CHATML
-    prompt, good, bad, _ = tokenize_pair(tokenizer, Pair("hi", "\nyes", "no"))
+    prompt, chosen, rejected, _ = tokenize_pair(tokenizer, Pair("hi", "\nyes", "no"))
     assert tokenizer.decode(prompt).endswith("<|im_start|>assistant")
-    assert [tokenizer.decode(ids) for ids in (good, bad)] == [
+    assert [tokenizer.decode(ids) for ids in (chosen, rejected)] == [
         "\n\nyes<|im_end|>\n",
         "\nno<|im_end|>\n",
     ]
@@ -213,8 +213,8 @@ def test_tool_calls_in_a_prompt(tokenizer):
     tokenizer.chat_template = CHATML.replace("m.content", "(m.content or m.tool_calls | tojson)")
     call = {"role": "assistant", "tool_calls": [{"name": "f"}]}
     prompt = [*_chat("hi"), call, {"role": "tool", "content": "1"}]
-    rendered, good, _ = _texts(tokenizer, Pair(prompt, "yes", "no"))
-    assert json.dumps(call["tool_calls"]) in rendered and good == "yes<|im_end|>\n"
+    rendered, chosen, _ = _texts(tokenizer, Pair(prompt, "yes", "no"))
+    assert json.dumps(call["tool_calls"]) in rendered and chosen == "yes<|im_end|>\n"
 
 
 # Text without a template.

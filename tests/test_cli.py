@@ -296,7 +296,7 @@ def test_which_models_the_demo_trains(flags, builtin, trains, tiny_folder, capsy
 
 
 def _watched():
-    return {"logps/good": -1.0, "logps/bad": -2.0, "pairs/accuracies": 0.5}
+    return {"logps/chosen": -1.0, "logps/rejected": -2.0, "pairs/accuracies": 0.5}
 
 
 def test_training_report_is_of_these_pairs(tiny_folder, few_pairs):
@@ -307,11 +307,11 @@ def test_training_report_is_of_these_pairs(tiny_folder, few_pairs):
     assert len(ticks) == demo_training.count_steps() == 3 * 2 + 2
     for state, seen in ((untrained, report.before), (model, report.after)):
         logps = training.reference_logps(state, encode_pairs(tokenizer, few_pairs))
-        good, bad = (side.mean().item() for side in logps)
+        chosen, rejected = (side.mean().item() for side in logps)
         ahead = (logps[0] > logps[1]).float().mean().item()
-        found = [seen[name] for name in ("logps/good", "logps/bad", "pairs/accuracies")]
-        assert found == pytest.approx([good, bad, ahead], rel=1e-5)
-    assert report.after["logps/good"] > report.before["logps/good"]
+        found = [seen[name] for name in ("logps/chosen", "logps/rejected", "pairs/accuracies")]
+        assert found == pytest.approx([chosen, rejected, ahead], rel=1e-5)
+    assert report.after["logps/chosen"] > report.before["logps/chosen"]
     tokens = [encode_pairs(tokenizer, few_pairs[i : i + 4]).labels.numel() for i in (0, 4)]
     assert report.logits == 4 * 500 * max(tokens)
 

@@ -62,8 +62,8 @@ def test_products_are_those_of_dense_gradients(name, tile, monkeypatch):
     head, hidden, labels = make(name)
     found = displacement(hidden, labels, head)
     g, b = dense(head, hidden, labels).chunk(2)
-    torch.testing.assert_close(found.good, (g * g).sum(-1), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(found.bad, (b * b).sum(-1), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found.chosen, (g * g).sum(-1), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found.rejected, (b * b).sum(-1), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(found.cross, (g * b).sum(-1), rtol=1e-12, atol=1e-12)
     assert torch.equal(found.flagged, (g * b).sum(-1) > (g * g).sum(-1))
 
@@ -75,7 +75,7 @@ def test_lower_precisions_are_near(dtype):
     low = Head(head.weight.to(dtype), None, None, 1.0)
     found = displacement(hidden.to(dtype), labels, low)
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 0.05}[dtype]
-    assert found.good.dtype == torch.float64
+    assert found.chosen.dtype == torch.float64
     for one, other in zip(found, truth, strict=True):
         assert float((one - other).abs().max() / other.abs().max()) < tolerance
 
@@ -112,19 +112,21 @@ def test_first_order_change_is_the_derivative(weights):
     head, hidden, labels = make("bias")
     mask = labels != IGNORED
     logps = logps_of(head.weight, head.bias, head, hidden, labels)
-    margins = torch.where(mask, logps - torch.log(-torch.expm1(logps)), 0.0)
-    good, bad = (Responses(m, k) for m, k in zip(margins.chunk(2), mask.chunk(2), strict=True))
-    slopes = analytic_gradients(weights, good, bad)
+    log_odds = torch.where(mask, logps - torch.log(-torch.expm1(logps)), 0.0)
+    chosen, rejected = (
+        Responses(m, k) for m, k in zip(log_odds.chunk(2), mask.chunk(2), strict=True)
+    )
+    slopes = analytic_gradients(weights, chosen, rejected)
     flat = mask.flatten().nonzero()[:, 0]
-    along = torch.cat([slopes["good"].logp, slopes["bad"].logp]).flatten()[flat]
+    along = torch.cat([slopes["chosen"].logp, slopes["rejected"].logp]).flatten()[flat]
     whole = [torch.arange(len(flat))]
     rows = hidden.flatten(0, 1)[flat], labels.flatten()[flat]
     (products,) = token_products(*rows, head, whole)
     step = 1e-7
     leaves = [head.weight.clone().requires_grad_(), head.bias.clone().requires_grad_()]
     logps = logps_of(*leaves, head, hidden, labels)
-    margins = torch.where(mask, logps - torch.log(-torch.expm1(logps)), 0.0)
-    sides = (Responses(m, k) for m, k in zip(margins.chunk(2), mask.chunk(2), strict=True))
+    log_odds = torch.where(mask, logps - torch.log(-torch.expm1(logps)), 0.0)
+    sides = (Responses(m, k) for m, k in zip(log_odds.chunk(2), mask.chunk(2), strict=True))
     loss, _ = RewardPenalizeLoss(weights)(*sides)
     grads = torch.autograd.grad(loss, leaves)
     moved = [x.detach() - step * g for x, g in zip(leaves, grads, strict=True)]

@@ -1,4 +1,4 @@
-"""The law of the draw: G-tests over seeds and over positions, and the far tail.
+"""The distribution of the draw: G-tests over seeds and over positions, and the far tail.
 
 All seeds are fixed, so that a test passes always or never. With 60 tests at 1e-5 the suite as a
 whole would reject a right sampler once in 1,600 choices of these seeds.
@@ -26,7 +26,7 @@ ADAPTORS = {
 }
 
 
-def assert_law(x, adaptor, tokens):
+def assert_distribution(x, adaptor, tokens):
     """G-test of drawn ids (D,) against the filtered row (V,) in float64; bins expect >= 10."""
     p = filter_logits(x[None], adaptor)[0].double().softmax(-1)
     counts = torch.bincount(tokens, minlength=x.shape[0])
@@ -38,7 +38,7 @@ def assert_law(x, adaptor, tokens):
     wanted = [*expected[:full].tolist(), float(expected[full:].sum())]
     if wanted[-1] < 10:  # too small a rest joins its neighbour
         seen[-2:], wanted[-2:] = [sum(seen[-2:])], [sum(wanted[-2:])]
-    assert len(seen) > 2, "too few bins to test a law"
+    assert len(seen) > 2, "too few bins to test a distribution"
     g = stats.power_divergence(seen, wanted, lambda_="log-likelihood")
     assert g.pvalue > SIGNIFICANCE, f"G = {g.statistic:.1f} over {len(seen)} bins, p = {g.pvalue}"
 
@@ -49,7 +49,7 @@ def test_draws_over_seeds(rows, device, kind, name):
     x = rows(kind, 1, 300)[0]
     seeds = torch.randint(-(2**63), 2**63 - 1, (DRAWS,)).to(device)
     drawn = sample(x.expand(DRAWS, -1), ADAPTORS[name], seeds=seeds)
-    assert_law(x, ADAPTORS[name], drawn.tokens)
+    assert_distribution(x, ADAPTORS[name], drawn.tokens)
 
 
 @pytest.mark.parametrize("name", ADAPTORS)
@@ -57,7 +57,7 @@ def test_draws_over_consecutive_seeds(rows, device, name):
     x = rows("spread", 1, 300)[0]
     seeds = torch.arange(DRAWS, device=device)
     drawn = sample(x.expand(DRAWS, -1), ADAPTORS[name], seeds=seeds)
-    assert_law(x, ADAPTORS[name], drawn.tokens)
+    assert_distribution(x, ADAPTORS[name], drawn.tokens)
 
 
 @pytest.mark.parametrize("name", ADAPTORS)
@@ -67,12 +67,14 @@ def test_draws_over_rows_of_one_seed(rows, device, kind, name):
     x = rows(kind, 1, 300)[0]
     seeds, positions = torch.full((DRAWS,), 12345), torch.arange(DRAWS, device=device)
     drawn = sample(x.expand(DRAWS, -1), ADAPTORS[name], seeds=seeds.to(device), positions=positions)
-    assert_law(x, ADAPTORS[name], drawn.tokens)
+    assert_distribution(x, ADAPTORS[name], drawn.tokens)
 
 
 def test_draws_of_default_seeds(rows):
     x = rows("spread", 1, 300)[0]
-    assert_law(x, Adaptor(top_p=0.9), sample(x.expand(DRAWS, -1), Adaptor(top_p=0.9)).tokens)
+    assert_distribution(
+        x, Adaptor(top_p=0.9), sample(x.expand(DRAWS, -1), Adaptor(top_p=0.9)).tokens
+    )
 
 
 def test_consecutive_positions_are_independent(device):

@@ -1,7 +1,7 @@
 """A mass that is exactly a knob: textbook rows, whose probabilities are fractions.
 
-Truth is made of whole numbers here. Against it stand the CPU kernels and their PyTorch twins, on
-logits that were rounded, moved and weighed by a polynomial.
+Truth is made of whole numbers here. Against it stand the CPU kernels and their PyTorch references,
+on logits that were rounded, moved and weighed by a polynomial.
 """
 
 import itertools
@@ -11,11 +11,11 @@ import random
 import pytest
 import torch
 
-from fastadapt import Adaptor, adapted_margins, filter_logits, reference, sample, score
+from fastadapt import Adaptor, adapted_log_odds, filter_logits, reference, sample, score
 
 pytestmark = pytest.mark.usefixtures("device")
 
-IMPLEMENTATIONS = {"kernel": filter_logits, "twin": reference.filter_logits}
+IMPLEMENTATIONS = {"kernel": filter_logits, "reference": reference.filter_logits}
 TOTALS = (10, 20, 100)
 PER_LENGTH = 40  # compositions of a total in a number of parts, where there are more
 
@@ -116,7 +116,7 @@ def test_textbook_rows(device, cpu_capability, name, total, implementation):
 
 @pytest.mark.parametrize("name", CASES)
 def test_textbook_rows_in_float64(name):
-    """The textbook form of the twin, whose only roundings are those of float64."""
+    """The textbook form of the reference, whose only roundings are those of float64."""
     for total, parts in itertools.product(TOTALS, (2, 3, 5, 8)):
         p, value, kept = textbook(name, total, parts)
         if len(p):
@@ -175,7 +175,7 @@ def test_every_verb_has_the_same_survivors(device, cpu_capability, name):
         scored = score(x, y, [adaptor] * 5)
         assert torch.equal(scored.kept[:, 4].cpu().long(), wanted)
         assert torch.equal(scored.logprobs[:, 0].isfinite().cpu(), kept[:, token])
-        inside = adapted_margins(x, y, adaptor) > float("-inf")
+        inside = adapted_log_odds(x, y, adaptor) > float("-inf")
         assert torch.equal(inside.cpu(), kept[:, token])
 
 

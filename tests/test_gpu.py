@@ -12,10 +12,10 @@ import torch
 
 from fastadapt import (
     Adaptor,
-    adapted_margins,
-    candidate_margins,
+    adapted_log_odds,
+    candidate_log_odds,
     filter_logits,
-    label_margins,
+    label_log_odds,
     sample,
     score,
 )
@@ -93,14 +93,14 @@ def test_draws_of_long_rows_are_those_of_the_cpu(rows, on_device, name, dtype):
 
 def every_verb(x, y, upstream, adaptor, seeds, positions):
     """All results of all verbs; the leaf is x itself, which the caller may rewrite."""
-    margins = adapted_margins(x, y, adaptor)
-    (gradient,) = torch.autograd.grad(margins, x, upstream)
+    log_odds = adapted_log_odds(x, y, adaptor)
+    (gradient,) = torch.autograd.grad(log_odds, x, upstream)
     drawn = sample(x, adaptor, seeds=seeds, positions=positions, **ASKED)
     return [
         *drawn,
         *score(x, y, [adaptor, *MANY]),
         filter_logits(x, adaptor),
-        margins.detach(),
+        log_odds.detach(),
         gradient,
     ]
 
@@ -257,9 +257,9 @@ def test_bad_knobs_on_the_device_are_a_status(rows, device):
     assert scored.logprobs[:, 0].isnan().tolist() == [True] * 8 + [False] * 2
     assert scored.logprobs[:, 1].isfinite().all()
     x.requires_grad_()
-    margins = adapted_margins(x, y, adaptor)
-    (gradient,) = torch.autograd.grad(margins, x, torch.ones(n, device=device))
-    assert margins.isnan().tolist() == [True] * 8 + [False] * 2
+    log_odds = adapted_log_odds(x, y, adaptor)
+    (gradient,) = torch.autograd.grad(log_odds, x, torch.ones(n, device=device))
+    assert log_odds.isnan().tolist() == [True] * 8 + [False] * 2
     assert (gradient[:8] == 0).all()
     assert gradient[8:].isfinite().all()
 
@@ -269,7 +269,7 @@ def test_temperature_zero_on_the_device_scores_nan(rows, device):
     y = x.argmax(-1)
     for values in (
         score(x, y, [Adaptor(temperature=t)]).logprobs[:, 0],
-        adapted_margins(x, y, Adaptor(temperature=t)),
+        adapted_log_odds(x, y, Adaptor(temperature=t)),
     ):
         assert values.isnan().tolist() == [True, False]
 
@@ -280,9 +280,9 @@ def test_tokens_out_of_range_are_nan_and_have_no_gradient(rows, device):
     y = torch.tensor([3, 40, -1, 2**40, -100], device=device)
     bad = [False, True, True, True, False]
     assert score(x, y, MANY).logprobs.isnan().tolist() == [[b] * 3 for b in bad]
-    margins = adapted_margins(x, y, Adaptor())
-    (gradient,) = torch.autograd.grad(margins, x, torch.ones(5, device=device))
-    assert margins.isnan().tolist() == bad
+    log_odds = adapted_log_odds(x, y, Adaptor())
+    (gradient,) = torch.autograd.grad(log_odds, x, torch.ones(5, device=device))
+    assert log_odds.isnan().tolist() == bad
     assert gradient.abs().sum(-1).gt(0).tolist() == [True, False, False, False, False]
 
 
@@ -324,17 +324,17 @@ def test_more_entries_than_32_bits_count(large):
     assert_same_bits([t[here].cpu() for t in scored], wanted, "score")
     assert torch.equal(filter_logits(large, adaptor)[here].cpu(), filter_logits(few, adaptor))
     large.requires_grad_()
-    margins = adapted_margins(large, y, adaptor)
-    (gradient,) = torch.autograd.grad(margins, large, torch.ones_like(margins))
-    wanted = adapted_margins(few, y[here].cpu(), adaptor)
+    log_odds = adapted_log_odds(large, y, adaptor)
+    (gradient,) = torch.autograd.grad(log_odds, large, torch.ones_like(log_odds))
+    wanted = adapted_log_odds(few, y[here].cpu(), adaptor)
     (few_gradient,) = torch.autograd.grad(wanted.sum(), few)
-    torch.testing.assert_close(margins[here].cpu(), wanted, rtol=2**-23, atol=0)
+    torch.testing.assert_close(log_odds[here].cpu(), wanted, rtol=2**-23, atol=0)
     torch.testing.assert_close(gradient[here].cpu(), few_gradient, rtol=2**-7, atol=2**-126)
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 @pytest.mark.parametrize("v", [1, 1000, 128_256])
-def test_margins_of_labels_and_candidates_are_those_of_the_cpu(on_device, v, dtype):
+def test_log_odds_of_labels_and_candidates_are_those_of_the_cpu(on_device, v, dtype):
     n, k = 6, 5
     x, labels = (torch.randn(n, v) * 4).to(dtype), torch.randint(v, (n,))
     labels[0] = -100
@@ -342,12 +342,12 @@ def test_margins_of_labels_and_candidates_are_those_of_the_cpu(on_device, v, dty
     upstreams = torch.randn(n), torch.randn(n, k)
 
     def both(x, labels, index, mask, g, many):
-        """Margins and the gradient of each."""
+        """Log-odds and the gradient of each."""
         leaf = x.detach().requires_grad_()
         found = []
         for m, up in (
-            (label_margins(leaf, labels), g),
-            (candidate_margins(leaf, index, mask), many),
+            (label_log_odds(leaf, labels), g),
+            (candidate_log_odds(leaf, index, mask), many),
         ):
             found += [m.detach(), torch.autograd.grad(m, leaf, up.to(m.dtype))[0]]
         return found
@@ -364,6 +364,6 @@ def test_margins_of_labels_and_candidates_are_those_of_the_cpu(on_device, v, dty
 
 def test_labels_out_of_range_spoil_their_own_rows(on_device):
     x, labels = torch.randn(3, 40), torch.tensor([40, -1, 3])
-    margins = on_device(label_margins, x, labels)
-    assert margins.isnan().tolist() == [True, True, False]
-    torch.testing.assert_close(margins[2:], label_margins(x[2:], labels[2:]))
+    log_odds = on_device(label_log_odds, x, labels)
+    assert log_odds.isnan().tolist() == [True, True, False]
+    torch.testing.assert_close(log_odds[2:], label_log_odds(x[2:], labels[2:]))

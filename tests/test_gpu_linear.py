@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastadapt import linear_label_margins
+from fastadapt import linear_log_odds
 from fastadapt._ops.linear.plan import plan_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("device")]
@@ -20,10 +20,10 @@ def linear_head(n, h, v, dtype):
 
 
 def linear_results(hidden, weight, labels, bias, upstream, *, frozen=False, **options):
-    """Margins, their extra outputs and the gradients that are wanted."""
+    """Log-odds, their extra outputs and the gradients that are wanted."""
     leaves = [x.detach().requires_grad_(not frozen) for x in (hidden, weight, bias)]
     leaves[0].requires_grad_()
-    out = linear_label_margins(
+    out = linear_log_odds(
         leaves[0], leaves[1], labels, leaves[2], outputs=("entropy", "logsumexp", "hit"), **options
     )
     wanted = [x for x in leaves if x.requires_grad]
@@ -56,7 +56,7 @@ def test_linear_heads_equal_the_cpu(on_device, dtype, plan, shape):
 @pytest.mark.parametrize("plan", LINEAR_PLANS)
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_errors_of_half_linear_heads_are_no_more_than_those_of_the_cpu(on_device, dtype, plan):
-    """Against float64; margins have float32's error, since nothing is rounded before.
+    """Against float64; log-odds have float32's error, since nothing is rounded before.
 
     Logits that are kept are rounded after their sum was taken, on the CPU before.
     """
@@ -71,16 +71,16 @@ def test_errors_of_half_linear_heads_are_no_more_than_those_of_the_cpu(on_device
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
-def test_the_margin_of_a_row_depends_on_no_other(device, dtype):
+def test_the_log_odds_of_a_row_depends_on_no_other(device, dtype):
     """To the last bit: few rows, many, in other places."""
     hidden, weight, labels, *_ = (x.to(device) for x in linear_head(2500, 256, 20_001, dtype))
     with torch.no_grad():
-        whole = linear_label_margins(hidden, weight, labels)
+        whole = linear_log_odds(hidden, weight, labels)
         for rows in (slice(7, 8), slice(1000, 1100), slice(3, 2400)):
-            some = linear_label_margins(hidden[rows], weight, labels[rows])
+            some = linear_log_odds(hidden[rows], weight, labels[rows])
             assert torch.equal(some, whole[rows])
         order = torch.randperm(2500, device=device)
-        shuffled = linear_label_margins(hidden[order], weight, labels[order])
+        shuffled = linear_log_odds(hidden[order], weight, labels[order])
         assert torch.equal(shuffled, whole[order])
 
 
@@ -102,7 +102,7 @@ def test_peaks_of_linear_heads_are_those_of_the_plan(device, frozen, budget):
         hidden.grad = weight.grad = None
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        linear_label_margins(hidden, weight, labels, memory_budget=budget).sum().backward()
+        linear_log_odds(hidden, weight, labels, memory_budget=budget).sum().backward()
         peak = torch.cuda.max_memory_allocated() - before
     returned = sum(x.grad.nbytes for x in (hidden, weight) if x.grad is not None)
     assert peak <= plan_of(hidden, weight, memory_budget=budget).peak_bytes + returned + (8 << 20)
@@ -112,10 +112,10 @@ def test_labels_out_of_range_spoil_their_own_rows_of_a_linear_head(device):
     hidden, weight, _, bias, upstream = (x.to(device) for x in linear_head(3, 16, 40, DTYPES[0]))
     labels = torch.tensor([40, -1, 3], device=device)
     for frozen in (False, True):
-        margins, _, _, _, dhidden, *rest = linear_results(
+        log_odds, _, _, _, dhidden, *rest = linear_results(
             hidden, weight, labels, bias, upstream, frozen=frozen
         )
-        assert margins.isnan().tolist() == [True, True, False]
+        assert log_odds.isnan().tolist() == [True, True, False]
         assert not dhidden[:2].any()
         assert not any(x.isnan().any() for x in (dhidden, *rest))
 

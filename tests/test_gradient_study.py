@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import bench_tracker
 import limits
-from fastadapt import RewardPenalizeLoss, label_margins
+from fastadapt import RewardPenalizeLoss, label_log_odds
 from fastadapt._cli import gradients as cli_gradients
 from fastadapt._cli.main import main
 from fastadapt.losses import Responses
@@ -82,9 +82,9 @@ def data(tmp_path_factory):
     """Dialogues whose pieces are words of the tokenizer."""
     path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
     lines = []
-    for prompt, good, bad in TEXTS:
+    for prompt, chosen, rejected in TEXTS:
         start = f"\n\nHuman: {prompt}\n\nAssistant: "
-        lines.append(json.dumps({"chosen": start + good, "rejected": start + bad}))
+        lines.append(json.dumps({"chosen": start + chosen, "rejected": start + rejected}))
     path.write_text("\n".join(lines), encoding="utf-8")
     return path
 
@@ -125,7 +125,7 @@ def test_toy_steps_are_as_predicted():
     rows = prediction_rows()
     assert {(r["case"], r["loss"]) for r in rows} == {(c, x) for c in CASES for x in WITH_MATE}
     for r in rows:
-        for side in ("good", "bad"):
+        for side in ("chosen", "rejected"):
             predicted, measured = r[f"predicted_{side}"], r[f"measured_{side}"]
             assert predicted * measured > 0, r
             assert measured == pytest.approx(predicted, abs=2e-5), r
@@ -138,31 +138,31 @@ def test_claims_hold_on_the_toys_under_their_conditions():
     dpo = [r for r in rows if r["loss"] == "DPO"]
     exmate = [r for r in rows if r["loss"] == "ExMATE"]
     for r in dpo:
-        both = r["measured_good"] < 0 and r["measured_bad"] < 0
+        both = r["measured_chosen"] < 0 and r["measured_rejected"] < 0
         assert both == (r["rho"] > 1), r
     for r in exmate:
-        assert (r["measured_bad"] < 0) == (r["p_bad"] > r["threshold"]), r
+        assert (r["measured_rejected"] < 0) == (r["p_rejected"] > r["threshold"]), r
     # each condition is met and not met somewhere
     assert {r["rho"] > 1 for r in dpo} == {True, False}
-    assert {r["p_bad"] > r["threshold"] for r in exmate} == {True, False}
+    assert {r["p_rejected"] > r["threshold"] for r in exmate} == {True, False}
 
 
 def test_toy_contexts_share_rows_where_their_tokens_do():
     pair = toy_pair("shared prefix").own
-    good, bad = pair.hidden[: pair.good], pair.hidden[pair.good :]
-    same = (good == bad).all(-1).tolist()
+    chosen, rejected = pair.hidden[: pair.chosen], pair.hidden[pair.chosen :]
+    same = (chosen == rejected).all(-1).tolist()
     assert same == [True, True, True, True, False, False]
     other = toy_pair("same response, other context").own
     assert not (other.hidden[:6] == other.hidden[6:]).all(-1).any()
     cells = curve_rows(steps=2, cases=("shared prefix",))
-    assert cells[0]["bad_in_good"] == cells[0]["bad_in_bad"]
+    assert cells[0]["rejected_in_chosen"] == cells[0]["rejected_in_rejected"]
 
 
 @pytest.mark.parametrize("kind", ["same-prompt", "same-response"])
 def test_steps_on_a_model_are_as_predicted(kind, model, tokenizer):
     pairs = pairs_of_kind(kind, [Pair(*t) for t in TEXTS])
     features = pair_features(model, tokenizer, pairs)
-    assert len(features) == 4 and all(0 < f.good < len(f.labels) for f in features)
+    assert len(features) == 4 and all(0 < f.chosen < len(f.labels) for f in features)
     head = head_copy(model)
     assert head.weight.data_ptr() != model.lm_head.weight.data_ptr()
     objectives = {
@@ -175,26 +175,26 @@ def test_steps_on_a_model_are_as_predicted(kind, model, tokenizer):
         for r in step_records(head, f, objectives, dict.fromkeys(objectives, (1e-2,)))
     ]
     for r in rows:
-        largest = max(abs(r["predicted_good"]), abs(r["predicted_bad"]))
+        largest = max(abs(r["predicted_chosen"]), abs(r["predicted_rejected"]))
         assert largest == pytest.approx(1e-2, rel=1e-9)
-        for side in ("good", "bad"):
+        for side in ("chosen", "rejected"):
             assert r[f"measured_{side}"] == pytest.approx(r[f"predicted_{side}"], abs=5e-4)
         if r["loss"] == "exmate":
-            assert (r["predicted_bad"] < 0) == (r["p_bad"] > exmate_threshold(r))
+            assert (r["predicted_rejected"] < 0) == (r["p_rejected"] > exmate_threshold(r))
         if r["loss"] == "dpo":
-            assert (r["predicted_good"] < 0) == (r["rho"] > 1)
+            assert (r["predicted_chosen"] < 0) == (r["rho"] > 1)
 
 
 def test_trained_head_knows_its_side(model, tokenizer):
     pairs = pairs_of_kind("same-prompt", [Pair(*t) for t in TEXTS])
     features = pair_features(model, tokenizer, pairs)
     head = head_copy(model)
-    trained = trained_head(head, features, side="bad", learning_rate=0.05, epochs=30, batch=2)
+    trained = trained_head(head, features, side="rejected", learning_rate=0.05, epochs=30, batch=2)
     dpo = {"dpo": RewardPenalizeLoss({"dpo": 1.0})}
     for f in features:
         (before,) = step_records(head, f, dpo, {"dpo": (0.01,)})
         (after,) = step_records(trained, f, dpo, {"dpo": (0.01,)})
-        assert after["logp_bad"] > before["logp_bad"] + 1
+        assert after["logp_rejected"] > before["logp_rejected"] + 1
 
 
 def test_tables_have_every_situation(study):
@@ -207,7 +207,7 @@ def test_tables_have_every_situation(study):
     assert len(read_rows(study / "training_pairs.csv")) == 3 * 6 * 3 * 2
     record = json.loads((study / "training.json").read_text())
     example = record["example"]
-    assert len(example["slopes"]["DPO"][0]) == len(example["good"])
+    assert len(example["slopes"]["DPO"][0]) == len(example["chosen"])
     net = [a + b for a, b in zip(*example["slopes"]["DPO"], strict=False)]
     assert max(map(abs, net[: example["shared"] - 1])) < 1e-9  # DPO: 0 on shared tokens
 
@@ -218,7 +218,7 @@ def test_page_says_what_the_tables_say(study):
     right, count = signs(rows)
     assert f"{right} of {count} ({100 * right / count:.1f} %)" in page
     above = [r for r in rows if r["rho"] > 1]
-    both = sum(r["measured_good"] < 0 and r["measured_bad"] < 0 for r in above)
+    both = sum(r["measured_chosen"] < 0 and r["measured_rejected"] < 0 for r in above)
     assert f"| DPO lowers both | model | ρ > 1 | {len(above)} | {both} |" in page
     pictures = re.findall(r"\]\((\w+\.png)\)", page)
     assert len(pictures) == len(set(pictures)) == 8
@@ -240,7 +240,7 @@ def test_published_page_is_of_its_tables():
             assert right / count >= 0.95
             assert f"{right} of {count} ({100 * right / count:.1f} %)" in page
     # where ρ decides: as many pairs above 1 as below it, or nearly
-    decided = select(rows, kind="same-response", start="MLE on good", size=settings["sizes"][0])
+    decided = select(rows, kind="same-response", start="MLE on chosen", size=settings["sizes"][0])
     above = sum(r["rho"] > 1 for r in decided)
     assert len(decided) >= 200 and 0.25 < above / len(decided) < 0.75
 
@@ -268,9 +268,9 @@ def test_fields_are_the_descent_of_autograd(weights):
 
     def moved(z, labels):
         z = z.clone().requires_grad_()
-        margins = label_margins(z, labels)
-        good, bad = (Responses(m.reshape(1, 1), mask) for m in margins)
-        (gradient,) = torch.autograd.grad(objective(good, bad)[0], [z])
+        log_odds = label_log_odds(z, labels)
+        chosen, rejected = (Responses(m.reshape(1, 1), mask) for m in log_odds)
+        (gradient,) = torch.autograd.grad(objective(chosen, rejected)[0], [z])
         return z.detach() - eps * gradient
 
     field = simplex_field(weights)
@@ -385,6 +385,6 @@ def test_tracker_benchmark_runs(model, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["bench_tracker", *map(str, arguments)])
     bench_tracker.main()
     record = json.loads(out.read_text())
-    assert set(record["step_ms"]) == {"none", "margins", "rho"}
+    assert set(record["step_ms"]) == {"none", "log_odds", "rho"}
     assert [limit.bound for limit in limits.tracker_limits(record)] == [1.05, 1.05]
     assert record["settings"]["interval"] == 10 and min(record["to_none"]["rho"]) > 0

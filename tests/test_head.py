@@ -9,14 +9,14 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from fastadapt import RewardPenalizeLoss
-from fastadapt.log_odds import label_margins
+from fastadapt.log_odds import label_log_odds
 from fastadapt.tracking.tracker import RewardPenalizeTracker
 from fastadapt.training import (
-    forward_margins,
+    forward_log_odds,
     hidden_states,
-    logits_margins,
+    logits_log_odds,
     pair_loss,
-    response_margins,
+    response_log_odds,
 )
 from fastadapt.training.head_check import ask, head_of
 from fastadapt.training.pairs import IGNORED, PairBatch
@@ -168,26 +168,26 @@ def labels_of(inputs):
 
 
 def check(model, tolerance=1e-4):
-    """Margins are those of the model's own logits."""
+    """Log-odds are those of the model's own logits."""
     inputs = inputs_of(model)
     labels = labels_of(inputs)
     with torch.no_grad():
         logits = model(**inputs).logits.float()
-        ours = forward_margins(model, inputs, labels)
-    expected = label_margins(logits, labels)
+        ours = forward_log_odds(model, inputs, labels)
+    expected = label_log_odds(logits, labels)
     bound = tolerance * float(logits.abs().max())
     assert ours.dtype == torch.float32 and not (labels == IGNORED).all()
     torch.testing.assert_close(ours, expected, rtol=0, atol=bound)
     if not model.config.is_encoder_decoder:
         batch = PairBatch(inputs["input_ids"], inputs["attention_mask"], labels[:, :-1])
         with torch.no_grad():
-            for margins_of in (response_margins, logits_margins):
-                margins = margins_of(model, batch)
-                torch.testing.assert_close(margins, expected[:, :-1], rtol=0, atol=bound)
+            for log_odds_of in (response_log_odds, logits_log_odds):
+                log_odds = log_odds_of(model, batch)
+                torch.testing.assert_close(log_odds, expected[:, :-1], rtol=0, atol=bound)
 
 
 @pytest.mark.parametrize("name", [*MODELS, *SPECIAL])
-def test_margins_are_those_of_the_models_own_logits(name):
+def test_log_odds_are_those_of_the_models_own_logits(name):
     check(make(name))
 
 
@@ -287,8 +287,8 @@ def test_what_is_no_product_is_refused(name):
     CHANGES[name](model)
     inputs = inputs_of(model)
     for _ in range(2):
-        with pytest.raises(ValueError, match="expected logits that are products.*logits_margins"):
-            forward_margins(model, inputs, labels_of(inputs))
+        with pytest.raises(ValueError, match="expected logits that are products.*logits_log_odds"):
+            forward_log_odds(model, inputs, labels_of(inputs))
         with pytest.raises(ValueError, match="expected logits that are products"):
             head_of(model)
 
@@ -353,10 +353,10 @@ def test_quantised_heads_are_refused(kind, message, cast):
     inputs = inputs_of(model)
     batch = PairBatch(*inputs.values(), labels_of(inputs)[:, :-1])
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=cast):
-        for margins_of in (response_margins, lambda m, b: head_of(m)):
-            with pytest.raises(ValueError, match=f"{message}.*logits_margins is right"):
-                margins_of(model, batch)
-        assert logits_margins(model, batch).isfinite().all()
+        for log_odds_of in (response_log_odds, lambda m, b: head_of(m)):
+            with pytest.raises(ValueError, match=f"{message}.*logits_log_odds is right"):
+                log_odds_of(model, batch)
+        assert logits_log_odds(model, batch).isfinite().all()
 
 
 def test_a_tensor_of_tensors_is_refused():
@@ -392,20 +392,20 @@ def test_heads_are_called_once(kind, times):
     model = kind(transformers.LlamaConfig(**SIZES)).eval()
     inputs = inputs_of(model)
     with pytest.raises(ValueError, match=f"calls its head once, {kind.__name__} {times}"):
-        forward_margins(model, inputs, labels_of(inputs))
+        forward_log_odds(model, inputs, labels_of(inputs))
 
 
 def test_adapters_and_compiled_models_are_refused():
     inputs = inputs_of(make())
     labels = labels_of(inputs)
     lora = get_peft_model(make(), LoraConfig(r=2, target_modules=["lm_head"]))
-    with pytest.raises(ValueError, match="a head without an adapter, got Linear.*logits_margins"):
-        forward_margins(lora, inputs, labels)
+    with pytest.raises(ValueError, match="a head without an adapter, got Linear.*logits_log_odds"):
+        forward_log_odds(lora, inputs, labels)
     whole = make()
     whole.compile(backend="eager")
     for model in (torch.compile(make(), backend="eager"), whole):
         with pytest.raises(ValueError, match="expected one that is not compiled"):
-            forward_margins(model, inputs, labels)
+            forward_log_odds(model, inputs, labels)
     layers = make()
     for layer in layers.model.layers:
         layer.compile(backend="eager")
@@ -417,13 +417,13 @@ def test_arguments_that_are_none_of_a_forward():
     inputs = inputs_of(model)
     labels = labels_of(inputs)
     with pytest.raises(ValueError, match="inputs: expected no labels among them"):
-        forward_margins(model, {**inputs, "labels": labels}, labels)
+        forward_log_odds(model, {**inputs, "labels": labels}, labels)
     with pytest.raises(TypeError, match="inputs: expected a mapping.*, got Tensor"):
-        forward_margins(model, inputs["input_ids"], labels)
+        forward_log_odds(model, inputs["input_ids"], labels)
     with pytest.raises(ValueError, match=r"labels: expected one for each position, \(\d+, \d+\),"):
-        forward_margins(model, inputs, labels[:, :2])
+        forward_log_odds(model, inputs, labels[:, :2])
     with pytest.raises(ValueError, match="expected a language model of transformers, got Linear"):
-        forward_margins(torch.nn.Linear(2, 2), inputs, labels)
+        forward_log_odds(torch.nn.Linear(2, 2), inputs, labels)
 
 
 def test_a_trained_head_that_sharding_takes_away_is_refused():
@@ -433,10 +433,10 @@ def test_a_trained_head_that_sharding_takes_away_is_refused():
     labels = labels_of(inputs)
     model.lm_head.weight.ds_id = 0
     with pytest.raises(ValueError, match="expected a frozen head under ZeRO-3"):
-        forward_margins(model, inputs, labels)
+        forward_log_odds(model, inputs, labels)
     check(model)  # without gradients
     model.lm_head.weight.requires_grad_(False)
-    assert forward_margins(model, inputs, labels).requires_grad
+    assert forward_log_odds(model, inputs, labels).requires_grad
 
 
 def test_asked_once():
@@ -447,13 +447,13 @@ def test_asked_once():
     )
     inputs = inputs_of(model, rows=3)
     for _ in range(3):
-        forward_margins(model, inputs, labels_of(inputs))
+        forward_log_odds(model, inputs, labels_of(inputs))
     assert rows == [1, 3, 3, 3]
     other = copy.deepcopy(model)
-    forward_margins(other, inputs, labels_of(inputs))
+    forward_log_odds(other, inputs, labels_of(inputs))
     assert rows == [1, 3, 3, 3, 3]  # a copy knows what its model knew
     other.set_output_embeddings(copy.deepcopy(model.lm_head))
-    forward_margins(other, inputs, labels_of(inputs))
+    forward_log_odds(other, inputs, labels_of(inputs))
     assert rows == [1, 3, 3, 3, 3, 1, 3]
 
 
@@ -483,7 +483,7 @@ def test_dropout_draws_the_same_with_and_without_the_question():
     seen = []
     for _ in range(2):  # asked in the first
         torch.manual_seed(3)
-        seen.append(forward_margins(model, inputs, labels_of(inputs)).detach())
+        seen.append(forward_log_odds(model, inputs, labels_of(inputs)).detach())
     assert torch.equal(*seen)
 
 
@@ -492,7 +492,7 @@ def test_a_model_that_fails_leaves_nothing():
     model.lm_head.register_forward_hook(lambda m, x, z: 1 / 0)
     inputs = inputs_of(model)
     with pytest.raises(ZeroDivisionError):
-        forward_margins(model, inputs, labels_of(inputs))
+        forward_log_odds(model, inputs, labels_of(inputs))
     assert len(model.lm_head._forward_hooks) == 1 and not model.lm_head._forward_pre_hooks
     assert not model._forward_hooks and not model.model._forward_hooks
 
@@ -515,12 +515,12 @@ def test_studies_take_what_reaches_the_head(name):
         pair_loss(model, batch, objective)
     gradients = []
     for row in range(2):
-        loss = torch.nn.functional.logsigmoid(response_margins(model, batch))[row]
+        loss = torch.nn.functional.logsigmoid(response_log_odds(model, batch))[row]
         loss = loss[batch.mask[row]].sum()
         wanted = [p for p in (head.weight, head.bias) if p is not None]
         gradients.append(torch.autograd.grad(loss, wanted))
     norm = sum(float(g.double().square().sum()) for g in gradients[0])
     tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
     if not tied:
-        assert tracker.pairs[0]["good_norm"] == pytest.approx(norm, rel=1e-4)
-    assert tracker.pairs[0]["good_norm"] > 0
+        assert tracker.pairs[0]["chosen_norm"] == pytest.approx(norm, rel=1e-4)
+    assert tracker.pairs[0]["chosen_norm"] > 0

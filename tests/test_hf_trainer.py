@@ -1,4 +1,4 @@
-"""`LogitsFreeTrainer` beside transformers' own `Trainer`, and margins out of wrapped forwards."""
+"""`LogitsFreeTrainer` beside transformers' own `Trainer`, and log-odds out of wrapped forwards."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ from transformers import (
 
 from fastadapt.hf.trainer import LogitsFreeTrainer
 from fastadapt.losses import mle_loss, unlikelihood_penalty
-from fastadapt.training import forward_margins
+from fastadapt.training import forward_log_odds
 from fastadapt.training.head_check import LEVELS
 from fastadapt.training.pairs import IGNORED
 
@@ -106,7 +106,7 @@ def test_follows_transformers(tmp_path, lora):
         assert ours[-1][name] == pytest.approx(theirs[-1][name], rel=1e-4)
 
 
-def test_no_logits_are_made_and_predictions_are_margins(tmp_path):
+def test_no_logits_are_made_and_predictions_are_log_odds(tmp_path):
     model, shapes = _model(), []
     model.get_output_embeddings().register_forward_hook(
         lambda module, inputs, output: shapes.append(tuple(output.shape))
@@ -140,10 +140,10 @@ def test_no_logits_are_made_and_predictions_are_margins(tmp_path):
 
 
 def test_objective_is_the_loss(tmp_path):
-    """Another loss of margins, divided by the tokens of the step."""
+    """Another loss of log-odds, divided by the tokens of the step."""
 
-    def objective(good):
-        return mle_loss(good) + 0.5 * unlikelihood_penalty(good)
+    def objective(chosen):
+        return mle_loss(chosen) + 0.5 * unlikelihood_penalty(chosen)
 
     first = []
     for loss in (mle_loss, unlikelihood_penalty, objective):
@@ -311,17 +311,17 @@ def test_batches_need_labels(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["llama", "cohere", "gemma2"])
-def test_margins_of_a_forward(name):
+def test_log_odds_of_a_forward(name):
     model, batch = _model(name).eval(), _collate(_rows(5))
     labels = torch.nn.functional.pad(batch.pop("labels")[:, 1:], (0, 1), value=IGNORED)
-    margins = forward_margins(model, batch, labels)
+    log_odds = forward_log_odds(model, batch, labels)
     used = labels != IGNORED
     logps = model(**batch).logits.log_softmax(-1)
     expected = logps.gather(-1, labels.clamp(min=0)[..., None])[..., 0]
     torch.testing.assert_close(
-        torch.nn.functional.logsigmoid(margins)[used], expected[used], rtol=1e-5, atol=1e-5
+        torch.nn.functional.logsigmoid(log_odds)[used], expected[used], rtol=1e-5, atol=1e-5
     )
-    assert (margins[~used] == 0).all()
+    assert (log_odds[~used] == 0).all()
     assert not model._forward_hooks and not model.get_output_embeddings()._forward_pre_hooks
 
 
@@ -330,4 +330,4 @@ def test_an_adapter_on_the_head_is_refused():
     batch = _collate(_rows(2))
     labels = batch.pop("labels")
     with pytest.raises(ValueError, match="a head without an adapter"):
-        forward_margins(model, batch, labels)
+        forward_log_odds(model, batch, labels)

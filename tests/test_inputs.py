@@ -4,21 +4,21 @@ import numpy as np
 import pytest
 import torch
 
-from fastadapt import Adaptor, adapted_margins, filter_logits, reference, sample, score
+from fastadapt import Adaptor, adapted_log_odds, filter_logits, reference, sample, score
 
 X = torch.randn(3, 10)
 Y = torch.zeros(3, dtype=torch.int64)
-TWINS = (
+REFERENCES = (
     reference.sample,
     reference.score,
     reference.filter_logits,
-    reference.adapted_margins,
+    reference.adapted_log_odds,
 )
 VERBS = {
     "filter_logits": lambda x, a: filter_logits(x, a),
     "sample": lambda x, a: sample(x, a),
     "score": lambda x, a: score(x, Y, [a]),
-    "adapted_margins": lambda x, a: adapted_margins(x, Y, a),
+    "adapted_log_odds": lambda x, a: adapted_log_odds(x, Y, a),
 }
 
 
@@ -81,12 +81,12 @@ def test_generator():
         sample(X, Adaptor(), generator=7)
 
 
-@pytest.mark.parametrize("verb", ["score", "adapted_margins"])
+@pytest.mark.parametrize("verb", ["score", "adapted_log_odds"])
 @pytest.mark.parametrize("value", [None, -1.0, "-100", True])
 def test_ignore_index_is_an_integer(verb, value):
     call, adaptors = {
         "score": (score, [Adaptor()]),
-        "adapted_margins": (adapted_margins, Adaptor()),
+        "adapted_log_odds": (adapted_log_odds, Adaptor()),
     }[verb]
     with pytest.raises(TypeError, match="ignore_index: expected an integer, got "):
         call(X, Y, adaptors, ignore_index=value)
@@ -121,11 +121,11 @@ def test_top_logprobs_range():
             sample(X, Adaptor(), top_logprobs=n)
 
 
-@pytest.mark.parametrize("verb", ["score", "adapted_margins"])
+@pytest.mark.parametrize("verb", ["score", "adapted_log_odds"])
 def test_tokens(verb):
     call = {
         "score": lambda y: score(X, y, [Adaptor()]),
-        "adapted_margins": lambda y: adapted_margins(X, y, Adaptor()),
+        "adapted_log_odds": lambda y: adapted_log_odds(X, y, Adaptor()),
     }[verb]
     with pytest.raises(
         ValueError, match=r"tokens: expected ids in \[0, 10\) or -100, got 10 in row=1"
@@ -139,13 +139,13 @@ def test_tokens(verb):
         call(Y[:, None])
 
 
-def test_temperature_zero_has_no_law_to_score_under():
+def test_temperature_zero_has_no_distribution_to_score_under():
     with pytest.raises(ValueError, match="score: expected temperature > 0, got 0"):
         score(X, Y, [Adaptor(), Adaptor(temperature=0)])
     with pytest.raises(ValueError, match="score: expected temperature > 0, got 0"):
         reference.score(X, Y, [Adaptor(temperature=0)])
-    with pytest.raises(ValueError, match="adapted_margins: expected temperature > 0, got 0"):
-        adapted_margins(X, Y, Adaptor(temperature=torch.tensor([1.0, 0.0, 1.0])))
+    with pytest.raises(ValueError, match="adapted_log_odds: expected temperature > 0, got 0"):
+        adapted_log_odds(X, Y, Adaptor(temperature=torch.tensor([1.0, 0.0, 1.0])))
 
 
 @pytest.mark.parametrize(
@@ -200,9 +200,9 @@ def test_bad_rows_get_a_status_and_disturb_nobody(rows, device, cpu_capability, 
     assert scored.logprobs[1:5].isnan().all()
     assert scored.entropy[1:5].isnan().all()
     assert not scored.base_logprobs[[0, 5]].isnan().any()
-    margins = adapted_margins(bad.requires_grad_(), tokens, adaptor)
-    (gradient,) = torch.autograd.grad(margins, bad, torch.ones(6, device=device))
-    assert margins.isnan().tolist() == [False, *[True] * 4, False]
+    log_odds = adapted_log_odds(bad.requires_grad_(), tokens, adaptor)
+    (gradient,) = torch.autograd.grad(log_odds, bad, torch.ones(6, device=device))
+    assert log_odds.isnan().tolist() == [False, *[True] * 4, False]
     assert (gradient[1:5] == 0).all()
     assert gradient.isfinite().all()
 
@@ -211,15 +211,15 @@ def test_scaling_that_overflows_is_a_bad_row_everywhere(device, cpu_capability):
     """In float32: the row is refused by its status, whichever verb it meets."""
     x = torch.tensor([[1e35, 0.0], [1.0, 0.0], [-1e35, -2e35], [0.0, -1e35]], device=device)
     adaptor, y = Adaptor(temperature=1e-6), torch.zeros(4, dtype=torch.int64, device=device)
-    for verbs in ((sample, score, filter_logits, adapted_margins), TWINS):
-        drawn, scored, masked, margins = verbs
+    for verbs in ((sample, score, filter_logits, adapted_log_odds), REFERENCES):
+        drawn, scored, masked, log_odds = verbs
         got = drawn(x, adaptor, seeds=y)
         assert got.status.tolist() == [2, 0, 3, 0]
         assert got.kept.tolist() == [0, 2, 0, 1], "x / T below the range is -inf: removed"
         many = scored(x, y, [adaptor])
         assert many.logprobs[:, 0].isnan().tolist() == [True, False, True, False]
         assert many.kept[:, 0].tolist() == got.kept.tolist()
-        assert margins(x, y, adaptor).isnan().tolist() == [True, False, True, False]
+        assert log_odds(x, y, adaptor).isnan().tolist() == [True, False, True, False]
         out = masked(x, adaptor)
         assert torch.equal(out[[0, 2]], x[[0, 2]]), "a bad row comes back as it is"
         assert (out > float("-inf")).sum(-1)[[1, 3]].tolist() == [2, 1]
@@ -247,7 +247,7 @@ def test_survivors_are_finite(rows, device, cpu_capability, dtype, temperature, 
         assert ok.all() or dtype == torch.float32 or scale != 1
         assert torch.equal((out > float("-inf")).sum(-1)[ok].int(), drawn.kept[ok])
         assert not (out[ok] == float("inf")).any()
-        # the law of the row is that of its float32 values, as far as the dtype can tell
+        # the distribution of the row is that of its float32 values, as far as the dtype can tell
         wide = filter_logits(z.float(), adaptor)
         assert torch.equal((out > float("-inf"))[ok], (wide > float("-inf"))[ok])
         assert torch.equal(out.cpu(), reference.filter_logits(z.cpu(), adaptor))

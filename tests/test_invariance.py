@@ -8,7 +8,7 @@ import threading
 import pytest
 import torch
 
-from fastadapt import _C, Adaptor, adapted_margins, filter_logits, sample, score
+from fastadapt import _C, Adaptor, adapted_log_odds, filter_logits, sample, score
 
 V, N = 5003, 24
 ASKED = {"base_logprobs": True, "log_mass": True, "top_logprobs": 5}
@@ -44,11 +44,11 @@ def everything(x, adaptor, seeds, positions, asked=ASKED):
     drawn = sample(x, adaptor, seeds=seeds, positions=positions, **asked)
     y = drawn.tokens
     leaf = x.detach().clone().requires_grad_()
-    margins = adapted_margins(leaf, y, adaptor)
+    log_odds = adapted_log_odds(leaf, y, adaptor)
     upstream = torch.linspace(-1, 1, y.shape[0], device=x.device)
-    (gradient,) = torch.autograd.grad(margins, leaf, upstream)
+    (gradient,) = torch.autograd.grad(log_odds, leaf, upstream)
     many = score(x, y, [adaptor, Adaptor(top_p=0.9), Adaptor(temperature=2.0)])
-    return [*drawn, *many, filter_logits(x, adaptor), margins.detach(), gradient]
+    return [*drawn, *many, filter_logits(x, adaptor), log_odds.detach(), gradient]
 
 
 def assert_all_equal(a, b):
@@ -70,7 +70,7 @@ def test_instruction_sets_agree(batch, per_row_adaptor):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("v", [1, 2, 31, 1000, 5003, 50_257, 128_256, 262_144])
 def test_devices_agree(rows, on_device, per_row_adaptor, v, dtype):
-    """All bits, except the last one of a margin and the last digits of a gradient."""
+    """All bits, except the last one of log-odds and the last digits of a gradient."""
     x = torch.cat([rows(kind, 1, v) for kind in KINDS]).to(dtype).cpu()
     n = x.shape[0]
     seeds, positions = torch.randint(-(2**63), 2**63 - 1, (n,)), torch.randint(2**62, (n,))
@@ -78,12 +78,12 @@ def test_devices_agree(rows, on_device, per_row_adaptor, v, dtype):
     asked = {**ASKED, "top_logprobs": min(5, v)}
     for adaptor in (per_row_adaptor(n, v), *ADAPTORS.values()):
         arguments = (x, adaptor, seeds, positions, asked)
-        *ours, margins, gradient = on_device(everything, *arguments)
+        *ours, log_odds, gradient = on_device(everything, *arguments)
         adaptor = on_device(lambda a: a, adaptor)
-        *wanted, cpu_margins, cpu_gradient = everything(x, adaptor, *arguments[2:])
+        *wanted, cpu_log_odds, cpu_gradient = everything(x, adaptor, *arguments[2:])
         assert_all_equal(wanted, ours)
         last = {"rtol": 2**-23, "atol": 0, "equal_nan": True}
-        torch.testing.assert_close(margins, cpu_margins, **last)
+        torch.testing.assert_close(log_odds, cpu_log_odds, **last)
         small = torch.finfo(dtype).smallest_normal * (2**-10 if dtype == torch.float16 else 1)
         torch.testing.assert_close(gradient, cpu_gradient, rtol=digits, atol=small)
 
@@ -251,7 +251,7 @@ def test_empty_batch_and_smallest_vocabulary(device):
     assert filter_logits(empty, Adaptor()).shape == (0, V)
     none = torch.empty(0, dtype=torch.int64, device=device)
     assert score(empty, none, [Adaptor()]).logprobs.shape == (0, 1)
-    assert adapted_margins(empty.requires_grad_(), none, Adaptor()).shape == (0,)
+    assert adapted_log_odds(empty.requires_grad_(), none, Adaptor()).shape == (0,)
     lone = torch.tensor([[-5.0]], device=device)
     single = sample(lone, Adaptor(top_p=0.1, typical_p=0.1, epsilon_cutoff=0.9))
     assert (single.tokens.item(), single.logprobs.item(), single.kept.item()) == (0, 0.0, 1)

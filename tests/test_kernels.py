@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastadapt import Adaptor, adapted_margins, filter_logits, sample, score
+from fastadapt import Adaptor, adapted_log_odds, filter_logits, sample, score
 from fastadapt._ops import sampling_cuda as cuda_ops
 
 triton = pytest.importorskip("triton", reason="triton is not installed: it has wheels for Linux")
@@ -102,8 +102,8 @@ def assert_sample(
     )
     asked = {"base_logprobs": fields, "log_mass": fields, "top_logprobs": top}
     ours = sample(logits, adaptor, seeds=seeds, positions=positions, **asked)
-    law = logits, adaptor.packed, adaptor.law_code, seeds, positions
-    kernel = cuda_ops.sample(*law, fields, fields, top, plan=plan)
+    arguments = logits, adaptor.packed, adaptor.filter_code, seeds, positions
+    kernel = cuda_ops.sample(*arguments, fields, fields, top, plan=plan)
     for name, a, b in zip(ours._fields, ours, kernel, strict=False):
         assert same(a, b), (adaptor, name, a, b)
 
@@ -139,7 +139,7 @@ def test_filter_logits_equals_the_cpu(kind: str) -> None:
         adaptor = Adaptor(**knobs)
         # the interpreter cuts bfloat16 off where GPUs round: torch rounds what is float32 here
         out = torch.empty_like(logits, dtype=torch.float32)
-        launch.filter_logits(logits, adaptor.packed, adaptor.law_code, out, PLAN)
+        launch.filter_logits(logits, adaptor.packed, adaptor.filter_code, out, PLAN)
         assert same(filter_logits(logits, adaptor), out.to(logits.dtype)), knobs
 
 
@@ -150,14 +150,14 @@ def test_score_equals_the_cpu(kind: str) -> None:
     tokens = torch.randint(V, (len(logits),))
     tokens[1:2] = -100
     ours = score(logits, tokens, adaptors)
-    packed, orders = [a.packed for a in adaptors], [a.law_code for a in adaptors]
+    packed, orders = [a.packed for a in adaptors], [a.filter_code for a in adaptors]
     kernel = cuda_ops.score(logits, tokens, packed, orders, -100, plan=PLAN)
     for name, a, b in zip(ours._fields, ours, kernel, strict=True):
         assert same(a, b), (name, a, b)
 
 
 @pytest.mark.parametrize("kind", ["normal", "two levels", "one for all", "bad", "bfloat16"])
-def test_margins_equal_the_cpu(kind: str) -> None:
+def test_log_odds_equal_the_cpu(kind: str) -> None:
     logits = ROWS[kind](V)
     for knobs in KNOBS[1::2]:
         adaptor = Adaptor(**knobs)
@@ -165,29 +165,31 @@ def test_margins_equal_the_cpu(kind: str) -> None:
         tokens[:1] = logits[:1].nan_to_num().argmax(-1)  # inside most supports
         upstream = torch.randn(len(logits))
         mine = logits.clone().requires_grad_()
-        ours = adapted_margins(mine, tokens, adaptor)
+        ours = adapted_log_odds(mine, tokens, adaptor)
         ours.backward(upstream)
-        law = tokens, adaptor.packed, adaptor.law_code, -100
-        margins, support, stats = cuda_ops.adapted_margins(logits, *law, plan=PLAN)
-        assert same(ours.detach(), margins), knobs
+        arguments = tokens, adaptor.packed, adaptor.filter_code, -100
+        log_odds, support, stats = cuda_ops.adapted_log_odds(logits, *arguments, plan=PLAN)
+        assert same(ours.detach(), log_odds), knobs
         out = torch.empty_like(logits, dtype=torch.float32)
-        launch.adapted_margins_backward(
+        launch.adapted_log_odds_backward(
             upstream, logits, tokens, adaptor.packed, -100, support, stats, out, PLAN
         )
         assert same(mine.grad, out.to(logits.dtype)), knobs
 
 
-def test_float64_margins_equal_the_cpu() -> None:
+def test_float64_log_odds_equal_the_cpu() -> None:
     logits, tokens = torch.randn(2, 50, dtype=torch.float64) * 3, torch.tensor([3, -100])
     adaptor = Adaptor(temperature=0.8, top_k=20)
     tokens[0] = logits[0].argmax()
     mine, upstream = logits.clone().requires_grad_(), torch.randn(2, dtype=torch.float64)
-    ours = adapted_margins(mine, tokens, adaptor)
+    ours = adapted_log_odds(mine, tokens, adaptor)
     ours.backward(upstream)
-    law = tokens, adaptor.packed, adaptor.law_code, -100
-    margins, support, stats = cuda_ops.adapted_margins(logits, *law, plan=PLAN)
-    dlogits = cuda_ops.adapted_margins_backward(upstream, logits, *law, support, stats, plan=PLAN)
-    torch.testing.assert_close(margins, ours.detach(), rtol=1e-13, atol=1e-13)
+    arguments = tokens, adaptor.packed, adaptor.filter_code, -100
+    log_odds, support, stats = cuda_ops.adapted_log_odds(logits, *arguments, plan=PLAN)
+    dlogits = cuda_ops.adapted_log_odds_backward(
+        upstream, logits, *arguments, support, stats, plan=PLAN
+    )
+    torch.testing.assert_close(log_odds, ours.detach(), rtol=1e-13, atol=1e-13)
     torch.testing.assert_close(dlogits, mine.grad, rtol=1e-12, atol=1e-15)
 
 
@@ -241,8 +243,8 @@ def test_tokens_out_of_range_are_bad_rows() -> None:
     logits, tokens = torch.randn(3, 40), torch.tensor([40, -1, 3])
     packed = Adaptor().packed
     scores = cuda_ops.score(logits, tokens, [packed], [0], -100, plan=PLAN)
-    margins, _, stats = cuda_ops.adapted_margins(logits, tokens, packed, 0, -100, plan=PLAN)
-    for values in (scores[0][:, 0], scores[3], margins):
+    log_odds, _, stats = cuda_ops.adapted_log_odds(logits, tokens, packed, 0, -100, plan=PLAN)
+    for values in (scores[0][:, 0], scores[3], log_odds):
         assert values.isnan().tolist() == [True, True, False]
     assert stats[:2].count_nonzero() == 0
 

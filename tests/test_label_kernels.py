@@ -1,7 +1,7 @@
-"""The Triton kernels of label and candidate margins under Triton's interpreter, against the CPU's.
+"""The Triton kernels of label and candidate log-odds under Triton's interpreter, against the CPU's.
 
 Both sum in float32 and from there in float64, over other stretches and from other maxima, so that
-the sums of a row differ by at most ULPS, and its margin by as much, absolutely, and one rounding.
+the sums of a row differ by at most ULPS, and its log-odds by as much, absolutely, and one rounding.
 Each entry of a gradient is a product with such a sum and differs by that and the exponentials.
 """
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastadapt import candidate_margins, label_margins, reference
+from fastadapt import candidate_log_odds, label_log_odds, reference
 from fastadapt._ops import log_odds_cuda as cuda_loss_ops
 
 triton = pytest.importorskip("triton", reason="triton is not installed: it has wheels for Linux")
@@ -34,7 +34,7 @@ ULP = {torch.float32: 2.0**-23, torch.float64: 2.0**-52}
 ULPS = 4
 
 
-def assert_margins(ours: Tensor, kernel: Tensor) -> None:
+def assert_log_odds(ours: Tensor, kernel: Tensor) -> None:
     """Within the rounding of the sums; NaN and infinities are equal."""
     ulp = ULP[ours.dtype]
     torch.testing.assert_close(kernel, ours, rtol=ulp, atol=ULPS * ulp, equal_nan=True)
@@ -67,9 +67,9 @@ def assert_gradients(ours: Tensor, kernel: Tensor, largest: float = 0.0) -> None
 
 
 def gradient_of(name: str, *arguments: Tensor | int | None, plan: launch_losses.Plan) -> Tensor:
-    """A backward, float32 for half types, whose rounding is torch's: the interpreter cuts off."""
-    dmargins, logits, *_ = arguments
-    out = torch.empty(logits.shape, dtype=dmargins.dtype)
+    """A backward, float32 for half precision, rounded by torch: the interpreter cuts off."""
+    dlog_odds, logits, *_ = arguments
+    out = torch.empty(logits.shape, dtype=dlog_odds.dtype)
     getattr(launch_losses, name)(*arguments, out, plan)
     return out
 
@@ -78,15 +78,15 @@ def assert_label(
     x: Tensor, y: Tensor, upstream: Tensor, plan: launch_losses.Plan = PLAN
 ) -> tuple[Tensor, Tensor]:
     """Forward and backward of labels as on the CPU; returns the kernels' results."""
-    ours, stats = OPS.label_margins(x, y, -100)
-    margins, kernel_stats = cuda_loss_ops.label_margins(x, y, -100, plan=plan)
-    assert_margins(ours, margins)
+    ours, stats = OPS.label_log_odds(x, y, -100)
+    log_odds, kernel_stats = cuda_loss_ops.label_log_odds(x, y, -100, plan=plan)
+    assert_log_odds(ours, log_odds)
     assert_stats(stats, kernel_stats, x.dtype)
     upstream = upstream.to(ours.dtype)
-    wanted = OPS.label_margins_backward(upstream, x, y, -100, stats)
-    got = gradient_of("label_margins_backward", upstream, x, y, -100, kernel_stats, plan=plan)
+    wanted = OPS.label_log_odds_backward(upstream, x, y, -100, stats)
+    got = gradient_of("label_log_odds_backward", upstream, x, y, -100, kernel_stats, plan=plan)
     assert_gradients(wanted, got)
-    return margins, got
+    return log_odds, got
 
 
 def assert_candidates(
@@ -97,14 +97,14 @@ def assert_candidates(
     plan: launch_losses.Plan = PLAN,
 ) -> None:
     """Forward and backward of candidates as on the CPU."""
-    ours, stats = OPS.candidate_margins(x, index, mask)
-    margins, kernel_stats = cuda_loss_ops.candidate_margins(x, index, mask, plan=plan)
-    assert_margins(ours, margins)
+    ours, stats = OPS.candidate_log_odds(x, index, mask)
+    log_odds, kernel_stats = cuda_loss_ops.candidate_log_odds(x, index, mask, plan=plan)
+    assert_log_odds(ours, log_odds)
     assert_stats(stats, kernel_stats, x.dtype)
     upstream = upstream.to(ours.dtype)
-    wanted = OPS.candidate_margins_backward(upstream, x, index, mask, stats)
+    wanted = OPS.candidate_log_odds_backward(upstream, x, index, mask, stats)
     got = gradient_of(
-        "candidate_margins_backward", upstream, x, index, mask, kernel_stats, plan=plan
+        "candidate_log_odds_backward", upstream, x, index, mask, kernel_stats, plan=plan
     )
     assert_gradients(wanted, got, float(upstream.abs().sum(1).max()))
 
@@ -131,11 +131,11 @@ def test_candidates_equal_the_cpu(rows, kind, dtype):
 @pytest.mark.parametrize("v", (1, 2, 63, 64, 65))
 def test_short_rows(v):
     x, upstream = torch.randn(3, v), torch.randn(3)
-    margins, gradient = assert_label(x, torch.randint(v, (3,)), upstream)
+    log_odds, gradient = assert_label(x, torch.randint(v, (3,)), upstream)
     index = torch.randint(v, (3, 5))
     assert_candidates(x, index, None, torch.randn(3, 5))
     if v == 1:
-        assert (margins == INF).all()
+        assert (log_odds == INF).all()
         assert not gradient.any()
 
 
@@ -159,9 +159,9 @@ def test_label_edges():
         for each, block in ((1.0, 2), (INF, 4)):
             plan = PLAN._replace(block=block)
             upstream = torch.full((9,), each)
-            margins, gradient = assert_label(x.to(dtype), y, upstream, plan)
+            log_odds, gradient = assert_label(x.to(dtype), y, upstream, plan)
             wanted = torch.tensor([0.0, INF, NAN, NAN, -INF, INF, NAN, INF, NAN])
-            torch.testing.assert_close(margins.float(), wanted, equal_nan=True)
+            torch.testing.assert_close(log_odds.float(), wanted, equal_nan=True)
             assert not gradient[[0, 1, 5]].any()
             assert gradient[2, 1:].isnan().all()
 
@@ -169,21 +169,21 @@ def test_label_edges():
 def test_labels_out_of_range_are_nan_and_have_no_gradient():
     x, upstream = torch.randn(4, 100), torch.tensor([1.0, NAN, INF, 1.0])
     y = torch.tensor([100, -1, 2**40, 7])
-    margins, stats = cuda_loss_ops.label_margins(x, y, -100, plan=PLAN)
-    assert margins.isnan().tolist() == [True, True, True, False]
-    gradient = cuda_loss_ops.label_margins_backward(upstream, x, y, -100, stats, plan=PLAN)
+    log_odds, stats = cuda_loss_ops.label_log_odds(x, y, -100, plan=PLAN)
+    assert log_odds.isnan().tolist() == [True, True, True, False]
+    gradient = cuda_loss_ops.label_log_odds_backward(upstream, x, y, -100, stats, plan=PLAN)
     assert not gradient[:3].any()
     assert gradient[3].all()
     index = torch.stack([torch.arange(4), y], 1)
-    margins, stats = cuda_loss_ops.candidate_margins(x, index, None, plan=PLAN)
-    assert margins.isnan().tolist() == [[False, True]] * 3 + [[False, False]]
+    log_odds, stats = cuda_loss_ops.candidate_log_odds(x, index, None, plan=PLAN)
+    assert log_odds.isnan().tolist() == [[False, True]] * 3 + [[False, False]]
     upstream = torch.stack([torch.zeros(4), upstream], 1)
-    gradient = cuda_loss_ops.candidate_margins_backward(upstream, x, index, None, stats, plan=PLAN)
+    gradient = cuda_loss_ops.candidate_log_odds_backward(upstream, x, index, None, stats, plan=PLAN)
     assert not gradient[:3].any()
     assert gradient[3].all()
 
 
-def test_candidate_edges_are_those_of_the_twin():
+def test_candidate_edges_are_those_of_the_reference():
     x = torch.tensor(
         [
             [INF, 1.0, 2.0],
@@ -196,13 +196,13 @@ def test_candidate_edges_are_those_of_the_twin():
         ]
     )
     index = torch.tensor([[0, 1, 2, 1]]).expand(7, 4).contiguous()
-    wanted = reference.candidate_margins(x.double(), index).float()
-    wanted[3, 0] = NAN  # a NaN against nothing is NaN on the CPU too, and +inf to the twin
+    wanted = reference.candidate_log_odds(x.double(), index).float()
+    wanted[3, 0] = NAN  # a NaN against nothing is NaN on the CPU too, and +inf to the reference
     for block in (2, 4):
         plan = PLAN._replace(block=block)
-        margins, stats = cuda_loss_ops.candidate_margins(x, index, None, plan=plan)
-        torch.testing.assert_close(margins, wanted, equal_nan=True)
-        backward = cuda_loss_ops.candidate_margins_backward
+        log_odds, stats = cuda_loss_ops.candidate_log_odds(x, index, None, plan=plan)
+        torch.testing.assert_close(log_odds, wanted, equal_nan=True)
+        backward = cuda_loss_ops.candidate_log_odds_backward
         for mask in (None, torch.zeros_like(index, dtype=torch.bool)):
             upstream = torch.full(index.shape, INF)
             gradient = backward(upstream, x, index, mask, stats, plan=plan)
@@ -215,20 +215,20 @@ def test_candidate_edges_are_those_of_the_twin():
         assert gradient[2].tolist() == [-3.0, 2.0, 1.0]
 
 
-@pytest.mark.parametrize("margin", (0.0, 8.0, 17.0, 40.0, 100.0, -40.0))
-def test_margins_that_log_probabilities_lose(margin):
+@pytest.mark.parametrize("log_odds", (0.0, 8.0, 17.0, 40.0, 100.0, -40.0))
+def test_log_odds_that_log_probabilities_lose(log_odds):
     x = torch.randn(2, 300, dtype=torch.float64)
-    x[:, 5] = margin + x[:, 6:].logsumexp(-1)
+    x[:, 5] = log_odds + x[:, 6:].logsumexp(-1)
     x = x.float()
     index = torch.tensor([[5, 7, 5, 8, 299]] * 2)
     assert_label(x, index[:, 0].contiguous(), torch.randn(2))
     assert_candidates(x, index, None, torch.randn(2, 5))
-    exact = reference.candidate_margins(x.double(), index)
-    margins, stats = cuda_loss_ops.candidate_margins(x, index, None, plan=PLAN)
-    torch.testing.assert_close(margins.double(), exact, rtol=2.0**-23, atol=ULPS * 2.0**-23)
+    exact = reference.candidate_log_odds(x.double(), index)
+    log_odds, stats = cuda_loss_ops.candidate_log_odds(x, index, None, plan=PLAN)
+    torch.testing.assert_close(log_odds.double(), exact, rtol=2.0**-23, atol=ULPS * 2.0**-23)
     leaf, upstream = x.double().requires_grad_(), torch.randn(2, 5)
-    wanted = torch.autograd.grad(reference.candidate_margins(leaf, index), leaf, upstream.double())
-    got = cuda_loss_ops.candidate_margins_backward(upstream, x, index, None, stats, plan=PLAN)
+    wanted = torch.autograd.grad(reference.candidate_log_odds(leaf, index), leaf, upstream.double())
+    got = cuda_loss_ops.candidate_log_odds_backward(upstream, x, index, None, stats, plan=PLAN)
     torch.testing.assert_close(got.double(), wanted[0], rtol=3e-6, atol=1e-7)
 
 
@@ -241,15 +241,15 @@ def test_strides_and_other_rows_change_no_bit(rows, dtype):
     views = [x, wide[:, 11:211], x[2:3].expand(4, -1)]
 
     def results(x, index, upstream):
-        margins, stats = cuda_loss_ops.label_margins(x, index[:, 0].contiguous(), -100, plan=PLAN)
-        label = cuda_loss_ops.label_margins_backward(
+        log_odds, stats = cuda_loss_ops.label_log_odds(x, index[:, 0].contiguous(), -100, plan=PLAN)
+        label = cuda_loss_ops.label_log_odds_backward(
             upstream[:, 0], x, index[:, 0].contiguous(), -100, stats, plan=PLAN
         )
-        own, tops = cuda_loss_ops.candidate_margins(x, index, None, plan=PLAN)
-        candidate = cuda_loss_ops.candidate_margins_backward(
+        own, tops = cuda_loss_ops.candidate_log_odds(x, index, None, plan=PLAN)
+        candidate = cuda_loss_ops.candidate_log_odds_backward(
             upstream, x, index, None, tops, plan=PLAN
         )
-        return margins, stats, label, own, tops, candidate
+        return log_odds, stats, label, own, tops, candidate
 
     whole, strided, same = (results(view, index, upstream) for view in views)
     one = results(x[2:3], index[2:3], upstream[2:3])
@@ -281,14 +281,14 @@ def test_gradients_of_float64_are_exact(rows):
     index[:, 0] = x.argmax(-1)
     leaf = x.requires_grad_()
     for name, public, labels in (
-        ("label", label_margins, (y,)),
-        ("candidate", candidate_margins, (index, None)),
+        ("label", label_log_odds, (y,)),
+        ("candidate", candidate_log_odds, (index, None)),
     ):
-        forward = getattr(cuda_loss_ops, f"{name}_margins")
-        backward = getattr(cuda_loss_ops, f"{name}_margins_backward")
+        forward = getattr(cuda_loss_ops, f"{name}_log_odds")
+        backward = getattr(cuda_loss_ops, f"{name}_log_odds_backward")
         arguments = (*labels, -100) if name == "label" else labels
-        margins, stats = forward(x.detach(), *arguments, plan=PLAN)
-        upstream = torch.randn(margins.shape, dtype=torch.float64)
+        log_odds, stats = forward(x.detach(), *arguments, plan=PLAN)
+        upstream = torch.randn(log_odds.shape, dtype=torch.float64)
         (wanted,) = torch.autograd.grad(public(leaf, *labels), leaf, upstream)
         got = backward(upstream, x.detach(), *arguments, stats, plan=PLAN)
         torch.testing.assert_close(got, wanted, rtol=1e-13, atol=1e-14)
@@ -297,13 +297,15 @@ def test_gradients_of_float64_are_exact(rows):
 def test_no_rows_and_no_candidates():
     y, index = torch.empty(0, dtype=torch.int64), torch.empty(0, 3, dtype=torch.int64)
     x = torch.empty(0, 50)
-    margins, stats = cuda_loss_ops.label_margins(x, y, -100)
-    assert cuda_loss_ops.label_margins_backward(margins, x, y, -100, stats).shape == (0, 50)
-    margins, stats = cuda_loss_ops.candidate_margins(x, index, None)
-    assert margins.shape == (0, 3)
-    assert cuda_loss_ops.candidate_margins_backward(margins, x, index, None, stats).shape == x.shape
+    log_odds, stats = cuda_loss_ops.label_log_odds(x, y, -100)
+    assert cuda_loss_ops.label_log_odds_backward(log_odds, x, y, -100, stats).shape == (0, 50)
+    log_odds, stats = cuda_loss_ops.candidate_log_odds(x, index, None)
+    assert log_odds.shape == (0, 3)
+    assert (
+        cuda_loss_ops.candidate_log_odds_backward(log_odds, x, index, None, stats).shape == x.shape
+    )
     x, index = torch.randn(3, 50), torch.empty(3, 0, dtype=torch.int64)
-    margins, stats = cuda_loss_ops.candidate_margins(x, index, None, plan=PLAN)
-    gradient = cuda_loss_ops.candidate_margins_backward(margins, x, index, None, stats, plan=PLAN)
-    assert margins.shape == (3, 0)
+    log_odds, stats = cuda_loss_ops.candidate_log_odds(x, index, None, plan=PLAN)
+    gradient = cuda_loss_ops.candidate_log_odds_backward(log_odds, x, index, None, stats, plan=PLAN)
+    assert log_odds.shape == (3, 0)
     assert not gradient.any()

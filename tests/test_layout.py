@@ -404,9 +404,9 @@ def test_config_names_what_a_bug_report_needs() -> None:
 @pytest.mark.parametrize("name", _public_functions())
 def test_reference_has_the_same_signature(name: str) -> None:
     public = inspect.signature(getattr(fastadapt, name)).parameters.values()
-    twin = inspect.signature(getattr(fastadapt.reference, name)).parameters.values()
+    expected = inspect.signature(getattr(fastadapt.reference, name)).parameters.values()
     assert [(p.name, p.kind, p.default) for p in public] == [
-        (p.name, p.kind, p.default) for p in twin
+        (p.name, p.kind, p.default) for p in expected
     ]
 
 

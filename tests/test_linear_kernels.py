@@ -1,7 +1,7 @@
 """The linear head for CUDA under Triton's interpreter, against the CPU: values, gradients, plans.
 
-The driver and the kernels are those of a GPU; only cuBLAS's products, float32 of half types, are
-replaced, and the interpreter's conversion to half types, which cuts off, by torch's.
+The driver and the kernels are those of a GPU; only cuBLAS's products, float32 of half precision,
+are replaced, and the interpreter's conversion to half precision, which cuts off, by torch's.
 """
 
 import os
@@ -55,7 +55,7 @@ class Interpreted(CudaWork):
         return self.gradient_width
 
     def product(self, a: Tensor, b: Tensor, out: Tensor) -> None:
-        """Float32 of half types."""
+        """Float32 of half precision."""
         out.copy_(a.to(out.dtype) @ b.to(out.dtype))
 
     def add_product(self, sums: Tensor, a: Tensor, b: Tensor) -> None:
@@ -71,7 +71,7 @@ class Narrow(Interpreted):
 
 @pytest.fixture(autouse=True)
 def _rounded_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the launches write in a half type is float32 first, and then rounded."""
+    """What the launches write in half precision is float32 first, and then rounded."""
     sum_tile, gradient_tile, set_labels, mix = (
         getattr(launch_linear, name) for name in ("sum_tile", "gradient_tile", "set_labels", "mix")
     )
@@ -109,7 +109,7 @@ def _rounded_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def problem(n: int, h: int, v: int, dtype: torch.dtype, bias: bool = True, **shape: Any) -> Problem:
-    """Margins of a few nats, some rows ignored."""
+    """Log-odds of a few nats, some rows ignored."""
     hidden, weight = torch.randn(n, h), torch.randn(v, h) * 2 / h**0.5
     labels = torch.randint(v, (n,))
     labels[2::7] = -100
@@ -135,11 +135,11 @@ def exact_problem(n: int, h: int, v: int, dtype: torch.dtype) -> Problem:
 
 
 def results(work: type, given: Problem, plan: str, upstream: Tensor) -> dict[str, Tensor]:
-    """Margins, statistics of the rows that count, and the gradients that the plan has."""
+    """Log-odds, statistics of the rows that count, and the gradients that the plan has."""
     number = FROZEN_HEAD if plan == "frozen" else RECOMPUTE
-    margins, stats, kept = forward(work, given, number, KEPT[plan], True)
-    out = {"margins": margins, "stats": stats}
-    upstream = upstream.to(margins.dtype)
+    log_odds, stats, kept = forward(work, given, number, KEPT[plan], True)
+    out = {"log_odds": log_odds, "stats": stats}
+    upstream = upstream.to(log_odds.dtype)
     if plan == "frozen":
         dtype = given.hidden.dtype
         rest = (given.labels, given.ignore_index, stats, kept, dtype)
@@ -153,13 +153,13 @@ def results(work: type, given: Problem, plan: str, upstream: Tensor) -> dict[str
 def truth(given: Problem, upstream: Tensor) -> dict[str, Tensor]:
     """In float64."""
     leaves = [x.double().requires_grad_() for x in (given.hidden, given.weight, given.bias)]
-    margins = reference.linear_label_margins(
+    log_odds = reference.linear_log_odds(
         leaves[0], leaves[1], given.labels, leaves[2], softcap=given.softcap or None,
         logit_scale=given.logit_scale,
     )  # fmt: skip
-    gradients = torch.autograd.grad(margins, leaves, upstream.double())
-    names = ("margins", "dhidden", "dweight", "dbias")
-    return dict(zip(names, (margins.detach(), *gradients), strict=True))
+    gradients = torch.autograd.grad(log_odds, leaves, upstream.double())
+    names = ("log_odds", "dhidden", "dweight", "dbias")
+    return dict(zip(names, (log_odds.detach(), *gradients), strict=True))
 
 
 CASES = [(plan, shape, Interpreted) for plan in KEPT for shape in SHAPES]
@@ -186,14 +186,14 @@ def test_float_heads_equal_the_cpu(plan, shape, work):
     ids=str,
 )
 def test_errors_of_half_types_are_no_more_than_those_of_the_cpu(plan, shape, dtype):
-    """Nothing is rounded before a log-sum-exp: margins have float32's error alone.
+    """Nothing is rounded before a log-sum-exp: log-odds have float32's error alone.
 
     Gradients have that of rounded exponentials, as on the CPU; of so few entries it varies.
     """
     given, upstream = problem(N, 32, V, dtype, **SHAPES[shape]), torch.randn(N)
     ours, cpu = (results(work, given, plan, upstream) for work in (Interpreted, CpuWork))
     exact = truth(given, upstream)
-    torch.testing.assert_close(ours["margins"].double(), exact["margins"], rtol=1e-5, atol=2e-6)
+    torch.testing.assert_close(ours["log_odds"].double(), exact["log_odds"], rtol=1e-5, atol=2e-6)
     for name in ours.keys() & exact.keys():
         error, allowed = (
             (x.double() - exact[name]).norm() / exact[name].norm() for x in (ours[name], cpu[name])
@@ -203,7 +203,7 @@ def test_errors_of_half_types_are_no_more_than_those_of_the_cpu(plan, shape, dty
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 def test_a_row_depends_on_no_other(dtype):
-    """Margins to the last bit: alone, among others, in another block of rows, and again.
+    """Log-odds to the last bit: alone, among others, in another block of rows, and again.
 
     Of the same logits, that is: torch's products of other rows may round otherwise.
     """
@@ -211,8 +211,8 @@ def test_a_row_depends_on_no_other(dtype):
     whole, stats, _ = forward(Interpreted, given, FORWARD_ONLY, 0, True)
     for rows in ([5], [0, 5, 10, 6, 2], list(range(10, 3, -1)), list(range(11))):
         part = given._replace(hidden=given.hidden[rows], labels=given.labels[rows])
-        margins, some, _ = forward(Interpreted, part, FORWARD_ONLY, 0, True)
-        assert torch.equal(margins, whole[rows])
+        log_odds, some, _ = forward(Interpreted, part, FORWARD_ONLY, 0, True)
+        assert torch.equal(log_odds, whole[rows])
         assert torch.equal(some, stats[rows])
 
 
@@ -250,8 +250,8 @@ def test_rows_without_an_upstream_gradient_take_no_part():
             hidden = given.hidden.clone()
             hidden[4] = NAN
             spoilt = results(work, given._replace(hidden=hidden), plan, upstream)
-            assert spoilt["margins"].isnan().tolist() == [i == 4 for i in range(13)]
-            for name in clean.keys() - {"margins", "stats"}:
+            assert spoilt["log_odds"].isnan().tolist() == [i == 4 for i in range(13)]
+            for name in clean.keys() - {"log_odds", "stats"}:
                 assert torch.equal(spoilt[name], clean[name])
             assert not clean["dhidden"][[2, 4, 9, 11]].any()
 
@@ -262,7 +262,7 @@ def test_labels_out_of_range_are_nan_and_have_no_gradient():
     labels[[0, 4]] = torch.tensor([V, -1])
     for plan in KEPT:
         out = results(Interpreted, given._replace(labels=labels), plan, upstream)
-        assert out["margins"].isnan().tolist() == [True, False, False, False, True, False]
+        assert out["log_odds"].isnan().tolist() == [True, False, False, False, True, False]
         assert not out["dhidden"][[0, 4]].any()
         assert not any(x.isnan().any() for name, x in out.items() if name.startswith("d"))
 
@@ -272,7 +272,7 @@ def test_edges():
     for plan in KEPT:
         given = problem(3, 8, 1, torch.float32)._replace(labels=torch.zeros(3, dtype=torch.long))
         out = results(Interpreted, given, plan, torch.full((3,), INF))
-        assert (out["margins"] == INF).all()
+        assert (out["log_odds"] == INF).all()
         assert not any(x.any() for name, x in out.items() if name.startswith("d"))
         given = problem(9, 8, V, torch.float32)
         given.bias[: 2 * TILE] = -INF
@@ -282,10 +282,10 @@ def test_edges():
         given = given._replace(hidden=hidden)
         ours, wanted = (results(w, given, plan, torch.randn(9)) for w in (Interpreted, CpuWork))
         ok = [0, 2, 3, 4, 5, 6, 8]
-        for name in ("margins", "stats"):
+        for name in ("log_odds", "stats"):
             a, b = ours[name][ok], wanted[name][ok]
             torch.testing.assert_close(a, b, rtol=1e-5, atol=2e-6)
-        assert ours["margins"].isnan().tolist() == wanted["margins"].isnan().tolist()
+        assert ours["log_odds"].isnan().tolist() == wanted["log_odds"].isnan().tolist()
 
 
 def test_no_rows_and_nothing_but_ignored_rows():
@@ -362,6 +362,6 @@ def test_a_group_of_one_rank_changes_nothing(tmp_path):
             grouped = results(Interpreted, given._replace(span=span, group=name), plan, upstream)
             for key, x in grouped.items():
                 torch.testing.assert_close(x, alone[key], rtol=1e-6, atol=1e-7, equal_nan=True)
-            assert grouped["margins"].isnan().tolist() == [True] + [False] * (N - 1)
+            assert grouped["log_odds"].isnan().tolist() == [True] + [False] * (N - 1)
     finally:
         torch.distributed.destroy_process_group()

@@ -58,7 +58,7 @@ def test_what_is_kept_is_what_the_operator_keeps():
         budget = budget and budget // 2
         plan = plan_of(hidden, weight, bias, memory_budget=budget)
         number, allowed = number_of(hidden, weight, bias), kept_bytes(N * V * 2, budget)
-        kept = torch.ops.fastadapt.linear_label_margins(
+        kept = torch.ops.fastadapt.linear_log_odds(
             hidden, weight, torch.zeros(N, dtype=torch.int64), bias, 0.0, 1.0, -100, None, None,
             number, allowed, False,
         )[2]  # fmt: skip
@@ -96,7 +96,7 @@ def test_the_device_decides_about_the_work():
 
 @pytest.mark.parametrize("in_one_call", [False, True])
 def test_half_products_are_added_by_old_and_new_torch(in_one_call, monkeypatch):
-    """torch before 2.10 has mm of half types in float32, and no such addmm."""
+    """torch before 2.10 has mm of half precision in float32, and no such addmm."""
 
     def mm(a, b, *, out_dtype):
         return (a.double() @ b.double()).to(out_dtype)

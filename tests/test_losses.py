@@ -1,4 +1,4 @@
-"""The losses against the table of their gradients, their twins, the truth and other libraries.
+"""The losses against the table of their gradients, their references, the truth and other libraries.
 
 `CASES` has a row for every loss and option: adding a loss means adding its row.
 """
@@ -16,13 +16,13 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import fastadapt
-from fastadapt import Adaptor, Responses, RewardPenalizeLoss, adapted_margins, reference
+from fastadapt import Adaptor, Responses, RewardPenalizeLoss, adapted_log_odds, reference
 from fastadapt.losses import CONTAIN_MLE, FORMULAS
 
 V = 11
 
 
-def margins_of(z, y):
+def log_odds_of(z, y):
     """z_y - logsumexp of the others, by autograd."""
     others = z.scatter(-1, y[..., None], float("-inf"))
     return z.gather(-1, y[..., None])[..., 0] - others.logsumexp(-1)
@@ -36,8 +36,8 @@ class Side:
         self.y = torch.randint(V, (B, T))
         self.mask = torch.rand(B, T) < 0.7
         self.mask[:, 1] = True
-        self.margins = margins_of(self.z, self.y)
-        self.responses = Responses(self.margins, self.mask)
+        self.log_odds = log_odds_of(self.z, self.y)
+        self.responses = Responses(self.log_odds, self.mask)
         self.s = self.z.detach().softmax(-1)
         self.p = self.s.gather(-1, self.y[..., None])[..., 0]
         self.logp = self.z.detach().log_softmax(-1).gather(-1, self.y[..., None])[..., 0]
@@ -48,37 +48,37 @@ class Side:
 
 
 class Batch:
-    """Good and bad responses, a reference and candidates."""
+    """Chosen and rejected responses, a reference and candidates."""
 
     def __init__(self, B=3, T=5, dtype=torch.float64):
-        self.good, self.bad = Side(B, T, dtype), Side(B, T, dtype)
+        self.chosen, self.rejected = Side(B, T, dtype), Side(B, T, dtype)
         self.refs = (torch.randn(B, dtype=dtype) - 8, torch.randn(B, dtype=dtype) - 8)
         self.ids = torch.rand(B, T, V).argsort(-1)[..., :4]  # no id twice in a row
-        self.candidate_mask = (torch.rand(B, T, 4) < 0.6) & (self.ids != self.good.y[..., None])
-        rows = self.good.z[..., None, :].expand(B, T, 4, V)
-        self.candidates = margins_of(rows, self.ids)
+        self.candidate_mask = (torch.rand(B, T, 4) < 0.6) & (self.ids != self.chosen.y[..., None])
+        rows = self.chosen.z[..., None, :].expand(B, T, 4, V)
+        self.candidates = log_odds_of(rows, self.ids)
 
     def inputs(self):
         """The arguments of `RewardPenalizeLoss.forward`."""
         return {
-            "good": self.good.responses,
-            "bad": self.bad.responses,
-            "ref_good_logps": self.refs[0],
-            "ref_bad_logps": self.refs[1],
+            "chosen": self.chosen.responses,
+            "rejected": self.rejected.responses,
+            "ref_chosen_logps": self.refs[0],
+            "ref_rejected_logps": self.refs[1],
             "candidates": self.candidates,
             "candidate_mask": self.candidate_mask,
         }
 
     def gaps(self, normalized=False):
         """(B, 1): the difference of the log-ratios, u / beta."""
-        g, b = self.good, self.bad
+        g, b = self.chosen, self.rejected
         x, y = g.S - self.refs[0][:, None], b.S - self.refs[1][:, None]
         return x / g.T - y / b.T if normalized else x - y
 
 
 @dataclass(frozen=True)
 class Case:
-    """A loss with options, and the table's c_t of good and of bad rows: ∂L/∂z = c_t (s - e_y)."""
+    """A loss with options, and its c_t in the table: ∂L/∂z = c_t (s - e_y)."""
 
     name: str
     options: dict
@@ -94,15 +94,15 @@ class Case:
         return functions[self.name](**taken, **self.options)
 
 
-DPO_INPUTS = ("good", "bad", "ref_good_logps", "ref_bad_logps")
-TWINS = {name: getattr(reference, f.__name__) for name, f in FORMULAS.items()}
+DPO_INPUTS = ("chosen", "rejected", "ref_chosen_logps", "ref_rejected_logps")
+REFERENCES = {name: getattr(reference, f.__name__) for name, f in FORMULAS.items()}
 
 
 def dpo_case(k, **options):
     """A DPO loss, by its -∂L/∂S⁺ per pair as a function of u / beta."""
 
     def c(x):
-        g, b = x.good, x.bad
+        g, b = x.chosen, x.rejected
         weight = k(x.gaps(options.get("length_normalized", False))) / g.B
         if options.get("length_normalized"):
             return weight / g.T, -weight / b.T
@@ -116,7 +116,7 @@ def odds(p):
 
 
 def mle(x):
-    return 1 / x.good.N
+    return 1 / x.chosen.N
 
 
 def sigma(x):
@@ -125,33 +125,38 @@ def sigma(x):
 
 CASES = [
     Case("mle", {}, lambda x: (mle(x), 0)),
-    Case("mle", {"reduction": "sequence_sum"}, lambda x: (1 / x.good.B, 0)),
+    Case("mle", {"reduction": "sequence_sum"}, lambda x: (1 / x.chosen.B, 0)),
     Case(
         "unlikelihood",
         {"coefficient": 0.7},
-        lambda x: (mle(x), -0.7 / x.bad.N * odds(x.bad.p)),
+        lambda x: (mle(x), -0.7 / x.rejected.N * odds(x.rejected.p)),
     ),
-    Case("unlikelihood_penalty", {}, lambda x: (0, -1 / x.bad.N * odds(x.bad.p))),
+    Case("unlikelihood_penalty", {}, lambda x: (0, -1 / x.rejected.N * odds(x.rejected.p))),
     Case(
-        "unlikelihood_penalty", {"level": "sequence"}, lambda x: (0, -1 / x.bad.B * odds(x.bad.P))
+        "unlikelihood_penalty",
+        {"level": "sequence"},
+        lambda x: (0, -1 / x.rejected.B * odds(x.rejected.P)),
     ),
     Case(
         "unlikelihood_penalty",
         {"level": "sequence_mean"},
-        lambda x: (0, -1 / (x.bad.B * x.bad.T) * odds(x.bad.root)),
+        lambda x: (0, -1 / (x.rejected.B * x.rejected.T) * odds(x.rejected.root)),
     ),
     Case("candidate_unlikelihood_penalty", {}, None),  # not of this form: see the test below
-    Case("mate", {"coefficient": 0.05}, lambda x: (mle(x), -0.05 / x.bad.N)),
-    Case("mate_penalty", {}, lambda x: (0, -1 / x.bad.N)),
+    Case("mate", {"coefficient": 0.05}, lambda x: (mle(x), -0.05 / x.rejected.N)),
+    Case("mate_penalty", {}, lambda x: (0, -1 / x.rejected.N)),
     Case(
         "exmate",
         {"coefficient": 0.05, "norm": "batch_token_mean"},
-        lambda x: (mle(x), -0.05 / x.bad.N * ((x.bad.logp * x.bad.mask).sum() / x.bad.N).exp()),
+        lambda x: (
+            mle(x),
+            -0.05 / x.rejected.N * ((x.rejected.logp * x.rejected.mask).sum() / x.rejected.N).exp(),
+        ),
     ),
-    Case("exmate", {}, lambda x: (mle(x), -x.bad.root / (x.bad.B * x.bad.T))),
-    Case("exmate_penalty", {}, lambda x: (0, -x.bad.root / (x.bad.B * x.bad.T))),
-    Case("exmate_penalty", {"norm": "sequence_sum"}, lambda x: (0, -x.bad.P / x.bad.B)),
-    Case("exmate_penalty", {"norm": "token"}, lambda x: (0, -x.bad.p / x.bad.N)),
+    Case("exmate", {}, lambda x: (mle(x), -x.rejected.root / (x.rejected.B * x.rejected.T))),
+    Case("exmate_penalty", {}, lambda x: (0, -x.rejected.root / (x.rejected.B * x.rejected.T))),
+    Case("exmate_penalty", {"norm": "sequence_sum"}, lambda x: (0, -x.rejected.P / x.rejected.B)),
+    Case("exmate_penalty", {"norm": "token"}, lambda x: (0, -x.rejected.p / x.rejected.N)),
     dpo_case(lambda d: 0.3 * sigma(-0.3 * d)),
     dpo_case(lambda d: 0.3 * (0.8 * sigma(-0.3 * d) - 0.2 * sigma(0.3 * d)), label_smoothing=0.2),
     dpo_case(lambda d: 0.3 * sigma(-0.3 * d), length_normalized=True),
@@ -175,10 +180,10 @@ def packed(side, order):
     """A padded side in the packed layout, its tokens in another order, ignored ones among them."""
     ids = torch.arange(side.mask.shape[0])[:, None].expand_as(side.mask)
     ids = torch.where(side.mask, ids, -1).flatten()[order]
-    return Responses(side.margins.flatten()[order], segments=ids, num_segments=len(side.mask))
+    return Responses(side.log_odds.flatten()[order], segments=ids, num_segments=len(side.mask))
 
 
-def test_every_loss_has_a_case_and_a_twin():
+def test_every_loss_has_a_case_and_a_reference():
     assert {case.name for case in CASES} == set(FORMULAS)
     public = {f.__name__ for f in FORMULAS.values()}
     assert public <= set(fastadapt.__all__) and public <= set(reference.__all__)
@@ -191,9 +196,9 @@ def test_gradient_is_that_of_the_table(case):
         x, upstream = Batch(), torch.randn((), dtype=torch.float64)
         loss = case(x.inputs())
         assert loss.dtype == torch.float64 and loss.shape == ()
-        z = [x.good.z, x.bad.z]
+        z = [x.chosen.z, x.rejected.z]
         gradients = torch.autograd.grad(loss, z, upstream, allow_unused=True)
-        for side, c, gradient in zip((x.good, x.bad), case.c(x), gradients, strict=True):
+        for side, c, gradient in zip((x.chosen, x.rejected), case.c(x), gradients, strict=True):
             c = torch.as_tensor(c, dtype=torch.float64) * side.mask
             onehot = F.one_hot(side.y, V)
             wanted = upstream * c[..., None] * (side.s - onehot)
@@ -206,10 +211,10 @@ def test_candidates_gradient_is_that_of_the_table():
     x, alpha = Batch(), 0.6
     objective = RewardPenalizeLoss({"mle": 1.0, "candidate_unlikelihood_penalty": alpha})
     inputs = x.inputs()
-    loss, _ = objective(inputs["good"], candidates=x.candidates, candidate_mask=x.candidate_mask)
+    loss, _ = objective(inputs["chosen"], candidates=x.candidates, candidate_mask=x.candidate_mask)
     upstream = torch.randn((), dtype=torch.float64)
-    (gradient,) = torch.autograd.grad(loss, x.good.z, upstream)
-    g = x.good
+    (gradient,) = torch.autograd.grad(loss, x.chosen.z, upstream)
+    g = x.chosen
     w = 1 / g.N
     a = alpha / g.N * odds(g.s.gather(-1, x.ids)) * x.candidate_mask
     at_candidates = torch.zeros_like(g.s).scatter_add(-1, x.ids, a)
@@ -230,63 +235,69 @@ MIXES = [
 def test_mixture_is_the_weighted_sum_of_the_table(weights, options):
     x = Batch()
     loss, metrics = RewardPenalizeLoss(weights, **options)(*(x.inputs()[k] for k in DPO_INPUTS))
-    good, bad, total = 0.0, 0.0, 0.0
+    chosen, rejected, total = 0.0, 0.0, 0.0
     for name, weight in weights.items():
         case = next(c for c in CASES if c.name == name and c.options.items() <= options.items())
-        value = case(x.inputs(), TWINS)
+        value = case(x.inputs(), REFERENCES)
         torch.testing.assert_close(metrics[f"loss/{name}"], value.detach(), rtol=1e-12, atol=1e-12)
-        c_good, c_bad = case.c(x)
-        good, bad, total = good + weight * c_good, bad + weight * c_bad, total + weight * value
+        c_chosen, c_rejected = case.c(x)
+        chosen, rejected, total = (
+            chosen + weight * c_chosen,
+            rejected + weight * c_rejected,
+            total + weight * value,
+        )
     torch.testing.assert_close(loss, total, rtol=1e-12, atol=1e-12)
-    gradients = torch.autograd.grad(loss, [x.good.z, x.bad.z])
-    for side, c, gradient in zip((x.good, x.bad), (good, bad), gradients, strict=True):
+    gradients = torch.autograd.grad(loss, [x.chosen.z, x.rejected.z])
+    for side, c, gradient in zip(
+        (x.chosen, x.rejected), (chosen, rejected), gradients, strict=True
+    ):
         wanted = (torch.as_tensor(c) * side.mask)[..., None] * (side.s - F.one_hot(side.y, V))
         torch.testing.assert_close(gradient, wanted, rtol=0, atol=1e-12)
     # the metric is the share of the norms of these rows
     norms = [float(g.abs().sum()) for g in gradients]
-    assert float(metrics["gradients/bad"]) == pytest.approx(norms[1] / sum(norms), rel=1e-12)
+    assert float(metrics["gradients/rejected"]) == pytest.approx(norms[1] / sum(norms), rel=1e-12)
 
 
 @each_case
 @pytest.mark.parametrize("layout", ["padded", "packed"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_equals_its_twin(case, layout, dtype):
+def test_equals_its_reference(case, layout, dtype):
     x = Batch(B=4, T=6, dtype=dtype)
-    x.bad.mask[2] = False  # a response without tokens
-    x.bad.responses = Responses(x.bad.margins, x.bad.mask)
+    x.rejected.mask[2] = False  # a response without tokens
+    x.rejected.responses = Responses(x.rejected.log_odds, x.rejected.mask)
     inputs = x.inputs()
     if layout == "packed":
         order = torch.randperm(24)
-        inputs["good"], inputs["bad"] = packed(x.good, order), packed(x.bad, order)
+        inputs["chosen"], inputs["rejected"] = packed(x.chosen, order), packed(x.rejected, order)
         inputs["candidates"] = x.candidates.flatten(0, 1)[order]
         inputs["candidate_mask"] = x.candidate_mask.flatten(0, 1)[order]
     tolerance = 1e-12 if dtype == torch.float64 else 2e-5
-    values = [case(inputs, f) for f in (FORMULAS, TWINS)]
+    values = [case(inputs, f) for f in (FORMULAS, REFERENCES)]
     assert values[0].dtype == values[1].dtype == dtype
     torch.testing.assert_close(*values, rtol=tolerance, atol=tolerance)
-    leaves = [x.good.z, x.bad.z]
+    leaves = [x.chosen.z, x.rejected.z]
     gradients = [
         torch.autograd.grad(v, leaves, allow_unused=True, retain_graph=True) for v in values
     ]
-    for ours, twin in zip(*gradients, strict=True):
-        assert (ours is None) == (twin is None)
+    for ours, expected in zip(*gradients, strict=True):
+        assert (ours is None) == (expected is None)
         if ours is not None:
-            torch.testing.assert_close(ours, twin, rtol=0, atol=tolerance)
+            torch.testing.assert_close(ours, expected, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("segments", [[2, 0, -1, 2, 0], [-1] * 5, []], ids=str)
-def test_logps_equal_their_twins(segments):
+def test_logps_equal_their_references(segments):
     ids, m = torch.tensor(segments, dtype=torch.int64), torch.randn(len(segments)) * 20
     given_b = Responses(m, segments=ids, num_segments=4)
     assert fastadapt.sequence_logps(given_b).shape == (4,)
     for responses in (given_b, Responses(m, segments=ids)):
-        ours, twin = (f.sequence_logps(responses) for f in (fastadapt, reference))
-        torch.testing.assert_close(ours, twin)
+        ours, expected = (f.sequence_logps(responses) for f in (fastadapt, reference))
+        torch.testing.assert_close(ours, expected)
     torch.testing.assert_close(fastadapt.label_logps(m), reference.label_logps(m))
 
 
 @pytest.mark.parametrize("m", [0, 8, 17, 40, 100, -8, -100])
-def test_float32_is_exact_at_any_margin(m):
+def test_float32_is_exact_at_any_log_odds(m):
     """Values and gradients against 60 digits; l = z_y - lse rounds to 0 from m = 17 on."""
     with mpmath.workdps(60):
         p = 1 / (1 + mpmath.exp(-mpmath.mpf(m)))
@@ -332,14 +343,14 @@ def truth_of_a_pair(m):
 @example(200.0, 300.0)
 @example(-3.4e38, -3.4e38)
 def test_unlikelihood_has_no_dead_zone(first, second):
-    """Finite, and right, for every float32 margin: a certain bad token is pushed hardest."""
+    """Finite, and right, for every float32 log-odds: a certain rejected token is pushed hardest."""
     leaf = torch.tensor([[first, second]], requires_grad=True)
-    bad = Responses(leaf, torch.ones(1, 2, dtype=torch.bool))
-    loss = fastadapt.unlikelihood_penalty(bad._replace(total_tokens=1))
+    rejected = Responses(leaf, torch.ones(1, 2, dtype=torch.bool))
+    loss = fastadapt.unlikelihood_penalty(rejected._replace(total_tokens=1))
     (gradient,) = torch.autograd.grad(loss, leaf)
     wanted = [1 / (1 + mpmath.exp(-mpmath.mpf(m))) for m in (first, second)]
     assert gradient.tolist()[0] == pytest.approx([float(g) for g in wanted], rel=1e-6, abs=1e-37)
-    loss = fastadapt.unlikelihood_penalty(bad, level="sequence")
+    loss = fastadapt.unlikelihood_penalty(rejected, level="sequence")
     (gradient,) = torch.autograd.grad(loss, leaf)
     value, slopes = truth_of_a_pair((first, second))
     # digits of m itself are lost in m - m: the last of them bounds what a slope can have
@@ -352,8 +363,8 @@ def test_unlikelihood_has_no_dead_zone(first, second):
 def test_sequence_unlikelihood_in_float64(m):
     """Near the joints of its branches, m = 20 and P = 1/e."""
     leaf = torch.tensor([m], dtype=torch.float64, requires_grad=True)
-    bad = Responses(leaf, torch.ones(1, 2, dtype=torch.bool))
-    loss = fastadapt.unlikelihood_penalty(bad, level="sequence")
+    rejected = Responses(leaf, torch.ones(1, 2, dtype=torch.bool))
+    loss = fastadapt.unlikelihood_penalty(rejected, level="sequence")
     (gradient,) = torch.autograd.grad(loss, leaf)
     value, slopes = truth_of_a_pair(m)
     assert loss.item() == pytest.approx(value, rel=1e-14)
@@ -372,25 +383,28 @@ def test_every_gradient_is_finite_for_every_float32(m):
             continue  # a square of log p that overflows, as it must
         leaf = torch.tensor([m], requires_grad=True)
         side = Responses(leaf, segments=one)
-        inputs = dict.fromkeys(DPO_INPUTS[2:], torch.tensor([-1.0])) | {"good": side, "bad": side}
+        inputs = dict.fromkeys(DPO_INPUTS[2:], torch.tensor([-1.0])) | {
+            "chosen": side,
+            "rejected": side,
+        }
         (gradient,) = torch.autograd.grad(case(inputs), leaf)
         assert gradient.isfinite().all(), (case, m)
 
 
 @pytest.mark.parametrize("level", ["token", "sequence", "sequence_mean"])
 @pytest.mark.parametrize("infinite", [float("inf"), float("-inf")], ids=str)
-def test_infinite_margins_take_the_limit(level, infinite):
-    """A bad token outside the truncated support has m = -inf: no penalty, and no NaN."""
+def test_infinite_log_odds_take_the_limit(level, infinite):
+    """A rejected token outside the truncated support has m = -inf: no penalty, and no NaN."""
     leaf = torch.tensor([[infinite, infinite]], requires_grad=True)
-    bad = Responses(leaf, torch.ones(1, 2, dtype=torch.bool))
-    loss = fastadapt.unlikelihood_penalty(bad, level=level)
+    rejected = Responses(leaf, torch.ones(1, 2, dtype=torch.bool))
+    loss = fastadapt.unlikelihood_penalty(rejected, level=level)
     assert loss.item() == max(infinite, 0.0)
     (gradient,) = torch.autograd.grad(loss, leaf)
     assert not gradient.isnan().any()
-    exmate = fastadapt.exmate_penalty(bad)
+    exmate = fastadapt.exmate_penalty(rejected)
     assert exmate.item() == (infinite > 0)
     assert (torch.autograd.grad(exmate, leaf)[0] == 0).all()
-    assert fastadapt.mle_loss(bad).item() == max(-infinite, 0.0)
+    assert fastadapt.mle_loss(rejected).item() == max(-infinite, 0.0)
 
 
 def test_dpo_gradient_is_zero_on_a_shared_prefix():
@@ -399,11 +413,11 @@ def test_dpo_gradient_is_zero_on_a_shared_prefix():
     tails = [torch.randn(2, 4, V, requires_grad=True) for _ in range(2)]
     mask = torch.ones(2, 7, dtype=torch.bool)
     labels = [y, torch.cat([y[:, :3], torch.randint(V, (2, 4))], 1)]
-    margins = [
-        margins_of(torch.cat([prefix, t], 1), lab) for t, lab in zip(tails, labels, strict=True)
+    log_odds = [
+        log_odds_of(torch.cat([prefix, t], 1), lab) for t, lab in zip(tails, labels, strict=True)
     ]
     masks = [mask, mask & (torch.arange(7) < 5)]  # unequal lengths
-    sides = [Responses(m, k) for m, k in zip(margins, masks, strict=True)]
+    sides = [Responses(m, k) for m, k in zip(log_odds, masks, strict=True)]
     for loss_type in ("sigmoid", "hinge", "ipo", "robust"):
         loss = fastadapt.dpo_loss(*sides, loss_type=loss_type)
         shared, *apart = torch.autograd.grad(loss, [prefix, *tails], retain_graph=True)
@@ -416,8 +430,8 @@ def test_dpo_gradient_is_zero_on_a_shared_prefix():
 def test_the_reference_is_held_constant():
     x = Batch()
     refs = [r.clone().requires_grad_() for r in x.refs]
-    loss = fastadapt.dpo_loss(x.good.responses, x.bad.responses, *refs)
-    assert torch.autograd.grad(loss, [x.good.z, *refs], allow_unused=True)[1:] == (None, None)
+    loss = fastadapt.dpo_loss(x.chosen.responses, x.rejected.responses, *refs)
+    assert torch.autograd.grad(loss, [x.chosen.z, *refs], allow_unused=True)[1:] == (None, None)
 
 
 @pytest.mark.parametrize("alpha", [0.25, 1.0, 3.0])
@@ -446,13 +460,13 @@ def test_micro_batches_add_up(case):
         k: inputs[k]._replace(
             total_tokens=inputs[k].mask.sum() if i else int(inputs[k].mask.sum()), **totals
         )
-        for i, k in enumerate(("good", "bad"))
+        for i, k in enumerate(("chosen", "rejected"))
     }
     parts = []
     for rows in (slice(0, 2), slice(2, 5)):
         part = {k: v[rows] for k, v in inputs.items() if k not in sides}
         for k, side in sides.items():
-            part[k] = side._replace(margins=side.margins[rows], mask=side.mask[rows])
+            part[k] = side._replace(log_odds=side.log_odds[rows], mask=side.mask[rows])
         parts.append(case(part))
     torch.testing.assert_close(sum(parts), whole, rtol=1e-12, atol=1e-14)
 
@@ -471,16 +485,16 @@ def test_published_exmate_depends_on_the_split():
     assert mean_of_halves("sequence_mean") == pytest.approx(by_sequence, rel=1e-14)
     assert by_batch == pytest.approx(0.1019, abs=5e-5)
     assert mean_of_halves("batch_token_mean") == pytest.approx(0.1079, abs=5e-5)
-    with pytest.raises(ValueError, match=r"bad.total_tokens: expected None"):
+    with pytest.raises(ValueError, match=r"rejected.total_tokens: expected None"):
         fastadapt.exmate_penalty(whole._replace(total_tokens=8), norm="batch_token_mean")
 
 
 def test_batch_token_mean_is_the_published_code():
-    """The coefficient times exp of minus the cross-entropy of the bad batch."""
+    """The coefficient times exp of minus the cross-entropy of the rejected batch."""
     x = Batch()
-    y = torch.where(x.bad.mask, x.bad.y, -100)
-    wanted = 0.05 * torch.exp(-F.cross_entropy(x.bad.z.flatten(0, 1), y.flatten()))
-    ours = 0.05 * fastadapt.exmate_penalty(x.bad.responses, norm="batch_token_mean")
+    y = torch.where(x.rejected.mask, x.rejected.y, -100)
+    wanted = 0.05 * torch.exp(-F.cross_entropy(x.rejected.z.flatten(0, 1), y.flatten()))
+    ours = 0.05 * fastadapt.exmate_penalty(x.rejected.responses, norm="batch_token_mean")
     torch.testing.assert_close(ours, wanted, rtol=1e-13, atol=0)
 
 
@@ -541,11 +555,11 @@ def test_dpo_is_the_loss_of_trl(theirs, options):
     if not hasattr(trl.DPOTrainer, "_compute_loss"):
         pytest.skip("this trl computes its loss elsewhere")
     x, beta = Batch(B=4), 0.3
-    margins = torch.cat([x.good.margins, x.bad.margins])
-    completion = torch.cat([x.good.mask, x.bad.mask])
-    zeros = torch.zeros_like(margins)
+    log_odds = torch.cat([x.chosen.log_odds, x.rejected.log_odds])
+    completion = torch.cat([x.chosen.mask, x.rejected.mask])
+    zeros = torch.zeros_like(log_odds)
     outputs = SimpleNamespace(
-        log_probs=torch.where(completion, fastadapt.label_logps(margins), 0),
+        log_probs=torch.where(completion, fastadapt.label_logps(log_odds), 0),
         entropy=zeros, mean_logits=zeros, is_top1=completion, aux_loss=None,
     )  # fmt: skip
     with_prompt = F.pad(completion, (1, 0)).long()  # the first token of a row has no prediction
@@ -560,11 +574,11 @@ def test_dpo_is_the_loss_of_trl(theirs, options):
 
     stub = TrlStub(theirs, beta, options.get("label_smoothing", 0.0))
     wanted = trl.DPOTrainer._compute_loss(stub, Model(), inputs, return_outputs=False)
-    sides = x.good.responses, x.bad.responses
+    sides = x.chosen.responses, x.rejected.responses
     objective = RewardPenalizeLoss({"dpo": 1.0}, beta=beta, **options)
     loss, metrics = objective(*sides, *x.refs)
     torch.testing.assert_close(loss, wanted, rtol=1e-12, atol=1e-12)
-    leaves = [x.good.z, x.bad.z]
+    leaves = [x.chosen.z, x.rejected.z]
     gradients = [torch.autograd.grad(v, leaves, retain_graph=True) for v in (loss, wanted)]
     for ours, other in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, other, rtol=0, atol=1e-12)
@@ -578,26 +592,26 @@ def test_metrics_by_hand():
     """Two pairs, p = 1/2 and 3/4, 1/4: every number is a logarithm of small integers."""
     log3 = float(torch.tensor(3.0, dtype=torch.float64).log())
     log2 = float(torch.tensor(2.0, dtype=torch.float64).log())
-    half, high, low = 0.0, log3, -log3  # margins of p = 1/2, 3/4, 1/4
-    good = torch.tensor([[half, high], [low, 9.0]], dtype=torch.float64)
-    bad = torch.tensor([[low, half], [half, 9.0]], dtype=torch.float64)
+    half, high, low = 0.0, log3, -log3  # log-odds of p = 1/2, 3/4, 1/4
+    chosen = torch.tensor([[half, high], [low, 9.0]], dtype=torch.float64)
+    rejected = torch.tensor([[low, half], [half, 9.0]], dtype=torch.float64)
     mask = torch.tensor([[True, True], [True, False]])
     objective = RewardPenalizeLoss({"dpo": 1.0, "exmate_penalty": 1.0}, beta=0.5)
     refs = torch.tensor([-1.0, -2.0]), torch.tensor([-3.0, -1.0])
-    _, metrics = objective(Responses(good, mask), Responses(bad, mask), *refs)
-    s_good = [log3 - 3 * log2, -2 * log2]  # 3/8, 1/4
-    s_bad = [-3 * log2, -log2]  # 1/8, 1/2
-    chosen = [0.5 * (s_good[0] + 1), 0.5 * (s_good[1] + 2)]
-    rejected = [0.5 * (s_bad[0] + 3), 0.5 * (s_bad[1] + 1)]
+    _, metrics = objective(Responses(chosen, mask), Responses(rejected, mask), *refs)
+    s_chosen = [log3 - 3 * log2, -2 * log2]  # 3/8, 1/4
+    s_rejected = [-3 * log2, -log2]  # 1/8, 1/2
+    chosen = [0.5 * (s_chosen[0] + 1), 0.5 * (s_chosen[1] + 2)]
+    rejected = [0.5 * (s_rejected[0] + 3), 0.5 * (s_rejected[1] + 1)]
     u = [c - r for c, r in zip(chosen, rejected, strict=True)]
     k = [0.5 / (1 + float(torch.tensor(v, dtype=torch.float64).exp())) / 2 for v in u]
     root = 8**-0.5
-    # |g| = |c| (1 - p): c of DPO and, on the bad side, of ExMATE, (1/B) e^S̄ / T
-    g_good = k[0] * (1 / 2 + 1 / 4) + k[1] * 3 / 4
-    g_bad = (k[0] + root / 4) * (3 / 4 + 1 / 2) + (k[1] + 1 / 2 / 2) * 1 / 2
+    # |g| = |c| (1 - p): c of DPO and, on the rejected side, of ExMATE, (1/B) e^S̄ / T
+    g_chosen = k[0] * (1 / 2 + 1 / 4) + k[1] * 3 / 4
+    g_rejected = (k[0] + root / 4) * (3 / 4 + 1 / 2) + (k[1] + 1 / 2 / 2) * 1 / 2
     wanted = {
-        "logps/good": sum(s_good) / 2,
-        "logps/bad": sum(s_bad) / 2,
+        "logps/chosen": sum(s_chosen) / 2,
+        "logps/rejected": sum(s_rejected) / 2,
         "pairs/margins": (log3 - log2) / 2,
         "pairs/accuracies": 1 / 2,
         "rewards/chosen": sum(chosen) / 2,
@@ -605,8 +619,8 @@ def test_metrics_by_hand():
         "rewards/margins": sum(u) / 2,
         "rewards/accuracies": sum(v > 0 for v in u) / 2,
         "loss/exmate_penalty": (root + 1 / 2) / 2,
-        "gradients/good": g_good / (g_good + g_bad),
-        "gradients/bad": g_bad / (g_good + g_bad),
+        "gradients/chosen": g_chosen / (g_chosen + g_rejected),
+        "gradients/rejected": g_rejected / (g_chosen + g_rejected),
     }
     assert set(metrics) == set(wanted) | {"loss/dpo"}
     for key, value in wanted.items():
@@ -618,12 +632,12 @@ def test_gradient_shares_take_each_row_by_its_size():
     """IPO pushes pairs up or down: rows of both signs are on each side."""
     x = Batch(B=4)
     objective = RewardPenalizeLoss({"dpo": 1.0, "mle": 2.0}, loss_type="ipo", beta=1.0)
-    loss, metrics = objective(x.good.responses, x.bad.responses)
-    margins = [x.good.margins, x.bad.margins]
-    slopes = torch.autograd.grad(loss, margins, retain_graph=True)
+    loss, metrics = objective(x.chosen.responses, x.rejected.responses)
+    log_odds = [x.chosen.log_odds, x.rejected.log_odds]
+    slopes = torch.autograd.grad(loss, log_odds, retain_graph=True)
     assert all((g > 0).any() and (g < 0).any() for g in slopes)
-    norms = [float(g.abs().sum()) for g in torch.autograd.grad(loss, [x.good.z, x.bad.z])]
-    for k, norm in zip(("good", "bad"), norms, strict=True):
+    norms = [float(g.abs().sum()) for g in torch.autograd.grad(loss, [x.chosen.z, x.rejected.z])]
+    for k, norm in zip(("chosen", "rejected"), norms, strict=True):
         assert float(metrics[f"gradients/{k}"]) == pytest.approx(norm / sum(norms), rel=1e-12)
 
 
@@ -631,9 +645,9 @@ def test_gradient_shares_take_each_row_by_its_size():
 def test_metrics_do_not_need_a_graph(mode):
     x = Batch()
     objective = RewardPenalizeLoss({"dpo": 1.0, "exmate": 1.0})
-    _, training = objective(x.good.responses, x.bad.responses, *x.refs)
+    _, training = objective(x.chosen.responses, x.rejected.responses, *x.refs)
     with mode():
-        loss, evaluating = objective(x.good.responses, x.bad.responses, *x.refs)
+        loss, evaluating = objective(x.chosen.responses, x.rejected.responses, *x.refs)
     assert not loss.requires_grad
     assert {k: float(v) for k, v in training.items()} == pytest.approx(
         {k: float(v) for k, v in evaluating.items()}
@@ -641,13 +655,15 @@ def test_metrics_do_not_need_a_graph(mode):
 
 
 def test_unpaired_responses_have_no_pair_metrics():
-    good, bad = Side(B=3).responses, Side(B=2).responses
-    _, metrics = RewardPenalizeLoss({"exmate": 1.0})(good, bad)
+    chosen, rejected = Side(B=3).responses, Side(B=2).responses
+    _, metrics = RewardPenalizeLoss({"exmate": 1.0})(chosen, rejected)
     assert set(metrics) == {
-        "loss/exmate", "logps/good", "logps/bad", "gradients/good", "gradients/bad",
+        "loss/exmate", "logps/chosen", "logps/rejected", "gradients/chosen", "gradients/rejected",
     }  # fmt: skip
-    with pytest.raises(ValueError, match="bad: expected 3 responses, as many as good, got 2"):
-        fastadapt.dpo_loss(good, bad)
+    with pytest.raises(
+        ValueError, match="rejected: expected 3 responses, as many as chosen, got 2"
+    ):
+        fastadapt.dpo_loss(chosen, rejected)
 
 
 @pytest.mark.parametrize("layout", ["padded", "packed"])
@@ -659,7 +675,7 @@ def test_nothing_reads_the_device(layout):
         ids = torch.ones(12, dtype=torch.int64, device="meta")
         side = Responses(m.flatten(), segments=ids, num_segments=3, total_tokens=m.sum().long())
     weights = dict.fromkeys([*FORMULAS.keys() - CONTAIN_MLE, "exmate"], 1.0)
-    shape = (*side.margins.shape, 2)
+    shape = (*side.log_odds.shape, 2)
     loss, metrics = RewardPenalizeLoss(weights)(
         side,
         side,
@@ -682,7 +698,8 @@ def test_nothing_to_learn_from_is_zero_with_a_graph(case, kind):
         side, refs = Responses(leaf, segments=ids), torch.randn(2, 1)
     shape = (*leaf.shape, 2)
     inputs = {
-        "good": side, "bad": side, "ref_good_logps": refs[0], "ref_bad_logps": refs[1],
+        "chosen": side, "rejected": side,
+        "ref_chosen_logps": refs[0], "ref_rejected_logps": refs[1],
         "candidates": leaf[..., None].expand(shape),
         "candidate_mask": torch.zeros(shape, dtype=torch.bool),
     }  # fmt: skip
@@ -690,19 +707,19 @@ def test_nothing_to_learn_from_is_zero_with_a_graph(case, kind):
     assert loss.item() == 0 and loss.requires_grad
     loss.backward()
     assert leaf.grad is not None and (leaf.grad == 0).all()
-    assert case(inputs, TWINS).item() == 0
+    assert case(inputs, REFERENCES).item() == 0
 
 
 @each_case
 def test_what_does_not_count_changes_nothing(case):
-    """Ignored margins and candidates may hold anything; their gradient is 0."""
+    """Ignored log-odds and candidates may hold anything; their gradient is 0."""
     x = Batch()
     results = []
     for junk in (0.0, float("nan"), float("inf")):
         inputs, leaves = x.inputs(), []
-        for k in ("good", "bad"):
-            m = inputs[k].margins.detach().masked_fill(~inputs[k].mask, junk).requires_grad_()
-            inputs[k] = inputs[k]._replace(margins=m)
+        for k in ("chosen", "rejected"):
+            m = inputs[k].log_odds.detach().masked_fill(~inputs[k].mask, junk).requires_grad_()
+            inputs[k] = inputs[k]._replace(log_odds=m)
             leaves.append(m)
         c = x.candidates.detach().masked_fill(~x.candidate_mask, junk).requires_grad_()
         inputs["candidates"] = c
@@ -721,9 +738,9 @@ def test_lower_precision_is_summed_in_float32(case, dtype):
     for kind in (dtype, torch.float32):
         inputs = x.inputs()
         leaves = []
-        for k in ("good", "bad"):
-            m = inputs[k].margins.detach().to(dtype).to(kind).requires_grad_()
-            inputs[k] = inputs[k]._replace(margins=m)
+        for k in ("chosen", "rejected"):
+            m = inputs[k].log_odds.detach().to(dtype).to(kind).requires_grad_()
+            inputs[k] = inputs[k]._replace(log_odds=m)
             leaves.append(m)
         inputs["candidates"] = inputs["candidates"].detach().to(dtype).to(kind).requires_grad_()
         loss = case(inputs)
@@ -736,12 +753,12 @@ def test_lower_precision_is_summed_in_float32(case, dtype):
 
 
 def with_leaves(x):
-    """The inputs with margins that are leaves, good padded and bad packed."""
-    inputs = x.inputs() | {"bad": packed(x.bad, torch.randperm(x.bad.mask.numel()))}
-    for k in ("good", "bad"):
-        inputs[k] = inputs[k]._replace(margins=inputs[k].margins.detach().requires_grad_())
+    """The inputs with log-odds that are leaves, chosen padded and rejected packed."""
+    inputs = x.inputs() | {"rejected": packed(x.rejected, torch.randperm(x.rejected.mask.numel()))}
+    for k in ("chosen", "rejected"):
+        inputs[k] = inputs[k]._replace(log_odds=inputs[k].log_odds.detach().requires_grad_())
     inputs["candidates"] = x.candidates.detach().requires_grad_()
-    return inputs, [inputs["good"].margins, inputs["bad"].margins, inputs["candidates"]]
+    return inputs, [inputs["chosen"].log_odds, inputs["rejected"].log_odds, inputs["candidates"]]
 
 
 @pytest.mark.parametrize("case", ONE_EACH, ids=str)
@@ -762,7 +779,7 @@ def test_mixture_and_metrics_compile_without_a_graph_break():
     objective = RewardPenalizeLoss({"dpo": 1.0, "exmate": 0.5, "unlikelihood_penalty": 1.0})
     results = []
     for f in (torch.compile(objective, fullgraph=True), objective):
-        loss, metrics = f(inputs["good"], inputs["bad"], *x.refs)
+        loss, metrics = f(inputs["chosen"], inputs["rejected"], *x.refs)
         results.append((metrics, loss.detach(), *torch.autograd.grad(loss, leaves[:2])))
     torch.testing.assert_close(*results)
 
@@ -772,8 +789,8 @@ def test_gradcheck_and_second_derivatives():
     mask = torch.tensor([[True, True, False], [True, False, True]])
     m = [torch.randn(2, 3, dtype=torch.float64, requires_grad=True) for _ in range(2)]
 
-    def loss(good, bad):
-        sides = Responses(good, mask), Responses(bad, mask)
+    def loss(chosen, rejected):
+        sides = Responses(chosen, mask), Responses(rejected, mask)
         sequence = fastadapt.unlikelihood_penalty(sides[1], level="sequence")
         return fastadapt.dpo_loss(*sides) + fastadapt.exmate_loss(*sides) + sequence
 
@@ -782,20 +799,22 @@ def test_gradcheck_and_second_derivatives():
 
 
 def test_trains_on_the_support_that_was_sampled_from():
-    """The losses take `adapted_margins`: tokens outside the support get and give nothing."""
+    """The losses take `adapted_log_odds`: tokens outside the support get and give nothing."""
     torch.manual_seed(1)
     z = (torch.randn(2, 4, 50) * 3).requires_grad_()
     y = z.detach().topk(3).indices[..., 2]  # the third most probable
-    bad_y = z.detach().argmin(-1)
+    rejected_y = z.detach().argmin(-1)
     adaptor = Adaptor(top_k=5)
     mask = torch.ones(2, 4, dtype=torch.bool)
-    good, bad = (Responses(adapted_margins(z, ids, adaptor), mask) for ids in (y, bad_y))
-    loss, metrics = RewardPenalizeLoss({"unlikelihood": 1.0})(good, bad)
+    chosen, rejected = (
+        Responses(adapted_log_odds(z, ids, adaptor), mask) for ids in (y, rejected_y)
+    )
+    loss, metrics = RewardPenalizeLoss({"unlikelihood": 1.0})(chosen, rejected)
     loss.backward()
     dead = fastadapt.filter_logits(z.detach(), adaptor) == float("-inf")
     assert loss.isfinite() and float(metrics["loss/unlikelihood"]) > 0
     assert (z.grad[dead] == 0).all() and (z.grad.gather(-1, y[..., None]) < 0).all()
-    assert float(metrics["gradients/bad"]) == 0
+    assert float(metrics["gradients/rejected"]) == 0
 
 
 PAIR = Responses(torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool))
@@ -806,23 +825,23 @@ LABELS = torch.tensor([[-100, 1, 2], [3, -100, -100]])
 @pytest.mark.parametrize(
     "call, error, message",
     [
-        (lambda: fastadapt.mle_loss(PAIR.margins), TypeError, "good: expected Responses, got Tens"),
-        (lambda: fastadapt.label_logps(torch.ones(3).int()), TypeError, "margins: expected fl"),
+        (lambda: fastadapt.mle_loss(PAIR.log_odds), TypeError, "chosen: expected Responses.*Tens"),
+        (lambda: fastadapt.label_logps(torch.ones(3).int()), TypeError, "log_odds: expected fl"),
         (lambda: fastadapt.label_logps([0.0]), TypeError, "got list"),
         (
-            lambda: fastadapt.mle_loss(PAIR._replace(margins=torch.zeros(2, 3).long())),
+            lambda: fastadapt.mle_loss(PAIR._replace(log_odds=torch.zeros(2, 3).long())),
             TypeError,
-            r"good.margins: expected float32, float64, bfloat16 or float16, got torch.int64",
+            r"chosen.log_odds: expected float32, float64, bfloat16 or float16, got torch.int64",
         ),
         (
             lambda: fastadapt.mle_loss(PAIR._replace(mask=torch.ones(2, 3))),
             TypeError,
-            r"good.mask: expected a tensor of torch.bool, got torch.float32",
+            r"chosen.mask: expected a tensor of torch.bool, got torch.float32",
         ),
         (
             lambda: fastadapt.mle_loss(PAIR._replace(mask=PAIR.mask[:1])),
             ValueError,
-            r"good.mask: .* of one shape \(B, T\), got \(2, 3\) and \(1, 3\)",
+            r"chosen.mask: .* of one shape \(B, T\), got \(2, 3\) and \(1, 3\)",
         ),
         (
             lambda: fastadapt.mle_loss(Responses(torch.zeros(3), PAIR.mask[0])),
@@ -830,11 +849,11 @@ LABELS = torch.tensor([[-100, 1, 2], [3, -100, -100]])
             r"of one shape \(B, T\), got \(3,\) and \(3,\)",
         ),
         (
-            lambda: fastadapt.mle_loss(Responses(PAIR.margins, segments=PAIR.mask.long())),
+            lambda: fastadapt.mle_loss(Responses(PAIR.log_odds, segments=PAIR.mask.long())),
             ValueError,
             r"of one shape \(N,\), got \(2, 3\)",
         ),
-        (lambda: fastadapt.mle_loss(Responses(PAIR.margins)), ValueError, "got neither"),
+        (lambda: fastadapt.mle_loss(Responses(PAIR.log_odds)), ValueError, "got neither"),
         (
             lambda: fastadapt.mle_loss(PAIR._replace(segments=ROW.segments)),
             ValueError,
@@ -848,39 +867,39 @@ LABELS = torch.tensor([[-100, 1, 2], [3, -100, -100]])
         (
             lambda: fastadapt.mle_loss(ROW._replace(segments=ROW.segments.int())),
             TypeError,
-            "good.segments: expected a tensor of torch.int64, got torch.int32",
+            "chosen.segments: expected a tensor of torch.int64, got torch.int32",
         ),
         (
             lambda: fastadapt.mle_loss(ROW._replace(num_segments=0)),
             ValueError,
-            "good.num_segments: expected an integer >= 1, got 0",
+            "chosen.num_segments: expected an integer >= 1, got 0",
         ),
         (
             lambda: fastadapt.mle_loss(ROW._replace(num_segments=1)),
             ValueError,
-            "good.segments: expected ids < 1, got 1",
+            "chosen.segments: expected ids < 1, got 1",
         ),
         (
             lambda: fastadapt.mle_loss(PAIR._replace(total_tokens=-1)),
             ValueError,
-            "good.total_tokens: expected an integer >= 0, got -1",
+            "chosen.total_tokens: expected an integer >= 0, got -1",
         ),
         (
             lambda: fastadapt.mle_loss(PAIR._replace(total_tokens=1.5)),
             TypeError,
-            "good.total_tokens: expected an integer or a tensor, got 1.5",
+            "chosen.total_tokens: expected an integer or a tensor, got 1.5",
         ),
         (
             lambda: fastadapt.mle_loss(PAIR._replace(total_tokens=torch.ones(2))),
             ValueError,
-            r"good.total_tokens: expected one value, got shape \(2,\)",
+            r"chosen.total_tokens: expected one value, got shape \(2,\)",
         ),
         (
             lambda: fastadapt.mle_loss(
-                Responses(PAIR.margins, torch.ones(2, 3, dtype=torch.bool, device="meta"))
+                Responses(PAIR.log_odds, torch.ones(2, 3, dtype=torch.bool, device="meta"))
             ),
             ValueError,
-            "good.mask: expected device cpu, got meta",
+            "chosen.mask: expected device cpu, got meta",
         ),
         (lambda: fastadapt.mle_loss(PAIR, reduction="mean"), ValueError, "one of token_mean, seq"),
         (lambda: fastadapt.unlikelihood_penalty(PAIR, level="x"), ValueError, "level: .*got 'x'"),
@@ -900,17 +919,17 @@ LABELS = torch.tensor([[-100, 1, 2], [3, -100, -100]])
         (
             lambda: fastadapt.dpo_loss(PAIR, PAIR, torch.zeros(2)),
             ValueError,
-            "ref_good_logps, ref_bad_logps: expected both or none, got one",
+            "ref_chosen_logps, ref_rejected_logps: expected both or none, got one",
         ),
         (
             lambda: fastadapt.dpo_loss(PAIR, PAIR, torch.zeros(2), torch.zeros(3)),
             ValueError,
-            r"ref_bad_logps: expected \(2,\), got \(3,\)",
+            r"ref_rejected_logps: expected \(2,\), got \(3,\)",
         ),
         (
             lambda: fastadapt.dpo_loss(PAIR, PAIR, torch.zeros(2).long(), torch.zeros(2)),
             TypeError,
-            "ref_good_logps: expected a float tensor, got torch.int64",
+            "ref_chosen_logps: expected a float tensor, got torch.int64",
         ),
         (
             lambda: fastadapt.dpo_loss(PAIR._replace(total_sequences=4), PAIR),
@@ -942,20 +961,20 @@ LABELS = torch.tensor([[-100, 1, 2], [3, -100, -100]])
         (
             lambda: RewardPenalizeLoss({"dpo": 1.0, "mle": 1.0})(PAIR),
             ValueError,
-            "bad: expected it for the loss dpo, got None",
+            "rejected: expected it for the loss dpo, got None",
         ),
-        (lambda: fastadapt.dpo_loss(PAIR.margins, PAIR), TypeError, "good: expected Responses"),
-        (lambda: fastadapt.mle_loss((PAIR.margins, PAIR.mask)), TypeError, "got tuple"),
-        (lambda: fastadapt.exmate_loss(PAIR, None), TypeError, "bad: expected Responses, got None"),
+        (lambda: fastadapt.dpo_loss(PAIR.log_odds, PAIR), TypeError, "chosen: expected Responses"),
+        (lambda: fastadapt.mle_loss((PAIR.log_odds, PAIR.mask)), TypeError, "got tuple"),
+        (lambda: fastadapt.exmate_loss(PAIR, None), TypeError, "rejected: expected Resp.*got N"),
         (
-            lambda: fastadapt.mle_loss(Responses(PAIR.margins, PAIR.mask.long())),
+            lambda: fastadapt.mle_loss(Responses(PAIR.log_odds, PAIR.mask.long())),
             TypeError,
-            "good.mask: expected .*bool, got torch.int64; Responses.from_labels takes labels",
+            "chosen.mask: expected .*bool, got torch.int64; Responses.from_labels takes labels",
         ),
         (
             lambda: fastadapt.mle_loss(PAIR._replace(total_tokens=torch.tensor(True))),
             TypeError,
-            "good.total_tokens: expected an integer or a tensor of one, got torch.bool",
+            "chosen.total_tokens: expected an integer or a tensor of one, got torch.bool",
         ),
         (
             lambda: fastadapt.candidate_unlikelihood_penalty(
@@ -971,37 +990,37 @@ LABELS = torch.tensor([[-100, 1, 2], [3, -100, -100]])
             TypeError,
             "candidates: expected float32, .* got torch.int64",
         ),
-        (lambda: Responses.from_labels(PAIR.margins, PAIR.mask), TypeError, "takes a mask"),
+        (lambda: Responses.from_labels(PAIR.log_odds, PAIR.mask), TypeError, "takes a mask"),
         (
-            lambda: Responses.from_labels(PAIR.margins, LABELS.int()),
+            lambda: Responses.from_labels(PAIR.log_odds, LABELS.int()),
             TypeError,
             "labels: expected a tensor of torch.int64, got torch.int32",
         ),
         (
-            lambda: Responses.from_labels(PAIR.margins, LABELS[:, 1:]),
+            lambda: Responses.from_labels(PAIR.log_odds, LABELS[:, 1:]),
             ValueError,
-            r"labels: expected margins and it of one shape \(B, T\), got \(2, 3\) and \(2, 2\)",
+            r"labels: expected log-odds and it of one shape \(B, T\), got \(2, 3\) and \(2, 2\)",
         ),
         (
-            lambda: Responses.from_labels(PAIR.margins[0], LABELS[0]),
+            lambda: Responses.from_labels(PAIR.log_odds[0], LABELS[0]),
             ValueError,
             r"one shape \(B, T\), got \(3,\) and \(3,\)",
         ),
-        (lambda: Responses.from_labels([0.0], LABELS), TypeError, "margins: expected fl.*got list"),
-        (lambda: Responses.from_labels(LABELS, LABELS), TypeError, "margins: .*got torch.int64"),
+        (lambda: Responses.from_labels([0.0], LABELS), TypeError, "log_odds: expected .*got list"),
+        (lambda: Responses.from_labels(LABELS, LABELS), TypeError, "log_odds: .*got torch.int64"),
         (
-            lambda: Responses.from_labels(PAIR.margins, LABELS, ignore_index=None),
+            lambda: Responses.from_labels(PAIR.log_odds, LABELS, ignore_index=None),
             TypeError,
             "ignore_index: expected an integer, got None",
         ),
         (
-            lambda: Responses.from_logps(PAIR.margins, LABELS[0]),
+            lambda: Responses.from_logps(PAIR.log_odds, LABELS[0]),
             ValueError,
             r"labels: expected .* \(B, T\), got \(2, 3\) and \(3,\)",
         ),
     ],
 )  # fmt: skip
-def test_bad_input_says_what_is_wrong(call, error, message):
+def test_rejected_input_says_what_is_wrong(call, error, message):
     with pytest.raises(error, match=message):
         call()
 
@@ -1053,7 +1072,7 @@ def test_weights_that_are_none(weights, error, message):
         ({"coefficient": -1}, ValueError, "coefficient: expected a value >= 0, got -1"),
         ({"norm": "sequence-mean"}, ValueError, r"norm: .*; did you mean sequence_mean\?"),
         ({"norm": None}, TypeError, "norm: expected one of .* got None"),
-        ({"good": PAIR}, ValueError, r"options: expected those of dpo, exmate, got \['good'\]"),
+        ({"chosen": PAIR}, ValueError, r"options: expected those of dpo, exmate, got \['chosen'\]"),
     ],
 )
 def test_options_raise_where_they_are_given(options, error, message):
@@ -1062,7 +1081,7 @@ def test_options_raise_where_they_are_given(options, error, message):
         RewardPenalizeLoss({"dpo": 1.0, "exmate": 1.0}, **options)
     name, value = next(iter(options.items()))
     functions = [fastadapt.dpo_loss, fastadapt.exmate_loss]
-    for function in (f for f in functions if name in signature(f).parameters and name != "good"):
+    for function in (f for f in functions if name in signature(f).parameters and name != "chosen"):
         with pytest.raises(error, match=message):
             function(PAIR, PAIR, **{name: value})
 
@@ -1070,7 +1089,7 @@ def test_options_raise_where_they_are_given(options, error, message):
 def test_numbers_of_numpy_are_numbers():
     np = pytest.importorskip("numpy")
     x = Batch(dtype=torch.float32)
-    sides = x.good.responses, x.bad.responses
+    sides = x.chosen.responses, x.rejected.responses
     ours = RewardPenalizeLoss({"dpo": np.float32(2.0)}, beta=np.float32(0.5))(*sides)[0]
     assert type(ours) is torch.Tensor
     torch.testing.assert_close(ours, 2 * fastadapt.dpo_loss(*sides, beta=0.5), rtol=1e-6, atol=0)
@@ -1078,13 +1097,13 @@ def test_numbers_of_numpy_are_numbers():
     assert fastadapt.mle_loss(some) == fastadapt.mle_loss(sides[0]._replace(total_tokens=7))
     labels = LABELS.masked_fill(LABELS == -100, -7)
     plain, numpy = (
-        Responses.from_labels(PAIR.margins, labels, ignore_index=kind(-7))
+        Responses.from_labels(PAIR.log_odds, labels, ignore_index=kind(-7))
         for kind in (int, np.int64)
     )
     assert torch.equal(plain.mask, numpy.mask)
 
 
-@pytest.mark.parametrize("kind", ["margins", "logits", "logps"])
+@pytest.mark.parametrize("kind", ["log_odds", "logits", "logps"])
 @pytest.mark.parametrize("layout", ["padded", "packed"])
 @pytest.mark.parametrize("ignored", [-100, -1, 3])
 def test_labels_that_are_ignored_do_not_count(kind, layout, ignored):
@@ -1096,9 +1115,9 @@ def test_labels_that_are_ignored_do_not_count(kind, layout, ignored):
     wanted = F.cross_entropy(z.flatten(0, 1), labels.flatten(), ignore_index=ignored)
     at = labels.masked_fill(labels == ignored, 0)[..., None]
     values = {
-        "margins": fastadapt.label_margins(z, labels, ignore_index=ignored),
+        "log_odds": fastadapt.label_log_odds(z, labels, ignore_index=ignored),
         "logits": z,
-        # 0 where ignored, as other libraries have them: no margin there, and no NaN in a gradient
+        # 0 where ignored, as other libraries have them: no log-odds there, and no NaN in a gradient
         "logps": z.log_softmax(-1).gather(-1, at)[..., 0].masked_fill(labels == ignored, 0),
     }[kind]
     named = {"ignore_index": ignored, "total_sequences": 3}
@@ -1120,7 +1139,7 @@ def test_log_probabilities_at_the_edges():
     labels = torch.ones(1, 4, dtype=torch.int64)
     responses = Responses.from_logps(leaf, labels)
     inf = float("inf")
-    assert responses.margins.tolist()[0] == pytest.approx([inf, -inf, 16.118096, -50.0], rel=1e-5)
+    assert responses.log_odds.tolist()[0] == pytest.approx([inf, -inf, 16.118096, -50.0], rel=1e-5)
     kept = responses._replace(mask=torch.tensor([[True, False, True, True]]))
     (gradient,) = torch.autograd.grad(fastadapt.mle_loss(kept), leaf)
     assert gradient.tolist()[0] == pytest.approx([0.0, 0.0, -1 / 3, -1 / 3], rel=1e-5)
@@ -1132,9 +1151,9 @@ def test_labels_compile_without_a_graph_break():
     z, labels = torch.randn(2, 3, V), LABELS
 
     def loss(z, labels):
-        good = Responses.from_labels(fastadapt.label_margins(z, labels), labels)
-        bad = Responses.from_logps(z[..., 0].clamp(max=-0.1), labels)
-        return fastadapt.exmate_loss(good, bad)
+        chosen = Responses.from_labels(fastadapt.label_log_odds(z, labels), labels)
+        rejected = Responses.from_logps(z[..., 0].clamp(max=-0.1), labels)
+        return fastadapt.exmate_loss(chosen, rejected)
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(z, labels), loss(z, labels))

@@ -74,8 +74,8 @@ def stages(monkeypatch):
 def assert_same(x, knobs, plan=PLAN):
     """The four fields, to the last bit."""
     adaptor, seeds = Adaptor(**knobs), torch.arange(len(x)) + 5
-    law = x, adaptor.packed, adaptor.law_code, seeds, None
-    ours = cuda_ops.sample(*law, False, False, 0, plan=plan)
+    arguments = x, adaptor.packed, adaptor.filter_code, seeds, None
+    ours = cuda_ops.sample(*arguments, False, False, 0, plan=plan)
     for a, b in zip(ours, sample(x, adaptor, seeds=seeds)[:4], strict=True):
         assert torch.equal(a.nan_to_num(-9), b.nan_to_num(-9)), (knobs, a, b)
 

@@ -10,8 +10,8 @@ ADAPTOR = Adaptor(temperature=0.8, top_k=20, top_p=0.9)
 OPS = torch.ops.fastadapt
 
 
-OP_CASES = ["filter_logits", "sample", "sample_all", "score", "adapted_margins"]
-OP_CASES.append("adapted_margins_backward")
+OP_CASES = ["filter_logits", "sample", "sample_all", "score", "adapted_log_odds"]
+OP_CASES.append("adapted_log_odds_backward")
 
 
 def op_cases(device):
@@ -19,14 +19,14 @@ def op_cases(device):
     x = torch.randn(3, 50, device=device)
     y, seeds = torch.tensor([1, -100, 7], device=device), torch.arange(3, device=device)
     knobs, neutral = ADAPTOR.packed.to(device), Adaptor().packed.to(device)
-    margins, support, stats = OPS.adapted_margins(x, y, knobs, 0, -100)
+    log_odds, support, stats = OPS.adapted_log_odds(x, y, knobs, 0, -100)
     return {
         "filter_logits": (x.bfloat16(), knobs, 1),
         "sample": (x, knobs, 0, seeds, seeds, False, False, 0),
         "sample_all": (x.half(), knobs, 0, seeds, seeds, True, True, 4),
         "score": (x, y, [knobs, neutral], [0, 1], -100),
-        "adapted_margins": (x.clone().requires_grad_(), y, knobs, 0, -100),
-        "adapted_margins_backward": (margins, x, y, knobs, 0, -100, support, stats),
+        "adapted_log_odds": (x.clone().requires_grad_(), y, knobs, 0, -100),
+        "adapted_log_odds_backward": (log_odds, x, y, knobs, 0, -100, support, stats),
     }
 
 
@@ -114,7 +114,7 @@ def test_meta_tensors_have_the_right_shapes():
 def test_unsupported_device_is_an_error():
     x = torch.empty(2, 10, device="meta")
     with pytest.raises((NotImplementedError, RuntimeError)):
-        OPS.adapted_margins_backward.default.redispatch(
+        OPS.adapted_log_odds_backward.default.redispatch(
             torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), x, x, x, x, 0, 0, x, x
         )
 
@@ -126,7 +126,9 @@ def test_operator_refuses_what_the_kernel_cannot_take():
     with pytest.raises(ValueError, match="logits: expected a dtype code of 0 to 2, got 3"):
         OPS.filter_logits(x.double(), Adaptor().packed, 0)
     for code in (4, 5, 1 << 9, -1):
-        with pytest.raises(ValueError, match=f"order: expected 0, 1 or the law_code .* got {code}"):
+        with pytest.raises(
+            ValueError, match=f"order: expected 0, 1 or the filter_code .* got {code}"
+        ):
             OPS.filter_logits(x, Adaptor().packed, code)
     with pytest.raises(ValueError, match="adaptors: expected 1 to 256, got 257"):
         OPS.score(x, torch.zeros(3).long(), [Adaptor().packed] * 257, [0] * 257, -100)

@@ -66,7 +66,7 @@ def batch(tokenizer):
 def test_builtin_pairs_differ_in_the_response():
     assert len(PAIRS) >= 24 and len({pair.prompt for pair in PAIRS}) == len(PAIRS)
     for pair in PAIRS:
-        assert pair.good != pair.bad and all(text == text.strip() != "" for text in pair)
+        assert pair.chosen != pair.rejected and all(text == text.strip() != "" for text in pair)
 
 
 def test_tokens_masks_and_labels(batch):
@@ -122,7 +122,7 @@ def test_long_pairs_are_cut(max_length, tokens, tokenizer):
         ([Pair("a", "a", "b")], {"max_length": 1}, "max_length: expected at least 2, got 1"),
     ],
 )
-def test_bad_pairs_are_refused(pairs, options, message, tokenizer):
+def test_rejected_pairs_are_refused(pairs, options, message, tokenizer):
     with pytest.raises(ValueError, match=message):
         encode_pairs(tokenizer, pairs, **options)
 
@@ -216,8 +216,8 @@ def test_messages_go_through_the_template(tokenizer):
     ],
 )
 def test_lines_of_another_form_are_named(line, message, tmp_path):
-    good = json.dumps({"chosen": _dialogue("a", "b"), "rejected": _dialogue("a", "c")})
-    (tmp_path / "p.jsonl").write_text(f"{good}\n{line}\n")
+    chosen = json.dumps({"chosen": _dialogue("a", "b"), "rejected": _dialogue("a", "c")})
+    (tmp_path / "p.jsonl").write_text(f"{chosen}\n{line}\n")
     with pytest.raises(ValueError, match=f"p.jsonl, line 2{message}"):
         read_pairs(tmp_path / "p.jsonl")
 
@@ -233,26 +233,26 @@ def _models():
 
 
 @pytest.mark.parametrize("name", ["llama", "cohere", "granite", "gemma2"])
-def test_margins_are_those_of_the_model(name, batch):
+def test_log_odds_are_those_of_the_model(name, batch):
     model = _models()[name].eval()
-    ours = training.response_margins(model, batch)
-    through_logits = training.logits_margins(model, batch)
+    ours = training.response_log_odds(model, batch)
+    through_logits = training.logits_log_odds(model, batch)
     inputs = {"input_ids": batch.tokens, "attention_mask": batch.attention_mask}
     logps = model(**inputs).logits[:, :-1].double().log_softmax(-1)
     labels = batch.labels.clamp(min=0)[..., None]
     logp = logps.gather(-1, labels)[..., 0]
     truth = torch.where(batch.mask, torch.logit(logp.exp()), 0)
-    for margins in (ours, through_logits):
-        assert margins.shape == batch.labels.shape and margins.dtype == torch.float32
-        torch.testing.assert_close(margins.double(), truth, atol=2e-5, rtol=1e-5)
+    for log_odds in (ours, through_logits):
+        assert log_odds.shape == batch.labels.shape and log_odds.dtype == torch.float32
+        torch.testing.assert_close(log_odds.double(), truth, atol=2e-5, rtol=1e-5)
 
 
 def test_gradients_reach_every_parameter_alike(model, batch):
     upstream = torch.randn(batch.labels.shape)
     grads = []
-    for margins_of in (training.response_margins, training.logits_margins):
+    for log_odds_of in (training.response_log_odds, training.logits_log_odds):
         model.zero_grad()
-        margins_of(model, batch).backward(upstream)
+        log_odds_of(model, batch).backward(upstream)
         grads.append([p.grad.clone() for p in model.parameters()])
     assert all(float(g.abs().max()) > 0 for g in grads[0])
     for one, other in zip(*grads, strict=True):
@@ -267,17 +267,17 @@ def test_model_without_a_linear_head_is_refused(model):
 
 def test_the_body_may_have_any_name(model, batch):
     """What reaches the head is asked for, so that it does not matter what the body is called."""
-    expected = training.logits_margins(model, batch)
+    expected = training.logits_log_odds(model, batch)
     model.base_model_prefix = "none"  # transformers then takes the model for its own body
-    margins = training.response_margins(model, batch)
-    torch.testing.assert_close(margins, expected, atol=2e-5, rtol=1e-5)
+    log_odds = training.response_log_odds(model, batch)
+    torch.testing.assert_close(log_odds, expected, atol=2e-5, rtol=1e-5)
 
 
-def test_sides_are_good_and_bad(model, batch):
-    margins = training.response_margins(model, batch)
-    good, bad = training.sides(batch, margins)
-    assert torch.equal(torch.cat([good.margins, bad.margins]), margins)
-    assert (good.mask.sum(-1).tolist(), bad.mask.sum(-1).tolist()) == ([2, 3], [4, 2])
+def test_sides_are_chosen_and_rejected(model, batch):
+    log_odds = training.response_log_odds(model, batch)
+    chosen, rejected = training.sides(batch, log_odds)
+    assert torch.equal(torch.cat([chosen.log_odds, rejected.log_odds]), log_odds)
+    assert (chosen.mask.sum(-1).tolist(), rejected.mask.sum(-1).tolist()) == ([2, 3], [4, 2])
 
 
 def test_loss_at_the_reference_is_log_two(model, batch):
@@ -290,16 +290,16 @@ def test_loss_at_the_reference_is_log_two(model, batch):
 
 def test_training_without_logits_is_training_with_them(batch):
     curves = []
-    for margins_of in (training.response_margins, training.logits_margins):
+    for log_odds_of in (training.response_log_odds, training.logits_log_odds):
         torch.manual_seed(1)
         model = LlamaForCausalLM(LlamaConfig(**SIZES))
-        rows = [(batch, training.reference_logps(model, batch, margins_of=margins_of))] * 8
+        rows = [(batch, training.reference_logps(model, batch, log_odds_of=log_odds_of))] * 8
         steps = training.training_steps(
             model,
             rows,
             RewardPenalizeLoss({"dpo": 1.0, "exmate": 1.0}),
             torch.optim.SGD(model.parameters(), lr=0.05),
-            margins_of=margins_of,
+            log_odds_of=log_odds_of,
         )
         curves.append([float(seen["loss"]) for seen in steps])
     assert len(curves[0]) == 8 and curves[0][-1] < 0.9 * curves[0][0]
@@ -311,7 +311,7 @@ def test_demo_model_learns_a_pair():
     model, tokenizer = load_model(None, fetch=True)
     batch = encode_pairs(tokenizer, PAIRS[:1])
     shown = tokenizer.decode(batch.tokens[0][batch.attention_mask[0] > 0])
-    assert shown.endswith(f"assistant\n{PAIRS[0].good}<|im_end|>\n")
+    assert shown.endswith(f"assistant\n{PAIRS[0].chosen}<|im_end|>\n")
     reference = training.reference_logps(model, batch)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
     objective = RewardPenalizeLoss({"dpo": 1.0, "exmate": 1.0})

@@ -69,6 +69,6 @@ def test_examples_of_losses_run():
         exec(compile(block, "docs", "exec"), scope)
     assert scope["drawn"].status.tolist() == [0, 0, 0, 0]
     gradient = scope["hidden"].grad
-    assert scope["loss"].isfinite() and scope["metrics"]["logps/good"] < 0
+    assert scope["loss"].isfinite() and scope["metrics"]["logps/chosen"] < 0
     assert (gradient[:, 28:] == 0).all() and (gradient[:, :28].abs().sum(-1) > 0).all()
     assert scope["logits"].grad.abs().sum() > 0

@@ -1,4 +1,4 @@
-"""Kernels against their PyTorch twins, bit for bit, over random knobs, rows, sizes and dtypes."""
+"""Kernels against their PyTorch references, bit for bit: random knobs, rows, sizes and dtypes."""
 
 import pytest
 import torch
@@ -80,13 +80,13 @@ def make(rows, kind, n, v, dtype, special, seed):
         x[0, seed % v] = values.get(special, 0.0)
         if special == "none":
             x[0] = float("-inf")
-    return x.to(dtype).cpu()  # where the twin runs
+    return x.to(dtype).cpu()  # where the reference runs
 
 
-def assert_same_bits(ours, twin):
+def assert_same_bits(ours, expected):
     """Every field equal, NaN to NaN; fields that were not asked for are None in both."""
     for name in ours._fields:
-        a, b = getattr(ours, name), getattr(twin, name)
+        a, b = getattr(ours, name), getattr(expected, name)
         if a is None or b is None:
             assert a is b, name
             continue
@@ -105,7 +105,7 @@ exhaustive = settings(
 
 @exhaustive
 @given(case=cases(), optional=st.booleans())
-def test_sample_and_filter_equal_their_twins(rows, on_device, cpu_capability, case, optional):
+def test_sample_and_filter_equal_their_references(rows, on_device, cpu_capability, case, optional):
     *made, adaptor, seed = case
     x = make(rows, *made, seed)
     n, v = x.shape
@@ -118,14 +118,14 @@ def test_sample_and_filter_equal_their_twins(rows, on_device, cpu_capability, ca
     }
     drawn = on_device(sample, x, adaptor, **asked)
     assert_same_bits(drawn, reference.sample(x, adaptor, **asked))
-    ours, twin = on_device(filter_logits, x, adaptor), reference.filter_logits(x, adaptor)
-    assert ours.dtype == twin.dtype
-    torch.testing.assert_close(ours, twin, rtol=0, atol=0, equal_nan=True)
+    ours, expected = on_device(filter_logits, x, adaptor), reference.filter_logits(x, adaptor)
+    assert ours.dtype == expected.dtype
+    torch.testing.assert_close(ours, expected, rtol=0, atol=0, equal_nan=True)
 
 
 @exhaustive
 @given(case=cases(greedy=False), data=st.data())
-def test_score_equals_its_twin(rows, on_device, cpu_capability, case, data):
+def test_score_equals_its_reference(rows, on_device, cpu_capability, case, data):
     *made, adaptor, seed = case
     x = make(rows, *made, seed)
     n, v = x.shape
@@ -136,7 +136,7 @@ def test_score_equals_its_twin(rows, on_device, cpu_capability, case, data):
 
 @pytest.mark.parametrize("v", [50_257, 128_256, 151_936, 262_144])
 @pytest.mark.parametrize("kind", ["normal", "spread", "flat", "ties", "power"])
-def test_large_rows_equal_their_twins(rows, kind, v):
+def test_large_rows_equal_their_references(rows, kind, v):
     x = rows(kind, 1, v)
     seeds = torch.tensor([v])
     before = _C.cpu_capability()
@@ -176,31 +176,31 @@ MANY = [
 
 
 @pytest.fixture(scope="module")
-def twins_of_many():
-    """What the twin says of rows under `MANY`, once for all instruction sets and devices."""
+def references_of_many():
+    """What the reference says of rows under `MANY`, once for all instruction sets and devices."""
     found = {}
 
-    def twins(kind, x):
+    def references(kind, x):
         if kind not in found:
             asked = (x.argmax(-1), torch.tensor([17, 29_999]))
             found[kind] = x, [(tokens, reference.score(x, tokens, MANY)) for tokens in asked]
         assert torch.equal(found[kind][0], x)
         return found[kind][1]
 
-    return twins
+    return references
 
 
 @pytest.mark.parametrize("kind", ["normal", "spread", "ties", "holes", "power", "two_level"])
-def test_many_adaptors_of_one_temperature_equal_their_twins(
-    rows, on_device, cpu_capability, twins_of_many, kind
+def test_many_adaptors_of_one_temperature_equal_their_references(
+    rows, on_device, cpu_capability, references_of_many, kind
 ):
     """Adaptors of equal temperature share masses, and many adaptors the row in pieces."""
     x = rows(kind, 2, 30_000).cpu()
-    for tokens, twin in twins_of_many(kind, x):
-        assert_same_bits(on_device(score, x, tokens, MANY), twin)
+    for tokens, expected in references_of_many(kind, x):
+        assert_same_bits(on_device(score, x, tokens, MANY), expected)
 
 
-def test_generator_and_default_seeds_are_those_of_the_twin(rows):
+def test_generator_and_default_seeds_are_those_of_the_reference(rows):
     x = rows("spread", 5, 100)
     for generator in (None, torch.Generator()):
         drawn = []
@@ -210,7 +210,7 @@ def test_generator_and_default_seeds_are_those_of_the_twin(rows):
         assert torch.equal(*drawn)
 
 
-def test_twin_takes_the_textbook_form_in_float64(rows):
+def test_reference_takes_the_textbook_form_in_float64(rows):
     """The integer rule and plain float64 probabilities agree away from the thresholds."""
     x = rows("spread", 64, 500)
     y = torch.randint(500, (64,))

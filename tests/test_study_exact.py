@@ -36,7 +36,7 @@ def strings():
     return symbols, states
 
 
-def _law(logits, adaptor):
+def _distribution(logits, adaptor):
     """log a_t of every state and symbol, straight from the definition."""
     kept = reference.filter_logits(logits, adaptor) != -torch.inf
     unnormalised = (logits - torch.logsumexp(logits, -1, keepdim=True)) / adaptor.temperature
@@ -46,7 +46,7 @@ def _law(logits, adaptor):
 def _enumerate(logits, adaptor, strings):
     """log q_w, sum of log Z_t and log p^w of all strings; the last without q_w or Z_t."""
     symbols, states = strings
-    table = _law(logits, adaptor)
+    table = _distribution(logits, adaptor)
     chosen = table[states, symbols].sum(-1)
     norms = torch.logsumexp(table, -1)[states].sum(-1)
     return chosen - norms, norms, chosen - torch.logsumexp(chosen, 0)
@@ -65,8 +65,8 @@ def test_global_identity(temperature, knobs, chain, strings):
     assert gap.abs().max() < 1e-12
     assert torch.logsumexp(log_q[inside], 0).abs() < 1e-12
 
-    law = np.exp(log_q[inside].numpy() + norms[inside].numpy())
-    assert np.abs(law / law.sum() - log_p[inside].exp().numpy()).max() < 1e-12
+    distribution = np.exp(log_q[inside].numpy() + norms[inside].numpy())
+    assert np.abs(distribution / distribution.sum() - log_p[inside].exp().numpy()).max() < 1e-12
 
     symbols, states = strings
     rows = chain[0].float()[states]
@@ -79,7 +79,7 @@ def test_global_identity(temperature, knobs, chain, strings):
 
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 def test_reward_identity(temperature, chain, strings):
-    """mean r / beta + mean log p = log Z + mean log p+, on the whole law and on any corpus."""
+    """mean r / beta + mean log p = log Z + mean log p+, over all strings and on any corpus."""
     symbols, states = strings
     aligned, prior = (m.log_softmax(-1)[states, symbols].sum(-1).numpy() for m in chain)
     beta, log_z = 0.3, 1.7
@@ -91,7 +91,7 @@ def test_reward_identity(temperature, chain, strings):
 
 
 def _draw(logits, adaptor, count, seed):
-    """Strings from the locally normalised law, by `sample`, as indices of the enumeration."""
+    """Strings from the locally normalised distribution, by `sample`, as enumerated indices."""
     generator = torch.Generator().manual_seed(seed)
     state = torch.zeros(count, dtype=torch.int64)
     place = torch.zeros(count, dtype=torch.int64)
@@ -101,34 +101,34 @@ def _draw(logits, adaptor, count, seed):
     return place.numpy()
 
 
-def _distance(found, law):
+def _distance(found, distribution):
     """Total variation."""
-    return 0.5 * np.abs(found - law).sum()
+    return 0.5 * np.abs(found - distribution).sum()
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
 @pytest.mark.parametrize(
     "adaptor", [Adaptor(top_p=0.6), Adaptor(temperature=0.5), Adaptor(temperature=1.5, top_k=2)]
 )
-def test_chain_and_weights_reach_the_global_law(adaptor, seed, chain, strings):
-    """Both come within 0.025 of the enumerated law (total variation); the local one does not."""
+def test_chain_and_weights_reach_the_global_distribution(adaptor, seed, chain, strings):
+    """Both come within 0.025 (total variation) of the enumeration; the local one does not."""
     log_q, norms, log_p = (t.numpy() for t in _enumerate(chain[0], adaptor, strings))
-    law = np.exp(log_p)
+    distribution = np.exp(log_p)
     place = _draw(chain[0], adaptor, 60_000, seed)
-    local = np.bincount(place, minlength=len(law)) / len(place)
+    local = np.bincount(place, minlength=len(distribution)) / len(place)
     assert _distance(local, np.exp(log_q)) < 0.025
-    assert _distance(np.exp(log_q), law) > 0.04
+    assert _distance(np.exp(log_q), distribution) > 0.04
 
     weights = norms[place]
-    weighted = np.bincount(place, globalised.normalised(weights), len(law))
-    assert _distance(weighted, law) < 0.025
+    weighted = np.bincount(place, globalised.normalised(weights), len(distribution))
+    assert _distance(weighted, distribution) < 0.025
 
     pools = weights.reshape(60, 1000)
     rng = np.random.default_rng(seed)
     chains = globalised.metropolis(pools, 3000, rng, burn_in=100)
     assert chains.occupancy.sum(-1) == pytest.approx(1.0)
-    walked = np.bincount(place, chains.occupancy.reshape(-1) / 60, len(law))
-    assert _distance(walked, law) < 0.025
+    walked = np.bincount(place, chains.occupancy.reshape(-1) / 60, len(distribution))
+    assert _distance(walked, distribution) < 0.025
     exact = np.array([_acceptance(pool) for pool in pools])
     assert chains.acceptance.mean() == pytest.approx(exact.mean(), abs=5e-3)
     assert exact.mean() < 0.99
@@ -143,7 +143,7 @@ def _acceptance(pool):
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_strings_of_all_adaptors_count_for_each(seed, chain, strings):
-    """The mixture's weights give both laws of an adaptor from strings that others drew."""
+    """The mixture's weights give both distributions of an adaptor from strings that others drew."""
     adaptors = [Adaptor(temperature=0.5), Adaptor(), Adaptor(temperature=1.5, top_p=0.6)]
     tables = [_enumerate(chain[0], a, strings) for a in adaptors]
     log_q, norms = (np.stack([t[i].numpy() for t in tables], -1) for i in (0, 1))

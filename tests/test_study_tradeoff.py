@@ -174,8 +174,8 @@ def test_strings_are_scored_as_a_plain_forward_scores_them(sides, table):
                 assert row["log_norm"] == pytest.approx(found.log_norm.sum(0).tolist(), abs=1e-4)
         ids = torch.cat([torch.tensor([2]), tokens])
         with torch.inference_mode():
-            law = prior.model(ids[None]).logits[0, :-1].log_softmax(-1)
-        alone = law.gather(1, tokens[:, None]).sum().item()
+            distribution = prior.model(ids[None]).logits[0, :-1].log_softmax(-1)
+        alone = distribution.gather(1, tokens[:, None]).sum().item()
         assert row["log_alone"] == pytest.approx(alone, abs=1e-4)
     row = table.to_pylist()[7]
     again = decoding.draw_strings(
@@ -367,7 +367,7 @@ def test_interval_covers():
 
 
 def test_local_and_global_means(pool):
-    """From all strings of a prompt; without truncation at T = 1 the two laws are one."""
+    """From all strings of a prompt; without truncation at T = 1 the two distributions are one."""
     counts = statistics.prompt_counts(pool.prompts, 100, np.random.default_rng(0))
     found = normalisation.compare(pool, counts, 0)
     plain = found["adaptors"][0]

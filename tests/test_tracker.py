@@ -162,7 +162,9 @@ def test_trainer_of_transformers_is_not_changed(tokenizer, tmp_path):
         assert torch.equal(value, seen[name]), name
     # one record for a step that is due, of its two micro-batches
     assert [row["step"] for row in tracker.records] == [0, 5, 10, 15]
-    assert tracker.records[0]["good_in_bad/sum"] != tracker.records[0]["good_in_good/sum"]
+    assert (
+        tracker.records[0]["chosen_in_rejected/sum"] != tracker.records[0]["chosen_in_chosen/sum"]
+    )
 
 
 def logps(model, batch):
@@ -176,13 +178,21 @@ def logps(model, batch):
 @torch.no_grad()
 def four_cells(model, tokenizer, pairs):
     """The cells one sequence at a time, each pair encoded by itself."""
-    cells = {name: [] for name in ("good_in_good", "bad_in_bad", "bad_in_good", "good_in_bad")}
+    cells = {
+        name: []
+        for name in (
+            "chosen_in_chosen",
+            "rejected_in_rejected",
+            "rejected_in_chosen",
+            "chosen_in_rejected",
+        )
+    }
     for p in pairs:
         texts = {
-            "good_in_good": (p.good_prompt, p.good),
-            "bad_in_bad": (p.bad_prompt, p.bad),
-            "bad_in_good": (p.good_prompt, p.bad),
-            "good_in_bad": (p.bad_prompt, p.good),
+            "chosen_in_chosen": (p.chosen_prompt, p.chosen),
+            "rejected_in_rejected": (p.rejected_prompt, p.rejected),
+            "rejected_in_chosen": (p.chosen_prompt, p.rejected),
+            "chosen_in_rejected": (p.rejected_prompt, p.chosen),
         }
         for name, (prompt, response) in texts.items():
             batch = encode_pairs(tokenizer, [Pair(prompt, response, response)], chat=False)
@@ -215,8 +225,8 @@ def test_cells_that_are_not_known_are_none(tokenizer):
     with RewardPenalizeTracker(objective) as tracker:
         tracker.see(batch)
         training.pair_loss(model, batch, objective)
-    assert tracker.records[0]["bad_in_good/sum"] is None
-    assert tracker.records[0]["bad_in_bad/sum"] < 0
+    assert tracker.records[0]["rejected_in_chosen/sum"] is None
+    assert tracker.records[0]["rejected_in_rejected/sum"] < 0
 
 
 LOSSES = [{"dpo": 1.0}, {"exmate": 1.0}, {"unlikelihood": 1.0}, {"dpo": 1.0, "mle": 0.5}]
@@ -226,14 +236,14 @@ LOSSES = [{"dpo": 1.0}, {"exmate": 1.0}, {"unlikelihood": 1.0}, {"dpo": 1.0, "ml
 def test_masses_are_those_of_the_logits(weights):
     """Random pairs that share rows, some labels too: Σ |∂L/∂z| by autograd on shared logits."""
     torch.manual_seed(1)
-    good = torch.tensor([[3, 4, 5, 6, 7], [3, 4, 4, 2, 2], [3, 5, 5, 6, 2]])
-    bad = torch.tensor([[3, 4, 5, 8, 2], [3, 9, 4, 2, 2], [4, 5, 5, 6, 2]])
-    mask = torch.ones_like(good)
+    chosen = torch.tensor([[3, 4, 5, 6, 7], [3, 4, 4, 2, 2], [3, 5, 5, 6, 2]])
+    rejected = torch.tensor([[3, 4, 5, 8, 2], [3, 9, 4, 2, 2], [4, 5, 5, 6, 2]])
+    mask = torch.ones_like(chosen)
     mask[1, 4] = 0
-    labels = torch.cat([good, bad])[:, 1:].clone()
+    labels = torch.cat([chosen, rejected])[:, 1:].clone()
     labels[:, 0] = IGNORED  # the prompt has two tokens
     labels[[1, 4], 3] = IGNORED
-    batch = PairBatch(torch.cat([good, bad]), torch.cat([mask, mask]), labels)
+    batch = PairBatch(torch.cat([chosen, rejected]), torch.cat([mask, mask]), labels)
     contexts = {}
     z_of = {}
     for i in range(6):
@@ -243,17 +253,17 @@ def test_masses_are_those_of_the_logits(weights):
             contexts[i, t] = key
     z = torch.stack([torch.stack([z_of[contexts[i, t]] for t in range(4)]) for i in range(6)])
     y = labels.clamp(min=0)[..., None]
-    margins = z.gather(-1, y)[..., 0] - z.scatter(-1, y, -math.inf).logsumexp(-1)
+    log_odds = z.gather(-1, y)[..., 0] - z.scatter(-1, y, -math.inf).logsumexp(-1)
     objective = RewardPenalizeLoss(weights)
     with RewardPenalizeTracker(objective) as tracker:
         tracker.see(batch)
         sides = (
-            Responses(m, k) for m, k in zip(margins.chunk(2), batch.mask.chunk(2), strict=True)
+            Responses(m, k) for m, k in zip(log_odds.chunk(2), batch.mask.chunk(2), strict=True)
         )
         loss, _ = objective(*sides)
     keys = list(z_of)
     grads = torch.autograd.grad(loss, [z_of[k] for k in keys], allow_unused=True)
-    wanted = dict.fromkeys(("good", "bad", "other"), 0.0)
+    wanted = dict.fromkeys(("chosen", "rejected", "other"), 0.0)
     for key, grad in zip(keys, grads, strict=True):
         if grad is None:
             continue
@@ -261,8 +271,8 @@ def test_masses_are_those_of_the_logits(weights):
         owner = {}
         for i, t in places:
             label = int(labels[i, t])
-            if label != IGNORED and owner.get(label) != "good":
-                owner[label] = "good" if i < 3 else "bad"
+            if label != IGNORED and owner.get(label) != "chosen":
+                owner[label] = "chosen" if i < 3 else "rejected"
         for token, value in enumerate(grad.abs().tolist()):
             wanted[owner.get(token, "other")] += value
     row = tracker.records[0]
@@ -278,14 +288,14 @@ def test_shared_rows_end_at_the_first_difference(tokenizer):
 
 
 def test_counters_and_weights():
-    """Margins on both sides of each threshold."""
+    """Log-odds on both sides of each threshold."""
     mask = torch.ones(1, 3, dtype=torch.bool)
-    good = Responses(torch.zeros(1, 3, requires_grad=True), mask)
-    bad = Responses(torch.tensor([[11.6, 17.0, -90.0]]), mask)
+    chosen = Responses(torch.zeros(1, 3, requires_grad=True), mask)
+    rejected = Responses(torch.tensor([[11.6, 17.0, -90.0]]), mask)
     weights = {"dpo": 1.0, "exmate": 1.0, "unlikelihood_penalty": 1.0}
     objective = RewardPenalizeLoss(weights, beta=0.1, coefficient=0.5, norm="token")
     with RewardPenalizeTracker(objective) as tracker:
-        objective(good, bad)
+        objective(chosen, rejected)
     row = tracker.records[0]
     assert [row[f"count/{k}"] for k in ("underflow", "dead_zone", "naive_inf")] == [1, 2, 1]
     assert row["count/nonfinite"] == 0
@@ -296,13 +306,13 @@ def test_counters_and_weights():
     assert row["accuracy"] == 1.0 and row["margin"] == pytest.approx(3 * math.log(0.5) + 90, 1e-4)
 
 
-def test_infinite_margins_are_counted():
+def test_infinite_log_odds_are_counted():
     mask = torch.ones(1, 2, dtype=torch.bool)
-    good = Responses(torch.zeros(1, 2, requires_grad=True), mask)
-    bad = Responses(torch.tensor([[-math.inf, 1.0]]), mask)
+    chosen = Responses(torch.zeros(1, 2, requires_grad=True), mask)
+    rejected = Responses(torch.tensor([[-math.inf, 1.0]]), mask)
     objective = RewardPenalizeLoss({"exmate": 1.0})
     with RewardPenalizeTracker(objective) as tracker:
-        objective(good, bad)
+        objective(chosen, rejected)
     assert tracker.records[0]["count/nonfinite"] >= 1
 
 
@@ -330,7 +340,7 @@ def test_wrong_use_is_refused(tokenizer):
         with pytest.raises(ValueError, match="expected a batch that was seen"):
             training.pair_loss(model, batch, objective)
         tracker.see(encode_pairs(tokenizer, PAIRS[:1]))
-        with pytest.raises(ValueError, match="batch: expected one seen for these margins"):
+        with pytest.raises(ValueError, match="batch: expected one seen for these log_odds"):
             training.pair_loss(model, batch, objective)
 
 
@@ -346,7 +356,7 @@ def test_cross_cells_of_one_prompt_are_the_pairs(tokenizer):
 
 def test_kinds_and_fitting(tokenizer):
     swapped = pairs_of_kind("same-response", PAIRS)
-    assert swapped[0] == ("a b", "c d", "c", "c d") and swapped[2].bad_prompt == "a b"
+    assert swapped[0] == ("a b", "c d", "c", "c d") and swapped[2].rejected_prompt == "a b"
     assert pairs_of_kind("unpaired", PAIRS)[0] == ("a b", "c d", "c", "a")
     with pytest.raises(ValueError, match="kind: expected one of"):
         pairs_of_kind("other", PAIRS)

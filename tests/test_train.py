@@ -393,8 +393,8 @@ def test_float16_scaler_may_meet_an_infinite_gradient(train, tmp_path, monkeypat
 
 
 def test_broken_line_is_named_before_the_model_is_loaded(tmp_path, capsys):
-    good = json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"})
-    (tmp_path / "p.jsonl").write_text(f'{good}\n{{"prompt": "a", "chosen": "b"}}\n')
+    chosen = json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"})
+    (tmp_path / "p.jsonl").write_text(f'{chosen}\n{{"prompt": "a", "chosen": "b"}}\n')
     common = ["train", "--data", str(tmp_path / "p.jsonl"), "--output_dir", str(tmp_path / "run")]
     assert main([*common, "--loss", "mle", "--model", str(tmp_path / "no-such-model")]) == 2
     assert "p.jsonl" in (line := _one_line(capsys)) and "2" in line

@@ -16,7 +16,7 @@ import compare_losses
 import compare_report
 import report
 import report_trainer
-from fastadapt.training import response_margins
+from fastadapt.training import response_log_odds
 from fastadapt.training.pairs import encode_pairs, read_pairs
 from fastadapt.training.pretrained import load_model
 
@@ -81,17 +81,17 @@ def record(model, data, tmp_path_factory):
 
 @pytest.mark.parametrize("layers", [1, 2])
 def test_cached_tail_is_the_model(model, data, layers):
-    """Margins from hidden states that were kept, in padded batches, are those of the model."""
+    """Log-odds from hidden states that were kept, in padded batches, are those of the model."""
     whole, tokenizer = load_model(model, **QUIET)
     pairs = [encode_pairs(tokenizer, [pair], chat=False) for pair in read_pairs(data)[:5]]
-    expected = [response_margins(whole, pair).detach() for pair in pairs]
+    expected = [response_log_odds(whole, pair).detach() for pair in pairs]
     front, tail = compare_losses.divide(whole, layers)
     rows = compare_losses.cache(front, pairs)
     batch = compare_losses.collate(rows)
-    margins = tail.margins(batch).detach()
+    log_odds = tail.log_odds(batch).detach()
     for i, alone in enumerate(expected):
         for side in (0, 1):
-            padded = margins[i + 5 * side][: alone.shape[1]]
+            padded = log_odds[i + 5 * side][: alone.shape[1]]
             torch.testing.assert_close(padded, alone[side], rtol=1e-4, atol=1e-5)
     assert len(front.layers) == 3 - layers and len(tail.body.layers) == layers
     assert not any(p.requires_grad for p in front.parameters()) and not tail.head[0].requires_grad
@@ -107,12 +107,12 @@ def test_comparison(record):
     assert len(record["cells"]) == 1 + 2 * 7 and len(record["tokens"]) == 5
     cells = {(c["method"], c["seed"]): c for c in record["cells"]}
     assert [cells[name, 0]["steps"] for name in compare_losses.METHODS] == [2] * 5 + [4] * 2
-    assert cells["mle", 0]["good"] != cells["mle", 1]["good"]  # another order
-    start = np.mean(cells["start", None]["good"])
-    assert np.mean(cells["mle", 0]["good"]) > start + 0.01
+    assert cells["mle", 0]["chosen"] != cells["mle", 1]["chosen"]  # another order
+    start = np.mean(cells["start", None]["chosen"])
+    assert np.mean(cells["mle", 0]["chosen"]) > start + 0.01
     # the second stage goes on from where the first ended
-    first, second = (np.array(cells[name, 0]["good"]) for name in ("mle", "mle, dpo"))
-    assert abs(first - second).max() < abs(second - cells["start", None]["good"]).max()
+    first, second = (np.array(cells[name, 0]["chosen"]) for name in ("mle", "mle, dpo"))
+    assert abs(first - second).max() < abs(second - cells["start", None]["chosen"]).max()
     for kind in ("mle", "dpo"):
         rates = record["settings"]["rates"][kind]
         assert rates["chosen"] == min(rates["tried"], key=lambda tried: tried[1])[0]
@@ -144,7 +144,7 @@ def test_intervals():
     names = ["start", *compare_report.METHODS]
     rng = np.random.default_rng(0)
     cells = [
-        {"method": name, "good": rng.normal(1, 2, 200).tolist(), "bad": [0.0] * 200}
+        {"method": name, "chosen": rng.normal(1, 2, 200).tolist(), "rejected": [0.0] * 200}
         for name in names
         for _ in range(1 if name == "start" else 3)
     ]

@@ -135,7 +135,7 @@ def test_dpo_follows_trl(folder, tokenizer, tmp_path, lora, precompute):
     assert abs(logs[1][0]["rewards/margins"]) <= 1e-6  # roundings of log P, of 10 nats, times β
     assert abs(logs[1][-1]["rewards/margins"]) > DECIDED
     _assert_accuracies_follow(*reversed(trainers))
-    assert {"loss/dpo", "pairs/accuracies", "gradients/good"} <= set(logs[1][0])
+    assert {"loss/dpo", "pairs/accuracies", "gradients/chosen"} <= set(logs[1][0])
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastadapt import linear_label_margins
+from fastadapt import linear_log_odds
 
 if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
     pytest.skip("torch has no gloo", allow_module_level=True)
@@ -61,4 +61,4 @@ def test_ranks_on_gpus(ranks, run):
 def test_a_group_needs_torch_distributed():
     hidden, weight, labels = torch.randn(3, 8), torch.randn(20, 8), torch.zeros(3, dtype=torch.long)
     with pytest.raises(RuntimeError, match="group: expected torch.distributed to be initialised"):
-        linear_label_margins(hidden, weight, labels, group=object())
+        linear_log_odds(hidden, weight, labels, group=object())

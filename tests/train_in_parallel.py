@@ -23,7 +23,7 @@ from trl import DPOConfig
 
 from fastadapt.hf.trainer import LogitsFreeTrainer
 from fastadapt.losses import Responses, RewardPenalizeLoss, mle_loss
-from fastadapt.training import forward_margins
+from fastadapt.training import forward_log_odds
 from fastadapt.training.pairs import IGNORED
 from fastadapt.trl import RewardPenalizeTrainer
 
@@ -108,7 +108,7 @@ def train_texts(folder: Path, model: str, size: int) -> list[dict[str, float]]:
 
 
 def train_sharded(folder: str, rank: int, world: int) -> list[float]:
-    """ExMATE on margins out of the forward, parameters sharded (FSDP2) where there are ranks."""
+    """ExMATE on log-odds out of the forward, parameters sharded (FSDP2) where there are ranks."""
     model, factor = LlamaForCausalLM.from_pretrained(folder), 1.0
     if world > 1:
         mesh = init_device_mesh("cpu", (world,))
@@ -124,10 +124,12 @@ def train_sharded(folder: str, rank: int, world: int) -> list[float]:
         tokens = torch.randint(3, VOCABULARY, (2, BATCH, 10), generator=generator)
         own = tokens[:, rank::world].flatten(0, 1)
         labels = torch.nn.functional.pad(own[:, 1:], (0, 1), value=IGNORED)
-        margins = forward_margins(model, {"input_ids": own}, labels)[:, :-1]
-        mask = torch.ones_like(margins, dtype=torch.bool)
-        good, bad = (Responses(m, k) for m, k in zip(margins.chunk(2), mask.chunk(2), strict=True))
-        loss, _ = objective(good, bad)
+        log_odds = forward_log_odds(model, {"input_ids": own}, labels)[:, :-1]
+        mask = torch.ones_like(log_odds, dtype=torch.bool)
+        chosen, rejected = (
+            Responses(m, k) for m, k in zip(log_odds.chunk(2), mask.chunk(2), strict=True)
+        )
+        loss, _ = objective(chosen, rejected)
         optimizer.zero_grad()
         loss.backward()  # sharded: gradients are means over the ranks, as is the loss
         optimizer.step()
@@ -139,7 +141,7 @@ def train_sharded(folder: str, rank: int, world: int) -> list[float]:
 
 
 def train_split_head(folder: str, world: int) -> list[float]:
-    """The same on margins of a head that is split by vocabulary where there are ranks."""
+    """The same on log-odds of a head that is split by vocabulary where there are ranks."""
     model = LlamaForCausalLM.from_pretrained(folder)
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
     if world > 1:
@@ -153,8 +155,8 @@ def train_split_head(folder: str, world: int) -> list[float]:
     for _ in range(STEPS):
         tokens = torch.randint(3, VOCABULARY, (BATCH, 10), generator=generator)
         labels = torch.nn.functional.pad(tokens[:, 1:], (0, 1), value=IGNORED)
-        margins = forward_margins(model, {"input_ids": tokens}, labels)[:, :-1]
-        loss = mle_loss(Responses(margins, torch.ones_like(margins, dtype=torch.bool)))
+        log_odds = forward_log_odds(model, {"input_ids": tokens}, labels)[:, :-1]
+        loss = mle_loss(Responses(log_odds, torch.ones_like(log_odds, dtype=torch.bool)))
         for optimizer in (body, head):
             optimizer.zero_grad()
         loss.backward()
@@ -177,8 +179,8 @@ def refused(folder: str, world: int) -> list[str]:
             fully_shard(model, mesh=mesh)
         tokens = torch.arange(3, 9)[None]
         try:
-            margins = forward_margins(model, {"input_ids": tokens}, tokens.roll(-1, 1))
-            margins.sum().backward()
+            log_odds = forward_log_odds(model, {"input_ids": tokens}, tokens.roll(-1, 1))
+            log_odds.sum().backward()
             said.append("")
         except ValueError as error:
             said.append(str(error))

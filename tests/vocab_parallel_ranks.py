@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastadapt import linear_label_margins, reference
+from fastadapt import linear_log_odds, reference
 
 sys.path.append(str(Path(__file__).parent))  # `python -P` leaves it out
 from gloo_means import times_too_large  # noqa: E402
@@ -31,7 +31,7 @@ PLANS = {
 }
 SHAPES = {"plain": {}, "capped": {"softcap": 5.0, "logit_scale": 1.5}}
 OUTPUTS = ("entropy", "logsumexp", "hit")
-# Of float32: sums over other tiles, in another order; margins are a few nats.
+# Of float32: sums over other tiles, in another order; log-odds are a few nats.
 CLOSE = {torch.float64: (1e-11, 1e-12), torch.float32: (1e-5, 3e-6), torch.bfloat16: (1e-5, 3e-6)}
 
 Head = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -52,7 +52,7 @@ def head(dtype: torch.dtype) -> Head:
 def results(
     f: Callable[..., tuple[Tensor, ...]], inputs: Head, plan: str, **options: object
 ) -> Results:
-    """Margins, extra outputs and the gradients that the plan has."""
+    """Log-odds, extra outputs and the gradients that the plan has."""
     hidden, weight, labels, bias, upstream = (x.clone() for x in inputs)
     leaves = {"dhidden": hidden, "dweight": weight, "dbias": bias}
     if plan == "no_grad":
@@ -63,14 +63,14 @@ def results(
         leaf.requires_grad_()
     out = dict(
         zip(
-            ("margins", *OUTPUTS),
+            ("log_odds", *OUTPUTS),
             f(hidden, weight, labels, bias, outputs=OUTPUTS, **options),
             strict=True,
         )
     )
     if leaves:
-        wanted = upstream.to(out["margins"].dtype)
-        gradients = torch.autograd.grad(out["margins"], list(leaves.values()), wanted)
+        wanted = upstream.to(out["log_odds"].dtype)
+        gradients = torch.autograd.grad(out["log_odds"], list(leaves.values()), wanted)
         out |= dict(zip(leaves, gradients, strict=True))
     return {name: x.detach() for name, x in out.items()}
 
@@ -101,8 +101,8 @@ def of_one_process(plan: str, shape: str, dtype: torch.dtype) -> tuple[Results, 
     inputs, options = head(dtype), {**PLANS[plan], **SHAPES[shape]}
     double = tuple(x.double() if x.is_floating_point() else x for x in inputs)
     return (
-        results(linear_label_margins, inputs, plan, **options),
-        results(reference.linear_label_margins, double, plan, **options),
+        results(linear_log_odds, inputs, plan, **options),
+        results(reference.linear_log_odds, double, plan, **options),
     )
 
 
@@ -111,8 +111,8 @@ def assert_whole(split: list[int], plan: str, shape: str, dtype: torch.dtype) ->
     local, part = own(head(dtype), split)
     options = {**PLANS[plan], **SHAPES[shape]}
     group = dist.group.WORLD
-    ours = results(linear_label_margins, local, plan, group=group, **options)
-    again = results(linear_label_margins, local, plan, group=group, **options)
+    ours = results(linear_log_odds, local, plan, group=group, **options)
+    again = results(linear_log_odds, local, plan, group=group, **options)
     whole, truth = of_one_process(plan, shape, dtype)
     assert ours.keys() == whole.keys()
     for name, got in ours.items():
@@ -133,17 +133,17 @@ def assert_whole(split: list[int], plan: str, shape: str, dtype: torch.dtype) ->
         assert not ours["dhidden"][[2, 5, 7]].any()
 
 
-def twin_has_the_same_results(split: list[int]) -> None:
+def reference_has_the_same_results(split: list[int]) -> None:
     """The reference with a group."""
     inputs = head(torch.float64)
     local, _ = own(inputs, split)
     for plan in ("recompute", "frozen"):
-        ours, twin = (
+        ours, expected = (
             results(f, local, plan, group=dist.group.WORLD)
-            for f in (linear_label_margins, reference.linear_label_margins)
+            for f in (linear_log_odds, reference.linear_log_odds)
         )
         for name in ours:
-            torch.testing.assert_close(ours[name], twin[name], rtol=1e-11, atol=1e-12)
+            torch.testing.assert_close(ours[name], expected[name], rtol=1e-11, atol=1e-12)
 
 
 def dtensor_heads() -> None:
@@ -153,7 +153,7 @@ def dtensor_heads() -> None:
 
     mesh = init_device_mesh(torch.get_default_device().type, (dist.get_world_size(),))
     hidden, weight, labels, bias, upstream = head(torch.float32)
-    whole = results(linear_label_margins, (hidden, weight, labels, bias, upstream), "recompute")
+    whole = results(linear_log_odds, (hidden, weight, labels, bias, upstream), "recompute")
     for replicated in (False, True):
         leaves = [
             distribute_tensor(hidden, mesh, [Replicate()]) if replicated else hidden.clone(),
@@ -162,10 +162,10 @@ def dtensor_heads() -> None:
         ]
         leaves[0].requires_grad_()
         ids = distribute_tensor(labels, mesh, [Replicate()]) if replicated else labels
-        margins = linear_label_margins(leaves[0], leaves[1], ids, leaves[2])
-        margins.backward(upstream)
-        assert type(margins) is Tensor
-        torch.testing.assert_close(margins.detach(), whole["margins"], rtol=1e-5, atol=3e-6)
+        log_odds = linear_log_odds(leaves[0], leaves[1], ids, leaves[2])
+        log_odds.backward(upstream)
+        assert type(log_odds) is Tensor
+        torch.testing.assert_close(log_odds.detach(), whole["log_odds"], rtol=1e-5, atol=3e-6)
         for leaf, name in zip(leaves, ("dhidden", "dweight", "dbias"), strict=True):
             got = leaf.grad
             if isinstance(leaf, DTensor):
@@ -196,7 +196,7 @@ def assert_raises(
     if labels is None:
         labels = torch.zeros(len(hidden), dtype=torch.int64)
     with pytest.raises(kind, match=message):
-        linear_label_margins(hidden, weight, labels, group=group)
+        linear_log_odds(hidden, weight, labels, group=group)
 
 
 class Model(torch.nn.Module):
@@ -210,8 +210,8 @@ class Model(torch.nn.Module):
     def forward(self, x: Tensor, labels: Tensor) -> Tensor:
         """The mean of the labels' log-probabilities, negated."""
         hidden = self.body(x).tanh()
-        margins = linear_label_margins(hidden, self.head.weight, labels, self.head.bias)
-        return torch.nn.functional.softplus(-margins).mean()
+        log_odds = linear_log_odds(hidden, self.head.weight, labels, self.head.bias)
+        return torch.nn.functional.softplus(-log_odds).mean()
 
 
 def fsdp_sharded_heads() -> None:
@@ -271,7 +271,7 @@ def compiled_without_graph_breaks(split: list[int]) -> None:
     weight.requires_grad_()
 
     def loss(h: Tensor, w: Tensor) -> Tensor:
-        return linear_label_margins(h * 2, w, labels, bias, group=dist.group.WORLD) @ upstream
+        return linear_log_odds(h * 2, w, labels, bias, group=dist.group.WORLD) @ upstream
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     got, wanted = (
@@ -301,8 +301,8 @@ def main(rank: int, ranks: int, store: str, device: str = "cpu") -> None:
                     assert_whole(split, plan, shape, dtype)
                     say("whole", split, dtype, plan, shape)
     split = SPLITS[ranks][0]
-    twin_has_the_same_results(split)
-    say("twin_has_the_same_results")
+    reference_has_the_same_results(split)
+    say("reference_has_the_same_results")
     if device == "cpu":  # a GPU does not check labels
         arguments_are_checked(split)
         say("arguments_are_checked")

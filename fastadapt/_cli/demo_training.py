@@ -16,10 +16,10 @@ from fastadapt import RewardPenalizeLoss
 from fastadapt._ops.linear.memory import PeakMemory, is_measurable
 from fastadapt.training import (
     Reference,
-    logits_margins,
+    logits_log_odds,
     pair_loss,
     reference_logps,
-    response_margins,
+    response_log_odds,
     training_steps,
 )
 from fastadapt.training.pairs import PAIRS, PairBatch, encode_pairs
@@ -28,7 +28,7 @@ BATCH = 4
 LEARNING_RATE = 1e-5
 LOSSES = {"dpo": 1.0, "exmate": 1.0}
 _MEMORY_STEPS = 2
-_WATCHED = ("logps/good", "logps/bad", "pairs/accuracies")
+_WATCHED = ("logps/chosen", "logps/rejected", "pairs/accuracies")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ class TrainingReport:
 
     Attributes:
         steps: the metrics of each step, on its own pairs.
-        before: over all pairs: mean log P of good and of bad, how often good is ahead.
+        before: over all pairs: mean log P of chosen and of rejected, how often chosen is ahead.
         after: the same after the last step.
         memory: peak bytes of one step over what was resident before it, without and with logits;
             None where the system cannot tell.
@@ -98,11 +98,11 @@ def print_report(out: Console, report: TrainingReport) -> None:
     table = Table(
         title=f"Training: {len(report.steps)} steps of DPO+ExMATE, {BATCH} pairs each",
         title_justify="left",
-        caption="log P: of a response, mean. Ahead: pairs with P(good) > P(bad)",
+        caption="log P: of a response, mean. Ahead: pairs with P(chosen) > P(rejected)",
         caption_justify="left",
     )
     table.add_column("step")
-    for name in ("loss", "log P\ngood", "log P\nbad", "good\nahead"):
+    for name in ("loss", "log P\ngood", "log P\nbad", "chosen\nahead"):
         table.add_column(name, justify="right")
     for number, seen in enumerate(report.steps, start=1):
         table.add_row(str(number), f"{seen['loss']:.3f}", *_shown(seen))
@@ -115,8 +115,8 @@ def print_report(out: Console, report: TrainingReport) -> None:
 
 def _shown(seen: Mapping[str, float]) -> list[str]:
     """Cells of a row of the table."""
-    good, bad, ahead = (seen[name] for name in _WATCHED)
-    return [f"{good:.2f}", f"{bad:.2f}", f"{100 * ahead:.0f} %"]
+    chosen, rejected, ahead = (seen[name] for name in _WATCHED)
+    return [f"{chosen:.2f}", f"{rejected:.2f}", f"{100 * ahead:.0f} %"]
 
 
 def _memory_text(report: TrainingReport) -> str:
@@ -126,15 +126,15 @@ def _memory_text(report: TrainingReport) -> str:
     without, with_logits = (round(size / 1e6) for size in report.memory)
     return (
         f"\nPeak memory of a step's forward and backward beside model and gradients: {without} MB "
-        f"through linear_label_margins, {with_logits} MB through full logits (one float32 copy of "
+        f"through linear_log_odds, {with_logits} MB through full logits (one float32 copy of "
         f"which takes {report.logits / 1e6:.0f} MB)."
     )
 
 
 def _summary(logps: Sequence[Reference]) -> dict[str, float]:
-    """The metrics of all pairs from log P of good and of bad, per batch."""
-    good, bad = (torch.cat(side) for side in zip(*logps, strict=True))
-    values = (good.mean(), bad.mean(), (good > bad).float().mean())
+    """The metrics of all pairs from log P of chosen and of rejected, per batch."""
+    chosen, rejected = (torch.cat(side) for side in zip(*logps, strict=True))
+    values = (chosen.mean(), rejected.mean(), (chosen > rejected).float().mean())
     return {name: float(value) for name, value in zip(_WATCHED, values, strict=True)}
 
 
@@ -147,11 +147,11 @@ def _measure_memory(
             on_step()
         return None
     peaks = []
-    for margins_of in (response_margins, logits_margins):
-        reference = reference_logps(model, batch, margins_of=margins_of)
+    for log_odds_of in (response_log_odds, logits_log_odds):
+        reference = reference_logps(model, batch, log_odds_of=log_odds_of)
         model.zero_grad(set_to_none=False)  # gradients stay where they are: not part of the peak
         with PeakMemory() as peak:
-            loss, _ = pair_loss(model, batch, objective, reference, margins_of=margins_of)
+            loss, _ = pair_loss(model, batch, objective, reference, log_odds_of=log_odds_of)
             loss.backward()
         peaks.append(peak.extra)
         del loss

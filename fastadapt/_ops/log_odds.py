@@ -1,4 +1,4 @@
-"""The operators under the losses that take logits: margins of labels and of candidates.
+"""The operators under the losses that take logits: log-odds of labels and of candidates.
 
 As in `sampling`: one schema each, chosen by device; arguments come checked and folded by
 `fastadapt.log_odds`.
@@ -22,44 +22,46 @@ from fastadapt._ops.common import (
 from fastadapt._ops.outputs import Pair, candidate_outputs, label_outputs
 
 _library = torch.library.Library("fastadapt", "FRAGMENT")
-_library.define("label_margins(Tensor logits, Tensor labels, int ignore_index) -> (Tensor, Tensor)")
 _library.define(
-    "label_margins_backward(Tensor dmargins, Tensor logits, Tensor labels, int ignore_index,"
+    "label_log_odds(Tensor logits, Tensor labels, int ignore_index) -> (Tensor, Tensor)"
+)
+_library.define(
+    "label_log_odds_backward(Tensor dlog_odds, Tensor logits, Tensor labels, int ignore_index,"
     " Tensor stats) -> Tensor"
 )
-_library.define("candidate_margins(Tensor logits, Tensor index, Tensor? mask) -> (Tensor, Tensor)")
+_library.define("candidate_log_odds(Tensor logits, Tensor index, Tensor? mask) -> (Tensor, Tensor)")
 _library.define(
-    "candidate_margins_backward(Tensor dmargins, Tensor logits, Tensor index, Tensor? mask,"
+    "candidate_log_odds_backward(Tensor dlog_odds, Tensor logits, Tensor index, Tensor? mask,"
     " Tensor stats) -> Tensor"
 )
 
 
-def _label_margins_cpu(logits: Tensor, labels: Tensor, ignore_index: int) -> Pair:
+def _label_log_odds_cpu(logits: Tensor, labels: Tensor, ignore_index: int) -> Pair:
     """One read of the logits."""
     check_ids("labels", labels, logits.shape[1], ignore_index)
-    margins, stats = out = label_outputs(logits)
-    _C.label_margins(
+    log_odds, stats = out = label_outputs(logits)
+    _C.label_log_odds(
         rows_of(logits),
         labels.data_ptr(),
         ignore_index,
-        margins.data_ptr(),
+        log_odds.data_ptr(),
         stats.data_ptr(),
         torch.get_num_threads(),
     )
     return out
 
 
-def _label_margins_backward_cpu(
-    dmargins: Tensor, logits: Tensor, labels: Tensor, ignore_index: int, stats: Tensor
+def _label_log_odds_backward_cpu(
+    dlog_odds: Tensor, logits: Tensor, labels: Tensor, ignore_index: int, stats: Tensor
 ) -> Tensor:
     """One read of the logits, one write of their gradient."""
     out = logits.new_empty(logits.shape)
-    dmargins = dmargins.contiguous()  # a name of its own: a temporary would be freed too early
-    _C.label_margins_backward(
+    dlog_odds = dlog_odds.contiguous()  # a name of its own: a temporary would be freed too early
+    _C.label_log_odds_backward(
         rows_of(logits),
         labels.data_ptr(),
         ignore_index,
-        dmargins.data_ptr(),
+        dlog_odds.data_ptr(),
         stats.data_ptr(),
         out.data_ptr(),
         torch.get_num_threads(),
@@ -67,36 +69,36 @@ def _label_margins_backward_cpu(
     return out
 
 
-def _candidate_margins_cpu(logits: Tensor, index: Tensor, mask: Tensor | None) -> Pair:
+def _candidate_log_odds_cpu(logits: Tensor, index: Tensor, mask: Tensor | None) -> Pair:
     """Two reads of the logits, the second from cache."""
     used = index if mask is None else torch.where(mask, index, 0)
     if index.numel():
         check_ids("index", used, logits.shape[1], None)
-    margins, stats = out = candidate_outputs(logits, index)
-    _C.candidate_margins(
+    log_odds, stats = out = candidate_outputs(logits, index)
+    _C.candidate_log_odds(
         rows_of(logits),
         index.shape[1],
         index.data_ptr(),
         address(mask),
-        margins.data_ptr(),
+        log_odds.data_ptr(),
         stats.data_ptr(),
         torch.get_num_threads(),
     )
     return out
 
 
-def _candidate_margins_backward_cpu(
-    dmargins: Tensor, logits: Tensor, index: Tensor, mask: Tensor | None, stats: Tensor
+def _candidate_log_odds_backward_cpu(
+    dlog_odds: Tensor, logits: Tensor, index: Tensor, mask: Tensor | None, stats: Tensor
 ) -> Tensor:
     """One read of the logits, one write of their gradient."""
     out = logits.new_empty(logits.shape)
-    dmargins = dmargins.contiguous()
-    _C.candidate_margins_backward(
+    dlog_odds = dlog_odds.contiguous()
+    _C.candidate_log_odds_backward(
         rows_of(logits),
         index.shape[1],
         index.data_ptr(),
         address(mask),
-        dmargins.data_ptr(),
+        dlog_odds.data_ptr(),
         stats.data_ptr(),
         out.data_ptr(),
         torch.get_num_threads(),
@@ -111,11 +113,11 @@ def _save_label(ctx: Any, inputs: tuple[Any, ...], output: Pair) -> None:
     ctx.save_for_backward(logits, labels, output[1])
 
 
-def _label_gradient(ctx: Any, dmargins: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _label_gradient(ctx: Any, dlog_odds: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     """dL/dlogits = dL/dm (onehot(y) - q)."""
     logits, labels, stats = ctx.saved_tensors
-    dlogits = torch.ops.fastadapt.label_margins_backward(
-        dmargins, logits, labels, ctx.ignore_index, stats
+    dlogits = torch.ops.fastadapt.label_log_odds_backward(
+        dlog_odds, logits, labels, ctx.ignore_index, stats
     )
     return dlogits, None, None
 
@@ -126,43 +128,43 @@ def _save_candidates(ctx: Any, inputs: tuple[Any, ...], output: Pair) -> None:
     ctx.save_for_backward(*inputs, output[1])
 
 
-def _candidate_gradient(ctx: Any, dmargins: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _candidate_gradient(ctx: Any, dlog_odds: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     """dL/dlogits = sum over candidates of dL/dm_c (onehot(c) - q_c)."""
-    dlogits = torch.ops.fastadapt.candidate_margins_backward(dmargins, *ctx.saved_tensors)
+    dlogits = torch.ops.fastadapt.candidate_log_odds_backward(dlog_odds, *ctx.saved_tensors)
     return dlogits, None, None
 
 
 def _register() -> None:
     """Implementations, fakes and autograd."""
     implementations: Implementations = {
-        "label_margins": (_label_margins_cpu, lambda x, labels, ignore_index: label_outputs(x)),
-        "label_margins_backward": (
-            _label_margins_backward_cpu,
-            lambda dmargins, x, *_: x.new_empty(x.shape),
+        "label_log_odds": (_label_log_odds_cpu, lambda x, labels, ignore_index: label_outputs(x)),
+        "label_log_odds_backward": (
+            _label_log_odds_backward_cpu,
+            lambda dlog_odds, x, *_: x.new_empty(x.shape),
         ),
-        "candidate_margins": (
-            _candidate_margins_cpu,
+        "candidate_log_odds": (
+            _candidate_log_odds_cpu,
             lambda x, index, mask: candidate_outputs(x, index),
         ),
-        "candidate_margins_backward": (
-            _candidate_margins_backward_cpu,
-            lambda dmargins, x, *_: x.new_empty(x.shape),
+        "candidate_log_odds_backward": (
+            _candidate_log_odds_backward_cpu,
+            lambda dlog_odds, x, *_: x.new_empty(x.shape),
         ),
     }
     register(_library, implementations, log_odds_cuda)
     gradients = {
-        "label_margins": (_label_gradient, _save_label),
-        "candidate_margins": (_candidate_gradient, _save_candidates),
+        "label_log_odds": (_label_gradient, _save_label),
+        "candidate_log_odds": (_candidate_gradient, _save_candidates),
     }
     for name, (gradient, save) in gradients.items():
         torch.library.register_autograd(
             f"fastadapt::{name}", gradient, setup_context=save, lib=_library
         )
         torch.library.register_autograd(
-            f"fastadapt::{name}_backward", no_double_backward("label margins"), lib=_library
+            f"fastadapt::{name}_backward", no_double_backward("label log_odds"), lib=_library
         )
 
 
 _register()
-label_margins = torch.ops.fastadapt.label_margins
-candidate_margins = torch.ops.fastadapt.candidate_margins
+label_log_odds = torch.ops.fastadapt.label_log_odds
+candidate_log_odds = torch.ops.fastadapt.candidate_log_odds

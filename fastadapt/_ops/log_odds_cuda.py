@@ -1,4 +1,4 @@
-"""The operators of margins of logits for CUDA tensors.
+"""The operators of log-odds of logits for CUDA tensors.
 
 `plan`, a `triton.launch_losses.Plan`, is for tests as in `sampling_cuda`.
 """
@@ -11,16 +11,16 @@ from fastadapt._ops.common import filled
 from fastadapt._ops.outputs import Pair, candidate_outputs, label_outputs
 
 
-def label_margins(logits: Tensor, labels: Tensor, ignore_index: int, *, plan: Any = None) -> Pair:
+def label_log_odds(logits: Tensor, labels: Tensor, ignore_index: int, *, plan: Any = None) -> Pair:
     """One read of the logits."""
     from fastadapt._ops.triton import launch_losses
 
     arguments = logits, labels, ignore_index
-    return filled(label_outputs(logits), launch_losses.label_margins, *arguments, plan=plan)
+    return filled(label_outputs(logits), launch_losses.label_log_odds, *arguments, plan=plan)
 
 
-def label_margins_backward(
-    dmargins: Tensor,
+def label_log_odds_backward(
+    dlog_odds: Tensor,
     logits: Tensor,
     labels: Tensor,
     ignore_index: int,
@@ -32,22 +32,22 @@ def label_margins_backward(
     from fastadapt._ops.triton import launch_losses
 
     out = logits.new_empty(logits.shape)
-    arguments = dmargins.contiguous(), logits, labels, ignore_index, stats
-    return filled(out, launch_losses.label_margins_backward, *arguments, plan=plan)
+    arguments = dlog_odds.contiguous(), logits, labels, ignore_index, stats
+    return filled(out, launch_losses.label_log_odds_backward, *arguments, plan=plan)
 
 
-def candidate_margins(
+def candidate_log_odds(
     logits: Tensor, index: Tensor, mask: Tensor | None, *, plan: Any = None
 ) -> Pair:
     """One read of the logits."""
     from fastadapt._ops.triton import launch_losses
 
     out = candidate_outputs(logits, index)
-    return filled(out, launch_losses.candidate_margins, logits, index, mask, plan=plan)
+    return filled(out, launch_losses.candidate_log_odds, logits, index, mask, plan=plan)
 
 
-def candidate_margins_backward(
-    dmargins: Tensor,
+def candidate_log_odds_backward(
+    dlog_odds: Tensor,
     logits: Tensor,
     index: Tensor,
     mask: Tensor | None,
@@ -59,5 +59,5 @@ def candidate_margins_backward(
     from fastadapt._ops.triton import launch_losses
 
     out = logits.new_empty(logits.shape)
-    arguments = dmargins.contiguous(), logits, index, mask, stats
-    return filled(out, launch_losses.candidate_margins_backward, *arguments, plan=plan)
+    arguments = dlog_odds.contiguous(), logits, index, mask, stats
+    return filled(out, launch_losses.candidate_log_odds_backward, *arguments, plan=plan)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 Scores = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-Margins = tuple[Tensor, Tensor, Tensor]
+LogOdds = tuple[Tensor, Tensor, Tensor]
 Pair = tuple[Tensor, Tensor]
 SampleFields = tuple[Tensor, Tensor, Tensor, Tensor, *tuple[Tensor | None, ...]]
 
@@ -12,7 +12,7 @@ NUM_STATS = 4  # csrc/kernels.h, Stat
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The type of margins and sums."""
+    """The type of log-odds and sums."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -56,8 +56,8 @@ def score_outputs(logits: Tensor, adaptors: int) -> Scores:
     )
 
 
-def margin_outputs(logits: Tensor) -> Margins:
-    """Margins, the support as bits, maximum and mass of the surviving others."""
+def log_odds_outputs(logits: Tensor) -> LogOdds:
+    """Log-odds, the support as bits, maximum and mass of the surviving others."""
     n, v = logits.shape
     return (
         logits.new_empty(n, dtype=wide_dtype(logits.dtype)),
@@ -67,12 +67,12 @@ def margin_outputs(logits: Tensor) -> Margins:
 
 
 def label_outputs(logits: Tensor) -> Pair:
-    """Margins and statistics of the others."""
+    """Log-odds and statistics of the others."""
     stats = logits.new_empty(logits.shape[0], NUM_STATS, dtype=torch.float64)
     return logits.new_empty(logits.shape[0], dtype=wide_dtype(logits.dtype)), stats
 
 
 def candidate_outputs(logits: Tensor, index: Tensor) -> Pair:
-    """Margins and statistics of the entries but the largest."""
+    """Log-odds and statistics of the entries but the largest."""
     stats = logits.new_empty(logits.shape[0], NUM_STATS, dtype=torch.float64)
     return logits.new_empty(index.shape, dtype=wide_dtype(logits.dtype)), stats

@@ -2,8 +2,8 @@
 
 PyTorch's dispatcher chooses the implementation by device. Inputs arrive checked and folded by
 `sampling`; rows may have any stride, the last dimension is contiguous. Knobs are the packed
-(8, R) float64 tensor of an `Adaptor`, and an order is its `law_code`. Operators without a gradient
-fall through autograd: their outputs are detached.
+(8, R) float64 tensor of an `Adaptor`, and an order is its `filter_code`. Operators without a
+gradient fall through autograd: their outputs are detached.
 """
 
 from typing import Any
@@ -21,11 +21,11 @@ from fastadapt._ops.common import (
     register,
     rows_of,
 )
-from fastadapt._ops.law_code import order_of
+from fastadapt._ops.filter_code import order_of
 from fastadapt._ops.outputs import (
-    Margins,
+    LogOdds,
     Scores,
-    margin_outputs,
+    log_odds_outputs,
     sample_fields,
     sample_outputs,
     score_outputs,
@@ -44,11 +44,11 @@ _library.define(
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define(
-    "adapted_margins(Tensor logits, Tensor tokens, Tensor knobs, int order, int ignore_index)"
+    "adapted_log_odds(Tensor logits, Tensor tokens, Tensor knobs, int order, int ignore_index)"
     " -> (Tensor, Tensor, Tensor)"
 )
 _library.define(
-    "adapted_margins_backward(Tensor dmargins, Tensor logits, Tensor tokens, Tensor knobs,"
+    "adapted_log_odds_backward(Tensor dlog_odds, Tensor logits, Tensor tokens, Tensor knobs,"
     " int order, int ignore_index, Tensor support, Tensor stats) -> Tensor"
 )
 
@@ -121,19 +121,19 @@ def _score_cpu(
     return out
 
 
-def _adapted_margins_cpu(
+def _adapted_log_odds_cpu(
     logits: Tensor, tokens: Tensor, knobs: Tensor, order: int, ignore_index: int
-) -> Margins:
+) -> LogOdds:
     """Forward; the last two outputs are what the backward needs."""
     check_ids("tokens", tokens, logits.shape[1], ignore_index)
-    out = margin_outputs(logits)
-    margins, support, stats = (t.data_ptr() for t in out)
-    _C.margins(
+    out = log_odds_outputs(logits)
+    log_odds, support, stats = (t.data_ptr() for t in out)
+    _C.log_odds(
         rows_of(logits),
         _knobs(knobs, order),
         tokens.data_ptr(),
         ignore_index,
-        margins,
+        log_odds,
         support,
         stats,
         torch.get_num_threads(),
@@ -141,8 +141,8 @@ def _adapted_margins_cpu(
     return out
 
 
-def _adapted_margins_backward_cpu(
-    dmargins: Tensor,
+def _adapted_log_odds_backward_cpu(
+    dlog_odds: Tensor,
     logits: Tensor,
     tokens: Tensor,
     knobs: Tensor,
@@ -153,13 +153,13 @@ def _adapted_margins_backward_cpu(
 ) -> Tensor:
     """One read of the logits, one write of their gradient."""
     out = logits.new_empty(logits.shape)
-    dmargins = dmargins.contiguous()  # a name of its own: a temporary would be freed too early
-    _C.margins_backward(
+    dlog_odds = dlog_odds.contiguous()  # a name of its own: a temporary would be freed too early
+    _C.log_odds_backward(
         rows_of(logits),
         _knobs(knobs, order),
         tokens.data_ptr(),
         ignore_index,
-        dmargins.data_ptr(),
+        dlog_odds.data_ptr(),
         support.data_ptr(),
         stats.data_ptr(),
         out.data_ptr(),
@@ -168,7 +168,7 @@ def _adapted_margins_backward_cpu(
     return out
 
 
-def _save_for_margins(ctx: Any, inputs: tuple[Any, ...], output: Margins) -> None:
+def _save_for_log_odds(ctx: Any, inputs: tuple[Any, ...], output: LogOdds) -> None:
     """Keeps the logits and one bit a token."""
     logits, tokens, knobs, ctx.order, ctx.ignore_index = inputs
     _, support, stats = output
@@ -177,13 +177,13 @@ def _save_for_margins(ctx: Any, inputs: tuple[Any, ...], output: Margins) -> Non
     ctx.save_for_backward(logits, tokens, knobs, support, stats)
 
 
-def _margins_gradient(ctx: Any, dmargins: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+def _log_odds_gradient(ctx: Any, dlog_odds: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     """dL/dlogits = dL/dm / T * (onehot(y) - q)."""
-    if dmargins is None:
+    if dlog_odds is None:
         return (None,) * 5
     logits, tokens, knobs, support, stats = ctx.saved_tensors
-    dlogits = torch.ops.fastadapt.adapted_margins_backward(
-        dmargins, logits, tokens, knobs, ctx.order, ctx.ignore_index, support, stats
+    dlogits = torch.ops.fastadapt.adapted_log_odds_backward(
+        dlog_odds, logits, tokens, knobs, ctx.order, ctx.ignore_index, support, stats
     )
     return dlogits, None, None, None, None
 
@@ -200,26 +200,26 @@ def _register() -> None:
             _score_cpu,
             lambda x, tokens, knobs, orders, ignore_index: score_outputs(x, len(knobs)),
         ),
-        "adapted_margins": (
-            _adapted_margins_cpu,
-            lambda x, tokens, knobs, order, ignore_index: margin_outputs(x),
+        "adapted_log_odds": (
+            _adapted_log_odds_cpu,
+            lambda x, tokens, knobs, order, ignore_index: log_odds_outputs(x),
         ),
-        "adapted_margins_backward": (
-            _adapted_margins_backward_cpu,
-            lambda dmargins, x, *_: x.new_empty(x.shape),
+        "adapted_log_odds_backward": (
+            _adapted_log_odds_backward_cpu,
+            lambda dlog_odds, x, *_: x.new_empty(x.shape),
         ),
     }
     register(_library, implementations, sampling_cuda)
     for name in ("filter_logits", "sample", "score"):
         _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
     torch.library.register_autograd(
-        "fastadapt::adapted_margins",
-        _margins_gradient,
-        setup_context=_save_for_margins,
+        "fastadapt::adapted_log_odds",
+        _log_odds_gradient,
+        setup_context=_save_for_log_odds,
         lib=_library,
     )
     torch.library.register_autograd(
-        "fastadapt::adapted_margins_backward", no_double_backward("adapted_margins"), lib=_library
+        "fastadapt::adapted_log_odds_backward", no_double_backward("adapted_log_odds"), lib=_library
     )
 
 

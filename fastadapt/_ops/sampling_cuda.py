@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from fastadapt._ops.common import device_of, filled, given
-from fastadapt._ops.law_code import joined, order_of
+from fastadapt._ops.filter_code import joined, order_of
 from fastadapt._ops.outputs import (
-    Margins,
+    LogOdds,
     Scores,
-    margin_outputs,
+    log_odds_outputs,
     sample_fields,
     sample_outputs,
     score_outputs,
@@ -83,7 +83,7 @@ def score(
     return out
 
 
-def adapted_margins(
+def adapted_log_odds(
     logits: Tensor,
     tokens: Tensor,
     knobs: Tensor,
@@ -91,16 +91,16 @@ def adapted_margins(
     ignore_index: int,
     *,
     plan: Any = None,
-) -> Margins:
+) -> LogOdds:
     """Forward; the last two outputs are what the backward needs."""
     from fastadapt._ops.triton import launch
 
     arguments = logits, tokens, knobs, order, ignore_index
-    return filled(margin_outputs(logits), launch.adapted_margins, *arguments, plan=plan)
+    return filled(log_odds_outputs(logits), launch.adapted_log_odds, *arguments, plan=plan)
 
 
-def adapted_margins_backward(
-    dmargins: Tensor,
+def adapted_log_odds_backward(
+    dlog_odds: Tensor,
     logits: Tensor,
     tokens: Tensor,
     knobs: Tensor,
@@ -115,5 +115,5 @@ def adapted_margins_backward(
     from fastadapt._ops.triton import launch
 
     out = logits.new_empty(logits.shape)
-    arguments = dmargins.contiguous(), logits, tokens, knobs, ignore_index, support, stats
-    return filled(out, launch.adapted_margins_backward, *arguments, plan=plan)
+    arguments = dlog_odds.contiguous(), logits, tokens, knobs, ignore_index, support, stats
+    return filled(out, launch.adapted_log_odds_backward, *arguments, plan=plan)

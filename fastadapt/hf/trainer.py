@@ -1,4 +1,4 @@
-"""transformers' `Trainer` without logits: a loss of margins, made inside the model's forward."""
+"""transformers' `Trainer` without logits: a loss of log-odds, made inside the model's forward."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Trainer
 
-from fastadapt.log_odds import label_margins
+from fastadapt.log_odds import label_log_odds
 from fastadapt.losses import Responses, mle_loss
-from fastadapt.training import forward_margins
+from fastadapt.training import forward_log_odds
 from fastadapt.training.head import causal_of, evaluating, one_row
 from fastadapt.training.head_shape import HALF_TOLERANCE, configurations
 from fastadapt.training.pairs import IGNORED
@@ -31,7 +31,7 @@ class LogitsFreeTrainer(Trainer):
     `average_tokens_across_devices` as transformers has them; the head's rows of ignored labels are
     not computed. A frozen head (LoRA) takes two products a step. Before the first step the model's
     own loss of one short text is compared with ours, so that nothing is left out without a word.
-    Predictions, as `compute_metrics` sees them, are margins (B, T-1), (B, T) of labels that are
+    Predictions, as `compute_metrics` sees them, are log-odds (B, T-1), (B, T) of labels that are
     aligned, instead of logits.
 
     Examples:
@@ -47,7 +47,7 @@ class LogitsFreeTrainer(Trainer):
     Raises:
         ValueError: what needs logits: `compute_loss_func`, `label_smoothing_factor`; a compiled
             model; router logits, whose loss would be left out; at the first batch, a model whose
-            own loss is another one, or as `fastadapt.training.forward_margins`; a batch without
+            own loss is another one, or as `fastadapt.training.forward_log_odds`; a batch without
             labels.
     """
 
@@ -85,11 +85,11 @@ class LogitsFreeTrainer(Trainer):
             raise ValueError(f"inputs: expected labels among them, got {sorted(inputs)}")
         if self._shifts is None:
             self._shifts = self._ask_loss(model, inputs, num_items_in_batch is not None)
-        margins, mask = self._margins(model, inputs, shift=self._shifts)
+        log_odds, mask = self._log_odds(model, inputs, shift=self._shifts)
         items = num_items_in_batch if self._divides else None
-        loss = self.objective(Responses(margins, mask, total_tokens=items))
+        loss = self.objective(Responses(log_odds, mask, total_tokens=items))
         loss = loss * self._share(num_items_in_batch)
-        return (loss, {"loss": loss, "margins": margins}) if return_outputs else loss
+        return (loss, {"loss": loss, "log_odds": log_odds}) if return_outputs else loss
 
     def _share(self, items: Tensor | int | None) -> int:
         """What a process multiplies its loss by, so that the mean over processes is the sum."""
@@ -97,15 +97,15 @@ class LogitsFreeTrainer(Trainer):
             return 1
         return int(self.accelerator.num_processes // self.get_tp_size())
 
-    def _margins(
+    def _log_odds(
         self, model: nn.Module, inputs: dict[str, Any], *, shift: bool
     ) -> tuple[Tensor, Tensor]:
-        """The margins of a batch, and which of them count."""
+        """The log-odds of a batch, and which of them count."""
         rest = dict(inputs)
         given = rest.pop("labels")
         labels = _labels_of_positions(given, shift=shift)
-        margins = forward_margins(model, _with_decoder(model, rest, given), labels)
-        return _without_last(margins, labels != IGNORED, shift=shift)
+        log_odds = forward_log_odds(model, _with_decoder(model, rest, given), labels)
+        return _without_last(log_odds, labels != IGNORED, shift=shift)
 
     @torch.no_grad()
     def _ask_loss(self, model: nn.Module, inputs: dict[str, Any], counted: bool) -> bool:
@@ -125,8 +125,8 @@ class LogitsFreeTrainer(Trainer):
             seen = dict[tuple[bool, bool], float]()
             for shift, divides in itertools.product((True, False), repeat=2):
                 labels = _labels_of_positions(given, shift=shift)
-                margins = label_margins(logits.float(), labels, ignore_index=IGNORED)
-                rows = _without_last(margins, labels != IGNORED, shift=shift)
+                log_odds = label_log_odds(logits.float(), labels, ignore_index=IGNORED)
+                rows = _without_last(log_odds, labels != IGNORED, shift=shift)
                 over = items if divides else None
                 seen[shift, divides] = float(mle_loss(Responses(*rows, total_tokens=over)))
             fits = [s for s, x in seen.items() if abs(x - own) <= _TOLERANCE * abs(own)]
@@ -139,7 +139,7 @@ class LogitsFreeTrainer(Trainer):
                     f"got {own:.6g} of {name}; transformers' Trainer has its further terms"
                 )
             shift, self._divides = fits[0]
-            rows = self._margins(model, few, shift=shift)
+            rows = self._log_odds(model, few, shift=shift)
             over = items if self._divides else None
             ours = float(mle_loss(Responses(*rows, total_tokens=over)))
             if abs(ours - own) > HALF_TOLERANCE * abs(own):
@@ -155,9 +155,9 @@ def _labels_of_positions(labels: Tensor, *, shift: bool) -> Tensor:
     return F.pad(labels[:, 1:], (0, 1), value=IGNORED) if shift else labels
 
 
-def _without_last(margins: Tensor, mask: Tensor, *, shift: bool) -> tuple[Tensor, Tensor]:
+def _without_last(log_odds: Tensor, mask: Tensor, *, shift: bool) -> tuple[Tensor, Tensor]:
     """Without the last position, which has no next label."""
-    return (margins[:, :-1], mask[:, :-1]) if shift else (margins, mask)
+    return (log_odds[:, :-1], mask[:, :-1]) if shift else (log_odds, mask)
 
 
 def _few(inputs: dict[str, Any]) -> dict[str, Any]:

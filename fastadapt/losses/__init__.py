@@ -1,4 +1,4 @@
-"""Losses that reward good responses and penalise bad ones, as formulas on margins."""
+"""Losses that reward chosen responses and penalise rejected ones, as formulas on log-odds."""
 
 from fastadapt.losses.formulas import (
     candidate_unlikelihood_penalty,

@@ -35,18 +35,18 @@ FORMULAS: dict[str, Callable[..., Tensor]] = {
     "mate_penalty": mate_penalty,
 }
 CONTAIN_MLE = frozenset({"mle", "unlikelihood", "exmate", "mate"})
-_REFERENCE = ("ref_good_logps", "ref_bad_logps")
+_REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
 
 
 class RewardPenalizeLoss(nn.Module):
-    """A weighted sum of losses that reward good responses and penalise bad ones.
+    """A weighted sum of losses that reward chosen responses and penalise rejected ones.
 
     Examples:
         >>> objective = RewardPenalizeLoss({"dpo": 1.0, "exmate": 0.5}, beta=0.1)
         >>> labels = torch.tensor([[5, 7, 2]])
-        >>> good = Responses.from_labels(torch.full((1, 3), 1.0, requires_grad=True), labels)
-        >>> bad = Responses.from_labels(torch.full((1, 3), -1.0), labels)
-        >>> loss, metrics = objective(good, bad, torch.tensor([-2.0]), torch.tensor([-3.0]))
+        >>> chosen = Responses.from_labels(torch.full((1, 3), 1.0, requires_grad=True), labels)
+        >>> rejected = Responses.from_labels(torch.full((1, 3), -1.0), labels)
+        >>> loss, metrics = objective(chosen, rejected, torch.tensor([-2.0]), torch.tensor([-3.0]))
         >>> loss.backward()
         >>> metrics["loss/dpo"]
         tensor(0.5981)
@@ -91,11 +91,11 @@ class RewardPenalizeLoss(nn.Module):
 
     def _try_options(self) -> None:
         """Calls every loss once, on one token: wrong options raise here and not in training."""
-        margins = torch.zeros(1, 1, dtype=torch.float32, device="cpu")
+        log_odds = torch.zeros(1, 1, dtype=torch.float32, device="cpu")
         mask = torch.ones(1, 1, dtype=torch.bool, device="cpu")
-        one = Responses(margins, mask)
-        inputs = {"candidates": margins[None], "candidate_mask": mask[None]}
-        self._terms({"good": one, "bad": one, **dict.fromkeys(_REFERENCE), **inputs})
+        one = Responses(log_odds, mask)
+        inputs = {"candidates": log_odds[None], "candidate_mask": mask[None]}
+        self._terms({"chosen": one, "rejected": one, **dict.fromkeys(_REFERENCE), **inputs})
 
     def extra_repr(self) -> str:
         """The weights and options."""
@@ -108,10 +108,10 @@ class RewardPenalizeLoss(nn.Module):
 
     def forward(
         self,
-        good: Responses,
-        bad: Responses | None = None,
-        ref_good_logps: Tensor | None = None,
-        ref_bad_logps: Tensor | None = None,
+        chosen: Responses,
+        rejected: Responses | None = None,
+        ref_chosen_logps: Tensor | None = None,
+        ref_rejected_logps: Tensor | None = None,
         *,
         candidates: Tensor | None = None,
         candidate_mask: Tensor | None = None,
@@ -122,21 +122,22 @@ class RewardPenalizeLoss(nn.Module):
         pairs:
 
         - "loss/NAME": each loss named, before its weight.
-        - "logps/good", "logps/bad": mean log P of a response.
+        - "logps/chosen", "logps/rejected": mean log P of a response.
         - "pairs/margins", "pairs/accuracies": mean log P⁺ - log P⁻, and how often it is > 0.
-          Only with as many good as bad responses: the i-th against the i-th.
+          Only with as many chosen as rejected responses: the i-th against the i-th.
         - "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies": of DPO,
           with the reward β (S - S_ref). Only with "dpo".
-        - "gradients/good", "gradients/bad": shares, in [0, 1], of Σ ‖∂L/∂z_t‖₁ = 2 Σ |g_t| that
-          fall on good and on bad labels, from one more forward and a backward of these
-          formulas on the margins alone; the rows of logits are not visited. 0 both where no
+        - "gradients/chosen", "gradients/rejected": shares, in [0, 1], of Σ ‖∂L/∂z_t‖₁ = 2 Σ |g_t|
+          that fall on chosen and on rejected labels, from one more forward and a backward of these
+          formulas on the log-odds alone; the rows of logits are not visited. 0 both where no
           gradient is. A row in both counts in both; candidates count in neither.
 
         Args:
-            good (Responses): the responses to reward.
-            bad (Responses | None): those to penalise. None: for losses on the good side alone.
-            ref_good_logps (Tensor | None): as in `dpo_loss`.
-            ref_bad_logps (Tensor | None): as in `dpo_loss`.
+            chosen (Responses): the responses to reward.
+            rejected (Responses | None): those to penalise. None: for losses on the chosen side
+                alone.
+            ref_chosen_logps (Tensor | None): as in `dpo_loss`.
+            ref_rejected_logps (Tensor | None): as in `dpo_loss`.
             candidates (Tensor | None): as in `candidate_unlikelihood_penalty`.
             candidate_mask (Tensor | None): as in `candidate_unlikelihood_penalty`.
 
@@ -148,10 +149,10 @@ class RewardPenalizeLoss(nn.Module):
             TypeError, ValueError: those of the losses; an input that one needs is None.
         """
         inputs = {
-            "good": good,
-            "bad": bad,
-            "ref_good_logps": ref_good_logps,
-            "ref_bad_logps": ref_bad_logps,
+            "chosen": chosen,
+            "rejected": rejected,
+            "ref_chosen_logps": ref_chosen_logps,
+            "ref_rejected_logps": ref_rejected_logps,
             "candidates": candidates,
             "candidate_mask": candidate_mask,
         }
@@ -159,8 +160,8 @@ class RewardPenalizeLoss(nn.Module):
         loss = self._total(terms)
         metrics = {f"loss/{name}": term.detach() for name, term in terms.items()}
         with torch.no_grad():
-            metrics |= self._sides(good, bad, ref_good_logps, ref_bad_logps)
-        metrics |= self._gradient_shares(good, bad, inputs)
+            metrics |= self._sides(chosen, rejected, ref_chosen_logps, ref_rejected_logps)
+        metrics |= self._gradient_shares(chosen, rejected, inputs)
         return loss, metrics
 
     def _terms(self, inputs: Mapping[str, object]) -> dict[str, Tensor]:
@@ -181,41 +182,41 @@ class RewardPenalizeLoss(nn.Module):
 
     def _sides(
         self,
-        good: Responses,
-        bad: Responses | None,
-        ref_good_logps: Tensor | None,
-        ref_bad_logps: Tensor | None,
+        chosen: Responses,
+        rejected: Responses | None,
+        ref_chosen_logps: Tensor | None,
+        ref_rejected_logps: Tensor | None,
     ) -> dict[str, Tensor]:
         """What the metrics say of the log-probabilities."""
-        g = checked("good", good)
-        metrics = {"logps/good": _mean(g.logps(), g.lengths > 0)}
-        if bad is None:
+        g = checked("chosen", chosen)
+        metrics = {"logps/chosen": _mean(g.logps(), g.lengths > 0)}
+        if rejected is None:
             return metrics
-        b = checked("bad", bad)
-        metrics["logps/bad"] = _mean(b.logps(), b.lengths > 0)
+        b = checked("rejected", rejected)
+        metrics["logps/rejected"] = _mean(b.logps(), b.lengths > 0)
         if g.size == b.size:
             metrics |= _compare("pairs", g, b, g.logps(), b.logps())
         if "dpo" in self.weights:
             beta = self._beta
-            chosen = beta * log_ratios("ref_good_logps", g, ref_good_logps)
-            rejected = beta * log_ratios("ref_bad_logps", b, ref_bad_logps)
+            reward = beta * log_ratios("ref_chosen_logps", g, ref_chosen_logps)
+            penalty = beta * log_ratios("ref_rejected_logps", b, ref_rejected_logps)
             pairs = g.lengths + b.lengths > 0
-            metrics["rewards/chosen"] = _mean(chosen, pairs)
-            metrics["rewards/rejected"] = _mean(rejected, pairs)
-            metrics |= _compare("rewards", g, b, chosen, rejected)
+            metrics["rewards/chosen"] = _mean(reward, pairs)
+            metrics["rewards/rejected"] = _mean(penalty, pairs)
+            metrics |= _compare("rewards", g, b, reward, penalty)
         return metrics
 
     def _gradient_shares(
-        self, good: Responses, bad: Responses | None, inputs: Mapping[str, object]
+        self, chosen: Responses, rejected: Responses | None, inputs: Mapping[str, object]
     ) -> dict[str, Tensor]:
-        """The shares of Σ |g_t|, from the gradient of the loss with respect to the margins."""
-        sides = {"good": good} if bad is None else {"good": good, "bad": bad}
+        """The shares of Σ |g_t|, from the gradient of the loss with respect to the log-odds."""
+        sides = {"chosen": chosen} if rejected is None else {"chosen": chosen, "rejected": rejected}
 
-        def loss_of(margins: Mapping[str, Tensor]) -> Tensor:
-            moved = {k: side._replace(margins=margins[k]) for k, side in sides.items()}
+        def loss_of(log_odds: Mapping[str, Tensor]) -> Tensor:
+            moved = {k: side._replace(log_odds=log_odds[k]) for k, side in sides.items()}
             return self._total(self._terms({**inputs, **moved}))
 
-        points = {k: accumulated(k, side.margins).detach() for k, side in sides.items()}
+        points = {k: accumulated(k, side.log_odds).detach() for k, side in sides.items()}
         masses = {k: g.abs().sum() for k, g in torch.func.grad(loss_of)(points).items()}
         total = torch.stack(list(masses.values())).sum()
         return {f"gradients/{k}": m / torch.where(total > 0, total, 1) for k, m in masses.items()}
@@ -252,7 +253,7 @@ def _mean(x: Tensor, counted: Tensor) -> Tensor:
 
 
 def _compare(name: str, g: Rows, b: Rows, x: Tensor, y: Tensor) -> dict[str, Tensor]:
-    """How far and how often the good one of a pair is ahead."""
+    """How far and how often the chosen one of a pair is ahead."""
     pairs = g.lengths + b.lengths > 0
     return {
         f"{name}/margins": _mean(x - y, pairs),

@@ -1,4 +1,4 @@
-"""Direct preference optimisation: good against bad, pair by pair."""
+"""Direct preference optimisation: chosen against rejected, pair by pair."""
 
 import torch
 import torch.nn.functional as F
@@ -12,10 +12,10 @@ _SMOOTHED = ("sigmoid", "robust")
 
 
 def dpo_loss(
-    good: Responses,
-    bad: Responses,
-    ref_good_logps: Tensor | None = None,
-    ref_bad_logps: Tensor | None = None,
+    chosen: Responses,
+    rejected: Responses,
+    ref_chosen_logps: Tensor | None = None,
+    ref_rejected_logps: Tensor | None = None,
     *,
     beta: float = 0.1,
     loss_type: str = "sigmoid",
@@ -24,7 +24,8 @@ def dpo_loss(
 ) -> Tensor:
     """Returns the mean over pairs of a loss of `u = β [(S⁺ - S⁺_ref) - (S⁻ - S⁻_ref)]`.
 
-    S is log P of a response, pair i the i-th good and the i-th bad one, ε the label smoothing.
+    S is log P of a response, pair i the i-th chosen and the i-th rejected one, ε the label
+    smoothing.
 
     - "sigmoid": `-log σ(u)` (Rafailov et al. 2023, arXiv 2305.18290, eq. 7), or with ε
       `-(1-ε) log σ(u) - ε log σ(-u)`, as in the authors' code ("conservative DPO"). Per pair
@@ -40,28 +41,28 @@ def dpo_loss(
 
     Examples:
         >>> mask = torch.tensor([[True, True]])
-        >>> good = Responses(torch.tensor([[0.0, 2.0]]), mask)
-        >>> bad = Responses(torch.tensor([[0.0, -2.0]]), mask)
-        >>> dpo_loss(good, bad, beta=0.1)
+        >>> chosen = Responses(torch.tensor([[0.0, 2.0]]), mask)
+        >>> rejected = Responses(torch.tensor([[0.0, -2.0]]), mask)
+        >>> dpo_loss(chosen, rejected, beta=0.1)
         tensor(0.5981)
-        >>> dpo_loss(good, bad, torch.tensor([-1.0]), torch.tensor([-2.0]), loss_type="ipo")
+        >>> dpo_loss(chosen, rejected, torch.tensor([-1.0]), torch.tensor([-2.0]), loss_type="ipo")
         tensor(16.)
 
     Args:
-        good (Responses): the chosen responses, B of them; see there for layouts and dtypes. The
-            mean divides by `good.total_sequences`, by default the pairs with any token.
-        bad (Responses): the rejected ones, as many, with the same `total_sequences`.
-        ref_good_logps (Tensor | None): (B,), a float dtype; the reference model's
-            `sequence_logps(good)`, held constant. None, both: reference-free, as if the two were
+        chosen (Responses): the chosen responses, B of them; see there for layouts and dtypes. The
+            mean divides by `chosen.total_sequences`, by default the pairs with any token.
+        rejected (Responses): the rejected ones, as many, with the same `total_sequences`.
+        ref_chosen_logps (Tensor | None): (B,), a float dtype; the reference model's
+            `sequence_logps(chosen)`, held constant. None, both: reference-free, as if the two were
             equal.
-        ref_bad_logps (Tensor | None): the same for `bad`.
+        ref_rejected_logps (Tensor | None): the same for `rejected`.
         beta (float): > 0.
         loss_type (str): as above.
         label_smoothing (float): ε in [0, 0.5); 0 for "hinge" and "ipo".
         length_normalized (bool): divide S and S_ref by the response's number of tokens.
 
     Returns:
-        Tensor: a scalar, float32 (float64 for float64 margins); 0 with a graph if no token counts.
+        Tensor: a scalar, float32 (float64 for float64 log-odds); 0 with a graph if no token counts.
 
     Raises:
         TypeError, ValueError: as `mle_loss`; unequal numbers of responses, one reference without
@@ -75,18 +76,18 @@ def dpo_loss(
     if label_smoothing != 0 and label_smoothing >= limit:
         expected = "a value in [0, 0.5)" if limit else f"0 for {loss_type}"
         raise ValueError(f"label_smoothing: expected {expected}, got {label_smoothing}")
-    g, b = checked("good", good), checked("bad", bad)
-    if (good.total_sequences is None) != (bad.total_sequences is None):
+    g, b = checked("chosen", chosen), checked("rejected", rejected)
+    if (chosen.total_sequences is None) != (rejected.total_sequences is None):
         raise ValueError("total_sequences: expected it for both sides or for none, got one")
     if g.size != b.size:
-        raise ValueError(f"bad: expected {g.size} responses, as many as good, got {b.size}")
-    if (ref_good_logps is None) != (ref_bad_logps is None):
-        raise ValueError("ref_good_logps, ref_bad_logps: expected both or none, got one")
-    delta = log_ratios("ref_good_logps", g, ref_good_logps, mean=length_normalized)
-    delta = delta - log_ratios("ref_bad_logps", b, ref_bad_logps, mean=length_normalized)
+        raise ValueError(f"rejected: expected {g.size} responses, as many as chosen, got {b.size}")
+    if (ref_chosen_logps is None) != (ref_rejected_logps is None):
+        raise ValueError("ref_chosen_logps, ref_rejected_logps: expected both or none, got one")
+    delta = log_ratios("ref_chosen_logps", g, ref_chosen_logps, mean=length_normalized)
+    delta = delta - log_ratios("ref_rejected_logps", b, ref_rejected_logps, mean=length_normalized)
     losses = _pair_losses(beta, loss_type, label_smoothing, delta)
     pairs = g.lengths + b.lengths > 0
-    count = pairs.sum().clamp(min=1) if good.total_sequences is None else g.sequences
+    count = pairs.sum().clamp(min=1) if chosen.total_sequences is None else g.sequences
     return torch.where(pairs, losses, 0).sum() / count
 
 
@@ -99,8 +100,8 @@ def log_ratios(name: str, rows: Rows, ref_logps: Tensor | None, *, mean: bool = 
             raise TypeError(f"{name}: expected a float tensor, got {got}")
         if ref_logps.shape != (rows.size,):
             raise ValueError(f"{name}: expected ({rows.size},), got {tuple(ref_logps.shape)}")
-        if ref_logps.device != rows.margins.device:
-            expected = f"expected device {rows.margins.device}"
+        if ref_logps.device != rows.log_odds.device:
+            expected = f"expected device {rows.log_odds.device}"
             raise ValueError(f"{name}: {expected}, got {ref_logps.device}")
         ratios = ratios - ref_logps.detach().to(ratios.dtype)
     return ratios / rows.lengths.clamp(min=1) if mean else ratios

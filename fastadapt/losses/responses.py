@@ -1,4 +1,4 @@
-"""Responses as margins of their label tokens, in both layouts, and the means over them."""
+"""Responses as log-odds of their label tokens, in both layouts, and the means over them."""
 
 from numbers import Integral
 from typing import NamedTuple
@@ -7,29 +7,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastadapt.log_odds import label_margins
+from fastadapt.log_odds import label_log_odds
 from fastadapt.losses.options import shown
 
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # what is meant where a tensor of another dtype comes
 _OTHER_WAY = {
     (torch.bool, torch.int64): "; Responses.from_labels takes labels",
-    (torch.int64, torch.bool): "; Responses(margins, mask) takes a mask",
+    (torch.int64, torch.bool): "; Responses(log-odds, mask) takes a mask",
 }
 
 
 class Responses(NamedTuple):
     """The label tokens of B responses: what every loss of this package takes.
 
-    Made from labels by `Responses.from_labels(margins, labels)`, where a label of -100 does not
+    Made from labels by `Responses.from_labels(log_odds, labels)`, where a label of -100 does not
     count; from log-probabilities by `Responses.from_logps`. By hand in two layouts:
-    `Responses(margins, mask)`, padded, and `Responses(margins, segments=ids)`, packed. A token that
-    does not count (mask False, segment id negative) changes no loss and gets a zero gradient,
-    whatever its margin is, NaN included. A response without tokens counts in no mean.
+    `Responses(log_odds, mask)`, padded, and `Responses(log_odds, segments=ids)`, packed. A token
+    that does not count (mask False, segment id negative) changes no loss and gets a zero gradient,
+    whatever its log-odds are, NaN included. A response without tokens counts in no mean.
 
-    Margins are log-odds, not log-probabilities, and no check can tell the two apart: both are
+    Log-odds are log-odds, not log-probabilities, and no check can tell the two apart: both are
     negative for a token of p < 1/2. A mask made by hand has to be False where a label was ignored:
-    the margin there is 0, which under a mask of True is a token of probability 1/2.
+    the log-odds there is 0, which under a mask of True is a token of probability 1/2.
 
     Examples:
         >>> labels = torch.tensor([[5, 7, 2], [5, -100, -100]])
@@ -39,8 +39,8 @@ class Responses(NamedTuple):
                 [ True, False, False]])
 
     Attributes:
-        margins: (B, T) or (N,), float32, float64, bfloat16 or float16, nats; per token
-            `m = z_y - logsumexp(z_j, j != y)`, from `adapted_margins` or any such operator. Sums
+        log_odds: (B, T) or (N,), float32, float64, bfloat16 or float16, nats; per token
+            `m = z_y - logsumexp(z_j, j != y)`, from `adapted_log_odds` or any such operator. Sums
             are float32, float64 for float64. A token of probability 0 has m = -inf.
         mask: (B, T), bool; the tokens that count.
         segments: (N,), int64; the response of each token in [0, B), in any order, or negative. An
@@ -53,7 +53,7 @@ class Responses(NamedTuple):
         total_sequences: the same for means over responses or pairs.
     """
 
-    margins: Tensor
+    log_odds: Tensor
     mask: Tensor | None = None
     segments: Tensor | None = None
     num_segments: int | None = None
@@ -63,7 +63,7 @@ class Responses(NamedTuple):
     @classmethod
     def from_labels(
         cls,
-        margins: Tensor,
+        log_odds: Tensor,
         labels: Tensor,
         *,
         ignore_index: int = -100,
@@ -75,13 +75,13 @@ class Responses(NamedTuple):
         """Returns the responses of labels; those that are ignored do not count.
 
         Example:
-            >>> margins = linear_label_margins(hidden, head, labels)
-            >>> good = Responses.from_labels(margins, labels)
+            >>> log_odds = linear_log_odds(hidden, head, labels)
+            >>> chosen = Responses.from_labels(log_odds, labels)
 
         Args:
-            margins (Tensor): the labels' margins, of the shape of `labels`; or logits, with one
-                more dimension (..., V), of which `label_margins` makes them.
-            labels (Tensor): (B, T), or (N,) with `segments`, int64; those that the margins are of,
+            log-odds (Tensor): the labels' log-odds, of the shape of `labels`; or logits, with one
+                more dimension (..., V), of which `label_log_odds` makes them.
+            labels (Tensor): (B, T), or (N,) with `segments`, int64; those that the log-odds are of,
                 at each position the token to score there, or `ignore_index`.
             ignore_index (int): the label of tokens that do not count.
             segments (Tensor | None): as the attribute.
@@ -91,24 +91,24 @@ class Responses(NamedTuple):
 
         Raises:
             TypeError: wrong dtypes.
-            ValueError: shapes or devices that do not fit; for logits, as `label_margins`.
+            ValueError: shapes or devices that do not fit; for logits, as `label_log_odds`.
         """
         given: object = ignore_index
         if isinstance(given, bool) or not isinstance(given, Integral):
             raise TypeError(f"ignore_index: expected an integer, got {shown(given)}")
         ignore_index = int(given)
         dims = 2 if segments is None else 1
-        of_labels = isinstance(margins, Tensor) and isinstance(labels, Tensor)
-        if of_labels and labels.dim() == dims and margins.shape[:-1] == labels.shape:
-            margins = label_margins(margins, labels, ignore_index=ignore_index)
-        accumulated("margins", margins)
-        _like("labels", labels, torch.int64, margins, dims)
+        of_labels = isinstance(log_odds, Tensor) and isinstance(labels, Tensor)
+        if of_labels and labels.dim() == dims and log_odds.shape[:-1] == labels.shape:
+            log_odds = label_log_odds(log_odds, labels, ignore_index=ignore_index)
+        accumulated("log_odds", log_odds)
+        _like("labels", labels, torch.int64, log_odds, dims)
         kept = labels != ignore_index
         if segments is None:
-            return cls(margins, kept, None, num_segments, total_tokens, total_sequences)
-        _like("segments", segments, torch.int64, margins, dims)
+            return cls(log_odds, kept, None, num_segments, total_tokens, total_sequences)
+        _like("segments", segments, torch.int64, log_odds, dims)
         ids = torch.where(kept, segments, -1)
-        return cls(margins, None, ids, num_segments, total_tokens, total_sequences)
+        return cls(log_odds, None, ids, num_segments, total_tokens, total_sequences)
 
     @classmethod
     def from_logps(
@@ -122,15 +122,15 @@ class Responses(NamedTuple):
         total_tokens: int | Tensor | None = None,
         total_sequences: int | Tensor | None = None,
     ) -> "Responses":
-        """Returns the responses of labels whose log-probabilities are at hand, not their margins.
+        """Returns the responses of labels whose log-probabilities are at hand, not their log-odds.
 
         `m = l - log(1 - e^l)`, differentiable. Log-probabilities have no digits left where p is
-        near 1: l = 0 becomes a margin of +inf, without a gradient. Margins of logits or of hidden
+        near 1: l = 0 becomes log-odds of +inf, without a gradient. Log-odds of logits or of hidden
         states have them; see `from_labels`.
 
         Args:
             logps (Tensor): the labels' log-probabilities, of the shape of `labels`, <= 0, a float
-                dtype as `margins`, nats.
+                dtype as `log_odds`, nats.
             labels (Tensor): as in `from_labels`, and so all others.
             ignore_index (int): as in `from_labels`.
             segments (Tensor | None): as the attribute.
@@ -146,9 +146,9 @@ class Responses(NamedTuple):
         below = logp < 0
         inside = torch.where(below, logp, -1)  # the gradient elsewhere would be 0 * inf
         edge = torch.where(logp == 0, float("inf"), float("nan"))
-        margins = torch.where(below, inside - torch.log(-torch.expm1(inside)), edge)
+        log_odds = torch.where(below, inside - torch.log(-torch.expm1(inside)), edge)
         return cls.from_labels(
-            margins,
+            log_odds,
             labels,
             ignore_index=ignore_index,
             segments=segments,
@@ -159,9 +159,9 @@ class Responses(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Responses after the checks: margins in the dtype of the sums, 0 where nothing counts."""
+    """Responses after the checks: log-odds in the dtype of the sums, 0 where nothing counts."""
 
-    margins: Tensor
+    log_odds: Tensor
     kept: Tensor
     segments: Tensor | None
     size: int  # B
@@ -184,7 +184,7 @@ class Rows(NamedTuple):
 
     def logps(self, *, mean: bool = False) -> Tensor:
         """(B,): S = log P of each response, or S / T, the log of its mean token probability."""
-        sums = self.sum(F.logsigmoid(self.margins))
+        sums = self.sum(F.logsigmoid(self.log_odds))
         return sums / self.lengths.clamp(min=1) if mean else sums
 
     def logsumexp(self, x: Tensor) -> Tensor:
@@ -203,18 +203,18 @@ class Rows(NamedTuple):
         return torch.where(some, top + total.log(), float("-inf"))
 
 
-def label_logps(margins: Tensor) -> Tensor:
+def label_logps(log_odds: Tensor) -> Tensor:
     """Returns the log-probabilities of labels: `log p = -softplus(-m)`.
 
-    Equivalent to `torch.log(torch.sigmoid(margins))`, with all digits for any margin: where p
-    rounds to 1, log p = -e^-m. `log(1 - p)` is `label_logps(-margins)`.
+    Equivalent to `torch.log(torch.sigmoid(log_odds))`, with all digits whatever the log-odds: where
+    p rounds to 1, log p = -e^-m. `log(1 - p)` is `label_logps(-log_odds)`.
 
     Examples:
         >>> label_logps(torch.tensor([0.0, 10.0]))
         tensor([-6.9315e-01, -4.5399e-05])
 
     Args:
-        margins (Tensor): any shape, float32, float64, bfloat16 or float16, nats.
+        log-odds (Tensor): any shape, float32, float64, bfloat16 or float16, nats.
 
     Returns:
         Tensor: the same shape, float32 (float64 for float64), nats.
@@ -223,7 +223,7 @@ def label_logps(margins: Tensor) -> Tensor:
         TypeError: not a tensor of such a dtype.
     """
     # not softplus: it turns linear at its threshold, or overflows where there is none
-    return F.logsigmoid(accumulated("margins", margins))
+    return F.logsigmoid(accumulated("log_odds", log_odds))
 
 
 def sequence_logps(responses: Responses) -> Tensor:
@@ -239,7 +239,7 @@ def sequence_logps(responses: Responses) -> Tensor:
         responses (Responses): see there.
 
     Returns:
-        Tensor: (B,), float32 (float64 for float64 margins), nats; 0 for a response without tokens.
+        Tensor: (B,), float32 (float64 for float64 log-odds), nats; 0 for a response without tokens.
         Under `torch.no_grad()` these are the reference log-probabilities that `dpo_loss` takes.
 
     Raises:
@@ -252,15 +252,15 @@ def checked(name: str, responses: Responses) -> Rows:
     """One argument, by name, checked and in its common form; only an unknown B reads a device."""
     if not isinstance(responses, Responses):
         raise TypeError(f"{name}: expected Responses, got {type(responses).__name__}")
-    margins, mask, segments, size, tokens, sequences = responses
-    m = accumulated(f"{name}.margins", margins)
+    log_odds, mask, segments, size, tokens, sequences = responses
+    m = accumulated(f"{name}.log_odds", log_odds)
     if mask is not None and segments is None:
-        _like(f"{name}.mask", mask, torch.bool, margins, 2)
+        _like(f"{name}.mask", mask, torch.bool, log_odds, 2)
         if size is not None:
             raise ValueError(f"{name}.num_segments: expected None beside a mask, got {size}")
-        kept, size, lengths = mask, margins.shape[0], mask.sum(-1)
+        kept, size, lengths = mask, log_odds.shape[0], mask.sum(-1)
     elif segments is not None and mask is None:
-        _like(f"{name}.segments", segments, torch.int64, margins, 1)
+        _like(f"{name}.segments", segments, torch.int64, log_odds, 1)
         if size is None:
             size = max(int(segments.max()) + 1, 1) if segments.numel() else 1
         least = min(segments.numel(), 1)
@@ -282,28 +282,28 @@ def checked(name: str, responses: Responses) -> Rows:
     return Rows(m, kept, segments, size, tokens, sequences, lengths)
 
 
-def accumulated(name: str, margins: Tensor) -> Tensor:
-    """Margins in the dtype that sums are made in."""
-    if not isinstance(margins, Tensor) or margins.dtype not in _FLOATS:
-        got = margins.dtype if isinstance(margins, Tensor) else type(margins).__name__
+def accumulated(name: str, log_odds: Tensor) -> Tensor:
+    """Log-odds in the dtype that sums are made in."""
+    if not isinstance(log_odds, Tensor) or log_odds.dtype not in _FLOATS:
+        got = log_odds.dtype if isinstance(log_odds, Tensor) else type(log_odds).__name__
         raise TypeError(f"{name}: expected float32, float64, bfloat16 or float16, got {got}")
-    return margins if margins.dtype == torch.float64 else margins.float()
+    return log_odds if log_odds.dtype == torch.float64 else log_odds.float()
 
 
-def _like(name: str, value: Tensor, dtype: torch.dtype, margins: Tensor, dim: int) -> None:
-    """Raises unless a tensor has a dtype, and the margins its shape, device and dimensions."""
+def _like(name: str, value: Tensor, dtype: torch.dtype, log_odds: Tensor, dim: int) -> None:
+    """Raises unless a tensor has a dtype, and the log-odds its shape, device and dimensions."""
     if not isinstance(value, Tensor) or value.dtype != dtype:
         got = value.dtype if isinstance(value, Tensor) else type(value).__name__
         hint = _OTHER_WAY.get((dtype, got), "")
         raise TypeError(f"{name}: expected a tensor of {dtype}, got {got}{hint}")
-    if value.shape != margins.shape or margins.dim() != dim:
+    if value.shape != log_odds.shape or log_odds.dim() != dim:
         layout = "(B, T)" if dim == 2 else "(N,)"
         raise ValueError(
-            f"{name}: expected margins and it of one shape {layout}, "
-            f"got {tuple(margins.shape)} and {tuple(value.shape)}"
+            f"{name}: expected log-odds and it of one shape {layout}, "
+            f"got {tuple(log_odds.shape)} and {tuple(value.shape)}"
         )
-    if value.device != margins.device:
-        raise ValueError(f"{name}: expected device {margins.device}, got {value.device}")
+    if value.device != log_odds.device:
+        raise ValueError(f"{name}: expected device {log_odds.device}, got {value.device}")
 
 
 def _divisor(name: str, total: int | Tensor | None, counted: Tensor) -> int | Tensor:

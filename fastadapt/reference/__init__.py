@@ -1,4 +1,4 @@
-"""PyTorch twins of the public functions: the same names, signatures and results, no kernel.
+"""PyTorch references of the public functions: the same names, signatures and results, no kernel.
 
 The rule for float32, bfloat16 and float16 logits is made of integers, so that sums do not depend
 on their order and every implementation decides alike, bit for bit:
@@ -23,7 +23,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastadapt.reference.law import Knobs, Law
+from fastadapt.reference.distribution import Distribution, Knobs
+from fastadapt.reference.log_odds import candidate_log_odds, label_log_odds, linear_log_odds
 from fastadapt.reference.losses import (
     candidate_unlikelihood_penalty,
     dpo_loss,
@@ -37,21 +38,20 @@ from fastadapt.reference.losses import (
     unlikelihood_loss,
     unlikelihood_penalty,
 )
-from fastadapt.reference.margins import candidate_margins, label_margins, linear_label_margins
 from fastadapt.results import Sample, Score
 
 __all__ = [
     "adapted_logps",
-    "adapted_margins",
-    "candidate_margins",
+    "adapted_log_odds",
+    "candidate_log_odds",
     "candidate_unlikelihood_penalty",
     "dpo_loss",
     "exmate_loss",
     "exmate_penalty",
     "filter_logits",
     "label_logps",
-    "label_margins",
-    "linear_label_margins",
+    "label_log_odds",
+    "linear_log_odds",
     "mate_loss",
     "mate_penalty",
     "mle_loss",
@@ -69,12 +69,14 @@ def __dir__() -> list[str]:
 
 
 def filter_logits(logits: Tensor, adaptor: Knobs) -> Tensor:
-    """Twin of `fastadapt.filter_logits`; float64 logits take the textbook form."""
+    """Reference of `fastadapt.filter_logits`; float64 logits take the textbook form."""
     x = _fold(logits)
-    law = Law(x, adaptor)
-    scaled = torch.where(law.greedy, law.x, law.fitted(logits.dtype)).to(logits.dtype)
-    out = torch.where(law.alive, scaled, float("-inf"))
-    return torch.where((law.status == 0)[:, None], out, x).view(logits.shape)
+    distribution = Distribution(x, adaptor)
+    scaled = torch.where(distribution.greedy, distribution.x, distribution.fitted(logits.dtype)).to(
+        logits.dtype
+    )
+    out = torch.where(distribution.alive, scaled, float("-inf"))
+    return torch.where((distribution.status == 0)[:, None], out, x).view(logits.shape)
 
 
 def sample(
@@ -88,35 +90,35 @@ def sample(
     log_mass: bool = False,
     top_logprobs: int = 0,
 ) -> Sample:
-    """Twin of `fastadapt.sample`; float64 logits take the textbook form."""
+    """Reference of `fastadapt.sample`; float64 logits take the textbook form."""
     x, shape = _fold(logits), logits.shape[:-1]
     n = x.shape[0]
     if seeds is None:
         seeds = torch.randint(2**63 - 1, (n,), generator=generator, device=x.device)
     positions = torch.zeros_like(seeds) if positions is None else positions
-    law = Law(x, adaptor)
-    ok = law.status == 0
-    w = law.w * law.alive
+    distribution = Distribution(x, adaptor)
+    ok = distribution.status == 0
+    w = distribution.w * distribution.alive
     running = w.cumsum(-1)  # (N, V)
-    target = law.draw_target(seeds.reshape(-1), positions.reshape(-1), running[:, -1])
+    target = distribution.draw_target(seeds.reshape(-1), positions.reshape(-1), running[:, -1])
     tokens = (running <= target[:, None]).sum(-1).clamp(max=x.shape[1] - 1)
-    tokens = torch.where(law.greedy[:, 0], law.best, tokens)
-    logprobs = _log_ratio(law, tokens, law.log(w.sum(-1)))
-    logprobs = torch.where(law.greedy[:, 0], 0.0, logprobs)
+    tokens = torch.where(distribution.greedy[:, 0], distribution.best, tokens)
+    logprobs = _log_ratio(distribution, tokens, distribution.log(w.sum(-1)))
+    logprobs = torch.where(distribution.greedy[:, 0], 0.0, logprobs)
     result = {
         "tokens": torch.where(ok, tokens, -1),
         "logprobs": torch.where(ok, logprobs, float("nan")),
-        "kept": torch.where(ok, law.alive.sum(-1), 0).int(),
-        "status": law.status,
+        "kept": torch.where(ok, distribution.alive.sum(-1), 0).int(),
+        "status": distribution.status,
     }
-    base = Law(x, None)
+    base = Distribution(x, None)
     log_z = base.log(base.w.sum(-1))
     if base_logprobs:
         value = _log_ratio(base, tokens, log_z)
         result["base_logprobs"] = torch.where(ok, value, float("nan"))
     if log_mass:
-        value = (law.log(w.sum(-1)) - law.log(law.w.sum(-1))).float()
-        value = torch.where(law.greedy[:, 0], 0.0, value)
+        value = (distribution.log(w.sum(-1)) - distribution.log(distribution.w.sum(-1))).float()
+        value = torch.where(distribution.greedy[:, 0], 0.0, value)
         result["log_mass"] = torch.where(ok, value, float("nan"))
     if top_logprobs:
         top = base.ranking[:, :top_logprobs]
@@ -131,26 +133,26 @@ def sample(
 def score(
     logits: Tensor, tokens: Tensor, adaptors: Sequence[Knobs], *, ignore_index: int = -100
 ) -> Score:
-    """Twin of `fastadapt.score`; float64 logits take the textbook form."""
+    """Reference of `fastadapt.score`; float64 logits take the textbook form."""
     if any(adaptor.greedy for adaptor in adaptors):
         raise ValueError("score: expected temperature > 0, got 0")
     x, shape = _fold(logits), tokens.shape
     flat = tokens.reshape(-1)
     used = flat != ignore_index
     y = torch.where(used, flat, 0)
-    base = Law(x, None)
+    base = Distribution(x, None)
     log_z = base.log(base.w.sum(-1))
     columns = []
     for adaptor in adaptors:
-        law = Law(x, adaptor)
-        ok = (law.status == 0) & used
-        log_s = law.log((law.w * law.alive).sum(-1))
-        inside = law.alive.gather(1, y[:, None])[:, 0]
-        logprobs = torch.where(inside, _log_ratio(law, y, log_s), float("-inf"))
-        inverse = law.inverse[:, 0].double()
-        shift = law.m[:, 0].double() - base.m[:, 0].double() * inverse
+        distribution = Distribution(x, adaptor)
+        ok = (distribution.status == 0) & used
+        log_s = distribution.log((distribution.w * distribution.alive).sum(-1))
+        inside = distribution.alive.gather(1, y[:, None])[:, 0]
+        logprobs = torch.where(inside, _log_ratio(distribution, y, log_s), float("-inf"))
+        inverse = distribution.inverse[:, 0].double()
+        shift = distribution.m[:, 0].double() - base.m[:, 0].double() * inverse
         log_norm = (shift + log_s - log_z * inverse).float()
-        kept = torch.where(ok, law.alive.sum(-1), 0).int()
+        kept = torch.where(ok, distribution.alive.sum(-1), 0).int()
         bad = torch.where(used, float("nan"), 0.0).float()
         columns.append((torch.where(ok, logprobs, bad), torch.where(ok, log_norm, bad), kept))
     logprobs, log_norm, kept = (torch.stack(c, -1) for c in zip(*columns, strict=True))
@@ -167,35 +169,37 @@ def score(
     )
 
 
-def adapted_margins(
+def adapted_log_odds(
     logits: Tensor, tokens: Tensor, adaptor: Knobs, *, ignore_index: int = -100
 ) -> Tensor:
-    """Twin of `fastadapt.adapted_margins`, differentiable through autograd."""
+    """Reference of `fastadapt.adapted_log_odds`, differentiable through autograd."""
     x, flat = _fold(logits), tokens.reshape(-1)
     used = flat != ignore_index
     y = torch.where(used, flat, 0)[:, None]
-    decided = Law(x.detach().float(), adaptor)
-    law = Law(x, adaptor, survivors=decided.alive)
+    decided = Distribution(x.detach().float(), adaptor)
+    distribution = Distribution(x, adaptor, survivors=decided.alive)
     others = decided.alive.scatter(1, y, False)
     some = others.any(-1)
     # a row without other survivors has m = +inf and no gradient: keep logsumexp away from it
-    best = torch.where(others, law.s, float("-inf")).amax(-1, keepdim=True).detach()
-    d = law.s - torch.where(some[:, None], best, 0.0)  # subtracting first keeps far rows exact
+    best = torch.where(others, distribution.s, float("-inf")).amax(-1, keepdim=True).detach()
+    d = distribution.s - torch.where(
+        some[:, None], best, 0.0
+    )  # subtracting first keeps far rows exact
     lse = torch.where(some[:, None], torch.where(others, d, float("-inf")), 0.0).logsumexp(-1)
     inside = decided.alive.gather(1, y)[:, 0]
-    margin = torch.where(inside & some, d.gather(1, y)[:, 0] - lse, 0.0)
-    margin = torch.where(some, margin, float("inf"))
-    margin = torch.where(inside, margin, float("-inf"))
-    margin = torch.where(decided.status == 0, margin, float("nan"))
-    return torch.where(used, margin, 0.0).view(tokens.shape)
+    log_odds = torch.where(inside & some, d.gather(1, y)[:, 0] - lse, 0.0)
+    log_odds = torch.where(some, log_odds, float("inf"))
+    log_odds = torch.where(inside, log_odds, float("-inf"))
+    log_odds = torch.where(decided.status == 0, log_odds, float("nan"))
+    return torch.where(used, log_odds, 0.0).view(tokens.shape)
 
 
 def adapted_logps(
     logits: Tensor, tokens: Tensor, adaptor: Knobs, *, ignore_index: int = -100
 ) -> Tensor:
-    """Twin of `fastadapt.adapted_logps`."""
-    margins = adapted_margins(logits, tokens, adaptor, ignore_index=ignore_index)
-    logps = torch.nn.functional.logsigmoid(margins)
+    """Reference of `fastadapt.adapted_logps`."""
+    log_odds = adapted_log_odds(logits, tokens, adaptor, ignore_index=ignore_index)
+    logps = torch.nn.functional.logsigmoid(log_odds)
     return torch.where(tokens == ignore_index, 0.0, logps)
 
 
@@ -204,7 +208,9 @@ def _fold(logits: Tensor) -> Tensor:
     return logits.reshape(-1, logits.shape[-1])
 
 
-def _log_ratio(law: Law, tokens: Tensor, log_mass: Tensor) -> Tensor:
+def _log_ratio(distribution: Distribution, tokens: Tensor, log_mass: Tensor) -> Tensor:
     """s_y - m - log mass, float64 inside, float32 (N,) outside."""
-    y = tokens.clamp(0, law.v - 1)[:, None]
-    return ((law.s.gather(1, y).double() - law.m.double())[:, 0] - log_mass).float()
+    y = tokens.clamp(0, distribution.v - 1)[:, None]
+    return (
+        (distribution.s.gather(1, y).double() - distribution.m.double())[:, 0] - log_mass
+    ).float()

@@ -1,7 +1,7 @@
-"""Twins of the losses: probabilities in float64, one response after the other, loops and products.
+"""References of the losses: float64 probabilities, one response after the other, in plain loops.
 
-Nothing here is written for speed or for lower precision: every margin becomes the two probabilities
-`softmax([m, 0])`, that of the label and that of all else, which neither rounds to 1.
+Nothing here is written for speed or for lower precision: log-odds become the two
+probabilities `softmax([m, 0])`, that of the label and that of all else, which neither rounds to 1.
 """
 
 from typing import Any
@@ -12,28 +12,28 @@ from torch import Tensor
 Side = Any  # a fastadapt.Responses, or anything with its attributes
 
 
-def label_logps(margins: Tensor) -> Tensor:
-    """Twin of `fastadapt.label_logps`."""
-    return _log(*_probabilities(margins)).to(_dtype(margins))
+def label_logps(log_odds: Tensor) -> Tensor:
+    """Reference of `fastadapt.label_logps`."""
+    return _log(*_probabilities(log_odds)).to(_dtype(log_odds))
 
 
 def sequence_logps(responses: Side) -> Tensor:
-    """Twin of `fastadapt.sequence_logps`."""
+    """Reference of `fastadapt.sequence_logps`."""
     sums = [_log(*_probabilities(m)).sum() for m in _each(responses)]
-    return _stack(sums, responses.margins).to(_dtype(responses.margins))
+    return _stack(sums, responses.log_odds).to(_dtype(responses.log_odds))
 
 
-def mle_loss(good: Side, *, reduction: str = "token_mean") -> Tensor:
-    """Twin of `fastadapt.mle_loss`."""
-    total = sum((-_log(*_probabilities(m)).sum() for m in _each(good)), _zero(good))
-    divisor = {"token_mean": _tokens, "sequence_sum": _sequences}[reduction](good)
-    return (total / divisor).to(_dtype(good.margins))
+def mle_loss(chosen: Side, *, reduction: str = "token_mean") -> Tensor:
+    """Reference of `fastadapt.mle_loss`."""
+    total = sum((-_log(*_probabilities(m)).sum() for m in _each(chosen)), _zero(chosen))
+    divisor = {"token_mean": _tokens, "sequence_sum": _sequences}[reduction](chosen)
+    return (total / divisor).to(_dtype(chosen.log_odds))
 
 
-def unlikelihood_penalty(bad: Side, *, level: str = "token") -> Tensor:
-    """Twin of `fastadapt.unlikelihood_penalty`."""
-    total = _zero(bad)
-    for m in _each(bad):
+def unlikelihood_penalty(rejected: Side, *, level: str = "token") -> Tensor:
+    """Reference of `fastadapt.unlikelihood_penalty`."""
+    total = _zero(rejected)
+    for m in _each(rejected):
         p, rest = _probabilities(m)
         if level == "token":
             total = total - rest.log().sum()
@@ -41,25 +41,27 @@ def unlikelihood_penalty(bad: Side, *, level: str = "token") -> Tensor:
             total = total - _miss(p, rest).log()
         elif len(m):
             total = total - torch.log(-torch.expm1(_log(p, rest).sum() / len(m)))
-    return (total / (_tokens if level == "token" else _sequences)(bad)).to(_dtype(bad.margins))
+    return (total / (_tokens if level == "token" else _sequences)(rejected)).to(
+        _dtype(rejected.log_odds)
+    )
 
 
 def candidate_unlikelihood_penalty(
-    good: Side, candidates: Tensor, candidate_mask: Tensor
+    chosen: Side, candidates: Tensor, candidate_mask: Tensor
 ) -> Tensor:
-    """Twin of `fastadapt.candidate_unlikelihood_penalty`."""
-    counted = good.mask if good.segments is None else good.segments >= 0
-    total = _zero(good)
+    """Reference of `fastadapt.candidate_unlikelihood_penalty`."""
+    counted = chosen.mask if chosen.segments is None else chosen.segments >= 0
+    total = _zero(chosen)
     for row, mask in zip(candidates[counted], candidate_mask[counted], strict=True):
         for m in row[mask]:
             total = total - _probabilities(m)[1].log()
-    return (total / _tokens(good)).to(_dtype(good.margins))
+    return (total / _tokens(chosen)).to(_dtype(chosen.log_odds))
 
 
-def exmate_penalty(bad: Side, *, norm: str = "sequence_mean") -> Tensor:
-    """Twin of `fastadapt.exmate_penalty`."""
-    total, product, count = _zero(bad), _zero(bad) + 1, _tokens(bad)
-    for m in _each(bad):
+def exmate_penalty(rejected: Side, *, norm: str = "sequence_mean") -> Tensor:
+    """Reference of `fastadapt.exmate_penalty`."""
+    total, product, count = _zero(rejected), _zero(rejected) + 1, _tokens(rejected)
+    for m in _each(rejected):
         p = _probabilities(m)[0]
         if norm == "token":
             total = total + p.sum() / count
@@ -67,55 +69,55 @@ def exmate_penalty(bad: Side, *, norm: str = "sequence_mean") -> Tensor:
             product = product * (p ** (1 / count)).prod()
         elif len(m):
             power = 1 / len(m) if norm == "sequence_mean" else 1.0
-            total = total + (p**power).prod() / _sequences(bad)
-    if norm == "batch_token_mean" and any(len(m) for m in _each(bad)):
+            total = total + (p**power).prod() / _sequences(rejected)
+    if norm == "batch_token_mean" and any(len(m) for m in _each(rejected)):
         total = product
-    return total.to(_dtype(bad.margins))
+    return total.to(_dtype(rejected.log_odds))
 
 
-def mate_penalty(bad: Side) -> Tensor:
-    """Twin of `fastadapt.mate_penalty`."""
-    return -mle_loss(bad)
+def mate_penalty(rejected: Side) -> Tensor:
+    """Reference of `fastadapt.mate_penalty`."""
+    return -mle_loss(rejected)
 
 
 def unlikelihood_loss(
-    good: Side, bad: Side, *, coefficient: float = 1.0, level: str = "token"
+    chosen: Side, rejected: Side, *, coefficient: float = 1.0, level: str = "token"
 ) -> Tensor:
-    """Twin of `fastadapt.unlikelihood_loss`."""
-    return mle_loss(good) + coefficient * unlikelihood_penalty(bad, level=level)
+    """Reference of `fastadapt.unlikelihood_loss`."""
+    return mle_loss(chosen) + coefficient * unlikelihood_penalty(rejected, level=level)
 
 
 def exmate_loss(
-    good: Side, bad: Side, *, coefficient: float = 1.0, norm: str = "sequence_mean"
+    chosen: Side, rejected: Side, *, coefficient: float = 1.0, norm: str = "sequence_mean"
 ) -> Tensor:
-    """Twin of `fastadapt.exmate_loss`."""
-    return mle_loss(good) + coefficient * exmate_penalty(bad, norm=norm)
+    """Reference of `fastadapt.exmate_loss`."""
+    return mle_loss(chosen) + coefficient * exmate_penalty(rejected, norm=norm)
 
 
-def mate_loss(good: Side, bad: Side, *, coefficient: float = 1.0) -> Tensor:
-    """Twin of `fastadapt.mate_loss`."""
-    return mle_loss(good) + coefficient * mate_penalty(bad)
+def mate_loss(chosen: Side, rejected: Side, *, coefficient: float = 1.0) -> Tensor:
+    """Reference of `fastadapt.mate_loss`."""
+    return mle_loss(chosen) + coefficient * mate_penalty(rejected)
 
 
 def dpo_loss(
-    good: Side,
-    bad: Side,
-    ref_good_logps: Tensor | None = None,
-    ref_bad_logps: Tensor | None = None,
+    chosen: Side,
+    rejected: Side,
+    ref_chosen_logps: Tensor | None = None,
+    ref_rejected_logps: Tensor | None = None,
     *,
     beta: float = 0.1,
     loss_type: str = "sigmoid",
     label_smoothing: float = 0.0,
     length_normalized: bool = False,
 ) -> Tensor:
-    """Twin of `fastadapt.dpo_loss`: the odds of a pair as a quotient of probabilities."""
-    total, pairs, eps = _zero(good), 0, label_smoothing
-    for i, (g, b) in enumerate(zip(_each(good), _each(bad), strict=True)):
+    """Reference of `fastadapt.dpo_loss`: the odds of a pair as a quotient of probabilities."""
+    total, pairs, eps = _zero(chosen), 0, label_smoothing
+    for i, (g, b) in enumerate(zip(_each(chosen), _each(rejected), strict=True)):
         if not len(g) + len(b):
             continue
         pairs += 1
         ratios = []
-        for m, ref in ((g, ref_good_logps), (b, ref_bad_logps)):
+        for m, ref in ((g, ref_chosen_logps), (b, ref_rejected_logps)):
             ratio = _log(*_probabilities(m)).sum() - (0.0 if ref is None else float(ref[i]))
             ratios.append(ratio / max(len(m), 1) if length_normalized else ratio)
         gap = ratios[0] - ratios[1]
@@ -129,18 +131,18 @@ def dpo_loss(
         else:
             clean = -(1 - eps) * preferred[0].log() + eps * preferred[1].log()
             total = total + clean / (1 - 2 * eps)
-    divisor = max(pairs, 1) if good.total_sequences is None else _sequences(good)
-    return (total / divisor).to(_dtype(good.margins))
+    divisor = max(pairs, 1) if chosen.total_sequences is None else _sequences(chosen)
+    return (total / divisor).to(_dtype(chosen.log_odds))
 
 
-def _dtype(margins: Tensor) -> torch.dtype:
+def _dtype(log_odds: Tensor) -> torch.dtype:
     """That of the results."""
-    return torch.float64 if margins.dtype == torch.float64 else torch.float32
+    return torch.float64 if log_odds.dtype == torch.float64 else torch.float32
 
 
-def _probabilities(margins: Tensor) -> tuple[Tensor, Tensor]:
+def _probabilities(log_odds: Tensor) -> tuple[Tensor, Tensor]:
     """(p, 1 - p)."""
-    p, rest = torch.stack([margins.double(), torch.zeros_like(margins.double())]).softmax(0)
+    p, rest = torch.stack([log_odds.double(), torch.zeros_like(log_odds.double())]).softmax(0)
     return p, rest
 
 
@@ -156,13 +158,13 @@ def _miss(p: Tensor, rest: Tensor) -> Tensor:
 
 
 def _each(side: Side) -> list[Tensor]:
-    """The margins of each response, in the order of its tokens."""
+    """The log-odds of each response, in the order of its tokens."""
     if side.segments is None:
-        return [m[kept] for m, kept in zip(side.margins, side.mask, strict=True)]
+        return [m[kept] for m, kept in zip(side.log_odds, side.mask, strict=True)]
     size = side.num_segments
     if size is None:
         size = max([1, *(1 + side.segments).tolist()])
-    return [side.margins[side.segments == i] for i in range(size)]
+    return [side.log_odds[side.segments == i] for i in range(size)]
 
 
 def _tokens(side: Side) -> float:
@@ -179,8 +181,8 @@ def _sequences(side: Side) -> float:
 
 def _zero(side: Side) -> Tensor:
     """0 with a graph."""
-    margins: Tensor = side.margins
-    return margins.flatten()[:0].double().sum()
+    log_odds: Tensor = side.log_odds
+    return log_odds.flatten()[:0].double().sum()
 
 
 def _stack(values: list[Tensor], like: Tensor) -> Tensor:

@@ -17,17 +17,17 @@ from fastadapt.losses.responses import Rows
 
 
 class Slopes(NamedTuple):
-    """∂L/∂l and ∂L/∂m of a side; margin None: (1 - p) times the other."""
+    """∂L/∂l and ∂L/∂m of a side; log-odds None: (1 - p) times the other."""
 
     logp: Tensor
-    margin: Tensor | None = None
+    log_odds: Tensor | None = None
 
 
 class Inputs(NamedTuple):
     """What the closed forms read."""
 
-    good: Rows
-    bad: Rows | None
+    chosen: Rows
+    rejected: Rows | None
     refs: tuple[Tensor | None, Tensor | None]
     candidates: Tensor | None
     candidate_mask: Tensor | None
@@ -39,55 +39,57 @@ def _per_token(rows: Rows, x: Tensor) -> Tensor:
     return x[:, None] if rows.segments is None else x[rows.segments]
 
 
-def _bad(x: Inputs) -> Rows:
-    """The bad side; the objective has made sure that it is there."""
-    assert x.bad is not None
-    return x.bad
+def _rejected(x: Inputs) -> Rows:
+    """The rejected side; the objective has made sure that it is there."""
+    assert x.rejected is not None
+    return x.rejected
 
 
 def _mle(x: Inputs, *, reduction: str = "token_mean") -> dict[str, Slopes]:
     """-1/N, or -1/B."""
-    divisor = x.good.tokens if reduction == "token_mean" else x.good.sequences
-    return {"good": Slopes(torch.full_like(x.good.margins, -1.0) / divisor)}
+    divisor = x.chosen.tokens if reduction == "token_mean" else x.chosen.sequences
+    return {"chosen": Slopes(torch.full_like(x.chosen.log_odds, -1.0) / divisor)}
 
 
 def _unlikelihood_penalty(x: Inputs, *, level: str = "token") -> dict[str, Slopes]:
     """p/(1-p) per token, P/(1-P) per response or e^S̄/(1-e^S̄)."""
-    b = _bad(x)
+    b = _rejected(x)
     if level == "token":
-        return {"bad": Slopes(b.margins.exp() / b.tokens, torch.sigmoid(b.margins) / b.tokens)}
+        return {
+            "rejected": Slopes(b.log_odds.exp() / b.tokens, torch.sigmoid(b.log_odds) / b.tokens)
+        }
     mean = level == "sequence_mean"
     odds = 1 / torch.expm1(-b.logps(mean=mean)) / b.sequences
     if mean:
         odds = odds / b.lengths.clamp(min=1)
-    return {"bad": Slopes(_per_token(b, odds).expand_as(b.margins))}
+    return {"rejected": Slopes(_per_token(b, odds).expand_as(b.log_odds))}
 
 
 def _candidate_penalty(x: Inputs) -> dict[str, Slopes]:
     """p_c/(1-p_c) at each candidate."""
     assert x.candidates is not None
-    m, n = x.candidates, x.good.tokens
+    m, n = x.candidates, x.chosen.tokens
     return {"candidates": Slopes(m.exp() / n, torch.sigmoid(m) / n)}
 
 
 def _exmate_penalty(x: Inputs, *, norm: str = "sequence_mean") -> dict[str, Slopes]:
     """The probability that the penalty is."""
-    b = _bad(x)
+    b = _rejected(x)
     if norm == "token":
-        return {"bad": Slopes(torch.sigmoid(b.margins) / b.tokens)}
+        return {"rejected": Slopes(torch.sigmoid(b.log_odds) / b.tokens)}
     if norm == "batch_token_mean":
-        whole = b.token_mean(F.logsigmoid(b.margins)).exp() / b.tokens
-        return {"bad": Slopes(whole.expand_as(b.margins))}
+        whole = b.token_mean(F.logsigmoid(b.log_odds)).exp() / b.tokens
+        return {"rejected": Slopes(whole.expand_as(b.log_odds))}
     weight = b.logps(mean=norm == "sequence_mean").exp() / b.sequences
     if norm == "sequence_mean":
         weight = weight / b.lengths.clamp(min=1)
-    return {"bad": Slopes(_per_token(b, weight).expand_as(b.margins))}
+    return {"rejected": Slopes(_per_token(b, weight).expand_as(b.log_odds))}
 
 
 def _mate_penalty(x: Inputs) -> dict[str, Slopes]:
     """1/N, whatever p is."""
-    b = _bad(x)
-    return {"bad": Slopes(torch.ones_like(b.margins) / b.tokens)}
+    b = _rejected(x)
+    return {"rejected": Slopes(torch.ones_like(b.log_odds) / b.tokens)}
 
 
 def _with_mle(penalty: Callable[..., dict[str, Slopes]]) -> Callable[..., dict[str, Slopes]]:
@@ -95,8 +97,8 @@ def _with_mle(penalty: Callable[..., dict[str, Slopes]]) -> Callable[..., dict[s
 
     def total(x: Inputs, *, coefficient: float = 1.0, **options: Any) -> dict[str, Slopes]:
         (slopes,) = penalty(x, **options).values()
-        margin = None if slopes.margin is None else coefficient * slopes.margin
-        return {**_mle(x), "bad": Slopes(coefficient * slopes.logp, margin)}
+        log_odds = None if slopes.log_odds is None else coefficient * slopes.log_odds
+        return {**_mle(x), "rejected": Slopes(coefficient * slopes.logp, log_odds)}
 
     return total
 
@@ -109,17 +111,17 @@ def _dpo(
     label_smoothing: float = 0.0,
     length_normalized: bool = False,
 ) -> dict[str, Slopes]:
-    """-k on the good response and k on the bad one, each over its T where normalised."""
-    g, b = x.good, _bad(x)
-    gap = log_ratios("ref_good_logps", g, x.refs[0], mean=length_normalized)
-    gap = gap - log_ratios("ref_bad_logps", b, x.refs[1], mean=length_normalized)
+    """-k on the chosen response and k on the rejected one, each over its T where normalised."""
+    g, b = x.chosen, _rejected(x)
+    gap = log_ratios("ref_chosen_logps", g, x.refs[0], mean=length_normalized)
+    gap = gap - log_ratios("ref_rejected_logps", b, x.refs[1], mean=length_normalized)
     pairs = g.lengths + b.lengths > 0
     count = pairs.sum().clamp(min=1) if x.total_sequences is None else g.sequences
     k = dpo_weight(gap, beta=beta, loss_type=loss_type, label_smoothing=label_smoothing) / count
     slopes = {}
-    for name, rows, sign in (("good", g, -1.0), ("bad", b, 1.0)):
+    for name, rows, sign in (("chosen", g, -1.0), ("rejected", b, 1.0)):
         own = k / rows.lengths.clamp(min=1) if length_normalized else k
-        slopes[name] = Slopes((sign * _per_token(rows, own)).expand_as(rows.margins))
+        slopes[name] = Slopes((sign * _per_token(rows, own)).expand_as(rows.log_odds))
     return slopes
 
 

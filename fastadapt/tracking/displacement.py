@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastadapt.log_odds import linear_label_margins
+from fastadapt.log_odds import linear_log_odds
 from fastadapt.training.head import Head
 from fastadapt.training.pairs import IGNORED
 
@@ -28,19 +28,19 @@ class Displacement(NamedTuple):
     """Inner products of the gradients of log P of pairs, in the parameters of the head.
 
     Attributes:
-        good: (B,), float64; ‖∇S⁺‖².
-        bad: (B,); ‖∇S⁻‖².
+        chosen: (B,), float64; ‖∇S⁺‖².
+        rejected: (B,); ‖∇S⁻‖².
         cross: (B,); ⟨∇S⁺, ∇S⁻⟩.
     """
 
-    good: Tensor
-    bad: Tensor
+    chosen: Tensor
+    rejected: Tensor
     cross: Tensor
 
     @property
     def rho(self) -> Tensor:
-        """(B,): ρ = ⟨∇S⁺, ∇S⁻⟩ / ‖∇S⁺‖²; NaN where the good response has no gradient."""
-        return self.cross / self.good
+        """(B,): ρ = ⟨∇S⁺, ∇S⁻⟩ / ‖∇S⁺‖²; NaN where the chosen response has no gradient."""
+        return self.cross / self.chosen
 
     @property
     def flagged(self) -> Tensor:
@@ -67,13 +67,13 @@ def token_products(
         labels (Tensor): (N,), int64, ids in [0, V).
         head (Head): as `fastadapt.training.head_check.head_of` returns it.
         groups (list[Tensor]): places (n,) in [0, N), int64, of the tokens of each group, such as a
-            good and a bad response.
+            chosen and a rejected response.
 
     Returns:
         list[Tensor]: (n, n) each, float64, in the order of the group.
 
     Raises:
-        TypeError, ValueError: those of `linear_label_margins`.
+        TypeError, ValueError: those of `linear_log_odds`.
     """
     with torch.autocast(hidden.device.type, enabled=False):
         return _products(hidden.to(head.weight.dtype), labels, head, groups)
@@ -81,7 +81,7 @@ def token_products(
 
 def _products(hidden: Tensor, labels: Tensor, head: Head, groups: list[Tensor]) -> list[Tensor]:
     """The same, in the dtype of the head."""
-    _, lse = linear_label_margins(
+    _, lse = linear_log_odds(
         hidden,
         head.weight,
         labels,
@@ -122,7 +122,7 @@ def displacement(hidden: Tensor, labels: Tensor, head: Head) -> Displacement:
     """Returns the inner products ‖∇S⁺‖², ‖∇S⁻‖², ⟨∇S⁺, ∇S⁻⟩ of B pairs.
 
     Args:
-        hidden (Tensor): (2B, T, H), the good responses before the bad ones.
+        hidden (Tensor): (2B, T, H), the chosen responses before the rejected ones.
         labels (Tensor): (2B, T), int64; `IGNORED` where a position belongs to no response.
         head (Head): as in `token_products`.
 
@@ -135,10 +135,10 @@ def displacement(hidden: Tensor, labels: Tensor, head: Head) -> Displacement:
     order = torch.full((rows.numel(),), -1, device=rows.device)
     order[flat] = torch.arange(len(flat), device=rows.device)
     order = order.view_as(rows)
-    for good, bad in zip(*order.chunk(2), strict=True):
-        good, bad = good[good >= 0], bad[bad >= 0]
-        groups.append(torch.cat([good, bad]))
-        sizes.append(len(good))
+    for chosen, rejected in zip(*order.chunk(2), strict=True):
+        chosen, rejected = chosen[chosen >= 0], rejected[rejected >= 0]
+        groups.append(torch.cat([chosen, rejected]))
+        sizes.append(len(chosen))
     products = token_products(hidden.flatten(0, 1)[flat], labels.flatten()[flat], head, groups)
     blocks = [
         (p[:n, :n].sum(), p[n:, n:].sum(), p[:n, n:].sum())

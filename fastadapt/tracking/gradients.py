@@ -1,7 +1,8 @@
 """The gradients of every loss in closed form, and their check by autograd and differences.
 
-A loss depends on the logits through the margins m_t of the labels alone, so three numbers per token
-say all of it: ∂L/∂p_t, ∂L/∂l_t and ∂L/∂m_t, p = σ(m) and l = log p. The row of logits then gets
+A loss depends on the logits through the log-odds m_t of the labels alone, so three numbers per
+token say all of it: ∂L/∂p_t, ∂L/∂l_t and ∂L/∂m_t, p = σ(m) and l = log p. The row of logits then
+gets
 
     ∂L/∂z = ∂L/∂m (onehot(y) - q),   ‖∂L/∂z‖₁ = 2 |∂L/∂m|,   ‖∂L/∂z‖₂ = |∂L/∂m| √(1 + Σ q²),
 
@@ -27,16 +28,16 @@ from fastadapt.losses.responses import checked
 from fastadapt.tracking.closed_forms import CLOSED_FORMS, Inputs, Slopes
 
 Loss = str | Mapping[str, float] | RewardPenalizeLoss
-SPACES = ("margins", "probabilities")
+SPACES = ("log_odds", "probabilities")
 
 
 class SideGradients(NamedTuple):
     """Gradients of a loss at the tokens of one side; float64, 0 at tokens that do not count.
 
     Attributes:
-        probability: shape of the margins; ∂L/∂p_t, the probability taken as free.
+        probability: shape of the log-odds; ∂L/∂p_t, the probability taken as free.
         logp: the same; ∂L/∂l_t, l_t = log p_t. Infinite only where e^m is.
-        margin: the same; ∂L/∂m_t.
+        log_odds: the same; ∂L/∂m_t.
         norm1: per row of logits, ‖∂L/∂z‖₁. Of candidates (..., K) it has shape (...) and belongs to
             the penalty alone, whose candidates are taken to differ from each other.
         norm2: per row of logits, ‖∂L/∂z‖₂; None where Σ q² was not given, and of candidates.
@@ -44,21 +45,21 @@ class SideGradients(NamedTuple):
 
     probability: Tensor
     logp: Tensor
-    margin: Tensor
+    log_odds: Tensor
     norm1: Tensor
     norm2: Tensor | None
 
 
 def analytic_gradients(
     loss: Loss,
-    good: Responses,
-    bad: Responses | None = None,
-    ref_good_logps: Tensor | None = None,
-    ref_bad_logps: Tensor | None = None,
+    chosen: Responses,
+    rejected: Responses | None = None,
+    ref_chosen_logps: Tensor | None = None,
+    ref_rejected_logps: Tensor | None = None,
     *,
     candidates: Tensor | None = None,
     candidate_mask: Tensor | None = None,
-    given: str = "margins",
+    given: str = "log_odds",
     sum_squares: Mapping[str, Tensor] | None = None,
     **options: Any,
 ) -> dict[str, SideGradients]:
@@ -67,20 +68,21 @@ def analytic_gradients(
     Args:
         loss (str | Mapping[str, float] | RewardPenalizeLoss): a name of `FORMULAS`, such names with
             weights, or an objective, whose options then count.
-        good (Responses): as the losses take it.
-        bad (Responses | None): the same.
-        ref_good_logps (Tensor | None): as in `dpo_loss`.
-        ref_bad_logps (Tensor | None): as in `dpo_loss`.
+        chosen (Responses): as the losses take it.
+        rejected (Responses | None): the same.
+        ref_chosen_logps (Tensor | None): as in `dpo_loss`.
+        ref_rejected_logps (Tensor | None): as in `dpo_loss`.
         candidates (Tensor | None): as in `candidate_unlikelihood_penalty`.
         candidate_mask (Tensor | None): the same.
-        given (str): "margins", or "probabilities": the values in `good`, `bad` and `candidates` are
-            p in (0, 1) and not m.
-        sum_squares (Mapping[str, Tensor] | None): of "good" and "bad", shape of the margins: Σ q_j²
-            over the entries that are not the label, in [1/(V-1), 1]. It is what `norm2` needs.
+        given (str): "log_odds", or "probabilities": the values in `chosen`, `rejected` and
+            `candidates` are p in (0, 1) and not m.
+        sum_squares (Mapping[str, Tensor] | None): of "chosen" and "rejected", shape of the
+            log-odds: Σ q_j² over the entries that are not the label, in [1/(V-1), 1]. It is what
+            `norm2` needs.
         **options (Any): of the losses, as in `RewardPenalizeLoss`.
 
     Returns:
-        dict[str, SideGradients]: of "good" and, where given, of "bad" and "candidates".
+        dict[str, SideGradients]: of "chosen" and, where given, of "rejected" and "candidates".
 
     Raises:
         TypeError, ValueError: those of the losses; options beside an objective.
@@ -89,26 +91,28 @@ def analytic_gradients(
     if given not in SPACES:
         raise ValueError(f"given: expected one of {', '.join(SPACES)}, got {given!r}")
     if given == "probabilities":
-        good = good._replace(margins=logit(good.margins))
-        bad = None if bad is None else bad._replace(margins=logit(bad.margins))
+        chosen = chosen._replace(log_odds=logit(chosen.log_odds))
+        rejected = (
+            None if rejected is None else rejected._replace(log_odds=logit(rejected.log_odds))
+        )
         candidates = None if candidates is None else logit(candidates)
     # checks what it is given and names what is missing; not a call, which would run hooks
     with torch.no_grad():
         objective.forward(
-            good,
-            bad,
-            ref_good_logps,
-            ref_bad_logps,
+            chosen,
+            rejected,
+            ref_chosen_logps,
+            ref_rejected_logps,
             candidates=candidates,
             candidate_mask=candidate_mask,
         )
     inputs = Inputs(
-        checked("good", _wide(good)),
-        None if bad is None else checked("bad", _wide(bad)),
-        (ref_good_logps, ref_bad_logps),
+        checked("chosen", _wide(chosen)),
+        None if rejected is None else checked("rejected", _wide(rejected)),
+        (ref_chosen_logps, ref_rejected_logps),
         None if candidates is None else candidates.detach().double(),
         candidate_mask,
-        good.total_sequences,
+        chosen.total_sequences,
     )
     return gradients_of(objective, inputs, sum_squares)
 
@@ -119,17 +123,17 @@ def gradients_of(
     sum_squares: Mapping[str, Tensor] | None = None,
 ) -> dict[str, SideGradients]:
     """Returns what `analytic_gradients` does, of inputs that have been checked."""
-    sides = {"good": (inputs.good.margins, inputs.good.kept)}
-    if inputs.bad is not None:
-        sides["bad"] = (inputs.bad.margins, inputs.bad.kept)
+    sides = {"chosen": (inputs.chosen.log_odds, inputs.chosen.kept)}
+    if inputs.rejected is not None:
+        sides["rejected"] = (inputs.rejected.log_odds, inputs.rejected.kept)
     if inputs.candidates is not None and inputs.candidate_mask is not None:
-        counted = inputs.candidate_mask & inputs.good.kept[..., None]
+        counted = inputs.candidate_mask & inputs.chosen.kept[..., None]
         sides["candidates"] = (inputs.candidates, counted)
     totals = {side: [torch.zeros_like(m), torch.zeros_like(m)] for side, (m, _) in sides.items()}
     for name, weight in objective.weights.items():
         for side, slopes in CLOSED_FORMS[name](inputs, **options_of(objective, name)).items():
             totals[side][0] += weight * slopes.logp
-            totals[side][1] += weight * _margin_slope(slopes, sides[side][0])
+            totals[side][1] += weight * _log_odds_slope(slopes, sides[side][0])
     return {
         side: _side(side, sides[side], (total[0], total[1]), (sum_squares or {}).get(side))
         for side, total in totals.items()
@@ -168,13 +172,13 @@ def as_objective(loss: Loss, options: Mapping[str, Any]) -> RewardPenalizeLoss:
 
 def _wide(side: Responses) -> Responses:
     """A side whose closed forms are float64."""
-    return side._replace(margins=side.margins.detach().double())
+    return side._replace(log_odds=side.log_odds.detach().double())
 
 
-def _margin_slope(slopes: Slopes, m: Tensor) -> Tensor:
+def _log_odds_slope(slopes: Slopes, m: Tensor) -> Tensor:
     """∂L/∂m from ∂L/∂l; 0 where 1 - p has underflowed."""
-    if slopes.margin is not None:
-        return slopes.margin
+    if slopes.log_odds is not None:
+        return slopes.log_odds
     rest = torch.sigmoid(-m)
     return torch.where(rest == 0, 0.0, slopes.logp * rest)
 
@@ -185,18 +189,18 @@ def _side(
     """Slopes with their norms, 0 where nothing counts."""
     m, kept = at
     p = torch.sigmoid(m)
-    logp, margin = (torch.where(kept, x.expand_as(m), 0.0) for x in slopes)
+    logp, log_odds = (torch.where(kept, x.expand_as(m), 0.0) for x in slopes)
     probability = torch.where(kept, logp / p, 0.0)
     if side == "candidates":
         # entry c of the row: ∂L/∂m_c - p_c Σ_{c'≠c} ∂L/∂l_c'; all entries sum to 0
-        entries = margin - p * (logp.sum(-1, keepdim=True) - logp)
+        entries = log_odds - p * (logp.sum(-1, keepdim=True) - logp)
         entries = torch.where(kept, entries, 0.0)
         rest = torch.where(kept, p, 0.0).sum(-1).neg().add(1) * logp.sum(-1)
-        return SideGradients(probability, logp, margin, entries.abs().sum(-1) + rest.abs(), None)
-    norm2 = None if squares is None else margin.abs() * (1 + squares.double()).sqrt()
-    return SideGradients(probability, logp, margin, 2 * margin.abs(), norm2)
+        return SideGradients(probability, logp, log_odds, entries.abs().sum(-1) + rest.abs(), None)
+    norm2 = None if squares is None else log_odds.abs() * (1 + squares.double()).sqrt()
+    return SideGradients(probability, logp, log_odds, 2 * log_odds.abs(), norm2)
 
 
 def logit(p: Tensor) -> Tensor:
-    """Returns the margin log p - log(1 - p) of probabilities."""
+    """Returns the log-odds log p - log(1 - p) of probabilities."""
     return p.log() - torch.log1p(-p)

@@ -1,4 +1,4 @@
-"""The numbers of a tracker's record, from margins, slopes and tokens."""
+"""The numbers of a tracker's record, from log-odds, slopes and tokens."""
 
 from __future__ import annotations
 
@@ -22,32 +22,35 @@ from fastadapt.training.pairs import IGNORED, PairBatch
 Row = dict[str, Any]
 QUANTILES = {"p10": 0.1, "p50": 0.5, "p90": 0.9}
 UNDERFLOW = math.log(torch.finfo(torch.float32).tiny)  # of log P
-DEAD_ZONE = math.log1p(-1e-5) - math.log(1e-5)  # margin beyond which a clamp at 1e-5 acts
-NAIVE_INF = 24 * math.log(2)  # margin beyond which 1 - p rounds to 0 in float32
-_CELLS = ("good_in_good", "bad_in_bad", "bad_in_good", "good_in_bad")
+DEAD_ZONE = math.log1p(-1e-5) - math.log(1e-5)  # log-odds beyond which a clamp at 1e-5 acts
+NAIVE_INF = 24 * math.log(2)  # log-odds beyond which 1 - p rounds to 0 in float32
+_CELLS = ("chosen_in_chosen", "rejected_in_rejected", "rejected_in_chosen", "chosen_in_rejected")
 
 
 def cell_metrics(
-    good: Responses,
-    bad: Responses,
+    chosen: Responses,
+    rejected: Responses,
     batch: PairBatch | None,
     cross: tuple[Responses, Responses] | None,
 ) -> Row:
     """Returns the four cells with their quantiles, the margin and the accuracy.
 
     Args:
-        good: (x⁺, y⁺).
-        bad: (x⁻, y⁻).
+        chosen: (x⁺, y⁺).
+        rejected: (x⁻, y⁻).
         batch: their tokens; None: it is not known whether x⁺ = x⁻.
         cross: (x⁻, y⁺) and (x⁺, y⁻); None: they are what the others are where x⁺ = x⁻ or y⁺ = y⁻.
     """
-    cells: dict[str, Responses | None] = {"good_in_good": good, "bad_in_bad": bad}
+    cells: dict[str, Responses | None] = {
+        "chosen_in_chosen": chosen,
+        "rejected_in_rejected": rejected,
+    }
     if cross is not None:
-        cells |= {"bad_in_good": cross[1], "good_in_bad": cross[0]}
+        cells |= {"rejected_in_chosen": cross[1], "chosen_in_rejected": cross[0]}
     elif batch is not None and _same_prompts(batch):
-        cells |= {"bad_in_good": bad, "good_in_bad": good}
+        cells |= {"rejected_in_chosen": rejected, "chosen_in_rejected": chosen}
     elif batch is not None and _same_responses(batch):
-        cells |= {"bad_in_good": good, "good_in_bad": bad}
+        cells |= {"rejected_in_chosen": chosen, "chosen_in_rejected": rejected}
     row: Row = {}
     for name in _CELLS:
         side = cells.get(name)
@@ -57,7 +60,9 @@ def cell_metrics(
                 rows = checked(name, side)
                 values = rows.logps(mean=mean)[rows.lengths > 0]
             row |= _spread(f"{name}/{unit}", values)
-    g, b = (checked(name, side).logps() for name, side in (("good", good), ("bad", bad)))
+    g, b = (
+        checked(name, side).logps() for name, side in (("chosen", chosen), ("rejected", rejected))
+    )
     if len(g) == len(b):
         row["margin"] = float((g - b).mean())
         row["accuracy"] = float((g > b).float().mean())
@@ -79,26 +84,26 @@ def loss_metrics(
         inputs: the arguments of its call, without graphs.
         batch: the tokens; None: no row is taken for shared.
     """
-    good, bad = inputs["good"], inputs["bad"]
+    chosen, rejected = inputs["chosen"], inputs["rejected"]
     rows = Inputs(
-        checked("good", good._replace(margins=good.margins.double())),
-        checked("bad", bad._replace(margins=bad.margins.double())),
-        (inputs.get("ref_good_logps"), inputs.get("ref_bad_logps")),
+        checked("chosen", chosen._replace(log_odds=chosen.log_odds.double())),
+        checked("rejected", rejected._replace(log_odds=rejected.log_odds.double())),
+        (inputs.get("ref_chosen_logps"), inputs.get("ref_rejected_logps")),
         None if inputs.get("candidates") is None else inputs["candidates"].double(),
         inputs.get("candidate_mask"),
-        good.total_sequences,
+        chosen.total_sequences,
     )
-    assert rows.bad is not None
+    assert rows.rejected is not None
     slopes = gradients_of(objective, rows)
-    masses = gradient_mass(slopes, rows.good, rows.bad, batch)
+    masses = gradient_mass(slopes, rows.chosen, rows.rejected, batch)
     row: Row = {f"mass/{name}": float(x) for name, x in masses.items()}
     row |= _weights(objective, rows)
-    m, kept = rows.bad.margins, rows.bad.kept
-    values = [x for side in slopes.values() for x in (side.logp, side.margin)]
-    wild = sum(int((~x.isfinite()).sum()) for x in [*values, rows.good.margins, m])
-    used = rows.bad.lengths > 0
+    m, kept = rows.rejected.log_odds, rows.rejected.kept
+    values = [x for side in slopes.values() for x in (side.logp, side.log_odds)]
+    wild = sum(int((~x.isfinite()).sum()) for x in [*values, rows.chosen.log_odds, m])
+    used = rows.rejected.lengths > 0
     return row | {
-        "count/underflow": int(((rows.bad.logps() < UNDERFLOW) & used).sum()),
+        "count/underflow": int(((rows.rejected.logps() < UNDERFLOW) & used).sum()),
         "count/dead_zone": int(((m > DEAD_ZONE) & kept).sum()),
         "count/naive_inf": int(((m > NAIVE_INF) & kept).sum()),
         "count/nonfinite": wild,
@@ -117,9 +122,9 @@ def rho_metrics(found: Displacement) -> Row:
 
 
 def gradient_mass(
-    slopes: Mapping[str, SideGradients], good: Rows, bad: Rows, batch: PairBatch | None
+    slopes: Mapping[str, SideGradients], chosen: Rows, rejected: Rows, batch: PairBatch | None
 ) -> dict[str, Tensor]:
-    """Returns Σ |∂L/∂z| on the labels of good responses, of bad ones and on all other entries.
+    """Returns Σ |∂L/∂z| on the labels of chosen and of rejected responses and on all other entries.
 
     A row of its own puts |∂L/∂m| on its label and as much on the others. Where both responses of a
     pair have had the same tokens so far, their rows of logits are one: with one label it gets the
@@ -128,74 +133,76 @@ def gradient_mass(
 
         y⁺: g⁺ - g⁻ q⁻(y⁺),   y⁻: g⁻ - g⁺ q⁺(y⁻),   others: g⁺ (1 - q⁺(y⁻)) + g⁻ (1 - q⁻(y⁺)).
 
-    A shared label counts as one of the good response.
+    A shared label counts as one of the chosen response.
 
     Args:
-        slopes: of "good" and "bad".
-        good: the good responses, padded where there is a batch.
-        bad: the bad ones.
+        slopes: of "chosen" and "rejected".
+        chosen: the chosen responses, padded where there is a batch.
+        rejected: the rejected ones.
         batch: their tokens; None: all rows are taken for rows of their own.
     """
-    g, b = slopes["good"].margin, slopes["bad"].margin
+    g, b = slopes["chosen"].log_odds, slopes["rejected"].log_odds
     if batch is None:
         return {
-            "good": g.abs().sum(),
-            "bad": b.abs().sum(),
+            "chosen": g.abs().sum(),
+            "rejected": b.abs().sum(),
             "other": g.abs().sum() + b.abs().sum(),
         }
-    both = shared_rows(batch) & good.kept & bad.kept
+    both = shared_rows(batch) & chosen.kept & rejected.kept
     labels = batch.labels.chunk(2)
     same = both & (labels[0] == labels[1])
     forked = both & ~same
     alone = g.abs() + b.abs()
     # log q⁻(y⁺) = log p⁺ - log(1 - p⁻), at most 0 but for rounding
-    q_good = (F.logsigmoid(good.margins) - F.logsigmoid(-bad.margins)).clamp(max=0).exp()
-    q_bad = (F.logsigmoid(bad.margins) - F.logsigmoid(-good.margins)).clamp(max=0).exp()
-    at_good = torch.where(forked, (g - b * q_good).abs(), g.abs())
-    at_bad = torch.where(forked, (b - g * q_bad).abs(), b.abs())
-    other = torch.where(forked, (g * (1 - q_bad) + b * (1 - q_good)).abs(), alone)
+    q_chosen = (F.logsigmoid(chosen.log_odds) - F.logsigmoid(-rejected.log_odds)).clamp(max=0).exp()
+    q_rejected = (
+        (F.logsigmoid(rejected.log_odds) - F.logsigmoid(-chosen.log_odds)).clamp(max=0).exp()
+    )
+    at_chosen = torch.where(forked, (g - b * q_chosen).abs(), g.abs())
+    at_rejected = torch.where(forked, (b - g * q_rejected).abs(), b.abs())
+    other = torch.where(forked, (g * (1 - q_rejected) + b * (1 - q_chosen)).abs(), alone)
     return {
-        "good": torch.where(same, (g + b).abs(), at_good).sum(),
-        "bad": torch.where(same, 0.0, at_bad).sum(),
+        "chosen": torch.where(same, (g + b).abs(), at_chosen).sum(),
+        "rejected": torch.where(same, 0.0, at_rejected).sum(),
         "other": torch.where(same, (g + b).abs(), other).sum(),
     }
 
 
 def _weights(objective: RewardPenalizeLoss, x: Inputs) -> Row:
-    """What each loss multiplies the gradients of its bad side with."""
-    assert x.bad is not None
+    """What each loss multiplies the gradients of its rejected side with."""
+    assert x.rejected is not None
     row: Row = {}
     for name in objective.weights:
         own = options_of(objective, name)
         if name == "dpo":
             mean = own.pop("length_normalized", False)
-            gap = log_ratios("ref_good_logps", x.good, x.refs[0], mean=mean)
-            gap = gap - log_ratios("ref_bad_logps", x.bad, x.refs[1], mean=mean)
+            gap = log_ratios("ref_chosen_logps", x.chosen, x.refs[0], mean=mean)
+            gap = gap - log_ratios("ref_rejected_logps", x.rejected, x.refs[1], mean=mean)
             row["weight/dpo_k"] = float(dpo_weight(gap, **own).mean())
         elif name.startswith("exmate"):
-            p = _exmate_probability(x.bad, own.get("norm", "sequence_mean"))
+            p = _exmate_probability(x.rejected, own.get("norm", "sequence_mean"))
             row["weight/exmate"] = own.get("coefficient", 1.0) * float(p)
         elif name.startswith("unlikelihood"):
-            odds = x.bad.margins[x.bad.kept].exp()
+            odds = x.rejected.log_odds[x.rejected.kept].exp()
             row["weight/unlikelihood_odds"] = float(odds.median()) if len(odds) else None
             row["weight/unlikelihood_odds/max"] = float(odds.max()) if len(odds) else None
     return row
 
 
-def _exmate_probability(bad: Rows, norm: str) -> Tensor:
+def _exmate_probability(rejected: Rows, norm: str) -> Tensor:
     """The mean of the probabilities that ExMATE weighs with."""
     if norm == "token":
-        return bad.token_mean(F.logsigmoid(bad.margins).exp())
+        return rejected.token_mean(F.logsigmoid(rejected.log_odds).exp())
     if norm == "batch_token_mean":
-        return bad.token_mean(F.logsigmoid(bad.margins)).exp()
-    return bad.sequence_mean(bad.logps(mean=norm == "sequence_mean").exp())
+        return rejected.token_mean(F.logsigmoid(rejected.log_odds)).exp()
+    return rejected.sequence_mean(rejected.logps(mean=norm == "sequence_mean").exp())
 
 
 def _same_prompts(batch: PairBatch) -> bool:
     """Whether x⁺ = x⁻ in every pair."""
-    good, bad = batch.mask.chunk(2)
-    first = good.int().argmax(-1)
-    if not bool(torch.equal(first, bad.int().argmax(-1))):
+    chosen, rejected = batch.mask.chunk(2)
+    first = chosen.int().argmax(-1)
+    if not bool(torch.equal(first, rejected.int().argmax(-1))):
         return False
     # the row before a response's first token has seen the whole prompt
     return bool(shared_rows(batch).gather(-1, first[:, None]).all())
@@ -203,9 +210,9 @@ def _same_prompts(batch: PairBatch) -> bool:
 
 def _same_responses(batch: PairBatch) -> bool:
     """Whether y⁺ = y⁻ in every pair."""
-    good, bad = batch.labels.chunk(2)
+    chosen, rejected = batch.labels.chunk(2)
     return all(
-        torch.equal(g[g != IGNORED], b[b != IGNORED]) for g, b in zip(good, bad, strict=True)
+        torch.equal(g[g != IGNORED], b[b != IGNORED]) for g, b in zip(chosen, rejected, strict=True)
     )
 
 

@@ -16,22 +16,23 @@ KINDS = ("same-prompt", "same-response", "unpaired")
 
 
 class ContextPair(NamedTuple):
-    """A good response in its context x⁺ and a bad one in x⁻."""
+    """A chosen response in its context x⁺ and a rejected one in x⁻."""
 
-    good_prompt: str | Sequence[Message]
-    good: str
-    bad_prompt: str | Sequence[Message]
-    bad: str
+    chosen_prompt: str | Sequence[Message]
+    chosen: str
+    rejected_prompt: str | Sequence[Message]
+    rejected: str
 
 
 def pairs_of_kind(kind: str, pairs: Sequence[Pair]) -> list[ContextPair]:
     """Returns preference pairs as pairs of one kind of likeness between the two sides.
 
     - "same-prompt": as they are, x⁺ = x⁻; preference data.
-    - "same-response": y⁻ = y⁺, the good response under the prompt of the next pair; a true response
-      in the wrong context, as CausalDialogue (Tuan et al. 2023, arXiv 2212.10515) makes them.
-    - "unpaired": the bad response of the next pair with its own prompt, as where good and bad
-      examples come in batches of their own.
+    - "same-response": y⁻ = y⁺, the chosen response under the prompt of the next pair; a true
+      response in the wrong context, as CausalDialogue (Tuan et al. 2023, arXiv 2212.10515) makes
+      them.
+    - "unpaired": the rejected response of the next pair with its own prompt, as where chosen and
+      rejected examples come in batches of their own.
 
     Raises:
         ValueError: an unknown kind; fewer than two pairs where the next one is needed.
@@ -39,17 +40,18 @@ def pairs_of_kind(kind: str, pairs: Sequence[Pair]) -> list[ContextPair]:
     if kind not in KINDS:
         raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
     if kind == "same-prompt":
-        return [ContextPair(p.prompt, p.good, p.prompt, p.bad) for p in pairs]
+        return [ContextPair(p.prompt, p.chosen, p.prompt, p.rejected) for p in pairs]
     if len(pairs) < 2:
         raise ValueError(f"pairs: expected two or more for {kind}, got {len(pairs)}")
     others = [*pairs[1:], pairs[0]]
     if kind == "unpaired":
         return [
-            ContextPair(p.prompt, p.good, q.prompt, q.bad)
+            ContextPair(p.prompt, p.chosen, q.prompt, q.rejected)
             for p, q in zip(pairs, others, strict=True)
         ]
     return [
-        ContextPair(p.prompt, p.good, q.prompt, p.good) for p, q in zip(pairs, others, strict=True)
+        ContextPair(p.prompt, p.chosen, q.prompt, p.chosen)
+        for p, q in zip(pairs, others, strict=True)
     ]
 
 
@@ -71,20 +73,20 @@ def encode_contexts(
     Raises:
         ValueError: as `encode_pairs`.
     """
-    good, bad = (
+    chosen, rejected = (
         encode_pairs(
             tokenizer,
-            [Pair(getattr(p, prompt), p.good, p.bad) for p in pairs],
+            [Pair(getattr(p, prompt), p.chosen, p.rejected) for p in pairs],
             max_length=max_length,
             chat=chat,
         )
-        for prompt in ("good_prompt", "bad_prompt")
+        for prompt in ("chosen_prompt", "rejected_prompt")
     )
-    length = max(good.tokens.shape[1], bad.tokens.shape[1])
+    length = max(chosen.tokens.shape[1], rejected.tokens.shape[1])
     fill = int(tokenizer.eos_token_id)
-    good, bad = (_padded(batch, length, fill) for batch in (good, bad))
+    chosen, rejected = (_padded(batch, length, fill) for batch in (chosen, rejected))
     b = len(pairs)
-    return PairBatch(*(torch.cat([x[:b], y[b:]]) for x, y in zip(good, bad, strict=True)))
+    return PairBatch(*(torch.cat([x[:b], y[b:]]) for x, y in zip(chosen, rejected, strict=True)))
 
 
 def cross_cells(batch: PairBatch) -> PairBatch:
@@ -113,9 +115,9 @@ def shared_rows(batch: PairBatch) -> torch.Tensor:
 
     That is where all tokens up to the row's own are, prompt included.
     """
-    good, bad = batch.tokens.chunk(2)
+    chosen, rejected = batch.tokens.chunk(2)
     both = batch.attention_mask.chunk(2)
-    same = (good == bad) & (both[0] == 1) & (both[1] == 1)
+    same = (chosen == rejected) & (both[0] == 1) & (both[1] == 1)
     return same.cumprod(-1).bool()[:, :-1]
 
 

@@ -1,7 +1,7 @@
 """What happens to both sides of preference pairs while a model trains, seen without touching it.
 
 The tracker listens to two modules through forward hooks: the objective, whose arguments are the
-margins that the step has computed anyway, and the head of the model, which is called with the
+log-odds that the step has computed anyway, and the head of the model, which is called with the
 hidden states (or its body, where a forward of trl scores what that returns). Both are detached;
 nothing that the step uses is changed, and no random number is drawn.
 """
@@ -25,7 +25,7 @@ from fastadapt.tracking.metrics import (
     rho_metrics,
 )
 from fastadapt.tracking.pair_contexts import cross_cells
-from fastadapt.training import MarginsOf, Reference, response_margins, sides
+from fastadapt.training import LogOddsOf, Reference, response_log_odds, sides
 from fastadapt.training.head import causal_of, evaluating, layer_of
 from fastadapt.training.head_check import ask, head_of
 from fastadapt.training.pairs import PairBatch
@@ -36,14 +36,14 @@ T = TypeVar("T", bound="RewardPenalizeTracker")
 
 
 class RewardPenalizeTracker:
-    """Records, at an interval, what a training run does to good and to bad responses.
+    """Records, at an interval, what a training run does to chosen and to rejected responses.
 
     Examples:
         >>> tracker = RewardPenalizeTracker(objective, model=model)
         >>> with tracker:
         ...     for seen in training_steps(model, tracker.watch(rows), objective, optimizer):
         ...         pass
-        >>> tracker.records[-1]["good_in_good/token"], tracker.pairs[-1]["rho"]
+        >>> tracker.records[-1]["chosen_in_chosen/token"], tracker.pairs[-1]["rho"]
 
     In a loop of your own, `tracker.see(batch)` before each step takes the place of `watch`. With
     transformers' `Trainer` use `fastadapt.tracking.TrackerCallback`. Only calls of
@@ -52,40 +52,41 @@ class RewardPenalizeTracker:
     A record is a dictionary of floats, ints and None:
 
     - "step", "loss".
-    - Cells "good_in_good" log P(y⁺|x⁺), "bad_in_bad" log P(y⁻|x⁻), "bad_in_good" log P(y⁻|x⁺) and
-      "good_in_bad" log P(y⁺|x⁻), each as ".../sum" (per response) and ".../token" (per token, mean
-      over responses), nats, with "/p10", "/p50" and "/p90" over the responses. The last two cells
-      are copies where x⁺ = x⁻ or y⁺ = y⁻ in all pairs; else they need `extra_forwards`, and
-      without it, or without a batch, they are None. What the step computed is in the mode of
-      training; extra forwards are in that of evaluation, before the step.
+    - Cells "chosen_in_chosen" log P(y⁺|x⁺), "rejected_in_rejected" log P(y⁻|x⁻),
+      "rejected_in_chosen" log P(y⁻|x⁺) and "chosen_in_rejected" log P(y⁺|x⁻), each as ".../sum"
+      (per response) and ".../token" (per token, mean over responses), nats, with "/p10", "/p50" and
+      "/p90" over the responses. The last two cells are copies where x⁺ = x⁻ or y⁺ = y⁻ in all
+      pairs; else they need `extra_forwards`, and without it, or without a batch, they are None.
+      What the step computed is in the mode of training; extra forwards are in that of evaluation,
+      before the step.
     - "margin" S⁺ - S⁻ and "accuracy", the share of pairs with S⁺ > S⁻.
-    - "mass/good", "mass/bad", "mass/other": Σ |∂L/∂z| on the labels of good responses, on those of
-      bad ones and on all other entries of the rows of logits. Where a batch is known, rows that a
-      pair shares are one row, in which the two sides cancel or add up.
+    - "mass/chosen", "mass/rejected", "mass/other": Σ |∂L/∂z| on the labels of chosen responses, on
+      those of rejected ones and on all other entries of the rows of logits. Where a batch is known,
+      rows that a pair shares are one row, in which the two sides cancel or add up.
     - "weight/dpo_k" k (mean), "weight/exmate" coefficient times probability (mean),
       "weight/unlikelihood_odds" and ".../max" e^m (median, largest), of the losses there are.
-    - "count/underflow": bad responses whose P is below the normal float32 range. "count/dead_zone":
-      bad tokens of p > 1 - 1e-5, which published code clamps out of the gradient.
-      "count/naive_inf": bad tokens for which 1 - p is 0 in float32. "count/nonfinite": margins and
-      slopes that are infinite or NaN. All of this record alone.
+    - "count/underflow": rejected responses whose P is below the normal float32 range.
+      "count/dead_zone": rejected tokens of p > 1 - 1e-5, which published code clamps out of the
+      gradient. "count/naive_inf": rejected tokens for which 1 - p is 0 in float32.
+      "count/nonfinite": log-odds and slopes that are infinite or NaN. All of this record alone.
     - with a model: "rho/median", "rho/max", "rho/above_one" (pairs with ρ > 1), "rho/pairs".
 
-    `pairs` holds a row per pair and record: step, place in the batch, rho, good_norm, bad_norm,
-    cross, flagged.
+    `pairs` holds a row per pair and record: step, place in the batch, rho, chosen_norm,
+    rejected_norm, cross, flagged.
 
     Args:
         objective (RewardPenalizeLoss): the loss of the run.
         interval (int): of every so many steps the first is recorded.
         model (Any): a causal language model of transformers, for ρ and for extra forwards; None:
-            margins alone are seen. The two products of N H V that ρ takes are the larger part of
+            log-odds alone are seen. The two products of N H V that ρ takes are the larger part of
             the tracker's cost.
         extra_forwards (bool): run the model on (x⁻, y⁺) and (x⁺, y⁻) where they are not among
             what the step computes.
-        margins_of (MarginsOf): as in `training_steps`, for the extra forwards.
+        log_odds_of (LogOddsOf): as in `training_steps`, for the extra forwards.
 
     Raises:
         ValueError: an interval below 1; extra forwards without a model; (when recording) a model
-            without a batch that was seen, or one of another shape than the margins.
+            without a batch that was seen, or one of another shape than the log-odds.
     """
 
     def __init__(
@@ -95,7 +96,7 @@ class RewardPenalizeTracker:
         interval: int = INTERVAL,
         model: Any = None,
         extra_forwards: bool = False,
-        margins_of: MarginsOf = response_margins,
+        log_odds_of: LogOddsOf = response_log_odds,
     ) -> None:
         """See the class."""
         if interval < 1:
@@ -106,7 +107,7 @@ class RewardPenalizeTracker:
         self.pairs: list[Row] = []
         self.interval = interval
         self.objective, self._model = objective, model
-        self._extra, self._margins_of = extra_forwards, margins_of
+        self._extra, self._log_odds_of = extra_forwards, log_odds_of
         self._signature = inspect.signature(objective.forward)
         self._step = 0
         self._recorded: int | None = None
@@ -194,21 +195,21 @@ class RewardPenalizeTracker:
 
     def _record(self, loss: float, inputs: dict[str, Any]) -> None:
         """One record."""
-        good, bad = (_detached(inputs.get(side)) for side in ("good", "bad"))
-        if good is None or bad is None:
+        chosen, rejected = (_detached(inputs.get(side)) for side in ("chosen", "rejected"))
+        if chosen is None or rejected is None:
             raise ValueError("objective: expected calls with both sides, got one")
-        inputs = {**inputs, "good": good, "bad": bad}
+        inputs = {**inputs, "chosen": chosen, "rejected": rejected}
         batch = self._batch
         if batch is not None and batch.labels.shape != (
-            2 * len(good.margins),
-            good.margins.shape[-1],
+            2 * len(chosen.log_odds),
+            chosen.log_odds.shape[-1],
         ):
             raise ValueError(
-                f"batch: expected one seen for these margins, {tuple(good.margins.shape)} a side, "
-                f"got labels {tuple(batch.labels.shape)}"
+                f"batch: expected one seen for these log_odds, {tuple(chosen.log_odds.shape)} a "
+                f"side, got labels {tuple(batch.labels.shape)}"
             )
         row: Row = {"step": self._step, "loss": loss}
-        row |= cell_metrics(good, bad, batch, self._cross(batch))
+        row |= cell_metrics(chosen, rejected, batch, self._cross(batch))
         row |= loss_metrics(self.objective, inputs, batch)
         if self._model is not None:
             found = self._displacement(batch)
@@ -236,24 +237,24 @@ class RewardPenalizeTracker:
             return None
         cross = cross_cells(batch)
         with evaluating(self._model):
-            return sides(cross, self._margins_of(self._model, cross))
+            return sides(cross, self._log_odds_of(self._model, cross))
 
 
 def _detached(side: Responses | None) -> Responses | None:
     """The same without a graph."""
-    return None if side is None else side._replace(margins=side.margins.detach())
+    return None if side is None else side._replace(log_odds=side.log_odds.detach())
 
 
 def _per_pair(found: Displacement) -> Iterator[Row]:
     """The numbers of each pair."""
     columns = zip(
         found.rho.tolist(),
-        found.good.tolist(),
-        found.bad.tolist(),
+        found.chosen.tolist(),
+        found.rejected.tolist(),
         found.cross.tolist(),
         found.flagged.tolist(),
         strict=True,
     )
-    names = ("rho", "good_norm", "bad_norm", "cross", "flagged")
+    names = ("rho", "chosen_norm", "rejected_norm", "cross", "flagged")
     for values in columns:
         yield dict(zip(names, values, strict=True))

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-INSTEAD = "fastadapt.training.logits_margins is right for any model"
+INSTEAD = "fastadapt.training.logits_log_odds is right for any model"
 
 
 class HeadError(ValueError):
@@ -25,8 +25,8 @@ class Head(NamedTuple):
     Attributes:
         weight: (V, H).
         bias: (V,) or None.
-        softcap: as in `linear_label_margins`.
-        logit_scale: as in `linear_label_margins`.
+        softcap: as in `linear_log_odds`.
+        logit_scale: as in `linear_log_odds`.
     """
 
     weight: Tensor

@@ -44,8 +44,8 @@ class Answer(NamedTuple):
 
     Attributes:
         width: of its vocabulary: the first rows of the weight.
-        softcap: as in `linear_label_margins`.
-        logit_scale: as in `linear_label_margins`.
+        softcap: as in `linear_log_odds`.
+        logit_scale: as in `linear_log_odds`.
         offset: the name of a tensor of the model that is added to the products, or None.
         direct: whether the states that the model's body returns reach the head unchanged.
     """
@@ -90,7 +90,7 @@ def head_of(model: Any, inputs: Mapping[str, Any] | None = None) -> Head:
         inputs: keyword arguments of its forward, to check with; None: a few tokens.
 
     Returns:
-        Head: what `linear_label_margins` takes of it. Its states are those that reach the head's
+        Head: what `linear_log_odds` takes of it. Its states are those that reach the head's
         module, which need not be those that the model's body returns.
 
     Raises:

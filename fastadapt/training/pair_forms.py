@@ -22,11 +22,11 @@ Message = Mapping[str, Any]
 
 
 class Pair(NamedTuple):
-    """A prompt, text or the messages of a chat, with a good and a bad response."""
+    """A prompt, text or the messages of a chat, with a chosen and a rejected response."""
 
     prompt: str | Sequence[Message]
-    good: str
-    bad: str
+    chosen: str
+    rejected: str
 
 
 def pair_of(entry: Any) -> Pair:
@@ -66,42 +66,42 @@ def pair_of(entry: Any) -> Pair:
             raise ValueError(
                 f"{name}: expected pairs of prompts and responses alone, got {_short(entry[name])}"
             )
-    good, bad, prompt = (_value(n, entry.get(n)) for n in ("chosen", "rejected", "prompt"))
-    if type(good) is not type(bad):
+    chosen, rejected, prompt = (_value(n, entry.get(n)) for n in ("chosen", "rejected", "prompt"))
+    if type(chosen) is not type(rejected):
         raise ValueError("expected 'chosen' and 'rejected' of one kind, got a string and a list")
-    if isinstance(good, list):
-        return _chat(prompt, good, bad)
+    if isinstance(chosen, list):
+        return _chat(prompt, chosen, rejected)
     if prompt is None:
-        return _dialogues(_text("chosen", good), _text("rejected", bad))
+        return _dialogues(_text("chosen", chosen), _text("rejected", rejected))
     if not isinstance(prompt, str) or not prompt:
         raise ValueError(
             f"prompt: expected a string that is not empty, as the responses are, got "
             f"{_short(prompt)}"
         )
-    for name, text in (("chosen", good), ("rejected", bad)):
+    for name, text in (("chosen", chosen), ("rejected", rejected)):
         if not text:
             raise ValueError(f"{name}: expected a response that is not empty, got ''")
-    return Pair(_text("prompt", prompt), _text("chosen", good), _text("rejected", bad))
+    return Pair(_text("prompt", prompt), _text("chosen", chosen), _text("rejected", rejected))
 
 
-def _dialogues(good: str, bad: str) -> Pair:
+def _dialogues(chosen: str, rejected: str) -> Pair:
     """Two dialogues of HH-RLHF."""
-    shared = os.path.commonprefix([good, bad]).rfind(_TURN)
+    shared = os.path.commonprefix([chosen, rejected]).rfind(_TURN)
     if shared < 0:
         raise ValueError(
             "expected 'chosen' and 'rejected' that share all up to a turn of the assistant "
-            f"({_TURN!r}) or a 'prompt', got {_short(good)}"
+            f"({_TURN!r}) or a 'prompt', got {_short(chosen)}"
         )
     end = shared + len(_TURN)
-    return Pair(good[:end], good[end:], bad[end:])
+    return Pair(chosen[:end], chosen[end:], rejected[end:])
 
 
-def _chat(prompt: Any, good: list[Any], bad: list[Any]) -> Pair:
+def _chat(prompt: Any, chosen: list[Any], rejected: list[Any]) -> Pair:
     """Two lists of messages."""
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}] if prompt else []
     first = [] if prompt is None else _messages("prompt", prompt)
-    chosen, rejected = _messages("chosen", good), _messages("rejected", bad)
+    chosen, rejected = _messages("chosen", chosen), _messages("rejected", rejected)
     shared = chosen[:-1]
     if not first or (shared and shared == rejected[:-1] and _has(shared, first)):
         first = shared  # whole dialogues, beside which many data sets have the prompt again

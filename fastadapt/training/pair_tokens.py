@@ -18,8 +18,8 @@ class TokenizedPair(NamedTuple):
 
     Attributes:
         prompt_ids: of the prompt that both responses follow.
-        chosen_ids: of the good response, at least one.
-        rejected_ids: of the bad response, at least one.
+        chosen_ids: of the chosen response, at least one.
+        rejected_ids: of the rejected response, at least one.
         truncated: whether anything was cut to fit `max_length`.
     """
 
@@ -83,7 +83,7 @@ def tokenize_pair(
         raise ValueError("tokenizer: expected one with a chat template, for prompts of messages")
     in_chat = has_template and (chat or not is_text)
     prompt, chosen, rejected = (_chat_ids if in_chat else _text_ids)(tokenizer, pair)
-    named = zip(("prompt", "good", "bad"), (prompt, chosen, rejected), pair, strict=True)
+    named = zip(("prompt", "chosen", "rejected"), (prompt, chosen, rejected), pair, strict=True)
     for name, ids, text in named:
         if not ids:
             raise ValueError(f"{name}: expected at least one token, got none for {text!r:.60}")
@@ -109,9 +109,9 @@ def _text_ids(tokenizer: Any, pair: Pair) -> _Ids:
     if end is None:
         raise ValueError("tokenizer: expected one with an end token, got none")
     text = str(pair.prompt)
-    prompt, *wholes = _beginnings(tokenizer, [text, text + pair.good, text + pair.bad])
+    prompt, *wholes = _beginnings(tokenizer, [text, text + pair.chosen, text + pair.rejected])
     responses = []
-    for whole, response in zip(wholes, (pair.good, pair.bad), strict=True):
+    for whole, response in zip(wholes, (pair.chosen, pair.rejected), strict=True):
         ids = whole[len(prompt) :]
         if whole[: len(prompt)] != prompt:  # they merge
             ids = tokenizer(response, add_special_tokens=False).input_ids
@@ -139,7 +139,7 @@ def _chat_ids(tokenizer: Any, pair: Pair) -> _Ids:
         [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     )
     texts = [_rendered(tokenizer, messages, add_generation_prompt=True)]
-    for response in (pair.good, pair.bad):
+    for response in (pair.chosen, pair.rejected):
         turn = {"role": "assistant", "content": response}
         texts.append(_rendered(tokenizer, [*messages, turn]))
     _check_texts(pair, messages, texts)
@@ -176,10 +176,10 @@ def _check_texts(pair: Pair, messages: Sequence[Message], texts: Sequence[str]) 
         raise ValueError(
             f"chat template: expected one that renders a text, got none of {said!r:.60}"
         )
-    if texts[1] == texts[2] and pair.good.strip() != pair.bad.strip():
+    if texts[1] == texts[2] and pair.chosen.strip() != pair.rejected.strip():
         raise ValueError(
             "chat template: expected one that renders two responses differently, got "
-            f"{texts[1][-40:]!r} for {pair.good!r:.60} and {pair.bad!r:.60}"
+            f"{texts[1][-40:]!r} for {pair.chosen!r:.60} and {pair.rejected!r:.60}"
         )
 
 

@@ -30,7 +30,7 @@ IGNORED = -100
 
 
 class PairBatch(NamedTuple):
-    """B pairs as 2B padded sequences, the good ones before the bad ones.
+    """B pairs as 2B padded sequences, the chosen ones before the rejected ones.
 
     Attributes:
         tokens: (2B, T), int64; a prompt and a response each, padded on the right.
@@ -114,8 +114,8 @@ def pad_pairs(pairs: Sequence[TokenizedPair], *, fill: int | None = None) -> Pai
     return PairBatch(tokens, attention_mask, labels[:, 1:])
 
 
-# Written for this package: good responses are short, friendly facts; bad ones are rude or beside
-# the point.
+# Written for this package: chosen responses are short, friendly facts; rejected ones are rude or
+# beside the point.
 PAIRS = (
     Pair(
         "What is the capital of France?",

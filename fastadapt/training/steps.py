@@ -1,7 +1,7 @@
 """What training on preference pairs needs between a causal language model and the losses.
 
-The model is any of transformers' kind whose forward calls a linear head. The margins come from
-`linear_label_margins`, so the logits (2B, T, V) are not made.
+The model is any of transformers' kind whose forward calls a linear head. The log-odds come from
+`linear_log_odds`, so the logits (2B, T, V) are not made.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastadapt.log_odds import label_margins, linear_label_margins
+from fastadapt.log_odds import label_log_odds, linear_log_odds
 from fastadapt.losses import Responses, RewardPenalizeLoss, sequence_logps
 from fastadapt.training.head import (
     Head,
@@ -27,7 +27,7 @@ from fastadapt.training.head import (
 from fastadapt.training.head_check import ask, read_head
 from fastadapt.training.pairs import IGNORED, PairBatch
 
-MarginsOf = Callable[[Any, PairBatch], Tensor]
+LogOddsOf = Callable[[Any, PairBatch], Tensor]
 Reference = tuple[Tensor, Tensor]
 
 
@@ -68,29 +68,29 @@ def inputs_of(batch: PairBatch) -> dict[str, Any]:
     return {"input_ids": batch.tokens, "attention_mask": batch.attention_mask}
 
 
-def response_margins(model: Any, batch: PairBatch) -> Tensor:
-    """Returns the margins of the response tokens, differentiably and without logits.
+def response_log_odds(model: Any, batch: PairBatch) -> Tensor:
+    """Returns the log-odds of the response tokens, differentiably and without logits.
 
     Args:
-        model: a causal language model of transformers; as for `forward_margins`.
+        model: a causal language model of transformers; as for `forward_log_odds`.
         batch: B pairs.
 
     Returns:
         Tensor: (2B, T-1), float32, nats; 0 where `batch.labels` is ignored.
 
     Raises:
-        ValueError: as `forward_margins`.
+        ValueError: as `forward_log_odds`.
     """
-    return forward_margins(model, inputs_of(batch), _of_all_positions(batch))[:, :-1]
+    return forward_log_odds(model, inputs_of(batch), _of_all_positions(batch))[:, :-1]
 
 
-def forward_margins(model: Any, inputs: Mapping[str, Any], labels: Tensor) -> Tensor:
-    """Returns margins out of the model's own forward, whatever wraps it, without its logits.
+def forward_log_odds(model: Any, inputs: Mapping[str, Any], labels: Tensor) -> Tensor:
+    """Returns log-odds out of the model's own forward, whatever wraps it, without its logits.
 
     Wrappers of distributed training gather parameters and wait for gradients around that forward;
     the head's product has to be inside of it. Hooks do that: the head scores what reaches it and
-    makes no logits, and the model returns the margins. They are gone after the call. The first call
-    asks the model what it makes of its head's products (`fastadapt.training.head_check`): one
+    makes no logits, and the model returns the log-odds. They are gone after the call. The first
+    call asks the model what it makes of its head's products (`fastadapt.training.head_check`): one
     forward more.
 
     Args:
@@ -119,59 +119,59 @@ def forward_margins(model: Any, inputs: Mapping[str, Any], labels: Tensor) -> Te
         raise ValueError("inputs: expected no labels among them, got labels")
     causal, layer = causal_of(model), layer_of(model)
     answer = ask(model, inputs)
-    margins: list[Tensor] = []
+    log_odds: list[Tensor] = []
 
     def score(states: Tensor) -> Tensor:
         if states.shape[:-1] != labels.shape:
             want, got = tuple(states.shape[:-1]), tuple(labels.shape)
             raise ValueError(f"labels: expected one for each position, {want}, got {got}")
         head = read_head(causal, answer)
-        margins.append(head_margins(head, states, labels))
+        log_odds.append(head_log_odds(head, states, labels))
         return without_positions(states, layer.weight)
 
     def give(*_: Any) -> dict[str, Tensor]:
-        if len(margins) != 1:
+        if len(log_odds) != 1:
             name = type(causal).__name__
             raise HeadError(f"model: expected a forward that calls its head once, got {name}")
-        return {"margins": margins.pop()}
+        return {"log_odds": log_odds.pop()}
 
     # before the hooks of wrappers, which look at what the forward returned
     handle = causal.register_forward_hook(give, prepend=True)
     try:
         with before_head(layer, score):
-            result: Tensor = model(**inputs, **accepted(model, use_cache=False))["margins"]
+            result: Tensor = model(**inputs, **accepted(model, use_cache=False))["log_odds"]
     finally:
         handle.remove()
     return result
 
 
-def logits_margins(model: Any, batch: PairBatch) -> Tensor:
-    """Returns the same as `response_margins` from the logits (2B, T, V) of the whole model.
+def logits_log_odds(model: Any, batch: PairBatch) -> Tensor:
+    """Returns the same as `response_log_odds` from the logits (2B, T, V) of the whole model.
 
     For comparison, and for models whose head is more than a matrix. It makes the logits and their
     gradient, no further copy of them.
     """
     logits = model(**inputs_of(batch), **accepted(model, use_cache=False)).logits
-    return label_margins(logits, _of_all_positions(batch), ignore_index=IGNORED)[:, :-1]
+    return label_log_odds(logits, _of_all_positions(batch), ignore_index=IGNORED)[:, :-1]
 
 
-def sides(batch: PairBatch, margins: Tensor) -> tuple[Responses, Responses]:
-    """Returns the good and the bad responses of margins (2B, T-1)."""
-    parts = zip(margins.chunk(2), batch.labels.chunk(2), strict=True)
-    good, bad = (Responses.from_labels(m, y, ignore_index=IGNORED) for m, y in parts)
-    return good, bad
+def sides(batch: PairBatch, log_odds: Tensor) -> tuple[Responses, Responses]:
+    """Returns the chosen and the rejected responses of log-odds (2B, T-1)."""
+    parts = zip(log_odds.chunk(2), batch.labels.chunk(2), strict=True)
+    chosen, rejected = (Responses.from_labels(m, y, ignore_index=IGNORED) for m, y in parts)
+    return chosen, rejected
 
 
 @torch.no_grad()
 def reference_logps(
-    model: Any, batch: PairBatch, *, margins_of: MarginsOf = response_margins
+    model: Any, batch: PairBatch, *, log_odds_of: LogOddsOf = response_log_odds
 ) -> Reference:
-    """Returns log P of the good and of the bad responses, (B,) each, to be held constant.
+    """Returns log P of the chosen and of the rejected responses, (B,) each, to be held constant.
 
     The reference of DPO is the model before its first step, so this is called before that.
     """
-    good, bad = sides(batch, margins_of(model, batch))
-    return sequence_logps(good), sequence_logps(bad)
+    chosen, rejected = sides(batch, log_odds_of(model, batch))
+    return sequence_logps(chosen), sequence_logps(rejected)
 
 
 def pair_loss(
@@ -180,7 +180,7 @@ def pair_loss(
     objective: RewardPenalizeLoss,
     reference: Reference | None = None,
     *,
-    margins_of: MarginsOf = response_margins,
+    log_odds_of: LogOddsOf = response_log_odds,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Returns the loss of a batch with its metrics, as `RewardPenalizeLoss` does.
 
@@ -189,10 +189,12 @@ def pair_loss(
         batch: B pairs.
         objective: the loss.
         reference: what `reference_logps` returned; None: reference-free.
-        margins_of: makes the margins (2B, T-1) of a batch.
+        log_odds_of: makes the log-odds (2B, T-1) of a batch.
     """
-    good, bad = sides(batch, margins_of(model, batch))
-    result: tuple[Tensor, dict[str, Tensor]] = objective(good, bad, *(reference or (None, None)))
+    chosen, rejected = sides(batch, log_odds_of(model, batch))
+    result: tuple[Tensor, dict[str, Tensor]] = objective(
+        chosen, rejected, *(reference or (None, None))
+    )
     return result
 
 
@@ -202,7 +204,7 @@ def training_steps(
     objective: RewardPenalizeLoss,
     optimizer: torch.optim.Optimizer,
     *,
-    margins_of: MarginsOf = response_margins,
+    log_odds_of: LogOddsOf = response_log_odds,
 ) -> Iterator[dict[str, Tensor]]:
     """Takes one step per batch and yields what it saw: "loss" and the metrics, detached.
 
@@ -211,18 +213,18 @@ def training_steps(
         batches: each with its reference.
         objective: the loss.
         optimizer: of the model's parameters.
-        margins_of: as in `pair_loss`.
+        log_odds_of: as in `pair_loss`.
     """
     for batch, reference in batches:
         optimizer.zero_grad()
-        loss, metrics = pair_loss(model, batch, objective, reference, margins_of=margins_of)
+        loss, metrics = pair_loss(model, batch, objective, reference, log_odds_of=log_odds_of)
         loss.backward()
         optimizer.step()
         yield {"loss": loss.detach(), **metrics}
 
 
-def head_margins(head: Head, states: Tensor, labels: Tensor) -> Tensor:
-    """Returns the margins of labels under a head.
+def head_log_odds(head: Head, states: Tensor, labels: Tensor) -> Tensor:
+    """Returns the log-odds of labels under a head.
 
     Args:
         head (Head): from `fastadapt.training.head_check.head_of`.
@@ -230,9 +232,9 @@ def head_margins(head: Head, states: Tensor, labels: Tensor) -> Tensor:
         labels (Tensor): `states.shape[:-1]`, int64; `IGNORED` gives 0.
 
     Returns:
-        Tensor: as `linear_label_margins`.
+        Tensor: as `linear_log_odds`.
     """
-    return linear_label_margins(
+    return linear_log_odds(
         states,
         head.weight,
         labels,

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastadapt.log_odds import linear_label_margins
+from fastadapt.log_odds import linear_log_odds
 from fastadapt.losses import label_logps
 from fastadapt.training.head import HeadError, causal_of, evaluating, layer_of
 from fastadapt.training.head_check import Answer, fitted, known_states, remembered
@@ -47,12 +47,12 @@ class LogProbs:
         return (label_logps(scored[0]), *scored[1:])
 
 
-class Margins:
-    """The same with margins where trl has log-probabilities, for `RewardPenalizeTrainer`."""
+class LogOdds:
+    """The same with log-odds where trl has log-probabilities, for `RewardPenalizeTrainer`."""
 
     @staticmethod
     def apply(*arguments: Any) -> Outputs:
-        """Margins (N,), and what else trl asked for."""
+        """Log-odds (N,), and what else trl asked for."""
         return score(*arguments)
 
 
@@ -67,7 +67,7 @@ def score(
     logit_scale: float,
     outputs: Sequence[str],
 ) -> Outputs:
-    """Margins of N rows; entropy, None, mean logit and whether the label is the argmax."""
+    """Log-odds of N rows; entropy, None, mean logit and whether the label is the argmax."""
     missing = sorted(set(outputs) - _OURS)
     if missing:
         raise ValueError(f"outputs: expected some of {sorted(_OURS)}, got {missing} (WPO)")
@@ -85,7 +85,7 @@ def score(
     # a temperature divides the capped logits: both the cap and what is below it shrink
     scale = logit_scale / temperature
     cap = None if softcap is None else softcap / temperature
-    margins, entropy, hit = linear_label_margins(
+    log_odds, entropy, hit = linear_log_odds(
         hidden,
         weight,
         targets,
@@ -99,7 +99,7 @@ def score(
         with torch.no_grad():
             mean = _mean_logits(hidden, weight, bias, cap, scale)
     return (
-        margins,
+        log_odds,
         entropy if "entropy" in outputs else None,
         None,
         mean,

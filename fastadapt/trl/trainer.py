@@ -1,7 +1,7 @@
 """Hooks for trl: a trainer for any mixture of the losses, and trl's own trainers made faster.
 
 trl's models compute the log-probabilities of labels through one autograd function, which their
-forward looks up at each call; both hooks put `linear_label_margins` in its place for a while. So it
+forward looks up at each call; both hooks put `linear_log_odds` in its place for a while. So it
 runs inside the model's forward, where the wrappers of distributed training expect it. A head that
 is not trained (LoRA) takes two products instead of trl's three, and none in the backward.
 """
@@ -22,7 +22,7 @@ from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
 
 from fastadapt.losses import Responses, RewardPenalizeLoss
-from fastadapt.trl._log_probs import ARGUMENTS, LogProbs, Margins
+from fastadapt.trl._log_probs import ARGUMENTS, LogOdds, LogProbs
 
 # What the forward of trl 1.16 looks up.
 _FUNCTION, _COMPACTS = "_ChunkedLogProbFunction", "_use_triton"
@@ -40,7 +40,7 @@ _ROWS = frozenset({"input_ids", "attention_mask", "completion_mask", "token_type
 
 @contextlib.contextmanager
 def fused_log_probs() -> Iterator[None]:
-    """Serves trl's own trainers through `linear_label_margins` inside a `with` block.
+    """Serves trl's own trainers through `linear_log_odds` inside a `with` block.
 
     SFT, DPO, KTO, GRPO and RLOO take their log-probabilities, their entropy, mean logit and token
     accuracy from it; the same losses and gradients, to rounding. Blocks may nest. Cap, factor and
@@ -73,7 +73,7 @@ class RewardPenalizeTrainer(DPOTrainer):
     rejected ones out, and so do their metrics; evaluation looks at both.
 
     Logged are trl's metrics of DPO and, of `RewardPenalizeLoss`, "loss/NAME", "pairs/margins",
-    "pairs/accuracies", "gradients/good" and "gradients/bad"; "rewards/..." only with "dpo".
+    "pairs/accuracies", "gradients/chosen" and "gradients/rejected"; "rewards/..." only with "dpo".
 
     Examples:
         >>> trainer = RewardPenalizeTrainer(
@@ -149,7 +149,7 @@ class RewardPenalizeTrainer(DPOTrainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Any]:
-        """Also counts what the means of a step divide by: (3,), good and bad tokens, pairs."""
+        """Also counts what a step's means divide by: (3,), chosen and rejected tokens, pairs."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:
             return batches, None
@@ -175,12 +175,12 @@ class RewardPenalizeTrainer(DPOTrainer):
         extra = {"output_router_logits": True} if self.aux_loss_enabled else {}
         mask = inputs["completion_mask"][:, 1:].bool()
         labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
-        with _served(Margins):
+        with _served(LogOdds):
             outputs = model(**keep, **extra, labels=labels, fused_lm_head=True)
         # prompt-learning adapters put their own positions before those of the tokens
-        margins = outputs.log_probs[:, -mask.shape[1] :]
-        good, bad = self._sides(margins, mask, num_items_in_batch, sides)
-        loss, metrics = self.objective(good, bad, *self._reference(inputs))
+        log_odds = outputs.log_probs[:, -mask.shape[1] :]
+        chosen, rejected = self._sides(log_odds, mask, num_items_in_batch, sides)
+        loss, metrics = self.objective(chosen, rejected, *self._reference(inputs))
         parts = self._parts(num_items_in_batch)
         if self.aux_loss_enabled:
             loss = loss + self.router_aux_loss_coef * outputs.aux_loss / parts
@@ -196,17 +196,17 @@ class RewardPenalizeTrainer(DPOTrainer):
     def _needs_chosen_alone(self, inputs: Mapping[str, Any]) -> bool:
         """Whether the loss asks for nothing of the rejected responses; of images we do not know."""
         known = _ROWS.union(_NOT_OF_THE_MODEL)
-        return not self.objective.needs("bad") and inputs.keys() <= known
+        return not self.objective.needs("rejected") and inputs.keys() <= known
 
     def _sides(
-        self, margins: Tensor, mask: Tensor, counts: Tensor | int | None, sides: int
+        self, log_odds: Tensor, mask: Tensor, counts: Tensor | int | None, sides: int
     ) -> tuple[Responses, Responses | None]:
-        """The good and the bad responses, if there are two sides, with the divisors of the step."""
+        """The chosen and the rejected responses, if both are there, with the step's divisors."""
         divisors: list[dict[str, Any]] = [{}, {}]
         if isinstance(counts, Tensor) and self._splits:
-            good, bad, pairs = counts.unbind()
-            divisors = [{"total_tokens": n, "total_sequences": pairs} for n in (good, bad)]
-        parts = zip(margins.chunk(sides), mask.chunk(sides), divisors[:sides], strict=True)
+            chosen, rejected, pairs = counts.unbind()
+            divisors = [{"total_tokens": n, "total_sequences": pairs} for n in (chosen, rejected)]
+        parts = zip(log_odds.chunk(sides), mask.chunk(sides), divisors[:sides], strict=True)
         first, *rest = (Responses(m, kept, **totals) for m, kept, totals in parts)
         return first, rest[0] if rest else None
 
@@ -218,8 +218,8 @@ class RewardPenalizeTrainer(DPOTrainer):
             return inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
         reference_of: Any = self.compute_ref_log_probs  # trl has no types
         with _served(LogProbs):
-            good, bad = reference_of(self.ref_model or self.model, inputs)
-        return good, bad
+            chosen, rejected = reference_of(self.ref_model or self.model, inputs)
+        return chosen, rejected
 
     def _averages(self, counts: Tensor | int | None) -> bool:
         """Whether the step's loss is a mean over all processes' tokens."""
@@ -262,14 +262,14 @@ class RewardPenalizeTrainer(DPOTrainer):
         return bool(self.accelerator.num_processes > 1)
 
 
-_TRL_NAMES = {"logps/good": "logps/chosen", "logps/bad": "logps/rejected"}
+_TRL_NAMES = {"logps/chosen": "logps/chosen", "logps/rejected": "logps/rejected"}
 
 
 def _counts(completion_mask: Tensor) -> Tensor:
-    """(3,): the good tokens, the bad tokens and the pairs of a batch."""
-    good, bad = completion_mask[:, 1:].bool().chunk(2)
-    pairs = (good.any(-1) | bad.any(-1)).sum()
-    return torch.stack([good.sum(), bad.sum(), pairs])
+    """(3,): the chosen tokens, the rejected tokens and the pairs of a batch."""
+    chosen, rejected = completion_mask[:, 1:].bool().chunk(2)
+    pairs = (chosen.any(-1) | rejected.any(-1)).sum()
+    return torch.stack([chosen.sum(), rejected.sum(), pairs])
 
 
 def _scaled(metrics: Mapping[str, Tensor], parts: int) -> dict[str, Tensor]:
@@ -309,7 +309,7 @@ def _served(function: type) -> Iterator[None]:
 def _check_hook() -> None:
     """Raises unless trl's forward calls what we replace, with the arguments that we take."""
     found = getattr(trl_utils, _FUNCTION, None)
-    if found in (LogProbs, Margins):
+    if found in (LogProbs, LogOdds):
         return
     arguments: tuple[str, ...] = ()
     if found is not None and hasattr(trl_utils, _COMPACTS):

@@ -24,7 +24,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastadapt._ops.triton import bundles, draw, label, law, linear, nucleus, scan, top, write
+from fastadapt._ops.triton import bundles, decided, draw, label, linear, nucleus, scan, top, write
 from fastadapt._ops.triton import launch_losses as losses
 from fastadapt._ops.triton.launch_scan import (
     BINNING,
@@ -49,7 +49,7 @@ KINDS = {
     "*fp32": "largest supers groups listed floors spare logprobs log_norms entropies base_logprobs"
     " log_masses top_logprobs",
     "*i64": "marks sums surprisal_sums base_sums base_surprisal_sums kept_sums seeds positions"
-    " tokens laws top_ids ids index",
+    " tokens all_bounds top_ids ids index",
     "*i32": "first_ids listed_ids spare_ids finite kept token_ranks",
     "*u8": "status support mask",
     "i64": "stride ignore_index",
@@ -80,11 +80,11 @@ OF_KERNELS: dict[str, dict[str, Any]] = {
     "top_kernel": {"drawn": bundles.Drawn},
     "sort_kernel": {"drawn": bundles.Drawn},
     "support_kernel": {"kept": bundles.Support},
-    "margin_kernel": {"kept": bundles.Support},
+    "log_odds_kernel": {"kept": bundles.Support},
     "label_sum_kernel": {"sums": bundles.Sums},
-    "label_margin_kernel": {"sums": bundles.Sums},
+    "label_log_odds_kernel": {"sums": bundles.Sums},
     "top_sum_kernel": {"tops": bundles.Tops},
-    "candidate_margin_kernel": {"tops": bundles.Tops},
+    "candidate_log_odds_kernel": {"tops": bundles.Tops},
 }
 Constants = dict[str, int | bool]
 Options = dict[str, Any]
@@ -160,15 +160,15 @@ def variants(targets: list[int], dtypes: list[str]) -> Iterator[Variant]:
             yield one(draw, "long_kernel", {**search, **decided}, DECIDING)
             yield one(draw, "sum_kernel", {**search, **together, **decided})
         no = dict.fromkeys(bundles.Asked._fields, False)
-        yield one(law, "law_kernel", {**search, **no}, DECIDING)
+        yield one(decided, "bounds_kernel", {**search, **no}, DECIDING)
         yield one(write, "support_kernel", {**parts, **double})
-        yield one(write, "margin_kernel", {**block, "BLOCKS": blocks, **double})
-        yield one(write, "margin_backward_kernel", {**block, **double})
+        yield one(write, "log_odds_kernel", {**block, "BLOCKS": blocks, **double})
+        yield one(write, "log_odds_backward_kernel", {**block, **double})
         yield from _loss_variants(partial(one, label), double)
         yield from linear_kernels.variants(partial(one, linear), dtype)
         if dtype == "fp64":
             continue
-        yield one(law, "score_kernel", {**search, **no, "ALL_WEIGHED": True}, DECIDING)
+        yield one(decided, "score_kernel", {**search, **no, "ALL_WEIGHED": True}, DECIDING)
         yield one(write, "filter_kernel", parts)
         yield one(top, "top_kernel", search, COLLECTING)
         for number in (1, 1024):
@@ -185,17 +185,17 @@ def _nucleus_variants(one: Callable[..., Variant], search: Constants) -> Iterato
 
 
 def _loss_variants(one: Callable[..., Variant], double: Constants) -> Iterator[Variant]:
-    """Margins of labels and candidates."""
+    """log-odds of labels and candidates."""
     block = {**double, "BLOCK": losses.PLAN.block}
     tiles = {"TILES": triton.next_power_of_2(LONGEST // losses.PLAN.block)}
     yield one("label_sum_kernel", block, losses.BY_TILE)
-    yield one("label_margin_kernel", {**double, **tiles}, losses.BY_ROW)
+    yield one("label_log_odds_kernel", {**double, **tiles}, losses.BY_ROW)
     yield one("label_backward_kernel", block, losses.BY_TILE)
     yield one("top_sum_kernel", block, losses.BY_TILE)
     yield one("candidate_backward_kernel", block, losses.BY_TILE)
     for masked in (False, True):
         each = {**double, "MASKED": masked, "CANDIDATES": losses.PLAN.candidates}
-        yield one("candidate_margin_kernel", {**block, **each, **tiles}, losses.BY_ROW)
+        yield one("candidate_log_odds_kernel", {**block, **each, **tiles}, losses.BY_ROW)
         yield one("candidate_factor_kernel", each, losses.BY_ROW)
         yield one("candidate_own_kernel", each, losses.BY_TILE)
 
@@ -204,7 +204,7 @@ def source_of(variant: Variant, kernel: Any) -> ASTSource:
     """A kernel with the types of its arguments, those of bundles by their fields."""
     wide = "*fp64" if variant.dtype == "fp64" else "*fp32"
     types = TYPES | {"logits": f"*{variant.dtype}", "out": f"*{variant.dtype}"}
-    types |= {"margins": wide, "dmargins": wide} | dict.fromkeys(variant.constants, "constexpr")
+    types |= {"log_odds": wide, "dlog_odds": wide} | dict.fromkeys(variant.constants, "constexpr")
     shapes = BUNDLES | OF_KERNELS.get(variant.kernel, {})
     signature: dict[str, Any] = {}
     constants: dict[tuple[int, ...], int | bool] = {}
@@ -223,8 +223,8 @@ def source_of(variant: Variant, kernel: Any) -> ASTSource:
 def demand_of(variant: Variant) -> Demand:
     """Compiles a variant."""
     modules = {
-        "draw": draw, "label": label, "law": law, "nucleus": nucleus, "scan": scan, "top": top,
-        "write": write,
+        "draw": draw, "label": label, "decided": decided, "nucleus": nucleus, "scan": scan,
+        "top": top, "write": write,
     }  # fmt: skip
     if variant.module == "linear":
         source = linear_kernels.source_of(variant.kernel, variant.dtype, variant.constants)
@@ -238,7 +238,7 @@ def demand_of(variant: Variant) -> Demand:
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = {name: int(number) for name, number in re.findall(r"([A-Z]+):(\d+)", usage)}
     shared = max(found["SHARED"], binary.metadata.shared)
-    # margins of labels are of no specified arithmetic: float64's e^x is CUDA's own, which fuses
+    # log-odds of labels are of no specified arithmetic: float64's e^x is CUDA's own, which fuses
     pattern = "fma.rn.f32" if variant.module in ("label", "linear") else "fma.rn.f"
     fused = binary.asm["ptx"].count(pattern)
     return Demand(found["REG"], found["STACK"], found["LOCAL"], shared, fused)

@@ -179,8 +179,8 @@ struct Problem {
   std::vector<std::vector<double>> packed;  // (kNumKnobs, R) for each adaptor
   std::vector<Knobs> knobs;
   std::vector<int64_t> seeds, positions, tokens;
-  std::vector<float> dmargins;
-  std::vector<double> dmargins64;
+  std::vector<float> dlog_odds;
+  std::vector<double> dlog_odds64;
 
   explicit Problem(Lengths lengths) : v(row_length(lengths)), n(row_count(lengths, v)) {
     std::vector<double> row(static_cast<size_t>(v));
@@ -191,8 +191,8 @@ struct Problem {
       seeds.push_back(static_cast<int64_t>(rng()));
       positions.push_back(static_cast<int64_t>(rng() >> below(64)));
       tokens.push_back(one_in(9) ? kIgnored : below(v));
-      dmargins64.push_back(one_in(30) ? pick({kInf, std::nan(""), 1e-30}) : normal());
-      dmargins.push_back(static_cast<float>(dmargins64.back()));
+      dlog_odds64.push_back(one_in(30) ? pick({kInf, std::nan(""), 1e-30}) : normal());
+      dlog_odds.push_back(static_cast<float>(dlog_odds64.back()));
     }
     const int64_t most = lengths == Lengths::kLong ? 2 : one_in(50) && v < 200 ? kMaxAdaptors : 4;
     for (int64_t a = 1 + below(most); a > 0; --a) {
@@ -243,19 +243,19 @@ Arrays outputs(const KernelTable& table, const Problem& p, Call&& call) {
                       o.add<float>("score.entropy", n)};
     call(table.score, c);
   }
-  const MarginArgs m{rows,
-                     p.knobs[0],
-                     y,
-                     kIgnored,
-                     o.add<uint8_t>("margins", n, wide ? 8 : 4),
-                     o.add<uint8_t>("support", n * ((v + 7) / 8)),
-                     o.add<double>("stats", n * 2)};
-  call(table.margins, m);
-  const void* g = p.dmargins.data();
-  if (wide) g = p.dmargins64.data();
+  const LogOddsArgs m{rows,
+                      p.knobs[0],
+                      y,
+                      kIgnored,
+                      o.add<uint8_t>("log_odds", n, wide ? 8 : 4),
+                      o.add<uint8_t>("support", n * ((v + 7) / 8)),
+                      o.add<double>("stats", n * 2)};
+  call(table.log_odds, m);
+  const void* g = p.dlog_odds.data();
+  if (wide) g = p.dlog_odds64.data();
   uint8_t* dlogits = o.add<uint8_t>("dlogits", n * v, p.element);
-  const MarginBackwardArgs b{rows, p.knobs[0], y, kIgnored, g, m.support, m.stats, dlogits};
-  call(table.margins_backward, b);
+  const LogOddsBackwardArgs b{rows, p.knobs[0], y, kIgnored, g, m.support, m.stats, dlogits};
+  call(table.log_odds_backward, b);
   return o;
 }
 

@@ -68,13 +68,13 @@ struct KnobsOfRow {
 };
 
 // Which tokens of a good row survive, their masses w, and the masses times -d, u.
-struct Law {
+struct Distribution {
   std::vector<int64_t> w, u;
   std::vector<char> alive;
   int64_t kept = 0, mass = 0, surprisal = 0;
 
   // all that is finite
-  explicit Law(const Scaled& row) : w(row.s.size()), u(row.s.size()), alive(row.s.size()) {
+  explicit Distribution(const Scaled& row) : w(row.s.size()), u(row.s.size()), alive(row.s.size()) {
     for (size_t i = 0; i < w.size(); ++i) {
       const float d = row.s[i] - row.m, e = mass_of(d);
       alive[i] = row.s[i] > -kInfF;
@@ -85,7 +85,7 @@ struct Law {
   }
 
   // what a row's knobs leave of it
-  Law(const Scaled& row, const KnobsOfRow& knobs) : Law(row) {
+  Distribution(const Scaled& row, const KnobsOfRow& knobs) : Distribution(row) {
     const int hf[] = {kTopK, kTopP, kMinP, kTypicalP, kEpsilon, kEta};
     const int vllm[] = {kMinP, kTopK, kTopP, kTypicalP, kEpsilon, kEta};
     std::vector<int64_t> best_first;
@@ -214,7 +214,8 @@ struct Case {
     const uint8_t* out = o.get<uint8_t>("filtered") + r * p.v * p.element;
     for (int64_t i = 0; i < p.v; ++i) {
       uint8_t want[8];
-      const double s = row ? row->fitted(i, p.dtype) : static_cast<double>(x[static_cast<size_t>(i)]);
+      const double s =
+          row ? row->fitted(i, p.dtype) : static_cast<double>(x[static_cast<size_t>(i)]);
       put(!alive || (*alive)[static_cast<size_t>(i)] ? s : -kInf, p.dtype, want);
       if (!alive) std::memcpy(want, p.logits.get() + (r * p.stride + i) * p.element, p.element);
       if (std::memcmp(want, out + i * p.element, p.element)) return "filtered";
@@ -222,7 +223,7 @@ struct Case {
     return nullptr;
   }
 
-  // the most probable tokens of the base law and the rank of the drawn one
+  // the most probable tokens of the base distribution and the rank of the drawn one
   const char* top(const Scaled& base, double log_z, int64_t token) const {
     std::vector<int64_t> by(x.size());
     for (size_t i = 0; i < by.size(); ++i) by[i] = static_cast<int64_t>(i);
@@ -245,32 +246,33 @@ struct Case {
       if (got<int64_t>("tokens", 0) != -1 || got<int32_t>("kept", 1) != 0) return "bad row";
       return filtered(nullptr, nullptr);
     }
-    const Law whole(row);
+    const Distribution whole(row);
     int64_t token = std::max_element(row.s.begin(), row.s.end()) - row.s.begin(), kept = 1;
     double logprob = 0, log_mass = 0;
     std::vector<char> alive(x.size());
     alive[static_cast<size_t>(token)] = 1;
     if (!knobs.greedy()) {
-      const Law law(row, knobs);
+      const Distribution distribution(row, knobs);
       const uint64_t random =
           philox(static_cast<uint64_t>(p.seeds[r]),
                  p.placed ? static_cast<uint64_t>(p.positions[r]) : uint64_t{0});
       const int64_t target = static_cast<int64_t>(
-          static_cast<unsigned __int128>(random) * static_cast<uint64_t>(law.mass) >> 64);
+          static_cast<unsigned __int128>(random) * static_cast<uint64_t>(distribution.mass) >> 64);
       int64_t running = 0;
       for (token = 0;; ++token)
-        if (law.alive[token] && (running += law.w[token]) > target) break;
-      kept = law.kept;
-      logprob = row.at(token) - row.m - log_of(law.mass);
-      log_mass = log_of(law.mass) - log_of(whole.mass);
-      alive = law.alive;
+        if (distribution.alive[token] && (running += distribution.w[token]) > target) break;
+      kept = distribution.kept;
+      logprob = row.at(token) - row.m - log_of(distribution.mass);
+      log_mass = log_of(distribution.mass) - log_of(whole.mass);
+      alive = distribution.alive;
     }
     if (got("tokens", token) != token) return "tokens";
     if (got("kept", static_cast<int32_t>(kept)) != kept) return "kept";
     if (!close(got("logprobs", 0.f), logprob)) return "logprobs";
     if (!close(got("log_mass", static_cast<float>(log_mass)), log_mass)) return "log_mass";
     const Scaled base(x, 1);
-    const double log_z = log_of(Law(base).mass), base_logprob = base.at(token) - base.m - log_z;
+    const double log_z = log_of(Distribution(base).mass),
+                 base_logprob = base.at(token) - base.m - log_z;
     if (!close(got("base_logprobs", static_cast<float>(base_logprob)), base_logprob))
       return "base_logprobs";
     if (const char* what = top(base, log_z, token)) return what;
@@ -283,10 +285,11 @@ struct Case {
     const bool ignored = y == kIgnored;
     double base_logprob = ignored ? 0 : std::nan(""), entropy = base_logprob, log_z = 0;
     if (!ignored && base.status == kOk) {
-      const Law law(base);
-      log_z = log_of(law.mass);
+      const Distribution distribution(base);
+      log_z = log_of(distribution.mass);
       base_logprob = base.at(y) - base.m - log_z;
-      entropy = log_z + static_cast<double>(law.surprisal) / static_cast<double>(law.mass);
+      entropy = log_z + static_cast<double>(distribution.surprisal) /
+                            static_cast<double>(distribution.mass);
     }
     if (!close(got("score.base_logprobs", 0.f), base_logprob)) return "score.base_logprobs";
     if (!close(got("score.entropy", 0.f), entropy)) return "score.entropy";
@@ -297,11 +300,11 @@ struct Case {
       const Scaled row(x, knobs.inv_t());
       const bool good = base.status == kOk && row.status == kOk && knobs.good();
       if (!ignored && good && !knobs.greedy()) {
-        const Law law(row, knobs);
-        kept = law.kept;
-        logprob = law.alive[y] ? row.at(y) - row.m - log_of(law.mass) : -kInf;
+        const Distribution distribution(row, knobs);
+        kept = distribution.kept;
+        logprob = distribution.alive[y] ? row.at(y) - row.m - log_of(distribution.mass) : -kInf;
         const double inv_t = static_cast<double>(knobs.inv_t());
-        log_norm = row.m - base.m * inv_t + log_of(law.mass) - log_z * inv_t;
+        log_norm = row.m - base.m * inv_t + log_of(distribution.mass) - log_z * inv_t;
       }
       if (o.get<int32_t>("score.kept")[r * n + i] != kept) return "score.kept";
       if (!close(o.get<float>("score.logprobs")[r * n + i], logprob)) return "score.logprobs";
@@ -310,20 +313,21 @@ struct Case {
     return nullptr;
   }
 
-  const char* margins() const {
+  const char* log_odds() const {
     const bool wide_row = p.dtype == DType::kFloat64;
     const KnobsOfRow knobs(p.knobs[0], r);
     const Scaled row(x, knobs.inv_t());
     const int64_t y = p.tokens[r];
     const bool good = y != kIgnored && knobs.good() && !knobs.greedy() && row.status == kOk;
-    const std::vector<char> alive = good ? Law(row, knobs).alive : std::vector<char>(x.size());
+    const std::vector<char> alive =
+        good ? Distribution(row, knobs).alive : std::vector<char>(x.size());
     const uint8_t* support = o.get<uint8_t>("support") + r * ((p.v + 7) / 8);
     for (int64_t i = 0; i < (p.v + 7) / 8 * 8; ++i)
       if ((support[i / 8] >> i % 8 & 1) != (i < p.v && alive[i])) return "support";
 
     const double t = knobs.k[kTemperature];
     const auto s_of = [&](int64_t i) { return wide_row ? wide(i) / t : row.at(i); };
-    double m = -kInf, z = 0, margin = y == kIgnored ? 0 : std::nan("");
+    double m = -kInf, z = 0, log_odds = y == kIgnored ? 0 : std::nan("");
     const auto mass = [&](int64_t i) {
       const double d = s_of(i) - m;
       return wide_row ? std::exp(d) : static_cast<double>(mass_of(static_cast<float>(d))) * 0x1p-40;
@@ -333,16 +337,16 @@ struct Case {
         if (i != y && alive[i]) m = std::max(m, s_of(i));
       for (int64_t i = 0; i < p.v; ++i)
         if (i != y && alive[i]) z += mass(i);
-      margin = z > 0 ? s_of(y) - m - std::log(z) : kInf;
+      log_odds = z > 0 ? s_of(y) - m - std::log(z) : kInf;
     } else if (good) {
-      margin = -kInf;
+      log_odds = -kInf;
     }
-    const double got_margin =
-        wide_row ? got("margins", 0.) : static_cast<double>(got("margins", 0.f));
-    if (!close(got_margin, margin, wide_row ? 1e-11 : 3e-7)) return "margins";
+    const double got_log_odds =
+        wide_row ? got("log_odds", 0.) : static_cast<double>(got("log_odds", 0.f));
+    if (!close(got_log_odds, log_odds, wide_row ? 1e-11 : 3e-7)) return "log_odds";
 
     // the gradient g/T (onehot(y) - q), in the dtype of the logits
-    const double g = wide_row ? p.dmargins64[r] : static_cast<double>(p.dmargins[r]);
+    const double g = wide_row ? p.dlog_odds64[r] : static_cast<double>(p.dlog_odds[r]);
     const double gain = wide_row ? g / t : g * static_cast<double>(knobs.inv_t());
     const double rounding = p.dtype == DType::kBFloat16  ? 0x1p-8
                             : p.dtype == DType::kFloat16 ? 0x1p-11
@@ -369,7 +373,7 @@ struct Case {
 const char* differs_from_rule(const Problem& p, const Arrays& o) {
   for (int64_t r = 0; r < p.n; ++r) {
     const Case c(p, o, r);
-    const char* what = c.margins();
+    const char* what = c.log_odds();
     if (!what && p.dtype != DType::kFloat64) what = c.sample_and_filter();
     if (!what && p.dtype != DType::kFloat64) what = c.score();
     if (what) return what;

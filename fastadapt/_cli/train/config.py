@@ -45,8 +45,8 @@ _INSTEAD = {
     "load_best_model_at_end": "a stage goes on from where it is",
     "push_to_hub": "upload the run's model folder when it is done",
     "save_only_model": "a checkpoint without its optimizer cannot be resumed",
-    "torch_compile": "a model whose forward is compiled has no margins",
-    "use_liger_kernel": "margins are made without logits already",
+    "torch_compile": "a model whose forward is compiled has no log-odds",
+    "use_liger_kernel": "log-odds are made without logits already",
 }
 _DECIDE_NOTHING = (
     *("output_dir", "report_to", "run_name", "disable_tqdm", "log_level", "log_on_each_node"),

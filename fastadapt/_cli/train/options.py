@@ -132,8 +132,8 @@ def check_losses(stages: Stages, options: Mapping[str, Any], micro_batches: int)
     Raises:
         ValueError: whatever a loss refuses, or an option of none of them.
     """
-    margins, mask = torch.zeros(1, 2), torch.ones(1, 2, dtype=torch.bool)
-    toy, reference = Responses(margins, mask), torch.zeros(1)
+    log_odds, mask = torch.zeros(1, 2), torch.ones(1, 2, dtype=torch.bool)
+    toy, reference = Responses(log_odds, mask), torch.zeros(1)
     used: set[str] = set()
     for stage in stages:
         own = objective_of(stage, options)

@@ -176,13 +176,13 @@ class StageTrainer(RewardPenalizeTrainer):
                 with fused_log_probs():
                     logps = reference_of(self.model, inputs)
                 values = torch.stack(logps).double().cpu()
-                bad = [
+                rejected = [
                     i for i, fine in zip(places, values.isfinite().all(0), strict=True) if not fine
                 ]
-                if bad:
+                if rejected:
                     raise CommandError(
                         f"{self.label}: expected finite log-probabilities under the reference, got "
-                        f"{values[:, places.index(bad[0])].tolist()} of pair {bad[0] + 1}"
+                        f"{values[:, places.index(rejected[0])].tolist()} of pair {rejected[0] + 1}"
                     )
                 known[:, places] = values
             self.advance(label, done, total)

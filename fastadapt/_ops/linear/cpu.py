@@ -5,7 +5,7 @@ from torch import Tensor
 
 from fastadapt import _C
 from fastadapt._ops.common import DTYPE_CODES, Rows, address, rows_of
-from fastadapt._ops.linear.tiles import Asked, Head, RowWork
+from fastadapt._ops.linear.tiles import Head, RowWork, TileRequest
 
 TILE = 2048  # ids a tile; csrc/kernels.h: at most 4096
 _PRODUCT_ELEMENTS = 1 << 20  # of a bfloat16 product that is added to float32 sums
@@ -24,11 +24,11 @@ class CpuWork(RowWork):
 
     @classmethod
     def scratch_bytes(cls, n: int, v: int, itemsize: int) -> tuple[int, int]:
-        """One tile; the products of half types that are added to sums are 2 MiB."""
+        """One tile; the products of half precision that are added to sums are 2 MiB."""
         tile = n * min(cls.tile, v) * itemsize
         return tile, tile
 
-    def expect(self, out: Tensor) -> None:
+    def will_write(self, out: Tensor) -> None:
         """Fewer page faults."""
         _C.prefer_huge_pages(out.data_ptr(), out.nbytes)
 
@@ -39,7 +39,7 @@ class CpuWork(RowWork):
         out = head.hidden.new_zeros(n, dtype=torch.float64)
         if head.weight.shape[0] == 0:
             return out
-        weight, index = head.weight, head.rows
+        weight, index = head.weight, head.label_rows
         picked = None if weight.stride(1) == 1 else weight.index_select(0, index)
         source = weight if picked is None else picked
         _C.dot(
@@ -56,19 +56,19 @@ class CpuWork(RowWork):
         )
         return out
 
-    def sum_tile(self, first: int, last: int, stats: Tensor, asked: Asked) -> None:
+    def sum_tile(self, first: int, last: int, stats: Tensor, request: TileRequest) -> None:
         """A frozen head's exponentials replace the products."""
-        tile = self._products(first, last, asked.kept)
+        tile = self._products(first, last, request.kept)
         _C.tile(
             self._tile(tile, first),
-            asked.weighted,
+            request.weighted,
             stats.data_ptr(),
-            0 if asked.sums is None else tile.data_ptr(),
+            0 if request.sums is None else tile.data_ptr(),
             self._shrinks.data_ptr(),
             torch.get_num_threads(),
         )
-        if asked.sums is not None:
-            self.add_product(asked.sums, tile, self.head.weight[first:last], self._shrinks)
+        if request.sums is not None:
+            self.add_product(request.sums, tile, self.head.weight[first:last], self._shrinks)
 
     def gradient_tile(
         self, first: int, last: int, stats: Tensor, gains: Tensor, kept: Tensor | None, out: Tensor
@@ -90,7 +90,7 @@ class CpuWork(RowWork):
         out[here, place[here]] = label_gains[here].to(out.dtype)
 
     def add_product(self, sums: Tensor, a: Tensor, b: Tensor, factor: Tensor | None = None) -> None:
-        """sums = factor sums + a @ b: half types by blocks of rows, each product rounded once."""
+        """sums = factor sums + a @ b: half precision by blocks of rows, a product rounded once."""
         if sums.dtype == a.dtype:
             if factor is not None:
                 sums.mul_(factor[:, None].to(sums.dtype))

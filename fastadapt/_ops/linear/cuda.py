@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.torch_version import TorchVersion
 
-from fastadapt._ops.linear.tiles import Asked, Head, RowWork
+from fastadapt._ops.linear.tiles import Head, RowWork, TileRequest
 from fastadapt._ops.outputs import wide_dtype
 
 TILE = 8192  # ids a tile
@@ -42,7 +42,7 @@ class CudaWork(RowWork):
         hidden = head.hidden
         if hidden.element_size() == 2 and not _has_wide_products():
             raise RuntimeError(
-                "linear_label_margins: expected torch 2.8 or later for half types on CUDA, "
+                "linear_log_odds: expected torch 2.8 or later for half precision on CUDA, "
                 f"got {torch.__version__}"
             )
         self._wide = wide_dtype(hidden.dtype)
@@ -79,11 +79,11 @@ class CudaWork(RowWork):
         head = self.head
         out = head.hidden.new_zeros(head.hidden.shape[0], dtype=torch.float64)
         if head.weight.shape[0] > 0:
-            weight, index = _contiguous_rows(head.weight, head.rows)
+            weight, index = _contiguous_rows(head.weight, head.label_rows)
             launch_linear.dot(head.hidden, weight, index, out)
         return out
 
-    def sum_tile(self, first: int, last: int, stats: Tensor, asked: Asked) -> None:
+    def sum_tile(self, first: int, last: int, stats: Tensor, request: TileRequest) -> None:
         """Exponentials of a frozen head are rounded to the dtype of the head for their product."""
         from fastadapt._ops.triton import launch_linear
 
@@ -91,12 +91,12 @@ class CudaWork(RowWork):
         for begin, end in self._blocks():
             part = slice(begin, end)
             rows = self._rows(self._products(begin, end, weight), part, first)
-            if asked.sums is None:
+            if request.sums is None:
                 launch_linear.sum_tile(
                     rows,
                     stats[part],
-                    weighted=asked.weighted,
-                    kept=None if asked.kept is None else asked.kept[part],
+                    weighted=request.weighted,
+                    kept=None if request.kept is None else request.kept[part],
                 )
                 continue
             if self._exps is None:
@@ -104,10 +104,10 @@ class CudaWork(RowWork):
             exps = self._exps[: (end - begin) * (last - first)].view(end - begin, last - first)
             shrinks = stats.new_empty(end - begin)
             launch_linear.sum_tile(
-                rows, stats[part], weighted=asked.weighted, shrinks=shrinks, exps=exps
+                rows, stats[part], weighted=request.weighted, shrinks=shrinks, exps=exps
             )
-            launch_linear.mix(asked.sums[part], asked.sums[part], factors=shrinks)
-            self.add_product(asked.sums[part], exps, weight)
+            launch_linear.mix(request.sums[part], request.sums[part], factors=shrinks)
+            self.add_product(request.sums[part], exps, weight)
 
     def gradient_tile(
         self, first: int, last: int, stats: Tensor, gains: Tensor, kept: Tensor | None, out: Tensor
@@ -141,7 +141,7 @@ class CudaWork(RowWork):
             sums += torch.mm(a, b, out_dtype=torch.float32)
 
     def product(self, a: Tensor, b: Tensor, out: Tensor) -> None:
-        """out = a @ b, of half types in float32."""
+        """out = a @ b, of half precision in float32."""
         if out.dtype == a.dtype:
             torch.mm(a, b, out=out)
         else:
@@ -199,12 +199,12 @@ class DoubleCudaWork(CudaWork):
 
 
 def _has_wide_products() -> bool:
-    """Whether this torch has products of half types in float32."""
+    """Whether this torch has products of half precision in float32."""
     return "dtype_out" in torch.ops.aten.mm.overloads()
 
 
 def _adds_wide_products() -> bool:
-    """Whether this torch adds products of half types to float32 in one call."""
+    """Whether this torch adds products of half precision to float32 in one call."""
     return TorchVersion(torch.__version__) >= "2.10"
 
 

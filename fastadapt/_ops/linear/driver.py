@@ -17,10 +17,10 @@ from fastadapt._ops.linear.tiles import (
     LABEL_LOGIT,
     OTHERS_MAX,
     OTHERS_SUM,
-    Asked,
     Head,
     Problem,
     RowWork,
+    TileRequest,
 )
 from fastadapt._ops.linear.vocab_parallel import merge_stats, sum_over_ranks
 from fastadapt._ops.outputs import NUM_STATS, wide_dtype
@@ -38,7 +38,7 @@ def kept_ids(n: int, v: int, itemsize: int, tile: int, kept_bytes: int) -> int:
 
 
 def empty_outputs(hidden: Tensor, weight: Tensor, tile: int, plan: int, kept_bytes: int) -> Triple:
-    """Margins, statistics, and what is kept: Jacobian rows, tiles of logits or nothing."""
+    """Log-odds, statistics, and what is kept: Jacobian rows, tiles of logits or nothing."""
     n, h = hidden.shape
     v = weight.shape[0]
     wide = wide_dtype(hidden.dtype)
@@ -54,13 +54,13 @@ def empty_outputs(hidden: Tensor, weight: Tensor, tile: int, plan: int, kept_byt
 
 
 def _kept_tile(
-    kept: Tensor, rows: int, tile: int, held: int, first: int, last: int
+    kept: Tensor, rows: int, tile: int, n_kept: int, first: int, last: int
 ) -> Tensor | None:
-    """(rows, last - first): where the logits of ids of one tile are, if they are among the held."""
-    if last > held:
+    """(rows, last - first): where the logits of ids of one tile are, if they are kept."""
+    if last > n_kept:
         return None
     begin = first // tile * tile
-    end = min(begin + tile, held)
+    end = min(begin + tile, n_kept)
     whole = kept[rows * begin : rows * end].view(rows, end - begin)
     return whole[:, first - begin : last - begin]
 
@@ -70,49 +70,49 @@ def forward(
 ) -> Triple:
     """One product a tile, two with a frozen head."""
     hidden, weight = problem.hidden, problem.weight
-    margins, all_stats, kept = out = empty_outputs(hidden, weight, work.tile, plan, kept_bytes)
-    head = Head.of(problem, problem.used)
-    rows = work(head)
+    log_odds, all_stats, kept = out = empty_outputs(hidden, weight, work.tile, plan, kept_bytes)
+    head = Head.from_problem(problem, problem.used)
+    row_work = work(head)
     n = head.hidden.shape[0]
     stats = all_stats.new_zeros(n, NUM_STATS)
     stats[:, OTHERS_MAX] = float("-inf")
-    products = rows.label_products()
+    products = row_work.label_products()
     if head.bias is not None and weight.shape[0] > 0:
-        products += head.bias.index_select(0, head.rows)
-    here = head.here
-    stats[:, LABEL_LOGIT] = torch.where(here, head.mapped(products), 0.0)
+        products += head.bias.index_select(0, head.label_rows)
+    has_label = head.has_label
+    stats[:, LABEL_LOGIT] = torch.where(has_label, head.mapped(products), 0.0)
     frozen = plan == FROZEN_HEAD
     sums = kept[:n].zero_() if frozen else None
-    held = 0 if frozen else kept.shape[0] // max(1, hidden.shape[0])  # ids whose logits are kept
-    rows.expect(kept)
+    n_kept = 0 if frozen else kept.shape[0] // max(1, hidden.shape[0])  # ids whose logits are kept
+    row_work.will_write(kept)
     for first, last in head.tiles(work.tile):
-        slot = None if frozen else _kept_tile(kept, n, work.tile, held, first, last)
-        rows.sum_tile(first, last, stats, Asked(weighted, slot, sums))
-    top, found = stats[:, OTHERS_MAX], here
+        slot = None if frozen else _kept_tile(kept, n, work.tile, n_kept, first, last)
+        row_work.sum_tile(first, last, stats, TileRequest(weighted, slot, sums))
+    top, found = stats[:, OTHERS_MAX], has_label
     if problem.group is not None:
-        head.spread(stats, all_stats)
+        head.scatter(stats, all_stats)
         own = all_stats.new_zeros(all_stats.shape[0], dtype=torch.bool)
-        head.spread(here, own)
+        head.scatter(has_label, own)
         merged, owned = merge_stats(all_stats, own, problem.labels, problem.group)
         top = top.clone()
-        stats.copy_(head.used_among(merged))
-        found = head.used_among(owned)
+        stats.copy_(head.gather(merged))
+        found = head.gather(owned)
     stats[:, OTHERS_SUM].masked_fill_(~found, 0.0)  # a label that is no id has no gradient
     stats[:, LABEL_LOGIT].masked_fill_(~found, float("nan"))
     mass, label, alone = stats[:, OTHERS_SUM], stats[:, LABEL_LOGIT], stats[:, OTHERS_SUM] == 0
     value = torch.where(alone, float("inf"), label - stats[:, OTHERS_MAX] - mass.log())
-    head.spread(torch.where(found, value, float("nan")), margins)
+    head.scatter(torch.where(found, value, float("nan")), log_odds)
     if sums is not None:
-        mine = here & ~alone
+        mine = has_label & ~alone
         if problem.group is not None:
             mass = mass * _rescaled(stats[:, OTHERS_MAX], top)
         if weight.shape[0] > 0:
             gain = torch.where(mine, head.slope(label), 0.0)
             factor = torch.where(alone, 0.0, -problem.logit_scale / mass)
-            rows.add_rows(sums, weight, head.rows, gain, factor)
+            row_work.add_rows(sums, weight, head.label_rows, gain, factor)
         if problem.group is not None:
             sums.copy_(sum_over_ranks(sums, problem.group))
-    head.spread(stats, all_stats)
+    head.scatter(stats, all_stats)
     return out
 
 
@@ -124,7 +124,7 @@ def _rescaled(top: Tensor, before: Tensor) -> Tensor:
 def backward(
     work: type[RowWork],
     problem: Problem,
-    dmargins: Tensor,
+    dlog_odds: Tensor,
     stats: Tensor,
     kept: Tensor,
     wanted: list[bool],
@@ -135,45 +135,45 @@ def backward(
     must agree on the rows.
     """
     hidden, weight, used = problem.hidden, problem.weight, problem.used
-    gains = torch.where(stats[:, OTHERS_SUM] == 0, 0.0, dmargins.double())
-    head = Head.of(problem, used if problem.group is not None else used & (gains != 0))
-    gains, stats = head.used_among(gains).contiguous(), head.used_among(stats)
-    label_gains = torch.where(head.here, gains * head.slope(stats[:, LABEL_LOGIT]), 0.0)
+    gains = torch.where(stats[:, OTHERS_SUM] == 0, 0.0, dlog_odds.double())
+    head = Head.from_problem(problem, used if problem.group is not None else used & (gains != 0))
+    gains, stats = head.gather(gains).contiguous(), head.gather(stats)
+    label_gains = torch.where(head.has_label, gains * head.slope(stats[:, LABEL_LOGIT]), 0.0)
     label_gains = label_gains.masked_fill(gains == 0, 0.0)  # 0 times what may be NaN
-    rows = work(head)
+    row_work = work(head)
     (n, h), v = head.hidden.shape, weight.shape[0]
-    held = kept.shape[0] // max(1, hidden.shape[0])
-    before, among = _rows_of_forward(head, used, n) if held else (n, None)
+    n_kept = kept.shape[0] // max(1, hidden.shape[0])
+    before, among = _rows_of_forward(head, used, n) if n_kept else (n, None)
     dhidden, dweight, dbias = empty_gradients(hidden, weight, problem.bias, wanted)
-    rows.expect(dweight)
+    row_work.will_write(dweight)
     wide = wide_dtype(hidden.dtype)
     whole = hidden.dtype == wide and head.places is None
     sums = dhidden if whole else hidden.new_empty(n if wanted[0] else 0, h, dtype=wide)
     sums.zero_()
-    width = rows.backward_tile()
+    width = row_work.backward_tile()
     buffer = hidden.new_empty(n * min(width, v))
     ones = hidden.new_ones(1, n)
     for first, last in head.tiles(width):
         out = buffer[: n * (last - first)].view(n, last - first)
-        slot = _kept_tile(kept, before, work.tile, held, first, last)
+        slot = _kept_tile(kept, before, work.tile, n_kept, first, last)
         if slot is not None and among is not None:
             slot = slot.index_select(0, among)
-        rows.gradient_tile(first, last, stats, gains, slot, out)
+        row_work.gradient_tile(first, last, stats, gains, slot, out)
         if wanted[0]:  # the label's share, still 0 here, is added in float32 below
-            rows.add_product(sums, out, weight[first:last])
+            row_work.add_product(sums, out, weight[first:last])
         if wanted[1] or wanted[2]:
-            rows.set_labels(first, label_gains, out)
+            row_work.set_labels(first, label_gains, out)
         if wanted[1]:
             torch.mm(out.t(), head.hidden, out=dweight[first:last])
         if wanted[2]:
             dbias[first:last] = torch.mm(ones, out)[0]
     if wanted[0]:
         if v > 0:
-            rows.add_rows(sums, weight, head.rows, label_gains, None)
+            row_work.add_rows(sums, weight, head.label_rows, label_gains, None)
         if problem.group is not None:
             sums.copy_(sum_over_ranks(sums, problem.group))
         if not whole:
-            rows.scatter(sums, None, head.places, dhidden)
+            row_work.scatter(sums, None, head.places, dhidden)
     return dhidden, dweight, dbias
 
 
@@ -200,7 +200,7 @@ def empty_gradients(
 
 def frozen_head_backward(
     work: type[RowWork],
-    dmargins: Tensor,
+    dlog_odds: Tensor,
     labels: Tensor,
     ignore_index: int,
     stats: Tensor,
@@ -209,7 +209,7 @@ def frozen_head_backward(
 ) -> Tensor:
     """dL/dhidden = dL/dm times the Jacobian row: no product, no head, no exchange."""
     index: Tensor | None = (labels != ignore_index).nonzero()[:, 0]
-    gains = torch.where(stats[:, OTHERS_SUM] == 0, 0.0, dmargins.double())
+    gains = torch.where(stats[:, OTHERS_SUM] == 0, 0.0, dlog_odds.double())
     nothing = gains == 0
     if index is not None and index.shape == labels.shape:
         index = None

@@ -1,4 +1,4 @@
-"""The operator under `linear_label_margins`: its schema, fakes, autograd and autocast."""
+"""The operator under `linear_log_odds`: its schema, fakes, autograd and autocast."""
 
 from typing import Any
 
@@ -28,18 +28,18 @@ _PROBLEM = (
 )  # the fields of a Problem
 _FIELDS = len(Problem._fields)
 _library.define(
-    f"linear_label_margins({_PROBLEM}, int plan, int kept_bytes, bool weighted)"
+    f"linear_log_odds({_PROBLEM}, int plan, int kept_bytes, bool weighted)"
     " -> (Tensor, Tensor, Tensor)"
 )
 _library.define(
-    f"linear_label_margins_backward({_PROBLEM}, Tensor dmargins, Tensor stats, Tensor kept,"
+    f"linear_log_odds_backward({_PROBLEM}, Tensor dlog_odds, Tensor stats, Tensor kept,"
     " bool[] wanted) -> (Tensor, Tensor, Tensor)"
 )
 _library.define(
-    "frozen_head_backward(Tensor dmargins, Tensor labels, int ignore_index, Tensor stats,"
+    "frozen_head_backward(Tensor dlog_odds, Tensor labels, int ignore_index, Tensor stats,"
     " Tensor rows, ScalarType dtype) -> Tensor"
 )
-_library.define("without_gradient(Tensor values, Tensor margins, str name) -> Tensor")
+_library.define("without_gradient(Tensor values, Tensor log_odds, str name) -> Tensor")
 _library.define("refused_gradient(Tensor gradient, str name) -> Tensor")
 
 
@@ -89,31 +89,31 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Triple) -> None:
         ctx.save_for_backward(*problem[:4], problem.span, stats, kept)
 
 
-def _gradient(ctx: Any, dmargins: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+def _gradient(ctx: Any, dlog_odds: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     """Gradients of hidden, weight and bias, each only when wanted."""
-    if dmargins is None:
+    if dlog_odds is None:
         return (None,) * (_FIELDS + 3)
     wanted = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
     rest = (None,) * (_FIELDS - 4 + 3)
     if ctx.plan == FROZEN_HEAD:
         if wanted[1] or wanted[2]:
-            raise RuntimeError("linear_label_margins: a frozen head has no gradient")
+            raise RuntimeError("linear_log_odds: a frozen head has no gradient")
         labels, stats, kept = ctx.saved_tensors
         dhidden = torch.ops.fastadapt.frozen_head_backward(
-            dmargins, labels, ctx.numbers[2], stats, kept, ctx.dtype
+            dlog_odds, labels, ctx.numbers[2], stats, kept, ctx.dtype
         )
         return dhidden, None, None, None, *rest
     if ctx.plan != RECOMPUTE:
-        raise RuntimeError("linear_label_margins: the plan without a backward got one")
+        raise RuntimeError("linear_log_odds: the plan without a backward got one")
     *inputs, span, stats, kept = ctx.saved_tensors
-    gradients = torch.ops.fastadapt.linear_label_margins_backward(
-        *inputs, *ctx.numbers, span, ctx.group, dmargins, stats, kept, wanted
+    gradients = torch.ops.fastadapt.linear_log_odds_backward(
+        *inputs, *ctx.numbers, span, ctx.group, dlog_odds, stats, kept, wanted
     )
     dhidden, dweight, dbias = (g if w else None for g, w in zip(gradients, wanted, strict=True))
     return dhidden, dweight, None, dbias, *rest
 
 
-def _without_gradient(values: Tensor, margins: Tensor, name: str) -> Tensor:
+def _without_gradient(values: Tensor, log_odds: Tensor, name: str) -> Tensor:
     """The values."""
     return values.clone()
 
@@ -122,7 +122,7 @@ def _refused_gradient(gradient: Tensor, name: str) -> Tensor:
     """Zeros, of a gradient that is zero; an operator, so that compiled graphs keep it."""
     if bool(gradient.any()):
         raise RuntimeError(
-            f"outputs: expected a loss without the {name} of linear_label_margins, which has no "
+            f"outputs: expected a loss without the {name} of linear_log_odds, which has no "
             "gradient here; detach it, or take it from logits"
         )
     return torch.zeros_like(gradient)
@@ -135,7 +135,7 @@ def _keep_name(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _refuse(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The gradient of margins: none, or an error."""
+    """The gradient of log-odds: none, or an error."""
     if gradient is None:
         return None, None, None
     return None, torch.ops.fastadapt.refused_gradient(gradient, ctx.name), None
@@ -151,28 +151,28 @@ def _autocast(
         hidden, weight = hidden.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     with torch.autocast(device, enabled=False):
-        return torch.ops.fastadapt.linear_label_margins(hidden, weight, labels, bias, *rest)
+        return torch.ops.fastadapt.linear_log_odds(hidden, weight, labels, bias, *rest)
 
 
 def _register() -> None:
     """Implementations, fakes, autograd and autocast."""
     implementations: Implementations = {
-        "linear_label_margins": (_forward_cpu, _forward_fake),
-        "linear_label_margins_backward": (_backward_cpu, _backward_fake),
+        "linear_log_odds": (_forward_cpu, _forward_fake),
+        "linear_log_odds_backward": (_backward_cpu, _backward_fake),
         "frozen_head_backward": (
             _frozen_head_backward_cpu,
-            lambda dmargins, labels, ignored, stats, rows, dtype: rows.new_empty(
+            lambda dlog_odds, labels, ignored, stats, rows, dtype: rows.new_empty(
                 rows.shape, dtype=dtype
             ),
         ),
     }
     register(_library, implementations, operator_cuda)
     torch.library.register_autograd(
-        "fastadapt::linear_label_margins", _gradient, setup_context=_save, lib=_library
+        "fastadapt::linear_log_odds", _gradient, setup_context=_save, lib=_library
     )
-    for name in ("linear_label_margins_backward", "frozen_head_backward"):
+    for name in ("linear_log_odds_backward", "frozen_head_backward"):
         torch.library.register_autograd(
-            f"fastadapt::{name}", no_double_backward("label margins"), lib=_library
+            f"fastadapt::{name}", no_double_backward("label log_odds"), lib=_library
         )
     for name, function in (
         ("without_gradient", _without_gradient),
@@ -186,9 +186,9 @@ def _register() -> None:
         "fastadapt::without_gradient", _refuse, setup_context=_keep_name, lib=_library
     )
     for key in ("AutocastCPU", "AutocastCUDA"):
-        _library.impl("linear_label_margins", _autocast, key)
+        _library.impl("linear_log_odds", _autocast, key)
 
 
 _register()
-linear_label_margins = torch.ops.fastadapt.linear_label_margins
+linear_log_odds = torch.ops.fastadapt.linear_log_odds
 without_gradient = torch.ops.fastadapt.without_gradient

@@ -13,21 +13,21 @@ from fastadapt._ops.linear.tiles import Problem
 _FIELDS = len(Problem._fields)
 
 
-def linear_label_margins(*arguments: Any) -> Triple:
+def linear_log_odds(*arguments: Any) -> Triple:
     """As the driver does on every device."""
     problem = Problem(*arguments[:_FIELDS])
     with device_of(problem.hidden):
         return forward(work_of(problem.hidden), problem, *arguments[_FIELDS:])
 
 
-def linear_label_margins_backward(*arguments: Any) -> Triple:
+def linear_log_odds_backward(*arguments: Any) -> Triple:
     """The gradients that are wanted."""
     problem = Problem(*arguments[:_FIELDS])
     with device_of(problem.hidden):
         return backward(work_of(problem.hidden), problem, *arguments[_FIELDS:])
 
 
-def frozen_head_backward(dmargins: Tensor, *arguments: Any) -> Tensor:
+def frozen_head_backward(dlog_odds: Tensor, *arguments: Any) -> Tensor:
     """The gradient of the hidden states."""
-    with device_of(dmargins):
-        return frozen(work_of(dmargins), dmargins, *arguments)
+    with device_of(dlog_odds):
+        return frozen(work_of(dlog_odds), dlog_odds, *arguments)

@@ -1,4 +1,4 @@
-"""Which plan a linear head gets, by what is asked of it: gradients, a budget, a device."""
+"""Which plan a linear head gets, by what is request of it: gradients, a budget, a device."""
 
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ KEPT_BYTES = 1 << 27  # logits kept for the backward where no budget is given an
 
 
 class LinearPlan(NamedTuple):
-    """What `linear_label_margins` will do; another plan has the same results beyond rounding.
+    """What `linear_log_odds` will do; another plan has the same results beyond rounding.
 
     Attributes:
         name: "forward only"; "recompute", "partly grouped" and "grouped", which make none, some or
@@ -35,10 +35,10 @@ class LinearPlan(NamedTuple):
 def plan_of(
     hidden: Tensor, weight: Tensor, bias: Tensor | None = None, *, memory_budget: int | None = None
 ) -> LinearPlan:
-    """Returns the plan of `linear_label_margins` for these arguments, where gradients are wanted.
+    """Returns the plan of `linear_log_odds` for these arguments, where gradients are wanted.
 
     Args:
-        hidden (Tensor): (..., H), as for `linear_label_margins`; only shape, dtype, device and
+        hidden (Tensor): (..., H), as for `linear_log_odds`; only shape, dtype, device and
             whether a gradient is wanted matter, of the others too.
         weight (Tensor): (V, H), with a group this rank's slice.
         bias (Tensor | None): (V,).

@@ -44,7 +44,7 @@ class Head(NamedTuple):
     scale: float
 
     @classmethod
-    def of(cls, problem: Problem, takes: Tensor) -> "Head":
+    def from_problem(cls, problem: Problem, takes: Tensor) -> "Head":
         """Drops the other rows before the first product; on a GPU this waits for the device."""
         hidden, labels, v = problem.hidden, problem.labels, problem.weight.shape[0]
         index: Tensor | None = takes.nonzero()[:, 0]
@@ -62,12 +62,12 @@ class Head(NamedTuple):
         )
 
     @property
-    def here(self) -> Tensor:
+    def has_label(self) -> Tensor:
         """(n,) bool: whether this head has the label."""
         return self.labels >= 0
 
     @property
-    def rows(self) -> Tensor:
+    def label_rows(self) -> Tensor:
         """(n,): rows of the weight that may be read, the label's where it is here."""
         return self.labels.clamp(min=0)
 
@@ -87,11 +87,11 @@ class Head(NamedTuple):
             return torch.full_like(logits, self.scale)
         return self.scale * (1 - (logits / self.softcap).square())
 
-    def used_among(self, values: Tensor) -> Tensor:
+    def gather(self, values: Tensor) -> Tensor:
         """The values of the rows that take part, from those of all rows."""
         return values if self.places is None else values.index_select(0, self.places)
 
-    def spread(self, values: Tensor, out: Tensor) -> None:
+    def scatter(self, values: Tensor, out: Tensor) -> None:
         """Values of the rows that take part among all rows; 0 elsewhere."""
         if self.places is None:
             out.copy_(values)
@@ -99,7 +99,7 @@ class Head(NamedTuple):
             out.zero_().index_copy_(0, self.places, values.to(out.dtype))
 
 
-class Asked(NamedTuple):
+class TileRequest(NamedTuple):
     """What a tile of the forward gives beside the maximum and the sum."""
 
     weighted: bool  # whether the weighted sum is made
@@ -134,7 +134,7 @@ class RowWork(ABC):
         """What a frozen head's forward holds beside that and its sums."""
         return 0
 
-    def expect(self, out: Tensor) -> None:  # noqa: B027  (nothing to do is a way to do it)
+    def will_write(self, out: Tensor) -> None:  # noqa: B027  (nothing to do is a way to do it)
         """Called with what will be written from end to end."""
 
     @abstractmethod
@@ -142,7 +142,7 @@ class RowWork(ABC):
         """(n,) float64: hidden times the label's row, sums of float32 at least; any elsewhere."""
 
     @abstractmethod
-    def sum_tile(self, first: int, last: int, stats: Tensor, asked: Asked) -> None:
+    def sum_tile(self, first: int, last: int, stats: Tensor, request: TileRequest) -> None:
         """One product: ids [first, last) join the statistics."""
 
     @abstractmethod

@@ -1,6 +1,6 @@
 """A head split over ranks by vocabulary: its slices, and the few sums that the ranks exchange.
 
-Torch's functional collectives, by the group's name. What decides a margin is gathered and folded
+Torch's functional collectives, by the group's name. What decides log-odds is gathered and folded
 in the order of the ranks, so that every rank has the same bits whatever the backend.
 """
 

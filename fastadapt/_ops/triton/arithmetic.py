@@ -13,7 +13,7 @@ LOG2E = tl.constexpr(1.4426950216)
 ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds to the nearest integer
 UNIT_BITS = tl.constexpr(40)  # a token of probability 1 has mass 2^40
 ROUND64 = tl.constexpr(6755399441055744.0)  # 1.5 * 2^52
-# factors of a threshold: reference.law
+# factors of a threshold: reference.bounds
 NEARLY = tl.constexpr(1 - 2.0**-19)
 ALMOST = tl.constexpr(1 - 2.0**-52)
 LN2_HIGH = tl.constexpr(0.693147180369123816490)

@@ -80,7 +80,7 @@ class Asked(NamedTuple):
     """What is asked of a draw, all known at compilation."""
 
     POSITIONS: Any
-    BASE: Any  # log-probabilities under the base law
+    BASE: Any  # log-probabilities under the base distribution
     LOG_MASS: Any
     ALL_WEIGHED: Any  # whether all rows are weighed
     SUM_LATER: Any  # whether survivors that no list holds are summed by another kernel
@@ -103,7 +103,7 @@ class Row(NamedTuple):
     m: Any  # the largest scaled logit
 
 
-class Law(NamedTuple):
+class Bounds(NamedTuple):
     """What says which tokens of a row survive."""
 
     cut: Any  # int64: the lowest rank that stays
@@ -159,7 +159,7 @@ class Decision(NamedTuple):
     """A row that its filters have been run on."""
 
     row: Row
-    law: Law
+    bounds: Bounds
     status: Any
     greedy: Any  # T is 0
     inside: Any  # whether the list holds all survivors; else the masses of blocks are theirs
@@ -187,7 +187,7 @@ class Chance(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """What `sample` returns, the base law's own tokens aside."""
+    """What `sample` returns, the base distribution's own tokens aside."""
 
     tokens: Any  # (N,) int64
     logprobs: Any  # (N,) float32
@@ -215,7 +215,7 @@ class Labels(NamedTuple):
 
 
 class Support(NamedTuple):
-    """What is kept of the survivors of each row for its margin."""
+    """What is kept of the survivors of each row for its log-odds."""
 
     support: Any  # (N, ceil(V / 8)) uint8: a bit a token
     largest_others: Any  # (N, blocks) float64: largest scaled logit among the surviving others

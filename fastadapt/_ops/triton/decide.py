@@ -1,4 +1,4 @@
-"""The filters of an adaptor on one row, by one program: from a row to the law that it leaves."""
+"""The filters of an adaptor on one row, by one program: from a row to the bounds that it leaves."""
 
 import triton
 import triton.language as tl
@@ -20,7 +20,7 @@ from fastadapt._ops.triton.arithmetic import (
     values,
     with_ties,
 )
-from fastadapt._ops.triton.bundles import Decision, Found, Held, Law, List, Row
+from fastadapt._ops.triton.bundles import Bounds, Decision, Found, Held, List, Row
 from fastadapt._ops.triton.nucleus import ID_BITS
 from fastadapt._ops.triton.rows import (
     BINNED,
@@ -46,6 +46,7 @@ from fastadapt._ops.triton.rows import (
     UNDECIDED,
     UNLISTED,
     UNSUMMED,
+    bounds_from,
     cutoff_of,
     filter_at,
     first_filter,
@@ -54,7 +55,6 @@ from fastadapt._ops.triton.rows import (
     is_neutral,
     knobs_of,
     largest_of,
-    law_from,
     load_knob,
     load_list,
     load_scaled,
@@ -135,16 +135,16 @@ def tokens_of(found, sizes):
 
 
 @triton.jit
-def _cut(row, law, by_kappa, by_mass, target, found, inside, partial, sizes):
+def _cut(row, bounds, by_kappa, by_mass, target, found, inside, partial, sizes):
     """A cut, whether the list held all that decides it, and whether there is none without it."""
     cut = tl.full([], 0, tl.int64)
     above = tl.where(partial, found.held.above, 0)
     usable = (found.held.number <= sizes.LIST) & (partial | (found.held.partial == 0))
     if usable:
         s, ids = tokens_of(found, sizes)
-        alive, _, rank, q, weight = look(s, ids, row.m, law, by_kappa, by_mass)
+        alive, _, rank, q, weight = look(s, ids, row.m, bounds, by_kappa, by_mass)
         # as typical as the floor, below the centre, may also be tokens that are not in the list
-        edge = found.floor - row.m + law.centre
+        edge = found.floor - row.m + bounds.centre
         limit = tl.where(edge < 0.0, keys(edge), 2**31 - 1)
         near = keys(q) > tl.where(inside | partial | (by_kappa == 0), MIN_INT32, limit)
         alive &= near
@@ -163,7 +163,7 @@ def _cut(row, law, by_kappa, by_mass, target, found, inside, partial, sizes):
     if sizes.ALONE == 0:
         if lost:
             cut = cut_of_row(
-                row, law, by_kappa, by_mass, target, found.spare,
+                row, bounds, by_kappa, by_mass, target, found.spare,
                 sizes.BLOCK, sizes.ROOM, sizes.BINS,
             )  # fmt: skip
     return cut, usable & (partial == 0), lost
@@ -186,7 +186,7 @@ def _first_largest(row, found, sizes):
 
 
 @triton.jit
-def _sums_of_row(row, law, sums, store, BLOCK: tl.constexpr):
+def _sums_of_row(row, bounds, sums, store, BLOCK: tl.constexpr):
     """Mass, surprisal mass and number of a row's survivors; stores masses of blocks if asked to."""
     z = tl.full([], 0, tl.int64)
     all_u = tl.zeros([BLOCK], tl.int64)
@@ -194,7 +194,7 @@ def _sums_of_row(row, law, sums, store, BLOCK: tl.constexpr):
     for block in range(tl.cdiv(row.v, BLOCK)):
         ids = block * BLOCK + tl.arange(0, BLOCK)
         s = load_scaled(row, ids)
-        alive = survives(s, ids, row.m, law)
+        alive = survives(s, ids, row.m, bounds)
         here = tl.sum(tl.where(alive, masses(s - row.m), 0), 0)
         z += here
         if store:
@@ -205,7 +205,7 @@ def _sums_of_row(row, law, sums, store, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _sums(row, law, found, inside, sums, store, sizes):
+def _sums(row, bounds, found, inside, sums, store, sizes):
     """The same, of the list where it holds all survivors, and whether there are none without it."""
     z = tl.full([], 0, tl.int64)
     u = tl.full([], 0, tl.int64)
@@ -213,31 +213,31 @@ def _sums(row, law, found, inside, sums, store, sizes):
     lost = inside == 0
     if inside:
         s, ids = tokens_of(found, sizes)
-        alive = survives(s, ids, row.m, law)
+        alive = survives(s, ids, row.m, bounds)
         d = s - row.m
         z = tl.sum(tl.where(alive, masses(d), 0), 0)
         u = tl.sum(tl.where(alive, surprisals(d), 0), 0)
         n = tl.sum(alive.to(tl.int32), 0)
     if sizes.ALONE == 0:
         if lost:
-            z, u, n = _sums_of_row(row, law, sums, store, sizes.BLOCK)
+            z, u, n = _sums_of_row(row, bounds, sums, store, sizes.BLOCK)
     return z, u, n, lost
 
 
 @triton.jit
-def _masses_at(s, ids, row, law, by_kappa, cut):
+def _masses_at(s, ids, row, bounds, by_kappa, cut):
     """Masses of survivors above a cut, and of those at it."""
-    alive, _, rank, _, _ = look(s, ids, row.m, law, by_kappa, by_kappa)
+    alive, _, rank, _, _ = look(s, ids, row.m, bounds, by_kappa, by_kappa)
     mass = tl.where(alive, masses(s - row.m), 0)
     rank = tl.where(by_kappa, with_ties(rank), rank)
     return tl.where(rank > cut, mass, 0), tl.where(rank == cut, mass, 0)
 
 
 @triton.jit
-def _at_cut(row, law, by_kappa, cut, found, inside, partial, sizes):
+def _at_cut(row, bounds, by_kappa, cut, found, inside, partial, sizes):
     """The mass before the last that a cut keeps, and of that: a token, or all equally typical."""
     own, own_ids = tokens_of(found, sizes)
-    above, at = _masses_at(own, own_ids, row, law, by_kappa, cut)
+    above, at = _masses_at(own, own_ids, row, bounds, by_kappa, cut)
     before, last = tl.sum(above, 0), tl.sum(at, 0)
     before += tl.where(partial, found.held.above, 0)
     last = tl.where(partial & found.held.one, found.held.within, last)
@@ -249,7 +249,7 @@ def _at_cut(row, law, by_kappa, cut, found, inside, partial, sizes):
             for block in range(tl.cdiv(row.v, sizes.BLOCK)):
                 ids = block * sizes.BLOCK + tl.arange(0, sizes.BLOCK)
                 s = load_scaled(row, ids)
-                more_above, more_at = _masses_at(s, ids, row, law, by_kappa, cut)
+                more_above, more_at = _masses_at(s, ids, row, bounds, by_kappa, cut)
                 all_above += more_above
                 all_at += more_at
             before, last = tl.sum(all_above, 0), tl.sum(all_at, 0)
@@ -260,7 +260,7 @@ def _at_cut(row, law, by_kappa, cut, found, inside, partial, sizes):
 def decide(rows, adaptors, parts, lists, weights, virtual, found, asked, sizes):
     """Runs the filters of a virtual row, each on the survivors of the one before.
 
-    Where T is 0 no filter runs, and the law leaves the lowest id of the largest logit.
+    Where T is 0 no filter runs, and the bounds leaves the lowest id of the largest logit.
     """
     at, knobs = knobs_of(adaptors, virtual)
     temperature = load_knob(knobs, TEMPERATURE)
@@ -277,7 +277,7 @@ def decide(rows, adaptors, parts, lists, weights, virtual, found, asked, sizes):
     inside = usable & (found.floor == float("-inf"))
     listed_from = exponentials(found.floor - m).to(tl.float64) * 1.0001  # masses above are listed
 
-    cut, mass, guard, cutoff, cutoff_guard, band, centre = law_from(FINITE_RANK)
+    cut, mass, guard, cutoff, cutoff_guard, band, centre = bounds_from(FINITE_RANK)
     j = tl.arange(0, sizes.BLOCKS)
     blocks = weights.blocks
     of_row = virtual.to(tl.int64) * blocks
@@ -293,18 +293,18 @@ def decide(rows, adaptors, parts, lists, weights, virtual, found, asked, sizes):
         knob = filter_at(knobs, i)
         value = load_knob(knobs, knob)
         if filters & (is_neutral(knob, value) == 0) & (undecided == 0):
-            law = Law(cut, mass, guard, cutoff, cutoff_guard, band, centre)
+            bounds = Bounds(cut, mass, guard, cutoff, cutoff_guard, band, centre)
             is_k, is_p, is_min = knob == TOP_K, knob == TOP_P, knob == MIN_P
             is_typical, is_eta = knob == TYPICAL_P, knob == ETA
             is_cutoff = (knob == EPSILON) | is_eta
             with_u = is_typical | is_eta
             if ((is_p | is_typical | is_cutoff) & (known == 0)) | (with_u & (known_u == 0)):
-                z, u, _, lost = _sums(row, law, found, inside, sums, False, sizes)
+                z, u, _, lost = _sums(row, bounds, found, inside, sums, False, sizes)
                 undecided |= lost & sizes.ALONE
             total = z.to(tl.float64)
             if is_typical:
                 centre = (u.to(tl.float64) / total).to(tl.float32)
-                law = Law(cut, mass, guard, cutoff, cutoff_guard, band, centre)
+                bounds = Bounds(cut, mass, guard, cutoff, cutoff_guard, band, centre)
             part_of_z = value * total
             target = tl.minimum(value, MAX_KEEP).to(tl.int64)
             target = tl.where(is_k, tl.maximum(target, keep), mass_target(part_of_z))
@@ -321,7 +321,7 @@ def decide(rows, adaptors, parts, lists, weights, virtual, found, asked, sizes):
                 if cuts & (undecided == 0):
                     rank, in_list, lost = _cut(
                         row,
-                        law,
+                        bounds,
                         is_typical,
                         (second == 0) & (is_k == 0),
                         tl.where(second == 0, target, keep),
@@ -341,7 +341,7 @@ def decide(rows, adaptors, parts, lists, weights, virtual, found, asked, sizes):
             own = masses(values((main >> 32).to(tl.int32)) - m)
             if (is_typical | (is_p & (own >= heavy))) & (undecided == 0):
                 before, last, lost = _at_cut(
-                    row, law, is_typical, main, found, inside | held, partial, sizes
+                    row, bounds, is_typical, main, found, inside | held, partial, sizes
                 )
                 undecided |= lost & sizes.ALONE
                 past = before >= tl.maximum(ceil64(part_of_z * NEARLY), 1)
@@ -367,7 +367,7 @@ def decide(rows, adaptors, parts, lists, weights, virtual, found, asked, sizes):
         undecided |= (best == LAST_ID) & sizes.ALONE
         cut = ranks(keys(m), best)
         inside = usable
-    law = Law(cut, mass, guard, cutoff, cutoff_guard, band, centre)
+    bounds = Bounds(cut, mass, guard, cutoff, cutoff_guard, band, centre)
     kept = tl.full([], 0, tl.int32)
     state = tl.where(undecided, UNDECIDED, DECIDED)
     if filters & (first == 0):
@@ -377,6 +377,6 @@ def decide(rows, adaptors, parts, lists, weights, virtual, found, asked, sizes):
         if asked.SUM_LATER & (inside == 0):
             state = tl.full([], UNSUMMED, tl.int32)
         else:
-            z, u, kept, lost = _sums(row, law, found, inside, sums, True, sizes)
+            z, u, kept, lost = _sums(row, bounds, found, inside, sums, True, sizes)
             state = tl.where(lost & sizes.ALONE, UNDECIDED, state)
-    return Decision(row, law, status, greedy, inside, state, kept, z)
+    return Decision(row, bounds, status, greedy, inside, state, kept, z)

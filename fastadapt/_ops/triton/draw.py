@@ -11,9 +11,9 @@ from fastadapt._ops.triton.arithmetic import LAST_ID, draw_target, keys, log_mas
 from fastadapt._ops.triton.bundles import Outcome, Row
 from fastadapt._ops.triton.decide import decide, found_of, held_of, tokens_of
 from fastadapt._ops.triton.rows import (
+    BOUNDS_SIZE,
+    BOUNDS_STATUS,
     DECIDED,
-    LAW_SIZE,
-    LAW_STATUS,
     MARK_ALL_MASS,
     MARK_STATE,
     MARK_SUMMED,
@@ -24,13 +24,13 @@ from fastadapt._ops.triton.rows import (
     inverse_of,
     knobs_of,
     largest_of,
+    load_bounds,
     load_knob,
-    load_law,
     load_scaled,
     marks_of,
     only_cut,
     row_at,
-    store_law,
+    store_bounds,
     survives,
 )
 
@@ -40,10 +40,10 @@ MASS_BITS = tl.constexpr((1 << 41) - 1)
 
 
 @triton.jit
-def _first_in_list(row, law, found, target, sizes):
+def _first_in_list(row, bounds, found, target, sizes):
     """The first survivor of a list, by id, whose running mass exceeds a target."""
     s, own_ids = tokens_of(found, sizes)
-    alive = survives(s, own_ids, row.m, law)
+    alive = survives(s, own_ids, row.m, bounds)
     mass = tl.where(alive, masses(s - row.m), 0)
     if sizes.ALONE:
         packed = tl.where(alive, (own_ids.to(tl.int64) << ID_SHIFT) + mass, NOTHING)
@@ -64,7 +64,7 @@ def _first_in_list(row, law, found, target, sizes):
 
 
 @triton.jit
-def _first_by_blocks(row, law, sums, blocks, target, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
+def _first_by_blocks(row, bounds, sums, blocks, target, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
     """The same by the masses of blocks, and then of one block's tokens."""
     at = tl.arange(0, BLOCKS)
     mass = tl.load(sums + at, mask=at < blocks, other=0)
@@ -73,7 +73,7 @@ def _first_by_blocks(row, law, sums, blocks, target, BLOCK: tl.constexpr, BLOCKS
     before = tl.sum(tl.where(at < block, mass, 0), 0)
     ids = block * BLOCK + tl.arange(0, BLOCK)
     s = load_scaled(row, ids)
-    mass = tl.where(survives(s, ids, row.m, law), masses(s - row.m), 0)
+    mass = tl.where(survives(s, ids, row.m, bounds), masses(s - row.m), 0)
     return tl.min(tl.where(before + tl.cumsum(mass, 0) > target, ids, LAST_ID), 0)
 
 
@@ -117,7 +117,9 @@ def _store_drawn(parts, weights, out, at, row, outcome, asked, sizes):
 
 
 @triton.jit
-def _try_row(rows, adaptors, parts, lists, weights, laws, chance, out, at, held, asked, sizes):
+def _try_row(
+    rows, adaptors, parts, lists, weights, all_bounds, chance, out, at, held, asked, sizes
+):
     """Decides a row and draws from it, or leaves that to others; the state in which it is then."""
     j = tl.arange(0, sizes.BLOCKS)
     here = weights.sums + at.to(tl.int64) * weights.blocks
@@ -132,7 +134,7 @@ def _try_row(rows, adaptors, parts, lists, weights, laws, chance, out, at, held,
         here = weights.kept_sums + at.to(tl.int64) * weights.blocks
         number = weights.finite + at.to(tl.int64) * weights.blocks
         s, ids = tokens_of(found, sizes)
-        alive = survives(s, ids, row.m, decided.law)
+        alive = survives(s, ids, row.m, decided.bounds)
         mass = masses(s - row.m)
         tl.atomic_add(here + ids // sizes.BLOCK, mass, mask=alive, sem="relaxed")
         kept = tl.sum(tl.load(number + j, mask=j < weights.blocks, other=0), 0)
@@ -144,23 +146,23 @@ def _try_row(rows, adaptors, parts, lists, weights, laws, chance, out, at, held,
     if (status == OK) & (state == DECIDED):
         target = _target(chance, at, total, asked)
         if decided.inside:
-            token = _first_in_list(row, decided.law, found, target, sizes)
+            token = _first_in_list(row, decided.bounds, found, target, sizes)
         else:
             tl.debug_barrier()  # masses of blocks that other threads stored
             token = _first_by_blocks(
-                row, decided.law, here, weights.blocks, target, sizes.BLOCK, sizes.BLOCKS
+                row, decided.bounds, here, weights.blocks, target, sizes.BLOCK, sizes.BLOCKS
             )
     if state == DECIDED:
         outcome = Outcome(status, decided.greedy, kept, total, all_mass, token)
         _store_drawn(parts, weights, out, at, row, outcome, asked, sizes)
     if state == UNSUMMED:
-        store_law(laws + at.to(tl.int64) * LAW_SIZE, decided.law, status)
+        store_bounds(all_bounds + at.to(tl.int64) * BOUNDS_SIZE, decided.bounds, status)
         tl.store(marks_of(lists, at) + MARK_ALL_MASS, all_mass)
     return state
 
 
 @triton.jit
-def short_kernel(rows, adaptors, parts, lists, weights, laws, chance, out, asked, sizes):
+def short_kernel(rows, adaptors, parts, lists, weights, all_bounds, chance, out, asked, sizes):
     """Decides the rows whose lists are short, and draws from them."""
     at = tl.program_id(0)
     _, knobs = knobs_of(adaptors, at)
@@ -168,13 +170,13 @@ def short_kernel(rows, adaptors, parts, lists, weights, laws, chance, out, asked
     state = tl.full([], 0, tl.int32) + UNDECIDED
     if held.number <= sizes.LIST:
         state = _try_row(
-            rows, adaptors, parts, lists, weights, laws, chance, out, at, held, asked, sizes
+            rows, adaptors, parts, lists, weights, all_bounds, chance, out, at, held, asked, sizes
         )
     tl.store(marks_of(lists, at) + MARK_STATE, state.to(tl.int64))
 
 
 @triton.jit
-def long_kernel(rows, adaptors, parts, lists, weights, laws, chance, out, asked, sizes):
+def long_kernel(rows, adaptors, parts, lists, weights, all_bounds, chance, out, asked, sizes):
     """Decides the rows that are left: by longer lists, or where none does by the row itself."""
     at = tl.program_id(0)
     marks = marks_of(lists, at)
@@ -182,14 +184,24 @@ def long_kernel(rows, adaptors, parts, lists, weights, laws, chance, out, asked,
         _, knobs = knobs_of(adaptors, at)
         held = held_of(lists, at, knobs, sizes)
         state = _try_row(
-            rows, adaptors, parts, lists, weights, laws, chance, out, at, held, asked, sizes
+            rows, adaptors, parts, lists, weights, all_bounds, chance, out, at, held, asked, sizes
         )
         tl.store(marks + MARK_STATE, state.to(tl.int64))
 
 
 @triton.jit
 def sum_kernel(
-    rows, adaptors, parts, lists, weights, laws, chance, out, asked, sizes, TOGETHER: tl.constexpr
+    rows,
+    adaptors,
+    parts,
+    lists,
+    weights,
+    all_bounds,
+    chance,
+    out,
+    asked,
+    sizes,
+    TOGETHER: tl.constexpr,
 ):
     """Sums the survivors of a decided row by block; who is last of a row draws from it."""
     at, some = tl.program_id(0), tl.program_id(1)
@@ -200,17 +212,17 @@ def sum_kernel(
         inverse = inverse_of(temperature)
         m = largest_of(parts, at, sizes.SPLITS) * inverse + 0.0
         row = Row(row_at(rows, at), rows.v, inverse, m)
-        laws += at.to(tl.int64) * LAW_SIZE
-        law = load_law(laws)
+        all_bounds += at.to(tl.int64) * BOUNDS_SIZE
+        bounds = load_bounds(all_bounds)
         first = at.to(tl.int64) * weights.blocks
         block = some * TOGETHER + tl.arange(0, TOGETHER)
         there = block < weights.blocks
         ids = block[:, None] * sizes.BLOCK + tl.arange(0, sizes.BLOCK)[None, :]
         s = load_scaled(row, ids)
-        if only_cut(law):
-            alive = ranks(keys(s), ids) >= law.cut
+        if only_cut(bounds):
+            alive = ranks(keys(s), ids) >= bounds.cut
         else:
-            alive = survives(s, ids, m, law)
+            alive = survives(s, ids, m, bounds)
         tl.store(
             weights.sums + first + block, tl.sum(tl.where(alive, masses(s - m), 0), 1), mask=there
         )
@@ -221,10 +233,10 @@ def sum_kernel(
             here = j < weights.blocks
             total = tl.sum(tl.load(weights.sums + first + j, mask=here, other=0), 0)
             kept = tl.sum(tl.load(weights.finite + first + j, mask=here, other=0), 0)
-            status = tl.load(laws + LAW_STATUS).to(tl.int32)
+            status = tl.load(all_bounds + BOUNDS_STATUS).to(tl.int32)
             target = _target(chance, at, total, asked)
             token = _first_by_blocks(
-                row, law, weights.sums + first, weights.blocks, target, sizes.BLOCK, sizes.BLOCKS
+                row, bounds, weights.sums + first, weights.blocks, target, sizes.BLOCK, sizes.BLOCKS
             )
             all_mass = tl.load(marks + MARK_ALL_MASS)
             outcome = Outcome(status, temperature == 0, kept, total, all_mass, token)

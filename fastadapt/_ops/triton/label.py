@@ -41,7 +41,7 @@ def _exponential(x, top):
 
 
 @triton.jit
-def _margin(own, top, total):
+def _log_odds(own, top, total):
     """An entry against others that sum to total e^top: +inf where there are none."""
     return tl.where(total == 0, float("inf"), own - top - tl.log(total))
 
@@ -68,10 +68,10 @@ def label_sum_kernel(rows, labels, sums, DOUBLE: tl.constexpr, BLOCK: tl.constex
 
 
 @triton.jit
-def label_margin_kernel(
-    rows, labels, sums, margins, stats, DOUBLE: tl.constexpr, TILES: tl.constexpr
+def label_log_odds_kernel(
+    rows, labels, sums, log_odds, stats, DOUBLE: tl.constexpr, TILES: tl.constexpr
 ):
-    """The margin of a row and its statistics, from its tiles."""
+    """The log-odds of a row and its statistics, from its tiles."""
     at = tl.program_id(0)
     label, good = _counts(labels, at, rows.v)
     j = tl.arange(0, TILES)
@@ -82,9 +82,9 @@ def label_margin_kernel(
     each = tl.load(sums.totals + place, mask=there, other=0.0)
     total = tl.sum(each * _exponential(largest, top), 0)
     own = _load(row_at(rows, at), tl.where(good, label, 0), rows.v, DOUBLE).to(tl.float64)
-    margin = tl.where(good, _margin(own, top, total), float("nan"))
-    margin = tl.where(label == labels.ignore_index, 0.0, margin)
-    tl.store(margins + at, margin.to(margins.dtype.element_ty))
+    value = tl.where(good, _log_odds(own, top, total), float("nan"))
+    value = tl.where(label == labels.ignore_index, 0.0, value)
+    tl.store(log_odds + at, value.to(log_odds.dtype.element_ty))
     stats += at.to(tl.int64) * NUM_STATS
     tl.store(stats + OTHERS_MAX, top)
     tl.store(stats + OTHERS_SUM, total)
@@ -109,7 +109,7 @@ def _write_gradient(
 
 @triton.jit
 def label_backward_kernel(
-    dmargins, rows, labels, stats, out, DOUBLE: tl.constexpr, BLOCK: tl.constexpr
+    dlog_odds, rows, labels, stats, out, DOUBLE: tl.constexpr, BLOCK: tl.constexpr
 ):
     """dL/dlogits = dL/dm (onehot(y) - q), q the softmax of the others."""
     at = tl.program_id(0)
@@ -118,7 +118,7 @@ def label_backward_kernel(
     total = tl.load(stats + OTHERS_SUM)
     # labels without others have no gradient, whatever dL/dm is
     used = good & (total != 0)
-    g = tl.where(used, tl.load(dmargins + at).to(tl.float64), 0.0)
+    g = tl.where(used, tl.load(dlog_odds + at).to(tl.float64), 0.0)
     per_unit = tl.where(used, -g / tl.where(used, total, 1.0), 0.0)
     _write_gradient(rows, per_unit, tl.load(stats + OTHERS_MAX), label, g, out, DOUBLE, BLOCK)
 
@@ -181,12 +181,12 @@ def _load_candidates(rows, candidates, at, k, top_id, MASKED: tl.constexpr, DOUB
 
 
 @triton.jit
-def candidate_margin_kernel(
-    rows, candidates, tops, margins, stats,
+def candidate_log_odds_kernel(
+    rows, candidates, tops, log_odds, stats,
     MASKED: tl.constexpr, DOUBLE: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
     CANDIDATES: tl.constexpr,
 ):  # fmt: skip
-    """The statistics of a row from its tiles, and the margins of its candidates from those."""
+    """The statistics of a row from its tiles, and the log-odds of its candidates from those."""
     at = tl.program_id(0)
     j = tl.arange(0, TILES)
     there = j < tops.tiles
@@ -209,29 +209,29 @@ def candidate_margin_kernel(
     tl.store(stats + TOP_ID, best.to(tl.float64))
     tl.store(stats + LABEL_LOGIT, top)
     known = Entries(best, top, second, total)
-    margins += at.to(tl.int64) * candidates.number
+    log_odds += at.to(tl.int64) * candidates.number
     for begin in range(0, candidates.number, CANDIDATES):
         k = begin + tl.arange(0, CANDIDATES)
         ids, meant, good, z = _load_candidates(rows, candidates, at, k, best, MASKED, DOUBLE)
-        margin = z - top - tl.log(_mass_without(z, known))
-        margin = tl.where((top == NOTHING) & (total == 0), float("inf"), margin)
-        margin = tl.where(ids == best, _margin(top, second, total), margin)
-        margin = tl.where(good, margin, float("nan"))
-        margin = tl.where(meant, margin, 0.0)
-        margin = margin.to(margins.dtype.element_ty)
-        tl.store(margins + k, margin, mask=k < candidates.number)
+        value = z - top - tl.log(_mass_without(z, known))
+        value = tl.where((top == NOTHING) & (total == 0), float("inf"), value)
+        value = tl.where(ids == best, _log_odds(top, second, total), value)
+        value = tl.where(good, value, float("nan"))
+        value = tl.where(meant, value, 0.0)
+        value = value.to(log_odds.dtype.element_ty)
+        tl.store(log_odds + k, value, mask=k < candidates.number)
 
 
 @triton.jit
 def candidate_factor_kernel(
-    dmargins, rows, candidates, stats,
+    dlog_odds, rows, candidates, stats,
     factors,  # (rows, 2) float64: the gradient for each e^(x - second), and of the largest entry
     MASKED: tl.constexpr, DOUBLE: tl.constexpr, CANDIDATES: tl.constexpr,
 ):  # fmt: skip
     """What all entries of a row's gradient share."""
     at = tl.program_id(0)
     known = _load_stats(stats, at)
-    upstream = dmargins + at.to(tl.int64) * candidates.number
+    upstream = dlog_odds + at.to(tl.int64) * candidates.number
     own = tl.zeros([CANDIDATES], tl.float64)  # of the largest entry
     beside = tl.zeros([CANDIDATES], tl.float64)  # of the others, by the mass without each
     for begin in range(0, candidates.number, CANDIDATES):
@@ -264,13 +264,13 @@ def candidate_backward_kernel(rows, stats, factors, out, DOUBLE: tl.constexpr, B
 
 @triton.jit
 def candidate_own_kernel(
-    dmargins, rows, candidates, stats, factors, out,
+    dlog_odds, rows, candidates, stats, factors, out,
     MASKED: tl.constexpr, DOUBLE: tl.constexpr, CANDIDATES: tl.constexpr,
 ):  # fmt: skip
     """Overwrites the gradient of the candidates themselves; equal ids write equal sums."""
     at, some = tl.program_id(0), tl.program_id(1)
     known = _load_stats(stats, at)
-    upstream = dmargins + at.to(tl.int64) * candidates.number
+    upstream = dlog_odds + at.to(tl.int64) * candidates.number
     own_k = some * CANDIDATES + tl.arange(0, CANDIDATES)
     own_ids, _, own_good, own_z = _load_candidates(
         rows, candidates, at, own_k, known.best, MASKED, DOUBLE
@@ -289,5 +289,5 @@ def candidate_own_kernel(
     dx = tl.where((known.top == NOTHING) & (known.total == 0), 0.0, dx)
     out += at.to(tl.int64) * rows.v + own_ids
     if not DOUBLE:
-        dx = dx.to(tl.float32)  # half types are rounded from there
+        dx = dx.to(tl.float32)  # half precision is rounded from there
     tl.store(out, dx.to(out.dtype.element_ty), mask=own_good & (own_ids != known.best))

@@ -7,7 +7,7 @@ list holds are summed by many.
 import torch
 from torch import Tensor
 
-from fastadapt._ops.triton import draw, law, top, write
+from fastadapt._ops.triton import decided, draw, top, write
 from fastadapt._ops.triton.bundles import Chance, Drawn, Labels, Rows, Scored, Sizes, Support
 from fastadapt._ops.triton.launch_scan import (
     COLLECTING,
@@ -25,7 +25,7 @@ from fastadapt._ops.triton.launch_scan import (
     some,
     up,
 )
-from fastadapt._ops.triton.rows import LAW_SIZE
+from fastadapt._ops.triton.rows import BOUNDS_SIZE
 from fastadapt._ops.triton.steps import steps_of
 
 
@@ -58,10 +58,10 @@ def sample(
             logprobs if log_mass is None else some(log_mass, at),
         )
         n = len(tokens)
-        laws = logits.new_empty(n, LAW_SIZE.value, dtype=torch.int64)
+        all_bounds = logits.new_empty(n, BOUNDS_SIZE.value, dtype=torch.int64)
         chance = Chance(some(seeds, at), some(seeds if positions is None else positions, at))
         asked = asked_of(options, positions is not None, base_logprobs is not None, steps.sums)
-        arguments = *scanned, laws, chance, drawn
+        arguments = *scanned, all_bounds, chance, drawn
         draw.short_kernel[(n,)](
             *arguments,
             asked=asked,
@@ -119,14 +119,16 @@ def _top(scanned: Scan, sizes: Sizes, drawn: Drawn, out: list[Tensor]) -> None:
     )
 
 
-def _laws(logits: Tensor, knobs: Tensor, order: int, plan: Plan) -> tuple[Scan, Sizes, Tensor]:
-    """Decides every row: (N, LAW_SIZE)."""
+def _decided_bounds(
+    logits: Tensor, knobs: Tensor, order: int, plan: Plan
+) -> tuple[Scan, Sizes, Tensor]:
+    """Decides every row: (N, BOUNDS_SIZE)."""
     scanned, layout = scan_rows(logits, knobs, steps_of(order, knobs.shape[2]), plan, Options())
-    laws = logits.new_empty(logits.shape[0], LAW_SIZE.value, dtype=torch.int64)
-    law.law_kernel[(len(laws),)](
-        *scanned, laws, asked=asked_of(Options()), sizes=layout.long, **DECIDING
+    all_bounds = logits.new_empty(logits.shape[0], BOUNDS_SIZE.value, dtype=torch.int64)
+    decided.bounds_kernel[(len(all_bounds),)](
+        *scanned, all_bounds, asked=asked_of(Options()), sizes=layout.long, **DECIDING
     )
-    return scanned, layout.long, laws
+    return scanned, layout.long, all_bounds
 
 
 def filter_logits(
@@ -134,10 +136,12 @@ def filter_logits(
 ) -> None:
     """Writes what an adaptor leaves."""
     for at in slices(logits, 1, plan):
-        scanned, sizes, laws = _laws(some(logits, at), knobs_of_rows(knobs[None], at), order, plan)
-        write.filter_kernel[(len(laws), scanned.weights.blocks)](
+        scanned, sizes, all_bounds = _decided_bounds(
+            some(logits, at), knobs_of_rows(knobs[None], at), order, plan
+        )
+        write.filter_kernel[(len(all_bounds), scanned.weights.blocks)](
             *scanned[:3],
-            laws,
+            all_bounds,
             some(out, at),
             BLOCK=plan.block,
             SPLITS=sizes.SPLITS.value,
@@ -161,7 +165,7 @@ def score(
         scanned, layout = scan_rows(
             some(logits, at), knobs_of_rows(knobs, at), steps, plan, options
         )
-        law.score_kernel[(len(some(tokens, at)) * adaptors,)](
+        decided.score_kernel[(len(some(tokens, at)) * adaptors,)](
             *scanned,
             Labels(some(tokens, at), ignore_index),
             Scored(*(some(t, at) for t in out)),
@@ -171,7 +175,7 @@ def score(
         )
 
 
-def adapted_margins(
+def adapted_log_odds(
     logits: Tensor,
     tokens: Tensor,
     knobs: Tensor,
@@ -180,17 +184,19 @@ def adapted_margins(
     out: tuple[Tensor, Tensor, Tensor],
     plan: Plan = PLAN,
 ) -> None:
-    """Margins, support and statistics."""
+    """Log-odds, support and statistics."""
     double = logits.dtype == torch.float64
     for at in slices(logits, 1, plan):
-        margins, support, stats = (some(t, at) for t in out)
-        scanned, sizes, laws = _laws(some(logits, at), knobs_of_rows(knobs[None], at), order, plan)
-        n, blocks = len(laws), scanned.weights.blocks
+        log_odds, support, stats = (some(t, at) for t in out)
+        scanned, sizes, all_bounds = _decided_bounds(
+            some(logits, at), knobs_of_rows(knobs[None], at), order, plan
+        )
+        n, blocks = len(all_bounds), scanned.weights.blocks
         largest = logits.new_empty(n, blocks, dtype=torch.float64)
         labels, kept = Labels(some(tokens, at), ignore_index), Support(support, largest, blocks)
         write.support_kernel[(n, blocks)](
             *scanned[:3],
-            laws,
+            all_bounds,
             labels,
             kept,
             DOUBLE=double,
@@ -198,12 +204,12 @@ def adapted_margins(
             SPLITS=sizes.SPLITS.value,
             **PASS,
         )
-        write.margin_kernel[(n,)](
+        write.log_odds_kernel[(n,)](
             *scanned[:2],
-            laws,
+            all_bounds,
             labels,
             kept,
-            margins,
+            log_odds,
             stats,
             DOUBLE=double,
             BLOCK=plan.block,
@@ -212,8 +218,8 @@ def adapted_margins(
         )
 
 
-def adapted_margins_backward(
-    dmargins: Tensor,
+def adapted_log_odds_backward(
+    dlog_odds: Tensor,
     logits: Tensor,
     tokens: Tensor,
     knobs: Tensor,
@@ -225,8 +231,8 @@ def adapted_margins_backward(
 ) -> None:
     """One read of the logits, one write of their gradient."""
     n, v = logits.shape
-    write.margin_backward_kernel[(n, -(-v // plan.block))](
-        dmargins,
+    write.log_odds_backward_kernel[(n, -(-v // plan.block))](
+        dlog_odds,
         Rows(logits, logits.stride(0), v),
         adaptors_of(knobs[None], 0),
         Labels(tokens, ignore_index),

@@ -1,4 +1,4 @@
-"""What the operators of margins call for CUDA tensors: scratch, grids. Nothing here synchronises.
+"""What the operators of log-odds call for CUDA tensors: scratch, grids. Nothing here synchronises.
 
 Every tile of every row is one program, so that few rows keep a device as busy as many.
 """
@@ -36,10 +36,10 @@ def _candidates(index: Tensor, mask: Tensor | None) -> Candidates:
     return Candidates(index, index if mask is None else mask.view(torch.uint8), index.shape[1])
 
 
-def label_margins(
+def label_log_odds(
     logits: Tensor, labels: Tensor, ignore_index: int, out: tuple[Tensor, Tensor], plan: Plan = PLAN
 ) -> None:
-    """Margins and statistics."""
+    """Log-odds and statistics."""
     n, tiles = logits.shape[0], triton.cdiv(logits.shape[1], plan.block)
     if n == 0:
         return
@@ -47,13 +47,13 @@ def label_margins(
     tops, totals = logits.new_empty(2, n, tiles, dtype=torch.float64)
     shared = _rows(logits), Labels(labels, ignore_index), Sums(tops, totals, tiles)
     label.label_sum_kernel[(n, tiles)](*shared, DOUBLE=double, BLOCK=plan.block, **BY_TILE)
-    label.label_margin_kernel[(n,)](
+    label.label_log_odds_kernel[(n,)](
         *shared, *out, DOUBLE=double, TILES=triton.next_power_of_2(tiles), **BY_ROW
     )
 
 
-def label_margins_backward(
-    dmargins: Tensor,
+def label_log_odds_backward(
+    dlog_odds: Tensor,
     logits: Tensor,
     labels: Tensor,
     ignore_index: int,
@@ -66,7 +66,7 @@ def label_margins_backward(
     if n == 0:
         return
     label.label_backward_kernel[(n, triton.cdiv(v, plan.block))](
-        dmargins,
+        dlog_odds,
         _rows(logits),
         Labels(labels, ignore_index),
         stats,
@@ -77,14 +77,14 @@ def label_margins_backward(
     )
 
 
-def candidate_margins(
+def candidate_log_odds(
     logits: Tensor,
     index: Tensor,
     mask: Tensor | None,
     out: tuple[Tensor, Tensor],
     plan: Plan = PLAN,
 ) -> None:
-    """Margins and statistics."""
+    """Log-odds and statistics."""
     n, tiles = logits.shape[0], triton.cdiv(logits.shape[1], plan.block)
     if n == 0:
         return
@@ -92,7 +92,7 @@ def candidate_margins(
     tops, seconds, totals = logits.new_empty(3, n, tiles, dtype=torch.float64)
     found = Tops(tops, logits.new_empty(n, tiles, dtype=torch.int32), seconds, totals, tiles)
     label.top_sum_kernel[(n, tiles)](_rows(logits), found, **sizes, **BY_TILE)
-    label.candidate_margin_kernel[(n,)](
+    label.candidate_log_odds_kernel[(n,)](
         _rows(logits),
         _candidates(index, mask),
         found,
@@ -105,8 +105,8 @@ def candidate_margins(
     )
 
 
-def candidate_margins_backward(
-    dmargins: Tensor,
+def candidate_log_odds_backward(
+    dlog_odds: Tensor,
     logits: Tensor,
     index: Tensor,
     mask: Tensor | None,
@@ -122,7 +122,7 @@ def candidate_margins_backward(
     rows, candidates = _rows(logits), _candidates(index, mask)
     each = {**double, "MASKED": mask is not None, "CANDIDATES": plan.candidates}
     factors = logits.new_empty(n, 2, dtype=torch.float64)
-    upstream = dmargins, rows, candidates, stats, factors
+    upstream = dlog_odds, rows, candidates, stats, factors
     label.candidate_factor_kernel[(n,)](*upstream, **each, **BY_ROW)
     label.candidate_backward_kernel[(n, triton.cdiv(v, plan.block))](
         rows, stats, factors, out, **double, BLOCK=plan.block, **BY_TILE

@@ -104,7 +104,7 @@ class Layout(NamedTuple):
 def asked_of(
     options: Options, positions: bool = False, base: bool = False, sum_later: bool = False
 ) -> Asked:
-    """Constants of the deciding kernels; `base`: log-probabilities under the base law."""
+    """Constants of the deciding kernels; `base`: log-probabilities under the base distribution."""
     log_mass, weighed = options.all_weighed, options.all_weighed or options.base
     return Asked(*map(tl.constexpr, (positions, base, log_mass, weighed, sum_later)))
 

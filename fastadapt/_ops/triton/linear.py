@@ -152,7 +152,7 @@ def label_entry_kernel(labels, gains, rows, first, out, out_stride, width, BLOCK
     here = (at < rows) & (column >= 0) & (column < width)
     gain = tl.load(gains + at, mask=here, other=0.0)
     if out.dtype.element_ty != tl.float64:
-        gain = gain.to(tl.float32)  # half types are rounded from there
+        gain = gain.to(tl.float32)  # half precision is rounded from there
     place = out + at.to(tl.int64) * out_stride + column
     tl.store(place, gain.to(out.dtype.element_ty), mask=here)
 

@@ -1,4 +1,4 @@
-"""A row, its knobs and its law: what the kernels that decide and those that write share."""
+"""A row, its knobs and its bounds: what the kernels that decide and those that write share."""
 
 import triton
 import triton.language as tl
@@ -13,7 +13,7 @@ from fastadapt._ops.triton.arithmetic import (
     log_mass,
     ranks,
 )
-from fastadapt._ops.triton.bundles import Knobs, Law
+from fastadapt._ops.triton.bundles import Bounds, Knobs
 
 OK = tl.constexpr(0)
 NAN = tl.constexpr(1)
@@ -33,16 +33,16 @@ KEEP = tl.constexpr(7)
 NUM_KNOBS = tl.constexpr(8)
 MAX_KEEP = tl.constexpr(1 << 22)  # the longest row
 
-# Where a law lies in memory, in int64.
-LAW_CUT = tl.constexpr(0)
-LAW_MASS = tl.constexpr(1)
-LAW_GUARD = tl.constexpr(2)
-LAW_CUTOFF = tl.constexpr(3)
-LAW_CUTOFF_GUARD = tl.constexpr(4)
-LAW_BAND = tl.constexpr(5)
-LAW_CENTRE = tl.constexpr(6)  # its bits
-LAW_STATUS = tl.constexpr(7)
-LAW_SIZE = tl.constexpr(8)
+# Where bounds lies in memory, in int64.
+BOUNDS_CUT = tl.constexpr(0)
+BOUNDS_MASS = tl.constexpr(1)
+BOUNDS_GUARD = tl.constexpr(2)
+BOUNDS_CUTOFF = tl.constexpr(3)
+BOUNDS_CUTOFF_GUARD = tl.constexpr(4)
+BOUNDS_BAND = tl.constexpr(5)
+BOUNDS_CENTRE = tl.constexpr(6)  # its bits
+BOUNDS_STATUS = tl.constexpr(7)
+BOUNDS_SIZE = tl.constexpr(8)
 
 # What is counted of a virtual row, in int64; its histograms follow.
 MARK_LISTED = tl.constexpr(0)  # tokens that belong into its list
@@ -76,7 +76,7 @@ ONE_KAPPA = tl.constexpr(5)  # nothing to choose from: equally typical tokens st
 # States of a virtual row.
 DECIDED = tl.constexpr(0)
 UNDECIDED = tl.constexpr(1)  # its list alone does not do
-UNSUMMED = tl.constexpr(2)  # its law is known, the masses of its survivors are not
+UNSUMMED = tl.constexpr(2)  # its bounds is known, the masses of its survivors are not
 
 
 @triton.jit
@@ -198,56 +198,56 @@ def typicality(d, centre):
 
 
 @triton.jit
-def survives(s, ids, m, law):
-    """Whether tokens survive under a law."""
+def survives(s, ids, m, bounds):
+    """Whether tokens survive under bounds."""
     d = s - m
     rank = ranks(keys(s), ids)
     mass = exponentials(d).to(tl.int64)
-    alive = rank >= law.cut
-    alive &= (mass >= law.mass) | (rank >= law.guard)
-    alive &= (mass >= law.cutoff) | (rank >= law.cutoff_guard)
-    return alive & (ranks(keys(typicality(d, law.centre)), ids) >= law.band)
+    alive = rank >= bounds.cut
+    alive &= (mass >= bounds.mass) | (rank >= bounds.guard)
+    alive &= (mass >= bounds.cutoff) | (rank >= bounds.cutoff_guard)
+    return alive & (ranks(keys(typicality(d, bounds.centre)), ids) >= bounds.band)
 
 
 @triton.jit
-def only_cut(law):
-    """Whether survivors under a law are those from a rank up."""
-    free = ((law.mass == 0) | (law.guard == ANY_RANK)) & (law.band == ANY_RANK)
-    return free & ((law.cutoff == 0) | (law.cutoff_guard == ANY_RANK))
+def only_cut(bounds):
+    """Whether survivors under bounds are those from a rank up."""
+    free = ((bounds.mass == 0) | (bounds.guard == ANY_RANK)) & (bounds.band == ANY_RANK)
+    return free & ((bounds.cutoff == 0) | (bounds.cutoff_guard == ANY_RANK))
 
 
 @triton.jit
-def law_from(rank):
-    """The law under which all tokens from a rank up survive."""
+def bounds_from(rank):
+    """The bounds under which all tokens from a rank up survive."""
     none = tl.full([], 0, tl.int64)
     any_rank = none + ANY_RANK
-    return Law(none + rank, none, any_rank, none, any_rank, any_rank, none.to(tl.float32))
+    return Bounds(none + rank, none, any_rank, none, any_rank, any_rank, none.to(tl.float32))
 
 
 @triton.jit
-def store_law(laws, law, status):
-    """A law and its row's status to memory."""
-    tl.store(laws + LAW_CUT, law.cut)
-    tl.store(laws + LAW_MASS, law.mass)
-    tl.store(laws + LAW_GUARD, law.guard)
-    tl.store(laws + LAW_CUTOFF, law.cutoff)
-    tl.store(laws + LAW_CUTOFF_GUARD, law.cutoff_guard)
-    tl.store(laws + LAW_BAND, law.band)
-    tl.store(laws + LAW_CENTRE, law.centre.to(tl.int32, bitcast=True).to(tl.int64))
-    tl.store(laws + LAW_STATUS, status.to(tl.int64))
+def store_bounds(all_bounds, bounds, status):
+    """bounds and its row's status to memory."""
+    tl.store(all_bounds + BOUNDS_CUT, bounds.cut)
+    tl.store(all_bounds + BOUNDS_MASS, bounds.mass)
+    tl.store(all_bounds + BOUNDS_GUARD, bounds.guard)
+    tl.store(all_bounds + BOUNDS_CUTOFF, bounds.cutoff)
+    tl.store(all_bounds + BOUNDS_CUTOFF_GUARD, bounds.cutoff_guard)
+    tl.store(all_bounds + BOUNDS_BAND, bounds.band)
+    tl.store(all_bounds + BOUNDS_CENTRE, bounds.centre.to(tl.int32, bitcast=True).to(tl.int64))
+    tl.store(all_bounds + BOUNDS_STATUS, status.to(tl.int64))
 
 
 @triton.jit
-def load_law(laws):
-    """A law from memory."""
-    return Law(
-        tl.load(laws + LAW_CUT),
-        tl.load(laws + LAW_MASS),
-        tl.load(laws + LAW_GUARD),
-        tl.load(laws + LAW_CUTOFF),
-        tl.load(laws + LAW_CUTOFF_GUARD),
-        tl.load(laws + LAW_BAND),
-        tl.load(laws + LAW_CENTRE).to(tl.int32).to(tl.float32, bitcast=True),
+def load_bounds(all_bounds):
+    """bounds from memory."""
+    return Bounds(
+        tl.load(all_bounds + BOUNDS_CUT),
+        tl.load(all_bounds + BOUNDS_MASS),
+        tl.load(all_bounds + BOUNDS_GUARD),
+        tl.load(all_bounds + BOUNDS_CUTOFF),
+        tl.load(all_bounds + BOUNDS_CUTOFF_GUARD),
+        tl.load(all_bounds + BOUNDS_BAND),
+        tl.load(all_bounds + BOUNDS_CENTRE).to(tl.int32).to(tl.float32, bitcast=True),
     )
 
 

@@ -24,11 +24,11 @@ SLACK = tl.constexpr(1e-3)  # of masses told from counts, over 1e-4 that roundin
 
 
 @triton.jit
-def look(s, ids, m, law, by_kappa, by_mass):
+def look(s, ids, m, bounds, by_kappa, by_mass):
     """Of tokens: survivors, key, rank, distance (d or -kappa), weight."""
     d = s - m
-    alive = survives(s, ids, m, law)
-    q = tl.where(by_kappa, typicality(d, law.centre), d)
+    alive = survives(s, ids, m, bounds)
+    q = tl.where(by_kappa, typicality(d, bounds.centre), d)
     key = keys(tl.where(by_kappa, q, s))
     weight = tl.where(by_mass, exponentials(d), 1.0).to(tl.int64)
     return alive, key, ranks(key, ids), q, tl.where(alive, weight, 0)
@@ -106,14 +106,14 @@ def _number_in(number, begin, end, BINS: tl.constexpr):
 
 
 @triton.jit
-def _tied_cut(row, law, by_kappa, key, wanted, BLOCK: tl.constexpr):
+def _tied_cut(row, bounds, by_kappa, key, wanted, BLOCK: tl.constexpr):
     """The rank of the wanted-th survivor, by id, among those of a key."""
     running = tl.full([], 0, tl.int64)
     answer = tl.full([], LAST_ID, tl.int32)
     for block in range(tl.cdiv(row.v, BLOCK)):
         ids = block * BLOCK + tl.arange(0, BLOCK)
         s = load_scaled(row, ids)
-        alive, here, _, _, _ = look(s, ids, row.m, law, by_kappa, by_kappa)
+        alive, here, _, _, _ = look(s, ids, row.m, bounds, by_kappa, by_kappa)
         hit = alive & (here == key)
         number = tl.cumsum(hit.to(tl.int32), 0)
         found = hit & (running + number == wanted)
@@ -124,7 +124,7 @@ def _tied_cut(row, law, by_kappa, key, wanted, BLOCK: tl.constexpr):
 
 @triton.jit
 def cut_of_row(
-    row, law, by_kappa, by_mass, target, spare,
+    row, bounds, by_kappa, by_mass, target, spare,
     BLOCK: tl.constexpr, LIST: tl.constexpr, BINS: tl.constexpr,
 ):  # fmt: skip
     """The cut of a row that no list decides: counts by bin bracket it, then exact sums do.
@@ -146,14 +146,14 @@ def cut_of_row(
         for block in range(tl.cdiv(row.v, BLOCK)):
             ids = block * BLOCK + tl.arange(0, BLOCK)
             s = load_scaled(row, ids)
-            alive, key, _, q, _ = look(s, ids, row.m, law, by_kappa, by_mass)
+            alive, key, _, q, _ = look(s, ids, row.m, bounds, by_kappa, by_mass)
             alive &= (key >= worst_key) & (key <= best_key)
             b = _bin_of(key, q, best_key, worst_key, q_high, q_low, linear, BINS)
-            b += tl.where(s - row.m + law.centre > 0, tl.where(by_kappa, BINS, 0), 0)
+            b += tl.where(s - row.m + bounds.centre > 0, tl.where(by_kappa, BINS, 0), 0)
             histogram += tl.histogram(tl.where(alive, b, 0), 2 * BINS, mask=alive)
         need = (target - above).to(tl.float32)
         begin, end, number = _bracket(
-            histogram, need, q_high, q_low, linear, first, by_kappa, by_mass, law.centre, BINS
+            histogram, need, q_high, q_low, linear, first, by_kappa, by_mass, bounds.centre, BINS
         )
         # where the bounds leave too much, exact sums halve the bins
         while (end > begin) & (_number_in(number, begin, end, BINS) > LIST):
@@ -162,7 +162,7 @@ def cut_of_row(
             for block in range(tl.cdiv(row.v, BLOCK)):
                 ids = block * BLOCK + tl.arange(0, BLOCK)
                 s = load_scaled(row, ids)
-                alive, key, _, q, weight = look(s, ids, row.m, law, by_kappa, by_mass)
+                alive, key, _, q, weight = look(s, ids, row.m, bounds, by_kappa, by_mass)
                 alive &= (key >= worst_key) & (key <= best_key)
                 b = _bin_of(key, q, best_key, worst_key, q_high, q_low, linear, BINS)
                 best += tl.where(alive & (b < middle), weight, 0)
@@ -177,7 +177,7 @@ def cut_of_row(
         for block in range(tl.cdiv(row.v, BLOCK)):
             ids = block * BLOCK + tl.arange(0, BLOCK)
             s = load_scaled(row, ids)
-            alive, key, _, q, weight = look(s, ids, row.m, law, by_kappa, by_mass)
+            alive, key, _, q, weight = look(s, ids, row.m, bounds, by_kappa, by_mass)
             alive &= (key >= worst_key) & (key <= best_key)
             b = _bin_of(key, q, best_key, worst_key, q_high, q_low, linear, BINS)
             over += tl.where(alive & (b < begin), weight, 0)
@@ -198,8 +198,8 @@ def cut_of_row(
     if inside <= LIST:
         tl.debug_barrier()
         s, ids = load_list(spare, inside, LIST)
-        alive, _, rank, _, weight = look(s, ids, row.m, law, by_kappa, by_mass)
-        # what is past the end is -inf, which a law may let survive
+        alive, _, rank, _, weight = look(s, ids, row.m, bounds, by_kappa, by_mass)
+        # what is past the end is -inf, which bounds may let survive
         there = tl.arange(0, LIST) < inside
         cut = last_before(rank, tl.where(there, weight, 0), alive & there, above, target)
     else:
@@ -207,5 +207,5 @@ def cut_of_row(
         wanted = (target - above + each - 1) // each
         # of equally typical tokens a mass keeps all, whichever is found here
         wanted = tl.where(by_mass & by_kappa, 1, wanted)
-        cut = _tied_cut(row, law, by_kappa, best_key, wanted, BLOCK)
+        cut = _tied_cut(row, bounds, by_kappa, best_key, wanted, BLOCK)
     return cut

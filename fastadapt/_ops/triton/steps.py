@@ -3,7 +3,7 @@
 from functools import lru_cache
 from typing import NamedTuple
 
-from fastadapt._ops.law_code import is_known, may_act, order_of
+from fastadapt._ops.filter_code import is_known, may_act, order_of
 from fastadapt._ops.triton.rows import (
     EPSILON,
     ETA,
@@ -34,14 +34,14 @@ class Steps(NamedTuple):
 
 @lru_cache
 def steps_of(code: int, rows: int) -> Steps:
-    """The passes for a law of a code whose knobs have so many rows, 1 where all are numbers."""
+    """The passes for bounds of a code whose knobs have so many rows, 1 where all are numbers."""
     order = order_of(code)
     used = [knob.value for knob in FILTERS[order] if may_act(code, knob.value)]
-    one_law = rows == 1 and is_known(code)
-    first = set(used[:1]) if one_law else set(used)
+    one_bounds = rows == 1 and is_known(code)
+    first = set(used[:1]) if one_bounds else set(used)
     return Steps(
         order,
-        weighs=not used or not one_law or not first <= {TOP_K.value, MIN_P.value},
+        weighs=not used or not one_bounds or not first <= {TOP_K.value, MIN_P.value},
         bins=bool(first & {TOP_P.value, TYPICAL_P.value}),
         sketches=TOP_P.value in first,
         filters=bool(used) or may_act(code, TEMPERATURE.value),

@@ -1,11 +1,11 @@
-"""The most probable tokens under the base law, and the rank of a token there."""
+"""The most probable tokens under the base distribution, and the rank of a token there."""
 
 import triton
 import triton.language as tl
 
 from fastadapt._ops.triton.arithmetic import ANY_RANK, LAST_ID, keys, log_mass, ranks
 from fastadapt._ops.triton.bundles import List, Row
-from fastadapt._ops.triton.rows import OK, largest_of, law_from, load_scaled, row_at
+from fastadapt._ops.triton.rows import OK, bounds_from, largest_of, load_scaled, row_at
 from fastadapt._ops.triton.select import cut_of_row
 
 
@@ -24,7 +24,7 @@ def top_kernel(
         row = Row(row_at(rows, at), rows.v, one, largest_of(parts, at, SPLITS))
         no = token < 0
         wanted = tl.full([], 0, tl.int64) + number
-        cut = cut_of_row(row, law_from(ANY_RANK), no, no, wanted, spare, BLOCK, LIST, BINS)
+        cut = cut_of_row(row, bounds_from(ANY_RANK), no, no, wanted, spare, BLOCK, LIST, BINS)
         own = ranks(keys(tl.load(row.logits + token).to(tl.float32)), token.to(tl.int32))
         tl.debug_barrier()  # the spare list may still be read
         filled = tl.full([], 0, tl.int32)

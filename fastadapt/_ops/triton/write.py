@@ -1,4 +1,4 @@
-"""The passes that write under a decided law: filtered logits, and margins with their gradient."""
+"""The passes that write what bounds leave: filtered logits, and log-odds with their gradient."""
 
 import triton
 import triton.language as tl
@@ -6,15 +6,15 @@ import triton.language as tl
 from fastadapt._ops.triton.arithmetic import exp64, exponentials, log64, masses
 from fastadapt._ops.triton.bundles import Row
 from fastadapt._ops.triton.rows import (
-    LAW_SIZE,
-    LAW_STATUS,
+    BOUNDS_SIZE,
+    BOUNDS_STATUS,
     OK,
     TEMPERATURE,
     inverse_of,
     knobs_of,
     largest_of,
+    load_bounds,
     load_knob,
-    load_law,
     load_scaled,
     row_at,
     survives,
@@ -36,7 +36,7 @@ def _temperature(adaptors, at):
 
 @triton.jit
 def _fitted(s, m, inverse, TYPE: tl.constexpr):
-    """Scaled logits that a half type holds: `reference.law.Law.fitted`."""
+    """Scaled logits that a half precision holds: `reference.bounds.Bounds.fitted`."""
     if (TYPE == tl.float16) | (TYPE == tl.bfloat16):
         most: tl.constexpr = 65504.0 if TYPE == tl.float16 else 3.3895313892515355e38
         beyond = (inverse > 1) & ((m > most) | (m < -most / 2))
@@ -45,45 +45,47 @@ def _fitted(s, m, inverse, TYPE: tl.constexpr):
 
 
 @triton.jit
-def filter_kernel(rows, adaptors, parts, laws, out, BLOCK: tl.constexpr, SPLITS: tl.constexpr):
+def filter_kernel(
+    rows, adaptors, parts, all_bounds, out, BLOCK: tl.constexpr, SPLITS: tl.constexpr
+):
     """Survivors scaled, all else -inf; a bad row as it is."""
     at, block = tl.program_id(0), tl.program_id(1)
-    laws += at.to(tl.int64) * LAW_SIZE
+    all_bounds += at.to(tl.int64) * BOUNDS_SIZE
     inverse = inverse_of(_temperature(adaptors, at))
     m = largest_of(parts, at, SPLITS) * inverse + 0.0
     ids = block * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(row_at(rows, at) + ids, mask=ids < rows.v, other=float("-inf")).to(tl.float32)
     s = x * inverse
-    alive = survives(s, ids, m, load_law(laws))
+    alive = survives(s, ids, m, load_bounds(all_bounds))
     kept = tl.where(alive, _fitted(s, m, inverse, out.dtype.element_ty), float("-inf"))
-    kept = tl.where(tl.load(laws + LAW_STATUS) == OK, kept, x)
+    kept = tl.where(tl.load(all_bounds + BOUNDS_STATUS) == OK, kept, x)
     out += at.to(tl.int64) * rows.v + ids
     tl.store(out, kept.to(out.dtype.element_ty), mask=ids < rows.v)
 
 
 @triton.jit
-def _has_margin(labels, token, temperature, status, v):
-    """Whether the margin of a row's token is a number."""
+def _has_log_odds(labels, token, temperature, status, v):
+    """Whether the log-odds of a row's token are a number."""
     good = (status == OK) & (temperature > 0)
     return good & (token >= 0) & (token < v) & (token != labels.ignore_index)
 
 
 @triton.jit
 def support_kernel(
-    rows, adaptors, parts, laws, labels, kept,
+    rows, adaptors, parts, all_bounds, labels, kept,
     DOUBLE: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """One bit a token, and the largest scaled logit among the surviving others of each block."""
     at, block = tl.program_id(0), tl.program_id(1)
-    laws += at.to(tl.int64) * LAW_SIZE
+    all_bounds += at.to(tl.int64) * BOUNDS_SIZE
     token, temperature = tl.load(labels.ids + at), _temperature(adaptors, at)
-    good = _has_margin(labels, token, temperature, tl.load(laws + LAW_STATUS), rows.v)
+    good = _has_log_odds(labels, token, temperature, tl.load(all_bounds + BOUNDS_STATUS), rows.v)
     inverse = inverse_of(temperature)
     m = largest_of(parts, at, SPLITS) * inverse + 0.0
     row = Row(row_at(rows, at), rows.v, inverse, m)
     ids = block * BLOCK + tl.arange(0, BLOCK)
     s = load_scaled(row, ids)
-    alive = survives(s, ids, m, load_law(laws)).to(tl.int32) * good.to(tl.int32)
+    alive = survives(s, ids, m, load_bounds(all_bounds)).to(tl.int32) * good.to(tl.int32)
     bits = tl.reshape(alive, (BLOCK // 8, 8)) << tl.arange(0, 8)[None, :]
     bytes_ = (rows.v + 7) // 8
     place = block * (BLOCK // 8) + tl.arange(0, BLOCK // 8)
@@ -107,15 +109,15 @@ def _others(support, ids, v, token):
 
 
 @triton.jit
-def margin_kernel(
-    rows, adaptors, laws, labels, kept, margins, stats,
+def log_odds_kernel(
+    rows, adaptors, all_bounds, labels, kept, log_odds, stats,
     DOUBLE: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """The margin of a row, and the maximum and mass of its others."""
+    """The log-odds of a row, and the maximum and mass of its others."""
     at = tl.program_id(0)
     token, temperature = tl.load(labels.ids + at), _temperature(adaptors, at)
-    status = tl.load(laws + at.to(tl.int64) * LAW_SIZE + LAW_STATUS)
-    good = _has_margin(labels, token, temperature, status, rows.v)
+    status = tl.load(all_bounds + at.to(tl.int64) * BOUNDS_SIZE + BOUNDS_STATUS)
+    good = _has_log_odds(labels, token, temperature, status, rows.v)
     support = kept.support + at.to(tl.int64) * ((rows.v + 7) // 8)
     j = tl.arange(0, BLOCKS)
     largest = kept.largest_others + at.to(tl.int64) * kept.blocks + j
@@ -140,21 +142,21 @@ def margin_kernel(
         total = units.to(tl.float64) * 9.094947017729282e-13  # 2^-40
         own = (tl.load(row.logits + y).to(tl.float32) * row.inverse).to(tl.float64)
     of_others = log64(tl.where(total > 0, total, temperature * 0 + 1))
-    margin = tl.where(total > 0, own - m - of_others, float("inf"))
-    margin = tl.where(inside, margin, float("-inf"))
-    margin = tl.where(good, margin, float("nan"))
-    margin = tl.where(token == labels.ignore_index, 0.0, margin)
-    tl.store(margins + at, margin)
+    value = tl.where(total > 0, own - m - of_others, float("inf"))
+    value = tl.where(inside, value, float("-inf"))
+    value = tl.where(good, value, float("nan"))
+    value = tl.where(token == labels.ignore_index, 0.0, value)
+    tl.store(log_odds + at, value)
     tl.store(stats + 2 * at, tl.where(good & inside, m, 0.0))
     tl.store(stats + 2 * at + 1, tl.where(good & inside, total, 0.0))
 
 
 @triton.jit
-def margin_backward_kernel(
-    dmargins, rows, adaptors, labels, support, stats, out,
+def log_odds_backward_kernel(
+    dlog_odds, rows, adaptors, labels, support, stats, out,
     DOUBLE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """dL/dlogits = dL/dm / T (onehot(y) - q), q the law of the surviving others."""
+    """dL/dlogits = dL/dm / T (onehot(y) - q), q the bounds of the surviving others."""
     at, block = tl.program_id(0), tl.program_id(1)
     token, temperature = tl.load(labels.ids + at), _temperature(adaptors, at)
     m, total = tl.load(stats + 2 * at), tl.load(stats + 2 * at + 1)
@@ -162,7 +164,7 @@ def margin_backward_kernel(
     used = (token != labels.ignore_index) & (total > 0)
     ids = block * BLOCK + tl.arange(0, BLOCK)
     others = _others(support + at.to(tl.int64) * ((rows.v + 7) // 8), ids, rows.v, token)
-    g = tl.load(dmargins + at).to(tl.float64)
+    g = tl.load(dlog_odds + at).to(tl.float64)
     if DOUBLE:
         gain = g / temperature
         x = tl.load(row.logits + ids, mask=others, other=float("-inf"))

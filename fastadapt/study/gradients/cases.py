@@ -1,9 +1,9 @@
 """`fastadapt gradients cases`: a head with frozen features, small enough to see everything.
 
-V ids, one good and one bad response of a few tokens, and hidden states from a sum of embeddings of
-the context, of the tokens so far and of the place. So two responses share a row exactly where their
-contexts and tokens so far are the same, as in a language model. Only the head is trained, by plain
-gradient descent, in float64.
+V ids, one chosen and one rejected response of a few tokens, and hidden states from a sum of
+embeddings of the context, of the tokens so far and of the place. So two responses share a row
+exactly where their contexts and tokens so far are the same, as in a language model. Only the head
+is trained, by plain gradient descent, in float64.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastadapt.log_odds import label_margins
+from fastadapt.log_odds import label_log_odds
 from fastadapt.losses import Responses, RewardPenalizeLoss
 from fastadapt.study.gradients.named_losses import LOSSES
 from fastadapt.study.gradients.one_step import PairFeatures, exmate_threshold, step_records
@@ -28,7 +28,7 @@ RATE = 0.05  # of gradient descent on the sums below
 SIZE = 1e-3  # nats; of the single steps
 WITH_MATE = {**LOSSES, "MATE": {"mate": 1.0}}  # which runs away: in no picture
 BETA = 0.3
-# context and tokens of the good and of the bad response
+# context and tokens of the chosen and of the rejected response
 CASES: dict[str, tuple[tuple[int, tuple[int, ...]], tuple[int, tuple[int, ...]]]] = {
     "one timestep, shared context": ((0, (3,)), (0, (4,))),
     "shared prefix": ((0, (3, 5, 7, 9, 11, 13)), (0, (3, 5, 7, 10, 12, 14))),
@@ -51,13 +51,13 @@ def toy_pair(case: str) -> ToyPair:
     Raises:
         KeyError: no such case.
     """
-    (_, good), (_, bad) = CASES[case]
+    (_, chosen), (_, rejected) = CASES[case]
     parts = {key: _hidden(context, tokens) for key, (context, tokens) in _cells(case).items()}
-    labels = {"good": torch.tensor(good), "bad": torch.tensor(bad)}
-    own = torch.cat([parts["good_in_good"], parts["bad_in_bad"]])
-    cross = torch.cat([parts["good_in_bad"], parts["bad_in_good"]])
-    both = torch.cat([labels["good"], labels["bad"]])
-    return ToyPair(PairFeatures(own, both, len(good)), PairFeatures(cross, both, len(good)))
+    labels = {"chosen": torch.tensor(chosen), "rejected": torch.tensor(rejected)}
+    own = torch.cat([parts["chosen_in_chosen"], parts["rejected_in_rejected"]])
+    cross = torch.cat([parts["chosen_in_rejected"], parts["rejected_in_chosen"]])
+    both = torch.cat([labels["chosen"], labels["rejected"]])
+    return ToyPair(PairFeatures(own, both, len(chosen)), PairFeatures(cross, both, len(chosen)))
 
 
 def toy_head() -> Head:
@@ -75,7 +75,7 @@ def descend(
         head: where to start, and the reference of DPO; not changed.
         pair: what to train on.
         weights: of `RewardPenalizeLoss`; β = 0.3.
-        steps: of gradient descent; the loss is times the number of good tokens, so that the rate
+        steps: of gradient descent; the loss is times the number of chosen tokens, so that the rate
             is that of a sum over tokens.
     """
     weight = head.weight.clone().requires_grad_()
@@ -87,10 +87,15 @@ def descend(
         rows.append({"step": step, **_four_cells(weight.detach(), pair)})
         if step == steps:
             break
-        good, bad = _responses(weight, pair.own)
-        inputs = {"good": good, "bad": bad, "ref_good_logps": refs[0], "ref_bad_logps": refs[1]}
+        chosen, rejected = _responses(weight, pair.own)
+        inputs = {
+            "chosen": chosen,
+            "rejected": rejected,
+            "ref_chosen_logps": refs[0],
+            "ref_rejected_logps": refs[1],
+        }
         loss = loss_value(objective, inputs)
-        scale = 1.0 if "dpo" in weights else float(pair.own.good)
+        scale = 1.0 if "dpo" in weights else float(pair.own.chosen)
         (gradient,) = torch.autograd.grad(scale * loss, [weight])
         weight = (weight.detach() - RATE * gradient).requires_grad_()
     return head._replace(weight=weight.detach()), rows
@@ -99,12 +104,12 @@ def descend(
 def prediction_rows() -> list[Row]:
     """Returns, for each case and loss, one step predicted and measured; fields of `step_records`.
 
-    Every case is met twice: at the start and after MLE on the good response.
+    Every case is met twice: at the start and after MLE on the chosen response.
     """
     rows: list[Row] = []
     for case in CASES:
         pair = toy_pair(case)
-        for start, head in _starts(pair, ("base", "MLE on good")).items():
+        for start, head in _starts(pair, ("base", "MLE on chosen")).items():
             objectives = {
                 name: RewardPenalizeLoss(w, **({"beta": BETA} if "dpo" in w else {}))
                 for name, w in WITH_MATE.items()
@@ -127,7 +132,7 @@ def claim_rows(*, steps: int = 60) -> list[Row]:
     rows: list[Row] = []
     for case in CASES:
         pair = toy_pair(case)
-        for start, head in _starts(pair, ("base", "MLE on good", "MLE on bad")).items():
+        for start, head in _starts(pair, ("base", "MLE on chosen", "MLE on rejected")).items():
             for name in ("DPO", "ExMATE"):
                 weights = LOSSES[name]
                 options = {"beta": BETA} if name == "DPO" else {}
@@ -135,9 +140,9 @@ def claim_rows(*, steps: int = 60) -> list[Row]:
                 (one,) = step_records(head, pair.own, {name: objective}, {name: (SIZE,)})
                 _, path = descend(head, pair, weights, steps=steps)
                 row = {"case": case, "start": start, "loss": name, "rho": one["rho"]}
-                row |= {"p_bad": one["p_bad"], "threshold": exmate_threshold(one)}
-                row |= {k: one[k] for k in ("measured_good", "measured_bad")}
-                for side in ("good_in_good", "bad_in_bad"):
+                row |= {"p_rejected": one["p_rejected"], "threshold": exmate_threshold(one)}
+                row |= {k: one[k] for k in ("measured_chosen", "measured_rejected")}
+                for side in ("chosen_in_chosen", "rejected_in_rejected"):
                     row[f"{side}/first"] = path[0][side]
                     row[f"{side}/last"] = path[-1][side]
                     row[f"{side}/least"] = min(p[side] for p in path)
@@ -158,12 +163,12 @@ def curve_rows(*, steps: int = 100, cases: Sequence[str] = ("all different",)) -
 
 def _cells(case: str) -> dict[str, tuple[int, tuple[int, ...]]]:
     """Context and tokens of the four cells."""
-    (x, good), (y, bad) = CASES[case]
+    (x, chosen), (y, rejected) = CASES[case]
     return {
-        "good_in_good": (x, good),
-        "bad_in_bad": (y, bad),
-        "bad_in_good": (x, bad),
-        "good_in_bad": (y, good),
+        "chosen_in_chosen": (x, chosen),
+        "rejected_in_rejected": (y, rejected),
+        "rejected_in_chosen": (x, rejected),
+        "chosen_in_rejected": (y, chosen),
     }
 
 
@@ -184,44 +189,44 @@ def _hidden(context: int, tokens: Sequence[int]) -> Tensor:
 
 
 def _starts(pair: ToyPair, names: Sequence[str]) -> dict[str, Head]:
-    """Heads to start from; MLE on the bad response is MLE on the pair turned round."""
+    """Heads to start from; MLE on the rejected response is MLE on the pair turned round."""
     base = toy_head()
-    n = pair.own.good
+    n = pair.own.chosen
     turned = PairFeatures(
         torch.cat([pair.own.hidden[n:], pair.own.hidden[:n]]),
         torch.cat([pair.own.labels[n:], pair.own.labels[:n]]),
         len(pair.own.labels) - n,
     )
     found = {"base": base}
-    if "MLE on good" in names:
-        found["MLE on good"] = descend(base, pair, {"mle": 1.0}, steps=60)[0]
-    if "MLE on bad" in names:
-        found["MLE on bad"] = descend(base, ToyPair(turned, turned), {"mle": 1.0}, steps=60)[0]
+    if "MLE on chosen" in names:
+        found["MLE on chosen"] = descend(base, pair, {"mle": 1.0}, steps=60)[0]
+    if "MLE on rejected" in names:
+        found["MLE on rejected"] = descend(base, ToyPair(turned, turned), {"mle": 1.0}, steps=60)[0]
     return found
 
 
 def _responses(weight: Tensor, pair: PairFeatures) -> tuple[Responses, Responses]:
-    """Margins through logits, as one pair."""
-    margins = label_margins(pair.hidden @ weight.t(), pair.labels)
-    good, bad = margins[None, : pair.good], margins[None, pair.good :]
-    mask = torch.ones_like(good, dtype=torch.bool)
-    return Responses(good, mask), Responses(bad, torch.ones_like(bad, dtype=torch.bool))
+    """Log-odds through logits, as one pair."""
+    log_odds = label_log_odds(pair.hidden @ weight.t(), pair.labels)
+    chosen, rejected = log_odds[None, : pair.chosen], log_odds[None, pair.chosen :]
+    mask = torch.ones_like(chosen, dtype=torch.bool)
+    return Responses(chosen, mask), Responses(rejected, torch.ones_like(rejected, dtype=torch.bool))
 
 
 def _sums(weight: Tensor, pair: PairFeatures) -> tuple[Tensor, Tensor]:
     """log P of both responses."""
-    good, bad = _responses(weight, pair)
-    return F.logsigmoid(good.margins).sum(), F.logsigmoid(bad.margins).sum()
+    chosen, rejected = _responses(weight, pair)
+    return F.logsigmoid(chosen.log_odds).sum(), F.logsigmoid(rejected.log_odds).sum()
 
 
 def _four_cells(weight: Tensor, pair: ToyPair) -> Row:
     """The mean log-probability of the tokens of each cell."""
-    n, m = pair.own.good, len(pair.own.labels) - pair.own.good
-    good, bad = _sums(weight, pair.own)
-    good_in_bad, bad_in_good = _sums(weight, pair.cross)
+    n, m = pair.own.chosen, len(pair.own.labels) - pair.own.chosen
+    chosen, rejected = _sums(weight, pair.own)
+    chosen_in_rejected, rejected_in_chosen = _sums(weight, pair.cross)
     return {
-        "good_in_good": float(good) / n,
-        "bad_in_bad": float(bad) / m,
-        "bad_in_good": float(bad_in_good) / m,
-        "good_in_bad": float(good_in_bad) / n,
+        "chosen_in_chosen": float(chosen) / n,
+        "rejected_in_rejected": float(rejected) / m,
+        "rejected_in_chosen": float(rejected_in_chosen) / m,
+        "chosen_in_rejected": float(chosen_in_rejected) / n,
     }

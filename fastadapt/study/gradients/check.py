@@ -27,17 +27,17 @@ class GradientCheck(NamedTuple):
 
 def check_gradients(
     loss: Loss,
-    good: Responses,
-    bad: Responses | None = None,
-    ref_good_logps: Tensor | None = None,
-    ref_bad_logps: Tensor | None = None,
+    chosen: Responses,
+    rejected: Responses | None = None,
+    ref_chosen_logps: Tensor | None = None,
+    ref_rejected_logps: Tensor | None = None,
     *,
     candidates: Tensor | None = None,
     candidate_mask: Tensor | None = None,
     step: float = 1e-5,
     **options: Any,
 ) -> GradientCheck:
-    """Returns how far `analytic_gradients` is from the loss itself, at these margins.
+    """Returns how far `analytic_gradients` is from the loss itself, at these log-odds.
 
     Autograd and differences see the losses of `fastadapt.losses` and nothing of the closed forms:
     as functions of m, of l with m = l - log(1 - e^l), and of p with m = log p - log(1 - p).
@@ -53,31 +53,31 @@ def check_gradients(
     objective = as_objective(loss, options)
     closed = analytic_gradients(
         objective,
-        good,
-        bad,
-        ref_good_logps,
-        ref_bad_logps,
+        chosen,
+        rejected,
+        ref_chosen_logps,
+        ref_rejected_logps,
         candidates=candidates,
         candidate_mask=candidate_mask,
     )
-    margins = {"good": good.margins, "bad": None, "candidates": candidates}
-    if bad is not None:
-        margins["bad"] = bad.margins
-    points = {k: m.detach().double() for k, m in margins.items() if m is not None}
+    log_odds = {"chosen": chosen.log_odds, "rejected": None, "candidates": candidates}
+    if rejected is not None:
+        log_odds["rejected"] = rejected.log_odds
+    points = {k: m.detach().double() for k, m in log_odds.items() if m is not None}
 
     def value(of: Mapping[str, Tensor]) -> Tensor:
         inputs = {
-            "good": good._replace(margins=of["good"]),
-            "bad": None if bad is None else bad._replace(margins=of["bad"]),
-            "ref_good_logps": ref_good_logps,
-            "ref_bad_logps": ref_bad_logps,
+            "chosen": chosen._replace(log_odds=of["chosen"]),
+            "rejected": None if rejected is None else rejected._replace(log_odds=of["rejected"]),
+            "ref_chosen_logps": ref_chosen_logps,
+            "ref_rejected_logps": ref_rejected_logps,
             "candidates": of.get("candidates"),
             "candidate_mask": candidate_mask,
         }
         return loss_value(objective, inputs)
 
     spaces: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
-        "margin": (lambda m: m, lambda x: x),
+        "log_odds": (lambda m: m, lambda x: x),
         "logp": (F.logsigmoid, lambda x: x - torch.log(-torch.expm1(x))),
         "probability": (torch.sigmoid, logit),
     }
@@ -112,7 +112,7 @@ def _differences(
         for i in range(x.numel()):
             at = float(x.view(-1)[i])
             # within the range of the variable: p in (0, 1), log p < 0
-            room = {"margin": 1.0, "logp": min(1.0, -at), "probability": min(at, 1 - at)}[space]
+            room = {"log_odds": 1.0, "logp": min(1.0, -at), "probability": min(at, 1 - at)}[space]
             h, ends = step * room, []
             for shifted in (at + h, at - h):
                 x.view(-1)[i] = shifted

@@ -41,15 +41,15 @@ def plane_field(weights: Mapping[str, float]) -> Field:
     """
     line = torch.linspace(0.04, 0.96, GRID, dtype=torch.float64)
     points = torch.cartesian_prod(line, line)
-    good, bad = _slopes(weights, points)
-    slopes = torch.stack([good, bad], -1)
+    chosen, rejected = _slopes(weights, points)
+    slopes = torch.stack([chosen, rejected], -1)
     return Field(points, -points * (1 - points) * slopes)
 
 
 def simplex_field(weights: Mapping[str, float]) -> Field:
     """Returns the motion of (p⁺, p⁻, other) in one row of logits, in the plane of the triangle.
 
-    Good and bad token stand in the same context. With c = -∂L/∂l the row's gradient is
+    Chosen and rejected token stand in the same context. With c = -∂L/∂l the row's gradient is
     `Σ c (s - onehot)` and the velocity of s is minus its image under the softmax's Jacobian.
     """
     n = GRID - 1
@@ -60,10 +60,10 @@ def simplex_field(weights: Mapping[str, float]) -> Field:
         if n - i - j > 0
     ]
     s = torch.tensor(shares, dtype=torch.float64)
-    margins = logit(s[:, :2])
-    good, bad = _slopes(weights, torch.sigmoid(margins), of="logp")
+    log_odds = logit(s[:, :2])
+    chosen, rejected = _slopes(weights, torch.sigmoid(log_odds), of="logp")
     onehot = torch.eye(3, dtype=torch.float64)
-    gradient = good[:, None] * (onehot[0] - s) + bad[:, None] * (onehot[1] - s)
+    gradient = chosen[:, None] * (onehot[0] - s) + rejected[:, None] * (onehot[1] - s)
     velocity = -(s * gradient - s * (s * gradient).sum(-1, keepdim=True))
     return Field(s @ _CORNERS, velocity @ _CORNERS)
 
@@ -106,15 +106,15 @@ def draw_simplex(path: Path) -> None:
 
 
 def _slopes(
-    weights: Mapping[str, float], points: Tensor, *, of: str = "margin"
+    weights: Mapping[str, float], points: Tensor, *, of: str = "log_odds"
 ) -> tuple[Tensor, Tensor]:
     """∂L/∂m or ∂L/∂l of both responses at (P⁺, P⁻), each point a pair and a loss of its own."""
     mask = torch.ones(len(points), 1, dtype=torch.bool)
-    good, bad = (Responses(p[:, None], mask) for p in points.unbind(-1))
+    chosen, rejected = (Responses(p[:, None], mask) for p in points.unbind(-1))
     objective = RewardPenalizeLoss(weights, **({"beta": BETA} if "dpo" in weights else {}))
-    found = analytic_gradients(objective, good, bad, given="probabilities")
+    found = analytic_gradients(objective, chosen, rejected, given="probabilities")
     # the losses are means over the points
-    sides = [len(points) * getattr(found[side], of)[:, 0] for side in ("good", "bad")]
+    sides = [len(points) * getattr(found[side], of)[:, 0] for side in ("chosen", "rejected")]
     return sides[0], sides[1]
 
 

@@ -2,7 +2,7 @@
 
 The body of the model is frozen, so that its hidden states are made once. For each pair the inner
 products of the gradients say what a step of gradient descent on the head will do to log P of both
-responses; then the step is taken, by autograd through `linear_label_margins`, and both are measured
+responses; then the step is taken, by autograd through `linear_log_odds`, and both are measured
 again. The head is taken as a matrix of its own, also where a model ties it to its embeddings.
 """
 
@@ -19,28 +19,28 @@ from fastadapt.losses import Responses, RewardPenalizeLoss
 from fastadapt.tracking.displacement import token_products
 from fastadapt.tracking.gradients import analytic_gradients, loss_value
 from fastadapt.tracking.pair_contexts import ContextPair, encode_contexts
-from fastadapt.training import head_margins, hidden_states
+from fastadapt.training import head_log_odds, hidden_states
 from fastadapt.training.head import Head
 from fastadapt.training.head_check import head_of
 from fastadapt.training.pairs import IGNORED
 
 FORWARD_BATCH = 4  # pairs
-REFERENCES = ("ref_good_logps", "ref_bad_logps")
+REFERENCES = ("ref_chosen_logps", "ref_rejected_logps")
 Record = dict[str, Any]
 
 
 class PairFeatures(NamedTuple):
-    """The response tokens of a pair as the head sees them, the good ones before the bad ones.
+    """The response tokens of a pair as the head sees them, the chosen before the rejected ones.
 
     Attributes:
         hidden: (n, H).
         labels: (n,), int64.
-        good: how many belong to the good response.
+        chosen: how many belong to the chosen response.
     """
 
     hidden: Tensor
     labels: Tensor
-    good: int
+    chosen: int
 
 
 @torch.no_grad()
@@ -95,7 +95,7 @@ def trained_head(
     Args:
         head: where to start; not changed.
         features: of the pairs.
-        side: "good" or "bad".
+        side: "chosen" or "rejected".
         learning_rate: of AdamW, without weight decay.
         epochs: times through the pairs.
         batch: pairs a step.
@@ -109,7 +109,7 @@ def trained_head(
             parts = [_side(pair, side) for pair in features[i : i + batch]]
             hidden, labels = (torch.cat(x) for x in zip(*parts, strict=True))
             optimizer.zero_grad()
-            (-F.logsigmoid(head_margins(trained, hidden, labels)).mean()).backward()
+            (-F.logsigmoid(head_log_odds(trained, hidden, labels)).mean()).backward()
             optimizer.step()
             on_step()
     return head._replace(weight=weight.detach())
@@ -134,11 +134,12 @@ def step_records(
         sizes: nats > 0, by the name of the loss.
 
     Yields:
-        dict[str, Any]: loss; size; rho, good_norm, bad_norm, cross (inner products, nats² per
-        squared unit of the matrix); predicted_good, predicted_bad, measured_good, measured_bad
-        (changes of log P, nats); logp_good, logp_bad (before); tokens_good, tokens_bad; p_bad, the
-        geometric mean of the bad token probabilities; rate, the step size; margin_bad, the largest
-        margin of a bad token.
+        dict[str, Any]: loss; size; rho, chosen_norm, rejected_norm, cross (inner products, nats²
+        per squared unit of the matrix); predicted_chosen, predicted_rejected, measured_chosen,
+        measured_rejected (changes of log P, nats); logp_chosen, logp_rejected (before);
+        tokens_chosen, tokens_rejected; p_rejected, the geometric mean of the rejected token
+        probabilities; rate, the step size; log_odds_rejected, the largest log-odds of a rejected
+        token.
     """
     leaf = head.weight.detach().clone().requires_grad_()
     moving = head._replace(weight=leaf)
@@ -148,18 +149,18 @@ def step_records(
     if head.bias is not None:
         h = pair.hidden.double()
         products = products * (h @ h.t()) / (h @ h.t() + 1)
-    n = pair.good
+    n = pair.chosen
     blocks = (products[:n, :n].sum(), products[n:, n:].sum(), products[:n, n:].sum())
-    good_norm, bad_norm, cross = (float(x) for x in blocks)
+    chosen_norm, rejected_norm, cross = (float(x) for x in blocks)
     before: Tensor | None = None
     for name, objective in losses.items():
-        margins = head_margins(moving, pair.hidden, pair.labels)
-        before = F.logsigmoid(margins.detach()).double()
-        sides = _sides(margins, n)
+        log_odds = head_log_odds(moving, pair.hidden, pair.labels)
+        before = F.logsigmoid(log_odds.detach()).double()
+        sides = _sides(log_odds, n)
         refs = (before[:n].sum()[None], before[n:].sum()[None])
         found = analytic_gradients(objective, _detached(sides[0]), _detached(sides[1]), *refs)
-        slopes = torch.cat([found["good"].logp[0], found["bad"].logp[0]])
-        inputs = dict(zip(("good", "bad", *REFERENCES), (*sides, *refs), strict=True))
+        slopes = torch.cat([found["chosen"].logp[0], found["rejected"].logp[0]])
+        inputs = dict(zip(("chosen", "rejected", *REFERENCES), (*sides, *refs), strict=True))
         loss = loss_value(objective, inputs)
         (gradient,) = torch.autograd.grad(loss, [leaf])
         along = products @ slopes
@@ -168,31 +169,31 @@ def step_records(
             rate = size / float(predicted.abs().max())
             with torch.no_grad():
                 moved = head._replace(weight=leaf - rate * gradient)
-                after = F.logsigmoid(head_margins(moved, pair.hidden, pair.labels)).double()
+                after = F.logsigmoid(head_log_odds(moved, pair.hidden, pair.labels)).double()
             change = after - before
             yield {
                 "loss": name,
                 "size": size,
-                "rho": cross / good_norm,
-                "good_norm": good_norm,
-                "bad_norm": bad_norm,
+                "rho": cross / chosen_norm,
+                "chosen_norm": chosen_norm,
+                "rejected_norm": rejected_norm,
                 "cross": cross,
-                "predicted_good": rate * float(predicted[0]),
-                "predicted_bad": rate * float(predicted[1]),
-                "measured_good": float(change[:n].sum()),
-                "measured_bad": float(change[n:].sum()),
-                "logp_good": float(before[:n].sum()),
-                "logp_bad": float(before[n:].sum()),
-                "tokens_good": n,
-                "tokens_bad": len(pair.labels) - n,
-                "p_bad": float(before[n:].mean().exp()),
+                "predicted_chosen": rate * float(predicted[0]),
+                "predicted_rejected": rate * float(predicted[1]),
+                "measured_chosen": float(change[:n].sum()),
+                "measured_rejected": float(change[n:].sum()),
+                "logp_chosen": float(before[:n].sum()),
+                "logp_rejected": float(before[n:].sum()),
+                "tokens_chosen": n,
+                "tokens_rejected": len(pair.labels) - n,
+                "p_rejected": float(before[n:].mean().exp()),
                 "rate": rate,
-                "margin_bad": float(margins.detach()[n:].max()),
+                "log_odds_rejected": float(log_odds.detach()[n:].max()),
             }
 
 
 def exmate_threshold(record: Mapping[str, Any], coefficient: float = 1.0) -> float:
-    """Returns the P̄⁻ above which a small step of ExMATE lowers log P of the bad response.
+    """Returns the P̄⁻ above which a small step of ExMATE lowers log P of the rejected response.
 
     With the loss -S⁺/T⁺ + λ e^{S⁻/T⁻} of one pair, ΔS⁻ = η (⟨∇S⁺, ∇S⁻⟩/T⁺ - λ P̄⁻ ‖∇S⁻‖²/T⁻), which
     is negative for P̄⁻ > ⟨∇S⁺, ∇S⁻⟩ T⁻ / (λ ‖∇S⁻‖² T⁺). 0 or less: always.
@@ -201,8 +202,8 @@ def exmate_threshold(record: Mapping[str, Any], coefficient: float = 1.0) -> flo
         record: of `step_records`.
         coefficient: λ.
     """
-    ratio = record["cross"] * record["tokens_bad"]
-    return float(ratio / (coefficient * record["bad_norm"] * record["tokens_good"]))
+    ratio = record["cross"] * record["tokens_rejected"]
+    return float(ratio / (coefficient * record["rejected_norm"] * record["tokens_chosen"]))
 
 
 def head_copy(model: Any) -> Head:
@@ -213,19 +214,19 @@ def head_copy(model: Any) -> Head:
 
 def _side(pair: PairFeatures, side: str) -> tuple[Tensor, Tensor]:
     """Hidden states and labels of one response."""
-    part = slice(None, pair.good) if side == "good" else slice(pair.good, None)
+    part = slice(None, pair.chosen) if side == "chosen" else slice(pair.chosen, None)
     return pair.hidden[part], pair.labels[part]
 
 
-def _sides(margins: Tensor, n: int) -> tuple[Responses, Responses]:
+def _sides(log_odds: Tensor, n: int) -> tuple[Responses, Responses]:
     """One pair as responses."""
-    good, bad = margins[None, :n], margins[None, n:]
+    chosen, rejected = log_odds[None, :n], log_odds[None, n:]
     return (
-        Responses(good, torch.ones_like(good, dtype=torch.bool)),
-        Responses(bad, torch.ones_like(bad, dtype=torch.bool)),
+        Responses(chosen, torch.ones_like(chosen, dtype=torch.bool)),
+        Responses(rejected, torch.ones_like(rejected, dtype=torch.bool)),
     )
 
 
 def _detached(side: Responses) -> Responses:
     """The same without a graph."""
-    return side._replace(margins=side.margins.detach())
+    return side._replace(log_odds=side.log_odds.detach())

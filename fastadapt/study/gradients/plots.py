@@ -33,14 +33,14 @@ class Style(NamedTuple):
 
 
 CELLS = {
-    "good_in_good": Style("$y^+$ in $x^+$", "#00429d", "-", ""),
-    "bad_in_bad": Style("$y^-$ in $x^-$", "#c1121f", (0, (5, 2)), ""),
-    "bad_in_good": Style("$y^-$ in $x^+$", "#f08c5a", (0, (1, 1.3)), ""),
-    "good_in_bad": Style("$y^+$ in $x^-$", "#73a2c6", (0, (6, 1.5, 1, 1.5)), ""),
+    "chosen_in_chosen": Style("$y^+$ in $x^+$", "#00429d", "-", ""),
+    "rejected_in_rejected": Style("$y^-$ in $x^-$", "#c1121f", (0, (5, 2)), ""),
+    "rejected_in_chosen": Style("$y^-$ in $x^+$", "#f08c5a", (0, (1, 1.3)), ""),
+    "chosen_in_rejected": Style("$y^+$ in $x^-$", "#73a2c6", (0, (6, 1.5, 1, 1.5)), ""),
 }
 MASSES = {
-    "good": Style("labels of good responses", "#1f5fa8", "-", ""),
-    "bad": Style("labels of bad responses", "#e07a5f", "-", "////"),
+    "chosen": Style("labels of chosen responses", "#1f5fa8", "-", ""),
+    "rejected": Style("labels of rejected responses", "#e07a5f", "-", "////"),
     "other": Style("all other entries", "#e6e6e6", "-", ".."),
 }
 PENALTIES = {
@@ -88,9 +88,9 @@ def draw_four_cells(path: Path, rows: Sequence[Row], groups: Mapping[str, str], 
             own = [r for r in rows if group in (r.get("kind"), r.get("case")) and r["loss"] == loss]
             for name, style in CELLS.items():
                 drawn = [r[f"{name}{unit}"] for r in own]
-                twin = {"bad_in_good": ("bad_in_bad", "good_in_good")}
-                twin["good_in_bad"] = ("good_in_good", "bad_in_bad")
-                if any(drawn == [r[f"{t}{unit}"] for r in own] for t in twin.get(name, ())):
+                expected = {"rejected_in_chosen": ("rejected_in_rejected", "chosen_in_chosen")}
+                expected["chosen_in_rejected"] = ("chosen_in_chosen", "rejected_in_rejected")
+                if any(drawn == [r[f"{t}{unit}"] for r in own] for t in expected.get(name, ())):
                     continue  # the same cell by another name
                 steps = [r["step"] for r in own]
                 axis.plot(steps, drawn, color=style.color, ls=style.dash, lw=1.8, label=style.label)
@@ -139,13 +139,13 @@ def draw_heat_map(path: Path, example: Mapping[str, Any]) -> None:
     shared = example["shared"] - 1  # the last shared row has two labels
     losses = list(example["slopes"])
     net = {
-        k: [a + b for a, b in zip(good[:shared], bad[:shared], strict=True)]
-        for k, (good, bad) in example["slopes"].items()
+        k: [a + b for a, b in zip(chosen[:shared], rejected[:shared], strict=True)]
+        for k, (chosen, rejected) in example["slopes"].items()
     }
     parts = [
-        ("shared tokens", example["good"][:shared], net),
-        ("good response", example["good"][shared:], {}),
-        ("bad response", example["bad"][shared:], {}),
+        ("shared tokens", example["chosen"][:shared], net),
+        ("chosen response", example["chosen"][shared:], {}),
+        ("rejected response", example["rejected"][shared:], {}),
     ]
     for i, (_, _, slopes) in enumerate(parts[1:]):
         slopes |= {k: example["slopes"][k][i][shared:] for k in losses}
@@ -185,9 +185,9 @@ def draw_steps(path: Path, rows: Sequence[Row], size: float) -> None:
         ]
         for right, marker, color in ((True, "o", "#00429d"), (False, "X", "#c1121f")):
             points = [
-                (r["rho"], r["measured_good"])
+                (r["rho"], r["measured_chosen"])
                 for r in own
-                if (r["predicted_good"] * r["measured_good"] > 0) == right
+                if (r["predicted_chosen"] * r["measured_chosen"] > 0) == right
             ]
             label = "sign as predicted" if right else "sign not as predicted"
             x, y = zip(*points, strict=True) if points else ((), ())
@@ -211,7 +211,7 @@ def draw_steps(path: Path, rows: Sequence[Row], size: float) -> None:
 
 
 def _probability(m: float) -> float:
-    """The probability of a margin."""
+    """The probability of log-odds."""
     return 1 / (1 + math.exp(-m))
 
 

@@ -98,10 +98,10 @@ def cases_table(rows: Sequence[Row]) -> str:
 
 
 _CHANGES = (
-    ("good", "predicted"),
-    ("good", "measured"),
-    ("bad", "predicted"),
-    ("bad", "measured"),
+    ("chosen", "predicted"),
+    ("chosen", "measured"),
+    ("rejected", "predicted"),
+    ("rejected", "measured"),
 )
 
 
@@ -149,7 +149,7 @@ def _rho_section(steps: Sequence[Row], sizes: Sequence[float]) -> list[str]:
                 start,
                 str(len(first)),
                 str(len(above)),
-                str(sum(r["measured_good"] < 0 for r in first)),
+                str(sum(r["measured_chosen"] < 0 for r in first)),
                 *(_share(*signs(select(own, size=size))) for size in sizes),
             )
         )
@@ -160,7 +160,7 @@ def _rho_section(steps: Sequence[Row], sizes: Sequence[float]) -> list[str]:
             "",
             str(len(select(everything, size=sizes[0]))),
             str(sum(r["rho"] > 1 for r in select(everything, size=sizes[0]))),
-            str(sum(r["measured_good"] < 0 for r in select(everything, size=sizes[0]))),
+            str(sum(r["measured_chosen"] < 0 for r in select(everything, size=sizes[0]))),
             *(_share(*signs(select(everything, size=size))) for size in sizes),
         )
     )
@@ -186,16 +186,16 @@ def _claims_section(steps: Sequence[Row], claims: Sequence[Row], size: float) ->
             ("ρ > 1", [r for r in rows if r["rho"] > 1]),
             ("ρ ≤ 1", [r for r in rows if r["rho"] <= 1]),
         ):
-            both = sum(r["measured_good"] < 0 and r["measured_bad"] < 0 for r in chosen)
+            both = sum(r["measured_chosen"] < 0 and r["measured_rejected"] < 0 for r in chosen)
             lines.append(("DPO lowers both", where, text, str(len(chosen)), str(both)))
     toy_exmate = [(r, float(r["threshold"])) for r in select(claims, loss="ExMATE")]
     exmate = [(r, exmate_threshold(r)) for r in select(steps, loss="exmate", size=size)]
     for where, limited in (("toys", toy_exmate), ("model", exmate)):
         for text, chosen in (
-            ("P̄⁻ above its threshold", [r for r, limit in limited if r["p_bad"] > limit]),
-            ("P̄⁻ below it", [r for r, limit in limited if r["p_bad"] <= limit]),
+            ("P̄⁻ above its threshold", [r for r, limit in limited if r["p_rejected"] > limit]),
+            ("P̄⁻ below it", [r for r, limit in limited if r["p_rejected"] <= limit]),
         ):
-            fell = sum(r["measured_bad"] < 0 for r in chosen)
+            fell = sum(r["measured_rejected"] < 0 for r in chosen)
             lines.append(("ExMATE first lowers P(y⁻)", where, text, str(len(chosen)), str(fell)))
     return [
         "## Three claims, each with its condition",
@@ -213,8 +213,8 @@ def _starts_sentence(rows: Sequence[Row]) -> str:
     parts = []
     for start in dict.fromkeys(r["start"] for r in rows if r["kind"] == "same-prompt"):
         own = select(rows, kind="same-prompt", start=start)
-        p = sorted(r["p_bad"] for r in own)[len(own) // 2]
-        fell = sum(r["measured_bad"] < 0 for r in own)
+        p = sorted(r["p_rejected"] for r in own)[len(own) // 2]
+        fell = sum(r["measured_rejected"] < 0 for r in own)
         never = sum(exmate_threshold(r) <= 0 for r in own)
         parts.append(
             f"{start}: median P̄⁻ {p:.2f}, log P(y⁻) fell in {fell} of {len(own)}, "
@@ -227,13 +227,13 @@ def _starts_sentence(rows: Sequence[Row]) -> str:
 
 
 def _unlikelihood_table(rows: Sequence[Row]) -> str:
-    """The largest slopes of token unlikelihood on the bad tokens of the model, by start."""
+    """The largest slopes of token unlikelihood on the rejected tokens of the model, by start."""
     lines = []
     for kind, start in dict.fromkeys((r["kind"], r["start"]) for r in rows):
         own = select(rows, kind=kind, start=start)
-        m = max(r["margin_bad"] for r in own)
+        m = max(r["log_odds_rejected"] for r in own)
         p = 1 / (1 + math.exp(-m))
-        dead = sum(r["margin_bad"] > DEAD_ZONE for r in own)
+        dead = sum(r["log_odds_rejected"] > DEAD_ZONE for r in own)
         lines.append(
             (
                 plots.KIND_TITLES[kind],
@@ -251,7 +251,9 @@ def _unlikelihood_table(rows: Sequence[Row]) -> str:
 def _cases_section(cases: Sequence[Row]) -> list[str]:
     """How far predictions and measurements of the toys agree, and the fields."""
     pairs = [
-        (r[f"predicted_{side}"], r[f"measured_{side}"]) for r in cases for side in ("good", "bad")
+        (r[f"predicted_{side}"], r[f"measured_{side}"])
+        for r in cases
+        for side in ("chosen", "rejected")
     ]
     worst = max(abs(a - b) for a, b in pairs)
     right = sum(a * b > 0 for a, b in pairs)
@@ -274,7 +276,7 @@ def _cases_section(cases: Sequence[Row]) -> list[str]:
 
 def _largest(cases: Sequence[Row]) -> float:
     """The largest predicted change."""
-    return max(abs(float(r[f"predicted_{side}"])) for r in cases for side in ("good", "bad"))
+    return max(abs(float(r[f"predicted_{side}"])) for r in cases for side in ("chosen", "rejected"))
 
 
 def _training_section(training: Sequence[Row], about: Mapping[str, Any]) -> list[str]:
@@ -289,7 +291,7 @@ def _training_section(training: Sequence[Row], about: Mapping[str, Any]) -> list
                 loss,
                 *(
                     f"{first[f'{cell}/token']:.2f} → {last[f'{cell}/token']:.2f}"
-                    for cell in ("good_in_good", "bad_in_bad")
+                    for cell in ("chosen_in_chosen", "rejected_in_rejected")
                 ),
                 f"{first['rho/median']:.2f} → {last['rho/median']:.2f}",
                 f"{first['rho/above_one']} → {last['rho/above_one']} of {last['rho/pairs']}",

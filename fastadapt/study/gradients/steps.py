@@ -2,7 +2,7 @@
 
 The same pairs in five situations: as preference data, whose two responses share the prompt and
 little else, and as one response in the right and in a wrong context, which share all tokens; from
-the head as it is, after MLE on the good responses and after MLE on the bad ones.
+the head as it is, after MLE on the chosen responses and after MLE on the rejected ones.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from fastadapt.study.gradients.one_step import (
 from fastadapt.study.gradients.records import Row, settings_of, software, write_json, write_rows
 from fastadapt.tracking.pair_contexts import pairs_of_kind, pairs_that_fit
 
-STARTS = {"base": None, "MLE on good": "good", "MLE on bad": "bad"}
+STARTS = {"base": None, "MLE on chosen": "chosen", "MLE on rejected": "rejected"}
 # of the pairs, how many: whole where ρ decides, half where it does not
 SITUATIONS = (
     ("same-prompt", "base", 1.0),
-    ("same-prompt", "MLE on good", 0.5),
-    ("same-prompt", "MLE on bad", 0.5),
+    ("same-prompt", "MLE on chosen", 0.5),
+    ("same-prompt", "MLE on rejected", 0.5),
     ("same-response", "base", 0.5),
-    ("same-response", "MLE on good", 1.0),
+    ("same-response", "MLE on chosen", 1.0),
 )
 LOSSES = {"dpo": {"dpo": 1.0}, "exmate": {"exmate": 1.0}}
 Report = Callable[[str, int, int], None]
@@ -131,7 +131,7 @@ def run_steps(
     return rows
 
 
-def signs(rows: Sequence[Mapping[str, Any]], side: str = "good") -> tuple[int, int]:
+def signs(rows: Sequence[Mapping[str, Any]], side: str = "chosen") -> tuple[int, int]:
     """Returns how many rows have the sign that was predicted, and how many rows there are."""
     right = [row[f"predicted_{side}"] * row[f"measured_{side}"] > 0 for row in rows]
     return sum(right), len(right)

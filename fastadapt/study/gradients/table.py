@@ -1,8 +1,8 @@
 """The table of coefficients, each row beside how far autograd and differences are from it.
 
-A row states c_t = -∂L/∂l_t on good and on bad tokens and g_t = ∂L/∂m_t on bad ones as expressions,
-which the tests evaluate; the errors printed are those of `analytic_gradients`, made when the table
-is. So neither can drift from the code of the losses.
+A row states c_t = -∂L/∂l_t on chosen and on rejected tokens and g_t = ∂L/∂m_t on rejected ones as
+expressions, which the tests evaluate; the errors printed are those of `analytic_gradients`, made
+when the table is. So neither can drift from the code of the losses.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ PROBABILITIES = (1e-9, 1e-3, 0.5, 0.999, 1 - 1e-9)
 OPTIONS = {"alpha": 0.7, "lambda": 0.6, "mu": 0.4, "beta": 0.3, "epsilon": 0.2}
 
 SYMBOLS = """\
-N, B, T: tokens and responses of that side, tokens of that response (of the good side for \
+N, B, T: tokens and responses of that side, tokens of that response (of the chosen side for \
 candidates); p, l = log p, m = log p/(1-p) \
-of the token; S = Σ l, P = exp(S) of the response; L = Σ l / N over all bad tokens; \
+of the token; S = Σ l, P = exp(S) of the response; L = Σ l / N over all rejected tokens; \
 u = β [(S⁺ - S⁺ref) - (S⁻ - S⁻ref)], k = β σ(-u). c = -∂L/∂l, g = ∂L/∂m, and \
 ∂L/∂z = g (onehot(y) - q) = c (softmax(z) - onehot(y)). Phase: what must be known before the \
 gradient of a token is: A nothing, B its row, C its response or pair, D the whole batch."""
 
 
 class TableRow(NamedTuple):
-    """One loss: its weights and options, c of good and bad tokens, g of bad ones, its phase."""
+    """One loss: weights, options, c of chosen and rejected tokens, g of rejected ones, phase."""
 
     name: str
     weights: Mapping[str, float]
     options: Mapping[str, Any]
-    good: str
-    bad: str
-    margin: str
+    chosen: str
+    rejected: str
+    log_odds: str
     phase: str
 
 
@@ -66,7 +66,7 @@ ROWS = (
         "B",
     ),
     TableRow(
-        "unlikelihood of candidates (in the place of bad tokens)",
+        "unlikelihood of candidates (in the place of rejected tokens)",
         {"mle": 1, "candidate_unlikelihood_penalty": A},
         {},
         "1/N",
@@ -214,18 +214,20 @@ ROWS = (
 
 
 def example_batch(*, length: int = 4) -> dict[str, Any]:
-    """Returns three pairs of unequal lengths and two candidates a row, margins from -5 to 5."""
+    """Returns three pairs of unequal lengths and two candidates a row, log-odds from -5 to 5."""
     generator = torch.Generator().manual_seed(SEED)
     mask = torch.arange(length) < torch.tensor([[length], [length - 1], [2]])
     draw = [torch.randn(3, length, generator=generator).double() for _ in range(2)]
-    good, bad = (Responses(2 * x, m) for x, m in zip(draw, (mask, mask.flip(0)), strict=True))
+    chosen, rejected = (
+        Responses(2 * x, m) for x, m in zip(draw, (mask, mask.flip(0)), strict=True)
+    )
     refs = torch.randn(2, 3, generator=generator).double() - 5
     candidates = 2 * torch.randn(3, length, 2, generator=generator).double() - 2
     return {
-        "good": good,
-        "bad": bad,
-        "ref_good_logps": refs[0],
-        "ref_bad_logps": refs[1],
+        "chosen": chosen,
+        "rejected": rejected,
+        "ref_chosen_logps": refs[0],
+        "ref_rejected_logps": refs[1],
         "candidates": candidates,
         "candidate_mask": torch.rand(candidates.shape, generator=generator) < 0.6,
     }
@@ -239,13 +241,13 @@ def check_row(row: TableRow) -> GradientCheck:
 def table() -> str:
     """Returns the coefficients and the weights at given probabilities, in Markdown."""
     lines = [
-        "| loss | c, good tokens | c, bad tokens | g, bad tokens | phase | to autograd "
+        "| loss | c, chosen tokens | c, rejected tokens | g, rejected tokens | phase | to autograd "
         "| to differences |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in ROWS:
         check = check_row(row)
-        cells = (f"`{text}`" for text in (row.good, row.bad, row.margin))
+        cells = (f"`{text}`" for text in (row.chosen, row.rejected, row.log_odds))
         lines.append(
             f"| {row.name} | {' | '.join(cells)} | {row.phase} "
             f"| {check.autograd:.0e} | {check.differences:.0e} |"
@@ -255,7 +257,7 @@ def table() -> str:
 
 
 def _weights_table() -> list[str]:
-    """Each penalty's gradient in the three spaces as the bad token's probability grows."""
+    """Each penalty's gradient in the three spaces as the rejected token's probability grows."""
     head = " | ".join(f"p = {_short(p)}" for p in PROBABILITIES)
     lines = [
         "One bad token of probability p, coefficient 1 (DPO: β = 0.1, no reference, a good token "
@@ -279,20 +281,20 @@ def _weights_table() -> list[str]:
 
 
 def one_token(loss: str, p: float, **options: Any) -> tuple[float, float, float]:
-    """Returns ∂L/∂p, ∂L/∂l and ∂L/∂m of a bad response of one token.
+    """Returns ∂L/∂p, ∂L/∂l and ∂L/∂m of a rejected response of one token.
 
     Args:
-        loss: a name of `FORMULAS` with a bad side; the good response is a token of p = 0.5.
+        loss: a name of `FORMULAS` with a rejected side; the chosen response is a token of p = 0.5.
         p: its probability, in (0, 1).
         **options: of the loss.
     """
     mask = torch.ones(1, 1, dtype=torch.bool)
-    good, bad = (
+    chosen, rejected = (
         Responses(torch.tensor([[math.log(x) - math.log1p(-x)]], dtype=torch.float64), mask)
         for x in (0.5, p)
     )
-    found = analytic_gradients(loss, good, bad, **options)["bad"]
-    return float(found.probability), float(found.logp), float(found.margin)
+    found = analytic_gradients(loss, chosen, rejected, **options)["rejected"]
+    return float(found.probability), float(found.logp), float(found.log_odds)
 
 
 def _short(x: float) -> str:

@@ -24,7 +24,7 @@ from fastadapt.tracking.pair_contexts import (
     shared_rows,
 )
 from fastadapt.tracking.tracker import RewardPenalizeTracker
-from fastadapt.training import reference_logps, response_margins, sides, training_steps
+from fastadapt.training import reference_logps, response_log_odds, sides, training_steps
 from fastadapt.training.pair_forms import Pair
 from fastadapt.training.pairs import encode_pairs
 
@@ -135,13 +135,13 @@ def slopes_of_example(model: Any, tokenizer: Any) -> dict[str, Any]:
     """Returns the tokens of a pair that shares its beginning, and ∂L/∂m of each loss at them.
 
     Returns:
-        dict[str, Any]: "good" and "bad", lists of token texts; "shared", how many rows of logits
-        they share, the first of them with the same label; "slopes": by loss, ∂L/∂m of the good and
-        of the bad tokens, of one pair and with the model as its own reference.
+        dict[str, Any]: "chosen" and "rejected", lists of token texts; "shared", how many rows of
+        logits they share, the first of them with the same label; "slopes": by loss, ∂L/∂m of the
+        chosen and of the rejected tokens, of one pair and with the model as its own reference.
     """
     batch = encode_pairs(tokenizer, [EXAMPLE])
-    margins = response_margins(model, batch)
-    good, bad = sides(batch, margins)
+    log_odds = response_log_odds(model, batch)
+    chosen, rejected = sides(batch, log_odds)
     reference = reference_logps(model, batch)
     kept = batch.mask
     texts = [
@@ -150,13 +150,13 @@ def slopes_of_example(model: Any, tokenizer: Any) -> dict[str, Any]:
     ]
     slopes = {}
     for name, weights in LOSSES.items():
-        found = analytic_gradients(weights, good, bad, *reference)
+        found = analytic_gradients(weights, chosen, rejected, *reference)
         slopes[name] = [
-            found[side].margin[0][mask].tolist()
-            for side, mask in zip(("good", "bad"), kept, strict=True)
+            found[side].log_odds[0][mask].tolist()
+            for side, mask in zip(("chosen", "rejected"), kept, strict=True)
         ]
     shared = int((shared_rows(batch)[0] & kept[0] & kept[1]).sum())
-    return {"good": texts[0], "bad": texts[1], "shared": shared, "slopes": slopes}
+    return {"chosen": texts[0], "rejected": texts[1], "shared": shared, "slopes": slopes}
 
 
 def _train(

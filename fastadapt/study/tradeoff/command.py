@@ -177,7 +177,7 @@ def _reward(options: Options) -> tuple[Reward | None, str | None]:
 
 
 def _sides(options: Options, err: Console) -> tuple[contexts.Side, contexts.Side]:
-    """The two laws; one model is loaded once."""
+    """The two distributions; one model is loaded once."""
     system = options.system
     if system is None and options.prior is None:
         system = contexts.SYSTEM

@@ -28,7 +28,7 @@ _FIRST_TURN = re.compile(r"\n\nHuman:(.*?)(?:\n\nAssistant:|$)", re.DOTALL)
 
 
 class Side(NamedTuple):
-    """One of the two laws: a model on the CPU, its tokenizer, and a system prompt or none."""
+    """One of the two distributions: a model on the CPU, its tokenizer, a system prompt or none."""
 
     model: Any
     tokenizer: Any
@@ -142,7 +142,7 @@ def end_ids(side: Side) -> Tensor:
 
 
 def check_sides(aligned: Side, prior: Side) -> None:
-    """Raises unless both sides give a law over the same tokens.
+    """Raises unless both sides give a distribution over the same tokens.
 
     Raises:
         ValueError: the vocabularies differ, or the heads have different sizes.

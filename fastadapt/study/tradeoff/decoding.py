@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastadapt import Adaptor, label_logps, sample, score
 from fastadapt.adaptor import KNOBS
-from fastadapt.training import head_margins, states_at_head
+from fastadapt.training import head_log_odds, states_at_head
 from fastadapt.training.head_check import head_of
 from fastadapt.training.pairs import IGNORED
 
@@ -119,7 +119,7 @@ def score_strings(model: Any, context: Tensor, tokens: Tensor) -> Tensor:
     """Returns log-probabilities of whole strings at temperature 1, without logits.
 
     One pass over all strings, after one over the context that they share; the head goes through
-    `linear_label_margins`.
+    `linear_log_odds`.
 
     Args:
         model: a causal language model of transformers, of the prior side.
@@ -138,6 +138,6 @@ def score_strings(model: Any, context: Tensor, tokens: Tensor) -> Tensor:
         read = tokens[:, :-1].clamp(min=0)
         inputs = {"input_ids": read, "past_key_values": cache, "use_cache": True}
         hidden = torch.cat([hidden, states_at_head(model, inputs)[0]], 1)
-    margins = head_margins(head, hidden, tokens)
-    logps = torch.where(tokens == IGNORED, 0.0, label_logps(margins).double())
+    log_odds = head_log_odds(head, hidden, tokens)
+    logps = torch.where(tokens == IGNORED, 0.0, label_logps(log_odds).double())
     return logps.sum(-1)

@@ -1,7 +1,7 @@
 """The globally normalised adaptor: importance weights, Metropolis-Hastings, effective sample sizes.
 
-A decoder draws from the locally normalised law q(y) = prod a_t(y_t) / Z_t. The globally normalised
-one is p(y) = prod a_t(y_t) / Z with one constant for all strings of a prompt, so that
+A decoder draws from the locally normalised distribution q(y) = prod a_t(y_t) / Z_t. The globally
+normalised one is p(y) = prod a_t(y_t) / Z with one constant for all strings of a prompt, so that
 
     log p(y) - log q(y) = sum_t log Z_t - log Z
 
@@ -33,7 +33,7 @@ class Chains(NamedTuple):
 
 
 def mixture_log_weights(log_q: Array, log_norm: Array, shares: Array, target: int) -> Array:
-    """Returns log weights of strings drawn by several adaptors, for the global law of one of them.
+    """Returns log weights of strings that several adaptors drew, for one's global distribution.
 
     A string of the pool comes from the mixture sum_b shares_b q_b, whoever drew it (the balance
     heuristic of Veach and Guibas, 1995), so every string counts for every adaptor whose support
@@ -52,7 +52,7 @@ def mixture_log_weights(log_q: Array, log_norm: Array, shares: Array, target: in
 
 
 def local_log_weights(log_q: Array, shares: Array, target: int) -> Array:
-    """Returns the same for the locally normalised law of an adaptor."""
+    """Returns the same for the locally normalised distribution of an adaptor."""
     with np.errstate(divide="ignore"):  # an adaptor without strings has no share
         mixed = logsumexp(log_q + np.log(shares), axis=-1)
     weights: Array = log_q[..., target] - mixed

@@ -118,7 +118,7 @@ def check_grid(cells: Sequence[Cell]) -> None:
 
     Raises:
         ValueError: fewer than two adaptors or more than 256, one twice, one with a knob per row,
-            or one with temperature 0, which has no law to score under.
+            or one with temperature 0, which has no distribution to score under.
     """
     if not 2 <= len(cells) <= 256:
         raise ValueError(f"adaptors: expected 2 to 256, got {len(cells)}")

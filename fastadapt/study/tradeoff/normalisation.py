@@ -65,7 +65,7 @@ def by_prompt(pool: Pool) -> Pools:
 
 
 def compare(pool: Pool, counts: Array, seed: int) -> dict[str, Any]:
-    """Returns the means of every adaptor of the grid under its local and its global law.
+    """Returns the means of every adaptor of the grid under its local and its global distribution.
 
     Args:
         pool: all strings, those of cells with a hidden top-k too.
@@ -74,13 +74,13 @@ def compare(pool: Pool, counts: Array, seed: int) -> dict[str, Any]:
 
     Returns:
         `adaptors`: for each its means `[log p, reward]` from its own strings, and from the whole
-        pool under the local and the global law; `shift`: global minus local with intervals;
-        `effective`: the median over prompts of the effective number of strings (global law);
-        `acceptance` and `chain`: of Metropolis-Hastings on the same pools; `own_acceptance`: with
-        the adaptor itself as proposal; `spread`: standard deviation of sum log Z_t within a
-        prompt; `one_chain_effective`: share of the adaptor's own strings that count if one chain
-        mixes all prompts; `fixed_target`: means under the aligned law at T = 1 on the adaptor's
-        support. `correlation`: of the adaptors' means.
+        pool under the local and the global distribution; `shift`: global minus local with
+        intervals; `effective`: the median over prompts of the effective number of strings (global
+        distribution); `acceptance` and `chain`: of Metropolis-Hastings on the same pools;
+        `own_acceptance`: with the adaptor itself as proposal; `spread`: standard deviation of sum
+        log Z_t within a prompt; `one_chain_effective`: share of the adaptor's own strings that
+        count if one chain mixes all prompts; `fixed_target`: means under the aligned distribution
+        at T = 1 on the adaptor's support. `correlation`: of the adaptors' means.
     """
     pools = by_prompt(pool)
     grid = [i for i, cell in enumerate(pool.cells) if not cell.hidden_top_k]
@@ -92,7 +92,7 @@ def compare(pool: Pool, counts: Array, seed: int) -> dict[str, Any]:
     global_w = np.stack(
         [masked + globalised.mixture_log_weights(log_q, norms, shares, target) for target in grid]
     )
-    # what the released chain aimed at: the aligned law at T = 1 on the support
+    # what the released chain aimed at: the aligned distribution at T = 1 on the support
     fixed_w = np.where(np.isfinite(local_w), local_w, -np.inf) + np.stack(
         [
             pools.log_aligned - np.where(np.isfinite(q), q, 0.0)

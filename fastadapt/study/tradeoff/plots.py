@@ -165,7 +165,7 @@ def _corpus_size(results: Mapping[str, Any]) -> Figure:
 
 
 def _local_and_global(results: Mapping[str, Any]) -> Figure:
-    """Each adaptor's mean under both laws, and how many strings the global one rests on."""
+    """Each adaptor's mean under both distributions, and how many strings carry the global one."""
     adaptors = results["adaptors"]
     figure = Figure(figsize=(9.6, 4.6), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -188,7 +188,7 @@ def _local_and_global(results: Mapping[str, Any]) -> Figure:
             **style,
         )
     left.set(xlabel="mean " + _LOG_PRIOR, ylabel="mean " + reward_label(results, "implicit"))
-    left.set_title("Filled: local law. Hollow: global law", loc="left")
+    left.set_title("Filled: local distribution. Hollow: global distribution", loc="left")
     right.axhline(_RELIABLE, color="black", lw=0.8, ls="--")
     right.text(
         0.02,
@@ -205,7 +205,7 @@ def _local_and_global(results: Mapping[str, Any]) -> Figure:
     right.set_yticks(ticks, [str(tick) for tick in ticks])
     right.minorticks_off()
     right.set_title(
-        f"Global law: effective number of {results['normalisation']['pool']:.0f} strings",
+        f"Global distribution: effective number of {results['normalisation']['pool']:.0f} strings",
         loc="left",
     )
     figure.legend(handles=_legend(adaptors), loc="outside lower center", ncols=6, fontsize=8)
@@ -213,7 +213,7 @@ def _local_and_global(results: Mapping[str, Any]) -> Figure:
 
 
 def is_reliable(adaptor: Mapping[str, Any]) -> bool:
-    """Tells whether an adaptor's global law is known: 5 strings of a prompt count in the median."""
+    """Tells whether a global distribution is known: 5 strings of a prompt count in the median."""
     return bool(adaptor["effective"] is not None and adaptor["effective"] >= _RELIABLE)
 
 

@@ -86,7 +86,8 @@ def _head(results: Results) -> str:
         {", ".join(f"{reason} {n}" for reason, n in left_out.items())}. **Tokens outside the
         support that they are scored under: {counts["violations"]}.**
         {100 * counts["finished"]:.1f} % of the strings end by themselves, the others are cut at
-        {settings["max_new_tokens"]} tokens: all laws below are laws of strings cut so."""
+        {settings["max_new_tokens"]} tokens: all distributions below are distributions of strings
+        cut so."""
     own = f"The reward is {names['reward']}. Beside it stands the implicit reward,"
     reward = f"""{own if "user" in results["correlations"] else "The reward is"} log p₊ − log p, of
         which p₊ is the exact RLHF optimum with β = 1. Log p stands in it with a minus sign, so
@@ -208,8 +209,8 @@ def _typical(results: Results) -> str:
     text = f"""{_of_implicit(results)} Corpora of {CORPUS} strings of one adaptor, kept if their
         mean log p₊ is within ε of the adaptor's; medians over the adaptors. Unselected they have
         the strings' correlation; selecting on the sum of the two quantities takes r from
-        {number(found[0]["pearson"])} to {number(found[-1]["pearson"])}. A normal law of the means
-        predicts that to {number(gap)}{so if gap < _CLOSE else ""}."""
+        {number(found[0]["pearson"])} to {number(found[-1]["pearson"])}. A normal distribution of
+        the means predicts that to {number(gap)}{so if gap < _CLOSE else ""}."""
     head = ["ε, in standard deviations of a corpus's mean", "r", "predicted"]
     return "\n\n".join(["## Typical corpora", flow(text), table(head, rows)])
 
@@ -219,18 +220,18 @@ def _normalisation(results: Results) -> str:
     adaptors, found = results["adaptors"], results["normalisation"]
     good = [one for one in adaptors if is_reliable(one)]
     poor = [one for one in adaptors if not is_reliable(one)]
-    text = f"""{_of_implicit(results)} A decoder draws from the locally normalised law. The
+    text = f"""{_of_implicit(results)} A decoder draws from the locally normalised distribution. The
         global one is reached by weights: every prompt's {found["pool"]:.0f} strings, whichever
         adaptor drew them, count for every adaptor whose support holds them. **For {len(good)} of
         {len(adaptors)} adaptors at least 5 strings of a prompt count in the median; only there is
-        the global law known**, and not exactly: weighted means of few strings lean towards what
-        was drawn, which no interval shows."""
+        the global distribution known**, and not exactly: weighted means of few strings lean towards
+        what was drawn, which no interval shows."""
     if good:
         gap = max(abs(one["global"][0] - one["chain"][0]) for one in good)
         text += f""" There the global mean of log p is {_moved(good, 0)}; that of the reward is
-            {_moved(good, 1)} (at T = 1 without truncation the two laws are one). Independent
-            Metropolis–Hastings on the same strings agrees with the weights to {number(gap)} nats of
-            mean log p."""
+            {_moved(good, 1)} (at T = 1 without truncation the two distributions are one).
+            Independent Metropolis–Hastings on the same strings agrees with the weights to
+            {number(gap)} nats of mean log p."""
     if poor:
         effective = [one["effective"] for one in poor if one["effective"] is not None]
         text += f""" For the other {len(poor)} a median of {number(min(effective), 1)} to
@@ -238,14 +239,13 @@ def _normalisation(results: Results) -> str:
             strings and no finding."""
     correlation = found["correlation"]
     rest = f"""Over all adaptors r of the means is {shown(correlation["local"])} under the local
-        laws, from the same weights, and {shown(correlation["global"])} under the global ones; the
-        second
-        rests on the poor estimates too."""
+        distributions, from the same weights, and {shown(correlation["global"])} under the global
+        ones; the second rests on the poor estimates too."""
     return "\n\n".join(["## Local and global normalisation", flow(text), flow(rest)])
 
 
 def _moved(adaptors: Sequence[Results], which: int) -> str:
-    """For how many adaptors a mean is higher or lower under the global law."""
+    """For how many adaptors a mean is higher or lower under the global distribution."""
     signs = [sign(one["shift"][which]) for one in adaptors]
     up, down = signs.count("positive"), signs.count("negative")
     return f"higher for {up}, lower for {down} and undecided for {len(signs) - up - down} of them"
@@ -266,10 +266,11 @@ def _defects(results: Results) -> str:
         {_percentages(adaptors, "one_chain_effective")} of an adaptor's strings would count.""",
         f"""**Its target has T = 1 for every temperature.** Mean log p of the adaptors' targets
         spans {_span(adaptors, "fixed_target")} nats so, {_span(adaptors, "global")} under their own
-        global laws and {_span(adaptors, "local")} under the local ones, as far as the weights can
-        tell.""",
-        f"""**The sign of the implicit reward is flipped**: r of strings {string["implicit"]}
-        becomes {string["flipped"]}, of adaptors {means["implicit"]} becomes {means["flipped"]}.""",
+        global distributions and {_span(adaptors, "local")} under the local ones, as far as the
+        weights can tell.""",
+        f"""**The sign of the implicit reward is flipped**: r of strings
+        {string["implicit"]} becomes {string["flipped"]}, of adaptors {means["implicit"]} becomes
+        {means["flipped"]}.""",
     ]
     if "released" in string:
         lines.append(
@@ -341,7 +342,8 @@ def _unknown(results: Results) -> str:
     lines = [f"What longer strings give: {cut:.0f} % of these are cut{hardly}."] if cut > 0 else []
     if few:
         lines.append(
-            "The global laws of the adaptors with few effective strings, and all that needs them."
+            "The global distributions of the adaptors with few effective strings, and all that "
+            "needs them."
         )
     if "user" in results["correlations"]:
         reward = _label(results, "user")
@@ -381,8 +383,8 @@ def _adaptors(results: Results) -> str:
         head += [reward, "r of it within"]
         which = f" Reward is the implicit one; the last two columns are of {reward}."
     text = f"""Means of strings, in nats. Effective: strings of a prompt that count for the global
-        law, median; below 5 no global mean is given. Acceptance: of Metropolis–Hastings with the
-        adaptor as proposal.{which}"""
+        distribution, median; below 5 no global mean is given. Acceptance: of Metropolis–Hastings
+        with the adaptor as proposal.{which}"""
     return "\n\n".join(["## The adaptors", flow(text), table(head, rows)])
 
 

@@ -185,7 +185,7 @@ def typical(means_of_s: Array, centre: float, epsilon: float) -> npt.NDArray[np.
 
 
 def typical_prediction(covariance: Array, width: float) -> float:
-    """Returns the r of corpora whose x + y lies in a strip, for a normal law of their means.
+    """Returns the r of corpora whose x + y lies in a strip, for normally distributed means.
 
     `Cov'(a, b) = Cov(a, b) - (1 - k) Cov(a, s) Cov(b, s) / Var(s)`, s = a + b, k the share of the
     variance of s that the strip leaves. It selects on a sum; no

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastadapt import Adaptor, adapted_logps, adapted_margins, filter_logits, reference, sample
+from fastadapt import Adaptor, adapted_log_odds, adapted_logps, filter_logits, reference, sample
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -19,7 +19,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 
 
 def plain_torch(x, y, adaptor, upstream):
-    """Margins and gradient as one would write them, in the dtype of x: float64 is the truth.
+    """Log-odds and gradient as one would write them, in the dtype of x: float64 is the truth.
 
     The support is that of the float32 values in any case.
     """
@@ -27,9 +27,9 @@ def plain_torch(x, y, adaptor, upstream):
     support = filter_logits(x.float(), adaptor) > float("-inf")
     s = (z / adaptor.temperature).masked_fill(~support, float("-inf"))
     others = s.scatter(1, y[:, None], float("-inf"))
-    margins = s.gather(1, y[:, None])[:, 0] - others.logsumexp(-1)
-    (gradient,) = torch.autograd.grad(margins, z, upstream.to(x.dtype))
-    return margins.detach(), gradient
+    log_odds = s.gather(1, y[:, None])[:, 0] - others.logsumexp(-1)
+    (gradient,) = torch.autograd.grad(log_odds, z, upstream.to(x.dtype))
+    return log_odds.detach(), gradient
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -44,21 +44,21 @@ def test_error_is_no_more_than_that_of_plain_torch(rows, cpu_capability, name, d
         inside = exact.isfinite()
         plain, plain_gradient = plain_torch(x, y, adaptor, upstream)
         leaf = x.clone().requires_grad_()
-        margins = adapted_margins(leaf, y, adaptor)
-        (gradient,) = torch.autograd.grad(margins, leaf, upstream)
-        assert margins.dtype == torch.float32
+        log_odds = adapted_log_odds(leaf, y, adaptor)
+        (gradient,) = torch.autograd.grad(log_odds, leaf, upstream)
+        assert log_odds.dtype == torch.float32
         assert gradient.dtype == dtype
 
         def error(a, b, inside=inside):
             return float((a.double() - b)[inside].abs().max())
 
         tolerance = TOLERANCE[dtype]
-        assert error(margins.detach(), exact) <= error(plain, exact) + tolerance
+        assert error(log_odds.detach(), exact) <= error(plain, exact) + tolerance
         assert error(gradient, exact_gradient) <= error(plain_gradient, exact_gradient) + tolerance
 
 
 @pytest.mark.parametrize("name", ADAPTORS)
-def test_equals_its_twin(rows, cpu_capability, name):
+def test_equals_its_reference(rows, cpu_capability, name):
     adaptor = ADAPTORS[name]
     for dtype in (torch.float32, torch.float64):
         x = rows("spread", 8, 777).to(dtype)
@@ -66,13 +66,13 @@ def test_equals_its_twin(rows, cpu_capability, name):
         y[:2] = -100
         upstream = torch.randn(8).to(x)
         results = []
-        for margins_of in (adapted_margins, reference.adapted_margins):
+        for log_odds_of in (adapted_log_odds, reference.adapted_log_odds):
             leaf = x.clone().requires_grad_()
-            margins = margins_of(leaf, y, adaptor)
-            results.append((margins.detach(), *torch.autograd.grad(margins, leaf, upstream)))
-        for ours, twin in zip(*results, strict=True):
+            log_odds = log_odds_of(leaf, y, adaptor)
+            results.append((log_odds.detach(), *torch.autograd.grad(log_odds, leaf, upstream)))
+        for ours, expected in zip(*results, strict=True):
             tolerance = 2e-5 if dtype == torch.float32 else 1e-12
-            torch.testing.assert_close(ours, twin, rtol=0, atol=tolerance)
+            torch.testing.assert_close(ours, expected, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("name", ADAPTORS)
@@ -80,9 +80,9 @@ def test_gradcheck_in_float64(rows, name):
     x = rows("spread", 3, 23).double().requires_grad_()
     y = sample(x.detach().float(), ADAPTORS[name]).tokens
     many = ADAPTORS[name]
-    inside = adapted_margins(x, y, many).isfinite()
+    inside = adapted_log_odds(x, y, many).isfinite()
     assert inside.any()
-    torch.autograd.gradcheck(lambda z: adapted_margins(z, y, many)[inside], (x,))
+    torch.autograd.gradcheck(lambda z: adapted_log_odds(z, y, many)[inside], (x,))
     torch.autograd.gradcheck(lambda z: adapted_logps(z, y, many), (x,))
 
 
@@ -99,20 +99,20 @@ def test_edges_have_the_stated_value_and_no_gradient(device):
         requires_grad=True,
     )
     y = torch.tensor([1, 0, 1, -100, 0], device=device)
-    margins = adapted_margins(x, y, Adaptor(top_k=1))
+    log_odds = adapted_log_odds(x, y, Adaptor(top_k=1))
     wanted = torch.tensor([float("-inf"), float("inf"), float("nan"), 0.0, float("inf")])
-    torch.testing.assert_close(margins.detach().cpu(), wanted, equal_nan=True)
+    torch.testing.assert_close(log_odds.detach().cpu(), wanted, equal_nan=True)
     logps = adapted_logps(x, y, Adaptor(top_k=1))
     assert logps.tolist()[:2] == [float("-inf"), 0.0]
     assert logps.tolist()[3:] == [0.0, 0.0]
     for upstream in (torch.randn(5), torch.full((5,), float("inf"))):
-        (gradient,) = torch.autograd.grad(margins, x, upstream.to(device), retain_graph=True)
+        (gradient,) = torch.autograd.grad(log_odds, x, upstream.to(device), retain_graph=True)
         assert (gradient == 0).all()
     (gradient,) = torch.autograd.grad(logps[[0, 1, 3, 4]].sum(), x)
     assert (gradient == 0).all()
 
 
-def test_large_margins_keep_their_digits(device):
+def test_large_log_odds_keep_their_digits(device):
     """log p = -e^-m where z_y - lse would round to 0."""
     for m in (8.0, 17.0, 25.0):
         x = torch.tensor([[m, 0.0]], device=device, requires_grad=True)
@@ -121,16 +121,16 @@ def test_large_margins_keep_their_digits(device):
         torch.testing.assert_close(logps.double()[0].cpu(), exact, rtol=1e-5, atol=0)
 
 
-def test_logps_of_any_margin_in_float32_have_a_value_and_a_gradient(device):
-    margins = torch.tensor([-300.0, -100, -89, -88, -20, 0, 20, 80, 85], device=device)
-    x = torch.stack([margins, torch.zeros_like(margins)], 1).requires_grad_()
+def test_logps_of_any_log_odds_in_float32_have_a_value_and_a_gradient(device):
+    log_odds = torch.tensor([-300.0, -100, -89, -88, -20, 0, 20, 80, 85], device=device)
+    x = torch.stack([log_odds, torch.zeros_like(log_odds)], 1).requires_grad_()
     y = torch.zeros(9, dtype=torch.int64, device=device)
     for logps in (adapted_logps, reference.adapted_logps):
         got = logps(x, y, Adaptor())
         (gradient,) = torch.autograd.grad(got.sum(), x)
-        truth = torch.nn.functional.logsigmoid(margins.double())
+        truth = torch.nn.functional.logsigmoid(log_odds.double())
         torch.testing.assert_close(got.double(), truth, rtol=1e-5, atol=0)
-        share = torch.sigmoid(-margins.double())  # 1 - p
+        share = torch.sigmoid(-log_odds.double())  # 1 - p
         torch.testing.assert_close(gradient[:, 0].double(), share, rtol=1e-5, atol=0)
 
 
@@ -160,14 +160,14 @@ def test_per_row_knobs_and_shapes_fold(rows, device):
         top_k=torch.arange(3, 9, device=device),
     )
     y = x.argmax(-1)
-    flat = adapted_margins(x, y, adaptor)
-    assert torch.equal(adapted_margins(x.view(2, 3, 100), y.view(2, 3), adaptor).view(6), flat)
+    flat = adapted_log_odds(x, y, adaptor)
+    assert torch.equal(adapted_log_odds(x.view(2, 3, 100), y.view(2, 3), adaptor).view(6), flat)
 
 
 def test_double_backward_raises(rows):
     x = rows("spread", 2, 50).requires_grad_()
-    margins = adapted_margins(x, x.argmax(-1), Adaptor())
-    (gradient,) = torch.autograd.grad(margins.square().sum(), x, create_graph=True)
+    log_odds = adapted_log_odds(x, x.argmax(-1), Adaptor())
+    (gradient,) = torch.autograd.grad(log_odds.square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="double backward"):
         gradient.sum().backward()
 
@@ -177,11 +177,11 @@ def test_non_contiguous_upstream_gradient(rows):
     y = x.detach().argmax(-1)
     upstream = torch.randn(4, 2).to(x.device)
     strided, dense = (
-        torch.autograd.grad(adapted_margins(x, y, Adaptor()), x, g)[0]
+        torch.autograd.grad(adapted_log_odds(x, y, Adaptor()), x, g)[0]
         for g in (upstream[:, 0], upstream[:, 0].contiguous())
     )
     assert torch.equal(strided, dense)
-    (expanded,) = torch.autograd.grad(adapted_margins(x, y, Adaptor()).sum(), x)
+    (expanded,) = torch.autograd.grad(adapted_log_odds(x, y, Adaptor()).sum(), x)
     assert expanded.abs().sum() > 0
 
 
@@ -189,8 +189,8 @@ def test_small_upstream_gradients_keep_their_digits(device, cpu_capability):
     """Scaling by 2^-40 before the mass is large would underflow."""
     x = torch.zeros(1, 100_000, device=device, requires_grad=True)
     for upstream in (1.0, 1e-22, 1e-28):
-        margins = adapted_margins(x, torch.tensor([5], device=device), Adaptor())
-        (gradient,) = torch.autograd.grad(margins, x, torch.tensor([upstream], device=device))
+        log_odds = adapted_log_odds(x, torch.tensor([5], device=device), Adaptor())
+        (gradient,) = torch.autograd.grad(log_odds, x, torch.tensor([upstream], device=device))
         wanted = torch.tensor(-upstream / 99_999, device=device)
         torch.testing.assert_close(gradient[0, 0], wanted, rtol=1e-5, atol=0)
 
@@ -199,6 +199,6 @@ def test_small_upstream_gradients_keep_their_digits(device, cpu_capability):
 def test_nan_upstream_gradient_stays_nan(device, cpu_capability, dtype):
     x = torch.zeros(1, 33, dtype=dtype, device=device, requires_grad=True)
     worst = torch.tensor([0x7FFFFFFF], dtype=torch.int32, device=device).view(torch.float32)
-    margins = adapted_margins(x, torch.tensor([5], device=device), Adaptor())
-    (gradient,) = torch.autograd.grad(margins, x, worst)
+    log_odds = adapted_log_odds(x, torch.tensor([5], device=device), Adaptor())
+    (gradient,) = torch.autograd.grad(log_odds, x, worst)
     assert gradient.isnan().all()

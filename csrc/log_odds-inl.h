@@ -1,5 +1,5 @@
 // The label against the surviving others, and its gradient. The support is decided by the integer
-// rule on float32 values; for float64 rows the margin itself is float64.
+// rule on float32 values; for float64 rows the log-odds are float64.
 
 static inline bool in_support(const uint8_t* support, int64_t i) {
   return support[i >> 3] >> (i & 7) & 1;
@@ -22,7 +22,7 @@ static inline uint32_t load_bits(const uint8_t* support, int64_t bytes, int64_t 
   return b;
 }
 
-// Decides the support of a row; false leaves it empty and the margin NaN.
+// Decides the support of a row; false leaves it empty and the log-odds NaN.
 template <class T>
 static bool write_support(const T* x, int64_t v, const RowKnobs& k, uint8_t* support,
                           const Scratch& scratch) {
@@ -85,11 +85,11 @@ static void others_stats(const double* x, int64_t v, const RowKnobs& k, const ui
 }
 
 template <class T>
-struct MarginOf {
+struct LogOddsOf {
   using type = float;
 };
 template <>
-struct MarginOf<double> {
+struct LogOddsOf<double> {
   using type = double;
 };
 
@@ -109,33 +109,33 @@ static inline double scaled(T x, const RowKnobs& k) {
 }
 
 template <class T>
-static void margin_row(const MarginArgs& a, int64_t r, const Scratch& scratch) {
+static void log_odds_row(const LogOddsArgs& a, int64_t r, const Scratch& scratch) {
   const int64_t v = a.rows.v, y = a.tokens[r];
   const T* x = static_cast<const T*>(a.rows.data) + r * a.rows.stride;
   uint8_t* support = a.support + r * ((v + 7) / 8);
   double* stats = a.stats + 2 * r;
-  double margin;
+  double log_odds;
   stats[0] = stats[1] = 0;
   const RowKnobs k = knobs_of(a.knobs, r);
   if (y == a.ignore_index) {
     std::memset(support, 0, static_cast<size_t>((v + 7) / 8));
-    margin = 0;
+    log_odds = 0;
   } else if (!write_support(as_float32(x, v, scratch), v, k, support, scratch)) {
-    margin = __builtin_nan("");
+    log_odds = __builtin_nan("");
   } else if (!in_support(support, y)) {
-    margin = -__builtin_inf();
+    log_odds = -__builtin_inf();
   } else {
     others_stats(x, v, k, support, y, stats);
-    margin = stats[1] > 0 ? scaled(x[y], k) - stats[0] - log64(stats[1]) : __builtin_inf();
+    log_odds = stats[1] > 0 ? scaled(x[y], k) - stats[0] - log64(stats[1]) : __builtin_inf();
   }
-  using Out = typename MarginOf<T>::type;
-  static_cast<Out*>(a.margins)[r] = static_cast<Out>(margin);
+  using Out = typename LogOddsOf<T>::type;
+  static_cast<Out*>(a.log_odds)[r] = static_cast<Out>(log_odds);
 }
 
-// dlogits = g / T (onehot(y) - q), q the law of the surviving others.
+// dlogits = g / T (onehot(y) - q), q the distribution of the surviving others.
 template <class T>
-static void margin_gradient(const T* x, int64_t v, const RowKnobs& k, const uint8_t* support,
-                            int64_t y, const double* stats, double g, T* out) {
+static void log_odds_gradient(const T* x, int64_t v, const RowKnobs& k, const uint8_t* support,
+                              int64_t y, const double* stats, double g, T* out) {
   // a NaN of the caller's may have bits that rounding would carry away; this one has not
   const double gain = g == g ? g * k.inv_t : __builtin_nan("");
   const F per_mass = fset(static_cast<float>(-gain / stats[1]));
@@ -152,8 +152,8 @@ static void margin_gradient(const T* x, int64_t v, const RowKnobs& k, const uint
   from_float(static_cast<float>(gain), out + y);
 }
 
-static void margin_gradient(const double* x, int64_t v, const RowKnobs& k, const uint8_t* support,
-                            int64_t y, const double* stats, double g, double* out) {
+static void log_odds_gradient(const double* x, int64_t v, const RowKnobs& k, const uint8_t* support,
+                              int64_t y, const double* stats, double g, double* out) {
   const double t = k[kTemperature];
   for (int64_t i = 0; i < v; ++i) {
     const bool other = i != y && in_support(support, i);
@@ -163,12 +163,12 @@ static void margin_gradient(const double* x, int64_t v, const RowKnobs& k, const
 }
 
 template <class T>
-static void margin_backward_row(const MarginBackwardArgs& a, int64_t r, const Scratch&) {
+static void log_odds_backward_row(const LogOddsBackwardArgs& a, int64_t r, const Scratch&) {
   const int64_t v = a.rows.v, y = a.tokens[r];
   T* out = static_cast<T*>(a.dlogits) + r * v;
   const double* stats = a.stats + 2 * r;
-  using In = typename MarginOf<T>::type;
-  const double g = static_cast<double>(static_cast<const In*>(a.dmargins)[r]);
+  using In = typename LogOddsOf<T>::type;
+  const double g = static_cast<double>(static_cast<const In*>(a.dlog_odds)[r]);
   // ignored and bad rows, tokens outside the support or alone in it: no gradient, whatever g is
   if (y == a.ignore_index || !(stats[1] > 0)) {
     std::memset(out, 0, static_cast<size_t>(v) * sizeof(T));
@@ -176,5 +176,5 @@ static void margin_backward_row(const MarginBackwardArgs& a, int64_t r, const Sc
   }
   const T* x = static_cast<const T*>(a.rows.data) + r * a.rows.stride;
   const uint8_t* support = a.support + r * ((v + 7) / 8);
-  margin_gradient(x, v, knobs_of(a.knobs, r), support, y, stats, g, out);
+  log_odds_gradient(x, v, knobs_of(a.knobs, r), support, y, stats, g, out);
 }

@@ -1,4 +1,4 @@
-"""The adapted law of each row: scaled logits, masses, ranking, survivors."""
+"""The adapted distribution of each row: scaled logits, masses, ranking, survivors."""
 
 from typing import Any
 
@@ -17,8 +17,8 @@ FILTERS = {
 }
 
 
-class Law:
-    """The adapted law of each row: scaled logits, masses, ranking, survivors, status."""
+class Distribution:
+    """The adapted distribution of each row: scaled logits, masses, ranking, survivors, status."""
 
     def __init__(self, x: Tensor, adaptor: Knobs | None, survivors: Tensor | None = None) -> None:
         """Runs steps 1 to 4; `survivors` replaces the filters by a known support."""
@@ -90,7 +90,7 @@ class Law:
         return log64(mass.double() / self.unit) if self.exact else mass.log()
 
     def entropy(self, alive: Tensor) -> Tensor:
-        """Entropy in nats of the law restricted to `alive`, float64 (N,)."""
+        """Entropy in nats of the distribution restricted to `alive`, float64 (N,)."""
         z, u = (self.w * alive).sum(-1), (self.u * alive).sum(-1)
         return self.log(z) + u.double() / z.double()
 
@@ -98,8 +98,8 @@ class Law:
         """Scaled logits that a dtype holds, those of survivors never as infinities.
 
         In half precision a row is less by its maximum m where that is beyond the range of the
-        dtype, or so low that others may be: the same law. What is still too low is the lowest
-        value of the dtype.
+        dtype, or so low that others may be: the same distribution. What is still too low is the
+        lowest value of the dtype.
         """
         if dtype not in (torch.bfloat16, torch.float16):
             return self.s

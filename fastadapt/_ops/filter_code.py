@@ -16,7 +16,7 @@ _FIRST_KNOB = 2
 _END = 1 << 9  # of codes: there are seven knobs
 
 
-def law_code(order: int, may_act: Iterable[bool]) -> int:
+def filter_code(order: int, may_act: Iterable[bool]) -> int:
     """The code of an order (0 or 1) and of knobs that may do something."""
     return order | _KNOWN | sum(acts << (_FIRST_KNOB + i) for i, acts in enumerate(may_act))
 
@@ -28,7 +28,7 @@ def order_of(code: int) -> int:
         ValueError: it is no code.
     """
     if not (code in (0, 1) or (0 < code < _END and is_known(code))):
-        raise ValueError(f"order: expected 0, 1 or the law_code of an Adaptor, got {code}")
+        raise ValueError(f"order: expected 0, 1 or the filter_code of an Adaptor, got {code}")
     return code & _ORDER
 
 
@@ -43,7 +43,7 @@ def may_act(code: int, knob: int) -> bool:
 
 
 def joined(codes: Iterable[int]) -> int:
-    """A code for rows of any of several laws of one order."""
+    """A code for rows of any of several distributions of one order."""
     codes = list(codes)
     if not all(map(is_known, codes)):
         return order_of(codes[0])

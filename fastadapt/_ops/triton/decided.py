@@ -1,26 +1,26 @@
-"""What is made of a decided row without a draw: its law in memory, or a token's score under it."""
+"""What is made of a decided row without a draw: its bounds in memory, or the score of a token."""
 
 import triton
 import triton.language as tl
 
 from fastadapt._ops.triton.arithmetic import log_mass
 from fastadapt._ops.triton.decide import decide, found_of, held_of
-from fastadapt._ops.triton.rows import LAW_SIZE, OK, knobs_of, largest_of, store_law, survives
+from fastadapt._ops.triton.rows import BOUNDS_SIZE, OK, knobs_of, largest_of, store_bounds, survives
 
 
 @triton.jit
-def law_kernel(rows, adaptors, parts, lists, weights, laws, asked, sizes):
-    """Stores the law of a row, (rows, LAW_SIZE) int64."""
+def bounds_kernel(rows, adaptors, parts, lists, weights, all_bounds, asked, sizes):
+    """Stores the bounds of a row, (rows, BOUNDS_SIZE) int64."""
     at = tl.program_id(0)
     _, knobs = knobs_of(adaptors, at)
     found = found_of(lists, at, held_of(lists, at, knobs, sizes), sizes)
     decided = decide(rows, adaptors, parts, lists, weights, at, found, asked, sizes)
-    store_law(laws + at.to(tl.int64) * LAW_SIZE, decided.law, decided.status)
+    store_bounds(all_bounds + at.to(tl.int64) * BOUNDS_SIZE, decided.bounds, decided.status)
 
 
 @triton.jit
 def score_kernel(rows, adaptors, parts, lists, weights, labels, out, asked, sizes):
-    """Decides a row and scores a token under its law; the first adaptor's program, the base law."""
+    """Decides a row and scores a token, the first program also under the base distribution."""
     virtual = tl.program_id(0)
     at = virtual // adaptors.number
     _, knobs = knobs_of(adaptors, virtual)
@@ -44,7 +44,7 @@ def score_kernel(rows, adaptors, parts, lists, weights, labels, out, asked, size
     s = x * row.inverse
     log_s = log_mass(tl.where(scored, decided.total, 1))
     logprob = (s.to(tl.float64) - row.m.to(tl.float64) - log_s).to(tl.float32)
-    alive = survives(s, token.to(tl.int32), row.m, decided.law)
+    alive = survives(s, token.to(tl.int32), row.m, decided.bounds)
     logprob = tl.where(alive, logprob, float("-inf"))
     inverse = row.inverse.to(tl.float64)
     shift = row.m.to(tl.float64) - m1.to(tl.float64) * inverse

@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from fastadapt import Adaptor
-from fastadapt._ops.law_code import joined, may_act
+from fastadapt._ops.filter_code import joined, may_act
 from fastadapt.adaptor import KNOBS
 
 
 def acting(adaptor):
     """The knobs that may do something."""
-    return {name for i, name in enumerate(KNOBS[:7]) if may_act(adaptor.law_code, i)}
+    return {name for i, name in enumerate(KNOBS[:7]) if may_act(adaptor.filter_code, i)}
 
 
 def test_numbers_that_are_neutral_do_nothing():
@@ -29,11 +29,11 @@ def test_tensors_are_read_on_the_cpu_alone():
     assert acting(Adaptor(top_k=knob)) == {"top_k"}
 
 
-def test_codes_of_several_laws():
-    a, b = Adaptor(top_k=3).law_code, Adaptor(top_p=0.9).law_code
+def test_codes_of_several_distributions():
+    a, b = Adaptor(top_k=3).filter_code, Adaptor(top_p=0.9).filter_code
     assert [may_act(joined([a, b]), i) for i in (0, 1, 2, 3)] == [False, True, True, False]
     assert all(may_act(joined([a, 0]), i) for i in range(7))
-    assert joined([Adaptor(top_k=3, order="vllm").law_code]) & 1 == 1
+    assert joined([Adaptor(top_k=3, order="vllm").filter_code]) & 1 == 1
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_passes_follow_from_the_adaptor(adaptor, passes):
     pytest.importorskip("triton", reason="triton is not installed: it has wheels for Linux")
     from fastadapt._ops.triton.steps import steps_of
 
-    steps = steps_of(adaptor.law_code, adaptor.packed.shape[1])
+    steps = steps_of(adaptor.filter_code, adaptor.packed.shape[1])
     assert {name for name, asked in steps._asdict().items() if asked and name != "order"} == passes
     assert steps.order == adaptor.order_code
     unknown = steps_of(adaptor.order_code, adaptor.packed.shape[1])

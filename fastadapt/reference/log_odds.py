@@ -1,4 +1,4 @@
-"""Twins of the margin operators: the whole logits, masked logsumexp, autograd."""
+"""References of the log-odds operators: the whole logits, masked logsumexp, autograd."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -10,16 +10,16 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-def label_margins(logits: Tensor, labels: Tensor, *, ignore_index: int = -100) -> Tensor:
-    """Twin of `fastadapt.label_margins`."""
+def label_log_odds(logits: Tensor, labels: Tensor, *, ignore_index: int = -100) -> Tensor:
+    """Reference of `fastadapt.label_log_odds`."""
     used = labels != ignore_index
     index = torch.where(used, labels, 0)[..., None]
-    margins = candidate_margins(logits, index, used[..., None])
-    return margins[..., 0]
+    log_odds = candidate_log_odds(logits, index, used[..., None])
+    return log_odds[..., 0]
 
 
-def candidate_margins(logits: Tensor, index: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Twin of `fastadapt.candidate_margins`; holds K copies of the logits."""
+def candidate_log_odds(logits: Tensor, index: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Reference of `fastadapt.candidate_log_odds`; holds K copies of the logits."""
     x = logits if logits.dtype == torch.float64 else logits.float()
     used = torch.ones_like(index, dtype=torch.bool) if mask is None else mask
     c = torch.where(used, index, 0)[..., None]  # (..., K, 1)
@@ -29,11 +29,11 @@ def candidate_margins(logits: Tensor, index: Tensor, mask: Tensor | None = None)
     # a row without others has m = +inf and no gradient: keep logsumexp away from it
     lse = torch.where(some[..., None], others, 0.0).logsumexp(-1)
     lse = torch.where(others.amax(-1) == float("inf"), float("nan"), lse)
-    margins = torch.where(some, rows.gather(-1, c)[..., 0] - lse, float("inf"))
-    return torch.where(used, margins, 0.0)
+    log_odds = torch.where(some, rows.gather(-1, c)[..., 0] - lse, float("inf"))
+    return torch.where(used, log_odds, 0.0)
 
 
-def linear_label_margins(
+def linear_log_odds(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
@@ -46,7 +46,7 @@ def linear_label_margins(
     memory_budget: int | None = None,
     outputs: Sequence[str] = (),
 ) -> Tensor | tuple[Tensor, ...]:
-    """Twin of `fastadapt.linear_label_margins`; holds all logits whatever `memory_budget` says.
+    """Reference of `fastadapt.linear_log_odds`; holds all logits whatever `memory_budget` says.
 
     With a group every rank gathers the whole head and does everything itself.
     """
@@ -58,9 +58,9 @@ def linear_label_margins(
     z = torch.nn.functional.linear(hidden, weight, bias) * logit_scale
     if softcap is not None:
         z = softcap * (z / softcap).tanh()
-    margins = label_margins(z, labels, ignore_index=ignore_index)
+    log_odds = label_log_odds(z, labels, ignore_index=ignore_index)
     if not outputs:
-        return margins
+        return log_odds
     used = labels != ignore_index
     y = torch.where(used, labels, 0)[..., None]
     z = z.detach() if z.dtype == torch.float64 else z.detach().float()
@@ -71,7 +71,7 @@ def linear_label_margins(
         "logsumexp": torch.where(used, z.logsumexp(-1), 0.0),
         "hit": used & (z.gather(-1, y)[..., 0] >= z.amax(-1)),
     }
-    return (margins, *(extra[name] for name in outputs))
+    return (log_odds, *(extra[name] for name in outputs))
 
 
 def _gathered(mine: Tensor, group: "ProcessGroup") -> Tensor:
