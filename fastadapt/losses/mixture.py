@@ -213,7 +213,7 @@ class RewardPenalizeLoss(nn.Module):
         sides = {"chosen": chosen} if rejected is None else {"chosen": chosen, "rejected": rejected}
 
         def loss_of(log_odds: Mapping[str, Tensor]) -> Tensor:
-            moved = {k: side._replace(log_odds=log_odds[k]) for k, side in sides.items()}
+            moved = {k: _at(log_odds[k], side) for k, side in sides.items()}
             return self._total(self._terms({**inputs, **moved}))
 
         points = {k: accumulated(k, side.log_odds).detach() for k, side in sides.items()}
@@ -245,6 +245,12 @@ def _checked(weights: object) -> dict[str, float]:
             "name the bare penalties beside it, such as exmate_penalty"
         )
     return {name: number(f"weights[{name!r}]", weight) for name, weight in weights.items()}
+
+
+def _at(log_odds: Tensor, side: Responses) -> Responses:
+    """A side at other log-odds; `_replace` and slices of a side break torch 2.8's compiler."""
+    _, mask, segments, size, tokens, sequences = side
+    return Responses(log_odds, mask, segments, size, tokens, sequences)
 
 
 def _mean(x: Tensor, counted: Tensor) -> Tensor:
