@@ -217,7 +217,9 @@ class RewardPenalizeLoss(nn.Module):
             return self._total(self._terms({**inputs, **moved}))
 
         points = {k: accumulated(k, side.log_odds).detach() for k, side in sides.items()}
-        masses = {k: g.abs().sum() for k, g in torch.func.grad(loss_of)(points).items()}
+        with torch.inference_mode(False):  # inside inference mode torch 2.8 makes zeros
+            slopes = torch.func.grad(loss_of)(points)
+        masses = {k: g.abs().sum() for k, g in slopes.items()}
         total = torch.stack(list(masses.values())).sum()
         return {f"gradients/{k}": m / torch.where(total > 0, total, 1) for k, m in masses.items()}
 
