@@ -159,7 +159,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.fixture(scope="session", autouse=True)
 def _interpreter_without_repetition() -> Iterator[None]:
     """Triton's interpreter, which most of the tests' time would go into, with a memory."""
-    spec = importlib.util.spec_from_file_location("interpreter", INTERPRETER)
+    spec = importlib.util.spec_from_file_location("triton_interpreter", INTERPRETER)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     with module.without_repetition():

@@ -1,8 +1,9 @@
-"""Triton's interpreter without its work that changes nothing: a fifth of its time is left.
+"""Triton's interpreter without its work that changes nothing: an eighth of its time is left.
 
 What is replaced is what it computes anew for each operation and could remember: the type that two
 types give, NumPy's dtypes, types of blocks, the language with NumPy's functions in it. Its checks
-of overflow end in an assertion that it leaves out.
+of overflow end in an assertion that it leaves out. Operators go straight to the function of NumPy
+that they end in, once it has given what the interpreter gave for the same types.
 """
 
 import dataclasses
@@ -13,7 +14,19 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+
+NUMBERS = frozenset({"fp32", "fp64", "int32", "int64", "uint32", "uint64"})  # NumPy's own as well
+SIGNED = frozenset({"int32", "int64"})  # of which NumPy takes the wider one, too
+BITS = frozenset({"and", "or", "xor"})
+OPERATORS = {
+    **{"add": np.add, "sub": np.subtract, "mul": np.multiply, "truediv": np.divide},
+    **{"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor},
+    **{"lshift": np.left_shift, "rshift": np.right_shift},
+    **{"lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal},
+    **{"eq": np.equal, "ne": np.not_equal},
+}
 
 
 @contextmanager
@@ -66,7 +79,171 @@ def _called_at_once(of: Any, name: str, member: Any, builder: Any, scope: Any) -
     def call(*args: Any, _semantic: Any = None, **kwargs: Any) -> Any:
         return function(*args, **kwargs, _semantic=semantic)
 
-    scope.set_attr(of, name, call)
+    scope.set_attr(of, name, _shortened(of, name, call, semantic))
+
+
+def _shortened(of: Any, name: str, call: Callable[..., Any], semantic: Any) -> Callable[..., Any]:
+    """The same function, where it is one that goes straight to NumPy's."""
+    import triton.language as tl
+
+    if name == "where" and of in (tl, tl.core):
+        return _where(call, semantic)
+    if of is not tl.tensor:
+        return call
+    if name == "to":
+        return _to(call)
+    operator = name.strip("_")
+    if operator in OPERATORS:
+        return _operator(operator, call, semantic)
+    if name.startswith("__r") and operator[1:] in OPERATORS:
+        return _operator(operator[1:], call, semantic, swapped=True)
+    return call
+
+
+def _maker(data: Any, slow: Any) -> Callable[[Any], Any] | None:
+    """Makes results of arrays, as the interpreter's first one was made, if NumPy's array was it."""
+    wanted = slow.handle.data
+    if data.dtype != wanted.dtype or data.shape != wanted.shape:
+        return None
+    if not np.array_equal(data, wanted, equal_nan=data.dtype.kind == "f"):
+        return None
+    fields = {name: x for name, x in vars(slow).items() if name != "handle"}
+    tensor, handle, dtype = type(slow), type(slow.handle), slow.handle.dtype
+
+    def make(data: Any) -> Any:
+        made = object.__new__(tensor)
+        vars(made).update(fields)
+        made.handle = handle(data, dtype)
+        return made
+
+    return make
+
+
+def _operator(
+    name: str, call: Callable[..., Any], semantic: Any, *, swapped: bool = False
+) -> Callable[..., Any]:
+    """An operator by NumPy's, for two tensors alike, a tensor and a number, a pointer."""
+    import triton.language as tl
+
+    function, learned = OPERATORS[name], {}
+    kinds = NUMBERS | {"int1"} if name in BITS else NUMBERS
+    checks = (False, False, True, True) if name == "truediv" else ()
+
+    def of_tensors(a: Any, b: Any) -> Any:
+        return function(a.handle.data, b.handle.data)
+
+    def of_a_pointer(a: Any, b: Any) -> Any:
+        width = max(1, a.dtype.element_ty.primitive_bitwidth // 8)
+        return a.handle.data + width * b.handle.data.astype(np.uint64)
+
+    def of_a_number(a: Any, b: Any) -> Callable[[Any, Any], Any] | None:
+        same, constant = semantic.binary_op_type_checking_impl(a, b, *checks)
+        number, to = constant.handle.data, same.handle.data.dtype
+        if same.dtype.name not in NUMBERS:
+            return None
+        if swapped:
+            return lambda a, b: function(number, a.handle.data.astype(to, copy=False))
+        return lambda a, b: function(a.handle.data.astype(to, copy=False), number)
+
+    def first(key: Any, a: Any, b: Any) -> Any:
+        slow, compute = call(a, b), None
+        if isinstance(b, tl.tensor):
+            if a.dtype.is_ptr():
+                compute = of_a_pointer if name == "add" and b.dtype.name in NUMBERS else None
+            elif a.dtype.name == b.dtype.name and a.dtype.name in kinds:
+                compute = of_tensors
+            elif a.dtype.name in SIGNED and b.dtype.name in SIGNED:
+                compute = of_tensors
+        elif a.dtype.name in NUMBERS | {"int1"} and type(b) in (int, float):
+            compute = of_a_number(a, b)
+        make = compute and _maker(compute(a, b), slow)
+        learned[key] = (lambda a, b: make(compute(a, b))) if make else call
+        return slow
+
+    def operator(a: Any, b: Any) -> Any:
+        if type(b) is tl.constexpr:
+            b = b.value
+        if type(b) is tl.tensor:
+            key = a.type.name, b.type.name
+        else:
+            key = a.type.name, type(b), repr(b)
+        known = learned.get(key)
+        return known(a, b) if known else first(key, a, b)
+
+    return operator
+
+
+def _to(call: Callable[..., Any]) -> Callable[..., Any]:
+    """Conversion of numbers, or of their bits, by that of NumPy's arrays."""
+    learned: dict[Any, Any] = {}
+
+    def first(key: Any, x: Any, dtype: Any, bitcast: bool) -> Any:
+        slow, make = call(x, dtype, bitcast=bitcast), None
+        to = slow.handle.data.dtype
+
+        def compute(x: Any) -> Any:
+            return x.handle.data.view(to) if bitcast else x.handle.data.astype(to)
+
+        if slow is x:
+            learned[key] = lambda x: x
+        elif x.dtype.name in NUMBERS | {"int1", "fp16"} and dtype.name in NUMBERS:
+            make = _maker(compute(x), slow)
+        if make:
+            learned[key] = lambda x: make(compute(x))
+        else:
+            learned.setdefault(key, lambda x: call(x, dtype, bitcast=bitcast))
+        return slow
+
+    def convert(x: Any, dtype: Any, *rest: Any, bitcast: Any = False, **options: Any) -> Any:
+        dtype, bitcast = (getattr(y, "value", y) for y in (dtype, bitcast))  # or constexpr
+        if rest or options:
+            return call(x, dtype, *rest, bitcast=bitcast, **options)
+        key = x.type.name, dtype.name, bitcast
+        known = learned.get(key)
+        return known(x) if known else first(key, x, dtype, bitcast)
+
+    return convert
+
+
+def _where(call: Callable[..., Any], semantic: Any) -> Callable[..., Any]:
+    """A choice between numbers of one type by NumPy's `where`."""
+    import triton.language as tl
+
+    learned: dict[Any, Any] = {}
+
+    def first(key: Any, condition: Any, x: Any, y: Any) -> Any:
+        slow, learned[key] = call(condition, x, y), call
+        if condition.dtype.name != "int1":
+            return slow
+        number, wanted = None, x.dtype.name
+        if isinstance(y, tl.tensor):
+            wanted = y.dtype.name
+        elif type(y) in (int, float):
+            same, constant = semantic.binary_op_type_checking_impl(x, y, True, True)
+            wanted, number = constant.dtype.name, constant.handle.data
+        if wanted != x.dtype.name or wanted not in NUMBERS | {"int1"}:
+            return slow
+
+        def compute(condition: Any, x: Any, y: Any) -> Any:
+            last = y.handle.data if number is None else number
+            return np.where(condition.handle.data, x.handle.data, last)
+
+        make = _maker(compute(condition, x, y), slow)
+        if make:
+            learned[key] = lambda *arguments: make(compute(*arguments))
+        return slow
+
+    def where(condition: Any, x: Any, y: Any) -> Any:
+        if type(condition) is not tl.tensor or type(x) is not tl.tensor:
+            return call(condition, x, y)
+        if type(y) is tl.constexpr:
+            y = y.value
+        last = y.type.name if type(y) is tl.tensor else (type(y), repr(y))
+        key = condition.type.name, x.type.name, last
+        known = learned.get(key)
+        return known(condition, x, y) if known else first(key, condition, x, y)
+
+    return where
 
 
 def _by_name(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
