@@ -200,6 +200,25 @@ def cpu_capability(request: pytest.FixtureRequest) -> str | None:
 
 
 @pytest.fixture
+def each_capability(request: pytest.FixtureRequest) -> Callable[[], Iterator[None]]:
+    """Sets each instruction set in turn, or the one asked for; on another device there is one turn.
+
+    For what is compared with a reference that takes longer than the kernels: it is computed once.
+    """
+    asked = request.config.getoption("--cpu-capability")
+
+    def turns() -> Iterator[None]:
+        if _device_of(request) != "cpu":
+            yield
+            return
+        for name in (asked,) if asked else _C.cpu_capabilities():
+            _C.set_cpu_capability(name)
+            yield
+
+    return turns
+
+
+@pytest.fixture
 def num_threads() -> Iterator[Callable[[int], None]]:
     """`torch.set_num_threads`, undone after the test."""
     before = torch.get_num_threads()

@@ -1,7 +1,7 @@
 """The distribution of the draw: G-tests over seeds and over positions, and the far tail.
 
-All seeds are fixed, so that a test passes always or never. With 60 tests at 1e-5 the suite as a
-whole would reject a right sampler once in 1,600 choices of these seeds.
+All seeds are fixed, so that a test passes always or never. With 34 tests at 1e-5 the suite as a
+whole would reject a right sampler once in 2,900 choices of these seeds.
 """
 
 import pytest
@@ -52,7 +52,7 @@ def test_draws_over_seeds(rows, device, kind, name):
     assert_distribution(x, ADAPTORS[name], drawn.tokens)
 
 
-@pytest.mark.parametrize("name", ADAPTORS)
+@pytest.mark.parametrize("name", ["neutral", "top_p", "all"])  # seeds know nothing of adaptors
 def test_draws_over_consecutive_seeds(rows, device, name):
     x = rows("spread", 1, 300)[0]
     seeds = torch.arange(DRAWS, device=device)
@@ -60,8 +60,10 @@ def test_draws_over_consecutive_seeds(rows, device, name):
     assert_distribution(x, ADAPTORS[name], drawn.tokens)
 
 
-@pytest.mark.parametrize("name", ADAPTORS)
-@pytest.mark.parametrize("kind", ["spread", "power"])
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [*(("spread", name) for name in ADAPTORS), ("power", "neutral"), ("power", "all")],
+)
 def test_draws_over_rows_of_one_seed(rows, device, kind, name):
     """One seed, the position of each row as its counter: what one sequence draws over time."""
     x = rows(kind, 1, 300)[0]
@@ -92,8 +94,8 @@ def test_consecutive_positions_are_independent(device):
 
 def test_tail_tokens_come_as_often_as_they_should(device):
     """32 tokens of probability 1e-7 in each of three places, 2e7 draws: 64 expected in each."""
-    n, v, rare, p = 20_000_000, 192, 32, 1e-7
-    starts = {"first": 0, "middle": 80, "last": v - rare}
+    n, v, rare, p = 20_000_000, 102, 32, 1e-7
+    starts = {"first": 0, "middle": 35, "last": v - rare}
     probs = torch.full((v,), (1 - len(starts) * rare * p) / (v - len(starts) * rare)).double()
     for start in starts.values():
         probs[start : start + rare] = p
