@@ -574,7 +574,11 @@ def test_fresh_process_yields_items_and_errors():
 
 
 @needs_peak
-def test_memory_is_measured_in_its_own_process(monkeypatch):
+def test_memory_is_measured_in_its_own_process(monkeypatch, preloaded):
+    context = SimpleNamespace(
+        get_context=lambda method: preloaded
+    )  # new processes, but for imports
+    monkeypatch.setattr(fresh, "multiprocessing", context)
     options = _options(monkeypatch, bench_losses)
     cell = bench_losses.Cell(256, 64, 20_000, "float32", "frozen")
     (plain,) = fresh.in_fresh_process(bench_losses.extra_mb, cell, "plain", options)

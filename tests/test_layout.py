@@ -287,21 +287,51 @@ def test_version() -> None:
     assert fastadapt.__version__ == importlib.metadata.version("fastadapt")
 
 
-def test_import_is_light(tmp_path: Path) -> None:
+# What an interpreter of its own says, line by line; importing torch takes it two seconds.
+FIRST_STEPS = """
+import sys, torch
+before = set(sys.modules)
+import fastadapt
+print(*sorted(set(sys.modules) - before))
+import fastadapt._cli.main
+print(*sys.modules)
+torch.set_num_threads(2)
+fastadapt.sample(torch.randn(8, 1000), fastadapt.Adaptor(top_p=0.9))
+maps = open('/proc/self/maps') if sys.platform == 'linux' else ()
+print(*{line.split()[-1] for line in maps if 'gomp' in line})
+for name in ('transformers', 'trl', 'matplotlib'):
+    sys.modules[name] = None
+import inspect
+print(*(hasattr(fastadapt, name) for name in ('hf', 'trl', 'training')))
+print(len(inspect.getmembers(fastadapt)) > 20)
+print(hasattr(fastadapt.tracking, 'TrackerCallback'))
+"""
+
+
+@pytest.fixture(scope="module")
+def first_steps(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The lines of `FIRST_STEPS`."""
+    run = [sys.executable, "-P", "-c", FIRST_STEPS]
+    folder = tmp_path_factory.mktemp("fresh")
+    done = subprocess.run(run, cwd=folder, check=True, capture_output=True, text=True)
+    return done.stdout.splitlines()
+
+
+def test_import_is_light(first_steps: list[str]) -> None:
     """`import fastadapt` loads none of the optional packages and no module that needs one."""
-    code = (
-        "import sys, torch; before = set(sys.modules); import fastadapt; "
-        "print(*sorted(set(sys.modules) - before))"
-    )
-    run = [sys.executable, "-P", "-c", code]
-    loaded = subprocess.run(run, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
-    names = loaded.split()
+    names = first_steps[0].split()
     assert "fastadapt._C" in names
     heavy = {"triton", "transformers", "trl", "matplotlib", "rich", "numpy", "platformdirs"}
     assert {n for n in names if n.split(".")[0] in heavy} == set()
     own = {n.split(".")[1] for n in names if n.startswith("fastadapt.")}
     assert own <= {"_C", "_config", "_ops", "adaptor", "log_odds", "losses", "results", "sampling"}
     assert not [n for n in names if n.startswith("fastadapt._ops.triton")]
+
+
+def test_import_of_the_command_is_cheap(first_steps: list[str]) -> None:
+    loaded = {name.partition(".")[0] for name in first_steps[1].split()}
+    assert "fastadapt._cli.main" in first_steps[1].split()
+    assert loaded & {"transformers", "rich", "platformdirs", "gguf", "accelerate"} == set()
 
 
 @pytest.mark.parametrize(
@@ -327,16 +357,9 @@ def test_unbuilt_sources_say_so(words: list[str], extension: str | None, tmp_pat
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/maps")
-def test_one_openmp_runtime(tmp_path: Path) -> None:
+def test_one_openmp_runtime(first_steps: list[str]) -> None:
     """The extension runs on the libgomp that torch has loaded, so there is one pool of threads."""
-    code = (
-        "import torch, fastadapt; torch.set_num_threads(2); "
-        "fastadapt.sample(torch.randn(8, 1000), fastadapt.Adaptor(top_p=0.9)); "
-        "print(*{line.split()[-1] for line in open('/proc/self/maps') if 'gomp' in line})"
-    )
-    run = [sys.executable, "-P", "-c", code]
-    loaded = subprocess.run(run, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
-    assert len(loaded.split()) == 1, loaded
+    assert len(first_steps[2].split()) == 1, first_steps[2]
 
 
 def _public_functions() -> list[str]:
@@ -359,20 +382,9 @@ def test_dir_is_what_is_public() -> None:
         assert set(dir(folder)) == public == set(dict(inspect.getmembers(folder)))
 
 
-def test_submodules_without_their_extra(tmp_path: Path) -> None:
+def test_submodules_without_their_extra(first_steps: list[str]) -> None:
     """In an environment with torch alone `hasattr` and `inspect.getmembers` say what is there."""
-    code = (
-        "import inspect, sys\n"
-        "for name in ('transformers', 'trl', 'matplotlib'):\n"
-        "    sys.modules[name] = None\n"
-        "import fastadapt\n"
-        "print(*(hasattr(fastadapt, name) for name in ('hf', 'trl', 'training')))\n"
-        "print(len(inspect.getmembers(fastadapt)) > 20)\n"
-        "print(hasattr(fastadapt.tracking, 'TrackerCallback'))\n"
-    )
-    run = [sys.executable, "-P", "-c", code]
-    said = subprocess.run(run, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
-    assert said.splitlines() == ["False False True", "True", "False"]
+    assert first_steps[3:] == ["False False True", "True", "False"]
 
 
 @pytest.mark.parametrize("kind", [ModuleNotFoundError, ImportError, RuntimeError])
