@@ -146,9 +146,11 @@ def test_threads_change_nothing(batch, per_row_adaptor, num_threads, threads):
 def test_fewer_rows_than_threads(rows, num_threads, n, v, name, dtype):
     """A row is the same bits whether or not several threads share it.
 
-    Half precision differs by the conversion of what is loaded: one kind of rows shows it.
+    Half precision differs by the conversion of what is loaded: one kind of rows shows it. Longer
+    rows are more pieces of the same: two kinds.
     """
-    kinds = ("spread", "ties", "power") if dtype == torch.float32 else ("spread",)
+    kinds = ("spread", "power", "ties") if dtype == torch.float32 else ("spread",)
+    kinds = kinds[:2] if v > 100_000 else kinds
     x = torch.cat([rows(kind, n, v) for kind in kinds]).to(dtype)
     seeds = torch.arange(n)
     for part in x.split(n):

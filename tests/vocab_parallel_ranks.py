@@ -294,10 +294,11 @@ def main(rank: int, ranks: int, store: str, device: str = "cpu") -> None:
         torch.set_default_device(f"cuda:{rank}")
     backend = "nccl" if device == "cuda" else "gloo"
     dist.init_process_group(backend, f"file://{store}", rank=rank, world_size=ranks)
-    for split in SPLITS[ranks]:
+    for number, split in enumerate(SPLITS[ranks]):
         for dtype in CLOSE:
             for plan in PLANS:
-                for shape in SHAPES:
+                # how logits are capped and how they are split know nothing of each other
+                for shape in SHAPES if number == 0 else ("capped",):
                     assert_whole(split, plan, shape, dtype)
                     say("whole", split, dtype, plan, shape)
     split = SPLITS[ranks][0]
