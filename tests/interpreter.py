@@ -186,7 +186,9 @@ def _to(call: Callable[..., Any]) -> Callable[..., Any]:
 
         if slow is x:
             learned[key] = lambda x: x
-        elif x.dtype.name in NUMBERS | {"int1", "fp16"} and dtype.name in NUMBERS:
+        elif x.dtype.name in NUMBERS | {"int1"} and dtype.name in NUMBERS:
+            make = _maker(compute(x), slow)
+        elif (x.dtype.name, dtype.name) == ("fp16", "fp32"):
             make = _maker(compute(x), slow)
         if make:
             learned[key] = lambda x: make(compute(x))
