@@ -10,19 +10,17 @@ order of the training pairs, so few seeds say little of other training pairs.
 
 from __future__ import annotations
 
-import argparse
-import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+import figure
 import report
 
-ROOT = Path(__file__).resolve().parent.parent
-PAGE = ROOT / "docs" / "results.md"
-FIGURE = ROOT / "docs" / "compare_losses.png"
+FIGURE = report.ROOT / "docs" / "compare_losses.png"
 DRAWS = 4000
 # name in the result: label, what its last stage began with, colour (Okabe and Ito) and marker
 METHODS: dict[str, tuple[str, str, str, str]] = {
@@ -34,6 +32,7 @@ METHODS: dict[str, tuple[str, str, str, str]] = {
     "dpo + mle": ("DPO + MLE, jointly", "start", "#0072B2", "X"),
     "dpo + exmate": ("DPO + ExMATE, jointly", "start", "#D55E00", "*"),
 }
+MEASURES = ("chosen", "rejected", "margin")
 CONTRASTS = (
     ("exmate", "mle"),
     ("exmate", "unlikelihood"),
@@ -69,6 +68,7 @@ class Comparison:
             self.chosen[name] = np.array([c["chosen"] for c in cells])
             self.rejected[name] = np.array([c["rejected"] for c in cells])
         self.lengths = lengths
+        self.steps = {c["method"]: c["steps"] for c in record["cells"] if "steps" in c}
         seeds, pairs = self.chosen["mle"].shape
         random = np.random.default_rng(0)
         self.seeds = random.integers(seeds, size=(DRAWS, seeds))
@@ -98,107 +98,61 @@ class Comparison:
         means = values[self.seeds].mean(1)
         return np.take_along_axis(means, self.pairs, axis=1).mean(1)
 
+    def changes(self) -> Iterator[dict[str, Any]]:
+        """For each method the steps and changes since the start, and how often y⁺ is ahead."""
+        for name in ("start", *METHODS):
+            ahead, per_token = (
+                self.interval(self.value(name, measure)).shown(1, sign=False, factor=100)
+                for measure in ("ahead", "ahead per token")
+            )
+            shares = {"ahead": ahead, "per_token": per_token}
+            if name == "start":
+                label = "the model as it is: log P(y⁺), log P(y⁻), difference"
+                means = {m: f"{self.value(name, m).mean():.2f} nats" for m in MEASURES}
+                yield {"method": label, "steps": 0, **means, **shares}
+                continue
+            label, before, *_ = METHODS[name]
+            moved = {
+                m: self.interval(self.value(name, m) - self.value("start", m)).shown()
+                for m in MEASURES
+            }
+            taken = self.steps[name] + self.steps.get(before, 0)
+            yield {"method": label, "steps": taken, **moved, **shares}
 
-def table(record: dict[str, Any]) -> str:
-    """The block of docs/results.md."""
-    data = Comparison(record)
-    measures = ("chosen", "rejected", "margin")
-    lines = [
-        "| method | steps | change of log P(y⁺) | change of log P(y⁻) | change of the difference | "
-        "P(y⁺) > P(y⁻), % | the same per token, % |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    steps = {c["method"]: c["steps"] for c in record["cells"] if "steps" in c}
-    for name in ("start", *METHODS):
-        ahead = [data.interval(data.value(name, m)) for m in ("ahead", "ahead per token")]
-        shares = " | ".join(x.shown(1, sign=False, factor=100) for x in ahead)
-        if name == "start":
-            means = " | ".join(f"{data.value(name, m).mean():.2f} nats" for m in measures)
-            label = "the model as it is: log P(y⁺), log P(y⁻), difference"
-            lines.append(f"| {label} | 0 | {means} | {shares} |")
-            continue
-        label, before, *_ = METHODS[name]
-        taken = steps[name] + (steps[before] if before in steps else 0)
-        changes = [data.value(name, m) - data.value("start", m) for m in measures]
-        cells = " | ".join(data.interval(change).shown() for change in changes)
-        lines.append(f"| {label} | {taken} | {cells} | {shares} |")
-    lines += [
-        "",
-        "Displacement: what the last stage did to log P(y⁺), against the model that it began with:",
-        "",
-        "| method | mean change | pairs whose log P(y⁺) fell, % |",
-        "|---|---|---|",
-    ]
-    for name, (label, before, *_) in METHODS.items():
-        change = data.value(name, "chosen") - data.value(before, "chosen")
-        fell = data.interval((change < 0).astype(float)).shown(1, sign=False, factor=100)
-        lines.append(f"| {label} | {data.interval(change).shown()} | {fell} |")
-    lines += [
-        "",
-        "Differences between two methods, within the same seeds and pairs:",
-        "",
-        "| methods | log P(y⁺) | log P(y⁻) | difference | P(y⁺) > P(y⁻), points | "
-        "the last, % of the second method's |",
-        "|---|---|---|---|---|---|",
-    ]
-    for first, second in CONTRASTS:
-        apart = {m: data.value(first, m) - data.value(second, m) for m in (*measures, "ahead")}
-        cells = [data.interval(apart[m]).shown() for m in measures]
-        cells.append(data.interval(apart["ahead"]).shown(1, factor=100))
-        ratio = data.interval(apart["ahead"], data.value(second, "ahead"))
-        cells.append(ratio.shown(1, factor=100))
-        lines.append(f"| {METHODS[first][0]} − {METHODS[second][0]} | {' | '.join(cells)} |")
-    lines += [
-        "",
-        "![change of log P of both responses](compare_losses.png)",
-        "",
-        _protocol(record),
-    ]
-    return "\n".join(lines) + "\n"
+    def displacements(self) -> Iterator[dict[str, str]]:
+        """What the last stage of each method did to log P(y⁺)."""
+        for name, (label, before, *_) in METHODS.items():
+            change = self.value(name, "chosen") - self.value(before, "chosen")
+            fell = self.interval((change < 0).astype(float)).shown(1, sign=False, factor=100)
+            yield {"method": label, "change": self.interval(change).shown(), "fell": fell}
 
+    def contrasts(self) -> Iterator[dict[str, str]]:
+        """Differences between two methods."""
+        for first, second in CONTRASTS:
+            apart = {m: self.value(first, m) - self.value(second, m) for m in (*MEASURES, "ahead")}
+            share = self.interval(apart["ahead"], self.value(second, "ahead"))
+            yield {
+                "methods": f"{METHODS[first][0]} − {METHODS[second][0]}",
+                **{m: self.interval(apart[m]).shown() for m in MEASURES},
+                "ahead": self.interval(apart["ahead"]).shown(1, factor=100),
+                "share": share.shown(1, factor=100),
+            }
 
-def _protocol(record: dict[str, Any]) -> str:
-    """The settings in words."""
-    host, settings = record["host"], record["settings"]
-    rates, pairs = settings["rates"], settings["pairs"]
-    data = Comparison(record)
-    weight = np.exp(data.rejected["start"] / data.lengths[:, 1]).mean()
-    return (
-        f"{settings['model']}, the last {settings['layers']} layers and the final norm trained "
-        f"({settings['trained_parameters']:,} parameters), AdamW, {settings['batch']} pairs a "
-        f"step; of the pairs of {settings['data']} that fit {settings['max_length']} tokens whole "
-        f"{pairs['train']} to train on, {pairs['choose']} to choose the learning rates on, "
-        f"{pairs['held_out']} held out (split seed {settings['split_seed']}); {settings['seeds']} "
-        f"seeds; β = {settings['beta']}; learning rates {rates['mle']['chosen']:g} without and "
-        f"{rates['dpo']['chosen']:g} with DPO, of {_tried(rates['mle'])}; ExMATE's penalty before "
-        f"training {weight:.3f}. Nats; means over the "
-        f"held-out pairs and the seeds with 95 % intervals. {host['cpu']}, "
-        f"{host['torch_threads']} thread, float32, torch "
-        f"{host['versions']['torch']}, commit {host['commit'][:7]}."
-    )
-
-
-def render(page: str, record: dict[str, Any]) -> str:
-    """The page with its block made anew."""
-    block = f"<!-- compare_losses -->\n{table(record)}<!-- /compare_losses -->"
-    pattern = r"<!-- compare_losses -->\n.*?<!-- /compare_losses -->"
-    page, found = re.subn(pattern, lambda _: block, page, flags=re.DOTALL)
-    if found != 1:
-        raise ValueError(f"{PAGE.name}: expected one block 'compare_losses', got {found}")
-    return page
+    def penalty(self) -> float:
+        """ExMATE's weight of the held-out rejected responses before training."""
+        return float(np.exp(self.rejected["start"] / self.lengths[:, 1]).mean())
 
 
 def draw(record: dict[str, Any], path: Path) -> None:
     """Where each method moved the held-out pairs, and how often the chosen one is ahead."""
-    import matplotlib
+    data, shape = Comparison(record), {"ncols": 2, "figsize": (9.6, 4.4), "width_ratios": [3, 2]}
+    with figure.saved_figure(path, record, **shape) as (_, (plane, shares)):
+        _draw_plane(data, plane)
+        _draw_shares(data, shares)
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
-    data = Comparison(record)
-    figure, (plane, shares) = pyplot.subplots(
-        1, 2, figsize=(9.6, 4.4), width_ratios=[3, 2], layout="constrained"
-    )
+def _draw_plane(data: Comparison, plane: Any) -> None:
+    """Changes of log P of the rejected and the chosen responses, dotted from a stage before."""
     for name, (label, before, colour, marker) in METHODS.items():
         x, y = (data.value(name, m) - data.value("start", m) for m in ("rejected", "chosen"))
         across, up = data.interval(x), data.interval(y)
@@ -231,6 +185,10 @@ def draw(record: dict[str, Any], path: Path) -> None:
     )
     plane.set_title("Held-out pairs, against the model as it is", fontsize=9, loc="left")
     plane.legend(frameon=False, fontsize=8, handletextpad=0.2)
+
+
+def _draw_shares(data: Comparison, shares: Any) -> None:
+    """How often the chosen response is ahead."""
     names = ("start", *METHODS)
     for row, name in enumerate(reversed(names)):
         label, _, colour, marker = METHODS.get(name, ("the model as it is", "", "#000000", "|"))
@@ -249,37 +207,7 @@ def draw(record: dict[str, Any], path: Path) -> None:
     shares.set_yticklabels(labels, fontsize=8)
     shares.set_xlabel("pairs with P(y⁺) > P(y⁻), %")
     shares.set_title("95 % intervals over seeds and pairs", fontsize=9, loc="left")
-    for axes in (plane, shares):
-        axes.spines[["top", "right"]].set_visible(False)
-    commit = str(record["host"]["commit"])
-    figure.savefig(path, dpi=120, metadata={"Source": commit, "Software": None})
-    pyplot.close(figure)
-
-
-def figure_is_current(record: dict[str, Any]) -> bool:
-    """Whether the figure was drawn from the result that is there: it names the commit."""
-    return FIGURE.exists() and record["host"]["commit"].encode() in FIGURE.read_bytes()
-
-
-def _tried(rates: dict[str, Any]) -> str:
-    """Those to choose from."""
-    return ", ".join(f"{rate:g}" for rate, _ in rates["tried"])
-
-
-def main() -> int:
-    """Rewrite or check the page and the figure."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--check", action="store_true", help="change nothing, compare")
-    options = parser.parse_args()
-    record = report.load("compare_losses")
-    before = PAGE.read_text(encoding="utf-8")
-    after = render(before, record)
-    if options.check:
-        return int(before != after or not figure_is_current(record))
-    PAGE.write_text(after, encoding="utf-8")
-    draw(record, FIGURE)
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(report.main(["docs/results.md"], "compare_losses", FIGURE, draw))

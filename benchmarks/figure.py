@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402, the backend is chosen first
 
 # Okabe and Ito's colours, which remain apart for the colour-blind, and a marker each.
 STYLES: dict[str, tuple[str, str]] = {
@@ -27,14 +24,36 @@ PEER_STYLES = {
 SHOWN = {"batch": 8, "rows": "normal3", "dtype": "float32"}
 
 
-def draw(record: dict[str, Any], path: Path) -> None:
-    """Draw the figure of a result of bench_sampling.py.
+@contextmanager
+def saved_figure(path: Path, record: dict[str, Any], **options: Any) -> Iterator[tuple[Any, Any]]:
+    """A figure and its axes, saved at the end of the block with the commit that it shows.
 
-    The file names the commit that was measured, so that a figure of another result is noticed.
+    By that commit a figure of another result is noticed.
     """
+    import matplotlib  # takes a second, which a report of tables alone does without
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(**options, layout="constrained")
+    yield figure, axes
+    for each in figure.axes:
+        each.spines[["top", "right"]].set_visible(False)
+    metadata = {"Source": str(record["host"]["commit"]), "Software": None}
+    figure.savefig(path, dpi=120, metadata=metadata)
+    pyplot.close(figure)
+
+
+def draw(record: dict[str, Any], path: Path) -> None:
+    """Draw the figure of a result of bench_sampling.py."""
+    with saved_figure(path, record, figsize=(7.2, 4.6)) as (figure, axes):
+        _draw_lines(record, figure, axes)
+
+
+def _draw_lines(record: dict[str, Any], figure: Any, axes: Any) -> None:
+    """A line for each adaptor and peer, and those of the limits."""
     cells = [c for c in record["cells"] if all(c[k] == v for k, v in SHOWN.items())]
     peers = [p for p in record["peers"] if p["batch"] == SHOWN["batch"] and p["adaptor"] == "T+p"]
-    figure, axes = pyplot.subplots(figsize=(7.2, 4.6), layout="constrained")
     for name, (label, marker) in PEER_STYLES.items():
         measured = [p for p in peers if name in p["us"]]
         if measured:
@@ -64,7 +83,6 @@ def draw(record: dict[str, Any], path: Path) -> None:
     axes.set(xscale="log", yscale="log", xlabel="V, size of the vocabulary", ylabel="µs per row")
     axes.set_xticks(x, [f"{v / 1000:.0f}k" for v in x], fontsize=8)
     axes.minorticks_off()
-    axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#dddddd", lw=0.6)
     host = record["host"]
     threads = f"{host['torch_threads']} thread" + "s" * (host["torch_threads"] > 1)
@@ -77,8 +95,6 @@ def draw(record: dict[str, Any], path: Path) -> None:
     # from the top down as the lines end
     lines = sorted(axes.get_lines(), key=lambda line: float(line.get_xydata()[-1, 1]), reverse=True)
     figure.legend(handles=lines, loc="outside right center", frameon=False, fontsize=8)
-    figure.savefig(path, dpi=120, metadata={"Source": str(host["commit"]), "Software": None})
-    pyplot.close(figure)
 
 
 def _line(cells: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from rich.console import Console
@@ -326,7 +326,13 @@ def _ratio(cell: dict[str, Any], name: str) -> float:
     return float(cell["to_softmax"][name][1])
 
 
-def limit_rows(limits: Iterable[Limit]) -> list[str]:
-    """A table with a row per demand."""
-    rows = [f"| {x.label} | {x.shown} | {x.demanded} | {x.met} |" for x in limits]
-    return ["| demand | measured | bound | met |", "|---|---|---|---|", *rows]
+LIMITS: dict[str, Callable[[dict[str, Any]], list[Limit]]] = {
+    "sampling": sampling_limits,
+    "gpu_sampling": gpu_sampling_limits,
+    "score": score_limits,
+    "losses": losses_limits,
+    "gpu_losses": gpu_losses_limits,
+    "train_preferences": train_limits,
+    "tradeoff": tradeoff_limits,
+    "tracker": tracker_limits,
+}

@@ -352,7 +352,7 @@ def test_score_limits_and_table(monkeypatch, tmp_path):
     record["cells"][0]["us"] = {n: [0, 1111.0, 0] for n in ("one", "all", "calls", "stock")}
     found = limits.score_limits(record)
     assert [(x.figure, x.met) for x in found] == [(9.0, "no"), (51.0, "yes")]
-    table = report.score_table(record)
+    table = report.TABLES["score"](record)
     assert "9.00 x (V = 200, N = 8, normal3) | at most 8 x | no |" in table
     assert "| 200, normal1 | 1,111 | 1,111 | 1,111 | 1,111 |" in table
 
@@ -365,13 +365,13 @@ def test_sampling_result_and_table(sampling_record):
         assert ("to_float32" in cell) == (cell["dtype"] == "bfloat16")
         for low, middle, high in [*cell["us"].values(), *cell["to_softmax"].values()]:
             assert 0 < low <= middle <= high
-    table = report.sampling_table(sampling_record)
+    table = report.TABLES["sampling"](sampling_record)
     for limit in limits.sampling_limits(sampling_record):
         assert f"| {limit.label} | {limit.shown} | {limit.demanded} | {limit.met} |" in table
     assert "32 cells of 2 V x 2 N x 2 rows x 2 adaptors x 2 dtypes" in table
     assert "Note:" not in table
     sampling_record["notes"].append("no compiler")
-    assert "\nNote: no compiler.\n" in report.sampling_table(sampling_record)
+    assert "\nNote: no compiler.\n" in report.TABLES["sampling"](sampling_record)
 
 
 def _results(folder, record, name, **host_changes):
@@ -392,7 +392,7 @@ def test_blocks_and_results_belong_together(sampling_record, tmp_path, monkeypat
         report.render(block)
     _results(folder, sampling_record, "sampling", **clean)
     rendered = report.render(block)
-    assert report.sampling_table(report.load("sampling")) in rendered
+    assert report.TABLES["sampling"](report.load("sampling")) in rendered
     assert report.render(rendered) == rendered
     with pytest.raises(ValueError, match="expected one block 'sampling', got 0"):
         report.render("# x\n")
@@ -408,20 +408,21 @@ def test_figure_names_its_commit(sampling_record, tmp_path, monkeypatch):
 
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     _results(tmp_path, sampling_record, "sampling", dirty=False, commit="0123456789abcdef")
-    assert not report.figure_is_current()
-    figure.draw(report.load("sampling"), tmp_path / report.FIGURE)
-    assert report.figure_is_current()
-    assert (tmp_path / report.FIGURE).stat().st_size < 150_000
+    drawing = tmp_path / "sampling.png"
+    assert not report.figure_is_current("sampling", drawing)
+    figure.draw(report.load("sampling"), drawing)
+    assert report.figure_is_current("sampling", drawing)
+    assert drawing.stat().st_size < 150_000
     _results(tmp_path, sampling_record, "sampling", dirty=False, commit="fedcba9876543210")
-    assert not report.figure_is_current()
+    assert not report.figure_is_current("sampling", drawing)
     cells = [c for c in sampling_record["cells"] if c["adaptor"] != "T+p"]
     with pytest.raises(ValueError, match=r"expected cells of T\+p"):
         figure.draw({**sampling_record, "cells": cells}, tmp_path / "none.png")
 
 
 def test_figure_of_the_readme_is_of_its_result():
-    shown = report.FIGURE in (ROOT / "README.md").read_text(encoding="utf-8")
-    assert shown == (report.RESULTS / report.FIGURE).exists()
+    shown = report.FIGURE.name in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert shown == report.FIGURE.exists()
     assert not shown or report.figure_is_current()
 
 
@@ -594,14 +595,14 @@ def test_losses_result_and_table(losses_record):
         assert set(cell["ms"]) == {"fastadapt", "plain"} and "memory_mb" not in cell
         for times in cell["ms"].values():
             assert set(times) == {"forward", "backward", "both"}
-    table = report.losses_table(losses_record)
+    table = report.TABLES["losses"](losses_record)
     assert "| 6, 16, 300, float32, trainable |" in table and "not measured" in table
     cell = losses_record["cells"][0]
     cell["memory_mb"] = {"fastadapt": 3.2, "plain": 99.6}
     cell["memory_formula_mb"] = 4.4
     cell["ms"]["fastadapt"]["both"], cell["ms"]["plain"]["both"] = [0, 1234.0, 0], [0, 7.0, 0]
     row = "| 6, 16, 300, float32, trainable | 1,234 (3) | 7 (100) | (4) |"
-    assert row in report.losses_table(losses_record)
+    assert row in report.TABLES["losses"](losses_record)
 
 
 def _loss_cell(shape, dtype, head, plain, memory_mb=None, **peers_of_it):
@@ -639,6 +640,7 @@ def _training(linear, logits, extras):
         for loss, mb in zip((linear, logits), memories, strict=True)
     ]
     return {
+        "benchmark": "train_preferences",
         "settings": {"steps": 3},
         "variants": dict(zip(("linear", "logits"), runs, strict=True)),
     }
@@ -683,7 +685,7 @@ def test_training_run_and_table(monkeypatch, tmp_path, tiny_model, preloaded):
     assert linear["response_tokens"] == logits["response_tokens"]
     assert record["settings"]["data"] == "pairs.jsonl"
     assert str(tmp_path) not in json.dumps(record["host"])
-    table = report.train_table(record)
+    table = report.TABLES["train_preferences"](record)
     assert "| full logits, `label_log_odds` |" in table and "3 steps of DPO+ExMATE" in table
 
 
@@ -967,7 +969,7 @@ def test_gpu_table(gpu_record):
         {**_gpu_cell(20.0, 10.0, **place), "adaptor": name, "batch": batch}
         for name, batch in (("T", 64), ("T+k+p", 64), ("T+k+p", 8))
     ]
-    table = report.gpu_sampling_table(gpu_record)
+    table = report.TABLES["gpu_sampling"](gpu_record)
     for limit in limits.gpu_sampling_limits(gpu_record):
         assert f"| {limit.label} | {limit.shown} | {limit.demanded} | {limit.met} |" in table
     assert "| adaptor | N = 8 | N = 64 |\n|---|---|---|" in table
@@ -979,12 +981,12 @@ def test_gpu_table(gpu_record):
         {"adaptor": "T", "to_fastadapt": {"vllm": [0, 9.0, 0], "stock": [0, 70.0, 0]}},
         {"adaptor": "T+p", "to_fastadapt": {"stock": [0, 80.0, 0]}},
     ]
-    table = report.gpu_sampling_table(gpu_record)
+    table = report.TABLES["gpu_sampling"](gpu_record)
     assert "| adaptor | vLLM | transformers |\n" in table
     assert "| T | 6.0 x | 70.0 x |\n| T+p | - | 80.0 x |\n\nSome GPU" in table
     gpu_record["host"]["gpu"] = None
     with pytest.raises(ValueError, match="expected a result of a GPU"):
-        report.gpu_sampling_table(gpu_record)
+        report.TABLES["gpu_sampling"](gpu_record)
 
 
 def test_gpu_block_without_a_result_says_so(gpu_record, tmp_path, monkeypatch):
@@ -1098,7 +1100,7 @@ def test_gpu_losses_limits_are_computed():
 def test_gpu_losses_table(gpu_losses_record, tmp_path, monkeypatch):
     cell = gpu_losses_record["cells"][0]
     cell["ms"]["plain"], cell["peak_mib"] = [1.0, 2.25, 3.0], {"plain": 1234.5}
-    table = report.gpu_losses_table(gpu_losses_record)
+    table = report.TABLES["gpu_losses"](gpu_losses_record)
     for limit in limits.gpu_losses_limits(gpu_losses_record):
         assert f"| {limit.label} | {limit.shown} | {limit.demanded} | {limit.met} |" in table
     assert "| 16, ce, grouped | " in table and " | 2.2 (1,234) | - | - | - |" in table
@@ -1108,4 +1110,4 @@ def test_gpu_losses_table(gpu_losses_record, tmp_path, monkeypatch):
     assert report.render(block).splitlines()[1:-1] == ["Not yet measured on a GPU."]
     gpu_losses_record["host"]["gpu"] = None
     with pytest.raises(ValueError, match="expected a result of a GPU"):
-        report.gpu_losses_table(gpu_losses_record)
+        report.TABLES["gpu_losses"](gpu_losses_record)

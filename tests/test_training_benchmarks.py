@@ -15,7 +15,6 @@ import bench_trainer
 import compare_losses
 import compare_report
 import report
-import report_trainer
 from fastadapt.training import response_log_odds
 from fastadapt.training.pairs import encode_pairs, read_pairs
 from fastadapt.training.pretrained import load_model
@@ -130,13 +129,11 @@ def test_split_is_disjoint_and_by_seed():
 
 
 def test_page_and_figure(record, tmp_path):
-    page = compare_report.render(compare_report.PAGE.read_text(encoding="utf-8"), record)
+    page = report.PAGES["docs/results.md"]["compare_losses"](record)
     assert "| DPO after ExMATE | 4 |" in page and "8 to train on, 3 to choose" in page
     assert "2 seeds; β = 0.1" in page and "commit 0123456" in page
     compare_report.draw(record, tmp_path / "figure.png")
     assert b"0123456789abcdef" in (tmp_path / "figure.png").read_bytes()
-    with pytest.raises(ValueError, match="expected one block 'compare_losses', got 0"):
-        compare_report.render("# nothing here\n", record)
 
 
 def test_intervals():
@@ -160,14 +157,8 @@ def test_intervals():
     assert compare_report.Interval(0.5, 0.25, 0.75).shown(1, factor=100) == "+50.0 (+25.0 to +75.0)"
 
 
-@pytest.mark.skipif(
-    not (report.RESULTS / "compare_losses.json").exists(), reason="not measured in this tree"
-)
-def test_page_is_what_the_result_says():
-    record = report.load("compare_losses")
-    page = compare_report.PAGE.read_text(encoding="utf-8")
-    assert compare_report.render(page, record) == page
-    assert compare_report.figure_is_current(record)
+def test_figure_is_of_the_result():
+    assert report.figure_is_current("compare_losses", compare_report.FIGURE)
 
 
 @pytest.mark.parametrize("head", bench_trainer.HEADS)
@@ -182,6 +173,8 @@ def test_steps_of_both_trainers_are_the_same(model, data, head):
     peaks = {name: {"before": 1, "extra": 1000} for name in bench_trainer.TRAINERS}
     cell = {"dtype": "float32", "head": head, **seen, "peak_mb": peaks}
     settings = {"model": "m", "batch": 2, "max_length": 40, "steps": 2, "rank": 8}
-    table = report_trainer.trainer_table({"settings": settings, "cells": [cell]}, "a machine")
+    versions = {"torch": "2.0", "transformers": "5.0"}
+    host = {"cpu": "a machine", "torch_threads": 1, "versions": versions, "commit": "0123456789"}
+    table = report.TABLES["trainer"]({"settings": settings, "cells": [cell], "host": host})
     trained = {"trainable": "all parameters", "frozen": "LoRA 8"}[head]
     assert f"| float32, {trained} |" in table and "| 1,000 | 1,000 |" in table
