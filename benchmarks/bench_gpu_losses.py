@@ -25,16 +25,15 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor
 
+from cases import LossInputs, make_loss_inputs
 from device_timing import DeviceCall, DeviceTimer
 from fastadapt import label_logps, linear_log_odds
 from fastadapt._ops.linear.plan import plan_of
-from filters import add_device, check_device, fill_filters, grid_parser
-from gpu_loss_peers import GPU_LOSS_PEERS
-from host import PACKAGES, gpu_record, host_record, quartiles, write_record
-from limits import gpu_losses_limits, print_limits
-from loss_peers import Logps
-from missing import MissingPeer
-from timing import clock, in_turns, ratios
+from harness import OF_A_DEVICE, SEED, Axis, Benchmark, Option, measure_until, settings_of
+from host import write_record
+from loss_peers import GPU_LOSS_PEERS, Logps
+from missing import MissingPeer, first_line
+from timing import clock, in_turns, milliseconds, ratios
 
 OURS, LEAN, BOUND = "fastadapt", "nothing kept", "products"
 BUDGET = 5 << 28  # bytes of logits, 1.25 GiB
@@ -58,101 +57,67 @@ TASKS = {
     "dpo": Task(3),
     "dpo+exmate": Task(3),
 }
-QUICK: dict[str, list[Any]] = {"batch": [4096], "tasks": ["ce", "tokens", "frozen"]}
+BENCHMARK = Benchmark(
+    "gpu_losses",
+    __doc__,
+    {
+        "batch": Axis((4096, 16_384), [4096], kind=int),
+        "tasks": Axis(tuple(TASKS), ["ce", "tokens", "frozen"]),
+        "peers": Axis(tuple(GPU_LOSS_PEERS), may_be_empty=True),
+        "rounds": Option(30, "at most", least=2),
+        "seconds": Option(8.0, "per cell, about"),
+        "seed": SEED,
+        "hidden": Option(4096, metavar="H"),
+        "vocabulary": Option(128_256, metavar="V"),
+        "tokens": Option(512, "of a sequence"),
+        "minutes": Option(5.0, "then cells are left out"),
+        **OF_A_DEVICE,
+    },
+    ("triton", "trl", "liger-kernel", "cut-cross-entropy"),
+)
 
 
-class Inputs(NamedTuple):
-    """What a cell computes on."""
-
-    hidden: Tensor  # (N, H)
-    weight: Tensor  # (V, H)
-    labels: Tensor  # (N,)
-    upstream: Tensor  # (N,)
-    reference: Tensor  # (pairs,): the reference's log-ratio of each pair
-
-    def wanted(self) -> list[Tensor]:
-        """What gets gradients."""
-        return [x for x in (self.hidden, self.weight) if x.requires_grad]
-
-
-def main() -> int:
-    """Run the benchmark, print what it must show and write the JSON file.
-
-    Returns:
-        The exit code: 1 where a cell failed.
-    """
-    options = _parse()
-    host = host_record((*PACKAGES, "triton", "trl", "liger-kernel", "cut-cross-entropy"))
-    host["gpu"] = gpu_record()
-    if options.commit:  # a copy, whose own git does not know it
-        host |= {"commit": options.commit, "dirty": False}
-    notes: list[str] = []
-    record: dict[str, Any] = {
-        "benchmark": "gpu_losses",
-        "host": host,
-        "settings": {
-            "rounds": options.rounds,
-            "seconds_per_cell": options.seconds,
-            "minutes": options.minutes,
-            "seed": options.seed,
-            "hidden": options.hidden,
-            "vocabulary": options.vocabulary,
-            "tokens_per_sequence": options.tokens,
-            "budget": BUDGET,
-            "dtype": "bfloat16",
-        },
-        "notes": notes,
-        "cells": [],
+@BENCHMARK
+def main(options: argparse.Namespace, record: dict[str, Any]) -> bool:
+    """Measure cells until time is over, and say whether one failed."""
+    end = time.monotonic() + 60 * options.minutes
+    for n in options.batch:
+        if n % (2 * options.tokens):
+            sys.exit(f"batch: expected pairs of sequences of {options.tokens} tokens, got {n}")
+    record["settings"] = {
+        **settings_of(options, "rounds", "minutes", "seed", "hidden", "vocabulary"),
+        "seconds_per_cell": options.seconds,
+        "tokens_per_sequence": options.tokens,
+        "budget": BUDGET,
+        "dtype": "bfloat16",
     }
-    failed = run(options, record, notes)
-    for note in notes:
-        Console(stderr=True).print(f"note: {note}", style="yellow")
-    print_limits(gpu_losses_limits(record))
-    if options.out:
-        write_record(options.out, record)
-    return int(failed)
+    record["notes"], record["cells"] = [], []
 
-
-def run(options: argparse.Namespace, record: dict[str, Any], notes: list[str]) -> bool:
-    """Measure cells into a record until time is over, and say whether one failed."""
-    failed, end = False, time.monotonic() + 60 * options.minutes
-    grid = [(n, task) for n in options.batch for task in options.tasks]
-    for done, (n, task) in enumerate(grid):
-        if time.monotonic() > end:
-            notes.append(f"{len(grid) - done} of {len(grid)} cells left out for want of time")
-            break
-        try:
-            record["cells"].append(measure(n, task, options, notes))
-        except Exception as error:  # the other cells are measured all the same
-            notes.append(f"N = {n}, {task}, failed: {_first_line(error)}")
-            failed = True
-        Console(stderr=True).print(f"N = {n:,}, {task}")
+    def measure_next(cell: tuple[int, str]) -> None:
+        record["cells"].append(measure_cell(*cell, options, record["notes"]))
+        Console(stderr=True).print("N = {:,}, {}".format(*cell))
         if options.out:
             write_record(options.out, record)
-    return failed
+
+    grid = [(n, task) for n in options.batch for task in options.tasks]
+    return measure_until(end, grid, measure_next, record["notes"].append, "N = {}, {}".format)
 
 
-def make_inputs(n: int, task: Task, options: argparse.Namespace) -> Inputs:
-    """Standard normals, logits of variance 1; as many chosen as rejected sequences."""
-    device, dtype = options.device, torch.bfloat16
-    generator = torch.Generator(device).manual_seed(options.seed)
-    shape = {"generator": generator, "device": device}
-    hidden = torch.randn(n, options.hidden, **shape).to(dtype)
-    weight = torch.empty(options.vocabulary, options.hidden, dtype=dtype, device=device)
-    for rows in weight.split(8192):  # no float32 copy of the whole
-        rows.copy_(torch.randn(rows.shape, **shape) / options.hidden**0.5)
-    labels = torch.randint(options.vocabulary, (n,), **shape)
-    pairs = n // options.tokens // 2
-    return Inputs(
-        hidden.requires_grad_(),
-        weight.requires_grad_(not task.frozen),
-        labels,
-        torch.randn(n, **shape),
-        torch.randn(pairs, **shape),
+def make_inputs(n: int, task: Task, options: argparse.Namespace) -> LossInputs:
+    """What a cell computes on; as many chosen as rejected sequences."""
+    return make_loss_inputs(
+        n,
+        options.hidden,
+        options.vocabulary,
+        torch.bfloat16,
+        frozen=task.frozen,
+        seed=options.seed,
+        device=options.device,
+        pairs=n // options.tokens // 2,
     )
 
 
-def loss_of(name: str, logps: Tensor, inputs: Inputs, tokens: int) -> Tensor:
+def loss_of(name: str, logps: Tensor, inputs: LossInputs, tokens: int) -> Tensor:
     """The loss of a task on log-probabilities (N,): the chosen sequences, then the rejected."""
     if name == "ce":
         return -logps.mean()
@@ -167,7 +132,9 @@ def loss_of(name: str, logps: Tensor, inputs: Inputs, tokens: int) -> Tensor:
     return loss + COEFFICIENT * of_sequences[len(chosen) :].mean(-1).exp().mean()
 
 
-def losses(name: str, inputs: Inputs, options: argparse.Namespace) -> dict[str, Loss | MissingPeer]:
+def losses(
+    name: str, inputs: LossInputs, options: argparse.Namespace
+) -> dict[str, Loss | MissingPeer]:
     """Ours and the others', or why there is none."""
     task = TASKS[name]
 
@@ -192,7 +159,7 @@ def losses(name: str, inputs: Inputs, options: argparse.Namespace) -> dict[str, 
     return made
 
 
-def products(count: int, inputs: Inputs) -> Callable[[int], object]:
+def products(count: int, inputs: LossInputs) -> Callable[[int], object]:
     """So many products of N H V: logits once or twice, the hidden states' gradient, the head's."""
     hidden, weight = inputs.hidden.detach(), inputs.weight.detach()
     logits = hidden @ weight.t()  # read by those that follow as if it were the gradient
@@ -210,7 +177,9 @@ def products(count: int, inputs: Inputs) -> Callable[[int], object]:
     return run
 
 
-def measure(n: int, name: str, options: argparse.Namespace, notes: list[str]) -> dict[str, Any]:
+def measure_cell(
+    n: int, name: str, options: argparse.Namespace, notes: list[str]
+) -> dict[str, Any]:
     """Time one cell, in milliseconds, and take the peaks."""
     inputs, task = make_inputs(n, TASKS[name], options), TASKS[name]
     calls: dict[str, DeviceCall] = {}
@@ -228,7 +197,7 @@ def measure(n: int, name: str, options: argparse.Namespace, notes: list[str]) ->
         except Exception as error:
             if who == OURS:
                 raise
-            notes.append(f"N = {n}, {name}, {who}, not measured: {_first_line(error)}")
+            notes.append(f"N = {n}, {name}, {who}, not measured: {first_line(error)}")
         else:
             calls[who] = call
     calls[BOUND] = DeviceCall(products(task.products, inputs))
@@ -248,24 +217,20 @@ def measure(n: int, name: str, options: argparse.Namespace, notes: list[str]) ->
         "plan": plan.name,
         "plan_mib": round(plan.peak_bytes / 2**20, 1),
         "rounds": len(took[OURS]),
-        "ms": {who: quartiles([1e3 * s for s in seconds], 3) for who, seconds in took.items()},
-        "to_products": quartiles(ratios(took[OURS], took[BOUND]), 3),
-        "to_fastadapt": {
-            who: quartiles(ratios(took[who], took[OURS]), 3)
-            for who in took
-            if who not in (OURS, LEAN, BOUND)
-        },
+        "ms": {who: milliseconds(seconds, 3) for who, seconds in took.items()},
+        "to_products": ratios(took, BOUND, (OURS,), 3)[OURS],
+        "to_fastadapt": ratios(took, OURS, options.peers, 3),
         "peak_mib": peaks,
     }
 
 
-def step(loss: Loss, inputs: Inputs) -> DeviceCall:
+def step(loss: Loss, inputs: LossInputs) -> DeviceCall:
     """A forward and a backward."""
     rows = inputs.hidden, inputs.weight, inputs.labels
     return DeviceCall(lambda turn: torch.autograd.grad(loss(*rows), inputs.wanted()))
 
 
-def peak_mib(call: DeviceCall, inputs: Inputs) -> float:
+def peak_mib(call: DeviceCall, inputs: LossInputs) -> float:
     """MiB over what was there before and the gradients that are returned."""
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
@@ -274,30 +239,6 @@ def peak_mib(call: DeviceCall, inputs: Inputs) -> float:
     torch.cuda.synchronize()
     returned = sum(x.nbytes for x in inputs.wanted())
     return round((torch.cuda.max_memory_allocated() - before - returned) / 2**20, 1)
-
-
-def _first_line(error: Exception) -> str:
-    """What an error says, in a line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def _parse() -> argparse.Namespace:
-    """Read the arguments."""
-    axes = {"batch": (4096, 16_384), "tasks": tuple(TASKS), "peers": tuple(GPU_LOSS_PEERS)}
-    parser = grid_parser(str(__doc__), axes, rounds=30, seconds=8.0)
-    add = parser.add_argument
-    add("--hidden", type=int, default=4096, metavar="H", help="(default: %(default)s)")
-    add("--vocabulary", type=int, default=128_256, metavar="V", help="(default: %(default)s)")
-    add("--tokens", type=int, default=512, help="of a sequence (default: %(default)s)")
-    add("--minutes", type=float, default=5.0, help="then cells are left out (default: %(default)s)")
-    add_device(parser)
-    options = parser.parse_args()
-    fill_filters(parser, options, axes, QUICK)
-    for n in options.batch:
-        if n < 2 * options.tokens or n % (2 * options.tokens):
-            parser.error(f"batch: expected pairs of sequences of {options.tokens} tokens, got {n}")
-    check_device(parser, options)
-    return options
 
 
 if __name__ == "__main__":

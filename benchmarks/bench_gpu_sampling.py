@@ -30,21 +30,36 @@ from torch import Tensor
 from cases import DTYPES, GPU_ADAPTORS, GPU_BATCHES, GPU_ROWS, GPU_VOCABULARIES, make_rows
 from device_timing import DeviceCall, DeviceTimer, captured
 from fastadapt import Adaptor, sample
-from filters import add_device, check_device, fill_filters, grid_parser
-from gpu_peers import GPU_PEERS
-from host import PACKAGES, gpu_record, host_record, quartiles, times_us, write_record
-from limits import gpu_sampling_limits, print_limits
-from timing import Timer, clock, in_turns, ratios
+from harness import OF_A_DEVICE, SEED, Axis, Benchmark, Option, measure_until, settings_of
+from host import write_record
+from missing import first_line
+from peers import GPU_PEERS
+from timing import Timer, clock, in_turns, microseconds, ratios, times_us
 
 READS = ("amax of each row", "amax of all")
 MODES = ("cold", "hot", "cold, graph", "hot, graph")
 LEAST_ROUNDS = 20  # whatever the budget
-QUICK: dict[str, list[Any]] = {
-    "vocab": [128_256],
-    "batch": [64, 1],
-    "adaptors": ["T+k+p", "T+p", "everything"],
-    "peers": ["flashinfer", "vllm", "stock"],  # compiling takes longer than all the rest
-}
+BENCHMARK = Benchmark(
+    "gpu_sampling",
+    __doc__,
+    {
+        "vocab": Axis(GPU_VOCABULARIES, [128_256], kind=int),
+        "batch": Axis(GPU_BATCHES, [64, 1], kind=int),
+        "rows": Axis(tuple(GPU_ROWS)),
+        "adaptors": Axis(tuple(GPU_ADAPTORS), ["T+k+p", "T+p", "everything"]),
+        "dtypes": Axis(tuple(DTYPES)),
+        # compiling takes longer than all the rest
+        "peers": Axis(tuple(GPU_PEERS), ["flashinfer", "vllm", "stock"], may_be_empty=True),
+        "modes": Axis(MODES),
+        "rounds": Option(100, "at most", least=2),
+        "seconds": Option(2.0, "per cell, about"),
+        "seed": SEED,
+        "peer_seconds": Option(4.0, "for its peers"),
+        "minutes": Option(6.0, "then cells are left out"),
+        **OF_A_DEVICE,
+    },
+    ("triton", "flashinfer-python", "vllm"),
+)
 
 
 class Cell(NamedTuple):
@@ -57,31 +72,21 @@ class Cell(NamedTuple):
     adaptor: str
 
 
-class Mode(NamedTuple):
-    """A way of timing: the timer, and whether the calls are replays of a CUDA graph."""
-
-    timer: Timer
-    in_graph: bool
-
-
 class Bench:
     """The measurement: options, ways of timing, and notes on what could not be measured."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        """Make the timers of the device."""
         self.options = options
         self.notes: list[str] = []
         self._replays: dict[DeviceCall, DeviceCall] = {}
-        if options.device == "cpu":
-            self.modes = {"clock": Mode(clock, False)}
-        else:
+        # the timer of each, and whether the calls are replays of a CUDA graph
+        self.modes: dict[str, tuple[Timer, bool]] = {"clock": (clock, False)}
+        if options.device == "cuda":
             timers = {"cold": DeviceTimer(hot=False), "hot": DeviceTimer(hot=True)}
-            modes = {
-                f"{cache}, graph" if graph else cache: Mode(timer, graph)
-                for graph in (False, True)
-                for cache, timer in timers.items()
+            ways = {name: name.partition(", ") for name in options.modes}
+            self.modes = {
+                name: (timers[cache], bool(graph)) for name, (cache, _, graph) in ways.items()
             }
-            self.modes = {name: modes[name] for name in options.modes}
 
     def note(self, text: str) -> None:
         """Keep a note, once."""
@@ -103,17 +108,15 @@ class Bench:
             if in_graph not in ways:
                 ways[in_graph] = self._captured(calls)
             if "fastadapt" in ways[in_graph]:
-                yield (
-                    name,
-                    in_turns(
-                        ways[in_graph],
-                        rounds=self.options.rounds,
-                        budget_s=budget_s / len(self.modes),
-                        slice_s=0.0,
-                        least_rounds=LEAST_ROUNDS,
-                        timer=timer,
-                    ),
+                took = in_turns(
+                    ways[in_graph],
+                    rounds=self.options.rounds,
+                    budget_s=budget_s / len(self.modes),
+                    slice_s=0.0,
+                    least_rounds=LEAST_ROUNDS,
+                    timer=timer,
                 )
+                yield name, took
 
     def measure(self, cell: Cell, calls: Mapping[str, DeviceCall]) -> list[dict[str, Any]]:
         """Time a cell; a record per way of timing."""
@@ -122,8 +125,8 @@ class Bench:
             record = {**cell._asdict(), "mode": mode, **times_us(took)}
             bound = min(READS, key=lambda form: record["us"][form][1])
             record["bound"] = bound
-            record["to_bound"] = _ratios(took, bound, ("fastadapt", "with_fields"))
-            record["to_fastadapt"] = _ratios(took, "fastadapt", ("with_fields",))
+            record["to_bound"] = ratios(took, bound, ("fastadapt", "with_fields"))
+            record["to_fastadapt"] = ratios(took, "fastadapt", ("with_fields",))
             records.append(record)
         return records
 
@@ -137,14 +140,14 @@ class Bench:
                 call = GPU_PEERS[name].make(adaptor, rows)
                 call(0)  # some are compiled in their first call
             except Exception as error:  # whatever another's compiler raises
-                self.note(f"{name}, not measured: {_first_line(error)}")
+                self.note(f"{name}, not measured: {first_line(error)}")
             else:
                 calls[name] = call
         records = []
         for mode, took in self.in_modes(calls, self.options.peer_seconds):
-            if sides := _ratios(took, "fastadapt", tuple(GPU_PEERS)):
-                record = {**cell._asdict(), "mode": mode, **times_us(took)}
-                records.append({**record, "to_fastadapt": sides})
+            if sides := ratios(took, "fastadapt", GPU_PEERS):
+                times = {**cell._asdict(), "mode": mode, **times_us(took)}
+                records.append({**times, "to_fastadapt": sides})
         return records
 
     def call_us(self) -> list[float]:
@@ -152,15 +155,14 @@ class Bench:
         rows = self.make_rows(Cell(GPU_VOCABULARIES[1], 1, "normal3", "float32", "T+k+p"))
         call = own_calls(rows, GPU_ADAPTORS["T+k+p"])["fastadapt"]
         took = in_turns({"call": call}, rounds=self.options.rounds, slice_s=1e-3)
-        return times_us(took)["us"]["call"]
+        return microseconds(took)["call"]
 
     def nothing_us(self) -> dict[str, list[float]]:
         """Quartiles of what the timers read where nothing is called."""
         nothing = {"nothing": DeviceCall(lambda turn: None)}
+        time_it = partial(in_turns, nothing, rounds=self.options.rounds, slice_s=0.0)
         return {
-            name: times_us(in_turns(nothing, rounds=self.options.rounds, slice_s=0.0, timer=timer))[
-                "us"
-            ]["nothing"]
+            name: microseconds(time_it(timer=timer))["nothing"]
             for name, (timer, in_graph) in self.modes.items()
             if not in_graph
         }
@@ -176,79 +178,45 @@ class Bench:
                     self._replays[call] = captured(call)
                 replays[name] = self._replays[call]
             except RuntimeError as error:
-                self.note(f"{name}, not captured in a CUDA graph: {_first_line(error)}")
+                self.note(f"{name}, not captured in a CUDA graph: {first_line(error)}")
         return replays
 
 
-def main() -> int:
-    """Run the benchmark, print what it must show and write the JSON file.
+@BENCHMARK
+def main(options: argparse.Namespace, record: dict[str, Any]) -> bool:
+    """Measure cells until time is over, and say whether one failed.
 
-    Returns:
-        The exit code: 1 where a cell failed.
+    What there is goes to the file after each cell, so that it is not lost if a call hangs.
     """
-    options = _parse()
-    host = host_record((*PACKAGES, "triton", "flashinfer-python", "vllm"))
-    host["gpu"] = gpu_record()
-    if options.commit:  # a copy, whose own git does not know it
-        host |= {"commit": options.commit, "dirty": False}
-    bench, grid = Bench(options), list(cells(options))
-    record: dict[str, Any] = {
-        "benchmark": "gpu_sampling",
-        "host": host,
-        "settings": {
-            "rounds": options.rounds,
-            "seconds_per_cell": options.seconds,
-            "peer_seconds_per_cell": options.peer_seconds,
-            "minutes": options.minutes,
-            "seed": options.seed,
-            "dtypes": options.dtypes,
-            "adaptors": {name: repr(GPU_ADAPTORS[name]) for name in options.adaptors},
-            "rows": {name: GPU_ROWS[name] for name in options.rows},
-        },
-        "notes": bench.notes,
-        "call_us": bench.call_us(),
-        "nothing_us": bench.nothing_us(),
-        "cells": [],
-        "peers": [],
+    bench, end = Bench(options), time.monotonic() + 60 * options.minutes
+    record["settings"] = {
+        **settings_of(options, "rounds", "minutes", "seed", "dtypes"),
+        "seconds_per_cell": options.seconds,
+        "peer_seconds_per_cell": options.peer_seconds,
+        "adaptors": {name: repr(GPU_ADAPTORS[name]) for name in options.adaptors},
+        "rows": {name: GPU_ROWS[name] for name in options.rows},
     }
-    failed = run(bench, grid, record)
-    for note in bench.notes:
-        Console(stderr=True).print(f"note: {note}", style="yellow")
-    print_limits(gpu_sampling_limits(record))
-    if options.out:
-        write_record(options.out, record)
-    return int(failed)
+    record["notes"] = bench.notes
+    record |= {"call_us": bench.call_us(), "nothing_us": bench.nothing_us()}
+    record["cells"], record["peers"] = [], []
+    made: dict[tuple[Any, ...], tuple[Tensor, dict[str, DeviceCall]]] = {}
 
+    def measure_next(cell: Cell) -> None:
+        if cell[:4] not in made:
+            made.clear()  # before the next rows are made, so that they have the memory
+            Console(stderr=True).print("V = {:,}, N = {}, {}, {}".format(*cell))
+            rows = bench.make_rows(cell)
+            made[cell[:4]] = rows, yardsticks(rows)
+        rows, reads = made[cell[:4]]
+        ours = own_calls(rows, GPU_ADAPTORS[cell.adaptor])
+        record["cells"] += bench.measure(cell, {**ours, **reads})
+        if peers := peers_of(cell, options):
+            record["peers"] += bench.measure_peers(cell, rows, peers, ours["fastadapt"])
+        if options.out:
+            write_record(options.out, record)
 
-def run(bench: Bench, grid: list[Cell], record: dict[str, Any]) -> bool:
-    """Measure cells into a record until time is over, and say whether one failed.
-
-    What there is goes to the file whenever the rows change, so that it is not lost if a call hangs.
-    """
-    options, done, failed = bench.options, 0, False
-    end = time.monotonic() + 60 * options.minutes
-    for key, same_rows in itertools.groupby(grid, key=lambda cell: cell[:4]):
-        rows, reads = None, {}
-        for cell in itertools.takewhile(lambda _: time.monotonic() < end, same_rows):
-            try:
-                if rows is None:
-                    rows = bench.make_rows(cell)
-                    reads = yardsticks(rows)
-                ours = own_calls(rows, GPU_ADAPTORS[cell.adaptor])
-                record["cells"] += bench.measure(cell, {**ours, **reads})
-                if peers := peers_of(cell, options):
-                    record["peers"] += bench.measure_peers(cell, rows, peers, ours["fastadapt"])
-            except Exception as error:  # the other cells are measured all the same
-                bench.note(f"{', '.join(map(str, cell))}, failed: {_first_line(error)}")
-                failed = True
-            done += 1
-        if rows is not None:
-            Console(stderr=True).print("V = {:,}, N = {}, {}, {}".format(*key))
-            if options.out:
-                write_record(options.out, record)
-    if done < len(grid):
-        bench.note(f"{len(grid) - done} of {len(grid)} cells left out for want of time")
-    return failed
+    grid = list(cells(options))
+    return measure_until(end, grid, measure_next, bench.note, "{}, {}, {}, {}, {}".format)
 
 
 def cells(options: argparse.Namespace) -> Iterator[Cell]:
@@ -305,40 +273,6 @@ def yardsticks(rows: Tensor) -> dict[str, DeviceCall]:
         "softmax": lambda turn: torch.softmax(rows, -1, out=out),
     }
     return {name: DeviceCall(run) for name, run in runs.items()}
-
-
-def _ratios(
-    took: Mapping[str, list[float]], base: str, names: tuple[str, ...]
-) -> dict[str, list[float]]:
-    """Quartiles of the ratios to one of the calls, for those of the names that were timed."""
-    return {name: quartiles(ratios(took[name], took[base])) for name in names if name in took}
-
-
-def _first_line(error: Exception) -> str:
-    """What an error says, in a line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def _parse() -> argparse.Namespace:
-    """Read the arguments."""
-    axes = {
-        "vocab": GPU_VOCABULARIES,
-        "batch": GPU_BATCHES,
-        "rows": tuple(GPU_ROWS),
-        "adaptors": tuple(GPU_ADAPTORS),
-        "dtypes": tuple(DTYPES),
-        "peers": tuple(GPU_PEERS),
-        "modes": MODES,
-    }
-    parser = grid_parser(__doc__, axes, rounds=100, seconds=2.0)
-    add = parser.add_argument
-    add("--peer-seconds", type=float, default=4.0, help="for its peers (default: %(default)s)")
-    add("--minutes", type=float, default=6.0, help="then cells are left out (default: %(default)s)")
-    add_device(parser)
-    options = parser.parse_args()
-    fill_filters(parser, options, axes, QUICK)
-    check_device(parser, options)
-    return options
 
 
 if __name__ == "__main__":

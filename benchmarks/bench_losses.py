@@ -14,39 +14,59 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
+import sys
 import time
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
-from cases import DTYPES, chosen
+from cases import DTYPES, LossInputs, make_loss_inputs
 from fastadapt import linear_log_odds
 from fastadapt._ops.linear.cpu import TILE
 from fastadapt._ops.linear.memory import PeakMemory, is_measurable
 from fastadapt._ops.linear.plan import KEPT_BYTES
-from fastadapt.study._progress import progress_bar, stepper
 from fresh import in_fresh_process
-from host import PACKAGES, host_record, quartiles, write_record
-from limits import losses_limits, print_limits
+from harness import SEED, Axis, Benchmark, Flag, Option, progress, settings_of
 from loss_peers import LOSS_PEERS, Logps, plain_log_odds
 from missing import MissingPeer
-from timing import in_turns, ratios
+from timing import in_turns, milliseconds, ratios
 
 SHAPES = ((1024, 576, 49_152), (1024, 896, 32_768), (2048, 2048, 128_256), (512, 4096, 151_936))
-HEADS = ("trainable", "frozen")
 OURS = "fastadapt"
 SLOW_PRODUCT = 1 << 36  # N H V from which only plain PyTorch runs beside ours
 ERROR_ROWS = 256  # of the float64 truth
 WARM_UP_IDS = 8192
-QUICK: dict[str, list[Any]] = {
-    "shapes": [(1024, 896, 32_768)],
-    "dtypes": ["bfloat16"],
-    "peers": ["plain", "trl", "liger"],
-}
+
+
+def _shape(text: str) -> tuple[int, int, int]:
+    """N,H,V."""
+    n, h, v = (int(part) for part in text.split(","))
+    if min(n, h, v) < 1:
+        raise ValueError(text)
+    return n, h, v
+
+
+BENCHMARK = Benchmark(
+    "losses",
+    __doc__,
+    {
+        "shapes": Axis(SHAPES, [SHAPES[1]], kind=_shape, metavar="N,H,V"),
+        "dtypes": Axis(tuple(DTYPES), ["bfloat16"]),
+        "heads": Axis(("trainable", "frozen")),
+        "peers": Axis(tuple(LOSS_PEERS), ["plain", "trl", "liger"], may_be_empty=True),
+        "large_float32": Flag("leave out the float32 products of a quarter of a minute each"),
+        "memory": Flag("time only"),
+        "rounds": Option(9, "at most", least=2),
+        "seconds": Option(60, "per cell, about", kind=float),
+        "seed": SEED,
+    },
+    ("trl", "liger-kernel"),
+)
+
+
+CALLS: dict[str, Callable[[], Logps]] = {OURS: lambda: linear_log_odds, **LOSS_PEERS}
 
 
 class Cell(NamedTuple):
@@ -58,31 +78,21 @@ class Cell(NamedTuple):
     dtype: str
     head: str
 
-
-class Inputs(NamedTuple):
-    """What a cell computes on."""
-
-    hidden: Tensor
-    weight: Tensor
-    labels: Tensor
-    upstream: Tensor
-
-    def wanted(self) -> list[Tensor]:
-        """What gets gradients."""
-        return [x for x in (self.hidden, self.weight) if x.requires_grad]
+    def make_inputs(self, seed: int) -> LossInputs:
+        """What the cell computes on."""
+        frozen = self.head == "frozen"
+        return make_loss_inputs(*self[:3], DTYPES[self.dtype], frozen=frozen, seed=seed)
 
 
 class Step:
     """A forward and a backward; keeps the seconds of each."""
 
-    def __init__(self, call: Logps, inputs: Inputs) -> None:
-        """Ready to be called."""
+    def __init__(self, call: Logps, inputs: LossInputs) -> None:
         self.call, self.inputs = call, inputs
         self.forward: list[float] = []
         self.backward: list[float] = []
 
     def __call__(self, turn: int) -> None:
-        """Forward, then backward."""
         start = time.perf_counter()
         out = self.call(*self.inputs[:3])
         middle = time.perf_counter()
@@ -91,49 +101,33 @@ class Step:
         self.backward.append(time.perf_counter() - middle)
 
 
-def main() -> None:
-    """Run the benchmark, print what it must show and write the JSON file."""
-    options = _parse()
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    host = host_record((*PACKAGES, "trl", "liger-kernel"))
-    grid = list(cells(options))
-    notes: list[str] = []
-    peers = _installed(options.peers, notes)
+@BENCHMARK
+def main(options: argparse.Namespace, record: dict[str, Any]) -> None:
+    """Measure every cell: times, errors and, each in a process of its own, peaks of memory."""
+    record["notes"] = notes = []
+    options.peers = installed(options.peers, notes)
     if options.memory and not is_measurable():
         notes.append("no memory: this system does not tell the peak of a process")
         options.memory = False
-    record: dict[str, Any] = {
-        "benchmark": "losses",
-        "host": host,
-        "settings": {
-            "rounds": options.rounds,
-            "seconds_per_cell": options.seconds,
-            "seed": options.seed,
-            "peers": peers,
-            "plain_only_from_product": SLOW_PRODUCT,
-            "error_rows": ERROR_ROWS,
-        },
-        "notes": notes,
-        "cells": [],
+    record["settings"] = {
+        **settings_of(options, "rounds", "seed", "peers"),
+        "seconds_per_cell": options.seconds,
+        "plain_only_from_product": SLOW_PRODUCT,
+        "error_rows": ERROR_ROWS,
     }
-    with progress_bar(Console(stderr=True), auto_refresh=False) as bar:
-        step = stepper(bar, "timing", len(grid))
+    grid, record["cells"] = list(cells(options)), []
+    with progress("timing", len(grid)) as step:
         for cell in grid:
-            names = [OURS, *peers_of(cell, peers)]
-            entry = {**cell._asdict(), **measure(cell, names, options)}
+            names = [OURS, *peers_of(cell, options.peers)]
+            entry = {**cell._asdict(), **measure_times(cell, names, options)}
             if options.memory:
+                entry["memory_mb"] = {}
                 for name in names:
                     (extra,) = in_fresh_process(extra_mb, cell, name, options)
-                    entry.setdefault("memory_mb", {})[name] = extra
+                    entry["memory_mb"][name] = extra
                 entry["memory_formula_mb"] = round(formula(cell) / 1e6, 1)
             record["cells"].append(entry)
             step()
-    for note in notes:
-        Console(stderr=True).print(f"note: {note}", style="yellow")
-    print_limits(losses_limits(record))
-    if options.out:
-        write_record(options.out, record)
 
 
 def cells(options: argparse.Namespace) -> Iterator[Cell]:
@@ -149,49 +143,27 @@ def peers_of(cell: Cell, peers: list[str]) -> list[str]:
     return [name for name in peers if small or name == "plain"]
 
 
-def call_of(name: str) -> Logps:
-    """Ours or a peer, by name."""
-    return linear_log_odds if name == OURS else LOSS_PEERS[name]()
-
-
-def make_inputs(cell: Cell, seed: int) -> Inputs:
-    """Hidden states and head of standard normals, logits of variance 1, a signed upstream."""
-    generator = torch.Generator().manual_seed(seed)
-    dtype = DTYPES[cell.dtype]
-    hidden = torch.randn(cell.n, cell.h, generator=generator).to(dtype)
-    weight = torch.empty(cell.v, cell.h, dtype=dtype)
-    for rows in weight.split(4096):  # no float32 copy of the whole
-        rows.copy_(torch.randn(rows.shape, generator=generator) / cell.h**0.5)
-    labels = torch.randint(cell.v, (cell.n,), generator=generator)
-    upstream = torch.randn(cell.n, generator=generator)
-    weight.requires_grad_(cell.head == "trainable")
-    return Inputs(hidden.requires_grad_(), weight, labels, upstream)
-
-
-def measure(cell: Cell, names: list[str], options: argparse.Namespace) -> dict[str, Any]:
+def measure_times(cell: Cell, names: list[str], options: argparse.Namespace) -> dict[str, Any]:
     """Time one cell, in milliseconds, and compare its log-odds with the truth."""
-    inputs = make_inputs(cell, options.seed)
-    steps = {name: Step(call_of(name), inputs) for name in names}
+    inputs = cell.make_inputs(options.seed)
+    steps = {name: Step(CALLS[name](), inputs) for name in names}
     both = in_turns(steps, rounds=options.rounds, budget_s=options.seconds, least_rounds=3)
-    times = {
-        name: {
-            "forward": _ms(step.forward[1:]),  # the first call warms up
-            "backward": _ms(step.backward[1:]),
-            "both": _ms(both[name]),
-        }
-        for name, step in steps.items()
-    }
     return {
         "rounds": len(both[OURS]),
-        "ms": times,
-        "to_fastadapt": {
-            name: quartiles(ratios(both[name], both[OURS]), 3) for name in names if name != OURS
+        "ms": {
+            name: {
+                "forward": milliseconds(step.forward[1:]),  # the first call warms up
+                "backward": milliseconds(step.backward[1:]),
+                "both": milliseconds(both[name]),
+            }
+            for name, step in steps.items()
         },
+        "to_fastadapt": ratios(both, OURS, names[1:], 3),
         "rms_error": rms_errors(inputs),
     }
 
 
-def rms_errors(inputs: Inputs) -> dict[str, float]:
+def rms_errors(inputs: LossInputs) -> dict[str, float]:
     """Root mean square error of log-odds, nats, ours and plain PyTorch's, on the first rows."""
     rows = (inputs.hidden.detach()[:ERROR_ROWS], inputs.weight.detach(), inputs.labels[:ERROR_ROWS])
     truth = true_log_odds(*rows)
@@ -223,7 +195,7 @@ def extra_mb(cell: Cell, name: str, options: argparse.Namespace) -> Iterator[flo
     """Yields the peak of a forward and backward over inputs and gradients; for a process alone."""
     if options.threads:
         torch.set_num_threads(options.threads)
-    inputs, call = make_inputs(cell, options.seed), call_of(name)
+    inputs, call = cell.make_inputs(options.seed), CALLS[name]()
     ids = cell.v if name == "compiled" else WARM_UP_IDS  # which would compile a new shape later
     few = inputs.weight.detach()[:ids].clone().requires_grad_(inputs.weight.requires_grad)
     Step(call, inputs._replace(weight=few, labels=inputs.labels % len(few)))(0)
@@ -234,63 +206,17 @@ def extra_mb(cell: Cell, name: str, options: argparse.Namespace) -> Iterator[flo
     yield round((peak.extra - sum(x.nbytes for x in gradients)) / 1e6, 1)
 
 
-def _ms(seconds: list[float]) -> list[float]:
-    """Quartiles in milliseconds."""
-    return quartiles([1e3 * s for s in seconds], 1)
-
-
-def _installed(names: list[str], notes: list[str]) -> list[str]:
+def installed(names: list[str], notes: list[str]) -> list[str]:
     """The peers that can be made; a note for each that cannot."""
     made = []
     for name in names:
         try:
-            call_of(name)
+            CALLS[name]()
             made.append(name)
         except MissingPeer as missing:
             notes.append(str(missing))
     return made
 
 
-def _shape(text: str) -> tuple[int, int, int]:
-    """N,H,V."""
-    n, h, v = (int(part) for part in text.split(","))
-    if min(n, h, v) < 1:
-        raise ValueError(text)
-    return n, h, v
-
-
-def _parse() -> argparse.Namespace:
-    """Read the arguments."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    add = parser.add_argument
-    add("--out", type=Path, help="JSON file to write")
-    add("--quick", action="store_true", help="few cells; the filters below still widen or narrow")
-    add("--shapes", nargs="+", type=_shape, metavar="N,H,V")
-    filters = {"dtypes": tuple(DTYPES), "heads": HEADS, "peers": tuple(LOSS_PEERS)}
-    for name, known in filters.items():
-        add(f"--{name}", nargs="*" if name == "peers" else "+", choices=known, metavar="X")
-    add(
-        "--no-large-float32",
-        dest="large_float32",
-        action="store_false",
-        help="leave out the cells whose float32 products take a quarter of a minute each",
-    )
-    add("--no-memory", dest="memory", action="store_false", help="time only")
-    add("--rounds", type=int, default=9, help="at most (default: %(default)s)")
-    add("--seconds", type=float, default=60, help="per cell, about (default: %(default)s)")
-    add("--seed", type=int, default=0)
-    add("--threads", type=int, help="default: torch's own choice")
-    options = parser.parse_args()
-    if options.rounds < 2:
-        parser.error(f"rounds: expected at least 2, got {options.rounds}")
-    for name, known in {"shapes": SHAPES, **filters}.items():
-        wanted = getattr(options, name)
-        if wanted is None:
-            setattr(options, name, list(QUICK.get(name, known) if options.quick else known))
-        elif name != "shapes":
-            setattr(options, name, chosen(wanted, known))
-    return options
-
-
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -18,24 +18,21 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from cases import ADAPTORS, BATCHES, DTYPES, ROWS, VOCABULARIES, make_rows
 from fastadapt import Adaptor, sample
-from fastadapt.study._progress import progress_bar, stepper
-from filters import at_least, fill_filters, grid_parser
-from host import PACKAGES, host_record, quartiles, times_us, write_record
-from limits import print_limits, sampling_limits
+from harness import SEED, Axis, Benchmark, Option, progress, settings_of
 from missing import MissingPeer
 from peers import LlamaChain, compiled_draw, stock_draw
-from real_rows import real_logits
-from timing import Call, in_turns, ratios
+from real_rows import find_real_rows
+from timing import Call, in_turns, microseconds, ratios, times_us
 
 # Which adaptors a peer can do; transformers' chain is the only one that has them all.
 PEERS = {
@@ -45,13 +42,24 @@ PEERS = {
 }
 PEER_ROWS = "normal3"
 LARGE_BATCH_VOCABULARY = 128_256  # the one V at which the peers also run with the largest batch
-QUICK: dict[str, list[Any]] = {
-    "vocab": [32_000, 128_256],
-    "batch": [8],
-    "rows": ["normal3"],
-    "adaptors": ["T", "T+p"],
-    "peers": ["stock", "llama.cpp"],  # compiling takes longer than all the rest
-}
+BENCHMARK = Benchmark(
+    "sampling",
+    __doc__,
+    {
+        "vocab": Axis(VOCABULARIES, [32_000, 128_256], kind=int),
+        "batch": Axis(BATCHES, [8], kind=int),
+        "rows": Axis(tuple(ROWS), ["normal3"]),
+        "adaptors": Axis(tuple(ADAPTORS), ["T", "T+p"]),
+        "dtypes": Axis(tuple(DTYPES)),
+        # compiling takes longer than all the rest
+        "peers": Axis(tuple(PEERS), ["stock", "llama.cpp"], may_be_empty=True),
+        "rounds": Option(21, "at most", least=2),
+        "seconds": Option(0.4, "per cell, about"),
+        "seed": SEED,
+        "peer_rounds": Option(5, least=2),
+    },
+    ("llama-cpp-python",),
+)
 
 
 class Cell(NamedTuple):
@@ -63,50 +71,29 @@ class Cell(NamedTuple):
     adaptor: str
 
 
-def main() -> None:
-    """Run the benchmark, print what it must show and write the JSON file."""
-    options = _parse()
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    host = host_record((*PACKAGES, "llama-cpp-python"))
-    notes: list[str] = []
-    real = real_logits(seed=options.seed) if "real" in options.rows else None
-    if isinstance(real, str):
-        notes.append(f"no rows 'real': {real}")
-        options.rows.remove("real")
-        real = None
-    grid = list(cells(options))
-    record: dict[str, Any] = {
-        "benchmark": "sampling",
-        "host": host,
-        "settings": {
-            "rounds": options.rounds,
-            "seconds_per_cell": options.seconds,
-            "peer_rounds": options.peer_rounds,
-            "seed": options.seed,
-            "dtypes": options.dtypes,
-            "adaptors": {name: repr(ADAPTORS[name]) for name in options.adaptors},
-            "rows": {name: ROWS[name] for name in options.rows},
-        },
-        "notes": notes,
+@BENCHMARK
+def main(options: argparse.Namespace, record: dict[str, Any]) -> None:
+    """Measure every cell, and the peers where they run."""
+    record["notes"] = notes = []
+    real = find_real_rows(options, notes)
+    record["settings"] = {
+        **settings_of(options, "rounds", "peer_rounds", "seed", "dtypes"),
+        "seconds_per_cell": options.seconds,
+        "adaptors": {name: repr(ADAPTORS[name]) for name in options.adaptors},
+        "rows": {name: ROWS[name] for name in options.rows},
     }
-    with progress_bar(Console(stderr=True), auto_refresh=False) as bar:
-        step = stepper(bar, "sampling", len(grid))
-        record["call_us"] = _call_us(options)
-        record["cells"], record["peers"] = [], []
+    record["call_us"] = _call_us(options)
+    record["cells"], record["peers"] = [], []
+    grid = list(cells(options))
+    with progress("sampling", len(grid)) as step:
         for key, same_rows in itertools.groupby(grid, key=lambda cell: cell[:3]):
             vocabulary, batch, rows = key
             sets = make_rows(rows, vocabulary, batch, seed=options.seed, real=real)
             for cell in same_rows:
-                record["cells"] += measure(cell, sets, options)
+                record["cells"] += measure_cell(cell, sets, options)
                 if peers := peers_of(cell, options):
                     record["peers"].append(measure_peers(cell, sets, peers, options, notes))
                 step()
-    for note in notes:
-        Console(stderr=True).print(f"note: {note}", style="yellow")
-    print_limits(sampling_limits(record))
-    if options.out:
-        write_record(options.out, record)
 
 
 def cells(options: argparse.Namespace) -> Iterator[Cell]:
@@ -131,29 +118,24 @@ def own_calls(sets: list[Tensor], adaptor: Adaptor) -> dict[str, Call]:
     }
 
 
-def measure(cell: Cell, sets: list[Tensor], options: argparse.Namespace) -> list[dict[str, Any]]:
+def measure_cell(
+    cell: Cell, sets: list[Tensor], options: argparse.Namespace
+) -> list[dict[str, Any]]:
     """Time a cell in the chosen dtypes; a record per dtype."""
-    calls = {
-        (dtype, name): call
-        for dtype in options.dtypes
-        for name, call in own_calls(
-            [rows.to(DTYPES[dtype]) for rows in sets], ADAPTORS[cell.adaptor]
-        ).items()
-    }
-    flat = {f"{dtype} {name}": call for (dtype, name), call in calls.items()}
+    calls: dict[str, Call] = {}
+    for dtype in options.dtypes:
+        own = own_calls([rows.to(DTYPES[dtype]) for rows in sets], ADAPTORS[cell.adaptor])
+        calls |= {f"{dtype} {name}": call for name, call in own.items()}
     budget = options.seconds * len(options.dtypes)
-    took = in_turns(flat, rounds=options.rounds, budget_s=budget)
+    took = in_turns(calls, rounds=options.rounds, budget_s=budget)
     records = []
     for dtype in options.dtypes:
-        mine = {name: took[f"{d} {name}"] for d, name in calls if d == dtype}
-        record = _record(cell, dtype, mine)
-        record["to_softmax"] = {
-            name: quartiles(ratios(mine[name], mine["softmax"]))
-            for name in ("fastadapt", "with_fields")
-        }
+        mine = {name: took[f"{dtype} {name}"] for name in own}
+        record = {**cell._asdict(), "dtype": dtype, **times_us(mine)}
+        record["to_softmax"] = ratios(mine, "softmax", ("fastadapt", "with_fields"))
         if dtype == "bfloat16" and "float32" in options.dtypes:
-            wide = took["float32 fastadapt"]
-            record["to_float32"] = quartiles(ratios(mine["fastadapt"], wide))
+            name = "bfloat16 fastadapt"
+            record["to_float32"] = ratios(took, "float32 fastadapt", (name,))[name]
         records.append(record)
     return records
 
@@ -184,69 +166,36 @@ def measure_peers(
         except MissingPeer as missing:
             if str(missing) not in notes:
                 notes.append(str(missing))
-    calls: dict[str, Call] = {
-        name: lambda turn, draw=draw: draw(sets[turn % count]) for name, draw in draws.items()
-    }
-    calls = {"fastadapt": own_calls(sets, adaptor)["fastadapt"], **calls}
+    calls: dict[str, Call] = {"fastadapt": own_calls(sets, adaptor)["fastadapt"]}
+    for name, draw in draws.items():
+        calls[name] = lambda turn, draw=draw: draw(sets[turn % count])
     took = in_turns(calls, rounds=options.peer_rounds)
-    record = _record(cell, "float32", took)
-    record["to_fastadapt"] = {
-        name: quartiles(ratios(took[name], took["fastadapt"]), 1) for name in draws
-    }
+    record = {**cell._asdict(), "dtype": "float32", **times_us(took)}
+    record["to_fastadapt"] = ratios(took, "fastadapt", draws, 1)
     if llama:
         llama.close()
     return record
-
-
-def _record(cell: Cell, dtype: str, took: dict[str, list[float]]) -> dict[str, Any]:
-    """A cell with the quartiles of its times in microseconds."""
-    return {
-        **cell._asdict(),
-        "dtype": dtype,
-        **times_us(took),
-    }
 
 
 def _call_us(options: argparse.Namespace) -> list[float]:
     """Quartiles of the time of a call on one row of 8 logits: all but the kernel's work."""
     rows = make_rows("normal1", 8, 1, seed=options.seed)
     call = own_calls(rows, ADAPTORS["T+p"])["fastadapt"]
-    return quartiles([1e6 * s for s in in_turns({"call": call}, rounds=options.rounds)["call"]], 2)
-
-
-def _parse() -> argparse.Namespace:
-    """Read the arguments."""
-    axes = {
-        "vocab": VOCABULARIES,
-        "batch": BATCHES,
-        "rows": tuple(ROWS),
-        "adaptors": tuple(ADAPTORS),
-        "dtypes": tuple(DTYPES),
-        "peers": tuple(PEERS),
-    }
-    parser = grid_parser(__doc__, axes, rounds=21, seconds=0.4)
-    add = parser.add_argument
-    add("--peer-rounds", type=int, default=5, help="(default: %(default)s)")
-    add("--threads", type=int, help="default: torch's own choice")
-    options = parser.parse_args()
-    for name in ("rounds", "peer_rounds"):
-        at_least(parser, name, getattr(options, name), 2)
-    fill_filters(parser, options, axes, QUICK)
-    return options
+    return microseconds(in_turns({"call": call}, rounds=options.rounds))["call"]
 
 
 def pytest_generate_tests(metafunc: Any) -> None:
     """The cells of the pytest form: every adaptor and the two yardsticks at N = 8."""
     names = [*ADAPTORS, "softmax", "copy"]
     metafunc.parametrize("name", names)
-    metafunc.parametrize("vocabulary", QUICK["vocab"])
+    metafunc.parametrize("vocabulary", [32_000, 128_256])
 
 
 def test_sample(benchmark: Any, pytestconfig: Any, vocabulary: int, name: str) -> None:
     """Times one call with pytest-benchmark, which measures nothing in pytest-xdist's workers."""
     if hasattr(pytestconfig, "workerinput"):
         raise RuntimeError("nothing is measured: expected `pytest -n 0`, got a worker of xdist")
-    rows, batch = QUICK["rows"][0], QUICK["batch"][0]
+    rows, batch = "normal3", 8
     adaptor = ADAPTORS.get(name, Adaptor())
     call = own_calls(make_rows(rows, vocabulary, batch, seed=0), adaptor)
     turns = itertools.count()
@@ -255,4 +204,4 @@ def test_sample(benchmark: Any, pytestconfig: Any, vocabulary: int, name: str) -
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

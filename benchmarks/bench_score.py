@@ -11,71 +11,58 @@ own beside the one call.
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
-from pathlib import Path
+import sys
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
-from cases import ROWS, chosen, make_rows, study_adaptors
+from cases import ROWS, make_rows
 from fastadapt import Adaptor, sample, score
-from fastadapt.study._progress import progress_bar, stepper
-from filters import at_least
-from host import host_record, quartiles, write_record
-from limits import print_limits, score_limits
+from fastadapt.study.tradeoff.grids import paper_grid
+from harness import SEED, Axis, Benchmark, Option, progress, settings_of
 from peers import stock_score
-from real_rows import real_logits
-from timing import Call, in_turns, ratios
+from real_rows import find_real_rows
+from timing import Call, in_turns, microseconds, ratios
 
-VOCABULARIES = (32_000, 128_256)
-KINDS = ("normal1", "normal3", "real")
 BATCH = 8
+BENCHMARK = Benchmark(
+    "score",
+    __doc__,
+    {
+        "vocab": Axis((32_000, 128_256), kind=int),
+        "rows": Axis(("normal1", "normal3", "real")),
+        "rounds": Option(15, least=2),
+        "peer_rounds": Option(3, least=2),
+        "seed": SEED,
+    },
+)
 
 
-def main() -> None:
-    """Run the benchmark, print what it must show and write the JSON file."""
-    options = _parse()
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    host, notes, kinds = host_record(), [], list(options.rows)
-    real = real_logits(seed=options.seed) if "real" in kinds else None
-    if isinstance(real, str):
-        notes.append(f"no rows 'real': {real}")
-        kinds.remove("real")
-        real = None
-    adaptors = study_adaptors()
-    record: dict[str, Any] = {
-        "benchmark": "score",
-        "host": host,
-        "settings": {
-            "adaptors": len(adaptors),
-            "rounds": options.rounds,
-            "peer_rounds": options.peer_rounds,
-            "seed": options.seed,
-            "dtype": "float32",
-            "rows": {name: ROWS[name] for name in kinds},
-        },
-        "notes": notes,
-        "cells": [],
+@BENCHMARK
+def main(options: argparse.Namespace, record: dict[str, Any]) -> None:
+    """Time every cell."""
+    record["notes"] = []
+    real = find_real_rows(options, record["notes"])
+    adaptors = [cell.adaptor for cell in paper_grid()]
+    record["settings"] = {
+        "adaptors": len(adaptors),
+        **settings_of(options, "rounds", "peer_rounds", "seed"),
+        "dtype": "float32",
+        "rows": {name: ROWS[name] for name in options.rows},
     }
-    with progress_bar(Console(stderr=True), auto_refresh=False) as bar:
-        step = stepper(bar, "scoring", len(options.vocab) * len(kinds))
-        for vocabulary in options.vocab:
-            for kind in kinds:
-                sets = make_rows(kind, vocabulary, BATCH, seed=options.seed, real=real)
-                cell = {"vocabulary": vocabulary, "batch": BATCH, "rows": kind}
-                record["cells"].append({**cell, **measure(sets, adaptors, options)})
-                step()
-    for note in notes:
-        Console(stderr=True).print(f"note: {note}", style="yellow")
-    print_limits(score_limits(record))
-    if options.out:
-        write_record(options.out, record)
+    record["cells"] = []
+    with progress("scoring", len(options.vocab) * len(options.rows)) as step:
+        for vocabulary, kind in itertools.product(options.vocab, options.rows):
+            sets = make_rows(kind, vocabulary, BATCH, seed=options.seed, real=real)
+            cell = {"vocabulary": vocabulary, "batch": BATCH, "rows": kind}
+            record["cells"].append({**cell, **measure_cell(sets, adaptors, options)})
+            step()
 
 
-def measure(
+def measure_cell(
     sets: list[Tensor], adaptors: list[Adaptor], options: argparse.Namespace
 ) -> dict[str, Any]:
     """Time one cell; times in microseconds."""
@@ -103,35 +90,11 @@ def measure(
     slow = in_turns({**together, "stock": stock}, rounds=options.peer_rounds)
     return {
         "rounds": options.rounds,
-        "us": {
-            name: quartiles([1e6 * s for s in seconds], 1)
-            for name, seconds in {**times, "stock": slow["stock"]}.items()
-        },
-        "to_one": {
-            name: quartiles(ratios(times[name], times["one"]), 3) for name in ("all", "calls")
-        },
-        "stock_to_all": quartiles(ratios(slow["stock"], slow["all"]), 1),
+        "us": microseconds({**times, "stock": slow["stock"]}, 1),
+        "to_one": ratios(times, "one", ("all", "calls"), 3),
+        "stock_to_all": ratios(slow, "all", ("stock",), 1)["stock"],
     }
 
 
-def _parse() -> argparse.Namespace:
-    """Read the arguments."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    add = parser.add_argument
-    add("--out", type=Path, help="JSON file to write")
-    add("--vocab", nargs="+", type=int, default=list(VOCABULARIES), metavar="X")
-    add("--rows", nargs="+", choices=KINDS, default=list(KINDS))
-    add("--rounds", type=int, default=15, help="(default: %(default)s)")
-    add("--peer-rounds", type=int, default=3, help="(default: %(default)s)")
-    add("--seed", type=int, default=0)
-    add("--threads", type=int, help="default: torch's own choice")
-    options = parser.parse_args()
-    for name in ("rounds", "peer_rounds"):
-        at_least(parser, name, getattr(options, name), 2)
-    at_least(parser, "vocab", min(options.vocab), 1)
-    options.rows = chosen(options.rows, KINDS)
-    return options
-
-
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -11,31 +11,38 @@ the next one does. Run it on an idle machine.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from fastadapt import RewardPenalizeLoss
 from fastadapt.tracking.tracker import INTERVAL, RewardPenalizeTracker
 from fastadapt.training import reference_logps, training_steps
 from fastadapt.training.pairs import PAIRS, encode_pairs, read_pairs
 from fastadapt.training.pretrained import load_model
-from host import host_record, quartiles, write_record
-from limits import print_limits, tracker_limits
-from timing import in_turns, ratios
+from harness import MODEL, Benchmark, Option, settings_of
+from timing import in_turns, milliseconds, ratios
 
 MODES = ("none", "log_odds", "rho")
+BENCHMARK = Benchmark(
+    "tracker",
+    __doc__,
+    {
+        "model": MODEL,
+        "data": Option(help="pairs, JSON Lines or .gz (default: the built-in ones)", kind=Path),
+        "batch": Option(4, "pairs", least=1),
+        "max_length": Option(128, "tokens", least=2),
+        "rounds": Option(5, least=2),
+    },
+)
 
 
-def main() -> None:
-    """Time all modes in turns, print what it must show and write the JSON file."""
-    options = _parse()
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    host = host_record()
+@BENCHMARK
+def main(options: argparse.Namespace, record: dict[str, Any]) -> None:
+    """Time all modes in turns."""
     model, tokenizer = load_model(options.model, fetch=True)
     pairs = read_pairs(options.data) if options.data else list(PAIRS)
     batch = encode_pairs(
@@ -49,29 +56,17 @@ def main() -> None:
         rounds=options.rounds,
         least_rounds=options.rounds,
     )
-    record: dict[str, Any] = {
-        "benchmark": "tracker",
-        "host": host,
-        "settings": {
-            "model": options.model or "SmolLM2-135M-Instruct",
-            "data": options.data.name if options.data else "built-in pairs",
-            "interval": INTERVAL,
-            "batch": options.batch,
-            "positions": batch.labels.numel(),
-            "response_tokens": int(batch.mask.sum()),
-            "rounds": options.rounds,
-        },
-        "step_ms": {
-            mode: quartiles([1e3 * s / INTERVAL for s in seconds[mode]], 2) for mode in MODES
-        },
-        "to_none": {
-            mode: quartiles(ratios(seconds[mode], seconds["none"]), 4) for mode in MODES[1:]
-        },
+    record["settings"] = {
+        **settings_of(options, "model", "batch", "rounds"),
+        "data": options.data.name if options.data else "built-in pairs",
+        "interval": INTERVAL,
+        "positions": batch.labels.numel(),
+        "response_tokens": int(batch.mask.sum()),
     }
-    Console(stderr=True).print(record["step_ms"])
-    print_limits(tracker_limits(record))
-    if options.out:
-        write_record(options.out, record)
+    record["step_ms"] = {
+        mode: milliseconds([s / INTERVAL for s in seconds[mode]], 2) for mode in MODES
+    }
+    record["to_none"] = ratios(seconds, "none", MODES[1:])
 
 
 def training_call(mode: str, model: Any, batch: Any) -> Callable[[int], None]:
@@ -95,23 +90,5 @@ def training_call(mode: str, model: Any, batch: Any) -> Callable[[int], None]:
     return call
 
 
-def _parse() -> argparse.Namespace:
-    """Read the arguments."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    add = parser.add_argument
-    add("--out", type=Path, help="JSON file to write")
-    add("--model", metavar="NAME_OR_PATH", help="default: SmolLM2-135M-Instruct")
-    add("--data", type=Path, help="pairs, JSON Lines or .gz (default: the built-in ones)")
-    add("--batch", type=int, default=4, help="pairs (default: %(default)s)")
-    add("--max-length", type=int, default=128, help="tokens (default: %(default)s)")
-    add("--rounds", type=int, default=5, help="(default: %(default)s)")
-    add("--threads", type=int, help="default: torch's own choice")
-    options = parser.parse_args()
-    for name, low in (("batch", 1), ("max_length", 2), ("rounds", 2)):
-        if getattr(options, name) < low:
-            parser.error(f"{name}: expected at least {low}, got {getattr(options, name)}")
-    return options
-
-
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

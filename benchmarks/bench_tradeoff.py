@@ -16,32 +16,43 @@ are in neither.
 from __future__ import annotations
 
 import argparse
+import sys
 import time
-from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from rich.console import Console
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from fastadapt._cli.measure import generate, mode_kwargs, stock_chain
-from fastadapt.study._progress import progress_bar, stepper
 from fastadapt.study.tradeoff import contexts
 from fastadapt.study.tradeoff.decoding import draw_strings, score_strings
 from fastadapt.study.tradeoff.grids import Cell, paper_grid, small_grid
 from fastadapt.training.pretrained import load_model
-from filters import at_least
-from host import host_record, quartiles, write_record
-from limits import print_limits, tradeoff_limits
-from timing import ratios
+from harness import MODEL, SEED, Benchmark, Option, progress, settings_of
+from timing import quartiles, ratios
 
 GRIDS = {"paper": paper_grid, "small": small_grid}
 PARTS = {
     "fastadapt": ("sampling", "scoring"),
     "stock": ("sampling", "scoring", "repeated"),
 }
+BENCHMARK = Benchmark(
+    "tradeoff",
+    __doc__,
+    {
+        "model": MODEL,
+        "grid": Option("small", choices=tuple(GRIDS)),
+        "prompts": Option(8, least=1),
+        "strings": Option(2, "of each adaptor and prompt", least=1),
+        "max_new_tokens": Option(24, least=1),
+        "batch": Option(16, "rows of the other way", least=1),
+        "rounds": Option(3, least=2),
+        "seed": SEED,
+    },
+)
 
 
 class Study(NamedTuple):
@@ -64,97 +75,56 @@ class Scores(NamedTuple):
     log_q: Tensor
 
 
-def main() -> None:
-    """Run both ways in turns, print what it must show and write the JSON file."""
-    options = _parse()
-    if options.threads:
-        torch.set_num_threads(options.threads)
+@BENCHMARK
+def main(options: argparse.Namespace, record: dict[str, Any]) -> None:
+    """Run both ways in turns."""
     model, tokenizer = load_model(options.model, fetch=True)
     aligned = contexts.Side(model, tokenizer, contexts.SYSTEM)
     prompts = contexts.builtin_prompts().texts[: options.prompts]
-    cells = GRIDS[options.grid]()
-    study = Study(
-        aligned,
-        aligned._replace(system=None),
-        prompts,
-        cells,
-        options.strings,
-        options.max_new_tokens,
-        options.batch,
-    )
-    host = host_record()
-    with progress_bar(Console(stderr=True), auto_refresh=False) as bar:
-        step = stepper(bar, "rounds, both ways", 1 + 2 * options.rounds)
-        rounds = measure(study, options.seed, options.rounds, step)
-    took: dict[str, dict[str, list[float]]] = {
-        way: {part: [one[way][part] for one in rounds["seconds"]] for part in (*PARTS[way], "all")}
-        for way in PARTS
+    sizes = options.strings, options.max_new_tokens, options.batch
+    prior = aligned._replace(system=None)
+    study = Study(aligned, prior, prompts, GRIDS[options.grid](), *sizes)
+    took: dict[str, dict[str, list[float]]]
+    took = {way: {part: [] for part in (*PARTS[way], "all")} for way in PARTS}
+    with progress("rounds, both ways", 1 + 2 * options.rounds) as step:
+        tokens = ours(study, options.seed)[2]
+        step()
+        for number in range(options.rounds):
+            for way in list(PARTS)[:: 1 if number % 2 else -1]:
+                if way == "stock":
+                    spent, theirs, outside = stock(study, tokens, options.seed)
+                else:
+                    spent, scores, again, violations = ours(study, options.seed)
+                    assert torch.equal(again, tokens)
+                for part, seconds in {**spent, "all": sum(spent.values())}.items():
+                    took[way][part].append(seconds)
+                step()
+    record["settings"] = {
+        **settings_of(options, "model", "strings", "max_new_tokens", "batch", "rounds", "seed"),
+        "adaptors": len(study.cells),
+        "prompts": len(prompts),
+        "dtype": "float32",
     }
-    without = [one["all"] - one["repeated"] for one in (r["stock"] for r in rounds["seconds"])]
-    record: dict[str, Any] = {
-        "benchmark": "tradeoff",
-        "host": host,
-        "settings": {
-            "model": options.model or "SmolLM2-135M-Instruct",
-            "adaptors": len(cells),
-            "prompts": len(prompts),
-            "strings": options.strings,
-            "max_new_tokens": options.max_new_tokens,
-            "batch": options.batch,
-            "rounds": options.rounds,
-            "seed": options.seed,
-            "dtype": "float32",
-        },
-        "seconds": {
-            way: {part: quartiles(values, 3) for part, values in parts.items()}
-            for way, parts in took.items()
-        },
-        "stock_to_ours": {
-            "all": quartiles(ratios(took["stock"]["all"], took["fastadapt"]["all"]), 3),
-            "without the repeated pass": quartiles(ratios(without, took["fastadapt"]["all"]), 3),
-        },
-        **{name: rounds[name] for name in ("agreement", "tokens", "violations")},
+    record["seconds"] = {
+        way: {part: quartiles(values, 3) for part, values in parts.items()}
+        for way, parts in took.items()
     }
-    print_limits(tradeoff_limits(record))
-    if options.out:
-        write_record(options.out, record)
-
-
-def measure(
-    study: Study, seed: int, rounds: int, step: Callable[[], None] = lambda: None
-) -> dict[str, Any]:
-    """Run both ways in turns on the same strings, after a first run of ours that draws them.
-
-    Returns:
-        `seconds` of each round, way and part; `agreement`, the largest difference of the two ways'
-        sums in nats, over strings inside their support in both; `tokens` of all strings;
-        `violations`, how many of them each way's scorer puts outside the support they were drawn
-        from.
-    """
-    tokens = ours(study, seed)[2]
-    step()
-    seconds: list[dict[str, dict[str, float]]] = []
-    for number in range(rounds):
-        took: dict[str, dict[str, float]] = {}
-        for way in list(PARTS)[:: 1 if number % 2 else -1]:
-            if way == "stock":
-                took[way], theirs, outside = stock(study, tokens, seed)
-            else:
-                took[way], scores, again, violations = ours(study, seed)
-                assert torch.equal(again, tokens)
-            took[way]["all"] = sum(took[way].values())
-            step()
-        seconds.append(took)
+    whole, repeated = took["stock"]["all"], took["stock"]["repeated"]
+    ways = {
+        "ours": took["fastadapt"]["all"],
+        "all": whole,
+        "without the repeated pass": [a - b for a, b in zip(whole, repeated, strict=True)],
+    }
+    record["stock_to_ours"] = ratios(ways, "ours", ("all", "without the repeated pass"), 3)
+    # the largest difference of a string's sums, nats, of those inside the support in both ways
     inside = torch.isfinite(theirs.log_q) & torch.isfinite(scores.log_q)
-    return {
-        "seconds": seconds,
-        "agreement": {
-            name: float((one - other)[inside].abs().max())
-            for name, one, other in zip(Scores._fields, scores, theirs, strict=True)
-        },
-        "tokens": tokens.numel(),
-        "violations": {"fastadapt": violations, "stock": outside},
+    record["agreement"] = {
+        name: float((one - other)[inside].abs().max())
+        for name, one, other in zip(Scores._fields, scores, theirs, strict=True)
     }
+    record["tokens"] = tokens.numel()
+    # how many tokens each way's scorer puts outside the support that they were drawn from
+    record["violations"] = {"fastadapt": violations, "stock": outside}
 
 
 def ours(study: Study, seed: int) -> tuple[dict[str, float], Scores, Tensor, int]:
@@ -248,34 +218,9 @@ def gathered(logits: Tensor, tokens: Tensor) -> Tensor:
 def padded(side: contexts.Side, prompts: list[str]) -> dict[str, Tensor]:
     """Contexts in one batch, padded on the left."""
     rows = [contexts.context_ids(side, prompt)[0] for prompt in prompts]
-    length = max(map(len, rows))
-    ids, mask = torch.zeros(2, len(rows), length, dtype=torch.int64)
-    for i, row in enumerate(rows):
-        ids[i, length - len(row) :] = row
-        mask[i, length - len(row) :] = 1
-    return {"input_ids": ids, "attention_mask": mask}
-
-
-def _parse() -> argparse.Namespace:
-    """Read the arguments."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    add = parser.add_argument
-    add("--out", type=Path, help="JSON file to write")
-    add("--model", help="a causal language model (default: the demo's)")
-    add("--grid", choices=tuple(GRIDS), default="small", help="(default: %(default)s)")
-    add("--prompts", type=int, default=8, help="(default: %(default)s)")
-    add("--strings", type=int, default=2, help="of each adaptor and prompt (default: %(default)s)")
-    add("--max-new-tokens", type=int, default=24, help="(default: %(default)s)")
-    add("--batch", type=int, default=16, help="rows of the other way (default: %(default)s)")
-    add("--rounds", type=int, default=3, help="(default: %(default)s)")
-    add("--seed", type=int, default=0)
-    add("--threads", type=int, help="default: torch's own choice")
-    options = parser.parse_args()
-    least = {"prompts": 1, "strings": 1, "max_new_tokens": 1, "batch": 1, "rounds": 2}
-    for name, low in least.items():
-        at_least(parser, name, getattr(options, name), low)
-    return options
+    pad = partial(pad_sequence, batch_first=True, padding_side="left")
+    return {"input_ids": pad(rows), "attention_mask": pad([torch.ones_like(r) for r in rows])}
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

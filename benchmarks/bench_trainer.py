@@ -12,87 +12,77 @@ freed there, so that the peak is of what is alive.
 from __future__ import annotations
 
 import argparse
+import itertools
 import random
+import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
+from cases import DTYPES
 from fastadapt._ops.linear.memory import PeakMemory, return_freed_blocks
-from fastadapt.study._progress import progress_bar, stepper
 from fastadapt.training.pairs import PAIRS, read_pairs
-from fastadapt.training.pretrained import load_model
+from fastadapt.training.pretrained import load_model, no_progress
 from fresh import in_fresh_process
-from host import PACKAGES, host_record, quartiles, write_record
+from harness import MODEL, SEED, Axis, Benchmark, Option, progress, settings_of
+from timing import in_turns, milliseconds, ratios
 
 TRAINERS = ("trl", "fastadapt")
 HEADS = ("trainable", "frozen")  # all parameters, or LoRA on the body's linear layers
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 RANK = 8
+BENCHMARK = Benchmark(
+    "trainer",
+    __doc__,
+    {
+        "data": Option(help="preference pairs, JSON Lines or .gz (default: the demo's)", kind=Path),
+        "model": MODEL,
+        "steps": Option(9, "of each trainer", least=2),
+        "batch": Option(2, "pairs", least=1),
+        "max_length": Option(256, "tokens", least=2),
+        "dtypes": Axis(tuple(DTYPES)),
+        "seed": SEED,
+    },
+    ("trl", "peft"),
+)
 
 
-def main() -> None:
-    """Measure every cell and write the JSON file."""
-    options = _parse()
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    record: dict[str, Any] = {
-        "benchmark": "trainer",
-        "host": host_record((*PACKAGES, "trl", "peft")),
-        "settings": {
-            "model": options.model or "SmolLM2-135M-Instruct",
-            "data": options.data.name if options.data else "the demo's pairs",
-            "batch": options.batch,
-            "max_length": options.max_length,
-            "steps": options.steps,
-            "rank": RANK,
-            "seed": options.seed,
-        },
-        "cells": [],
+@BENCHMARK
+def main(options: argparse.Namespace, record: dict[str, Any]) -> None:
+    """Measure every cell, each time and peak in a process of its own."""
+    record["settings"] = {
+        **settings_of(options, "model", "batch", "max_length", "steps", "seed"),
+        "data": options.data.name if options.data else "the demo's pairs",
+        "rank": RANK,
     }
-    work = [(dtype, head) for dtype in options.dtypes for head in HEADS]
-    with progress_bar(Console(stderr=True), auto_refresh=False) as bar:
-        step = stepper(bar, "cells", len(work) * (1 + len(TRAINERS)))
+    record["cells"] = []
+    work = list(itertools.product(options.dtypes, HEADS))
+    with progress("cells", len(work) * (1 + len(TRAINERS))) as step:
         for dtype, head in work:
-            cell: dict[str, Any] = {"dtype": dtype, "head": head}
+            cell: dict[str, Any] = {"dtype": dtype, "head": head, "peak_mb": {}}
             (seen,) = in_fresh_process(measure_time, dtype, head, options)
             cell |= seen
             step()
-            cell["peak_mb"] = {}
             for name in TRAINERS:
                 (peak,) = in_fresh_process(measure_memory, name, dtype, head, options)
                 cell["peak_mb"][name] = peak
                 step()
             record["cells"].append(cell)
-    _print(record)
-    if options.out:
-        write_record(options.out, record)
 
 
 def measure_time(dtype: str, head: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Quartiles of milliseconds of both trainers' steps and of their ratio, and the losses."""
     with tempfile.TemporaryDirectory() as folder:
         steppers = {name: Stepper(name, dtype, head, options, folder) for name in TRAINERS}
-        for each in steppers.values():
-            each.step(0)  # makes the optimizer's state, and meets what is slow the first time
-        took: dict[str, list[float]] = {name: [] for name in TRAINERS}
-        losses: dict[str, list[float]] = {name: [] for name in TRAINERS}
-        for number in range(1, options.steps + 1):
-            order = TRAINERS if number % 2 else TRAINERS[::-1]
-            for name in order:
-                start = time.perf_counter()
-                loss = steppers[name].step(number)
-                took[name].append(1e3 * (time.perf_counter() - start))
-                losses[name].append(loss)
-        ratios = [a / b for a, b in zip(took["trl"], took["fastadapt"], strict=True)]
+        steps = {name: each.step for name, each in steppers.items()}
+        # before them one that makes the optimizer's state, and meets what is slow the first time
+        took = in_turns(steps, rounds=options.steps, slice_s=0.0, least_rounds=options.steps)
         yield {
-            "step_ms": {name: quartiles(ms, 1) for name, ms in took.items()},
-            "trl_to_fastadapt": quartiles(ratios, 3),
-            "losses": losses,
+            "step_ms": {name: milliseconds(seconds) for name, seconds in took.items()},
+            "trl_to_fastadapt": ratios(took, "fastadapt", ("trl",), 3)["trl"],
+            "losses": {name: each.losses[1:] for name, each in steppers.items()},
             "response_tokens": steppers["trl"].tokens,
         }
 
@@ -103,10 +93,10 @@ def measure_memory(
     """Megabytes resident before the first step, and the peak over them in two steps."""
     return_freed_blocks()
     with tempfile.TemporaryDirectory() as folder:
-        stepper_ = Stepper(name, dtype, head, options, folder)
+        stepper = Stepper(name, dtype, head, options, folder)
         with PeakMemory() as peak:
-            stepper_.step(0)
-            stepper_.step(1)
+            stepper.step(0)
+            stepper.step(1)
         yield {"before": round(peak.before / 1e6), "extra": round(peak.extra / 1e6)}
 
 
@@ -116,7 +106,6 @@ class Stepper:
     def __init__(
         self, name: str, dtype: str, head: str, options: argparse.Namespace, folder: str
     ) -> None:
-        """Builds the trainer with its reference."""
         import datasets
         import peft
         import trl
@@ -126,7 +115,7 @@ class Stepper:
         torch.manual_seed(options.seed)
         if options.threads:
             torch.set_num_threads(options.threads)
-        quiet = {"progress": lambda phase, done, total: None, "dtype": DTYPES[dtype]}
+        quiet = {"progress": no_progress, "dtype": DTYPES[dtype]}
         model, tokenizer = load_model(options.model, fetch=True, **quiet)
         frozen = head == "frozen"
         reference = None if frozen else load_model(options.model, fetch=True, **quiet)[0]
@@ -156,6 +145,7 @@ class Stepper:
             peft_config=config if frozen else None,
             **({} if name == "trl" else {"loss": {"dpo": 1.0}}),
         )
+        self.losses: list[float] = []
         self.trainer.current_gradient_accumulation_steps = 1
         trained = [p for p in self.trainer.model.parameters() if p.requires_grad]
         # unfused, its temporary tensors would be the peak of both
@@ -166,45 +156,13 @@ class Stepper:
         )
         self.tokens = int(self.batch["completion_mask"].sum())
 
-    def step(self, _: int) -> float:
-        """Takes a step and returns its loss."""
+    def step(self, _: int) -> None:
+        """Takes a step and keeps its loss."""
         self.optimizer.zero_grad()
         loss = self.trainer.training_step(self.trainer.model, dict(self.batch), self.counts)
         self.optimizer.step()
-        return float(loss)
-
-
-def _print(record: dict[str, Any]) -> None:
-    """Print the cells."""
-    out = Console()
-    for cell in record["cells"]:
-        ours, theirs = (cell["step_ms"][name][1] for name in ("fastadapt", "trl"))
-        peaks = [cell["peak_mb"][name]["extra"] for name in ("fastadapt", "trl")]
-        out.print(
-            f"{cell['dtype']}, {cell['head']} head: {ours:.0f} ms against {theirs:.0f} ms, "
-            f"{peaks[0]} MB against {peaks[1]} MB"
-        )
-
-
-def _parse() -> argparse.Namespace:
-    """Read the arguments."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    add = parser.add_argument
-    add("--data", type=Path, help="preference pairs, JSON Lines or .gz (default: the demo's)")
-    add("--out", type=Path, help="JSON file to write")
-    add("--model", metavar="NAME_OR_PATH", help="default: SmolLM2-135M-Instruct")
-    add("--steps", type=int, default=9, help="of each trainer (default: %(default)s)")
-    add("--batch", type=int, default=2, help="pairs (default: %(default)s)")
-    add("--max-length", type=int, default=256, help="tokens (default: %(default)s)")
-    add("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="of the model")
-    add("--seed", type=int, default=0)
-    add("--threads", type=int, help="default: torch's own choice")
-    options = parser.parse_args()
-    for name, low in (("steps", 2), ("batch", 1), ("max_length", 2)):
-        if getattr(options, name) < low:
-            parser.error(f"{name}: expected at least {low}, got {getattr(options, name)}")
-    return options
+        self.losses.append(float(loss))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

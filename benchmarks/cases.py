@@ -1,11 +1,11 @@
-"""What the sampling benchmarks run on: the grids, the adaptors and the rows of logits.
+"""What the benchmarks run on: grids, adaptors, rows of logits, hidden states and heads.
 
 The rows of a model, which need more packages, are in `real_rows`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -64,36 +64,12 @@ SETS = 4
 _MANY_BYTES = 8 << 20  # above this a set has rows enough of its own
 
 
-def study_adaptors() -> list[Adaptor]:
-    """The 31 adaptors of the probability-quality study: six truncations at five temperatures, 1."""
-    truncations: list[dict[str, float]] = [
-        {"top_k": 30},
-        {"top_k": 50},
-        {"top_p": 0.9},
-        {"top_p": 0.95},
-        {"typical_p": 0.9},
-        {"eta_cutoff": 9e-4},
-    ]
-    temperatures = (0.5, 0.75, 1.0, 1.25, 1.5)
-    grid = [Adaptor(temperature=t, **knobs) for t in temperatures for knobs in truncations]
-    return [*grid, Adaptor()]
-
-
 def make_rows(
     kind: str, vocabulary: int, batch: int, *, seed: int, real: Tensor | None = None
 ) -> list[Tensor]:
-    """Make the sets of rows of a cell.
+    """Make `SETS` tensors (N, V) of one kind, float32, contiguous; one where a set is large.
 
-    Args:
-        kind: a key of `ROWS` or `GPU_ROWS`.
-        vocabulary: V.
-        batch: N.
-        seed: of everything that is random here.
-        real: (M, W), what `real_logits` returned; only the kind "real" needs it.
-
-    Returns:
-        `SETS` tensors (N, V), float32, contiguous, with memory of their own; one where a set is
-        large.
+    Rows of the kind "real" are made of those that `find_real_rows` returned, (M, W).
     """
     generator = torch.Generator().manual_seed(seed)
     sets = SETS if 4 * batch * vocabulary <= _MANY_BYTES else 1
@@ -129,6 +105,39 @@ def _of_width(rows: Tensor, v: int, generator: torch.Generator) -> Tensor:
     return torch.cat([rows, low.gather(-1, more)], -1)
 
 
-def chosen(names: Sequence[str] | None, known: Sequence[str]) -> list[str]:
-    """The names asked for, in the order of the known ones; all of them where none is asked for."""
-    return [name for name in known if names is None or name in names]
+class LossInputs(NamedTuple):
+    """What the benchmarks of losses compute on."""
+
+    hidden: Tensor  # (N, H)
+    weight: Tensor  # (V, H)
+    labels: Tensor  # (N,)
+    upstream: Tensor  # (N,), of both signs
+    reference: Tensor  # (pairs,): the reference's log-ratio of each pair of sequences
+
+    def wanted(self) -> list[Tensor]:
+        """What gets gradients."""
+        return [x for x in (self.hidden, self.weight) if x.requires_grad]
+
+
+def make_loss_inputs(
+    n: int,
+    h: int,
+    v: int,
+    dtype: torch.dtype,
+    *,
+    frozen: bool,
+    seed: int,
+    device: str = "cpu",
+    pairs: int = 0,
+) -> LossInputs:
+    """Hidden states and head of standard normals, logits of variance 1."""
+    generator = torch.Generator(device).manual_seed(seed)
+    place: dict[str, Any] = {"generator": generator, "device": device}
+    hidden = torch.randn(n, h, **place).to(dtype)
+    weight = torch.empty(v, h, dtype=dtype, device=device)
+    for rows in weight.split(4096):  # no float32 copy of the whole
+        rows.copy_(torch.randn(rows.shape, **place) / h**0.5)
+    labels = torch.randint(v, (n,), **place)
+    upstream, reference = torch.randn(n, **place), torch.randn(pairs, **place)
+    weight.requires_grad_(not frozen)
+    return LossInputs(hidden.requires_grad_(), weight, labels, upstream, reference)

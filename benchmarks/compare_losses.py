@@ -24,45 +24,58 @@ from __future__ import annotations
 import argparse
 import copy
 import random
+import sys
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from fastadapt import RewardPenalizeLoss, linear_log_odds
-from fastadapt.study._progress import progress_bar, stepper
 from fastadapt.training import reference_logps, training_steps
 from fastadapt.training.head import Head
 from fastadapt.training.head_check import head_of
 from fastadapt.training.pairs import IGNORED, PairBatch, encode_pairs, read_pairs
-from fastadapt.training.pretrained import load_model
-from host import host_record, write_record
+from fastadapt.training.pretrained import load_model, no_progress
+from harness import MODEL, PAIRS_FILE, Benchmark, Option, progress, settings_of
 
 RATES = (3e-5, 1e-4, 3e-4)
+BENCHMARK = Benchmark(
+    "compare_losses",
+    __doc__,
+    {
+        "data": PAIRS_FILE,
+        "model": MODEL,
+        "layers": Option(2, "to train"),
+        "train": Option(256, "pairs at most"),
+        "choose": Option(40, "pairs"),
+        "held_out": Option(160, "pairs"),
+        "batch": Option(4, "pairs a step"),
+        "max_length": Option(96, "tokens"),
+        "seeds": Option(3),
+        "split_seed": Option(0),
+    },
+)
 
 
 class Method(NamedTuple):
     """How a model is trained: from the start or from another method's end, by which loss."""
 
-    label: str
     weights: dict[str, float]
     after: str | None = None
     epochs: int = 1
 
 
 METHODS = {
-    "mle": Method("MLE", {"mle": 1.0}),
-    "exmate": Method("ExMATE", {"exmate": 1.0}),
-    "unlikelihood": Method("MLE + unlikelihood", {"unlikelihood": 1.0}),
-    "mle, dpo": Method("DPO after MLE", {"dpo": 1.0}, "mle"),
-    "exmate, dpo": Method("DPO after ExMATE", {"dpo": 1.0}, "exmate"),
-    "dpo + mle": Method("DPO + MLE, jointly", {"dpo": 1.0, "mle": 1.0}, epochs=2),
-    "dpo + exmate": Method("DPO + ExMATE, jointly", {"dpo": 1.0, "exmate": 1.0}, epochs=2),
+    "mle": Method({"mle": 1.0}),
+    "exmate": Method({"exmate": 1.0}),
+    "unlikelihood": Method({"unlikelihood": 1.0}),
+    "mle, dpo": Method({"dpo": 1.0}, "mle"),
+    "exmate, dpo": Method({"dpo": 1.0}, "exmate"),
+    "dpo + mle": Method({"dpo": 1.0, "mle": 1.0}, epochs=2),
+    "dpo + exmate": Method({"dpo": 1.0, "exmate": 1.0}, epochs=2),
 }
 
 
@@ -109,21 +122,16 @@ class Tail(NamedTuple):
         )
 
 
-def main() -> None:
-    """Run the comparison and write the JSON file."""
-    options = _parse()
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    host = host_record()  # the tree as it is now, not when the run ends
+@BENCHMARK
+def main(options: argparse.Namespace, record: dict[str, Any]) -> None:
+    """Choose the learning rates, then train by each method and with each seed."""
     start = time.perf_counter()
-    quiet = {"progress": lambda phase, done, total: None}
-    model, tokenizer = load_model(options.model, fetch=True, **quiet)
+    model, tokenizer = load_model(options.model, fetch=True, progress=no_progress)
     pairs = [encode_pairs(tokenizer, [pair], chat=False) for pair in read_pairs(options.data)]
     pairs = [pair for pair in pairs if pair.tokens.shape[1] <= options.max_length]
     split = split_pairs(len(pairs), options)
     runs = len(RATES) * 2 + options.seeds * sum(m.epochs for m in METHODS.values())
-    with progress_bar(Console(stderr=True), auto_refresh=False) as bar:
-        step = stepper(bar, "hidden states, then epochs", 1 + runs)
+    with progress("hidden states, then epochs", 1 + runs) as step:
         front, tail = divide(model, options.layers)
         rows = cache(front, pairs)
         step()
@@ -134,35 +142,27 @@ def main() -> None:
             for rate in RATES:
                 tried[rate] = study.validate(kind, rate)
                 step()
-            rates[kind] = {"tried": tried, "chosen": min(tried, key=lambda rate: tried[rate])}
+            rates[kind] = {
+                "tried": list(tried.items()),
+                "chosen": min(tried, key=lambda rate: tried[rate]),
+            }
         cells = [{"method": "start", "seed": None, **study.held_out()}]
         for seed in range(options.seeds):
             for name, seen in study.run(seed, {k: v["chosen"] for k, v in rates.items()}):
                 cells.append({"method": name, "seed": seed, **seen})
                 for _ in range(METHODS[name].epochs):
                     step()
-    record = {
-        "benchmark": "compare_losses",
-        "host": host,
-        "settings": {
-            "model": options.model or "SmolLM2-135M-Instruct",
-            "data": options.data.name,
-            "layers": options.layers,
-            "trained_parameters": sum(p.numel() for p in tail.body.parameters()),
-            "batch": options.batch,
-            "max_length": options.max_length,
-            "split_seed": options.split_seed,
-            "pairs": {name: len(places) for name, places in split._asdict().items()},
-            "seeds": options.seeds,
-            "beta": 0.1,
-            "rates": {k: {**v, "tried": list(v["tried"].items())} for k, v in rates.items()},
-            "seconds": round(time.perf_counter() - start),
-        },
-        "tokens": [[int(n) for n in rows[i].mask.sum(-1)] for i in split.held_out],
-        "cells": cells,
+    names = ("model", "data", "layers", "batch", "max_length", "split_seed", "seeds")
+    record["settings"] = {
+        **settings_of(options, *names),
+        "trained_parameters": sum(p.numel() for p in tail.body.parameters()),
+        "pairs": {name: len(places) for name, places in split._asdict().items()},
+        "beta": 0.1,
+        "rates": rates,
+        "seconds": round(time.perf_counter() - start),
     }
-    if options.out:
-        write_record(options.out, record)
+    record["tokens"] = [[int(n) for n in rows[i].mask.sum(-1)] for i in split.held_out]
+    record["cells"] = cells
 
 
 def split_pairs(count: int, options: argparse.Namespace) -> Split:
@@ -217,7 +217,6 @@ class Study:
     def __init__(
         self, tail: Tail, rows: list[Cached], split: Split, options: argparse.Namespace
     ) -> None:
-        """Keeps the tail's first state."""
         self.tail, self.rows, self.split = tail, rows, split
         self.batch = options.batch
         self.start = copy.deepcopy(tail.body.state_dict())
@@ -288,7 +287,7 @@ class Study:
     def validate(self, kind: str, rate: float) -> float:
         """The loss on the pairs kept for choosing, after an epoch from the start with one rate."""
         self.tail.body.load_state_dict(self.start)
-        self.train(Method(kind, {kind: 1.0}), rate, self.order(0, 0))
+        self.train(Method({kind: 1.0}), rate, self.order(0, 0))
         chosen, rejected = self.logps(self.split.choose)
         if kind == "dpo":
             known = [self.before[i] for i in self.split.choose]
@@ -299,24 +298,5 @@ class Study:
         return float(-chosen.sum() / tokens)
 
 
-def _parse() -> argparse.Namespace:
-    """Read the arguments."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    add = parser.add_argument
-    add("--data", type=Path, required=True, help="JSON Lines of chosen and rejected, or .gz")
-    add("--out", type=Path, help="JSON file to write")
-    add("--model", metavar="NAME_OR_PATH", help="default: SmolLM2-135M-Instruct")
-    add("--layers", type=int, default=2, help="to train (default: %(default)s)")
-    add("--train", type=int, default=256, help="pairs at most (default: %(default)s)")
-    add("--choose", type=int, default=40, help="pairs (default: %(default)s)")
-    add("--held-out", type=int, default=160, help="pairs (default: %(default)s)")
-    add("--batch", type=int, default=4, help="pairs a step (default: %(default)s)")
-    add("--max-length", type=int, default=96, help="tokens (default: %(default)s)")
-    add("--seeds", type=int, default=3, help="(default: %(default)s)")
-    add("--split-seed", type=int, default=0, help="(default: %(default)s)")
-    add("--threads", type=int, help="default: torch's own choice")
-    return parser.parse_args()
-
-
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

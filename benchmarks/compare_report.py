@@ -11,7 +11,6 @@ order of the training pairs, so few seeds say little of other training pairs.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +21,7 @@ import report
 
 FIGURE = report.ROOT / "docs" / "compare_losses.png"
 DRAWS = 4000
+START = "the model as it is"
 # name in the result: label, what its last stage began with, colour (Okabe and Ito) and marker
 METHODS: dict[str, tuple[str, str, str, str]] = {
     "mle": ("MLE", "start", "#0072B2", "o"),
@@ -32,7 +32,6 @@ METHODS: dict[str, tuple[str, str, str, str]] = {
     "dpo + mle": ("DPO + MLE, jointly", "start", "#0072B2", "X"),
     "dpo + exmate": ("DPO + ExMATE, jointly", "start", "#D55E00", "*"),
 }
-MEASURES = ("chosen", "rejected", "margin")
 CONTRASTS = (
     ("exmate", "mle"),
     ("exmate", "unlikelihood"),
@@ -54,20 +53,24 @@ class Interval(NamedTuple):
         low, high = (format(factor * x, form) for x in (self.low, self.high))
         return f"{format(factor * self.mean, form)} ({low} to {high})"
 
+    def bars(self, factor: float = 1.0) -> list[list[float]]:
+        """The lengths of error bars below and above."""
+        return [[factor * (self.mean - self.low)], [factor * (self.high - self.mean)]]
+
 
 class Comparison:
     """log P of the held-out responses after each method, and what follows from it."""
 
+    methods, contrasts, start = METHODS, CONTRASTS, START
+
     def __init__(self, record: dict[str, Any]) -> None:
-        """Sorts the cells into arrays (seeds, pairs)."""
-        lengths = np.array(record["tokens"], dtype=float)
         self.chosen: dict[str, np.ndarray] = {}
         self.rejected: dict[str, np.ndarray] = {}
         for name in ("start", *METHODS):
             cells = [c for c in record["cells"] if c["method"] == name]
             self.chosen[name] = np.array([c["chosen"] for c in cells])
             self.rejected[name] = np.array([c["rejected"] for c in cells])
-        self.lengths = lengths
+        self.lengths = np.array(record["tokens"], dtype=float)
         self.steps = {c["method"]: c["steps"] for c in record["cells"] if "steps" in c}
         seeds, pairs = self.chosen["mle"].shape
         random = np.random.default_rng(0)
@@ -98,45 +101,23 @@ class Comparison:
         means = values[self.seeds].mean(1)
         return np.take_along_axis(means, self.pairs, axis=1).mean(1)
 
-    def changes(self) -> Iterator[dict[str, Any]]:
-        """For each method the steps and changes since the start, and how often y⁺ is ahead."""
-        for name in ("start", *METHODS):
-            ahead, per_token = (
-                self.interval(self.value(name, measure)).shown(1, sign=False, factor=100)
-                for measure in ("ahead", "ahead per token")
-            )
-            shares = {"ahead": ahead, "per_token": per_token}
-            if name == "start":
-                label = "the model as it is: log P(y⁺), log P(y⁻), difference"
-                means = {m: f"{self.value(name, m).mean():.2f} nats" for m in MEASURES}
-                yield {"method": label, "steps": 0, **means, **shares}
-                continue
-            label, before, *_ = METHODS[name]
-            moved = {
-                m: self.interval(self.value(name, m) - self.value("start", m)).shown()
-                for m in MEASURES
-            }
-            taken = self.steps[name] + self.steps.get(before, 0)
-            yield {"method": label, "steps": taken, **moved, **shares}
+    def change(self, measure: str, name: str, before: str = "start") -> Interval:
+        """What a method did to a measure, against the model as it is or another method."""
+        return self.interval(self.value(name, measure) - self.value(before, measure))
 
-    def displacements(self) -> Iterator[dict[str, str]]:
-        """What the last stage of each method did to log P(y⁺)."""
-        for name, (label, before, *_) in METHODS.items():
-            change = self.value(name, "chosen") - self.value(before, "chosen")
-            fell = self.interval((change < 0).astype(float)).shown(1, sign=False, factor=100)
-            yield {"method": label, "change": self.interval(change).shown(), "fell": fell}
+    def share(self, measure: str, name: str) -> str:
+        """How often a held-out pair has a property, in percent."""
+        return self.interval(self.value(name, measure)).shown(1, sign=False, factor=100)
 
-    def contrasts(self) -> Iterator[dict[str, str]]:
-        """Differences between two methods."""
-        for first, second in CONTRASTS:
-            apart = {m: self.value(first, m) - self.value(second, m) for m in (*MEASURES, "ahead")}
-            share = self.interval(apart["ahead"], self.value(second, "ahead"))
-            yield {
-                "methods": f"{METHODS[first][0]} − {METHODS[second][0]}",
-                **{m: self.interval(apart[m]).shown() for m in MEASURES},
-                "ahead": self.interval(apart["ahead"]).shown(1, factor=100),
-                "share": share.shown(1, factor=100),
-            }
+    def fell(self, name: str, before: str) -> str:
+        """How often a method lowered log P(y⁺), in percent."""
+        lower = (self.value(name, "chosen") < self.value(before, "chosen")).astype(float)
+        return self.interval(lower).shown(1, sign=False, factor=100)
+
+    def relative(self, measure: str, first: str, second: str) -> Interval:
+        """The difference of two methods, as a part of the second's."""
+        other = self.value(second, measure)
+        return self.interval(self.value(first, measure) - other, other)
 
     def penalty(self) -> float:
         """ExMATE's weight of the held-out rejected responses before training."""
@@ -165,8 +146,8 @@ def _draw_plane(data: Comparison, plane: Any) -> None:
         plane.errorbar(
             across.mean,
             up.mean,
-            xerr=[[across.mean - across.low], [across.high - across.mean]],
-            yerr=[[up.mean - up.low], [up.high - up.mean]],
+            xerr=across.bars(),
+            yerr=up.bars(),
             color=colour,
             marker=marker,
             ms=9 if marker == "*" else 7,
@@ -179,10 +160,7 @@ def _draw_plane(data: Comparison, plane: Any) -> None:
     across = [min(ends[0], ends[2]), max(ends[1], ends[3])]
     plane.plot(across, across, "--", color="#999999", lw=0.8, zorder=0, label="both gain the same")
     plane.axis(ends)
-    plane.set(
-        xlabel="change of log P(y⁻), nats",
-        ylabel="change of log P(y⁺), nats",
-    )
+    plane.set(xlabel="change of log P(y⁻), nats", ylabel="change of log P(y⁺), nats")
     plane.set_title("Held-out pairs, against the model as it is", fontsize=9, loc="left")
     plane.legend(frameon=False, fontsize=8, handletextpad=0.2)
 
@@ -191,19 +169,19 @@ def _draw_shares(data: Comparison, shares: Any) -> None:
     """How often the chosen response is ahead."""
     names = ("start", *METHODS)
     for row, name in enumerate(reversed(names)):
-        label, _, colour, marker = METHODS.get(name, ("the model as it is", "", "#000000", "|"))
+        label, _, colour, marker = METHODS.get(name, (START, "", "#000000", "|"))
         ahead = data.interval(data.value(name, "ahead"))
         shares.errorbar(
             100 * ahead.mean,
             row,
-            xerr=[[100 * (ahead.mean - ahead.low)], [100 * (ahead.high - ahead.mean)]],
+            xerr=ahead.bars(100),
             color=colour,
             marker=marker,
             ms=7,
             lw=1,
         )
     shares.set_yticks(range(len(names)))
-    labels = [METHODS[n][0] if n in METHODS else "the model as it is" for n in reversed(names)]
+    labels = [METHODS[n][0] if n in METHODS else START for n in reversed(names)]
     shares.set_yticklabels(labels, fontsize=8)
     shares.set_xlabel("pairs with P(y⁺) > P(y⁻), %")
     shares.set_title("95 % intervals over seeds and pairs", fontsize=9, loc="left")

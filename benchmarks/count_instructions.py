@@ -29,7 +29,10 @@ CAPABILITIES = ("scalar", "avx2")
 
 def main() -> None:
     """Build the driver, count, print a table and write the JSON file."""
-    options = _parse()
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument("--cxx", default="g++", help="the compiler; default: g++")
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         driver = Path(folder) / "driver"
         _run([options.cxx, *FLAGS, "-Icsrc", *KERNELS, DRIVER, "-o", str(driver)])
@@ -38,14 +41,6 @@ def main() -> None:
     _print(counts)
     if options.out:
         write_record(options.out, record)
-
-
-def _parse() -> argparse.Namespace:
-    """Read the arguments."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", type=Path, help="JSON file to write")
-    parser.add_argument("--cxx", default="g++", help="the compiler; default: g++")
-    return parser.parse_args()
 
 
 def _count(driver: Path, isa: str, folder: Path) -> dict[str, float]:

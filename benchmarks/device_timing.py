@@ -21,7 +21,6 @@ class DeviceCall:
     prepare: Callable[[], object] | None = None
 
     def __call__(self, turn: int) -> object:
-        """Make the call."""
         return self.run(turn)
 
 
@@ -38,7 +37,6 @@ class DeviceTimer:
     """
 
     def __init__(self, *, hot: bool) -> None:
-        """Allocate the buffer and the events."""
         self._hot = hot
         cache = torch.cuda.get_device_properties().L2_cache_size
         size = max(4 * cache, FLUSH_BYTES)
@@ -50,7 +48,6 @@ class DeviceTimer:
         return sum(self._seconds(call, turn) for turn in turns) / len(turns)
 
     def _seconds(self, call: Call, turn: int) -> float:
-        """Time one call and wait for it."""
         prepare = call.prepare if isinstance(call, DeviceCall) else None
         if prepare and not self._hot:
             prepare()
@@ -71,11 +68,7 @@ class DeviceTimer:
 
 
 def captured(call: DeviceCall) -> DeviceCall:
-    """The call as the replay of a CUDA graph; every replay is that of turn 0.
-
-    Raises:
-        RuntimeError: the call cannot be captured.
-    """
+    """The call as the replay of a CUDA graph, which is that of turn 0, if it can be captured."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

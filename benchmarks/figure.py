@@ -47,30 +47,24 @@ def saved_figure(path: Path, record: dict[str, Any], **options: Any) -> Iterator
 def draw(record: dict[str, Any], path: Path) -> None:
     """Draw the figure of a result of bench_sampling.py."""
     with saved_figure(path, record, figsize=(7.2, 4.6)) as (figure, axes):
-        _draw_lines(record, figure, axes)
+        _draw_lines(record, axes)
+        # from the top down as the lines end
+        lines = sorted(axes.get_lines(), key=lambda line: -float(line.get_xydata()[-1, 1]))
+        figure.legend(handles=lines, loc="outside right center", frameon=False, fontsize=8)
 
 
-def _draw_lines(record: dict[str, Any], figure: Any, axes: Any) -> None:
+def _draw_lines(record: dict[str, Any], axes: Any) -> None:
     """A line for each adaptor and peer, and those of the limits."""
     cells = [c for c in record["cells"] if all(c[k] == v for k, v in SHOWN.items())]
     peers = [p for p in record["peers"] if p["batch"] == SHOWN["batch"] and p["adaptor"] == "T+p"]
     for name, (label, marker) in PEER_STYLES.items():
-        measured = [p for p in peers if name in p["us"]]
-        if measured:
-            axes.plot(
-                *_line(measured, name), marker, ls="-", color="#555555", lw=1, ms=6, label=label
-            )
+        if measured := [p for p in peers if name in p["us"]]:
+            style = {"marker": marker, "color": "#555555", "lw": 1, "ms": 6, "label": label}
+            axes.plot(*_line(measured, name), **style)
     for name, (colour, marker) in STYLES.items():
-        measured = [c for c in cells if c["adaptor"] == name]
-        if measured:
-            axes.plot(
-                *_line(measured, "fastadapt"),
-                marker,
-                ls="-",
-                color=colour,
-                ms=5,
-                label=f"fastadapt, {name}",
-            )
+        if measured := [c for c in cells if c["adaptor"] == name]:
+            style = {"marker": marker, "color": colour, "ms": 5, "label": f"fastadapt, {name}"}
+            axes.plot(*_line(measured, "fastadapt"), **style)
     # every cell has its own; those of one adaptor are as good as another's
     base = [c for c in cells if c["adaptor"] == "T+p"]
     if not base:
@@ -92,9 +86,6 @@ def _draw_lines(record: dict[str, Any], figure: Any, axes: Any) -> None:
         fontsize=9,
         loc="left",
     )
-    # from the top down as the lines end
-    lines = sorted(axes.get_lines(), key=lambda line: float(line.get_xydata()[-1, 1]), reverse=True)
-    figure.legend(handles=lines, loc="outside right center", frameon=False, fontsize=8)
 
 
 def _line(cells: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:

@@ -77,8 +77,8 @@ stage profile 90 ncu --clock-control none --section SpeedOfLight --section Launc
 sampling wide 240
 stage tests 300 "$python" -m pytest -q -m gpu -n 16 -p no:cacheprovider \
   --override-ini="addopts=--import-mode=importlib --strict-markers -ra" \
-  --ignore=tests/test_benchmarks.py --ignore=tests/test_cli.py --ignore=tests/test_pretrained.py \
-  --ignore=tests/test_preferences.py
+  --ignore-glob='tests/test_benchmarks*.py' --ignore=tests/test_cli.py \
+  --ignore=tests/test_pretrained.py --ignore=tests/test_preferences.py
 
 printf '\n=== %s\n' "$out"
 for file in "$out"/*.json*; do [[ -e $file ]] && echo "$file"; done

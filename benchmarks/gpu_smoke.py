@@ -10,7 +10,6 @@ written as soon as the case is done.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
@@ -28,15 +27,25 @@ from torch import Tensor
 from cases import DTYPES, GPU_ADAPTORS, GPU_ROWS, make_rows
 from device_timing import DeviceCall, captured
 from fastadapt import Adaptor, sample
+from harness import Axis, Benchmark, Option, require_cuda
 
-BATCHES = (1, 64, 512)
 FIELDS = {"base_logprobs": True, "log_mass": True}
 NAMES = ("tokens", "logprobs", "kept", "status", "base_logprobs", "log_mass")
+BENCHMARK = Benchmark(
+    "gpu_smoke",
+    __doc__,
+    {
+        "batch": Axis((1, 64, 512), kind=int),
+        "dtypes": Axis(tuple(DTYPES)),
+        "vocabulary": Option(128_256, metavar="V"),
+    },
+)
 
 
 def main() -> int:
     """Run all cases; the exit code is 1 where one differs or fails."""
-    options = _parse()
+    options = BENCHMARK.parse()
+    require_cuda()
     jobs = list(product(options.batch, options.dtypes))
     failed, done, console = 0, 0, Console()
     pool = ProcessPoolExecutor(len(jobs), mp_context=get_context("spawn"))
@@ -111,20 +120,6 @@ def check(rows: Tensor, adaptor: Adaptor, fields: dict[str, bool]) -> str:
                 wrong = f"{step}: {name} differs in {int((~same).sum())} rows"
                 return f"{wrong}; row {at}: expected {b[at].item()}, got {a[at].item()}"
     return "equal"
-
-
-def _parse() -> argparse.Namespace:
-    """Read the arguments."""
-    parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
-    add = parser.add_argument
-    add("--out", type=Path, help="file to which a line of JSON a case is appended")
-    add("--batch", type=int, nargs="+", default=BATCHES, metavar="N")
-    add("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
-    add("--vocabulary", type=int, default=128_256, metavar="V", help="(default: %(default)s)")
-    options = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.error("no CUDA device: torch.cuda.is_available() is False")
-    return options
 
 
 if __name__ == "__main__":

@@ -6,9 +6,9 @@ import datetime
 import json
 import os
 import platform
-import statistics
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,10 @@ import torch
 from fastadapt import _C
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("fastadapt", "torch", "transformers")
 
 
-def host_record(packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
-    """Describe the machine and the software, without anything that names the machine."""
+def host_record(peers: Sequence[str] = ()) -> dict[str, Any]:
+    """Describe the machine, the software and the peers, without anything that names the machine."""
     affinity = getattr(os, "sched_getaffinity", None)
     return {
         "cpu": _cpu_name(),
@@ -34,7 +33,7 @@ def host_record(packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "versions": {
             "python": platform.python_version(),
-            **{name: _version(name) for name in packages},
+            **{name: _version(name) for name in ("fastadapt", "torch", "transformers", *peers)},
         },
         **tree_record(),
     }
@@ -45,7 +44,7 @@ def gpu_record() -> dict[str, Any] | None:
     if not torch.cuda.is_available():
         return None
     device = torch.cuda.get_device_properties()
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     return {
         "name": device.name,
         "capability": f"{device.major}.{device.minor}",
@@ -53,49 +52,31 @@ def gpu_record() -> dict[str, Any] | None:
         "l2_mib": device.L2_cache_size >> 20,
         "memory_mib": device.total_memory >> 20,
         "cuda": torch.version.cuda,
-        "driver": _output(query).partition("\n")[0] or None,
+        "driver": driver.partition("\n")[0] or None,
     }
 
 
 def tree_record() -> dict[str, Any]:
     """Describe the tree that is measured, and when."""
     return {
-        "commit": _git("rev-parse", "HEAD") or None,
+        "commit": _output("git", "rev-parse", "HEAD") or None,
         # the results are written by the benchmarks themselves
-        "dirty": bool(_git("status", "--porcelain", "--", ".", ":!benchmarks/results")),
+        "dirty": bool(_output("git", "status", "--porcelain", "--", ".", ":!benchmarks/results")),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
-
-
-def quartiles(values: Sequence[float], digits: int = 4) -> list[float]:
-    """Lower quartile, median and upper quartile."""
-    return [round(q, digits) for q in statistics.quantiles(values, n=4, method="inclusive")]
-
-
-def times_us(took: Mapping[str, Sequence[float]]) -> dict[str, Any]:
-    """How many rounds there were, and the quartiles of each call's seconds in microseconds."""
-    return {
-        "rounds": len(next(iter(took.values()))),
-        "us": {name: quartiles([1e6 * s for s in seconds], 2) for name, seconds in took.items()},
     }
 
 
 def write_record(path: Path, record: dict[str, Any]) -> None:
     """Write a result as JSON: a line per entry, and in a list of cells a line per cell."""
+    compact = partial(json.dumps, separators=(",", ":"))
     entries = []
     for name, value in record.items():
+        text = compact(value)
         if isinstance(value, list) and value and isinstance(value[0], dict):
-            text = "[\n" + ",\n".join(map(_compact, value)) + "\n]"
-        else:
-            text = _compact(value)
-        entries.append(f"{_compact(name)}: {text}")
+            text = "[\n" + ",\n".join(map(compact, value)) + "\n]"
+        entries.append(f"{compact(name)}: {text}")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("{\n" + ",\n".join(entries) + "\n}\n", encoding="utf-8")
-
-
-def _compact(value: Any) -> str:
-    """JSON without blanks."""
-    return json.dumps(value, separators=(",", ":"))
 
 
 def _cpu_name() -> str:
@@ -122,12 +103,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _git(*arguments: str) -> str:
-    """Output of a git command in the checkout, empty where git or the repository is missing."""
-    return _output(["git", *arguments])
-
-
-def _output(command: Sequence[str]) -> str:
+def _output(*command: str) -> str:
     """What a command prints when it is run in the checkout; empty where it fails."""
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)

@@ -9,17 +9,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from missing import MissingPeer
+from missing import MissingPeer, found
+from missing import compiled as through_compiler
 
 Logps = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 _TRL_CHUNK = 32_768  # ids; what trl's own training passes
+
+
+class LossPeer(NamedTuple):
+    """How log-probabilities are made, and the mean cross entropy, which None makes from those."""
+
+    logps: Callable[[], Logps]
+    cross_entropy: Callable[[], Logps] | None = None
 
 
 def plain_logps(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -34,81 +42,74 @@ def plain_log_odds(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return logits.gather(-1, own)[:, 0] - logits.scatter(-1, own, -math.inf).logsumexp(-1)
 
 
-def plain() -> Logps:
-    """`plain_logps` as it is."""
-    return plain_logps
-
-
 def compiled() -> Logps:
-    """`plain_logps` through `torch.compile`, anew for each shape; compiling is the first call.
+    """`plain_logps` through `torch.compile`; a shape is compiled in its first call."""
 
-    Raises:
-        MissingPeer: there is no C++ compiler, or the compiler cannot do it.
-    """
-    from torch._inductor.exc import InductorError  # takes 3 s, in each process
-
-    torch.compiler.reset()
-    call: Logps = torch.compile(plain_logps, dynamic=False)
-    try:
+    def attempt(call: Logps) -> None:
         small = torch.zeros(2, 3, requires_grad=True), torch.zeros(4, 3, requires_grad=True)
         call(*small, torch.zeros(2, dtype=torch.int64)).sum().backward()
-    except InductorError as error:
-        raise MissingPeer(f"torch.compile: {str(error).strip().splitlines()[0]}") from error
+
+    call: Logps = through_compiler(plain_logps, attempt)
     return call
 
 
 def torch_own() -> Logps:
-    """`torch.nn.functional.linear_cross_entropy`, chunked by its own choice, reduction none.
-
-    Raises:
-        MissingPeer: this torch has none.
-    """
+    """`torch.nn.functional.linear_cross_entropy`, chunked by its own choice, reduction none."""
     function: Any = getattr(F, "linear_cross_entropy", None)
     if function is None:
         raise MissingPeer(f"torch {torch.__version__} has no linear_cross_entropy")
     chunked: Any = torch.nn.LinearCrossEntropyOptions()  # without options it makes all logits
-
-    def logps(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-        losses: Tensor = function(hidden, weight, labels, reduction="none", options=chunked)
-        return -losses
-
-    return logps
+    return lambda *inputs: -function(*inputs, reduction="none", options=chunked)
 
 
 def trl() -> Logps:
-    """trl's log-probabilities by chunks of the vocabulary, no other output asked for.
-
-    Raises:
-        MissingPeer: trl is not installed, or has no such function.
-    """
-    try:
-        from trl.kernels import ChunkedLogProbFunction as Function
-    except ImportError as error:
-        raise MissingPeer(f"trl with its chunked log-probabilities: {error}") from error
+    """trl's log-probabilities by chunks of the vocabulary, no other output asked for."""
+    words = "trl with its chunked log-probabilities"
+    function = found("trl.kernels:ChunkedLogProbFunction", words)
     settings = (1.0, _TRL_CHUNK, None, 1.0, ())  # temperature, chunk, no cap, scale, no outputs
-    return lambda hidden, weight, labels: Function.apply(hidden, weight, None, labels, *settings)[0]
+    return lambda hidden, weight, labels: function.apply(hidden, weight, None, labels, *settings)[0]
 
 
 def liger() -> Logps:
-    """Liger's selective log-probabilities by chunks of rows and of the vocabulary.
-
-    Raises:
-        MissingPeer: liger-kernel is not installed, or has no such function.
-    """
-    try:
-        from liger_kernel.chunked_loss import fused_linear_ppo as module
-
-        function: Any = module._ChunkedSelectiveLogProbFunction
-        chunk = module._SELECTIVE_LOGPROB_VOCAB_CHUNK_SIZE
-    except (ImportError, AttributeError) as error:
-        raise MissingPeer(f"liger-kernel with its chunked log-probabilities: {error}") from error
+    """Liger's selective log-probabilities by chunks of rows and of the vocabulary."""
+    words = "liger-kernel with its chunked log-probabilities"
+    module = "liger_kernel.chunked_loss.fused_linear_ppo"
+    function = found(f"{module}:_ChunkedSelectiveLogProbFunction", words)
+    chunk = found(f"{module}:_SELECTIVE_LOGPROB_VOCAB_CHUNK_SIZE", words)
     return lambda hidden, weight, labels: function.apply(hidden, weight, labels, None, 1.0, chunk)
 
 
+def liger_mean() -> Logps:
+    """Liger's fused linear cross entropy."""
+    function = found(
+        "liger_kernel.ops.fused_linear_cross_entropy:LigerFusedLinearCrossEntropyFunction",
+        "liger-kernel with its cross entropy",
+    )
+    return lambda hidden, weight, labels: function.apply(hidden, weight, labels)[0]
+
+
+def cce_mean() -> Logps:
+    """Apple's cut-cross-entropy."""
+    function: Logps = found("cut_cross_entropy:linear_cross_entropy", "cut-cross-entropy")
+    return function
+
+
+def cce() -> Logps:
+    """Apple's cut-cross-entropy, one value a token."""
+    function: Any = cce_mean()
+    return lambda *inputs: -function(*inputs, reduction="none")
+
+
 LOSS_PEERS: dict[str, Callable[[], Logps]] = {
-    "plain": plain,
+    "plain": lambda: plain_logps,
     "compiled": compiled,
     "torch": torch_own,
     "trl": trl,
     "liger": liger,
+}
+GPU_LOSS_PEERS = {
+    "plain": LossPeer(LOSS_PEERS["plain"]),
+    "trl": LossPeer(trl),
+    "liger": LossPeer(liger, liger_mean),
+    "cce": LossPeer(cce, cce_mean),
 }

@@ -98,15 +98,19 @@ def table(rows: Mapping[str, Record] | Iterable[Record], *columns: Columns, **wo
 
     Args:
         rows: the cells; those of a mapping have their key as the field `name`.
-        *columns: for each column its title and the format of a cell's fields, or several formats.
-            Where the first lacks its field the entry is "-", a later one is left out.
+        *columns: title and format, or several formats. Where the first lacks its field the entry is
+            "-", a later one is left out.
         **words: for a field, what to show in place of each of its values.
     """
     if isinstance(rows, Mapping):
         rows = [{"name": name, **row} for name, row in rows.items()]
     titles = {title: form for some in columns for title, form in some.items()}
     shown = [{**row, **{key: known[row[key]] for key, known in words.items()}} for row in rows]
-    return markdown(titles, [[_entry(form, row) for form in titles.values()] for row in shown])
+    entries = [[_entry(form, row) for form in titles.values()] for row in shown]
+    head, *body = (
+        "|" + "".join(f" {x} |" if x else " |" for x in row) for row in (titles, *entries)
+    )
+    return "\n".join([head, "|" + "---|" * len(titles), *body])
 
 
 def _entry(forms: str | Sequence[str], row: Record) -> str:
@@ -125,73 +129,12 @@ def each(names: Iterable[str], titles: Mapping[str, str], *forms: str) -> Column
     return {titles[name]: [form.replace("NAME", name) for form in forms] for name in names}
 
 
-def by_adaptor(
-    cells: Iterable[Record],
-    adaptors: Iterable[str],
-    columns: Mapping[Any, str],
-    entry: Callable[[list[Record], Any], str],
-    title: str = "{}",
-) -> str:
-    """A table in Markdown, with a row for each adaptor.
-
-    Args:
-        cells: what the entries are made of.
-        adaptors: the rows.
-        columns: their keys and words.
-        entry: makes the text of an adaptor's cells and a column's key; nothing is shown as "-".
-        title: of a column, with its word in the braces.
-    """
-    rows, cells = [], list(cells)
-    for adaptor in adaptors:
-        own = [cell for cell in cells if cell["adaptor"] == adaptor]
-        rows.append([adaptor, *(entry(own, key).strip() or "-" for key in columns)])
-    return markdown(["adaptor", *map(title.format, columns.values())], rows)
-
-
-def markdown(titles: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """A table in Markdown of texts."""
-    head, *body = ("|" + "".join(f" {x} |" if x else " |" for x in row) for row in (titles, *rows))
-    return "\n".join([head, "|" + "---|" * len(list(titles)), *body])
-
-
-def demands(record: Record) -> str:
-    """The table of what a benchmark must show and whether it does."""
-    limits = [{"limit": limit} for limit in LIMITS[record["benchmark"]](record)]
-    columns = {
-        "demand": "{limit.label}",
-        "measured": "{limit.shown}",
-        "bound": "{limit.demanded}",
-        "met": "{limit.met}",
-    }
-    return table(limits, columns)
-
-
-def machine(host: Record) -> str:
-    """The processor and the threads in words."""
-    threads = host["torch_threads"]
-    return f"{host['cpu']}, {threads} thread{'s' if threads > 1 else ''}"
-
-
-def device(host: Record) -> str:
-    """The GPU in words."""
-    gpu = host["gpu"]
-    if gpu is None:
-        raise ValueError("expected a result of a GPU, got one of the CPU")
-    return f"{gpu['name']}, driver {gpu['driver']}, CUDA {gpu['cuda']}"
-
-
-def software(host: Record, *peers: str) -> str:
-    """Versions and commit in words, then the versions of those peers that were there."""
-    versions = host["versions"]
-    own = f"torch {versions['torch']}, transformers {versions['transformers']}"
-    found = [f", {name} {versions[name]}" for name in peers if versions.get(name)]
-    return f"{own}, commit {host['commit'][:7]}{''.join(found)}"
-
-
-def peers_in(cells: Iterable[Record], titles: Mapping[str, str]) -> dict[str, str]:
-    """Those of the peers that some cell has a time of."""
-    measured = {name for cell in cells for name in cell["to_fastadapt"]}
-    return {name: title for name, title in titles.items() if name in measured}
+def summary(record: Record) -> str:
+    """What a benchmark prints: its block, or where there can be none what it must show."""
+    name = record["benchmark"]
+    if name in TABLES and record["host"].get("gpu", True):
+        return block(name, record)
+    return str(_templates().demands(record)) if name in LIMITS else ""
 
 
 def comparison(record: Record) -> Any:
@@ -213,15 +156,15 @@ def _templates() -> Any:
         autoescape=False,
     )
     environment.filters |= {
-        "device": device,
         "line": lambda text: " ".join(text.split()) + "\n",
-        "machine": machine,
-        "software": software,
         "to": format,
     }
-    functions = (by_adaptor, comparison, demands, each, memory_shares, peers_in, table, zip)
-    environment.globals |= {function.__name__: function for function in functions}
     environment.globals |= {
+        "comparison": comparison,
+        "each": each,
+        "limits_of": lambda record: LIMITS[record["benchmark"]](record),
+        "memory_shares": memory_shares,
+        "table": table,
         "gpu_cell": GPU_CELL,
         "gpu_loss_peers": GPU_LOSS_PEERS,
         "gpu_mode": GPU_MODE,
@@ -232,6 +175,9 @@ def _templates() -> Any:
 
 def block(name: str, *records: Record) -> str:
     """What a page has of some results."""
+    for record in records:
+        if record["host"].get("gpu", True) is None:
+            raise ValueError(f"{name}: expected a result of a GPU, got one of the CPU")
     return str(getattr(_templates(), name)(*records))
 
 

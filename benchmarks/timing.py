@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gc
 import math
+import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 Call = Callable[[int], object]
 Timer = Callable[[Call, range], float]  # seconds per call of the calls with these numbers
@@ -33,14 +35,9 @@ def in_turns(
     pytest-benchmark finishes one function before it begins the next; a machine that slows down in
     between would be read as a difference between them.
 
-    Args:
-        calls: called with a number that counts up, so that the same call can use other rows. In a
-            round all calls begin with the same number.
-        rounds: how many, if the budget allows.
-        budget_s: seconds after which no further round begins, once there are `least_rounds`.
-        slice_s: seconds that a call is repeated for in a round; one call if it takes longer.
-        least_rounds: rounds that are run whatever they take, unless `rounds` is less.
-        timer: measures a slice; that of a device waits for it.
+    Calls get a number that counts up, so that the same call can use other rows. All begin a round
+    with the same one and are repeated for `slice_s` in it. After `budget_s` no further round
+    begins, once there are `least_rounds`.
 
     Returns:
         For each call its seconds per call, one value per round.
@@ -65,9 +62,36 @@ def in_turns(
     return seconds
 
 
-def ratios(values: list[float], base: list[float]) -> list[float]:
-    """One ratio per round."""
-    return [one / other for one, other in zip(values, base, strict=True)]
+def quartiles(values: Iterable[float], digits: int = 4) -> list[float]:
+    """Lower quartile, median and upper quartile."""
+    found = statistics.quantiles(values, n=4, method="inclusive")
+    return [round(q, digits) for q in found]
+
+
+def milliseconds(seconds: Iterable[float], digits: int = 1) -> list[float]:
+    """Quartiles in milliseconds."""
+    return quartiles([1e3 * s for s in seconds], digits)
+
+
+def microseconds(took: Mapping[str, Iterable[float]], digits: int = 2) -> dict[str, list[float]]:
+    """Quartiles of each call's seconds in microseconds."""
+    return {name: quartiles([1e6 * s for s in took[name]], digits) for name in took}
+
+
+def times_us(took: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    """How many rounds there were, and the quartiles of each call in microseconds."""
+    return {"rounds": len(next(iter(took.values()))), "us": microseconds(took)}
+
+
+def ratios(
+    took: Mapping[str, Sequence[float]], base: str, names: Iterable[str], digits: int = 4
+) -> dict[str, list[float]]:
+    """Quartiles of some calls' times to those of another in the same rounds."""
+    return {
+        name: quartiles([a / b for a, b in zip(took[name], took[base], strict=True)], digits)
+        for name in names
+        if name in took
+    }
 
 
 def _repeats(call: Call, slice_s: float) -> int:

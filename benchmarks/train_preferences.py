@@ -16,61 +16,54 @@ from __future__ import annotations
 import argparse
 import itertools
 import random
+import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from fastadapt import RewardPenalizeLoss
 from fastadapt._ops.linear.memory import PeakMemory, return_freed_blocks
-from fastadapt.study._progress import progress_bar, stepper
 from fastadapt.training import logits_log_odds, reference_logps, response_log_odds, training_steps
 from fastadapt.training.pairs import Pair, encode_pairs, read_pairs
-from fastadapt.training.pretrained import load_model
+from fastadapt.training.pretrained import load_model, no_progress
 from fresh import in_fresh_process
-from host import host_record, quartiles, write_record
-from limits import print_limits, train_limits
+from harness import MODEL, PAIRS_FILE, SEED, Benchmark, Option, progress, settings_of
+from timing import quartiles
 
+LOSSES = {"dpo": 1.0, "exmate": 1.0}
 VARIANTS = {"linear": response_log_odds, "logits": logits_log_odds}
 METRICS = ("loss", "logps/chosen", "logps/rejected", "pairs/accuracies", "rewards/accuracies")
+BENCHMARK = Benchmark(
+    "train_preferences",
+    __doc__,
+    {
+        "data": PAIRS_FILE,
+        "model": MODEL,
+        "steps": Option(30, least=1),
+        "batch": Option(2, "pairs", least=1),
+        "max_length": Option(256, "tokens", least=2),
+        "learning_rate": Option(1e-5),
+        "seed": SEED,
+    },
+)
 
 
-def main() -> None:
-    """Train both ways, print what it must show and write the JSON file."""
-    options = _parse()
-    if options.threads:
-        torch.set_num_threads(options.threads)
+@BENCHMARK
+def main(options: argparse.Namespace, record: dict[str, Any]) -> None:
+    """Train both ways, each in a process of its own."""
     pairs = choose_pairs(read_pairs(options.data), options.steps * options.batch, options.seed)
-    record: dict[str, Any] = {
-        "benchmark": "train_preferences",
-        "host": host_record(),
-        "settings": {
-            "model": options.model or "SmolLM2-135M-Instruct",
-            "data": options.data.name,
-            "losses": {"dpo": 1.0, "exmate": 1.0},
-            "steps": options.steps,
-            "batch": options.batch,
-            "max_length": options.max_length,
-            "learning_rate": options.learning_rate,
-            "dtype": "float32",
-            "seed": options.seed,
-        },
-        "variants": {},
-    }
-    with progress_bar(Console(stderr=True), auto_refresh=False) as bar:
-        step = stepper(bar, "training", len(VARIANTS) * options.steps)
+    names = ("model", "data", "steps", "batch", "max_length", "learning_rate", "seed")
+    record["settings"] = {**settings_of(options, *names), "losses": LOSSES, "dtype": "float32"}
+    record["variants"] = {}
+    with progress("training", len(VARIANTS) * options.steps) as step:
         for name in VARIANTS:
             *seen, last = (
                 (item, step())[0] for item in in_fresh_process(train, name, pairs, options)
             )
             curves = {key: [metrics[key] for metrics in seen] for key in METRICS}
             record["variants"][name] = {"curves": curves, **last}
-    print_limits(train_limits(record))
-    if options.out:
-        write_record(options.out, record)
 
 
 def choose_pairs(pairs: list[Pair], count: int, seed: int) -> list[Pair]:
@@ -88,8 +81,7 @@ def train(name: str, pairs: list[Pair], options: argparse.Namespace) -> Iterator
     if options.threads:
         torch.set_num_threads(options.threads)
     log_odds_of = VARIANTS[name]
-    quiet = {"progress": lambda phase, done, total: None}
-    model, tokenizer = load_model(options.model, fetch=True, **quiet)
+    model, tokenizer = load_model(options.model, fetch=True, progress=no_progress)
     batches = [
         encode_pairs(
             tokenizer,
@@ -99,7 +91,7 @@ def train(name: str, pairs: list[Pair], options: argparse.Namespace) -> Iterator
         )
         for i in range(0, len(pairs), options.batch)
     ]
-    objective = RewardPenalizeLoss({"dpo": 1.0, "exmate": 1.0})
+    objective = RewardPenalizeLoss(LOSSES)
     # unfused, its temporary tensors would be the peak of both
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate, fused=True)
     parameters = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -125,25 +117,5 @@ def train(name: str, pairs: list[Pair], options: argparse.Namespace) -> Iterator
     }
 
 
-def _parse() -> argparse.Namespace:
-    """Read the arguments."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    add = parser.add_argument
-    add("--data", type=Path, required=True, help="JSON Lines of chosen and rejected, or .gz")
-    add("--out", type=Path, help="JSON file to write")
-    add("--model", metavar="NAME_OR_PATH", help="default: SmolLM2-135M-Instruct")
-    add("--steps", type=int, default=30, help="(default: %(default)s)")
-    add("--batch", type=int, default=2, help="pairs (default: %(default)s)")
-    add("--max-length", type=int, default=256, help="tokens (default: %(default)s)")
-    add("--learning-rate", type=float, default=1e-5, help="(default: %(default)s)")
-    add("--seed", type=int, default=0)
-    add("--threads", type=int, help="default: torch's own choice")
-    options = parser.parse_args()
-    for name, low in (("steps", 1), ("batch", 1), ("max_length", 2)):
-        if getattr(options, name) < low:
-            parser.error(f"{name}: expected at least {low}, got {getattr(options, name)}")
-    return options
-
-
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

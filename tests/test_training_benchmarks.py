@@ -2,7 +2,6 @@
 
 import json
 import random
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,9 +13,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 import bench_trainer
 import compare_losses
 import compare_report
+import fresh
+import limits
 import report
+import train_preferences
+from fastadapt._ops.linear import memory
 from fastadapt.training import response_log_odds
-from fastadapt.training.pairs import encode_pairs, read_pairs
+from fastadapt.training.pairs import Pair, encode_pairs, read_pairs
 from fastadapt.training.pretrained import load_model
 
 WORDS = ("<unk>", "<end>", *"abcdefgh", "Human", "Assistant", ":")
@@ -70,9 +73,7 @@ def record(model, data, tmp_path_factory):
     path = tmp_path_factory.mktemp("out") / "c.json"
     arguments = ["--data", data, "--model", model, "--train", 8, "--choose", 3, "--held-out", 5]
     arguments += ["--seeds", 2, "--layers", 1, "--max-length", 72, "--out", path]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["compare_losses", *map(str, arguments)])
-        compare_losses.main()
+    compare_losses.main([*map(str, arguments)])
     made = json.loads(path.read_text())
     made["host"] |= {"dirty": False, "commit": "0123456789abcdef"}
     return made
@@ -178,3 +179,56 @@ def test_steps_of_both_trainers_are_the_same(model, data, head):
     table = report.TABLES["trainer"]({"settings": settings, "cells": [cell], "host": host})
     trained = {"trainable": "all parameters", "frozen": "LoRA 8"}[head]
     assert f"| float32, {trained} |" in table and "| 1,000 | 1,000 |" in table
+
+
+def _training(linear, logits, extras):
+    memories = [{"before": 1, "extra": extra, "gradients_and_optimizer": 5} for extra in extras]
+    runs = [
+        {"curves": {"loss": loss}, "memory_mb": mb, "step_s": [1.0, 2.0, 3.0]}
+        for loss, mb in zip((linear, logits), memories, strict=True)
+    ]
+    return {
+        "benchmark": "train_preferences",
+        "settings": {"steps": 3},
+        "variants": dict(zip(("linear", "logits"), runs, strict=True)),
+    }
+
+
+def test_train_limits_are_computed():
+    record = _training([2.0, 1.0, 1.0], [2.0, 1.0002, 1.0], (90, 100))
+    apart, memory_ratio = limits.train_limits(record)
+    assert apart.figure == pytest.approx(199.96, rel=1e-4) and apart.met == "no"
+    assert memory_ratio.figure == 0.9 and memory_ratio.met == "yes"
+    same = limits.train_limits(_training([2.0, 1.0], [2.0, 1.0], (101, 100)))
+    assert [x.met for x in same] == ["yes", "no"]
+
+
+def test_pairs_are_chosen_by_seed():
+    pairs = [Pair(str(i), "a", "b") for i in range(10)]
+    some = train_preferences.choose_pairs(pairs, 7, 1)
+    assert len(set(some)) == 7 and some != train_preferences.choose_pairs(pairs, 7, 2)
+    assert some == train_preferences.choose_pairs(pairs, 7, 1)
+    assert pairs == [Pair(str(i), "a", "b") for i in range(10)]
+    assert len(set(train_preferences.choose_pairs(pairs, 25, 1))) == 10
+    with pytest.raises(ValueError, match="data: expected at least one pair, got none"):
+        train_preferences.choose_pairs([], 1, 0)
+
+
+@pytest.mark.skipif(
+    not memory.is_measurable(), reason="this system does not tell the peak of a process"
+)
+def test_training_run_and_table(monkeypatch, tmp_path, model, data, preloaded):
+    """In processes that have transformers imported, which takes 8 seconds in a new one."""
+    monkeypatch.setattr(fresh.multiprocessing, "get_context", lambda kind: preloaded)
+    arguments = ("--data", data, "--model", model, "--steps", 3, "--batch", 2)
+    out = tmp_path / "t.json"
+    train_preferences.main(["--out", str(out), *map(str, arguments)])
+    record = json.loads(out.read_text())
+    linear, logits = record["variants"]["linear"], record["variants"]["logits"]
+    assert len(linear["curves"]["loss"]) == 3 and len(set(linear["curves"]["loss"])) == 3
+    assert linear["curves"]["loss"] == pytest.approx(logits["curves"]["loss"], rel=1e-4)
+    assert linear["response_tokens"] == logits["response_tokens"]
+    assert record["settings"]["data"] == "pairs.jsonl"
+    assert str(tmp_path) not in json.dumps(record["host"])
+    table = report.TABLES["train_preferences"](record)
+    assert "| full logits, `label_log_odds` |" in table and "3 steps of DPO+ExMATE" in table
