@@ -188,7 +188,7 @@ def main(options: argparse.Namespace, record: dict[str, Any]) -> bool:
 
     What there is goes to the file after each cell, so that it is not lost if a call hangs.
     """
-    bench, end = Bench(options), time.monotonic() + 60 * options.minutes
+    bench = Bench(options)
     record["settings"] = {
         **settings_of(options, "rounds", "minutes", "seed", "dtypes"),
         "seconds_per_cell": options.seconds,
@@ -215,7 +215,7 @@ def main(options: argparse.Namespace, record: dict[str, Any]) -> bool:
         if options.out:
             write_record(options.out, record)
 
-    grid = list(cells(options))
+    grid, end = list(cells(options)), time.monotonic() + 60 * options.minutes
     return measure_until(end, grid, measure_next, bench.note, "{}, {}, {}, {}, {}".format)
 
 
