@@ -2,7 +2,7 @@
 
 import json
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -124,7 +124,10 @@ def test_formula_of_memory():
 
 
 @needs_peak
-def test_memory_is_measured_in_its_own_process(monkeypatch):
+def test_memory_is_measured_in_its_own_process(monkeypatch, preloaded):
+    # new processes, but for their imports
+    context = SimpleNamespace(get_context=lambda method: preloaded)
+    monkeypatch.setattr(fresh, "multiprocessing", context)
     options = _options(bench_losses)
     cell = bench_losses.Cell(256, 64, 20_000, "float32", "frozen")
     (plain,) = fresh.in_fresh_process(bench_losses.extra_mb, cell, "plain", options)
