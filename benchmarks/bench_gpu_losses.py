@@ -28,7 +28,7 @@ from torch import Tensor
 from cases import LossInputs, make_loss_inputs
 from device_timing import DeviceCall, DeviceTimer
 from fastadapt import label_logps, linear_log_odds
-from fastadapt._ops.linear.plan import plan_of
+from fastadapt._ops.linear.operator import plan_of
 from harness import OF_A_DEVICE, SEED, Axis, Benchmark, Option, measure_until, settings_of
 from host import write_record
 from loss_peers import GPU_LOSS_PEERS, Logps

@@ -26,7 +26,7 @@ from cases import DTYPES, LossInputs, make_loss_inputs
 from fastadapt import linear_log_odds
 from fastadapt._ops.linear.cpu import TILE
 from fastadapt._ops.linear.memory import PeakMemory, is_measurable
-from fastadapt._ops.linear.plan import KEPT_BYTES
+from fastadapt._ops.linear.operator import KEPT_BYTES
 from fresh import in_fresh_process
 from harness import SEED, Axis, Benchmark, Flag, Option, progress, settings_of
 from loss_peers import LOSS_PEERS, Logps, plain_log_odds

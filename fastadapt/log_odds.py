@@ -14,8 +14,7 @@ from torch import Tensor
 from fastadapt._ops import log_odds as ops
 from fastadapt._ops.checks import fold_rows, per_row
 from fastadapt._ops.linear import operator as linear_ops
-from fastadapt._ops.linear.plan import kept_bytes, number_of
-from fastadapt._ops.linear.plan import plan_of as plan_of
+from fastadapt._ops.linear.operator import plan_of as plan_of
 from fastadapt._ops.linear.vocab_parallel import Slice, split_head
 
 if TYPE_CHECKING:
@@ -232,9 +231,11 @@ def linear_log_odds(
         ignore_index,
         part.span,
         part.group,
-        number_of(rows, part.weight, part.bias),
-        kept_bytes(rows.shape[0] * part.weight.shape[0] * rows.element_size(), memory_budget),
-        "entropy" in outputs,
+        plan=linear_ops.number_of(rows, part.weight, part.bias),
+        kept_bytes=linear_ops.kept_bytes(
+            rows.shape[0] * part.weight.shape[0] * rows.element_size(), memory_budget
+        ),
+        weighted="entropy" in outputs,
     )
     log_odds = log_odds.view(labels.shape)
     if not outputs:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastadapt import linear_log_odds
-from fastadapt._ops.linear.plan import plan_of
+from fastadapt._ops.linear.operator import plan_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("device")]
 

@@ -454,10 +454,11 @@ def test_a_plan_never_leaves_out_a_gradient_silently():
     hidden, weight, labels, _ = head(3, 8, 50, torch.float32)
     hidden.requires_grad_()
     rest = (labels, None, 0.0, 1.0, -100, None, None)
-    log_odds = OPS.linear_log_odds(hidden, weight, *rest, 0, 0, False)[0]
+    log_odds = OPS.linear_log_odds(hidden, weight, *rest, plan=0, kept_bytes=0, weighted=False)[0]
     with pytest.raises(RuntimeError, match="without a backward"):
         log_odds.sum().backward()
-    log_odds = OPS.linear_log_odds(hidden, weight.requires_grad_(), *rest, 2, 0, False)[0]
+    weight.requires_grad_()
+    log_odds = OPS.linear_log_odds(hidden, weight, *rest, plan=2, kept_bytes=0, weighted=False)[0]
     with pytest.raises(RuntimeError, match="frozen head"):
         log_odds.sum().backward()
 
@@ -469,16 +470,18 @@ def test_opcheck(plan):
     if plan:
         hidden.requires_grad_()
         weight.requires_grad_(plan == 1)
-    forward = (hidden, weight, labels, bias, *rest, plan, 1 << 20, False)
-    torch.library.opcheck(OPS.linear_log_odds.default, forward)
+    options = {"plan": plan, "kept_bytes": 1 << 20, "weighted": False}
+    forward = (hidden, weight, labels, bias, *rest)
+    torch.library.opcheck(OPS.linear_log_odds.default, forward, options)
     if plan == 0:
         return
     hidden, weight = hidden.detach(), weight.detach()
-    _, stats, kept = OPS.linear_log_odds(hidden, weight, labels, bias, *rest, plan, 1 << 20, False)
+    _, stats, kept = OPS.linear_log_odds(hidden, weight, labels, bias, *rest, **options)
     upstream = torch.randn(3)
     if plan == 1:
-        arguments = (hidden, weight, labels, bias, *rest, upstream, stats, kept, [True, True, True])
-        torch.library.opcheck(OPS.linear_log_odds_backward.default, arguments)
+        arguments = (upstream, stats, kept, hidden, weight, labels, bias, *rest)
+        wanted = {"wanted": [True, True, True]}
+        torch.library.opcheck(OPS.linear_log_odds_backward.default, arguments, wanted)
     else:
         arguments = (upstream, labels, -100, stats, kept, torch.float32)
         torch.library.opcheck(OPS.frozen_head_backward.default, arguments)

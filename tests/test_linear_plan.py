@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastadapt._ops.linear.cpu import CpuWork
 from fastadapt._ops.linear.cuda import CudaWork
 from fastadapt._ops.linear.driver import backward, forward, frozen_head_backward
-from fastadapt._ops.linear.plan import LinearPlan, kept_bytes, number_of, plan_of, work_of
+from fastadapt._ops.linear.operator import LinearPlan, kept_bytes, number_of, plan_of, work_of
 from fastadapt._ops.linear.tiles import Problem
 
 N, H, V = 8, 64, 5003
@@ -60,7 +60,7 @@ def test_what_is_kept_is_what_the_operator_keeps():
         number, allowed = number_of(hidden, weight, bias), kept_bytes(N * V * 2, budget)
         kept = torch.ops.fastadapt.linear_log_odds(
             hidden, weight, torch.zeros(N, dtype=torch.int64), bias, 0.0, 1.0, -100, None, None,
-            number, allowed, False,
+            plan=number, kept_bytes=allowed, weighted=False,
         )[2]  # fmt: skip
         assert plan.kept_bytes == kept.nbytes
 
@@ -83,7 +83,7 @@ def test_one_product_less_where_the_hidden_states_want_no_gradient():
 )  # fmt: skip
 def test_peaks_on_cuda(n, wants, budget, expected, monkeypatch):
     """Llama 3's 8B head in bfloat16, at most 0.3 GiB over inputs and gradients for 4096 rows."""
-    monkeypatch.setattr("fastadapt._ops.linear.plan.work_of", lambda hidden: CudaWork)
+    monkeypatch.setattr("fastadapt._ops.linear.operator.work_of", lambda hidden: CudaWork)
     inputs = arguments(wants, torch.bfloat16, n, 4096, 128_256, "meta")
     assert plan_of(*inputs, memory_budget=budget) == expected
     if n == 4096:

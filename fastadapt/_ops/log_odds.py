@@ -19,7 +19,7 @@ from fastadapt._ops.common import (
     register,
     rows_of,
 )
-from fastadapt._ops.outputs import Pair, candidate_outputs, label_outputs
+from fastadapt._ops.outputs import Pair, label_outputs
 
 _library = torch.library.Library("fastadapt", "FRAGMENT")
 _library.define(
@@ -39,7 +39,7 @@ _library.define(
 def _label_log_odds_cpu(logits: Tensor, labels: Tensor, ignore_index: int) -> Pair:
     """One read of the logits."""
     check_ids("labels", labels, logits.shape[1], ignore_index)
-    log_odds, stats = out = label_outputs(logits)
+    log_odds, stats = out = label_outputs(logits, labels)
     _C.label_log_odds(
         rows_of(logits),
         labels.data_ptr(),
@@ -74,7 +74,7 @@ def _candidate_log_odds_cpu(logits: Tensor, index: Tensor, mask: Tensor | None) 
     used = index if mask is None else torch.where(mask, index, 0)
     if index.numel():
         check_ids("index", used, logits.shape[1], None)
-    log_odds, stats = out = candidate_outputs(logits, index)
+    log_odds, stats = out = label_outputs(logits, index)
     _C.candidate_log_odds(
         rows_of(logits),
         index.shape[1],
@@ -137,14 +137,17 @@ def _candidate_gradient(ctx: Any, dlog_odds: Tensor, _: Tensor) -> tuple[Tensor 
 def _register() -> None:
     """Implementations, fakes and autograd."""
     implementations: Implementations = {
-        "label_log_odds": (_label_log_odds_cpu, lambda x, labels, ignore_index: label_outputs(x)),
+        "label_log_odds": (
+            _label_log_odds_cpu,
+            lambda x, labels, ignore_index: label_outputs(x, labels),
+        ),
         "label_log_odds_backward": (
             _label_log_odds_backward_cpu,
             lambda dlog_odds, x, *_: x.new_empty(x.shape),
         ),
         "candidate_log_odds": (
             _candidate_log_odds_cpu,
-            lambda x, index, mask: candidate_outputs(x, index),
+            lambda x, index, mask: label_outputs(x, index),
         ),
         "candidate_log_odds_backward": (
             _candidate_log_odds_backward_cpu,

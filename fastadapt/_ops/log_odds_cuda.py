@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from fastadapt._ops.common import filled
-from fastadapt._ops.outputs import Pair, candidate_outputs, label_outputs
+from fastadapt._ops.outputs import Pair, label_outputs
 
 
 def label_log_odds(logits: Tensor, labels: Tensor, ignore_index: int, *, plan: Any = None) -> Pair:
@@ -16,7 +16,9 @@ def label_log_odds(logits: Tensor, labels: Tensor, ignore_index: int, *, plan: A
     from fastadapt._ops.triton import launch_losses
 
     arguments = logits, labels, ignore_index
-    return filled(label_outputs(logits), launch_losses.label_log_odds, *arguments, plan=plan)
+    return filled(
+        label_outputs(logits, labels), launch_losses.label_log_odds, *arguments, plan=plan
+    )
 
 
 def label_log_odds_backward(
@@ -42,7 +44,7 @@ def candidate_log_odds(
     """One read of the logits."""
     from fastadapt._ops.triton import launch_losses
 
-    out = candidate_outputs(logits, index)
+    out = label_outputs(logits, index)
     return filled(out, launch_losses.candidate_log_odds, logits, index, mask, plan=plan)
 
 

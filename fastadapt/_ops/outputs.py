@@ -8,12 +8,9 @@ LogOdds = tuple[Tensor, Tensor, Tensor]
 Pair = tuple[Tensor, Tensor]
 SampleFields = tuple[Tensor, Tensor, Tensor, Tensor, *tuple[Tensor | None, ...]]
 
-NUM_STATS = 4  # csrc/kernels.h, Stat
-
-
-def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The type of log-odds and sums."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+# The statistics of a row: csrc/kernels.h, Stat.
+OTHERS_MAX, OTHERS_SUM, OTHERS_WEIGHTED, LABEL_LOGIT = range(4)
+NUM_STATS = 4
 
 
 def sample_outputs(logits: Tensor, base: bool, log_mass: bool, top_n: int) -> list[Tensor]:
@@ -60,19 +57,14 @@ def log_odds_outputs(logits: Tensor) -> LogOdds:
     """Log-odds, the support as bits, maximum and mass of the surviving others."""
     n, v = logits.shape
     return (
-        logits.new_empty(n, dtype=wide_dtype(logits.dtype)),
+        logits.new_empty(n, dtype=torch.promote_types(logits.dtype, torch.float32)),
         logits.new_empty(n, (v + 7) // 8, dtype=torch.uint8),
         logits.new_empty(n, 2, dtype=torch.float64),
     )
 
 
-def label_outputs(logits: Tensor) -> Pair:
-    """Log-odds and statistics of the others."""
+def label_outputs(logits: Tensor, labels: Tensor) -> Pair:
+    """Log-odds of labels, (N,) or of each row several, and statistics of the others."""
     stats = logits.new_empty(logits.shape[0], NUM_STATS, dtype=torch.float64)
-    return logits.new_empty(logits.shape[0], dtype=wide_dtype(logits.dtype)), stats
-
-
-def candidate_outputs(logits: Tensor, index: Tensor) -> Pair:
-    """Log-odds and statistics of the entries but the largest."""
-    stats = logits.new_empty(logits.shape[0], NUM_STATS, dtype=torch.float64)
-    return logits.new_empty(index.shape, dtype=wide_dtype(logits.dtype)), stats
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    return logits.new_empty(labels.shape, dtype=wide), stats

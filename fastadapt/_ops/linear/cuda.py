@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.torch_version import TorchVersion
 
 from fastadapt._ops.linear.tiles import Head, RowWork, TileRequest
-from fastadapt._ops.outputs import wide_dtype
 
 TILE = 8192  # ids a tile
 DOUBLE_TILE = 2048  # of float64, as many as a program has registers for
@@ -45,7 +44,7 @@ class CudaWork(RowWork):
                 "linear_log_odds: expected torch 2.8 or later for half precision on CUDA, "
                 f"got {torch.__version__}"
             )
-        self._wide = wide_dtype(hidden.dtype)
+        self._wide = torch.promote_types(hidden.dtype, torch.float32)
         self._block: Tensor | None = None
         # filled on the device: a tensor made from numbers would be copied there, and waited for
         numbers = (head.scale, head.softcap or 1.0)

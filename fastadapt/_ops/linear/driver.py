@@ -13,17 +13,9 @@ hidden states, are summed over the ranks in the dtype of the sums.
 import torch
 from torch import Tensor
 
-from fastadapt._ops.linear.tiles import (
-    LABEL_LOGIT,
-    OTHERS_MAX,
-    OTHERS_SUM,
-    Head,
-    Problem,
-    RowWork,
-    TileRequest,
-)
+from fastadapt._ops.linear.tiles import Head, Problem, RowWork, TileRequest
 from fastadapt._ops.linear.vocab_parallel import merge_stats, sum_over_ranks
-from fastadapt._ops.outputs import NUM_STATS, wide_dtype
+from fastadapt._ops.outputs import LABEL_LOGIT, NUM_STATS, OTHERS_MAX, OTHERS_SUM
 
 FORWARD_ONLY, RECOMPUTE, FROZEN_HEAD = 0, 1, 2  # plans
 
@@ -41,7 +33,7 @@ def empty_outputs(hidden: Tensor, weight: Tensor, tile: int, plan: int, kept_byt
     """Log-odds, statistics, and what is kept: Jacobian rows, tiles of logits or nothing."""
     n, h = hidden.shape
     v = weight.shape[0]
-    wide = wide_dtype(hidden.dtype)
+    wide = torch.promote_types(hidden.dtype, torch.float32)
     if plan == FROZEN_HEAD:
         kept = hidden.new_empty(n, h, dtype=wide)
     else:
@@ -146,7 +138,7 @@ def backward(
     before, among = _rows_of_forward(head, used, n) if n_kept else (n, None)
     dhidden, dweight, dbias = empty_gradients(hidden, weight, problem.bias, wanted)
     row_work.will_write(dweight)
-    wide = wide_dtype(hidden.dtype)
+    wide = torch.promote_types(hidden.dtype, torch.float32)
     whole = hidden.dtype == wide and head.places is None
     sums = dhidden if whole else hidden.new_empty(n if wanted[0] else 0, h, dtype=wide)
     sums.zero_()

@@ -7,9 +7,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastadapt._ops.outputs import NUM_STATS, wide_dtype
-
-OTHERS_MAX, OTHERS_SUM, OTHERS_WEIGHTED, LABEL_LOGIT = range(NUM_STATS)  # csrc/kernels.h, Stat
 ELSEWHERE = -1  # the place of a label that this head does not have
 
 
@@ -55,8 +52,8 @@ class Head(NamedTuple):
         if problem.span is not None:
             labels = labels - problem.span[0]
         labels = torch.where((labels >= 0) & (labels < v), labels, ELSEWHERE)
-        bias = problem.bias
-        bias = None if bias is None else bias.to(wide_dtype(hidden.dtype)).contiguous()
+        bias, wide = problem.bias, torch.promote_types(hidden.dtype, torch.float32)
+        bias = None if bias is None else bias.to(wide).contiguous()
         return cls(
             hidden, problem.weight, labels, index, bias, problem.softcap, problem.logit_scale
         )

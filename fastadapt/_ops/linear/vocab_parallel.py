@@ -9,14 +9,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 import torch
 from torch import Tensor
 
-from fastadapt._ops.outputs import NUM_STATS
-
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
-
-_MAX, _SUM, _WEIGHTED, _LABEL = range(NUM_STATS)  # csrc/kernels.h, Stat
 
 
 class Slice(NamedTuple):
@@ -81,25 +77,22 @@ def merge_stats(stats: Tensor, own: Tensor, labels: Tensor, group: str) -> tuple
         group: its name.
     """
     mine = torch.cat([stats, own[:, None].double(), labels[:, None].double()], 1)
-    parts = _gather(mine, group)  # (ranks, N, NUM_STATS + 2)
-    agreed = (parts[..., -1] == parts[0, :, -1]).all(0)
+    # (ranks, N) each: statistics in the order of `outputs`, whether it has the label, the label
+    tops, mass, weighted, label, has_label, ids = _gather(mine, group).unbind(-1)
+    agreed = (ids == ids[0]).all(0)
     if labels.device.type == "cpu" and not bool(agreed.all()):
         row = int(agreed.logical_not().nonzero()[0])
-        got = [int(label) for label in parts[:, row, -1]]
+        got = [int(label) for label in ids[:, row]]
         raise ValueError(
             f"labels: expected the same on all ranks of the group, got {got} in {row=}"
         )
-    tops = parts[..., _MAX]
     top = tops.amax(0)
     some = tops != float("-inf")
     shift = torch.where(some, tops - top, 0.0)
     factor = torch.where(some, shift.exp(), 0.0)
-    mass = parts[..., _SUM]
-    weighted = torch.where(some, parts[..., _WEIGHTED] + mass * shift, 0.0)
-    merged = torch.stack(
-        [top, (factor * mass).sum(0), (factor * weighted).sum(0), parts[..., _LABEL].sum(0)], 1
-    )
-    return merged, agreed & (parts[..., NUM_STATS].sum(0) == 1)
+    weighted = torch.where(some, weighted + mass * shift, 0.0)
+    merged = [top, (factor * mass).sum(0), (factor * weighted).sum(0), label.sum(0)]
+    return torch.stack(merged, 1), agreed & (has_label.sum(0) == 1)
 
 
 def sum_over_ranks(x: Tensor, group: str) -> Tensor:
