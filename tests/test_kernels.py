@@ -8,13 +8,14 @@ every way to a decision is taken.
 import itertools
 import os
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from fastadapt import Adaptor, adapted_log_odds, filter_logits, sample, score
-from fastadapt._ops import sampling_cuda as cuda_ops
+from fastadapt._ops.sampling import OPERATORS
 
 triton = pytest.importorskip("triton", reason="triton is not installed: it has wheels for Linux")
 if os.environ.get("TRITON_INTERPRET") != "1":
@@ -88,6 +89,13 @@ FEW = {"bfloat16", "float16", "far from zero", "huge"}
 NUCLEI = {"normal", "flat", "two levels", "almost flat", "mostly -inf"}
 
 
+def launched(name: str, *arguments: Any, plan: launch_scan.Plan = PLAN) -> Any:
+    """What an operator returns on CUDA, by small sizes."""
+    out = OPERATORS[name][1](*arguments)
+    getattr(launch, name)(*arguments, out, plan)
+    return out
+
+
 def same(ours: Tensor, kernel: Tensor) -> bool:
     """Equal bits, NaN for NaN."""
     return ours.dtype == kernel.dtype and torch.equal(ours.nan_to_num(-9), kernel.nan_to_num(-9))
@@ -105,7 +113,7 @@ def assert_sample(
     asked = {"base_logprobs": fields, "log_mass": fields, "top_logprobs": top}
     ours = sample(logits, adaptor, seeds=seeds, positions=positions, **asked)
     arguments = logits, adaptor.packed, adaptor.filter_code, seeds, positions
-    kernel = cuda_ops.sample(*arguments, fields, fields, top, plan=plan)
+    kernel = launched("sample", *arguments, fields, fields, top, plan=plan)
     for name, a, b in zip(ours._fields, ours, kernel, strict=False):
         assert same(a, b), (adaptor, name, a, b)
 
@@ -153,7 +161,7 @@ def test_score_equals_the_cpu(kind: str) -> None:
     tokens[1:2] = -100
     ours = score(logits, tokens, adaptors)
     packed, orders = [a.packed for a in adaptors], [a.filter_code for a in adaptors]
-    kernel = cuda_ops.score(logits, tokens, packed, orders, -100, plan=PLAN)
+    kernel = launched("score", logits, tokens, packed, orders, -100)
     for name, a, b in zip(ours._fields, ours, kernel, strict=True):
         assert same(a, b), (name, a, b)
 
@@ -170,12 +178,10 @@ def test_log_odds_equal_the_cpu(kind: str) -> None:
         ours = adapted_log_odds(mine, tokens, adaptor)
         ours.backward(upstream)
         arguments = tokens, adaptor.packed, adaptor.filter_code, -100
-        log_odds, support, stats = cuda_ops.adapted_log_odds(logits, *arguments, plan=PLAN)
+        log_odds, support, stats = launched("adapted_log_odds", logits, *arguments)
         assert same(ours.detach(), log_odds), knobs
         out = torch.empty_like(logits, dtype=torch.float32)
-        launch.adapted_log_odds_backward(
-            upstream, logits, tokens, adaptor.packed, -100, support, stats, out, PLAN
-        )
+        launch.adapted_log_odds_backward(upstream, logits, *arguments, support, stats, out, PLAN)
         assert same(mine.grad, out.to(logits.dtype)), knobs
 
 
@@ -187,10 +193,8 @@ def test_float64_log_odds_equal_the_cpu() -> None:
     ours = adapted_log_odds(mine, tokens, adaptor)
     ours.backward(upstream)
     arguments = tokens, adaptor.packed, adaptor.filter_code, -100
-    log_odds, support, stats = cuda_ops.adapted_log_odds(logits, *arguments, plan=PLAN)
-    dlogits = cuda_ops.adapted_log_odds_backward(
-        upstream, logits, *arguments, support, stats, plan=PLAN
-    )
+    log_odds, support, stats = launched("adapted_log_odds", logits, *arguments)
+    dlogits = launched("adapted_log_odds_backward", upstream, logits, *arguments, support, stats)
     torch.testing.assert_close(log_odds, ours.detach(), rtol=1e-13, atol=1e-13)
     torch.testing.assert_close(dlogits, mine.grad, rtol=1e-12, atol=1e-15)
 
@@ -211,11 +215,10 @@ def test_knobs_of_each_row_and_strided_rows() -> None:
 def test_a_bad_knob_spoils_its_own_row() -> None:
     logits, adaptor = torch.randn(3, 60), Adaptor(top_p=torch.tensor([0.9, 0.9, 0.9]))
     seeds = torch.arange(3)
-    whole = cuda_ops.sample(logits, adaptor.packed, 0, seeds, None, False, False, 0, plan=PLAN)
+    arguments = logits, adaptor.packed, 0, seeds, None, False, False, 0
+    whole = launched("sample", *arguments)
     adaptor.packed[2, 1] = 1.5
-    tokens, logprobs, kept, status = cuda_ops.sample(
-        logits, adaptor.packed, 0, seeds, None, False, False, 0, plan=PLAN
-    )
+    tokens, logprobs, kept, status = launched("sample", *arguments)
     assert status.tolist() == [0, 4, 0]
     assert tokens.tolist() == [whole[0][0], -1, whole[0][2]]
     assert logprobs[1].isnan() and kept[1] == 0
@@ -236,16 +239,16 @@ def test_sizes_change_nothing(plan: launch_scan.Plan) -> None:
 def test_no_rows() -> None:
     logits, adaptor = torch.empty(0, 50), Adaptor(top_p=0.9)
     seeds = torch.empty(0, dtype=torch.int64)
-    out = cuda_ops.sample(logits, adaptor.packed, 0, seeds, None, True, True, 3, plan=PLAN)
+    out = launched("sample", logits, adaptor.packed, 0, seeds, None, True, True, 3)
     assert [len(t) for t in out] == [0] * 9
-    assert cuda_ops.filter_logits(logits, adaptor.packed, 0, plan=PLAN).shape == (0, 50)
+    assert launched("filter_logits", logits, adaptor.packed, 0).shape == (0, 50)
 
 
 def test_tokens_out_of_range_are_bad_rows() -> None:
     logits, tokens = torch.randn(3, 40), torch.tensor([40, -1, 3])
     packed = Adaptor().packed
-    scores = cuda_ops.score(logits, tokens, [packed], [0], -100, plan=PLAN)
-    log_odds, _, stats = cuda_ops.adapted_log_odds(logits, tokens, packed, 0, -100, plan=PLAN)
+    scores = launched("score", logits, tokens, [packed], [0], -100)
+    log_odds, _, stats = launched("adapted_log_odds", logits, tokens, packed, 0, -100)
     for values in (scores[0][:, 0], scores[3], log_odds):
         assert values.isnan().tolist() == [True, True, False]
     assert stats[:2].count_nonzero() == 0

@@ -6,13 +6,16 @@ Each entry of a gradient is a product with such a sum and differs by that and th
 """
 
 import os
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from fastadapt import candidate_log_odds, label_log_odds, reference
-from fastadapt._ops import log_odds_cuda as cuda_loss_ops
+from fastadapt._ops import common
+from fastadapt._ops.log_odds import OPERATORS
 
 triton = pytest.importorskip("triton", reason="triton is not installed: it has wheels for Linux")
 if os.environ.get("TRITON_INTERPRET") != "1":
@@ -32,6 +35,13 @@ ROWS += [("spread", dtype) for dtype in (*DTYPES[1:], torch.float64)]
 ROWS += [("ties", torch.bfloat16), ("holes", torch.float16)]
 ULP = {torch.float32: 2.0**-23, torch.float64: 2.0**-52}
 ULPS = 4
+
+
+def launched(name: str, *arguments: Any, plan: launch_losses.Plan = PLAN) -> Any:
+    """What an operator returns on CUDA, by small sizes."""
+    out = OPERATORS[name][1](*arguments)
+    getattr(launch_losses, name)(*arguments, out, plan)
+    return out
 
 
 def assert_log_odds(ours: Tensor, kernel: Tensor) -> None:
@@ -79,7 +89,7 @@ def assert_label(
 ) -> tuple[Tensor, Tensor]:
     """Forward and backward of labels as on the CPU; returns the kernels' results."""
     ours, stats = OPS.label_log_odds(x, y, -100)
-    log_odds, kernel_stats = cuda_loss_ops.label_log_odds(x, y, -100, plan=plan)
+    log_odds, kernel_stats = launched("label_log_odds", x, y, -100, plan=plan)
     assert_log_odds(ours, log_odds)
     assert_stats(stats, kernel_stats, x.dtype)
     upstream = upstream.to(ours.dtype)
@@ -98,7 +108,7 @@ def assert_candidates(
 ) -> None:
     """Forward and backward of candidates as on the CPU."""
     ours, stats = OPS.candidate_log_odds(x, index, mask)
-    log_odds, kernel_stats = cuda_loss_ops.candidate_log_odds(x, index, mask, plan=plan)
+    log_odds, kernel_stats = launched("candidate_log_odds", x, index, mask, plan=plan)
     assert_log_odds(ours, log_odds)
     assert_stats(stats, kernel_stats, x.dtype)
     upstream = upstream.to(ours.dtype)
@@ -169,16 +179,16 @@ def test_label_edges():
 def test_labels_out_of_range_are_nan_and_have_no_gradient():
     x, upstream = torch.randn(4, 100), torch.tensor([1.0, NAN, INF, 1.0])
     y = torch.tensor([100, -1, 2**40, 7])
-    log_odds, stats = cuda_loss_ops.label_log_odds(x, y, -100, plan=PLAN)
+    log_odds, stats = launched("label_log_odds", x, y, -100)
     assert log_odds.isnan().tolist() == [True, True, True, False]
-    gradient = cuda_loss_ops.label_log_odds_backward(upstream, x, y, -100, stats, plan=PLAN)
+    gradient = launched("label_log_odds_backward", upstream, x, y, -100, stats)
     assert not gradient[:3].any()
     assert gradient[3].all()
     index = torch.stack([torch.arange(4), y], 1)
-    log_odds, stats = cuda_loss_ops.candidate_log_odds(x, index, None, plan=PLAN)
+    log_odds, stats = launched("candidate_log_odds", x, index, None)
     assert log_odds.isnan().tolist() == [[False, True]] * 3 + [[False, False]]
     upstream = torch.stack([torch.zeros(4), upstream], 1)
-    gradient = cuda_loss_ops.candidate_log_odds_backward(upstream, x, index, None, stats, plan=PLAN)
+    gradient = launched("candidate_log_odds_backward", upstream, x, index, None, stats)
     assert not gradient[:3].any()
     assert gradient[3].all()
 
@@ -200,9 +210,9 @@ def test_candidate_edges_are_those_of_the_reference():
     wanted[3, 0] = NAN  # a NaN against nothing is NaN on the CPU too, and +inf to the reference
     for block in (2, 4):
         plan = PLAN._replace(block=block)
-        log_odds, stats = cuda_loss_ops.candidate_log_odds(x, index, None, plan=plan)
+        log_odds, stats = launched("candidate_log_odds", x, index, None, plan=plan)
         torch.testing.assert_close(log_odds, wanted, equal_nan=True)
-        backward = cuda_loss_ops.candidate_log_odds_backward
+        backward = partial(launched, "candidate_log_odds_backward")
         for mask in (None, torch.zeros_like(index, dtype=torch.bool)):
             upstream = torch.full(index.shape, INF)
             gradient = backward(upstream, x, index, mask, stats, plan=plan)
@@ -224,11 +234,11 @@ def test_log_odds_that_log_probabilities_lose(log_odds):
     assert_label(x, index[:, 0].contiguous(), torch.randn(2))
     assert_candidates(x, index, None, torch.randn(2, 5))
     exact = reference.candidate_log_odds(x.double(), index)
-    log_odds, stats = cuda_loss_ops.candidate_log_odds(x, index, None, plan=PLAN)
+    log_odds, stats = launched("candidate_log_odds", x, index, None)
     torch.testing.assert_close(log_odds.double(), exact, rtol=2.0**-23, atol=ULPS * 2.0**-23)
     leaf, upstream = x.double().requires_grad_(), torch.randn(2, 5)
     wanted = torch.autograd.grad(reference.candidate_log_odds(leaf, index), leaf, upstream.double())
-    got = cuda_loss_ops.candidate_log_odds_backward(upstream, x, index, None, stats, plan=PLAN)
+    got = launched("candidate_log_odds_backward", upstream, x, index, None, stats)
     torch.testing.assert_close(got.double(), wanted[0], rtol=3e-6, atol=1e-7)
 
 
@@ -241,14 +251,12 @@ def test_strides_and_other_rows_change_no_bit(rows, dtype):
     views = [x, wide[:, 11:211], x[2:3].expand(4, -1)]
 
     def results(x, index, upstream):
-        log_odds, stats = cuda_loss_ops.label_log_odds(x, index[:, 0].contiguous(), -100, plan=PLAN)
-        label = cuda_loss_ops.label_log_odds_backward(
-            upstream[:, 0], x, index[:, 0].contiguous(), -100, stats, plan=PLAN
+        log_odds, stats = launched("label_log_odds", x, index[:, 0].contiguous(), -100)
+        label = launched(
+            "label_log_odds_backward", upstream[:, 0], x, index[:, 0].contiguous(), -100, stats
         )
-        own, tops = cuda_loss_ops.candidate_log_odds(x, index, None, plan=PLAN)
-        candidate = cuda_loss_ops.candidate_log_odds_backward(
-            upstream, x, index, None, tops, plan=PLAN
-        )
+        own, tops = launched("candidate_log_odds", x, index, None)
+        candidate = launched("candidate_log_odds_backward", upstream, x, index, None, tops)
         return log_odds, stats, label, own, tops, candidate
 
     whole, strided, same = (results(view, index, upstream) for view in views)
@@ -284,28 +292,35 @@ def test_gradients_of_float64_are_exact(rows):
         ("label", label_log_odds, (y,)),
         ("candidate", candidate_log_odds, (index, None)),
     ):
-        forward = getattr(cuda_loss_ops, f"{name}_log_odds")
-        backward = getattr(cuda_loss_ops, f"{name}_log_odds_backward")
         arguments = (*labels, -100) if name == "label" else labels
-        log_odds, stats = forward(x.detach(), *arguments, plan=PLAN)
+        log_odds, stats = launched(f"{name}_log_odds", x.detach(), *arguments)
         upstream = torch.randn(log_odds.shape, dtype=torch.float64)
         (wanted,) = torch.autograd.grad(public(leaf, *labels), leaf, upstream)
-        got = backward(upstream, x.detach(), *arguments, stats, plan=PLAN)
+        got = launched(f"{name}_log_odds_backward", upstream, x.detach(), *arguments, stats)
         torch.testing.assert_close(got, wanted, rtol=1e-13, atol=1e-14)
+
+
+def test_operators_launch_what_the_tests_do():
+    """By larger tiles: what is registered for CUDA, which fills outputs and looks for a device."""
+    x, y = torch.randn(2, 100), torch.tensor([3, -100])
+    on_cuda = common.on_cuda(
+        "label_log_odds", OPERATORS["label_log_odds"][1], lambda: launch_losses
+    )
+    expected = launched("label_log_odds", x, y, -100, plan=launch_losses.PLAN)
+    for a, b in zip(on_cuda(x, y, -100), expected, strict=True):
+        assert torch.equal(a, b)
 
 
 def test_no_rows_and_no_candidates():
     y, index = torch.empty(0, dtype=torch.int64), torch.empty(0, 3, dtype=torch.int64)
     x = torch.empty(0, 50)
-    log_odds, stats = cuda_loss_ops.label_log_odds(x, y, -100)
-    assert cuda_loss_ops.label_log_odds_backward(log_odds, x, y, -100, stats).shape == (0, 50)
-    log_odds, stats = cuda_loss_ops.candidate_log_odds(x, index, None)
+    log_odds, stats = launched("label_log_odds", x, y, -100)
+    assert launched("label_log_odds_backward", log_odds, x, y, -100, stats).shape == (0, 50)
+    log_odds, stats = launched("candidate_log_odds", x, index, None)
     assert log_odds.shape == (0, 3)
-    assert (
-        cuda_loss_ops.candidate_log_odds_backward(log_odds, x, index, None, stats).shape == x.shape
-    )
+    assert launched("candidate_log_odds_backward", log_odds, x, index, None, stats).shape == x.shape
     x, index = torch.randn(3, 50), torch.empty(3, 0, dtype=torch.int64)
-    log_odds, stats = cuda_loss_ops.candidate_log_odds(x, index, None, plan=PLAN)
-    gradient = cuda_loss_ops.candidate_log_odds_backward(log_odds, x, index, None, stats, plan=PLAN)
+    log_odds, stats = launched("candidate_log_odds", x, index, None)
+    gradient = launched("candidate_log_odds_backward", log_odds, x, index, None, stats)
     assert log_odds.shape == (3, 0)
     assert not gradient.any()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fastadapt import Adaptor, sample
-from fastadapt._ops import sampling_cuda as cuda_ops
+from fastadapt._ops.sampling import OPERATORS
 
 triton = pytest.importorskip("triton", reason="triton is not installed: it has wheels for Linux")
 if os.environ.get("TRITON_INTERPRET") != "1":
@@ -74,8 +74,9 @@ def stages(monkeypatch):
 def assert_same(x, knobs, plan=PLAN):
     """The four fields, to the last bit."""
     adaptor, seeds = Adaptor(**knobs), torch.arange(len(x)) + 5
-    arguments = x, adaptor.packed, adaptor.filter_code, seeds, None
-    ours = cuda_ops.sample(*arguments, False, False, 0, plan=plan)
+    arguments = x, adaptor.packed, adaptor.filter_code, seeds, None, False, False, 0
+    ours = OPERATORS["sample"][1](*arguments)
+    launch.sample(*arguments, ours, plan)
     for a, b in zip(ours, sample(x, adaptor, seeds=seeds)[:4], strict=True):
         assert torch.equal(a.nan_to_num(-9), b.nan_to_num(-9)), (knobs, a, b)
 

@@ -13,6 +13,7 @@ from fastadapt import _C
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
 Rows = tuple[int, int, int, int, int]
+# of each operator, for the CPU, and what makes its empty outputs
 Implementations = dict[str, tuple[Callable[..., object], Callable[..., object]]]
 Out = TypeVar("Out")
 
@@ -50,14 +51,34 @@ def no_double_backward(name: str) -> Callable[..., None]:
 def register(
     library: torch.library.Library,
     implementations: Implementations,
-    cuda: ModuleType | None = None,
+    launches: Callable[[], ModuleType],
 ) -> None:
-    """Registers each operator of a library: for the CPU, for CUDA by its name, and its fake."""
-    for name, (cpu, fake) in implementations.items():
+    """Registers each operator of a library: for the CPU, for CUDA and as a fake.
+
+    Args:
+        library: that defines them.
+        implementations: by the name of each operator.
+        launches: imports the module whose functions of these names fill outputs on CUDA: their
+            arguments are those of the operator and the outputs.
+    """
+    for name, (cpu, empty) in implementations.items():
         library.impl(name, cpu, "CPU")
-        if cuda is not None:
-            library.impl(name, getattr(cuda, name), "CUDA")
-        torch.library.register_fake(f"fastadapt::{name}", fake, lib=library)
+        library.impl(name, on_cuda(name, empty, launches), "CUDA")
+        torch.library.register_fake(f"fastadapt::{name}", empty, lib=library)
+
+
+def on_cuda(
+    name: str, empty: Callable[..., Out], launches: Callable[[], ModuleType]
+) -> Callable[..., Out]:
+    """An operator for CUDA tensors; triton is imported when it meets the first."""
+
+    def implementation(first: Tensor, *rest: Any) -> Out:
+        out = empty(first, *rest)
+        with device_of(first):
+            getattr(launches(), name)(first, *rest, out)
+        return out
+
+    return implementation
 
 
 def device_of(x: Tensor) -> AbstractContextManager[Any]:
@@ -65,15 +86,3 @@ def device_of(x: Tensor) -> AbstractContextManager[Any]:
     if x.device.type != "cuda" or x.device.index == torch.cuda.current_device():
         return nullcontext()
     return torch.cuda.device(x.device)
-
-
-def given(plan: Any) -> dict[str, Any]:
-    """Keyword arguments of a launch."""
-    return {} if plan is None else {"plan": plan}
-
-
-def filled(out: Out, launch: Callable[..., None], *arguments: Any, plan: Any) -> Out:
-    """`out`, the last argument of a launch, when it is done on the device of the first."""
-    with device_of(arguments[0]):
-        launch(*arguments, out, **given(plan))
-    return out

@@ -4,13 +4,13 @@ As in `sampling`: one schema each, chosen by device; arguments come checked and 
 `fastadapt.log_odds`.
 """
 
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastadapt import _C
-from fastadapt._ops import log_odds_cuda
 from fastadapt._ops.common import (
     Implementations,
     address,
@@ -19,7 +19,7 @@ from fastadapt._ops.common import (
     register,
     rows_of,
 )
-from fastadapt._ops.outputs import Pair, label_outputs
+from fastadapt._ops.outputs import Pair, label_outputs, logits_gradient
 
 _library = torch.library.Library("fastadapt", "FRAGMENT")
 _library.define(
@@ -134,27 +134,24 @@ def _candidate_gradient(ctx: Any, dlog_odds: Tensor, _: Tensor) -> tuple[Tensor 
     return dlogits, None, None
 
 
+def _launches() -> ModuleType:
+    """Those for CUDA tensors."""
+    from fastadapt._ops.triton import launch_losses
+
+    return launch_losses
+
+
+OPERATORS: Implementations = {
+    "label_log_odds": (_label_log_odds_cpu, lambda x, labels, ignored: label_outputs(x, labels)),
+    "label_log_odds_backward": (_label_log_odds_backward_cpu, logits_gradient),
+    "candidate_log_odds": (_candidate_log_odds_cpu, lambda x, index, mask: label_outputs(x, index)),
+    "candidate_log_odds_backward": (_candidate_log_odds_backward_cpu, logits_gradient),
+}
+
+
 def _register() -> None:
     """Implementations, fakes and autograd."""
-    implementations: Implementations = {
-        "label_log_odds": (
-            _label_log_odds_cpu,
-            lambda x, labels, ignore_index: label_outputs(x, labels),
-        ),
-        "label_log_odds_backward": (
-            _label_log_odds_backward_cpu,
-            lambda dlog_odds, x, *_: x.new_empty(x.shape),
-        ),
-        "candidate_log_odds": (
-            _candidate_log_odds_cpu,
-            lambda x, index, mask: label_outputs(x, index),
-        ),
-        "candidate_log_odds_backward": (
-            _candidate_log_odds_backward_cpu,
-            lambda dlog_odds, x, *_: x.new_empty(x.shape),
-        ),
-    }
-    register(_library, implementations, log_odds_cuda)
+    register(_library, OPERATORS, _launches)
     gradients = {
         "label_log_odds": (_label_gradient, _save_label),
         "candidate_log_odds": (_candidate_gradient, _save_candidates),

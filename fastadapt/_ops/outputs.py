@@ -63,6 +63,11 @@ def log_odds_outputs(logits: Tensor) -> LogOdds:
     )
 
 
+def logits_gradient(dlog_odds: Tensor, logits: Tensor, *_: object) -> Tensor:
+    """An empty gradient, the output of a backward of these arguments."""
+    return logits.new_empty(logits.shape)
+
+
 def label_outputs(logits: Tensor, labels: Tensor) -> Pair:
     """Log-odds of labels, (N,) or of each row several, and statistics of the others."""
     stats = logits.new_empty(logits.shape[0], NUM_STATS, dtype=torch.float64)

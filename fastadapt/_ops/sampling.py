@@ -6,13 +6,13 @@ PyTorch's dispatcher chooses the implementation by device. Inputs arrive checked
 gradient fall through autograd: their outputs are detached.
 """
 
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastadapt import _C
-from fastadapt._ops import sampling_cuda
 from fastadapt._ops.common import (
     Implementations,
     address,
@@ -26,6 +26,7 @@ from fastadapt._ops.outputs import (
     LogOdds,
     Scores,
     log_odds_outputs,
+    logits_gradient,
     sample_fields,
     sample_outputs,
     score_outputs,
@@ -188,28 +189,34 @@ def _log_odds_gradient(ctx: Any, dlog_odds: Tensor | None, *_: None) -> tuple[Te
     return dlogits, None, None, None, None
 
 
+def _launches() -> ModuleType:
+    """Those for CUDA tensors."""
+    from fastadapt._ops.triton import launch
+
+    return launch
+
+
+OPERATORS: Implementations = {
+    "filter_logits": (_filter_logits_cpu, lambda x, knobs, order: x.new_empty(x.shape)),
+    "sample": (
+        _sample_cpu,
+        lambda x, knobs, order, seeds, positions, *asked: sample_outputs(x, *asked),
+    ),
+    "score": (
+        _score_cpu,
+        lambda x, tokens, knobs, orders, ignore_index: score_outputs(x, len(knobs)),
+    ),
+    "adapted_log_odds": (
+        _adapted_log_odds_cpu,
+        lambda x, tokens, knobs, order, ignore_index: log_odds_outputs(x),
+    ),
+    "adapted_log_odds_backward": (_adapted_log_odds_backward_cpu, logits_gradient),
+}
+
+
 def _register() -> None:
     """Implementations, fakes and autograd of every operator."""
-    implementations: Implementations = {
-        "filter_logits": (_filter_logits_cpu, lambda x, knobs, order: x.new_empty(x.shape)),
-        "sample": (
-            _sample_cpu,
-            lambda x, knobs, order, seeds, positions, *asked: sample_outputs(x, *asked),
-        ),
-        "score": (
-            _score_cpu,
-            lambda x, tokens, knobs, orders, ignore_index: score_outputs(x, len(knobs)),
-        ),
-        "adapted_log_odds": (
-            _adapted_log_odds_cpu,
-            lambda x, tokens, knobs, order, ignore_index: log_odds_outputs(x),
-        ),
-        "adapted_log_odds_backward": (
-            _adapted_log_odds_backward_cpu,
-            lambda dlog_odds, x, *_: x.new_empty(x.shape),
-        ),
-    }
-    register(_library, implementations, sampling_cuda)
+    register(_library, OPERATORS, _launches)
     for name in ("filter_logits", "sample", "score"):
         _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
     torch.library.register_autograd(

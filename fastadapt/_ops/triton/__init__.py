@@ -1,5 +1,5 @@
 """Triton kernels for CUDA tensors; loaded when a CUDA tensor first meets an operator.
 
-Nothing here imports the rest of the package. Every kernel also runs under Triton's interpreter
-(`TRITON_INTERPRET=1`, set before triton is imported), where its tensors are those of the CPU.
+Every kernel also runs under Triton's interpreter (`TRITON_INTERPRET=1`, set before triton is
+imported), where its tensors are those of the CPU.
 """

@@ -7,6 +7,8 @@ list holds are summed by many.
 import torch
 from torch import Tensor
 
+from fastadapt._ops.filter_code import joined, order_of
+from fastadapt._ops.outputs import LogOdds, Scores, sample_fields, score_outputs
 from fastadapt._ops.triton import decided, draw, top, write
 from fastadapt._ops.triton.bundles import Chance, Drawn, Labels, Rows, Scored, Sizes, Support
 from fastadapt._ops.triton.launch_scan import (
@@ -35,32 +37,27 @@ def sample(
     order: int,
     seeds: Tensor,
     positions: Tensor | None,
+    base_logprobs: bool,
+    log_mass: bool,
+    top_n: int,
     out: list[Tensor],
-    base_logprobs: Tensor | None,
-    log_mass: Tensor | None,
-    top_out: list[Tensor],
     plan: Plan = PLAN,
 ) -> None:
-    """Draws. `out`: tokens, logprobs, kept, status; `top_out`: ids, logprobs, rank, or nothing."""
-    options = Options(log_mass is not None, base_logprobs is not None or bool(top_out))
+    """Draws; only what was asked for is computed."""
+    options = Options(log_mass, base_logprobs or top_n > 0)
     steps = steps_of(order, knobs.shape[1])
     for at in slices(logits, 1, plan):
         scanned, sizes = scan_rows(
             some(logits, at), knobs_of_rows(knobs[None], at), steps, plan, options
         )
-        tokens, logprobs, kept, status = (some(t, at) for t in out)
-        drawn = Drawn(
-            tokens,
-            logprobs,
-            kept,
-            status,
-            logprobs if base_logprobs is None else some(base_logprobs, at),
-            logprobs if log_mass is None else some(log_mass, at),
-        )
-        n = len(tokens)
+        part = [some(t, at) for t in out]
+        base, mass, *_ = sample_fields(part, base_logprobs, log_mass, top_n)[4:]
+        # a field that is not asked for is not written
+        drawn = Drawn(*part[:4], *(part[1] if t is None else t for t in (base, mass)))
+        n = len(drawn.tokens)
         all_bounds = logits.new_empty(n, BOUNDS_SIZE.value, dtype=torch.int64)
         chance = Chance(some(seeds, at), some(seeds if positions is None else positions, at))
-        asked = asked_of(options, positions is not None, base_logprobs is not None, steps.sums)
+        asked = asked_of(options, positions is not None, base_logprobs, steps.sums)
         arguments = *scanned, all_bounds, chance, drawn
         draw.short_kernel[(n,)](
             *arguments,
@@ -83,8 +80,8 @@ def sample(
                 TOGETHER=plan.together,
                 **PASS,
             )
-        if top_out:
-            _top(scanned, sizes.long, drawn, [some(t, at) for t in top_out])
+        if top_n:
+            _top(scanned, sizes.long, drawn, part[-3:])
 
 
 def _top(scanned: Scan, sizes: Sizes, drawn: Drawn, out: list[Tensor]) -> None:
@@ -152,13 +149,38 @@ def filter_logits(
 def score(
     logits: Tensor,
     tokens: Tensor,
+    knobs: list[Tensor],
+    orders: list[int],
+    ignore_index: int,
+    out: Scores,
+    plan: Plan = PLAN,
+) -> None:
+    """Scores tokens under all adaptors of one order at a time."""
+    for order in sorted({order_of(code) for code in orders}):
+        members = [i for i, code in enumerate(orders) if order_of(code) == order]
+        code = joined(orders[i] for i in members)
+        rows = max(knobs[i].shape[1] for i in members)
+        packed = torch.stack([knobs[i].expand(-1, rows) for i in members])
+        if len(members) == len(knobs):
+            _score(logits, tokens, packed, code, ignore_index, out, plan)
+            continue
+        part = score_outputs(logits, len(members))[:3]
+        _score(logits, tokens, packed, code, ignore_index, (*part, *out[3:]), plan)
+        for whole, columns in zip(out[:3], part, strict=True):
+            for column, i in enumerate(members):
+                whole[:, i] = columns[:, column]
+
+
+def _score(
+    logits: Tensor,
+    tokens: Tensor,
     knobs: Tensor,
     order: int,
     ignore_index: int,
-    out: tuple[Tensor, ...],
-    plan: Plan = PLAN,
+    out: Scores,
+    plan: Plan,
 ) -> None:
-    """Scores tokens under the adaptors of one order; knobs (A, 8, R), outputs (N, A) and (N,)."""
+    """Under adaptors of one order; knobs (A, 8, R), outputs (N, A) and (N,)."""
     adaptors = knobs.shape[0]
     options, steps = Options(base=True, entropy=True), steps_of(order, 0)
     for at in slices(logits, adaptors, plan):
@@ -181,7 +203,7 @@ def adapted_log_odds(
     knobs: Tensor,
     order: int,
     ignore_index: int,
-    out: tuple[Tensor, Tensor, Tensor],
+    out: LogOdds,
     plan: Plan = PLAN,
 ) -> None:
     """Log-odds, support and statistics."""
@@ -223,6 +245,7 @@ def adapted_log_odds_backward(
     logits: Tensor,
     tokens: Tensor,
     knobs: Tensor,
+    order: int,
     ignore_index: int,
     support: Tensor,
     stats: Tensor,
@@ -232,7 +255,7 @@ def adapted_log_odds_backward(
     """One read of the logits, one write of their gradient."""
     n, v = logits.shape
     write.log_odds_backward_kernel[(n, -(-v // plan.block))](
-        dlog_odds,
+        dlog_odds.contiguous(),
         Rows(logits, logits.stride(0), v),
         adaptors_of(knobs[None], 0),
         Labels(tokens, ignore_index),

@@ -9,6 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
+from fastadapt._ops.outputs import Pair
 from fastadapt._ops.triton import label
 from fastadapt._ops.triton.bundles import Candidates, Labels, Rows, Sums, Tops
 
@@ -37,7 +38,7 @@ def _candidates(index: Tensor, mask: Tensor | None) -> Candidates:
 
 
 def label_log_odds(
-    logits: Tensor, labels: Tensor, ignore_index: int, out: tuple[Tensor, Tensor], plan: Plan = PLAN
+    logits: Tensor, labels: Tensor, ignore_index: int, out: Pair, plan: Plan = PLAN
 ) -> None:
     """Log-odds and statistics."""
     n, tiles = logits.shape[0], triton.cdiv(logits.shape[1], plan.block)
@@ -66,7 +67,7 @@ def label_log_odds_backward(
     if n == 0:
         return
     label.label_backward_kernel[(n, triton.cdiv(v, plan.block))](
-        dlog_odds,
+        dlog_odds.contiguous(),
         _rows(logits),
         Labels(labels, ignore_index),
         stats,
@@ -78,11 +79,7 @@ def label_log_odds_backward(
 
 
 def candidate_log_odds(
-    logits: Tensor,
-    index: Tensor,
-    mask: Tensor | None,
-    out: tuple[Tensor, Tensor],
-    plan: Plan = PLAN,
+    logits: Tensor, index: Tensor, mask: Tensor | None, out: Pair, plan: Plan = PLAN
 ) -> None:
     """Log-odds and statistics."""
     n, tiles = logits.shape[0], triton.cdiv(logits.shape[1], plan.block)
@@ -122,7 +119,7 @@ def candidate_log_odds_backward(
     rows, candidates = _rows(logits), _candidates(index, mask)
     each = {**double, "MASKED": mask is not None, "CANDIDATES": plan.candidates}
     factors = logits.new_empty(n, 2, dtype=torch.float64)
-    upstream = dlog_odds, rows, candidates, stats, factors
+    upstream = dlog_odds.contiguous(), rows, candidates, stats, factors
     label.candidate_factor_kernel[(n,)](*upstream, **each, **BY_ROW)
     label.candidate_backward_kernel[(n, triton.cdiv(v, plan.block))](
         rows, stats, factors, out, **double, BLOCK=plan.block, **BY_TILE
