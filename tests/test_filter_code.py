@@ -55,7 +55,7 @@ def test_codes_of_several_distributions():
 )
 def test_passes_follow_from_the_adaptor(adaptor, passes):
     pytest.importorskip("triton", reason="triton is not installed: it has wheels for Linux")
-    from fastadapt._ops.triton.steps import steps_of
+    from fastadapt._ops.triton.launch_scan import steps_of
 
     steps = steps_of(adaptor.filter_code, adaptor.packed.shape[1])
     assert {name for name, asked in steps._asdict().items() if asked and name != "order"} == passes

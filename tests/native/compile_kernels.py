@@ -24,7 +24,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastadapt._ops.triton import bundles, decided, draw, label, linear, nucleus, scan, top, write
+from fastadapt._ops.triton import bundles, draw, label, linear, nucleus, scan, write
 from fastadapt._ops.triton import launch_losses as losses
 from fastadapt._ops.triton.launch_scan import (
     BINNING,
@@ -160,7 +160,7 @@ def variants(targets: list[int], dtypes: list[str]) -> Iterator[Variant]:
             yield one(draw, "long_kernel", {**search, **decided}, DECIDING)
             yield one(draw, "sum_kernel", {**search, **together, **decided})
         no = dict.fromkeys(bundles.Asked._fields, False)
-        yield one(decided, "bounds_kernel", {**search, **no}, DECIDING)
+        yield one(write, "bounds_kernel", {**search, **no}, DECIDING)
         yield one(write, "support_kernel", {**parts, **double})
         yield one(write, "log_odds_kernel", {**block, "BLOCKS": blocks, **double})
         yield one(write, "log_odds_backward_kernel", {**block, **double})
@@ -168,11 +168,11 @@ def variants(targets: list[int], dtypes: list[str]) -> Iterator[Variant]:
         yield from linear_kernels.variants(partial(one, linear), dtype)
         if dtype == "fp64":
             continue
-        yield one(decided, "score_kernel", {**search, **no, "ALL_WEIGHED": True}, DECIDING)
+        yield one(write, "score_kernel", {**search, **no, "ALL_WEIGHED": True}, DECIDING)
         yield one(write, "filter_kernel", parts)
-        yield one(top, "top_kernel", search, COLLECTING)
+        yield one(draw, "top_kernel", search, COLLECTING)
         for number in (1, 1024):
-            yield one(top, "sort_kernel", {**search, "TOP": number})
+            yield one(draw, "sort_kernel", {**search, "TOP": number})
 
 
 def _nucleus_variants(one: Callable[..., Variant], search: Constants) -> Iterator[Variant]:
@@ -223,8 +223,7 @@ def source_of(variant: Variant, kernel: Any) -> ASTSource:
 def demand_of(variant: Variant) -> Demand:
     """Compiles a variant."""
     modules = {
-        "draw": draw, "label": label, "decided": decided, "nucleus": nucleus, "scan": scan,
-        "top": top, "write": write,
+        "draw": draw, "label": label, "nucleus": nucleus, "scan": scan, "write": write,
     }  # fmt: skip
     if variant.module == "linear":
         source = linear_kernels.source_of(variant.kernel, variant.dtype, variant.constants)

@@ -2,6 +2,9 @@
 
 from typing import Any, NamedTuple
 
+import triton
+import triton.language as tl
+
 
 class Rows(NamedTuple):
     """Rows of logits."""
@@ -9,6 +12,12 @@ class Rows(NamedTuple):
     logits: Any  # (N, V)
     stride: Any  # of rows, in elements
     v: Any
+
+
+@triton.jit
+def row_at(rows, at):
+    """The logits of a row."""
+    return rows.logits + at.to(tl.int64) * rows.stride
 
 
 class Adaptors(NamedTuple):

@@ -20,7 +20,7 @@ from fastadapt._ops.triton.arithmetic import (
     values,
     with_ties,
 )
-from fastadapt._ops.triton.bundles import Bounds, Decision, Found, Held, List, Row
+from fastadapt._ops.triton.bundles import Bounds, Decision, Found, Held, List, Row, row_at
 from fastadapt._ops.triton.nucleus import ID_BITS
 from fastadapt._ops.triton.rows import (
     BINNED,
@@ -62,7 +62,6 @@ from fastadapt._ops.triton.rows import (
     mass_target,
     needs_masses,
     needs_surprisal,
-    row_at,
     status_of,
     survives,
 )

@@ -8,8 +8,7 @@ everything about float64 logits is float64.
 import triton
 import triton.language as tl
 
-from fastadapt._ops.triton.bundles import Entries
-from fastadapt._ops.triton.rows import row_at
+from fastadapt._ops.triton.bundles import Entries, row_at
 
 # Four numbers a row, in the order of csrc/kernels.h. Of candidates the label is the largest entry,
 # and the third number its id.

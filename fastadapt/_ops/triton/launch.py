@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastadapt._ops.filter_code import joined, order_of
 from fastadapt._ops.outputs import LogOdds, Scores, sample_fields, score_outputs
-from fastadapt._ops.triton import decided, draw, top, write
+from fastadapt._ops.triton import draw, write
 from fastadapt._ops.triton.bundles import Chance, Drawn, Labels, Rows, Scored, Sizes, Support
 from fastadapt._ops.triton.launch_scan import (
     COLLECTING,
@@ -25,10 +25,10 @@ from fastadapt._ops.triton.launch_scan import (
     scan_rows,
     slices,
     some,
+    steps_of,
     up,
 )
 from fastadapt._ops.triton.rows import BOUNDS_SIZE
-from fastadapt._ops.triton.steps import steps_of
 
 
 def sample(
@@ -89,7 +89,7 @@ def _top(scanned: Scan, sizes: Sizes, drawn: Drawn, out: list[Tensor]) -> None:
     rows, parts, lists = scanned.rows, scanned.parts, scanned.lists
     n, number = out[0].shape
     shared = {"LIST": sizes.ROOM.value, "SPLITS": sizes.SPLITS.value}
-    top.top_kernel[(n,)](
+    draw.top_kernel[(n,)](
         rows,
         parts,
         drawn,
@@ -101,7 +101,7 @@ def _top(scanned: Scan, sizes: Sizes, drawn: Drawn, out: list[Tensor]) -> None:
         **shared,
         **COLLECTING,
     )
-    top.sort_kernel[(n,)](
+    draw.sort_kernel[(n,)](
         rows,
         parts,
         scanned.weights,
@@ -122,7 +122,7 @@ def _decided_bounds(
     """Decides every row: (N, BOUNDS_SIZE)."""
     scanned, layout = scan_rows(logits, knobs, steps_of(order, knobs.shape[2]), plan, Options())
     all_bounds = logits.new_empty(logits.shape[0], BOUNDS_SIZE.value, dtype=torch.int64)
-    decided.bounds_kernel[(len(all_bounds),)](
+    write.bounds_kernel[(len(all_bounds),)](
         *scanned, all_bounds, asked=asked_of(Options()), sizes=layout.long, **DECIDING
     )
     return scanned, layout.long, all_bounds
@@ -187,7 +187,7 @@ def _score(
         scanned, layout = scan_rows(
             some(logits, at), knobs_of_rows(knobs, at), steps, plan, options
         )
-        decided.score_kernel[(len(some(tokens, at)) * adaptors,)](
+        write.score_kernel[(len(some(tokens, at)) * adaptors,)](
             *scanned,
             Labels(some(tokens, at), ignore_index),
             Scored(*(some(t, at) for t in out)),

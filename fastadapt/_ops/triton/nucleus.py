@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from fastadapt._ops.triton.arithmetic import exponentials, keys, log64, masses
-from fastadapt._ops.triton.bundles import Bracket, Row
+from fastadapt._ops.triton.bundles import Bracket, Row, row_at
 from fastadapt._ops.triton.rows import (
     BINNED,
     BRACKET_LISTED,
@@ -42,7 +42,6 @@ from fastadapt._ops.triton.rows import (
     load_scaled,
     marks_of,
     mass_target,
-    row_at,
     sums_of,
     typicality,
 )

@@ -80,12 +80,6 @@ UNSUMMED = tl.constexpr(2)  # its bounds is known, the masses of its survivors a
 
 
 @triton.jit
-def row_at(rows, at):
-    """The logits of a row."""
-    return rows.logits + at.to(tl.int64) * rows.stride
-
-
-@triton.jit
 def knobs_of(adaptors, virtual):
     """The row of logits and the knobs that a virtual row stands for."""
     at, adaptor = virtual // adaptors.number, virtual % adaptors.number

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from fastadapt._ops.triton.arithmetic import MIN_INT32, keys, log64, masses, surprisals, values
-from fastadapt._ops.triton.bundles import Row
+from fastadapt._ops.triton.bundles import Row, row_at
 from fastadapt._ops.triton.nucleus import UNIT, around, bracket_of, no_bracket, push
 from fastadapt._ops.triton.rows import (
     BINNED,
@@ -34,7 +34,6 @@ from fastadapt._ops.triton.rows import (
     marks_of,
     needs_masses,
     needs_surprisal,
-    row_at,
     sums_of,
 )
 
