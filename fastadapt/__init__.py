@@ -71,24 +71,18 @@ __all__ = [
 ]
 
 _SUBMODULES = ("hf", "losses", "reference", "study", "tracking", "training", "trl")
-# What they need beside torch comes with these extras.
-_EXTRAS = {"hf": "demo", "trl": "train"}
 
 
 def __getattr__(name: str) -> Any:
-    """Loads a submodule; where what it needs cannot be imported, says what to install."""
+    """Loads a submodule; those that need an extra which is not installed count as absent."""
     if name not in _SUBMODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
         return import_module(f"fastadapt.{name}")
-    except (ImportError, RuntimeError) as error:  # transformers raises both
-        if name not in _EXTRAS:
+    except ImportError as error:
+        if name not in ("hf", "trl"):
             raise
-        why = str(error).partition("\n")[0]
-        raise AttributeError(
-            f"fastadapt.{name} cannot be imported ({why}): what it needs comes with "
-            f'pip install "fastadapt[{_EXTRAS[name]}]"'
-        ) from error
+        raise AttributeError(str(error)) from error  # it says what to install
 
 
 def __dir__() -> list[str]:

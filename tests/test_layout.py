@@ -68,7 +68,8 @@ OTHERS = {
 }
 KERNELS = "_ops/triton/"  # the only folder that imports triton, and that only within functions
 REGISTER = {"_ops/sampling.py", "_ops/log_odds.py", "_ops/linear/operator.py"}
-MOST_AT_THE_TOP, MOST_IN_A_FOLDER = 18, 20
+TRIES_TO_IMPORT = {"__init__.py", "hf/__init__.py", "trl/__init__.py"}  # and says what to install
+MOST_AT_THE_TOP, MOST_IN_A_FOLDER = 18, 16
 
 
 class Import(NamedTuple):
@@ -237,7 +238,7 @@ def test_nothing_forbidden(module: str) -> None:
 def test_import_only_defines(module: str) -> None:
     """Module level: imports, definitions, constants. Only registration calls anything."""
     allowed = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)
-    if module == "__init__.py":  # it tries to import the extension
+    if module in TRIES_TO_IMPORT:
         allowed = (*allowed, ast.Try)
     for node in _tree(module).body:
         docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
@@ -387,19 +388,37 @@ def test_submodules_without_their_extra(first_steps: list[str]) -> None:
     assert first_steps[3:] == ["False False True", "True", "False"]
 
 
-@pytest.mark.parametrize("kind", [ModuleNotFoundError, ImportError, RuntimeError])
+@pytest.mark.parametrize("raised", ["ModuleNotFoundError", "RuntimeError"])
+@pytest.mark.parametrize(
+    ("name", "needed", "extra"), [("hf", "transformers", "demo"), ("trl", "trl", "train")]
+)
 def test_what_cannot_be_imported_says_what_to_install(
-    kind: type[Exception], monkeypatch: pytest.MonkeyPatch
+    raised: str, name: str, needed: str, extra: str, tmp_path: Path
 ) -> None:
     """transformers turns a missing package of its own into a RuntimeError of several lines."""
+    code = (
+        "import sys\n"
+        "class Without:\n"
+        "    def find_spec(self, name, *_):\n"
+        f"        if name == {needed!r}:\n"
+        f"            raise {raised}(f'no {{name}}\\nmore lines')\n"
+        "sys.meta_path.insert(0, Without())\n"
+        "import fastadapt\n"
+        f"try:\n    import fastadapt.{name}\nexcept ImportError as error:\n    print(error)\n"
+        f"try:\n    fastadapt.{name}\nexcept AttributeError as error:\n    print(error)\n"
+    )
+    run = [sys.executable, "-P", "-c", code]
+    said = subprocess.run(run, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+    expected = f"fastadapt.{name} cannot be imported (no {needed}): what it needs comes with "
+    assert said.splitlines() == [f'{expected}pip install "fastadapt[{extra}]"'] * 2
 
+
+def test_errors_of_other_submodules_are_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(name: str) -> None:
-        raise kind(f"no {name}\nmore lines")
+        raise ImportError(name)
 
     monkeypatch.setattr(fastadapt, "import_module", fails)
-    with pytest.raises(AttributeError, match=r"fastadapt.trl cannot be imported \(no .*train\]"):
-        fastadapt.__getattr__("trl")
-    with pytest.raises(kind):  # our own: nothing to install
+    with pytest.raises(ImportError, match="fastadapt.training"):
         fastadapt.__getattr__("training")
     with pytest.raises(AttributeError, match="module 'fastadapt' has no attribute 'htf'"):
         fastadapt.__getattr__("htf")

@@ -2,9 +2,17 @@
 
 from typing import Any
 
-from fastadapt.hf.generation import FusedLogitsWarper, Generate, generate
+try:
+    from fastadapt.hf.generation import FusedLogitsWarper, Generate, generate
+except (ImportError, RuntimeError) as error:  # transformers raises both
+    why = str(error).partition("\n")[0]
+    raise ImportError(
+        f"fastadapt.hf cannot be imported ({why}): what it needs comes with "
+        'pip install "fastadapt[demo]"'
+    ) from error
 
 __all__ = ["FusedLogitsWarper", "Generate", "LogitsFreeTrainer", "generate"]
+__dir__ = __all__.copy  # what is not public is not listed
 
 
 def __getattr__(name: str) -> Any:
@@ -14,8 +22,3 @@ def __getattr__(name: str) -> Any:
     from fastadapt.hf.trainer import LogitsFreeTrainer
 
     return LogitsFreeTrainer
-
-
-def __dir__() -> list[str]:
-    """Lists the public names."""
-    return __all__

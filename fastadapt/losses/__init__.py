@@ -31,8 +31,4 @@ __all__ = [
     "unlikelihood_loss",
     "unlikelihood_penalty",
 ]
-
-
-def __dir__() -> list[str]:
-    """Lists the public names."""
-    return __all__
+__dir__ = __all__.copy  # what is not public is not listed

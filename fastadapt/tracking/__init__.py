@@ -5,6 +5,7 @@ from typing import Any
 from fastadapt.tracking.tracker import RewardPenalizeTracker
 
 __all__ = ["RewardPenalizeTracker", "TrackerCallback"]
+__dir__ = __all__.copy  # what is not public is not listed
 
 
 def __getattr__(name: str) -> Any:
@@ -17,8 +18,3 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"fastadapt.tracking.TrackerCallback: {error}") from error
 
     return TrackerCallback
-
-
-def __dir__() -> list[str]:
-    """Lists the public names."""
-    return __all__
