@@ -149,12 +149,12 @@ def test_the_tree_is_seen_at_a_glance() -> None:
         assert len(modules) <= MOST_IN_A_FOLDER, f"{folder}: {len(modules)} modules"
 
 
-def _graph() -> dict[str, set[str]]:
-    """The modules of ours that each module imports, anywhere in it."""
+def _graph(lazily: bool = True) -> dict[str, set[str]]:
+    """The modules of ours that each module imports, anywhere in it or when it is loaded."""
     graph: dict[str, set[str]] = {}
     for module in MODULES:
         graph[module] = set()
-        for path, *_ in _imports(module):
+        for path in (i.path for i in _imports(module) if lazily or not i.lazy):
             parts = path.split(".")[1:] if path.startswith("fastadapt.") else []
             for end in range(len(parts), 0, -1):
                 stem = "/".join(parts[:end])
@@ -178,6 +178,20 @@ def test_arrows_only_go_down() -> None:
 
     for module in MODULES:
         visit(module, ())
+
+
+@pytest.mark.parametrize(
+    ("module", "lazily", "most"), [("__init__.py", False, 9), ("_cli/main.py", True, 17)]
+)
+def test_chains_of_imports_are_short(module: str, lazily: bool, most: int) -> None:
+    """Of `import fastadapt`, and of the command with what it imports when it is needed."""
+    graph = _graph(lazily)
+
+    @functools.cache
+    def longest(module: str) -> tuple[str, ...]:
+        return (module, *max((longest(below) for below in graph[module]), key=len, default=()))
+
+    assert len(longest(module)) <= most, " -> ".join(longest(module))
 
 
 @pytest.mark.parametrize("module", MODULES)
