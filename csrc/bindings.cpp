@@ -317,6 +317,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("prefer_huge_pages", &prefer_huge_pages);
   m.def("first_bad_token", &first_bad_token);
   m.def("cpu_capabilities", &capabilities, "Names this processor can run, worst first.");
-  m.def("cpu_capability", [] { return std::string(kernels().name); }, "The name in use.");
+  m.def("cpu_capability", [] { return std::string(cpu_capability()); }, "The name in use.");
   m.def("set_cpu_capability", &set_capability, py::arg("name"), "For tests: forces one by name.");
 }

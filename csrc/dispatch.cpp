@@ -4,31 +4,47 @@
 
 #include "kernels.h"
 
+// Every ISA, worst first: the namespace of its kernels, and whether this processor can run them.
+#define FASTADAPT_ISAS(ISA) ISA(scalar, true) FASTADAPT_X86_ISAS(ISA)
+#if defined(__x86_64__) || defined(_M_X64)
+// every processor with AVX2 has F16C, which older compilers cannot ask for
+#define FASTADAPT_X86_ISAS(ISA)                                                               \
+  ISA(avx2, __builtin_cpu_supports("avx2"))                                                   \
+  ISA(avx512, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("avx512f") &&          \
+                  __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && \
+                  __builtin_cpu_supports("avx512vl"))
+#else
+#define FASTADAPT_X86_ISAS(ISA)
+#endif
+
 namespace fastadapt {
+
+#define FASTADAPT_DECLARE(isa, here) \
+  namespace isa {                    \
+  extern const KernelTable kTable;   \
+  }
+FASTADAPT_ISAS(FASTADAPT_DECLARE)
+
 namespace {
 
+#define FASTADAPT_COUNT(isa, here) +1
+constexpr int kIsas = FASTADAPT_ISAS(FASTADAPT_COUNT);
+
 struct Supported {
-  const KernelTable* tables[3];
-  const char* names[4];
+  const KernelTable* tables[kIsas];
+  const char* names[kIsas + 1];
   int n = 0;
 
   Supported() {
-    offer(&kScalarKernels);
-#if defined(__x86_64__) || defined(_M_X64)
-    __builtin_cpu_init();
-    // every processor with AVX2 has F16C, which older compilers cannot ask for
-    const bool avx2 = __builtin_cpu_supports("avx2");
-    if (avx2) offer(&kAvx2Kernels);
-    if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-      offer(&kAvx512Kernels);
-#endif
+#define FASTADAPT_OFFER(isa, here) \
+  if (here) offer(#isa, &isa::kTable);
+    FASTADAPT_ISAS(FASTADAPT_OFFER)
     names[n] = nullptr;
   }
 
-  void offer(const KernelTable* table) {
+  void offer(const char* name, const KernelTable* table) {
     tables[n] = table;
-    names[n++] = table->name;
+    names[n++] = name;
   }
 };
 
@@ -37,21 +53,28 @@ const Supported& supported() {
   return found;
 }
 
-std::atomic<const KernelTable*>& current() {
-  static std::atomic<const KernelTable*> table{supported().tables[supported().n - 1]};
-  return table;
+// The place of the one in use.
+std::atomic<int>& current() {
+  static std::atomic<int> place{supported().n - 1};
+  return place;
 }
 
 }  // namespace
 
-const KernelTable& kernels() { return *current().load(std::memory_order_relaxed); }
+const KernelTable& kernels() {
+  return *supported().tables[current().load(std::memory_order_relaxed)];
+}
+
+const char* cpu_capability() {
+  return supported().names[current().load(std::memory_order_relaxed)];
+}
 
 const char* const* cpu_capabilities() { return supported().names; }
 
 bool set_cpu_capability(const char* name) {
   for (int i = 0; i < supported().n; ++i) {
     if (std::strcmp(supported().names[i], name)) continue;
-    current().store(supported().tables[i], std::memory_order_relaxed);
+    current().store(i, std::memory_order_relaxed);
     return true;
   }
   return false;

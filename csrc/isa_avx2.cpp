@@ -29,22 +29,6 @@ namespace avx2 {
 #elif defined(__GNUC__)
 #pragma GCC pop_options
 #endif
-
-extern const KernelTable kAvx2Kernels = {"avx2",
-                                         avx2::filter_rows,
-                                         avx2::sample_rows,
-                                         avx2::score_rows,
-                                         avx2::log_odds_rows,
-                                         avx2::log_odds_backward_rows,
-                                         avx2::label_log_odds_rows,
-                                         avx2::label_log_odds_backward_rows,
-                                         avx2::candidate_rows,
-                                         avx2::candidate_backward_rows,
-                                         avx2::tile_rows,
-                                         avx2::tile_backward_rows,
-                                         avx2::mix_rows,
-                                         avx2::scatter_rows,
-                                         avx2::dot_rows};
 }  // namespace fastadapt
 
 #endif

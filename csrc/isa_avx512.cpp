@@ -32,22 +32,6 @@ namespace avx512 {
 #elif defined(__GNUC__)
 #pragma GCC pop_options
 #endif
-
-extern const KernelTable kAvx512Kernels = {"avx512",
-                                           avx512::filter_rows,
-                                           avx512::sample_rows,
-                                           avx512::score_rows,
-                                           avx512::log_odds_rows,
-                                           avx512::log_odds_backward_rows,
-                                           avx512::label_log_odds_rows,
-                                           avx512::label_log_odds_backward_rows,
-                                           avx512::candidate_rows,
-                                           avx512::candidate_backward_rows,
-                                           avx512::tile_rows,
-                                           avx512::tile_backward_rows,
-                                           avx512::mix_rows,
-                                           avx512::scatter_rows,
-                                           avx512::dot_rows};
 }  // namespace fastadapt
 
 #endif

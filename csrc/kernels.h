@@ -249,7 +249,6 @@ struct DotArgs {
 
 // One table per ISA. Each function handles rows [begin, end) and allocates nothing.
 struct KernelTable {
-  const char* name;
   void (*filter)(const FilterArgs&, const Scratch&, int64_t begin, int64_t end);
   void (*sample)(const SampleArgs&, const Scratch&, int64_t begin, int64_t end);
   void (*score)(const ScoreArgs&, const Scratch&, int64_t begin, int64_t end);
@@ -267,12 +266,9 @@ struct KernelTable {
   void (*dot)(const DotArgs&, const Scratch&, int64_t begin, int64_t end);
 };
 
-extern const KernelTable kScalarKernels;
-extern const KernelTable kAvx2Kernels;
-extern const KernelTable kAvx512Kernels;
-
-// The table in use: the best this processor has, or the one set for a test.
+// The table in use, and its name: the best this processor has, or the one set for a test.
 const KernelTable& kernels();
+const char* cpu_capability();
 
 // Null-terminated names of the tables that this processor can run, worst first.
 const char* const* cpu_capabilities();
