@@ -1,13 +1,18 @@
-// The Python module: addresses and sizes in, kernels run with the GIL released. Checks of shapes
-// and dtypes are made in fastadapt/_ops/sampling.py; here only what would be unsafe is refused.
+// The Python module: a kernel takes the fields of its arguments by their names, tensors as they
+// are, and runs with the GIL released. Shapes and dtypes are checked in fastadapt/_ops; here only
+// what would be unsafe is refused.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
 
-#include <stdexcept>
+#include <exception>
+#include <new>
 #include <string>
+#include <tuple>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "kernels.h"
@@ -18,264 +23,198 @@ namespace py = pybind11;
 namespace fastadapt {
 namespace {
 
-template <class T>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
-// (address, dtype code, n, v, row stride)
-using RowsTuple = std::tuple<uintptr_t, int, int64_t, int64_t, int64_t>;
-// (address, R, order code)
-using KnobsTuple = std::tuple<uintptr_t, int64_t, int>;
+// (tensor, dtype code, n, v, row stride)
+using RowsTuple = std::tuple<py::handle, int, int64_t, int64_t, int64_t>;
+// (tensor, R, order code)
+using KnobsTuple = std::tuple<py::handle, int64_t, int>;
 
 std::string text(int64_t x) { return std::to_string(x); }
 
-// The last dtype code that a kernel takes: all but float64, or all.
-Rows rows_of(const RowsTuple& t, DType last = DType::kFloat16) {
-  const auto& [address, dtype, n, v, stride] = t;
-  if (dtype < 0 || dtype > static_cast<int>(last))
-    throw std::invalid_argument("logits: expected a dtype code of 0 to " +
-                                text(static_cast<int>(last)) + ", got " + text(dtype));
-  if (v < 1 || v > kMaxVocab)
-    throw std::invalid_argument("logits: expected 1 to " + text(kMaxVocab) +
-                                " entries a row, got " + text(v));
-  return {pointer<const void>(address), static_cast<DType>(dtype), n, v, stride};
+// What a tensor's method without arguments returns; the name is interned.
+int64_t ask(py::handle tensor, PyObject* method) {
+  const auto got =
+      py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor.ptr(), method));
+  if (!got) throw py::error_already_set();
+  return py::cast<int64_t>(got);
 }
 
-Knobs knobs_of(const KnobsTuple& t, int64_t n) {
-  const auto& [address, r, order] = t;
-  if (r != 1 && r != n)
-    throw std::invalid_argument("knobs: expected 1 or " + text(n) + " columns, got " + text(r));
-  if (order != static_cast<int>(Order::kHf) && order != static_cast<int>(Order::kVllm))
-    throw std::invalid_argument("order: expected 0 or 1, got " + text(order));
-  return {pointer<const double>(address), r, r == 1 ? 0 : 1, static_cast<Order>(order)};
+template <class T>
+T* pointer(py::handle tensor) {
+  static PyObject* const data_ptr = PyUnicode_InternFromString("data_ptr");
+  return reinterpret_cast<T*>(ask(tensor, data_ptr));
 }
 
-// Row of the first token outside [0, V) that is not ignored, or -1.
-int64_t first_bad_token(uintptr_t tokens, int64_t n, int64_t v, int64_t ignore_index) {
-  const int64_t* y = pointer<const int64_t>(tokens);
-  for (int64_t r = 0; r < n; ++r)
-    if (y[r] != ignore_index && (y[r] < 0 || y[r] >= v)) return r;
-  return -1;
-}
-
-void filter(const RowsTuple& rows, const KnobsTuple& knobs, uintptr_t out, int num_threads) {
-  const Rows x = rows_of(rows);
-  const FilterArgs args{x, knobs_of(knobs, x.n), pointer<void>(out)};
-  py::gil_scoped_release release;
-  run_rows(kernels().filter, args, x.n, x.v, num_threads, x.v / kLeastPart);
-}
-
-void sample(const RowsTuple& rows, const KnobsTuple& knobs, uintptr_t seeds, uintptr_t positions,
-            uintptr_t tokens, uintptr_t logprobs, uintptr_t kept, uintptr_t status,
-            uintptr_t base_logprobs, uintptr_t log_mass, int64_t top_n, uintptr_t top_ids,
-            uintptr_t top_logprobs, uintptr_t rank, int num_threads) {
-  const Rows x = rows_of(rows);
-  const SampleArgs args{x,
-                        knobs_of(knobs, x.n),
-                        pointer<const int64_t>(seeds),
-                        pointer<const int64_t>(positions),
-                        pointer<int64_t>(tokens),
-                        pointer<float>(logprobs),
-                        pointer<int32_t>(kept),
-                        pointer<uint8_t>(status),
-                        pointer<float>(base_logprobs),
-                        pointer<float>(log_mass),
-                        top_n,
-                        pointer<int64_t>(top_ids),
-                        pointer<float>(top_logprobs),
-                        pointer<int32_t>(rank)};
-  py::gil_scoped_release release;
-  run_rows(kernels().sample, args, x.n, x.v, num_threads, x.v / kLeastPart);
-}
-
-void score(const RowsTuple& rows, const std::vector<KnobsTuple>& adaptors, uintptr_t tokens,
-           int64_t ignore_index, uintptr_t logprobs, uintptr_t log_norm, uintptr_t kept,
-           uintptr_t base_logprobs, uintptr_t entropy, int num_threads) {
-  const Rows x = rows_of(rows);
-  const int64_t a = static_cast<int64_t>(adaptors.size());
-  if (a < 1 || a > kMaxAdaptors)
-    throw std::invalid_argument("adaptors: expected 1 to " + text(kMaxAdaptors) + ", got " +
-                                text(a));
-  std::vector<Knobs> knobs;
-  for (const KnobsTuple& t : adaptors) knobs.push_back(knobs_of(t, x.n));
-  const ScoreArgs args{x,
-                       pointer<const int64_t>(tokens),
-                       ignore_index,
-                       a,
-                       knobs.data(),
-                       pointer<float>(logprobs),
-                       pointer<float>(log_norm),
-                       pointer<int32_t>(kept),
-                       pointer<float>(base_logprobs),
-                       pointer<float>(entropy)};
-  py::gil_scoped_release release;
-  run_rows(kernels().score, args, x.n, x.v, num_threads, x.v / kLeastPart);
-}
-
-void log_odds(const RowsTuple& rows, const KnobsTuple& knobs, uintptr_t tokens,
-              int64_t ignore_index, uintptr_t out, uintptr_t support, uintptr_t stats,
-              int num_threads) {
-  const Rows x = rows_of(rows, DType::kFloat64);
-  const LogOddsArgs args{x,
-                         knobs_of(knobs, x.n),
-                         pointer<const int64_t>(tokens),
-                         ignore_index,
-                         pointer<void>(out),
-                         pointer<uint8_t>(support),
-                         pointer<double>(stats)};
-  py::gil_scoped_release release;
-  run_rows(kernels().log_odds, args, x.n, x.v, num_threads, x.v / kLeastPart);
-}
-
-void log_odds_backward(const RowsTuple& rows, const KnobsTuple& knobs, uintptr_t tokens,
-                       int64_t ignore_index, uintptr_t dlog_odds, uintptr_t support,
-                       uintptr_t stats, uintptr_t dlogits, int num_threads) {
-  const Rows x = rows_of(rows, DType::kFloat64);
-  const LogOddsBackwardArgs args{x,
-                                 knobs_of(knobs, x.n),
-                                 pointer<const int64_t>(tokens),
-                                 ignore_index,
-                                 pointer<const void>(dlog_odds),
-                                 pointer<const uint8_t>(support),
-                                 pointer<const double>(stats),
-                                 pointer<void>(dlogits)};
-  py::gil_scoped_release release;
-  run_rows(kernels().log_odds_backward, args, x.n, x.v, num_threads);
-}
-
-void label_log_odds(const RowsTuple& rows, uintptr_t labels, int64_t ignore_index, uintptr_t out,
-                    uintptr_t stats, int num_threads) {
-  const Rows x = rows_of(rows, DType::kFloat64);
-  const LabelArgs args{x, pointer<const int64_t>(labels), ignore_index, pointer<void>(out),
-                       pointer<double>(stats)};
-  py::gil_scoped_release release;
-  run_rows(kernels().label_log_odds, args, x.n, 1, num_threads);
-}
-
-void label_log_odds_backward(const RowsTuple& rows, uintptr_t labels, int64_t ignore_index,
-                             uintptr_t dlog_odds, uintptr_t stats, uintptr_t dlogits,
-                             int num_threads) {
-  const Rows x = rows_of(rows, DType::kFloat64);
-  const LabelBackwardArgs args{x,
-                               pointer<const int64_t>(labels),
-                               ignore_index,
-                               pointer<const void>(dlog_odds),
-                               pointer<const double>(stats),
-                               pointer<void>(dlogits)};
-  py::gil_scoped_release release;
-  run_rows(kernels().label_log_odds_backward, args, x.n, 1, num_threads);
-}
-
-void candidate_log_odds(const RowsTuple& rows, int64_t k, uintptr_t index, uintptr_t mask,
-                        uintptr_t out, uintptr_t stats, int num_threads) {
-  const Rows x = rows_of(rows, DType::kFloat64);
-  const CandidateArgs args{x,
-                           k,
-                           pointer<const int64_t>(index),
-                           pointer<const uint8_t>(mask),
-                           pointer<void>(out),
-                           pointer<double>(stats)};
-  py::gil_scoped_release release;
-  run_rows(kernels().candidate_log_odds, args, x.n, 1, num_threads);
-}
-
-void candidate_log_odds_backward(const RowsTuple& rows, int64_t k, uintptr_t index, uintptr_t mask,
-                                 uintptr_t dlog_odds, uintptr_t stats, uintptr_t dlogits,
-                                 int num_threads) {
-  const Rows x = rows_of(rows, DType::kFloat64);
-  const CandidateBackwardArgs args{x,
-                                   k,
-                                   pointer<const int64_t>(index),
-                                   pointer<const uint8_t>(mask),
-                                   pointer<const void>(dlog_odds),
-                                   pointer<const double>(stats),
-                                   pointer<void>(dlogits)};
-  py::gil_scoped_release release;
-  run_rows(kernels().candidate_log_odds_backward, args, x.n, x.v, num_threads);
-}
-
-// (rows, first id, labels, bias or 0, scale, cap)
-using TileTuple = std::tuple<RowsTuple, int64_t, uintptr_t, uintptr_t, double, double>;
-
-Tile tile_of(const TileTuple& t) {
-  const auto& [rows, first, labels, bias, scale, cap] = t;
-  const Rows x = rows_of(rows, DType::kFloat64);
-  if (x.v > kMaxTile)
-    throw std::invalid_argument("tile: expected 1 to " + text(kMaxTile) + " columns, got " +
-                                text(x.v));
-  return {x, first, pointer<const int64_t>(labels), pointer<const void>(bias), scale, cap};
-}
-
-DType dtype_of(int code) {
-  if (code < 0 || code > static_cast<int>(DType::kFloat64))
-    throw std::invalid_argument("expected a dtype code of 0 to 3, got " + text(code));
+DType dtype_of(int code, DType last = DType::kFloat64) {
+  if (code < 0 || code > static_cast<int>(last))
+    throw py::value_error("logits: expected a dtype code of 0 to " + text(static_cast<int>(last)) +
+                          ", got " + text(code));
   return static_cast<DType>(code);
 }
 
-void tile(const TileTuple& tile, bool weighted, uintptr_t stats, uintptr_t exps, uintptr_t shrinks,
-          int num_threads) {
-  const TileArgs args{tile_of(tile), weighted, pointer<double>(stats), pointer<void>(exps),
-                      pointer<double>(shrinks)};
-  py::gil_scoped_release release;
-  run_rows(kernels().tile, args, args.tile.rows.n, 1, num_threads);
+Knobs knobs_of(const KnobsTuple& t, int64_t n) {
+  const auto& [tensor, r, order] = t;
+  if (r != 1 && r != n)
+    throw py::value_error("knobs: expected 1 or " + text(n) + " columns, got " + text(r));
+  if (order != static_cast<int>(Order::kHf) && order != static_cast<int>(Order::kVllm))
+    throw py::value_error("order: expected 0 or 1, got " + text(order));
+  return {pointer<const double>(tensor), r, r == 1 ? 0 : 1, static_cast<Order>(order)};
 }
 
-void tile_backward(const TileTuple& tile, uintptr_t stats, uintptr_t gains, uintptr_t out,
-                   int num_threads) {
-  const TileBackwardArgs args{tile_of(tile), pointer<const double>(stats),
-                              pointer<const double>(gains), pointer<void>(out)};
-  py::gil_scoped_release release;
-  run_rows(kernels().tile_backward, args, args.tile.rows.n, 1, num_threads);
+// Reads a field of the arguments of a kernel; those before it have been read.
+template <class T, class Args>
+void read(py::handle value, T& out, Args&) {
+  out = py::cast<T>(value);
 }
 
-void mix(int dtype, int64_t n, int64_t h, uintptr_t dst, uintptr_t factor, uintptr_t gain,
-         uintptr_t index, uintptr_t src, int64_t src_stride, int num_threads) {
-  const MixArgs args{dtype_of(dtype),
-                     n,
-                     h,
-                     pointer<void>(dst),
-                     pointer<const double>(factor),
-                     pointer<const double>(gain),
-                     pointer<const int64_t>(index),
-                     pointer<const void>(src),
-                     src_stride};
-  py::gil_scoped_release release;
-  run_rows(kernels().mix, args, n, 1, num_threads);
+template <class T, class Args>
+void read(py::handle tensor, T*& out, Args&) {
+  out = pointer<T>(tensor);
 }
 
-void scatter(int dtype, int64_t n, int64_t h, uintptr_t src, uintptr_t gain, uintptr_t index,
-             uintptr_t out, int num_threads) {
-  const ScatterArgs args{dtype_of(dtype),
-                         n,
-                         h,
-                         pointer<const void>(src),
-                         pointer<const double>(gain),
-                         pointer<const int64_t>(index),
-                         pointer<void>(out)};
-  py::gil_scoped_release release;
-  run_rows(kernels().scatter, args, n, 1, num_threads);
+template <class Args>
+void read(py::handle code, DType& out, Args&) {
+  out = dtype_of(py::cast<int>(code));
 }
 
-void dot(int dtype, int64_t n, int64_t h, uintptr_t a, int64_t a_stride, uintptr_t b,
-         int64_t b_stride, uintptr_t index, uintptr_t out, int num_threads) {
-  const DotArgs args{dtype_of(dtype),
-                     n,
-                     h,
-                     pointer<const void>(a),
-                     a_stride,
-                     pointer<const void>(b),
-                     b_stride,
-                     pointer<const int64_t>(index),
-                     pointer<double>(out)};
-  py::gil_scoped_release release;
-  run_rows(kernels().dot, args, n, 1, num_threads);
+template <class Args>
+void read(py::handle tuple, Rows& out, Args&) {
+  constexpr bool loss = !std::is_base_of_v<FilterArgs, Args> &&
+                        !std::is_base_of_v<SampleArgs, Args> && !std::is_base_of_v<ScoreArgs, Args>;
+  constexpr int64_t widest = std::is_base_of_v<Tile, Args> ? kMaxTile : kMaxVocab;
+  const auto [tensor, dtype, n, v, stride] = py::cast<RowsTuple>(tuple);
+  if (v < 1 || v > widest)
+    throw py::value_error("logits: expected 1 to " + text(widest) + " entries a row, got " +
+                          text(v));
+  out = {pointer<const void>(tensor), dtype_of(dtype, loss ? DType::kFloat64 : DType::kFloat16), n,
+         v, stride};
+}
+
+template <class Args>
+void read(py::handle tuple, Knobs& out, Args& args) {
+  out = knobs_of(py::cast<KnobsTuple>(tuple), args.rows.n);
+}
+
+template <class Args>
+void read(py::handle list, const Knobs*& out, Args& args) {
+  static thread_local std::vector<Knobs> all;  // until the next call of this thread
+  const auto tuples = py::cast<std::vector<KnobsTuple>>(list);
+  args.num_adaptors = static_cast<int64_t>(tuples.size());
+  if (args.num_adaptors < 1 || args.num_adaptors > kMaxAdaptors)
+    throw py::value_error("adaptors: expected 1 to " + text(kMaxAdaptors) + ", got " +
+                          text(args.num_adaptors));
+  all.clear();
+  for (const KnobsTuple& t : tuples) all.push_back(knobs_of(t, args.rows.n));
+  out = all.data();
+}
+
+// What threads need for a row of V entries: nothing, buffers, buffers of threads that may share it.
+enum class Needs { kNothing, kBuffers, kSharedRow };
+
+// A function of Python that runs a kernel; it takes keyword arguments alone, in any order.
+template <class Args>
+struct Operator {
+  struct Call : Args {
+    int num_threads;
+  };
+  struct Field {
+    PyObject* name;
+    bool optional;  // None leaves it null
+    void (*read)(py::handle value, Call& call);
+  };
+
+  void (*KernelTable::*kernel)(const Args&, const Scratch&, int64_t, int64_t);
+  Needs needs;
+  std::vector<Field> fields;
+  std::string signature;
+  PyMethodDef method;
+
+  // For METH_FASTCALL: pybind11 would make a dictionary of keyword arguments, 1 to 2 us a call.
+  static PyObject* call(PyObject* self, PyObject* const* values, Py_ssize_t positional,
+                        PyObject* names) {
+    try {
+      const auto* op = static_cast<const Operator*>(PyCapsule_GetPointer(self, nullptr));
+      const size_t n = names ? static_cast<size_t>(PyTuple_GET_SIZE(names)) : 0;
+      if (positional != 0 || n != op->fields.size())
+        throw py::type_error("expected " + op->signature.substr(0, op->signature.find('\n')));
+      op->run(values, names);
+      Py_RETURN_NONE;
+    } catch (py::error_already_set& e) {
+      e.restore();
+    } catch (const py::builtin_exception& e) {
+      e.set_error();
+    } catch (const std::bad_alloc&) {
+      PyErr_NoMemory();
+    } catch (const std::exception& e) {
+      PyErr_SetString(PyExc_RuntimeError, e.what());
+    }
+    return nullptr;
+  }
+
+  void run(PyObject* const* values, PyObject* names) const {
+    Call args{};
+    for (size_t i = 0; i < fields.size(); ++i) {
+      const py::handle value = values[place(i, names)];
+      if (!value.is_none())
+        fields[i].read(value, args);
+      else if (!fields[i].optional)
+        throw py::type_error(py::cast<std::string>(fields[i].name) + ": expected one, got None");
+    }
+    int64_t n = 0, v = 1;
+    if constexpr (std::is_base_of_v<Vectors, Args>)
+      n = args.n;
+    else
+      n = args.rows.n, v = needs == Needs::kNothing ? 1 : args.rows.v;
+    py::gil_scoped_release release;
+    run_rows<Args>(kernels().*kernel, args, n, v, args.num_threads,
+                   needs == Needs::kSharedRow ? v / kLeastPart : 1);
+  }
+
+  // Where the i-th field was given: nearly always as the i-th.
+  size_t place(size_t i, PyObject* names) const {
+    PyObject* const* given = reinterpret_cast<PyTupleObject*>(names)->ob_item;
+    if (given[i] == fields[i].name) return i;
+    for (size_t j = 0; j < fields.size(); ++j)
+      if (PyUnicode_Compare(given[j], fields[i].name) == 0) return j;
+    throw py::type_error("expected an argument " + py::cast<std::string>(fields[i].name));
+  }
+};
+
+#define FASTADAPT_FIELD(name, optional)         \
+  {PyUnicode_InternFromString(#name), optional, \
+   [](py::handle value, auto& args) { read(value, args.name, args); }}
+#define FIELD(name) FASTADAPT_FIELD(name, false)
+#define OPTIONAL(name) FASTADAPT_FIELD(name, true)
+
+template <class Args>
+void define(py::module_& m, const char* name,
+            void (*KernelTable::*kernel)(const Args&, const Scratch&, int64_t, int64_t),
+            Needs needs, std::vector<typename Operator<Args>::Field> fields) {
+  fields.push_back(FIELD(num_threads));
+  auto* op = new Operator<Args>{kernel, needs, std::move(fields), name, {}};  // never freed
+  for (const auto& field : op->fields)
+    op->signature += (&field == &op->fields[0] ? "(*, " : ", ") + py::cast<std::string>(field.name);
+  op->signature += ")\n--\n\n";
+  op->method = {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(op->call)),
+                METH_FASTCALL | METH_KEYWORDS, op->signature.c_str()};
+  const py::capsule self(op);
+  m.attr(name) = py::reinterpret_steal<py::object>(PyCFunction_New(&op->method, self.ptr()));
+}
+
+// Place of the first id outside [0, v) that is not ignored, or -1.
+int64_t first_bad_token(py::handle tokens, int64_t v, int64_t ignore_index) {
+  static PyObject* const numel = PyUnicode_InternFromString("numel");
+  const int64_t n = ask(tokens, numel);
+  const int64_t* y = pointer<const int64_t>(tokens);
+  for (int64_t i = 0; i < n; ++i)
+    if (y[i] != ignore_index && (y[i] < 0 || y[i] >= v)) return i;
+  return -1;
 }
 
 // Asks for huge pages under a large buffer that is about to be written: at 1 to 2 us a page fault,
 // the first touch of 64 MiB costs 20 ms in small pages and 5 in huge ones. A hint, nothing else.
-void prefer_huge_pages([[maybe_unused]] uintptr_t address, [[maybe_unused]] int64_t bytes) {
+void prefer_huge_pages([[maybe_unused]] py::handle out, [[maybe_unused]] int64_t bytes) {
 #if defined(__linux__)
+  const uintptr_t address = reinterpret_cast<uintptr_t>(pointer<void>(out));
   constexpr uintptr_t kHuge = uintptr_t{1} << 21;
   const uintptr_t begin = (address + kHuge - 1) / kHuge * kHuge;
   const uintptr_t end = (address + static_cast<uintptr_t>(bytes)) / kHuge * kHuge;
@@ -294,26 +233,56 @@ void set_capability(const std::string& name) {
     throw py::value_error("cpu capability: not known or not supported here: '" + name + "'");
 }
 
+void define_kernels(py::module_& m) {
+  using T = KernelTable;
+  define(m, "filter", &T::filter, Needs::kSharedRow, {FIELD(rows), FIELD(knobs), FIELD(out)});
+  define(m, "sample", &T::sample, Needs::kSharedRow,
+         {FIELD(rows), FIELD(knobs), FIELD(seeds), OPTIONAL(positions), FIELD(tokens),
+          FIELD(logprobs), FIELD(kept), FIELD(status), OPTIONAL(base_logprobs), OPTIONAL(log_mass),
+          FIELD(top_n), OPTIONAL(top_ids), OPTIONAL(top_logprobs), OPTIONAL(rank)});
+  define(m, "score", &T::score, Needs::kSharedRow,
+         {FIELD(rows), FIELD(knobs), FIELD(tokens), FIELD(ignore_index), FIELD(logprobs),
+          FIELD(log_norm), FIELD(kept), FIELD(base_logprobs), FIELD(entropy)});
+  define(m, "log_odds", &T::log_odds, Needs::kSharedRow,
+         {FIELD(rows), FIELD(knobs), FIELD(tokens), FIELD(ignore_index), FIELD(log_odds),
+          FIELD(support), FIELD(stats)});
+  define(m, "log_odds_backward", &T::log_odds_backward, Needs::kBuffers,
+         {FIELD(rows), FIELD(knobs), FIELD(tokens), FIELD(ignore_index), FIELD(dlog_odds),
+          FIELD(support), FIELD(stats), FIELD(dlogits)});
+  define(m, "label_log_odds", &T::label_log_odds, Needs::kNothing,
+         {FIELD(rows), FIELD(labels), FIELD(ignore_index), FIELD(log_odds), FIELD(stats)});
+  define(m, "label_log_odds_backward", &T::label_log_odds_backward, Needs::kNothing,
+         {FIELD(rows), FIELD(labels), FIELD(ignore_index), FIELD(dlog_odds), FIELD(stats),
+          FIELD(dlogits)});
+  define(m, "candidate_log_odds", &T::candidate_log_odds, Needs::kNothing,
+         {FIELD(rows), FIELD(k), FIELD(index), OPTIONAL(mask), FIELD(log_odds), FIELD(stats)});
+  define(m, "candidate_log_odds_backward", &T::candidate_log_odds_backward, Needs::kBuffers,
+         {FIELD(rows), FIELD(k), FIELD(index), OPTIONAL(mask), FIELD(dlog_odds), FIELD(stats),
+          FIELD(dlogits)});
+  define(m, "tile", &T::tile, Needs::kNothing,
+         {FIELD(rows), FIELD(first), FIELD(labels), OPTIONAL(bias), FIELD(scale), FIELD(cap),
+          FIELD(weighted), FIELD(stats), OPTIONAL(exps), FIELD(shrinks)});
+  define(m, "tile_backward", &T::tile_backward, Needs::kNothing,
+         {FIELD(rows), FIELD(first), FIELD(labels), OPTIONAL(bias), FIELD(scale), FIELD(cap),
+          FIELD(stats), FIELD(gains), FIELD(out)});
+  define(m, "mix", &T::mix, Needs::kNothing,
+         {FIELD(dtype), FIELD(n), FIELD(h), FIELD(dst), OPTIONAL(factor), OPTIONAL(gain),
+          OPTIONAL(index), FIELD(src), FIELD(src_stride)});
+  define(
+      m, "scatter", &T::scatter, Needs::kNothing,
+      {FIELD(dtype), FIELD(n), FIELD(h), FIELD(src), OPTIONAL(gain), OPTIONAL(index), FIELD(out)});
+  define(m, "dot", &T::dot, Needs::kNothing,
+         {FIELD(dtype), FIELD(n), FIELD(h), FIELD(a), FIELD(a_stride), FIELD(b), FIELD(b_stride),
+          OPTIONAL(index), FIELD(out)});
+}
+
 }  // namespace
 }  // namespace fastadapt
 
 PYBIND11_MODULE(_C, m) {
   using namespace fastadapt;
-  m.doc() = "CPU kernels of fastadapt; pointers in, nothing allocated.";
-  m.def("filter", &filter);
-  m.def("sample", &sample);
-  m.def("score", &score);
-  m.def("log_odds", &log_odds);
-  m.def("log_odds_backward", &log_odds_backward);
-  m.def("label_log_odds", &label_log_odds);
-  m.def("label_log_odds_backward", &label_log_odds_backward);
-  m.def("candidate_log_odds", &candidate_log_odds);
-  m.def("candidate_log_odds_backward", &candidate_log_odds_backward);
-  m.def("tile", &tile);
-  m.def("tile_backward", &tile_backward);
-  m.def("mix", &mix);
-  m.def("scatter", &scatter);
-  m.def("dot", &dot);
+  m.doc() = "CPU kernels of fastadapt: the arguments of csrc/kernels.h by name, nothing allocated.";
+  define_kernels(m);
   m.def("prefer_huge_pages", &prefer_huge_pages);
   m.def("first_bad_token", &first_bad_token);
   m.def("cpu_capabilities", &capabilities, "Names this processor can run, worst first.");

@@ -197,26 +197,28 @@ struct Tile {
   double scale, cap;
 };
 
-struct TileArgs {
-  Tile tile;
+struct TileArgs : Tile {
   bool weighted;
   double* stats;    // (N, kNumStats), updated
   void* exps;       // (N, V), may be the tile: e^(z - m) dz/dx / scale, 0 at the label; or null
   double* shrinks;  // (N,), with exps: the factor of what was summed before
 };
 
-struct TileBackwardArgs {
-  Tile tile;
+struct TileBackwardArgs : Tile {
   const double* stats;
   const double* gains;  // (N,), dL/dm, 0 for rows without others
   void* out;            // (N, V), dL/dx, 0 at the label; may be the tile itself
 };
 
+// n vectors of h entries.
+struct Vectors {
+  DType dtype;
+  int64_t n, h;
+};
+
 // dst[r] = factor[r] dst[r] + gain[r] src[index[r]] over H; dst float32 or float64, src of any
 // type. A null factor or gain is 1, a null index is r.
-struct MixArgs {
-  DType dtype;  // of src; dst is float64 if that is, else float32
-  int64_t n, h;
+struct MixArgs : Vectors {  // dtype: of src; dst is float64 if that is, else float32
   void* dst;
   const double* factor;
   const double* gain;
@@ -226,9 +228,7 @@ struct MixArgs {
 };
 
 // out[index[r]] = gain[r] src[r] over H, rounded once.
-struct ScatterArgs {
-  DType dtype;  // of out; src is float64 if that is, else float32
-  int64_t n, h;
+struct ScatterArgs : Vectors {  // dtype: of out; src is float64 if that is, else float32
   const void* src;
   const double* gain;    // or null: 1
   const int64_t* index;  // or null: r
@@ -236,9 +236,7 @@ struct ScatterArgs {
 };
 
 // Dot products of each row with a row of the head, in float32 (float64) sums.
-struct DotArgs {
-  DType dtype;
-  int64_t n, h;
+struct DotArgs : Vectors {
   const void* a;
   int64_t a_stride;
   const void* b;

@@ -36,8 +36,8 @@ const KernelTable kTable = {
     FASTADAPT_WITH_DOUBLE(LabelBackwardArgs, rows.dtype, label_log_odds_backward_row),
     FASTADAPT_WITH_DOUBLE(CandidateArgs, rows.dtype, candidate_row),
     FASTADAPT_WITH_DOUBLE(CandidateBackwardArgs, rows.dtype, candidate_backward_row),
-    FASTADAPT_WITH_DOUBLE(TileArgs, tile.rows.dtype, tile_row),
-    FASTADAPT_WITH_DOUBLE(TileBackwardArgs, tile.rows.dtype, tile_backward_row),
+    FASTADAPT_WITH_DOUBLE(TileArgs, rows.dtype, tile_row),
+    FASTADAPT_WITH_DOUBLE(TileBackwardArgs, rows.dtype, tile_backward_row),
     FASTADAPT_WITH_DOUBLE(MixArgs, dtype, mix_row),
     FASTADAPT_WITH_DOUBLE(ScatterArgs, dtype, scatter_row),
     FASTADAPT_WITH_DOUBLE(DotArgs, dtype, dot_row)};

@@ -9,7 +9,7 @@ template <bool kWeighted, class T>
 static void sum_tile(const TileArgs& a, int64_t r, double high, const LogitMap<T>& map,
                      const Stretch<T>& stretch) {
   double* stats = a.stats + kNumStats * r;
-  const int64_t n = stretch.n, y = a.tile.labels[r] - a.tile.first;
+  const int64_t n = stretch.n, y = a.labels[r] - a.first;
   if (!a.exps) {
     absorb<kWeighted>(stretch, high, stats, [](int64_t, auto) {});
     return;
@@ -26,18 +26,18 @@ static void sum_tile(const TileArgs& a, int64_t r, double high, const LogitMap<T
 
 template <class T>
 static void tile_row(const TileArgs& a, int64_t r, const Scratch&) {
-  const Rows& rows = a.tile.rows;
+  const Rows& rows = a.rows;
   const T* x = static_cast<const T*>(rows.data) + r * rows.stride;
-  const LogitMap<T> map = map_of<T>(a.tile);
+  const LogitMap<T> map = map_of<T>(a);
   Stretch<T> stretch;
-  const double high = stretch.fill(x, map, rows.v, a.tile.labels[r] - a.tile.first);
+  const double high = stretch.fill(x, map, rows.v, a.labels[r] - a.first);
   if (a.weighted) return sum_tile<true>(a, r, high, map, stretch);
   sum_tile<false>(a, r, high, map, stretch);
 }
 
 template <class T>
 static void tile_backward_row(const TileBackwardArgs& a, int64_t r, const Scratch&) {
-  const Rows& rows = a.tile.rows;
+  const Rows& rows = a.rows;
   T* out = static_cast<T*>(a.out) + r * rows.v;
   const double* stats = a.stats + kNumStats * r;
   if (a.gains[r] == 0) {
@@ -45,7 +45,7 @@ static void tile_backward_row(const TileBackwardArgs& a, int64_t r, const Scratc
     return;
   }
   const T* x = static_cast<const T*>(rows.data) + r * rows.stride;
-  write_gradient(x, map_of<T>(a.tile), rows.v, a.tile.labels[r] - a.tile.first, stats[kOthersMax],
+  write_gradient(x, map_of<T>(a), rows.v, a.labels[r] - a.first, stats[kOthersMax],
                  -a.gains[r] / stats[kOthersSum], out);
 }
 

@@ -1,118 +1,166 @@
-"""Signatures of the C++ extension; addresses are those of contiguous tensors, 0 for none."""
+"""Signatures of the C++ extension: the fields of csrc/kernels.h by name, contiguous tensors."""
 
-Rows = tuple[int, int, int, int, int]  # address, dtype code, n, v, row stride in elements
-Tile = tuple[Rows, int, int, int, float, float]  # rows, first id, labels, bias or 0, scale, cap
-Knobs = tuple[int, int, int]  # address of (8, R) float64, R, order code
+from typing import TypedDict, Unpack
 
-def filter(rows: Rows, knobs: Knobs, out: int, num_threads: int) -> None: ...
+from torch import Tensor
+
+Rows = tuple[Tensor, int, int, int, int]  # logits, dtype code, n, v, row stride in elements
+Knobs = tuple[Tensor, int, int]  # (8, R) float64, R, order code
+
+class Tile(TypedDict):
+    rows: Rows
+    first: int
+    labels: Tensor
+    bias: Tensor | None
+    scale: float
+    cap: float
+
+def filter(*, rows: Rows, knobs: Knobs, out: Tensor, num_threads: int) -> None: ...
 def sample(
+    *,
     rows: Rows,
     knobs: Knobs,
-    seeds: int,
-    positions: int,
-    tokens: int,
-    logprobs: int,
-    kept: int,
-    status: int,
-    base_logprobs: int,
-    log_mass: int,
+    seeds: Tensor,
+    positions: Tensor | None,
+    tokens: Tensor,
+    logprobs: Tensor,
+    kept: Tensor,
+    status: Tensor,
+    base_logprobs: Tensor | None,
+    log_mass: Tensor | None,
     top_n: int,
-    top_ids: int,
-    top_logprobs: int,
-    rank: int,
+    top_ids: Tensor | None,
+    top_logprobs: Tensor | None,
+    rank: Tensor | None,
     num_threads: int,
 ) -> None: ...
 def score(
+    *,
     rows: Rows,
-    adaptors: list[Knobs],
-    tokens: int,
+    knobs: list[Knobs],
+    tokens: Tensor,
     ignore_index: int,
-    logprobs: int,
-    log_norm: int,
-    kept: int,
-    base_logprobs: int,
-    entropy: int,
+    logprobs: Tensor,
+    log_norm: Tensor,
+    kept: Tensor,
+    base_logprobs: Tensor,
+    entropy: Tensor,
     num_threads: int,
 ) -> None: ...
 def log_odds(
+    *,
     rows: Rows,
     knobs: Knobs,
-    tokens: int,
+    tokens: Tensor,
     ignore_index: int,
-    out: int,
-    support: int,
-    stats: int,
+    log_odds: Tensor,
+    support: Tensor,
+    stats: Tensor,
     num_threads: int,
 ) -> None: ...
 def log_odds_backward(
+    *,
     rows: Rows,
     knobs: Knobs,
-    tokens: int,
+    tokens: Tensor,
     ignore_index: int,
-    dlog_odds: int,
-    support: int,
-    stats: int,
-    dlogits: int,
+    dlog_odds: Tensor,
+    support: Tensor,
+    stats: Tensor,
+    dlogits: Tensor,
     num_threads: int,
 ) -> None: ...
 def label_log_odds(
-    rows: Rows, labels: int, ignore_index: int, out: int, stats: int, num_threads: int
+    *,
+    rows: Rows,
+    labels: Tensor,
+    ignore_index: int,
+    log_odds: Tensor,
+    stats: Tensor,
+    num_threads: int,
 ) -> None: ...
 def label_log_odds_backward(
+    *,
     rows: Rows,
-    labels: int,
+    labels: Tensor,
     ignore_index: int,
-    dlog_odds: int,
-    stats: int,
-    dlogits: int,
+    dlog_odds: Tensor,
+    stats: Tensor,
+    dlogits: Tensor,
     num_threads: int,
 ) -> None: ...
 def candidate_log_odds(
-    rows: Rows, k: int, index: int, mask: int, out: int, stats: int, num_threads: int
-) -> None: ...
-def candidate_log_odds_backward(
+    *,
     rows: Rows,
     k: int,
-    index: int,
-    mask: int,
-    dlog_odds: int,
-    stats: int,
-    dlogits: int,
+    index: Tensor,
+    mask: Tensor | None,
+    log_odds: Tensor,
+    stats: Tensor,
+    num_threads: int,
+) -> None: ...
+def candidate_log_odds_backward(
+    *,
+    rows: Rows,
+    k: int,
+    index: Tensor,
+    mask: Tensor | None,
+    dlog_odds: Tensor,
+    stats: Tensor,
+    dlogits: Tensor,
     num_threads: int,
 ) -> None: ...
 def tile(
-    tile: Tile, weighted: bool, stats: int, exps: int, shrinks: int, num_threads: int
+    *,
+    weighted: bool,
+    stats: Tensor,
+    exps: Tensor | None,
+    shrinks: Tensor,
+    num_threads: int,
+    **tile: Unpack[Tile],
 ) -> None: ...
-def tile_backward(tile: Tile, stats: int, gains: int, out: int, num_threads: int) -> None: ...
+def tile_backward(
+    *, stats: Tensor, gains: Tensor, out: Tensor, num_threads: int, **tile: Unpack[Tile]
+) -> None: ...
 def mix(
+    *,
     dtype: int,
     n: int,
     h: int,
-    dst: int,
-    factor: int,
-    gain: int,
-    index: int,
-    src: int,
+    dst: Tensor,
+    factor: Tensor | None,
+    gain: Tensor | None,
+    index: Tensor | None,
+    src: Tensor,
     src_stride: int,
     num_threads: int,
 ) -> None: ...
 def scatter(
-    dtype: int, n: int, h: int, src: int, gain: int, index: int, out: int, num_threads: int
-) -> None: ...
-def dot(
+    *,
     dtype: int,
     n: int,
     h: int,
-    a: int,
-    a_stride: int,
-    b: int,
-    b_stride: int,
-    index: int,
-    out: int,
+    src: Tensor,
+    gain: Tensor | None,
+    index: Tensor | None,
+    out: Tensor,
     num_threads: int,
 ) -> None: ...
-def prefer_huge_pages(address: int, bytes: int) -> None: ...
-def first_bad_token(tokens: int, n: int, v: int, ignore_index: int) -> int: ...
+def dot(
+    *,
+    dtype: int,
+    n: int,
+    h: int,
+    a: Tensor,
+    a_stride: int,
+    b: Tensor,
+    b_stride: int,
+    index: Tensor | None,
+    out: Tensor,
+    num_threads: int,
+) -> None: ...
+def prefer_huge_pages(out: Tensor, bytes: int) -> None: ...
+def first_bad_token(tokens: Tensor, v: int, ignore_index: int) -> int: ...
 def cpu_capabilities() -> list[str]: ...
 def cpu_capability() -> str: ...
 def set_cpu_capability(name: str) -> None: ...

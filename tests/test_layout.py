@@ -476,6 +476,42 @@ def test_csrc_rules() -> None:
             assert not [i for i in included if "/" in i], name
 
 
+def test_the_stub_has_the_arguments_of_the_module() -> None:
+    """`_C.pyi` names what the kernels read, in their order, and what the module has."""
+    stub = ast.parse((PACKAGE / "_C.pyi").read_text()).body
+    tile = [a.target.id for node in stub if isinstance(node, ast.ClassDef) for a in node.body]
+    functions = [node for node in stub if isinstance(node, ast.FunctionDef)]
+    for node in (f for f in functions if f.args.kwonlyargs):
+        names = [a.arg for a in node.args.kwonlyargs]
+        names = tile + names if node.args.kwarg else names
+        got = inspect.signature(getattr(fastadapt._C, node.name)).parameters
+        assert list(got) == names, node.name
+        assert {p.kind for p in got.values()} == {inspect.Parameter.KEYWORD_ONLY}, node.name
+    stated = {f.name for f in functions} | {
+        node.target.id for node in stub if isinstance(node, ast.AnnAssign)
+    }
+    assert stated == {name for name in vars(fastadapt._C) if not name.startswith("__")}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({}, "filter"),
+        ({"labels": None}, "argument out"),
+        ({"out": None}, "out: expected"),
+        ({"out": 3}, "data_ptr"),
+    ],
+)
+def test_kernels_refuse_other_arguments(change: dict[str, object], message: str) -> None:
+    """Names and numbers cannot take each other's places."""
+    x, knobs = torch.zeros(1, 4), fastadapt.Adaptor().packed
+    given = {"rows": (x, 0, 1, 4, 4), "knobs": (knobs, 1, 0), "num_threads": 1}
+    with pytest.raises((TypeError, AttributeError), match=message):
+        fastadapt._C.filter(**given, **change)
+    with pytest.raises(TypeError, match=re.escape("filter(*, rows, knobs, out, num_threads)")):
+        fastadapt._C.filter(*given.values())
+
+
 def test_system_headers_precede_the_target_pragma() -> None:
     """A std header read under `#pragma GCC target` would leak AVX code into the other sources."""
     sources = _csrc()

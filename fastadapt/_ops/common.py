@@ -1,4 +1,4 @@
-"""What operators of every family share: addresses, checks, registration, launches on a device."""
+"""What operators of every family share: rows, checks, registration, launches on a device."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -12,27 +12,21 @@ from fastadapt import _C
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
-Rows = tuple[int, int, int, int, int]
 # of each operator, for the CPU, and what makes its empty outputs
 Implementations = dict[str, tuple[Callable[..., object], Callable[..., object]]]
 Out = TypeVar("Out")
 
 
-def address(tensor: Tensor | None) -> int:
-    """0 for none."""
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def rows_of(logits: Tensor) -> Rows:
+def rows_of(logits: Tensor) -> "_C.Rows":
     """What the kernels need to know of (N, V) logits."""
     n, v = logits.shape
-    return logits.data_ptr(), DTYPE_CODES[logits.dtype], n, v, logits.stride(0)
+    return logits, DTYPE_CODES[logits.dtype], n, v, logits.stride(0)
 
 
 def check_ids(name: str, ids: Tensor, v: int, ignore_index: int | None) -> None:
     """Raises for the first entry that is neither an id nor the ignored one."""
     ignored = 0 if ignore_index is None else ignore_index
-    at = _C.first_bad_token(ids.data_ptr(), ids.numel(), v, ignored)
+    at = _C.first_bad_token(ids, v, ignored)
     if at >= 0:
         got, row = int(ids.view(-1)[at]), at // ids[0].numel()
         expected = f"[0, {v})" if ignore_index is None else f"[0, {v}) or {ignore_index}"

@@ -13,7 +13,6 @@ from torch import Tensor
 from fastadapt import _C
 from fastadapt._ops.common import (
     Implementations,
-    address,
     check_ids,
     no_double_backward,
     register,
@@ -41,12 +40,12 @@ def _label_log_odds_cpu(logits: Tensor, labels: Tensor, ignore_index: int) -> Pa
     check_ids("labels", labels, logits.shape[1], ignore_index)
     log_odds, stats = out = label_outputs(logits, labels)
     _C.label_log_odds(
-        rows_of(logits),
-        labels.data_ptr(),
-        ignore_index,
-        log_odds.data_ptr(),
-        stats.data_ptr(),
-        torch.get_num_threads(),
+        rows=rows_of(logits),
+        labels=labels,
+        ignore_index=ignore_index,
+        log_odds=log_odds,
+        stats=stats,
+        num_threads=torch.get_num_threads(),
     )
     return out
 
@@ -56,15 +55,14 @@ def _label_log_odds_backward_cpu(
 ) -> Tensor:
     """One read of the logits, one write of their gradient."""
     out = logits.new_empty(logits.shape)
-    dlog_odds = dlog_odds.contiguous()  # a name of its own: a temporary would be freed too early
     _C.label_log_odds_backward(
-        rows_of(logits),
-        labels.data_ptr(),
-        ignore_index,
-        dlog_odds.data_ptr(),
-        stats.data_ptr(),
-        out.data_ptr(),
-        torch.get_num_threads(),
+        rows=rows_of(logits),
+        labels=labels,
+        ignore_index=ignore_index,
+        dlog_odds=dlog_odds.contiguous(),
+        stats=stats,
+        dlogits=out,
+        num_threads=torch.get_num_threads(),
     )
     return out
 
@@ -76,13 +74,13 @@ def _candidate_log_odds_cpu(logits: Tensor, index: Tensor, mask: Tensor | None) 
         check_ids("index", used, logits.shape[1], None)
     log_odds, stats = out = label_outputs(logits, index)
     _C.candidate_log_odds(
-        rows_of(logits),
-        index.shape[1],
-        index.data_ptr(),
-        address(mask),
-        log_odds.data_ptr(),
-        stats.data_ptr(),
-        torch.get_num_threads(),
+        rows=rows_of(logits),
+        k=index.shape[1],
+        index=index,
+        mask=mask,
+        log_odds=log_odds,
+        stats=stats,
+        num_threads=torch.get_num_threads(),
     )
     return out
 
@@ -92,16 +90,15 @@ def _candidate_log_odds_backward_cpu(
 ) -> Tensor:
     """One read of the logits, one write of their gradient."""
     out = logits.new_empty(logits.shape)
-    dlog_odds = dlog_odds.contiguous()
     _C.candidate_log_odds_backward(
-        rows_of(logits),
-        index.shape[1],
-        index.data_ptr(),
-        address(mask),
-        dlog_odds.data_ptr(),
-        stats.data_ptr(),
-        out.data_ptr(),
-        torch.get_num_threads(),
+        rows=rows_of(logits),
+        k=index.shape[1],
+        index=index,
+        mask=mask,
+        dlog_odds=dlog_odds.contiguous(),
+        stats=stats,
+        dlogits=out,
+        num_threads=torch.get_num_threads(),
     )
     return out
 

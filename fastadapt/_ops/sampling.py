@@ -15,7 +15,6 @@ from torch import Tensor
 from fastadapt import _C
 from fastadapt._ops.common import (
     Implementations,
-    address,
     check_ids,
     no_double_backward,
     register,
@@ -54,15 +53,20 @@ _library.define(
 )
 
 
-def _knobs(knobs: Tensor, order: int) -> tuple[int, int, int]:
+def _knobs(knobs: Tensor, order: int) -> "_C.Knobs":
     """What the kernels need to know of packed knobs."""
-    return knobs.data_ptr(), knobs.shape[1], order_of(order)
+    return knobs, knobs.shape[1], order_of(order)
 
 
 def _filter_logits_cpu(logits: Tensor, knobs: Tensor, order: int) -> Tensor:
     """(N, V) in the dtype of the logits."""
     out = logits.new_empty(logits.shape)
-    _C.filter(rows_of(logits), _knobs(knobs, order), out.data_ptr(), torch.get_num_threads())
+    _C.filter(
+        rows=rows_of(logits),
+        knobs=_knobs(knobs, order),
+        out=out,
+        num_threads=torch.get_num_threads(),
+    )
     return out
 
 
@@ -78,24 +82,25 @@ def _sample_cpu(
 ) -> list[Tensor]:
     """Allocates only what was asked for."""
     out = sample_outputs(logits, base_logprobs, log_mass, top_n)
-    fields = map(address, sample_fields(out, base_logprobs, log_mass, top_n))
-    tokens, logprobs, kept, status, base, mass, top_ids, top_logprobs, rank = fields
+    fields = sample_fields(out, base_logprobs, log_mass, top_n)
+    tokens, logprobs, kept, status, *asked = fields
+    base, mass, top_ids, top_logprobs, rank = asked
     _C.sample(
-        rows_of(logits),
-        _knobs(knobs, order),
-        seeds.data_ptr(),
-        address(positions),
-        tokens,
-        logprobs,
-        kept,
-        status,
-        base,
-        mass,
-        top_n,
-        top_ids,
-        top_logprobs,
-        rank,
-        torch.get_num_threads(),
+        rows=rows_of(logits),
+        knobs=_knobs(knobs, order),
+        seeds=seeds,
+        positions=positions,
+        tokens=tokens,
+        logprobs=logprobs,
+        kept=kept,
+        status=status,
+        base_logprobs=base,
+        log_mass=mass,
+        top_n=top_n,
+        top_ids=top_ids,
+        top_logprobs=top_logprobs,
+        rank=rank,
+        num_threads=torch.get_num_threads(),
     )
     return out
 
@@ -106,18 +111,18 @@ def _score_cpu(
     """One visit of each row for all adaptors."""
     check_ids("tokens", tokens, logits.shape[1], ignore_index)
     out = score_outputs(logits, len(knobs))
-    logprobs, log_norm, kept, base_logprobs, entropy = (t.data_ptr() for t in out)
+    logprobs, log_norm, kept, base_logprobs, entropy = out
     _C.score(
-        rows_of(logits),
-        [_knobs(k, o) for k, o in zip(knobs, orders, strict=True)],
-        tokens.data_ptr(),
-        ignore_index,
-        logprobs,
-        log_norm,
-        kept,
-        base_logprobs,
-        entropy,
-        torch.get_num_threads(),
+        rows=rows_of(logits),
+        knobs=[_knobs(k, o) for k, o in zip(knobs, orders, strict=True)],
+        tokens=tokens,
+        ignore_index=ignore_index,
+        logprobs=logprobs,
+        log_norm=log_norm,
+        kept=kept,
+        base_logprobs=base_logprobs,
+        entropy=entropy,
+        num_threads=torch.get_num_threads(),
     )
     return out
 
@@ -127,17 +132,16 @@ def _adapted_log_odds_cpu(
 ) -> LogOdds:
     """Forward; the last two outputs are what the backward needs."""
     check_ids("tokens", tokens, logits.shape[1], ignore_index)
-    out = log_odds_outputs(logits)
-    log_odds, support, stats = (t.data_ptr() for t in out)
+    log_odds, support, stats = out = log_odds_outputs(logits)
     _C.log_odds(
-        rows_of(logits),
-        _knobs(knobs, order),
-        tokens.data_ptr(),
-        ignore_index,
-        log_odds,
-        support,
-        stats,
-        torch.get_num_threads(),
+        rows=rows_of(logits),
+        knobs=_knobs(knobs, order),
+        tokens=tokens,
+        ignore_index=ignore_index,
+        log_odds=log_odds,
+        support=support,
+        stats=stats,
+        num_threads=torch.get_num_threads(),
     )
     return out
 
@@ -154,17 +158,16 @@ def _adapted_log_odds_backward_cpu(
 ) -> Tensor:
     """One read of the logits, one write of their gradient."""
     out = logits.new_empty(logits.shape)
-    dlog_odds = dlog_odds.contiguous()  # a name of its own: a temporary would be freed too early
     _C.log_odds_backward(
-        rows_of(logits),
-        _knobs(knobs, order),
-        tokens.data_ptr(),
-        ignore_index,
-        dlog_odds.data_ptr(),
-        support.data_ptr(),
-        stats.data_ptr(),
-        out.data_ptr(),
-        torch.get_num_threads(),
+        rows=rows_of(logits),
+        knobs=_knobs(knobs, order),
+        tokens=tokens,
+        ignore_index=ignore_index,
+        dlog_odds=dlog_odds.contiguous(),
+        support=support,
+        stats=stats,
+        dlogits=out,
+        num_threads=torch.get_num_threads(),
     )
     return out
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from fastadapt import _C
-from fastadapt._ops.common import DTYPE_CODES, Rows, address, rows_of
+from fastadapt._ops.common import DTYPE_CODES, rows_of
 from fastadapt._ops.linear.tiles import Head, RowWork, TileRequest
 
 TILE = 2048  # ids a tile; csrc/kernels.h: at most 4096
@@ -30,7 +30,7 @@ class CpuWork(RowWork):
 
     def will_write(self, out: Tensor) -> None:
         """Fewer page faults."""
-        _C.prefer_huge_pages(out.data_ptr(), out.nbytes)
+        _C.prefer_huge_pages(out, out.nbytes)
 
     def label_products(self) -> Tensor:
         """Float32 dot products."""
@@ -43,16 +43,16 @@ class CpuWork(RowWork):
         picked = None if weight.stride(1) == 1 else weight.index_select(0, index)
         source = weight if picked is None else picked
         _C.dot(
-            DTYPE_CODES[weight.dtype],
-            n,
-            h,
-            head.hidden.data_ptr(),
-            head.hidden.stride(0),
-            source.data_ptr(),
-            source.stride(0),
-            address(index if picked is None else None),
-            out.data_ptr(),
-            torch.get_num_threads(),
+            dtype=DTYPE_CODES[weight.dtype],
+            n=n,
+            h=h,
+            a=head.hidden,
+            a_stride=head.hidden.stride(0),
+            b=source,
+            b_stride=source.stride(0),
+            index=index if picked is None else None,
+            out=out,
+            num_threads=torch.get_num_threads(),
         )
         return out
 
@@ -60,12 +60,12 @@ class CpuWork(RowWork):
         """A frozen head's exponentials replace the products."""
         tile = self._products(first, last, request.kept)
         _C.tile(
-            self._tile(tile, first),
-            request.weighted,
-            stats.data_ptr(),
-            0 if request.sums is None else tile.data_ptr(),
-            self._shrinks.data_ptr(),
-            torch.get_num_threads(),
+            **self._tile(tile, first),
+            weighted=request.weighted,
+            stats=stats,
+            exps=None if request.sums is None else tile,
+            shrinks=self._shrinks,
+            num_threads=torch.get_num_threads(),
         )
         if request.sums is not None:
             self.add_product(request.sums, tile, self.head.weight[first:last], self._shrinks)
@@ -76,11 +76,11 @@ class CpuWork(RowWork):
         """Products are made where their gradient will be."""
         tile = self._products(first, last, out) if kept is None else kept
         _C.tile_backward(
-            self._tile(tile, first),
-            stats.data_ptr(),
-            gains.data_ptr(),
-            out.data_ptr(),
-            torch.get_num_threads(),
+            **self._tile(tile, first),
+            stats=stats,
+            gains=gains,
+            out=out,
+            num_threads=torch.get_num_threads(),
         )
 
     def set_labels(self, first: int, label_gains: Tensor, out: Tensor) -> None:
@@ -119,21 +119,27 @@ class CpuWork(RowWork):
         """In C++."""
         n, h = sums.shape
         _C.scatter(
-            DTYPE_CODES[out.dtype],
-            n,
-            h,
-            sums.data_ptr(),
-            address(gain),
-            address(index),
-            out.data_ptr(),
-            torch.get_num_threads(),
+            dtype=DTYPE_CODES[out.dtype],
+            n=n,
+            h=h,
+            src=sums,
+            gain=gain,
+            index=index,
+            out=out,
+            num_threads=torch.get_num_threads(),
         )
 
-    def _tile(self, x: Tensor, first: int) -> tuple[Rows, int, int, int, float, float]:
+    def _tile(self, x: Tensor, first: int) -> "_C.Tile":
         """What the kernels need to know of a tile of products."""
         head = self.head
-        bias = 0 if head.bias is None else head.bias[first:].data_ptr()
-        return rows_of(x), first, head.labels.data_ptr(), bias, head.scale, head.softcap
+        return {
+            "rows": rows_of(x),
+            "first": first,
+            "labels": head.labels,
+            "bias": None if head.bias is None else head.bias[first:],
+            "scale": head.scale,
+            "cap": head.softcap,
+        }
 
     def _products(self, first: int, last: int, out: Tensor | None) -> Tensor:
         """hidden @ weight.T over a tile."""
@@ -156,14 +162,14 @@ def _mix(
     """sums[r] = factor[r] sums[r] + gain[r] source[index[r]], contiguous rows."""
     n, h = sums.shape
     _C.mix(
-        DTYPE_CODES[source.dtype],
-        n,
-        h,
-        sums.data_ptr(),
-        address(factor),
-        address(gain),
-        address(index),
-        source.data_ptr(),
-        source.stride(0),
-        torch.get_num_threads(),
+        dtype=DTYPE_CODES[source.dtype],
+        n=n,
+        h=h,
+        dst=sums,
+        factor=factor,
+        gain=gain,
+        index=index,
+        src=source,
+        src_stride=source.stride(0),
+        num_threads=torch.get_num_threads(),
     )
