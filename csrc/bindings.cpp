@@ -283,6 +283,12 @@ PYBIND11_MODULE(_C, m) {
   using namespace fastadapt;
   m.doc() = "CPU kernels of fastadapt: the arguments of csrc/kernels.h by name, nothing allocated.";
   define_kernels(m);
+  m.attr("OTHERS_MAX") = static_cast<int>(kOthersMax);
+  m.attr("OTHERS_SUM") = static_cast<int>(kOthersSum);
+  m.attr("OTHERS_WEIGHTED") = static_cast<int>(kOthersWeighted);
+  m.attr("TOP_ID") = static_cast<int>(kTopId);
+  m.attr("LABEL_LOGIT") = static_cast<int>(kLabelLogit);
+  m.attr("NUM_STATS") = static_cast<int>(kNumStats);
   m.def("prefer_huge_pages", &prefer_huge_pages);
   m.def("first_bad_token", &first_bad_token);
   m.def("cpu_capabilities", &capabilities, "Names this processor can run, worst first.");

@@ -124,7 +124,7 @@ struct LogOddsArgs {
   int64_t ignore_index;
   void* log_odds;    // (N,), float32, or float64 for float64 rows
   uint8_t* support;  // (N, ceil(V / 8)), bit j % 8 of byte j / 8 is token j
-  double* stats;     // (N, 2): maximum and summed mass (in units of 1) of the surviving others
+  double* stats;     // (N, 2): kOthersMax, kOthersSum (in units of 1) of the surviving others
 };
 
 struct LogOddsBackwardArgs {
@@ -138,11 +138,12 @@ struct LogOddsBackwardArgs {
   void* dlogits;  // (N, V), contiguous, dtype of rows
 };
 
-// Rows of the loss operators: what the others of a label come to.
+// Rows of the loss operators: what the others of a label come to. Python reads it from the module.
 enum Stat : int {
-  kOthersMax = 0,   // their largest logit m, -inf if there are none
-  kOthersSum,       // sum of e^(z - m), 0 if there are none
-  kOthersWeighted,  // sum of e^(z - m) (z - m), where asked for
+  kOthersMax = 0,            // their largest logit m, -inf if there are none
+  kOthersSum,                // sum of e^(z - m), 0 if there are none
+  kOthersWeighted,           // of a label: sum of e^(z - m) (z - m), where asked for
+  kTopId = kOthersWeighted,  // of candidates: the id of the largest entry, which is their label
   kLabelLogit,
   kNumStats
 };
@@ -174,7 +175,7 @@ struct CandidateArgs {
   const int64_t* index;  // (N, K)
   const uint8_t* mask;   // (N, K), or null: all
   void* log_odds;        // (N, K)
-  double* stats;  // (N, kNumStats): label = largest entry, its id in the place of kOthersWeighted
+  double* stats;         // (N, kNumStats)
 };
 
 struct CandidateBackwardArgs {

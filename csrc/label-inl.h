@@ -80,7 +80,7 @@ static void candidate_row(const CandidateArgs& a, int64_t r, const Scratch&) {
   const int64_t best = first_largest(x, v);
   stats[kOthersMax] = -__builtin_inf();
   stats[kOthersSum] = 0;
-  stats[kOthersWeighted] = static_cast<double>(best);
+  stats[kTopId] = static_cast<double>(best);
   const LogitMap<T> map{nullptr, 1, 0};
   Stretch<T> stretch;
   for (int64_t begin = 0; begin < v; begin += kMaxTile) {
@@ -121,7 +121,7 @@ static void candidate_backward_row(const CandidateBackwardArgs& a, int64_t r,
   const T* x = static_cast<const T*>(a.rows.data) + r * a.rows.stride;
   T* out = static_cast<T*>(a.dlogits) + r * v;
   Real* sum = gradient_row(out, scratch);
-  const int64_t best = static_cast<int64_t>(stats[kOthersWeighted]);
+  const int64_t best = static_cast<int64_t>(stats[kTopId]);
   const double top = stats[kLabelLogit], second = stats[kOthersMax];
   const bool alone = stats[kOthersSum] == 0;
   const Real* g = static_cast<const Real*>(a.dlog_odds);

@@ -68,8 +68,8 @@ static void others_stats(const T* x, int64_t v, const RowKnobs& k, const uint8_t
   for_others(x, v, k.inv_t, support, y, [&](int64_t, F s, M others) {
     z = add_truncated(z, keep_if(others, mass(sub(s, fset(m)))));
   });
-  stats[0] = m;
-  stats[1] = m == -kInf ? 0 : static_cast<double>(total(z)) / kUnit;
+  stats[kOthersMax] = m;
+  stats[kOthersSum] = m == -kInf ? 0 : static_cast<double>(total(z)) / kUnit;
 }
 
 static void others_stats(const double* x, int64_t v, const RowKnobs& k, const uint8_t* support,
@@ -80,8 +80,8 @@ static void others_stats(const double* x, int64_t v, const RowKnobs& k, const ui
     if (i != y && in_support(support, i) && x[i] / t > m) m = x[i] / t;
   for (int64_t i = 0; i < v; ++i)
     if (i != y && in_support(support, i)) z += __builtin_exp(x[i] / t - m);
-  stats[0] = m;
-  stats[1] = z;
+  stats[kOthersMax] = m;
+  stats[kOthersSum] = z;
 }
 
 template <class T>
@@ -115,7 +115,7 @@ static void log_odds_row(const LogOddsArgs& a, int64_t r, const Scratch& scratch
   uint8_t* support = a.support + r * ((v + 7) / 8);
   double* stats = a.stats + 2 * r;
   double log_odds;
-  stats[0] = stats[1] = 0;
+  stats[kOthersMax] = stats[kOthersSum] = 0;
   const RowKnobs k = knobs_of(a.knobs, r);
   if (y == a.ignore_index) {
     std::memset(support, 0, static_cast<size_t>((v + 7) / 8));
@@ -126,7 +126,9 @@ static void log_odds_row(const LogOddsArgs& a, int64_t r, const Scratch& scratch
     log_odds = -__builtin_inf();
   } else {
     others_stats(x, v, k, support, y, stats);
-    log_odds = stats[1] > 0 ? scaled(x[y], k) - stats[0] - log64(stats[1]) : __builtin_inf();
+    log_odds = stats[kOthersSum] > 0
+                   ? scaled(x[y], k) - stats[kOthersMax] - log64(stats[kOthersSum])
+                   : __builtin_inf();
   }
   using Out = typename LogOddsOf<T>::type;
   static_cast<Out*>(a.log_odds)[r] = static_cast<Out>(log_odds);
@@ -138,9 +140,9 @@ static void log_odds_gradient(const T* x, int64_t v, const RowKnobs& k, const ui
                               int64_t y, const double* stats, double g, T* out) {
   // a NaN of the caller's may have bits that rounding would carry away; this one has not
   const double gain = g == g ? g * k.inv_t : __builtin_nan("");
-  const F per_mass = fset(static_cast<float>(-gain / stats[1]));
+  const F per_mass = fset(static_cast<float>(-gain / stats[kOthersSum]));
   const F unit = fset(static_cast<float>(1 / kUnit));
-  const F m = fset(static_cast<float>(stats[0]));
+  const F m = fset(static_cast<float>(stats[kOthersMax]));
   for_others(x, v, k.inv_t, support, y, [&](int64_t i, F s, M others) {
     const F d = sub(s, m);
     const F dx = keep_if(both(others, ge(d, fset(kLowest))), mul(per_mass, mul(mass(d), unit)));
@@ -157,7 +159,7 @@ static void log_odds_gradient(const double* x, int64_t v, const RowKnobs& k, con
   const double t = k[kTemperature];
   for (int64_t i = 0; i < v; ++i) {
     const bool other = i != y && in_support(support, i);
-    out[i] = other ? -g / t * __builtin_exp(x[i] / t - stats[0]) / stats[1] : 0;
+    out[i] = other ? -g / t * __builtin_exp(x[i] / t - stats[kOthersMax]) / stats[kOthersSum] : 0;
   }
   out[y] = g / t;
 }
@@ -170,7 +172,7 @@ static void log_odds_backward_row(const LogOddsBackwardArgs& a, int64_t r, const
   using In = typename LogOddsOf<T>::type;
   const double g = static_cast<double>(static_cast<const In*>(a.dlog_odds)[r]);
   // ignored and bad rows, tokens outside the support or alone in it: no gradient, whatever g is
-  if (y == a.ignore_index || !(stats[1] > 0)) {
+  if (y == a.ignore_index || !(stats[kOthersSum] > 0)) {
     std::memset(out, 0, static_cast<size_t>(v) * sizeof(T));
     return;
   }

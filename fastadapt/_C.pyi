@@ -15,6 +15,14 @@ class Tile(TypedDict):
     scale: float
     cap: float
 
+# the layout of the statistics of a row
+OTHERS_MAX: int
+OTHERS_SUM: int
+OTHERS_WEIGHTED: int
+TOP_ID: int
+LABEL_LOGIT: int
+NUM_STATS: int
+
 def filter(*, rows: Rows, knobs: Knobs, out: Tensor, num_threads: int) -> None: ...
 def sample(
     *,

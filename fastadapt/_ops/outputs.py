@@ -3,14 +3,12 @@
 import torch
 from torch import Tensor
 
+from fastadapt._C import NUM_STATS
+
 Scores = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 LogOdds = tuple[Tensor, Tensor, Tensor]
 Pair = tuple[Tensor, Tensor]
 SampleFields = tuple[Tensor, Tensor, Tensor, Tensor, *tuple[Tensor | None, ...]]
-
-# The statistics of a row: csrc/kernels.h, Stat.
-OTHERS_MAX, OTHERS_SUM, OTHERS_WEIGHTED, LABEL_LOGIT = range(4)
-NUM_STATS = 4
 
 
 def sample_outputs(logits: Tensor, base: bool, log_mass: bool, top_n: int) -> list[Tensor]:

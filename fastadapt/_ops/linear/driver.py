@@ -13,9 +13,9 @@ hidden states, are summed over the ranks in the dtype of the sums.
 import torch
 from torch import Tensor
 
+from fastadapt._C import LABEL_LOGIT, NUM_STATS, OTHERS_MAX, OTHERS_SUM
 from fastadapt._ops.linear.tiles import Head, Problem, RowWork, TileRequest
 from fastadapt._ops.linear.vocab_parallel import merge_stats, sum_over_ranks
-from fastadapt._ops.outputs import LABEL_LOGIT, NUM_STATS, OTHERS_MAX, OTHERS_SUM
 
 FORWARD_ONLY, RECOMPUTE, FROZEN_HEAD = 0, 1, 2  # plans
 

@@ -77,7 +77,7 @@ def merge_stats(stats: Tensor, own: Tensor, labels: Tensor, group: str) -> tuple
         group: its name.
     """
     mine = torch.cat([stats, own[:, None].double(), labels[:, None].double()], 1)
-    # (ranks, N) each: statistics in the order of `outputs`, whether it has the label, the label
+    # (ranks, N) each: statistics as in csrc/kernels.h, whether the label is there, the label
     tops, mass, weighted, label, has_label, ids = _gather(mine, group).unbind(-1)
     agreed = (ids == ids[0]).all(0)
     if labels.device.type == "cpu" and not bool(agreed.all()):

@@ -9,14 +9,15 @@ import triton
 import triton.language as tl
 
 from fastadapt._ops.triton.bundles import Entries, row_at
+from fastadapt._ops.triton.rows import (
+    LABEL_LOGIT,
+    NUM_STATS,
+    OTHERS_MAX,
+    OTHERS_SUM,
+    OTHERS_WEIGHTED,
+    TOP_ID,
+)
 
-# Four numbers a row, in the order of csrc/kernels.h. Of candidates the label is the largest entry,
-# and the third number its id.
-NUM_STATS = tl.constexpr(4)
-OTHERS_MAX = tl.constexpr(0)
-OTHERS_SUM = tl.constexpr(1)
-TOP_ID = tl.constexpr(2)
-LABEL_LOGIT = tl.constexpr(3)
 NOTHING = tl.constexpr(float("-inf"))
 
 
@@ -87,7 +88,7 @@ def label_log_odds_kernel(
     stats += at.to(tl.int64) * NUM_STATS
     tl.store(stats + OTHERS_MAX, top)
     tl.store(stats + OTHERS_SUM, total)
-    tl.store(stats + TOP_ID, 0.0)
+    tl.store(stats + OTHERS_WEIGHTED, 0.0)
     tl.store(stats + LABEL_LOGIT, tl.where(good, own, 0.0))
 
 

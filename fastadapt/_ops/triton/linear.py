@@ -10,11 +10,8 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-# Four numbers a row, in the order of csrc/kernels.h.
-NUM_STATS = tl.constexpr(4)
-OTHERS_MAX = tl.constexpr(0)
-OTHERS_SUM = tl.constexpr(1)
-OTHERS_WEIGHTED = tl.constexpr(2)
+from fastadapt._ops.triton.rows import NUM_STATS, OTHERS_MAX, OTHERS_SUM, OTHERS_WEIGHTED
+
 NOTHING = tl.constexpr(float("-inf"))
 LEAST_EXPONENT = tl.constexpr(-87.0)  # e^d times d is as good as 0 below, and never 0 times -inf
 # tanh x = x - x^3/3 + ..., used where (1 - e^-2x) / (1 + e^-2x) would cancel: its error there is

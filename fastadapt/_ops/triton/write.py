@@ -13,6 +13,8 @@ from fastadapt._ops.triton.rows import (
     BOUNDS_SIZE,
     BOUNDS_STATUS,
     OK,
+    OTHERS_MAX,
+    OTHERS_SUM,
     TEMPERATURE,
     inverse_of,
     knobs_of,
@@ -203,8 +205,8 @@ def log_odds_kernel(
     value = tl.where(good, value, float("nan"))
     value = tl.where(token == labels.ignore_index, 0.0, value)
     tl.store(log_odds + at, value)
-    tl.store(stats + 2 * at, tl.where(good & inside, m, 0.0))
-    tl.store(stats + 2 * at + 1, tl.where(good & inside, total, 0.0))
+    tl.store(stats + 2 * at + OTHERS_MAX, tl.where(good & inside, m, 0.0))
+    tl.store(stats + 2 * at + OTHERS_SUM, tl.where(good & inside, total, 0.0))
 
 
 @triton.jit
@@ -215,7 +217,7 @@ def log_odds_backward_kernel(
     """dL/dlogits = dL/dm / T (onehot(y) - q), q the bounds of the surviving others."""
     at, block = tl.program_id(0), tl.program_id(1)
     token, temperature = tl.load(labels.ids + at), _temperature(adaptors, at)
-    m, total = tl.load(stats + 2 * at), tl.load(stats + 2 * at + 1)
+    m, total = tl.load(stats + 2 * at + OTHERS_MAX), tl.load(stats + 2 * at + OTHERS_SUM)
     row = Row(row_at(rows, at), rows.v, inverse_of(temperature), m.to(tl.float32))
     used = (token != labels.ignore_index) & (total > 0)
     ids = block * BLOCK + tl.arange(0, BLOCK)
