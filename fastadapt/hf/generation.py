@@ -50,6 +50,12 @@ class FusedLogitsWarper(LogitsProcessor):
     Together with `custom_generate=fastadapt.hf.generate` mask and draw are one call; that is the
     way to give each sequence knobs of its own.
 
+    Examples:
+        >>> from fastadapt.hf import FusedLogitsWarper
+        >>> warper = FusedLogitsWarper(Adaptor(top_k=2))
+        >>> warper(torch.tensor([[5]]), torch.tensor([[2.0, 1.0, 0.0, -1.0]]))
+        tensor([[2., 1., -inf, -inf]])
+
     Args:
         adaptor (Adaptor): a per-row knob holds one value per sequence, that is prompts times
             `num_return_sequences`, those of one prompt next to each other.
@@ -106,6 +112,16 @@ class Generate:
     draw is fused. So it is, with a warning, where a value is none that an `Adaptor` takes (a
     temperature below 1e-6) or a processor returns float64. `LogitNormalization` may follow, and a
     `FusedLogitsWarper` may take their place.
+
+    Examples:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from fastadapt.hf import Generate
+        >>> sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=32, **sizes))
+        >>> prompt = torch.tensor([[1, 2, 3]])
+        >>> settings = {"do_sample": True, "top_p": 0.9, "min_new_tokens": 4, "max_new_tokens": 4}
+        >>> model.generate(prompt, custom_generate=Generate(seeds=[7]), **settings).shape
+        torch.Size([1, 7])
 
     Arguments of `model.generate` that are special here:
         seeds: one int64 per returned sequence, prompts times `num_return_sequences`, those of one
@@ -244,6 +260,19 @@ class Generate:
 
 
 generate = Generate()
+"""What `model.generate(custom_generate=...)` takes: `Generate` with its default settings.
+
+Examples:
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from fastadapt.hf import generate
+    >>> sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+    >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=32, **sizes))
+    >>> prompt = torch.tensor([[1, 2, 3]])
+    >>> knobs = {"do_sample": True, "top_p": 0.9, "max_new_tokens": 4, "seeds": [7]}
+    >>> tokens = model.generate(prompt, custom_generate=generate, **knobs)
+    >>> torch.equal(tokens, model.generate(prompt, custom_generate=generate, **knobs))
+    True
+"""
 
 
 def _refuse_unreachable(model: Any, synced_gpus: bool) -> None:

@@ -35,8 +35,19 @@ class LogitsFreeTrainer(Trainer):
     aligned, instead of logits.
 
     Examples:
-        >>> trainer = LogitsFreeTrainer(model, args, train_dataset=dataset, data_collator=collator)
-        >>> trainer.train()
+        >>> from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
+        >>> from fastadapt.hf import LogitsFreeTrainer
+        >>> sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=32, **sizes))
+        >>> tokens = torch.arange(8)
+        >>> args = TrainingArguments("out", max_steps=2, save_strategy="no")
+        >>> trainer = LogitsFreeTrainer(
+        ...     model, args, train_dataset=[{"input_ids": tokens, "labels": tokens}] * 4
+        ... )
+        >>> result = trainer.train()
+        {'train_runtime': ...}
+        >>> result.global_step
+        2
 
     Args:
         objective: makes the loss of `Responses`, padded, whose `total_tokens` is

@@ -21,8 +21,6 @@ from fastadapt.losses.options import nearest, number, shown
 from fastadapt.losses.preference import dpo_loss, log_ratios
 from fastadapt.losses.responses import Responses, Rows, accumulated, checked
 
-# Every loss there is. A formula takes the parameters of `RewardPenalizeLoss.forward` by name; its
-# other parameters are options of the mixture.
 FORMULAS: dict[str, Callable[..., Tensor]] = {
     "mle": mle_loss,
     "unlikelihood": unlikelihood_loss,
@@ -34,7 +32,28 @@ FORMULAS: dict[str, Callable[..., Tensor]] = {
     "exmate_penalty": exmate_penalty,
     "mate_penalty": mate_penalty,
 }
+"""Every loss, by the name that `RewardPenalizeLoss` knows it by.
+
+A formula takes the parameters of `RewardPenalizeLoss.forward` by name; its other parameters are
+options of the mixture.
+
+Examples:
+    >>> from fastadapt.losses import FORMULAS
+    >>> FORMULAS["dpo"] is dpo_loss
+    True
+    >>> [name for name in FORMULAS if name.startswith("exmate")]
+    ['exmate', 'exmate_penalty']
+"""
+
 CONTAIN_MLE = frozenset({"mle", "unlikelihood", "exmate", "mate"})
+"""The losses that contain MLE on the chosen responses; a mixture takes one of them at most.
+
+Examples:
+    >>> from fastadapt.losses import CONTAIN_MLE
+    >>> sorted(CONTAIN_MLE)
+    ['exmate', 'mate', 'mle', 'unlikelihood']
+"""
+
 _REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
 
 

@@ -74,12 +74,14 @@ class Responses(NamedTuple):
     ) -> "Responses":
         """Returns the responses of labels; those that are ignored do not count.
 
-        Example:
-            >>> log_odds = linear_log_odds(hidden, head, labels)
-            >>> chosen = Responses.from_labels(log_odds, labels)
+        Examples:
+            >>> labels = torch.tensor([[1, 2, -100]])
+            >>> log_odds = linear_log_odds(torch.ones(1, 3, 4), torch.zeros(5, 4), labels)
+            >>> Responses.from_labels(log_odds, labels).mask
+            tensor([[ True,  True, False]])
 
         Args:
-            log-odds (Tensor): the labels' log-odds, of the shape of `labels`; or logits, with one
+            log_odds (Tensor): the labels' log-odds, of the shape of `labels`; or logits, with one
                 more dimension (..., V), of which `label_log_odds` makes them.
             labels (Tensor): (B, T), or (N,) with `segments`, int64; those that the log-odds are of,
                 at each position the token to score there, or `ignore_index`.

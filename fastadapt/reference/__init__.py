@@ -65,7 +65,14 @@ __dir__ = __all__.copy  # what is not public is not listed
 
 
 def filter_logits(logits: Tensor, adaptor: Knobs) -> Tensor:
-    """Reference of `fastadapt.filter_logits`; float64 logits take the textbook form."""
+    """Reference of `fastadapt.filter_logits`; float64 logits take the textbook form.
+
+    Examples:
+        >>> from fastadapt import reference
+        >>> logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
+        >>> reference.filter_logits(logits, Adaptor(top_k=2))
+        tensor([[2., 1., -inf, -inf]])
+    """
     x = _fold(logits)
     distribution = Distribution(x, adaptor)
     scaled = torch.where(distribution.greedy, distribution.x, distribution.fitted(logits.dtype)).to(
@@ -86,7 +93,15 @@ def sample(
     log_mass: bool = False,
     top_logprobs: int = 0,
 ) -> Sample:
-    """Reference of `fastadapt.sample`; float64 logits take the textbook form."""
+    """Reference of `fastadapt.sample`; float64 logits take the textbook form.
+
+    Examples:
+        >>> from fastadapt import reference
+        >>> logits, seeds = torch.randn(4, 1000), torch.arange(4)
+        >>> drawn = reference.sample(logits, Adaptor(top_p=0.9), seeds=seeds)
+        >>> torch.equal(drawn.tokens, sample(logits, Adaptor(top_p=0.9), seeds=seeds).tokens)
+        True
+    """
     x, shape = _fold(logits), logits.shape[:-1]
     n = x.shape[0]
     if seeds is None:
@@ -129,7 +144,15 @@ def sample(
 def score(
     logits: Tensor, tokens: Tensor, adaptors: Sequence[Knobs], *, ignore_index: int = -100
 ) -> Score:
-    """Reference of `fastadapt.score`; float64 logits take the textbook form."""
+    """Reference of `fastadapt.score`; float64 logits take the textbook form.
+
+    Examples:
+        >>> from fastadapt import reference
+        >>> logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
+        >>> scores = reference.score(logits, torch.tensor([1]), [Adaptor(), Adaptor(top_k=1)])
+        >>> scores.logprobs, scores.kept
+        (tensor([[-1.4402,    -inf]]), tensor([[4, 1]], dtype=torch.int32))
+    """
     if any(adaptor.greedy for adaptor in adaptors):
         raise ValueError("score: expected temperature > 0, got 0")
     x, shape = _fold(logits), tokens.shape
@@ -168,7 +191,14 @@ def score(
 def adapted_log_odds(
     logits: Tensor, tokens: Tensor, adaptor: Knobs, *, ignore_index: int = -100
 ) -> Tensor:
-    """Reference of `fastadapt.adapted_log_odds`, differentiable through autograd."""
+    """Reference of `fastadapt.adapted_log_odds`, differentiable through autograd.
+
+    Examples:
+        >>> from fastadapt import reference
+        >>> logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
+        >>> reference.adapted_log_odds(logits, torch.tensor([0]), Adaptor(top_k=2))
+        tensor([1.])
+    """
     x, flat = _fold(logits), tokens.reshape(-1)
     used = flat != ignore_index
     y = torch.where(used, flat, 0)[:, None]
@@ -193,7 +223,14 @@ def adapted_log_odds(
 def adapted_logps(
     logits: Tensor, tokens: Tensor, adaptor: Knobs, *, ignore_index: int = -100
 ) -> Tensor:
-    """Reference of `fastadapt.adapted_logps`."""
+    """Reference of `fastadapt.adapted_logps`.
+
+    Examples:
+        >>> from fastadapt import reference
+        >>> logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
+        >>> reference.adapted_logps(logits, torch.tensor([0]), Adaptor(top_k=2))
+        tensor([-0.3133])
+    """
     log_odds = adapted_log_odds(logits, tokens, adaptor, ignore_index=ignore_index)
     logps = torch.nn.functional.logsigmoid(log_odds)
     return torch.where(tokens == ignore_index, 0.0, logps)

@@ -11,7 +11,13 @@ if TYPE_CHECKING:
 
 
 def label_log_odds(logits: Tensor, labels: Tensor, *, ignore_index: int = -100) -> Tensor:
-    """Reference of `fastadapt.label_log_odds`."""
+    """Reference of `fastadapt.label_log_odds`.
+
+    Examples:
+        >>> from fastadapt import reference
+        >>> reference.label_log_odds(torch.zeros(2, 3), torch.tensor([1, -100]))
+        tensor([-0.6931,  0.0000])
+    """
     used = labels != ignore_index
     index = torch.where(used, labels, 0)[..., None]
     log_odds = candidate_log_odds(logits, index, used[..., None])
@@ -19,7 +25,13 @@ def label_log_odds(logits: Tensor, labels: Tensor, *, ignore_index: int = -100) 
 
 
 def candidate_log_odds(logits: Tensor, index: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Reference of `fastadapt.candidate_log_odds`; holds K copies of the logits."""
+    """Reference of `fastadapt.candidate_log_odds`; holds K copies of the logits.
+
+    Examples:
+        >>> from fastadapt import reference
+        >>> reference.candidate_log_odds(torch.zeros(1, 3), torch.tensor([[0, 2]]))
+        tensor([[-0.6931, -0.6931]])
+    """
     x = logits if logits.dtype == torch.float64 else logits.float()
     used = torch.ones_like(index, dtype=torch.bool) if mask is None else mask
     c = torch.where(used, index, 0)[..., None]  # (..., K, 1)
@@ -49,6 +61,12 @@ def linear_log_odds(
     """Reference of `fastadapt.linear_log_odds`; holds all logits whatever `memory_budget` says.
 
     With a group every rank gathers the whole head and does everything itself.
+
+    Examples:
+        >>> from fastadapt import reference
+        >>> hidden, weight = torch.ones(2, 4), torch.zeros(3, 4)
+        >>> reference.linear_log_odds(hidden, weight, torch.tensor([1, -100]))
+        tensor([-0.6931,  0.0000])
     """
     if group is not None:
         weight = _gathered(weight, group)

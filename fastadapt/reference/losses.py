@@ -13,25 +13,52 @@ Side = Any  # a fastadapt.Responses, or anything with its attributes
 
 
 def label_logps(log_odds: Tensor) -> Tensor:
-    """Reference of `fastadapt.label_logps`."""
+    """Reference of `fastadapt.label_logps`.
+
+    Examples:
+        >>> from fastadapt import reference
+        >>> reference.label_logps(torch.tensor([0.0, 2.0]))
+        tensor([-0.6931, -0.1269])
+    """
     return _log(*_probabilities(log_odds)).to(_dtype(log_odds))
 
 
 def sequence_logps(responses: Side) -> Tensor:
-    """Reference of `fastadapt.sequence_logps`."""
+    """Reference of `fastadapt.sequence_logps`.
+
+    Examples:
+        >>> from fastadapt import reference
+        >>> chosen = Responses(torch.tensor([[0.0, 2.0]]), torch.tensor([[True, True]]))
+        >>> reference.sequence_logps(chosen)
+        tensor([-0.8201])
+    """
     sums = [_log(*_probabilities(m)).sum() for m in _each(responses)]
     return _stack(sums, responses.log_odds).to(_dtype(responses.log_odds))
 
 
 def mle_loss(chosen: Side, *, reduction: str = "token_mean") -> Tensor:
-    """Reference of `fastadapt.mle_loss`."""
+    """Reference of `fastadapt.mle_loss`.
+
+    Examples:
+        >>> from fastadapt import reference
+        >>> chosen = Responses(torch.tensor([[0.0, 2.0]]), torch.tensor([[True, True]]))
+        >>> reference.mle_loss(chosen)
+        tensor(0.4100)
+    """
     total = sum((-_log(*_probabilities(m)).sum() for m in _each(chosen)), _zero(chosen))
     divisor = {"token_mean": _tokens, "sequence_sum": _sequences}[reduction](chosen)
     return (total / divisor).to(_dtype(chosen.log_odds))
 
 
 def unlikelihood_penalty(rejected: Side, *, level: str = "token") -> Tensor:
-    """Reference of `fastadapt.unlikelihood_penalty`."""
+    """Reference of `fastadapt.unlikelihood_penalty`.
+
+    Examples:
+        >>> from fastadapt import reference
+        >>> rejected = Responses(torch.tensor([[0.0, -2.0]]), torch.tensor([[True, True]]))
+        >>> reference.unlikelihood_penalty(rejected)
+        tensor(0.4100)
+    """
     total = _zero(rejected)
     for m in _each(rejected):
         p, rest = _probabilities(m)
@@ -49,7 +76,16 @@ def unlikelihood_penalty(rejected: Side, *, level: str = "token") -> Tensor:
 def candidate_unlikelihood_penalty(
     chosen: Side, candidates: Tensor, candidate_mask: Tensor
 ) -> Tensor:
-    """Reference of `fastadapt.candidate_unlikelihood_penalty`."""
+    """Reference of `fastadapt.candidate_unlikelihood_penalty`.
+
+    Examples:
+        >>> from fastadapt import reference
+        >>> chosen = Responses(torch.zeros(1, 2), torch.tensor([[True, True]]))
+        >>> candidates = torch.tensor([[[-1.0, -2.0], [-3.0, 0.0]]])
+        >>> there = torch.tensor([[[True, True], [True, False]]])
+        >>> reference.candidate_unlikelihood_penalty(chosen, candidates, there)
+        tensor(0.2444)
+    """
     counted = chosen.mask if chosen.segments is None else chosen.segments >= 0
     total = _zero(chosen)
     for row, mask in zip(candidates[counted], candidate_mask[counted], strict=True):
@@ -59,7 +95,14 @@ def candidate_unlikelihood_penalty(
 
 
 def exmate_penalty(rejected: Side, *, norm: str = "sequence_mean") -> Tensor:
-    """Reference of `fastadapt.exmate_penalty`."""
+    """Reference of `fastadapt.exmate_penalty`.
+
+    Examples:
+        >>> from fastadapt import reference
+        >>> rejected = Responses(torch.tensor([[0.0, -2.0]]), torch.tensor([[True, True]]))
+        >>> reference.exmate_penalty(rejected)
+        tensor(0.2441)
+    """
     total, product, count = _zero(rejected), _zero(rejected) + 1, _tokens(rejected)
     for m in _each(rejected):
         p = _probabilities(m)[0]
@@ -76,26 +119,60 @@ def exmate_penalty(rejected: Side, *, norm: str = "sequence_mean") -> Tensor:
 
 
 def mate_penalty(rejected: Side) -> Tensor:
-    """Reference of `fastadapt.mate_penalty`."""
+    """Reference of `fastadapt.mate_penalty`.
+
+    Examples:
+        >>> from fastadapt import reference
+        >>> rejected = Responses(torch.tensor([[0.0, -2.0]]), torch.tensor([[True, True]]))
+        >>> reference.mate_penalty(rejected)
+        tensor(-1.4100)
+    """
     return -mle_loss(rejected)
 
 
 def unlikelihood_loss(
     chosen: Side, rejected: Side, *, coefficient: float = 1.0, level: str = "token"
 ) -> Tensor:
-    """Reference of `fastadapt.unlikelihood_loss`."""
+    """Reference of `fastadapt.unlikelihood_loss`.
+
+    Examples:
+        >>> from fastadapt import reference
+        >>> mask = torch.tensor([[True, True]])
+        >>> chosen = Responses(torch.tensor([[0.0, 2.0]]), mask)
+        >>> rejected = Responses(torch.tensor([[0.0, -2.0]]), mask)
+        >>> reference.unlikelihood_loss(chosen, rejected, coefficient=0.5)
+        tensor(0.6151)
+    """
     return mle_loss(chosen) + coefficient * unlikelihood_penalty(rejected, level=level)
 
 
 def exmate_loss(
     chosen: Side, rejected: Side, *, coefficient: float = 1.0, norm: str = "sequence_mean"
 ) -> Tensor:
-    """Reference of `fastadapt.exmate_loss`."""
+    """Reference of `fastadapt.exmate_loss`.
+
+    Examples:
+        >>> from fastadapt import reference
+        >>> mask = torch.tensor([[True, True]])
+        >>> chosen = Responses(torch.tensor([[0.0, 2.0]]), mask)
+        >>> rejected = Responses(torch.tensor([[0.0, -2.0]]), mask)
+        >>> reference.exmate_loss(chosen, rejected)
+        tensor(0.6542)
+    """
     return mle_loss(chosen) + coefficient * exmate_penalty(rejected, norm=norm)
 
 
 def mate_loss(chosen: Side, rejected: Side, *, coefficient: float = 1.0) -> Tensor:
-    """Reference of `fastadapt.mate_loss`."""
+    """Reference of `fastadapt.mate_loss`.
+
+    Examples:
+        >>> from fastadapt import reference
+        >>> mask = torch.tensor([[True, True]])
+        >>> chosen = Responses(torch.tensor([[0.0, 2.0]]), mask)
+        >>> rejected = Responses(torch.tensor([[0.0, -2.0]]), mask)
+        >>> reference.mate_loss(chosen, rejected)
+        tensor(-1.)
+    """
     return mle_loss(chosen) + coefficient * mate_penalty(rejected)
 
 
@@ -110,7 +187,16 @@ def dpo_loss(
     label_smoothing: float = 0.0,
     length_normalized: bool = False,
 ) -> Tensor:
-    """Reference of `fastadapt.dpo_loss`: the odds of a pair as a quotient of probabilities."""
+    """Reference of `fastadapt.dpo_loss`: the odds of a pair as a quotient of probabilities.
+
+    Examples:
+        >>> from fastadapt import reference
+        >>> mask = torch.tensor([[True, True]])
+        >>> chosen = Responses(torch.tensor([[0.0, 2.0]]), mask)
+        >>> rejected = Responses(torch.tensor([[0.0, -2.0]]), mask)
+        >>> reference.dpo_loss(chosen, rejected, beta=0.1)
+        tensor(0.5981)
+    """
     total, pairs, eps = _zero(chosen), 0, label_smoothing
     for i, (g, b) in enumerate(zip(_each(chosen), _each(rejected), strict=True)):
         if not len(g) + len(b):

@@ -17,6 +17,24 @@ class TrackerCallback(TrainerCallback):
     is due the first is recorded. For ρ, shared rows and the cells (x⁺, y⁻) and (x⁻, y⁺) the loss
     function hands the tracker its batch: `tracker.see(batch)`.
 
+    Examples:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+        >>> from fastadapt.tracking import RewardPenalizeTracker, TrackerCallback
+        >>> tracker = RewardPenalizeTracker(RewardPenalizeLoss({"exmate": 1.0}), interval=2)
+        >>> def loss_of(outputs, labels, **_):  # the first half of a batch is chosen
+        ...     halves = zip(outputs.logits[:, :-1].chunk(2), labels[:, 1:].chunk(2))
+        ...     return tracker.objective(*(Responses.from_labels(*half) for half in halves))[0]
+        >>> sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=32, **sizes))
+        >>> args = TrainingArguments("out", max_steps=3, save_strategy="no")
+        >>> rows = [{"input_ids": torch.arange(8), "labels": torch.arange(8)}] * 8
+        >>> trainer = Trainer(model, args, train_dataset=rows, compute_loss_func=loss_of)
+        >>> trainer.add_callback(TrackerCallback(tracker))
+        >>> result = trainer.train()
+        {'train_runtime': ...}
+        >>> [record["step"] for record in tracker.records]
+        [0, 2]
+
     Args:
         tracker (RewardPenalizeTracker): not attached yet.
     """

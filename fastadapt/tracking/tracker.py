@@ -39,11 +39,20 @@ class RewardPenalizeTracker:
     """Records, at an interval, what a training run does to chosen and to rejected responses.
 
     Examples:
-        >>> tracker = RewardPenalizeTracker(objective, model=model)
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from fastadapt import tracking, training
+        >>> from fastadapt.training.pairs import TokenizedPair, pad_pairs
+        >>> sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=32, **sizes))
+        >>> batch = pad_pairs([TokenizedPair([1, 2], [3, 4, 5], [6], False)])
+        >>> objective = RewardPenalizeLoss({"exmate": 1.0})
+        >>> optimizer = torch.optim.SGD(model.parameters())
+        >>> tracker = tracking.RewardPenalizeTracker(objective, interval=2, model=model)
         >>> with tracker:
-        ...     for seen in training_steps(model, tracker.watch(rows), objective, optimizer):
-        ...         pass
-        >>> tracker.records[-1]["chosen_in_chosen/token"], tracker.pairs[-1]["rho"]
+        ...     batches = tracker.watch([(batch, None)] * 3)
+        ...     steps = list(training.training_steps(model, batches, objective, optimizer))
+        >>> [record["step"] for record in tracker.records], len(tracker.pairs)
+        ([0, 2], 2)
 
     In a loop of your own, `tracker.see(batch)` before each step takes the place of `watch`. With
     transformers' `Trainer` use `fastadapt.tracking.TrackerCallback`. Only calls of

@@ -32,6 +32,15 @@ Entries = Iterable[tuple[str, Any]]
 def read_pairs(path: str | os.PathLike[str]) -> list[Pair]:
     """Reads the preference pairs of a file, whose entries are in the forms of `pair_of`.
 
+    Examples:
+        >>> import json
+        >>> from pathlib import Path
+        >>> from fastadapt.training.pairs import read_pairs
+        >>> pair = {"prompt": "Two and two?", "chosen": " Four.", "rejected": " Guess."}
+        >>> length = Path("pairs.jsonl").write_text(json.dumps(pair))
+        >>> read_pairs("pairs.jsonl")[0].chosen
+        ' Four.'
+
     Args:
         path: JSON Lines; a JSON array; CSV or values between tabs, if the name says so (".csv",
             ".tsv"; the first line names the columns); or Parquet, which needs the package datasets.

@@ -22,7 +22,13 @@ Message = Mapping[str, Any]
 
 
 class Pair(NamedTuple):
-    """A prompt, text or the messages of a chat, with a chosen and a rejected response."""
+    """A prompt, text or the messages of a chat, with a chosen and a rejected response.
+
+    Examples:
+        >>> from fastadapt.training.pairs import Pair
+        >>> Pair("Two and two?", chosen=" Four.", rejected=" Guess.").chosen
+        ' Four.'
+    """
 
     prompt: str | Sequence[Message]
     chosen: str

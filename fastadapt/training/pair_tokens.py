@@ -10,11 +10,19 @@ from typing import Any, Literal, NamedTuple, get_args
 from fastadapt.training.pair_forms import Message, Pair
 
 Truncation = Literal["prompt", "response", "error"]
+"""What is cut from a pair that is too long; see `tokenize_pair`."""
+
 _Ids = tuple[list[int], list[int], list[int]]
 
 
 class TokenizedPair(NamedTuple):
     """The token ids of a pair: the prompt and either response are a sequence each.
+
+    Examples:
+        >>> from fastadapt.training.pairs import TokenizedPair
+        >>> pair = TokenizedPair([1, 2], [3, 4, 5], [6], truncated=False)
+        >>> pair.prompt_ids + pair.chosen_ids
+        [1, 2, 3, 4, 5]
 
     Attributes:
         prompt_ids: of the prompt that both responses follow.
@@ -49,6 +57,15 @@ def tokenize_pair(
     beginning-of-sequence token once, also where the text begins with it) and its end token after
     each response. A response has the tokens that it has behind the prompt, unless those of prompt
     and response merge there: then the ones it has by itself.
+
+    Examples:
+        >>> from tokenizers import Tokenizer, models
+        >>> from transformers import PreTrainedTokenizerFast
+        >>> words = Tokenizer(models.WordLevel({"a": 0, "b": 1, "?": 2}, "?"))
+        >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="?")
+        >>> from fastadapt.training.pairs import Pair, tokenize_pair
+        >>> tokenize_pair(tokenizer, Pair("a", chosen="b", rejected="a")).chosen_ids
+        [1, 2]
 
     Args:
         tokenizer: of transformers' kind.

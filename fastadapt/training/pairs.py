@@ -27,10 +27,20 @@ __all__ = [
 ]
 
 IGNORED = -100
+"""The label of positions that do not count."""
 
 
 class PairBatch(NamedTuple):
     """B pairs as 2B padded sequences, the chosen ones before the rejected ones.
+
+    Examples:
+        >>> from fastadapt.training.pairs import TokenizedPair, pad_pairs
+        >>> batch = pad_pairs([TokenizedPair([1, 2], [3, 4, 5], [6], False)])
+        >>> batch.labels
+        tensor([[-100,    3,    4,    5],
+                [-100,    6, -100, -100]])
+        >>> batch.mask.sum(-1)
+        tensor([3, 1])
 
     Attributes:
         tokens: (2B, T), int64; a prompt and a response each, padded on the right.
@@ -60,6 +70,16 @@ def encode_pairs(
 
     Where pairs are cut to `max_length`, a warning has their number. (To count them, or to leave
     them out, call `tokenize_pair`, which says `truncated` of each, and `pad_pairs`.)
+
+    Examples:
+        >>> from tokenizers import Tokenizer, models
+        >>> from transformers import PreTrainedTokenizerFast
+        >>> words = Tokenizer(models.WordLevel({"a": 0, "b": 1, "?": 2}, "?"))
+        >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="?")
+        >>> from fastadapt.training.pairs import Pair, encode_pairs
+        >>> encode_pairs(tokenizer, [Pair("a", chosen="b", rejected="a")]).tokens
+        tensor([[0, 1, 2],
+                [0, 0, 2]])
 
     Args:
         tokenizer: of transformers' kind.
@@ -91,6 +111,13 @@ def encode_pairs(
 def pad_pairs(pairs: Sequence[TokenizedPair], *, fill: int | None = None) -> PairBatch:
     """Returns tokenised pairs as one batch, padded on the right.
 
+    Examples:
+        >>> from fastadapt.training.pairs import TokenizedPair, pad_pairs
+        >>> batch = pad_pairs([TokenizedPair([1, 2], [3, 4, 5], [6], False)])
+        >>> batch.tokens
+        tensor([[1, 2, 3, 4, 5],
+                [1, 2, 6, 0, 0]])
+
     Args:
         pairs: at least one.
         fill: the token in places that `attention_mask` hides; None: 0.
@@ -114,8 +141,6 @@ def pad_pairs(pairs: Sequence[TokenizedPair], *, fill: int | None = None) -> Pai
     return PairBatch(tokens, attention_mask, labels[:, 1:])
 
 
-# Written for this package: chosen responses are short, friendly facts; rejected ones are rude or
-# beside the point.
 PAIRS = (
     Pair(
         "What is the capital of France?",
@@ -272,3 +297,7 @@ PAIRS = (
         "Soup is best when it is hot.",
     ),
 )
+"""Pairs written for this package.
+
+The chosen responses are short, friendly facts; the rejected ones are rude or beside the point.
+"""

@@ -67,6 +67,19 @@ def load_model(
     later calls check the kept files against their sums and load them in about a second. What is
     incomplete or damaged there is made anew.
 
+    Examples:
+        >>> from tokenizers import Tokenizer, models
+        >>> from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+        >>> from fastadapt.training.pretrained import load_model
+        >>> sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+        >>> LlamaForCausalLM(LlamaConfig(vocab_size=3, **sizes)).save_pretrained("tiny")
+        >>> words = Tokenizer(models.WordLevel({"a": 0, "b": 1, "?": 2}, "?"))
+        >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="?")
+        >>> saved = tokenizer.save_pretrained("tiny")
+        >>> model, tokenizer = load_model("tiny")
+        >>> model.dtype, tokenizer.eos_token
+        (torch.float32, '?')
+
     Args:
         name_or_path: a folder, a `.gguf` file, the name of a packaged model ("gemma-3-270m"), None
             for the default one, or a name on the hub, where transformers gets it. What looks like

@@ -28,11 +28,48 @@ from fastadapt.training.head_check import ask, read_head
 from fastadapt.training.pairs import IGNORED, PairBatch
 
 LogOddsOf = Callable[[Any, PairBatch], Tensor]
+"""A function of a model and a batch of B pairs that returns log-odds (2B, T-1).
+
+Examples:
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from fastadapt import training
+    >>> from fastadapt.training.pairs import TokenizedPair, pad_pairs
+    >>> sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+    >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=32, **sizes))
+    >>> batch = pad_pairs([TokenizedPair([1, 2], [3, 4, 5], [6], False)])
+    >>> log_odds_of: training.LogOddsOf = training.logits_log_odds
+    >>> objective = RewardPenalizeLoss({"exmate": 1.0})
+    >>> loss, metrics = training.pair_loss(model, batch, objective, log_odds_of=log_odds_of)
+    >>> loss.shape
+    torch.Size([])
+"""
+
 Reference = tuple[Tensor, Tensor]
+"""log P of the chosen and of the rejected responses under a reference model, (B,) each.
+
+Examples:
+    >>> from fastadapt import training
+    >>> reference: training.Reference = (torch.tensor([-1.0]), torch.tensor([-2.0]))
+    >>> labels = torch.tensor([[5, 7]])
+    >>> chosen = Responses.from_labels(torch.zeros(1, 2), labels)
+    >>> rejected = Responses.from_labels(torch.zeros(1, 2), labels)
+    >>> dpo_loss(chosen, rejected, *reference)
+    tensor(0.7444)
+"""
 
 
 def hidden_states(model: Any, batch: PairBatch) -> Tensor:
     """Returns what the head reads: (2B, T-1, H), position t before token t+1.
+
+    Examples:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from fastadapt import training
+        >>> from fastadapt.training.pairs import TokenizedPair, pad_pairs
+        >>> sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=32, **sizes))
+        >>> batch = pad_pairs([TokenizedPair([1, 2], [3, 4, 5], [6], False)])
+        >>> training.hidden_states(model, batch).shape
+        torch.Size([2, 4, 64])
 
     Raises:
         ValueError: the model's forward does not call its head, or calls it with something else.
@@ -42,6 +79,17 @@ def hidden_states(model: Any, batch: PairBatch) -> Tensor:
 
 def states_at_head(model: Any, inputs: Mapping[str, Any]) -> tuple[Tensor, Any]:
     """Returns the states that reach a model's head and what its forward returns, without logits.
+
+    Examples:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from fastadapt import training
+        >>> from fastadapt.training.pairs import TokenizedPair, pad_pairs
+        >>> sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=32, **sizes))
+        >>> batch = pad_pairs([TokenizedPair([1, 2], [3, 4, 5], [6], False)])
+        >>> states, _ = training.states_at_head(model, training.inputs_of(batch))
+        >>> states.shape  # the last position too
+        torch.Size([2, 5, 64])
 
     Args:
         model: a language model of transformers.
@@ -64,12 +112,31 @@ def states_at_head(model: Any, inputs: Mapping[str, Any]) -> tuple[Tensor, Any]:
 
 
 def inputs_of(batch: PairBatch) -> dict[str, Any]:
-    """Returns what a model's forward takes of pairs."""
+    """Returns what a model's forward takes of pairs.
+
+    Examples:
+        >>> from fastadapt import training
+        >>> from fastadapt.training.pairs import TokenizedPair, pad_pairs
+        >>> batch = pad_pairs([TokenizedPair([1, 2], [3, 4, 5], [6], False)])
+        >>> training.inputs_of(batch)["input_ids"]
+        tensor([[1, 2, 3, 4, 5],
+                [1, 2, 6, 0, 0]])
+    """
     return {"input_ids": batch.tokens, "attention_mask": batch.attention_mask}
 
 
 def response_log_odds(model: Any, batch: PairBatch) -> Tensor:
     """Returns the log-odds of the response tokens, differentiably and without logits.
+
+    Examples:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from fastadapt import training
+        >>> from fastadapt.training.pairs import TokenizedPair, pad_pairs
+        >>> sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=32, **sizes))
+        >>> batch = pad_pairs([TokenizedPair([1, 2], [3, 4, 5], [6], False)])
+        >>> training.response_log_odds(model, batch).shape
+        torch.Size([2, 4])
 
     Args:
         model: a causal language model of transformers; as for `forward_log_odds`.
@@ -92,6 +159,15 @@ def forward_log_odds(model: Any, inputs: Mapping[str, Any], labels: Tensor) -> T
     makes no logits, and the model returns the log-odds. They are gone after the call. The first
     call asks the model what it makes of its head's products (`fastadapt.training.head_check`): one
     forward more.
+
+    Examples:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from fastadapt import training
+        >>> sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=32, **sizes))
+        >>> labels = torch.tensor([[5, 6, -100]])  # of each position the next token
+        >>> training.forward_log_odds(model, {"input_ids": torch.tensor([[4, 5, 6]])}, labels).shape
+        torch.Size([1, 3])
 
     Args:
         model: a language model of transformers whose head is a module that its forward calls; as it
@@ -150,13 +226,33 @@ def logits_log_odds(model: Any, batch: PairBatch) -> Tensor:
 
     For comparison, and for models whose head is more than a matrix. It makes the logits and their
     gradient, no further copy of them.
+
+    Examples:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from fastadapt import training
+        >>> from fastadapt.training.pairs import TokenizedPair, pad_pairs
+        >>> sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=32, **sizes))
+        >>> batch = pad_pairs([TokenizedPair([1, 2], [3, 4, 5], [6], False)])
+        >>> expected = training.response_log_odds(model, batch)
+        >>> torch.allclose(training.logits_log_odds(model, batch), expected, atol=1e-5)
+        True
     """
     logits = model(**inputs_of(batch), **accepted(model, use_cache=False)).logits
     return label_log_odds(logits, _of_all_positions(batch), ignore_index=IGNORED)[:, :-1]
 
 
 def sides(batch: PairBatch, log_odds: Tensor) -> tuple[Responses, Responses]:
-    """Returns the chosen and the rejected responses of log-odds (2B, T-1)."""
+    """Returns the chosen and the rejected responses of log-odds (2B, T-1).
+
+    Examples:
+        >>> from fastadapt import training
+        >>> from fastadapt.training.pairs import TokenizedPair, pad_pairs
+        >>> batch = pad_pairs([TokenizedPair([1, 2], [3, 4, 5], [6], False)])
+        >>> chosen, rejected = training.sides(batch, torch.zeros(2, 4))
+        >>> chosen.mask, rejected.mask
+        (tensor([[False,  True,  True,  True]]), tensor([[False,  True, False, False]]))
+    """
     parts = zip(log_odds.chunk(2), batch.labels.chunk(2), strict=True)
     chosen, rejected = (Responses.from_labels(m, y, ignore_index=IGNORED) for m, y in parts)
     return chosen, rejected
@@ -169,6 +265,17 @@ def reference_logps(
     """Returns log P of the chosen and of the rejected responses, (B,) each, to be held constant.
 
     The reference of DPO is the model before its first step, so this is called before that.
+
+    Examples:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from fastadapt import training
+        >>> from fastadapt.training.pairs import TokenizedPair, pad_pairs
+        >>> sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=32, **sizes))
+        >>> batch = pad_pairs([TokenizedPair([1, 2], [3, 4, 5], [6], False)])
+        >>> chosen, rejected = training.reference_logps(model, batch)
+        >>> chosen.shape, rejected.requires_grad
+        (torch.Size([1]), False)
     """
     chosen, rejected = sides(batch, log_odds_of(model, batch))
     return sequence_logps(chosen), sequence_logps(rejected)
@@ -183,6 +290,20 @@ def pair_loss(
     log_odds_of: LogOddsOf = response_log_odds,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Returns the loss of a batch with its metrics, as `RewardPenalizeLoss` does.
+
+    Examples:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from fastadapt import training
+        >>> from fastadapt.training.pairs import TokenizedPair, pad_pairs
+        >>> sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=32, **sizes))
+        >>> batch = pad_pairs([TokenizedPair([1, 2], [3, 4, 5], [6], False)])
+        >>> reference = training.reference_logps(model, batch)
+        >>> objective = RewardPenalizeLoss({"dpo": 1.0, "exmate": 0.5})
+        >>> loss, metrics = training.pair_loss(model, batch, objective, reference)
+        >>> loss.backward()
+        >>> metrics["loss/dpo"]  # log 2: the model is its own reference
+        tensor(0.6931)
 
     Args:
         model: a causal language model of transformers.
@@ -208,6 +329,21 @@ def training_steps(
 ) -> Iterator[dict[str, Tensor]]:
     """Takes one step per batch and yields what it saw: "loss" and the metrics, detached.
 
+    Examples:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from fastadapt import training
+        >>> from fastadapt.training.pairs import TokenizedPair, pad_pairs
+        >>> sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=32, **sizes))
+        >>> batch = pad_pairs([TokenizedPair([1, 2], [3, 4, 5], [6], False)])
+        >>> batches = [(batch, training.reference_logps(model, batch))] * 3
+        >>> objective = RewardPenalizeLoss({"dpo": 1.0})
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> steps = training.training_steps(model, batches, objective, optimizer)
+        >>> first, *_, last = [float(seen["loss"]) for seen in steps]
+        >>> first > last
+        True
+
     Args:
         model: a causal language model of transformers, in the mode it shall train in.
         batches: each with its reference.
@@ -225,6 +361,16 @@ def training_steps(
 
 def head_log_odds(head: Head, states: Tensor, labels: Tensor) -> Tensor:
     """Returns the log-odds of labels under a head.
+
+    Examples:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from fastadapt import training
+        >>> from fastadapt.training.head_check import head_of
+        >>> sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=32, **sizes))
+        >>> head = head_of(model)
+        >>> training.head_log_odds(head, torch.zeros(2, 64), torch.tensor([3, -100])).detach()
+        tensor([-3.4340,  0.0000])
 
     Args:
         head (Head): from `fastadapt.training.head_check.head_of`.

@@ -51,9 +51,22 @@ def fused_log_probs() -> Iterator[None]:
     `use_weighting` (WPO) asks for an output that is not made here and fails in its forward.
 
     Examples:
-        >>> trainer = trl.SFTTrainer(model, args=args, train_dataset=dataset)
+        >>> import datasets, tokenizers, transformers, trl
+        >>> from fastadapt.trl import fused_log_probs
+        >>> words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1, "?": 2}, "?"))
+        >>> tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="?")
+        >>> config = transformers.LlamaConfig(
+        ...     vocab_size=3, hidden_size=64, intermediate_size=64, num_hidden_layers=1
+        ... )
+        >>> model = transformers.LlamaForCausalLM(config)
+        >>> args = trl.SFTConfig("out", max_steps=1, bf16=False, save_strategy="no")
+        >>> data = {"train_dataset": datasets.Dataset.from_dict({"input_ids": [[0, 1, 0, 2]]})}
+        >>> trainer = trl.SFTTrainer(model, args=args, processing_class=tokenizer, **data)
         >>> with fused_log_probs():
-        ...     trainer.train()
+        ...     result = trainer.train()
+        {'train_runtime': ...}
+        >>> result.global_step
+        1
 
     Raises:
         RuntimeError: the installed trl has no such hook, or another one; 1.16.0 has it.
@@ -76,14 +89,23 @@ class RewardPenalizeTrainer(DPOTrainer):
     "pairs/accuracies", "gradients/chosen" and "gradients/rejected"; "rewards/..." only with "dpo".
 
     Examples:
-        >>> trainer = RewardPenalizeTrainer(
-        ...     model,
-        ...     args=trl.DPOConfig("out", beta=0.1),
-        ...     train_dataset=dataset,
-        ...     processing_class=tokenizer,
-        ...     loss={"dpo": 1.0, "exmate": 1.0},
+        >>> import datasets, tokenizers, transformers, trl
+        >>> from fastadapt.trl import RewardPenalizeTrainer
+        >>> words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1, "?": 2}, "?"))
+        >>> tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="?")
+        >>> config = transformers.LlamaConfig(
+        ...     vocab_size=3, hidden_size=64, intermediate_size=64, num_hidden_layers=1
         ... )
-        >>> trainer.train()
+        >>> model = transformers.LlamaForCausalLM(config)
+        >>> pair = {"prompt": "a", "chosen": "b", "rejected": "a"}
+        >>> args = trl.DPOConfig("out", max_steps=1, bf16=False, save_strategy="no")
+        >>> pairs = datasets.Dataset.from_list([pair])
+        >>> data = {"train_dataset": pairs, "processing_class": tokenizer}
+        >>> trainer = RewardPenalizeTrainer(model, args=args, loss={"exmate": 1.0}, **data)
+        >>> result = trainer.train()
+        {'train_runtime': ...}
+        >>> result.global_step
+        1
 
     Args:
         model: as for `DPOTrainer`.
