@@ -1,4 +1,4 @@
-"""What a bug report should say of the machine and of what is installed."""
+"""Versions and hardware for a bug report."""
 
 import platform
 import sys
@@ -14,7 +14,7 @@ _BESIDE = ("triton", "transformers", "trl")
 
 
 def show_config(file: TextIO | None = None) -> None:
-    """Writes versions, instruction set, threads and GPUs, to be put into a bug report.
+    """Prints versions, instruction set, threads and GPUs for a bug report.
 
     Args:
         file: where to, standard output by default.
@@ -38,7 +38,7 @@ def show_config(file: TextIO | None = None) -> None:
 
 
 def _package(name: str) -> str:
-    """The version of a package that need not be there."""
+    """Returns the version of a package that may be missing."""
     try:
         return f"{name} {version(name)}"
     except PackageNotFoundError:
@@ -46,7 +46,7 @@ def _package(name: str) -> str:
 
 
 def _device(index: int) -> str:
-    """A GPU with its compute capability and memory."""
+    """Describes a GPU by name, compute capability and memory."""
     found = torch.cuda.get_device_properties(index)
     memory = found.total_memory / 2**30
     return f"cuda:{index} {found.name}, sm_{found.major}{found.minor}, {memory:.0f} GiB"

@@ -1,4 +1,4 @@
-"""The sampling adaptor as a value: temperature, truncation knobs and their order."""
+"""The sampling adaptor: temperature, truncation knobs and their order."""
 
 from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
@@ -16,7 +16,7 @@ INTEGER_KNOBS = frozenset({"top_k", "min_tokens_to_keep"})
 
 
 class _Range(NamedTuple):
-    """What a knob may be: an interval, open at the marked ends, and zero where it is a case."""
+    """The interval of a knob's values: which ends are open, and whether 0 has a meaning."""
 
     text: str
     low: float
@@ -26,7 +26,7 @@ class _Range(NamedTuple):
     or_zero: bool = False
 
     def holds(self, value: float) -> bool:
-        """Whether a value is allowed; NaN never is."""
+        """Whether a value is in the interval; NaN never is."""
         above = value > self.low if self.open_low else value >= self.low
         below = value < self.high if self.open_high else value <= self.high
         return (above and below) or (self.or_zero and value == 0)
@@ -112,7 +112,7 @@ class Adaptor:
     _copies: dict[torch.device, Tensor] = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Checks every knob and packs them once, so that a call has nothing left to prepare."""
+        """Checks every knob and packs them once, so that calls need no preparation."""
         if self.order not in list(ORDER_CODES):
             raise ValueError(f"order: expected one of {list(ORDER_CODES)}, got {self.order!r}")
         knobs = {name: _checked(name, getattr(self, name)) for name in KNOBS}
@@ -129,7 +129,7 @@ class Adaptor:
         object.__setattr__(self, "filter_code", filter_code(self.order_code, acting))
 
     def packed_on(self, device: torch.device) -> Tensor:
-        """The packed knobs on a device; those of numbers are copied there once and kept.
+        """Returns the packed knobs on a device; a copy of number knobs is made once and kept.
 
         The copy is one from the host, which a CUDA graph cannot capture: call once before a
         capture, or before a compilation that is to hold no copy.
@@ -145,11 +145,11 @@ class Adaptor:
         return copy
 
     def __getstate__(self) -> dict[str, object]:
-        """Without the copies, whose devices another machine may not have."""
+        """Returns the state without copies on devices, which another machine may lack."""
         return self.__dict__ | {"_copies": {}}
 
     def __eq__(self, other: object) -> bool:
-        """Equal order and equal knobs, row by row; a number differs from a tensor of it."""
+        """Compares order and knobs row by row; a number never equals a tensor."""
         if not isinstance(other, Adaptor):
             return NotImplemented
         same_shape = self.order == other.order and self.rows == other.rows
@@ -160,13 +160,13 @@ class Adaptor:
         )
 
     def __hash__(self) -> int:
-        """Hash of the order and, where every knob is a number, of the knobs."""
+        """Hashes the order and, if every knob is a number, the knobs."""
         if self.rows is not None:
             return hash((self.order, self.rows))
         return hash((self.order, *(float(getattr(self, name)) for name in KNOBS)))
 
     def __repr__(self) -> str:
-        """The knobs that are not neutral."""
+        """Shows the knobs that are not neutral."""
         shown = (f for f in fields(self) if f.init)
         changed = [
             f"{f.name}={getattr(self, f.name)!r}"
@@ -177,7 +177,7 @@ class Adaptor:
 
 
 def _checked(name: str, value: object) -> Knob:
-    """A knob as a Python number or the tensor it is; raises on a wrong type or range."""
+    """Returns a knob as a Python number or a tensor; raises on a wrong type or range."""
     if isinstance(value, Tensor):
         _check_tensor(name, value)
         return value
@@ -191,7 +191,7 @@ def _checked(name: str, value: object) -> Knob:
 
 
 def _check_tensor(name: str, value: Tensor) -> None:
-    """The same for one value per row; values on another device are not read."""
+    """Checks a knob with one value per row; values on another device are not read."""
     if value.dim() != 1:
         shape = tuple(value.shape)
         raise TypeError(f"{name}: expected a number or a 1-d tensor, got shape {shape}")
@@ -208,14 +208,14 @@ def _check_tensor(name: str, value: Tensor) -> None:
 
 
 def _is_greedy(temperature: Knob) -> bool:
-    """Whether some temperature is 0, as far as it can be told without synchronising."""
+    """Whether some temperature is 0, as far as known without synchronising."""
     if isinstance(temperature, Tensor):
         return temperature.device.type == "cpu" and bool((temperature == 0).any())
     return temperature == 0
 
 
 def _may_act(name: str, knob: Knob) -> bool:
-    """Whether a filter drops tokens in some row, or T is 0; so far as that is known here."""
+    """Whether a filter may drop tokens in some row, as far as known without synchronising."""
     if isinstance(knob, Tensor) and knob.device.type != "cpu":
         return True
     acts = knob == 0 if name == "temperature" else knob != _NEUTRAL[name]
@@ -223,7 +223,7 @@ def _may_act(name: str, knob: Knob) -> bool:
 
 
 def _pack(knobs: dict[str, Knob], tensors: dict[str, Tensor]) -> Tensor:
-    """One float64 tensor (8, R) in the order of `KNOBS`; R = 1 when every knob is a number."""
+    """Packs knobs as float64 (8, R) in the order of `KNOBS`; R = 1 if every knob is a number."""
     if not tensors:
         # on the CPU, whatever the default device is
         numbers = [[float(v)] for v in knobs.values()]

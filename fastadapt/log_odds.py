@@ -1,4 +1,4 @@
-"""Log-odds: the log-odds of a label against everything else, which all losses are made of.
+"""Log-odds of a label against all other entries, on which all losses are built.
 
 `m = z_y - logsumexp(z_j, j != y)`, so that `log p = -softplus(-m)`, `log(1 - p) = -softplus(m)` and
 `dm/dz = onehot(y) - q` with q the softmax of the others, all without cancellation.
@@ -246,7 +246,7 @@ def linear_log_odds(
 
 
 def _tied(values: Tensor, log_odds: Tensor, name: str) -> Tensor:
-    """A further output that a backward refuses, where the log-odds have a gradient."""
+    """Returns an extra output whose gradient is refused, if the log-odds have one."""
     if not log_odds.requires_grad or not values.is_floating_point():
         return values
     tied: Tensor = linear_ops.without_gradient(values, log_odds, name)
@@ -254,14 +254,14 @@ def _tied(values: Tensor, log_odds: Tensor, name: str) -> Tensor:
 
 
 def _in_type_of_head(hidden: Tensor, weight: Tensor) -> Tensor:
-    """Half hidden states as float32 where the head is; under autocast as they are."""
+    """Converts half-precision states to float32 for a float32 head, except under autocast."""
     half = hidden.dtype in (torch.bfloat16, torch.float16)
     casts = torch.is_autocast_enabled(hidden.device.type)
     return hidden.float() if half and weight.dtype == torch.float32 and not casts else hidden
 
 
 def _check_head(hidden: Tensor, part: Slice) -> None:
-    """Shapes, devices and dtypes but for those that autocast makes equal."""
+    """Checks shapes, devices and dtypes, except dtypes that autocast makes equal."""
     h, weight, bias = hidden.shape[1], part.weight, part.bias
     empty = part.group is None and weight.shape[:1] == (0,)  # a slice may be
     if weight.dim() != 2 or weight.shape[1] != h or empty:
@@ -281,7 +281,7 @@ def _check_head(hidden: Tensor, part: Slice) -> None:
 
 
 def _extra_outputs(log_odds: Tensor, stats: Tensor, used: Tensor) -> dict[str, Tensor]:
-    """From the sums over the others and the label's own logit, float64 inside."""
+    """Computes the extra outputs from the sums over the others and the label's logit."""
     best, mass, weighted, label = stats.unbind(-1)
     others = torch.where(mass == 0, float("-inf"), best + mass.log())
     logsumexp = torch.logaddexp(others, label)

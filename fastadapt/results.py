@@ -1,4 +1,4 @@
-"""What the sampling verbs return; a leaf shared by `sampling` and its PyTorch reference."""
+"""The results of `sample` and `score`; shared with their PyTorch references."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 class Sample(NamedTuple):
-    """One draw per row. Every field has the shape `logits.shape[:-1]` (written `...` below).
+    """The result of `sample`. Every field has the shape `logits.shape[:-1]`, written `...` below.
 
     Examples:
         >>> drawn = sample(torch.zeros(1, 4), Adaptor(temperature=0.0), log_mass=True)
@@ -43,7 +43,7 @@ class Sample(NamedTuple):
 
 
 class Score(NamedTuple):
-    """Given tokens under A adaptors. `...` is the shape of `tokens`.
+    """The result of `score` under A adaptors. `...` is the shape of `tokens`.
 
     Examples:
         >>> scores = score(torch.zeros(1, 4), torch.tensor([3]), [Adaptor()])

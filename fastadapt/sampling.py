@@ -1,4 +1,4 @@
-"""The sampling verbs: filter, sample, score and the differentiable score."""
+"""The sampling functions: filter, draw, score and the differentiable score."""
 
 from collections.abc import Sequence
 
@@ -223,7 +223,7 @@ def adapted_logps(
 
 
 def _check_generator(generator: object, rows: Tensor) -> None:
-    """A generator is one, and of the device of the rows."""
+    """Raises unless a generator is a `torch.Generator` on the device of the rows."""
     if generator is None:
         return
     if not isinstance(generator, torch.Generator):
@@ -234,14 +234,14 @@ def _check_generator(generator: object, rows: Tensor) -> None:
 
 
 def _check_sequence(adaptors: object) -> None:
-    """Several adaptors are a list or a tuple of them."""
+    """Raises unless several adaptors come as a list or a tuple."""
     if isinstance(adaptors, str) or not isinstance(adaptors, Sequence):
         got = type(adaptors).__name__
         raise TypeError(f"adaptors: expected a sequence of Adaptors, got {got}")
 
 
 def _knobs_for(rows: Tensor, adaptor: Adaptor, name: str = "adaptor") -> Tensor:
-    """The packed knobs, checked against the rows they are for."""
+    """Returns the packed knobs, checked against the rows."""
     if not isinstance(adaptor, Adaptor):
         raise TypeError(f"{name}: expected an Adaptor, got {type(adaptor).__name__}")
     if adaptor.rows is not None and adaptor.rows != rows.shape[0]:
@@ -256,6 +256,6 @@ def _knobs_for(rows: Tensor, adaptor: Adaptor, name: str = "adaptor") -> Tensor:
 
 
 def _refuse_greedy(adaptor: Adaptor, what: str) -> None:
-    """Temperature 0 has no distribution to score under."""
+    """Raises for temperature 0, which has no distribution to score under."""
     if adaptor.greedy:
         raise ValueError(f"{what}: expected temperature > 0, got 0")

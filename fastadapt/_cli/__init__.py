@@ -1,1 +1,1 @@
-"""The command `fastadapt`, one module a subcommand."""
+"""The command `fastadapt`: one module per subcommand."""

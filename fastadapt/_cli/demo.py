@@ -62,12 +62,12 @@ _SHOWN_TEXTS = 8
 
 
 class PromptTooLongError(ValueError):
-    """A prompt and the tokens to generate do not fit the model's positions."""
+    """A prompt with the tokens to generate is longer than the model's context."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DemoOptions:
-    """What the demo does.
+    """Options of the demo.
 
     Args:
         adaptor: the sampling adaptor, numbers only, in transformers' order.
@@ -126,11 +126,11 @@ class DemoOptions:
 
     @property
     def trains(self) -> bool:
-        """Whether the second part follows."""
+        """Whether the demo goes on to train the model."""
         return self.model is None if self.train is None else self.train
 
     def filled_prompts(self, *, chat: bool) -> list[str]:
-        """Return one prompt per sequence, of a model that answers messages or continues texts."""
+        """Return one prompt per sequence: the user's, or built-in ones for the kind of model."""
         prompts = self.prompts or (PROMPTS if chat else BEGINNINGS)
         batch = len(prompts) if self.batch is None else self.batch
         return [prompts[i % len(prompts)] for i in range(batch)]
@@ -228,7 +228,7 @@ def _time_kernels(adaptor: Adaptor, logits: Tensor, bar: Progress) -> list[Kerne
 
 
 def _load(options: DemoOptions, err: Console) -> tuple[Any, Any]:
-    """Load the model, its terms accepted, with a progress bar, or a line a phase in a log."""
+    """Load the model with a progress bar (in a log: lines), once its terms are accepted."""
     accepted = _accepts_terms(options, err)
     shown = ""
     with progress_bar(err, auto_refresh=True) as bar:
@@ -307,13 +307,13 @@ def _print_texts(
 
 
 def _printable(text: str) -> str:
-    """Return a text without surrounding space, empty lines and control characters."""
+    """Return a text without surrounding blanks, empty lines and control characters."""
     lines = (line.rstrip() for line in text.strip().splitlines())
     return "\n".join("".join(filter(str.isprintable, line)) for line in lines if line)
 
 
 def _generation_table(runs: Mapping[str, list[Generation]]) -> Table:
-    """Tabulate speed and cost of a step of every mode."""
+    """Tabulate the speed and the cost of a step in each mode."""
     batch, length = runs["greedy"][0].tokens.shape
     table = Table(
         title=f"Generation: batch {batch}, {length} new tokens, {len(runs['greedy'])} rounds",
@@ -331,7 +331,7 @@ def _generation_table(runs: Mapping[str, list[Generation]]) -> Table:
 
 
 def _agreement(audit: KeptSetAudit, repeated: bool) -> str:
-    """Say in words how well the kept sets agree."""
+    """Describe how well the kept sets agree with transformers'."""
     return (
         f"\nKept sets: {audit.equal} of {audit.rows} equal transformers' own at every step "
         f"(median {statistics.median(audit.kept):.0f} tokens kept, at most {max(audit.kept)}).\n"

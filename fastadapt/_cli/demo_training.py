@@ -1,4 +1,4 @@
-"""The demo's second part: a few steps of DPO+ExMATE, and the memory they take without logits."""
+"""The demo's second part: a few steps of DPO+ExMATE, and their memory without logits."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _WATCHED = ("logps/chosen", "logps/rejected", "pairs/accuracies")
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingReport:
-    """What the second part saw.
+    """Metrics and memory of the demo's training steps.
 
     Attributes:
         steps: the metrics of each step, on its own pairs.
@@ -52,13 +52,13 @@ class TrainingReport:
 
 
 def count_steps() -> int:
-    """How often `train` reports progress."""
+    """Returns how many times `train` reports progress."""
     batches = math.ceil(len(PAIRS) / BATCH)
     return 3 * batches + _MEMORY_STEPS
 
 
 def train(model: Any, tokenizer: Any, *, on_step: Callable[[], None]) -> TrainingReport:
-    """Trains a model on the built-in pairs, once through; its parameters change.
+    """Trains a model in place for one epoch of the built-in pairs.
 
     Args:
         model: a causal language model of transformers, float32.
@@ -114,13 +114,13 @@ def print_report(out: Console, report: TrainingReport) -> None:
 
 
 def _shown(seen: Mapping[str, float]) -> list[str]:
-    """Cells of a row of the table."""
+    """Formats one row of the table."""
     chosen, rejected, ahead = (seen[name] for name in _WATCHED)
     return [f"{chosen:.2f}", f"{rejected:.2f}", f"{100 * ahead:.0f} %"]
 
 
 def _memory_text(report: TrainingReport) -> str:
-    """Says in words what a step takes."""
+    """Describes the memory that a step takes."""
     if report.memory is None:
         return "\nMemory of a step: not measured, this system does not tell the peak."
     without, with_logits = (round(size / 1e6) for size in report.memory)
@@ -132,7 +132,7 @@ def _memory_text(report: TrainingReport) -> str:
 
 
 def _summary(logps: Sequence[Reference]) -> dict[str, float]:
-    """The metrics of all pairs from log P of chosen and of rejected, per batch."""
+    """Averages log P of the chosen and the rejected responses over all pairs."""
     chosen, rejected = (torch.cat(side) for side in zip(*logps, strict=True))
     values = (chosen.mean(), rejected.mean(), (chosen > rejected).float().mean())
     return {name: float(value) for name, value in zip(_WATCHED, values, strict=True)}
@@ -141,7 +141,7 @@ def _summary(logps: Sequence[Reference]) -> dict[str, float]:
 def _measure_memory(
     model: Any, objective: RewardPenalizeLoss, batch: PairBatch, on_step: Callable[[], None]
 ) -> tuple[int, int] | None:
-    """Peaks of forward and backward without and with logits, over model and gradients."""
+    """Measures a step's peak memory without and with logits, beyond model and gradients."""
     if not is_measurable():
         for _ in range(_MEMORY_STEPS):
             on_step()

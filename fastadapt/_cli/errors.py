@@ -1,4 +1,4 @@
-"""How every command says what is wrong: one line on the error output, and an exit code."""
+"""Errors of the commands: one line on the error output, and an exit code."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _REFUSED_BY_ARGPARSE = r"invalid choice: '(?P<word>[^']*)' \(choose from (?P<kno
 
 
 class CommandError(Exception):
-    """What a person can mend: wrong input, a folder in use, a full disk. Never a fault of ours."""
+    """An error that the user can fix: wrong input, a folder in use, a full disk."""
 
 
 # What files, folders, models and data raise; a damaged .gz has two errors of its own.
@@ -26,22 +26,22 @@ EXPECTED = (CommandError, OSError, ValueError, EOFError, zlib.error)
 
 
 class CommandParser(argparse.ArgumentParser):
-    """A parser of arguments whose errors are one line, with the word that may have been meant.
+    """An argument parser whose errors are one line, with the nearest known word.
 
     Flags are not abbreviated: a shortened one would change its meaning with the next flag.
     """
 
     def __init__(self, **settings: Any) -> None:
-        """Takes what `ArgumentParser` takes, by name."""
+        """Takes the arguments of `ArgumentParser` by name."""
         super().__init__(**{"allow_abbrev": False, **settings})
 
     def error(self, message: str) -> NoReturn:
-        """Ends the process with exit code 2 and one line that names the command."""
+        """Exits with code 2 after one line that names the command."""
         self.exit(WRONG_INPUT, f"{self.prog}: {one_line(with_suggestion(message))}\n")
 
     # `ArgumentParser` declares it once for every type of namespace
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parses; words that are left over are an error here, where their like is known."""
+        """Parses arguments, and refuses unknown ones that resemble a known flag."""
         parsed, left = super().parse_known_args(args, namespace)
         unknown = [word for word in left if word.startswith("-")]
         if unknown or left:
@@ -52,7 +52,7 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def check_folder(name: str, folder: Path) -> None:
-    """Raises unless a folder can be made or written to here; makes nothing.
+    """Raises unless a folder is writable or could be created; creates nothing.
 
     Args:
         name: of the argument, for the message.
@@ -69,7 +69,7 @@ def check_folder(name: str, folder: Path) -> None:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Returns "; did you mean X?" with the most similar of the known words, or nothing."""
+    """Returns "; did you mean X?" with the most similar known word, or an empty string."""
     plain: dict[str, str] = {}
     for name in known:  # a flag has two spellings, the usual one first
         plain.setdefault(name.replace("-", "_"), name)
@@ -78,7 +78,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def with_suggestion(message: str) -> str:
-    """Adds the most similar of the words that a message lists to the one that it refuses."""
+    """Adds "did you mean X?" to a message that refuses a word and lists the valid ones."""
     for pattern in (_REFUSED, _REFUSED_BY_ARGPARSE):
         if found := re.search(pattern, message):
             known = re.findall(r"[\w-]+", found["known"])

@@ -1,4 +1,4 @@
-"""The parser of `fastadapt gradients`; what it runs is imported when it runs."""
+"""The options of `fastadapt gradients`; the code of an action is imported when it runs."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def add_parser(commands: Any) -> None:
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
-    """Adds what every action with a model takes."""
+    """Adds the options that all actions with a model share."""
     add = parser.add_argument
     add("--data", type=Path, required=True, help="JSON Lines of chosen and rejected, or .gz")
     add("--out", type=Path, required=True, metavar="DIR", help="folder to write into")
@@ -130,7 +130,7 @@ def _run_model(arguments: argparse.Namespace) -> int:
 
 
 def _run_report(arguments: argparse.Namespace) -> int:
-    """Write the report anew."""
+    """Write the report again from the stored tables."""
     from fastadapt.study._progress import phases
     from fastadapt.study.gradients.report import write_report
 
@@ -143,7 +143,7 @@ def _run_report(arguments: argparse.Namespace) -> int:
 
 
 def _ended(work: Callable[[], None]) -> int:
-    """The exit code of some work: 0, or 2 after one line that says what was wrong."""
+    """Runs a function and returns an exit code: 0, or 2 after a one-line error."""
     try:
         work()
     except EXPECTED as error:
@@ -154,12 +154,12 @@ def _ended(work: Callable[[], None]) -> int:
 
 
 def _prefixed(arguments: argparse.Namespace, prefix: str) -> dict[str, Any]:
-    """The options of one part."""
+    """Returns the options that begin with a prefix, without it."""
     return {k.removeprefix(prefix): v for k, v in vars(arguments).items() if k.startswith(prefix)}
 
 
 def _load(arguments: argparse.Namespace) -> tuple[Any, Any, str]:
-    """The model, its tokenizer and its name."""
+    """Loads the model and returns it with its tokenizer and its name."""
     from fastadapt.training.pretrained import DEFAULT_MODEL, load_model, no_progress
 
     loaded = load_model(arguments.model, fetch=True, progress=no_progress)

@@ -1,4 +1,4 @@
-"""The command `fastadapt`: reads arguments and hands them to the module that does the work."""
+"""The command `fastadapt`: parses the arguments and calls the subcommand."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def _run_demo(arguments: argparse.Namespace) -> int:
 
 
 def _run_bench(arguments: argparse.Namespace) -> int:
-    """Run a benchmark script of the checkout in which the user stands or the package lies."""
+    """Run a benchmark script from the checkout around the current folder or the package."""
     script = Path("benchmarks") / f"bench_{arguments.name.replace('-', '_')}.py"
     for root in (Path.cwd(), Path(__file__).resolve().parent.parent):
         if (root / script).is_file():

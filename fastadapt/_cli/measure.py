@@ -1,4 +1,4 @@
-"""Measurements on real generations: the time of every step, and agreement of the kept sets.
+"""Measurements on real generations: the time of each step, and agreement of the kept sets.
 
 Shared by the demo and the benchmarks, which run transformers' loop three ways: greedy, with its
 own warpers ("stock") and with `fastadapt.hf.generate` ("fused").
@@ -138,7 +138,7 @@ def time_generation(
     seed: int = 0,
     on_step: Callable[[], None] | None = None,
 ) -> dict[str, list[Generation]]:
-    """Time several ways of generating in turns, so that a drift of the machine hits all alike.
+    """Time several ways of generating in turn, so that drift of the machine affects all alike.
 
     Args:
         model: a causal language model.
@@ -219,7 +219,7 @@ class KeptSetAudit(LogitsProcessor):
     """
 
     def __init__(self, adaptor: Adaptor) -> None:
-        """Prepare the chain and its two neighbours."""
+        """Prepare transformers' chain and two more with slightly moved thresholds."""
         self.adaptor = adaptor
         self.chain: Any = stock_chain(adaptor)
         self.strict: Any = stock_chain(_shifted(adaptor, -1))
@@ -251,7 +251,7 @@ class KeptSetAudit(LogitsProcessor):
         self.drawn_outside += int((~self._stock.gather(-1, tokens[:, None])).sum())
 
     def _explain(self, scores: Tensor, stock: Tensor, ours: Tensor) -> None:
-        """Sort the differing tokens of one row into band, ties and wrong ones."""
+        """Count the differing tokens of one row: within rounding, tied, or wrong."""
         exact, ids = scores.double(), torch.empty(1, 0, dtype=torch.int64)
         strict, lenient = (
             chain(ids, exact)[0] != -math.inf for chain in (self.strict, self.lenient)
@@ -271,13 +271,12 @@ class _StepClock(StoppingCriteria):
     """Takes the time of each step; never stops a sequence."""
 
     def __init__(self, on_step: Callable[[], None]) -> None:
-        """Start the clock."""
         self.seconds: list[float] = []
         self._on_step = on_step
         self._resumed = time.perf_counter()
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        """End a step and begin the next."""
+        """Record the time of a step; returns False for every sequence."""
         self.seconds.append(time.perf_counter() - self._resumed)
         self._on_step()
         self._resumed = time.perf_counter()
@@ -299,7 +298,7 @@ def _shifted(adaptor: Adaptor, sign: int) -> Adaptor:
 
 
 def median_ms(calls: Sequence[Callable[[], object]], *, budget_s: float) -> list[float]:
-    """Time calls in turns until the budget is spent, at least five times; medians in ms."""
+    """Time calls in turn until the budget is spent, at least five times; medians in ms."""
     times: list[list[float]] = [[] for _ in calls]
     end = time.perf_counter() + budget_s
     while len(times[0]) < 6 or time.perf_counter() < end:

@@ -1,4 +1,4 @@
-"""The arguments of `fastadapt tradeoff`; the work is in `fastadapt.study.tradeoff.command`."""
+"""The options of `fastadapt tradeoff`; the work is in `fastadapt.study.tradeoff.command`."""
 
 from __future__ import annotations
 

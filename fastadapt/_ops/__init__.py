@@ -1,1 +1,1 @@
-"""Operators that torch knows, one module a family; each hands tensors to C++ or to Triton."""
+"""The operators registered with torch, one module per family; they call C++ or Triton."""

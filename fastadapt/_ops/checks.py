@@ -1,4 +1,4 @@
-"""Checks and folding of arguments, shared by the public functions."""
+"""Argument checks and reshaping shared by the public functions."""
 
 from collections.abc import Sequence
 from numbers import Integral
@@ -10,7 +10,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def fold_rows(name: str, x: Tensor, *, double: bool = True) -> Tensor:
-    """(..., V) as (N, V) with a contiguous last dimension; raises on a wrong shape or dtype.
+    """Reshapes (..., V) to (N, V) with a contiguous last dimension; checks shape and dtype.
 
     Args:
         name (str): of the argument, for the message.
@@ -38,7 +38,7 @@ def fold_rows(name: str, x: Tensor, *, double: bool = True) -> Tensor:
 def per_row(
     name: str, value: Tensor, dtype: torch.dtype, shape: torch.Size, like: Tensor
 ) -> Tensor:
-    """One value of a dtype per row, flat and contiguous; raises on another shape or device.
+    """Flattens a tensor with one value per row; checks shape, dtype and device.
 
     Raises:
         TypeError: not a tensor, or another dtype.
@@ -56,7 +56,7 @@ def per_row(
 
 
 def integer(name: str, value: object, low: int, high: int) -> int:
-    """A number that must be whole, NumPy's included; raises outside [low, high].
+    """Returns an integer in [low, high], NumPy's included; raises for anything else.
 
     Raises:
         TypeError: not an integer; a bool is none.
@@ -71,7 +71,7 @@ def integer(name: str, value: object, low: int, high: int) -> int:
 
 
 def integers(name: str, values: Tensor | Sequence[int]) -> Tensor:
-    """Integers as an int64 tensor of their shape, on their device.
+    """Converts integers to an int64 tensor of the same shape, on their device.
 
     Args:
         name (str): of the argument, for the message.

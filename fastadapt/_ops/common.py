@@ -24,7 +24,7 @@ def rows_of(logits: Tensor) -> "_C.Rows":
 
 
 def check_ids(name: str, ids: Tensor, v: int, ignore_index: int | None) -> None:
-    """Raises for the first entry that is neither an id nor the ignored one."""
+    """Raises if an entry is neither a valid id nor the ignored one, naming the first such."""
     ignored = 0 if ignore_index is None else ignore_index
     at = _C.first_bad_token(ids, v, ignored)
     if at >= 0:
@@ -34,7 +34,7 @@ def check_ids(name: str, ids: Tensor, v: int, ignore_index: int | None) -> None:
 
 
 def no_double_backward(name: str) -> Callable[..., None]:
-    """The gradient of a backward: without it, autograd would return zeros."""
+    """Returns a backward that raises; without it, double backward would silently give zeros."""
 
     def refuse(ctx: Any, *_: Tensor) -> None:
         raise RuntimeError(f"{name}: expected a first-order gradient, got a double backward")
@@ -76,7 +76,7 @@ def on_cuda(
 
 
 def device_of(x: Tensor) -> AbstractContextManager[Any]:
-    """Makes the device of a tensor the current one."""
+    """Makes a tensor's device the current one."""
     if x.device.type != "cuda" or x.device.index == torch.cuda.current_device():
         return nullcontext()
     return torch.cuda.device(x.device)

@@ -1,4 +1,4 @@
-"""What operators are told of an adaptor beside its packed knobs, as one integer.
+"""An integer that tells an operator the filter order and which knobs may act.
 
 Bit 0 is the order of the filters. Knobs may be on a device, where the host does not read them: bit
 1 says that the following bits are known, one for each knob in the order of `adaptor.KNOBS`, set
@@ -17,12 +17,12 @@ _END = 1 << 9  # of codes: there are seven knobs
 
 
 def filter_code(order: int, may_act: Iterable[bool]) -> int:
-    """The code of an order (0 or 1) and of knobs that may do something."""
+    """Encodes an order (0 or 1) and which knobs may act."""
     return order | _KNOWN | sum(acts << (_FIRST_KNOB + i) for i, acts in enumerate(may_act))
 
 
 def order_of(code: int) -> int:
-    """The order that a code tells.
+    """Decodes the order.
 
     Raises:
         ValueError: it is no code.
@@ -33,17 +33,17 @@ def order_of(code: int) -> int:
 
 
 def is_known(code: int) -> bool:
-    """Whether a code tells of knobs."""
+    """Whether a code says which knobs may act."""
     return bool(code & _KNOWN)
 
 
 def may_act(code: int, knob: int) -> bool:
-    """Whether a knob, by its place, may do something in some row."""
+    """Whether the knob at a position may act in some row."""
     return not is_known(code) or bool(code >> (_FIRST_KNOB + knob) & 1)
 
 
 def joined(codes: Iterable[int]) -> int:
-    """A code for rows of any of several distributions of one order."""
+    """Combines the codes of several adaptors of one order."""
     codes = list(codes)
     if not all(map(is_known, codes)):
         return order_of(codes[0])

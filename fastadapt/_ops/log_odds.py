@@ -36,7 +36,7 @@ _library.define(
 
 
 def _label_log_odds_cpu(logits: Tensor, labels: Tensor, ignore_index: int) -> Pair:
-    """One read of the logits."""
+    """Computes the labels' log-odds in one read of the logits."""
     check_ids("labels", labels, logits.shape[1], ignore_index)
     log_odds, stats = out = label_outputs(logits, labels)
     _C.label_log_odds(
@@ -53,7 +53,7 @@ def _label_log_odds_cpu(logits: Tensor, labels: Tensor, ignore_index: int) -> Pa
 def _label_log_odds_backward_cpu(
     dlog_odds: Tensor, logits: Tensor, labels: Tensor, ignore_index: int, stats: Tensor
 ) -> Tensor:
-    """One read of the logits, one write of their gradient."""
+    """Computes the gradient in one read of the logits and one write."""
     out = logits.new_empty(logits.shape)
     _C.label_log_odds_backward(
         rows=rows_of(logits),
@@ -68,7 +68,7 @@ def _label_log_odds_backward_cpu(
 
 
 def _candidate_log_odds_cpu(logits: Tensor, index: Tensor, mask: Tensor | None) -> Pair:
-    """Two reads of the logits, the second from cache."""
+    """Computes the candidates' log-odds in two reads, the second from cache."""
     used = index if mask is None else torch.where(mask, index, 0)
     if index.numel():
         check_ids("index", used, logits.shape[1], None)
@@ -88,7 +88,7 @@ def _candidate_log_odds_cpu(logits: Tensor, index: Tensor, mask: Tensor | None) 
 def _candidate_log_odds_backward_cpu(
     dlog_odds: Tensor, logits: Tensor, index: Tensor, mask: Tensor | None, stats: Tensor
 ) -> Tensor:
-    """One read of the logits, one write of their gradient."""
+    """Computes the gradient in one read of the logits and one write."""
     out = logits.new_empty(logits.shape)
     _C.candidate_log_odds_backward(
         rows=rows_of(logits),
@@ -104,14 +104,14 @@ def _candidate_log_odds_backward_cpu(
 
 
 def _save_label(ctx: Any, inputs: tuple[Any, ...], output: Pair) -> None:
-    """Keeps the logits and four numbers a row."""
+    """Saves the logits and four numbers per row."""
     logits, labels, ctx.ignore_index = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(logits, labels, output[1])
 
 
 def _label_gradient(ctx: Any, dlog_odds: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    """dL/dlogits = dL/dm (onehot(y) - q)."""
+    """Returns dL/dlogits = dL/dm (onehot(y) - q)."""
     logits, labels, stats = ctx.saved_tensors
     dlogits = torch.ops.fastadapt.label_log_odds_backward(
         dlog_odds, logits, labels, ctx.ignore_index, stats
@@ -120,13 +120,13 @@ def _label_gradient(ctx: Any, dlog_odds: Tensor, _: Tensor) -> tuple[Tensor | No
 
 
 def _save_candidates(ctx: Any, inputs: tuple[Any, ...], output: Pair) -> None:
-    """Keeps the logits and four numbers a row."""
+    """Saves the logits and four numbers per row."""
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(*inputs, output[1])
 
 
 def _candidate_gradient(ctx: Any, dlog_odds: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    """dL/dlogits = sum over candidates of dL/dm_c (onehot(c) - q_c)."""
+    """Returns dL/dlogits, the sum over candidates of dL/dm_c (onehot(c) - q_c)."""
     dlogits = torch.ops.fastadapt.candidate_log_odds_backward(dlog_odds, *ctx.saved_tensors)
     return dlogits, None, None
 

@@ -1,4 +1,4 @@
-"""Empty outputs of the operators, for every device and for their fakes."""
+"""Allocates the outputs of the operators, for every device and for the fakes."""
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ SampleFields = tuple[Tensor, Tensor, Tensor, Tensor, *tuple[Tensor | None, ...]]
 
 
 def sample_outputs(logits: Tensor, base: bool, log_mass: bool, top_n: int) -> list[Tensor]:
-    """Empty outputs: the four of every draw, then those asked for, in the order of `Sample`."""
+    """Allocates the four outputs of every draw and those asked for, in the order of `Sample`."""
     n = logits.shape[0]
     out = [
         logits.new_empty(n, dtype=torch.int64),
@@ -29,7 +29,7 @@ def sample_outputs(logits: Tensor, base: bool, log_mass: bool, top_n: int) -> li
 
 
 def sample_fields(out: list[Tensor], base: bool, log_mass: bool, top_n: int) -> SampleFields:
-    """The nine fields of `Sample` from what `sample_outputs` made; None where nothing was asked."""
+    """Returns the nine fields of `Sample`, None for those not asked for."""
     tokens, logprobs, kept, status, *asked = out
     if not asked:  # the host's part of a call on a few rows
         return tokens, logprobs, kept, status, None, None, None, None, None
@@ -40,7 +40,7 @@ def sample_fields(out: list[Tensor], base: bool, log_mass: bool, top_n: int) -> 
 
 
 def score_outputs(logits: Tensor, adaptors: int) -> Scores:
-    """Empty outputs in the order of `Score`."""
+    """Allocates outputs in the order of `Score`."""
     n = logits.shape[0]
     return (
         logits.new_empty(n, adaptors, dtype=torch.float32),
@@ -52,7 +52,7 @@ def score_outputs(logits: Tensor, adaptors: int) -> Scores:
 
 
 def log_odds_outputs(logits: Tensor) -> LogOdds:
-    """Log-odds, the support as bits, maximum and mass of the surviving others."""
+    """Allocates log-odds, the support as bits, and maximum and mass of the other survivors."""
     n, v = logits.shape
     return (
         logits.new_empty(n, dtype=torch.promote_types(logits.dtype, torch.float32)),

@@ -59,7 +59,7 @@ def _knobs(knobs: Tensor, order: int) -> "_C.Knobs":
 
 
 def _filter_logits_cpu(logits: Tensor, knobs: Tensor, order: int) -> Tensor:
-    """(N, V) in the dtype of the logits."""
+    """Filters (N, V) logits, in their dtype."""
     out = logits.new_empty(logits.shape)
     _C.filter(
         rows=rows_of(logits),
@@ -80,7 +80,7 @@ def _sample_cpu(
     log_mass: bool,
     top_n: int,
 ) -> list[Tensor]:
-    """Allocates only what was asked for."""
+    """Draws a token per row; allocates only the outputs asked for."""
     out = sample_outputs(logits, base_logprobs, log_mass, top_n)
     fields = sample_fields(out, base_logprobs, log_mass, top_n)
     tokens, logprobs, kept, status, *asked = fields
@@ -108,7 +108,7 @@ def _sample_cpu(
 def _score_cpu(
     logits: Tensor, tokens: Tensor, knobs: list[Tensor], orders: list[int], ignore_index: int
 ) -> Scores:
-    """One visit of each row for all adaptors."""
+    """Scores tokens under all adaptors in one visit of each row."""
     check_ids("tokens", tokens, logits.shape[1], ignore_index)
     out = score_outputs(logits, len(knobs))
     logprobs, log_norm, kept, base_logprobs, entropy = out
@@ -130,7 +130,7 @@ def _score_cpu(
 def _adapted_log_odds_cpu(
     logits: Tensor, tokens: Tensor, knobs: Tensor, order: int, ignore_index: int
 ) -> LogOdds:
-    """Forward; the last two outputs are what the backward needs."""
+    """Computes log-odds on the support; the last two outputs are for the backward."""
     check_ids("tokens", tokens, logits.shape[1], ignore_index)
     log_odds, support, stats = out = log_odds_outputs(logits)
     _C.log_odds(
@@ -156,7 +156,7 @@ def _adapted_log_odds_backward_cpu(
     support: Tensor,
     stats: Tensor,
 ) -> Tensor:
-    """One read of the logits, one write of their gradient."""
+    """Computes the gradient in one read of the logits and one write."""
     out = logits.new_empty(logits.shape)
     _C.log_odds_backward(
         rows=rows_of(logits),
@@ -173,7 +173,7 @@ def _adapted_log_odds_backward_cpu(
 
 
 def _save_for_log_odds(ctx: Any, inputs: tuple[Any, ...], output: LogOdds) -> None:
-    """Keeps the logits and one bit a token."""
+    """Saves the logits and one bit per token."""
     logits, tokens, knobs, ctx.order, ctx.ignore_index = inputs
     _, support, stats = output
     ctx.mark_non_differentiable(support, stats)
@@ -182,7 +182,7 @@ def _save_for_log_odds(ctx: Any, inputs: tuple[Any, ...], output: LogOdds) -> No
 
 
 def _log_odds_gradient(ctx: Any, dlog_odds: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    """dL/dlogits = dL/dm / T * (onehot(y) - q)."""
+    """Returns dL/dlogits = dL/dm / T * (onehot(y) - q)."""
     if dlog_odds is None:
         return (None,) * 5
     logits, tokens, knobs, support, stats = ctx.saved_tensors

@@ -1,4 +1,4 @@
-"""transformers: generation with filters and draw fused, and a trainer without logits."""
+"""transformers: generation with fused filters and draw, and a trainer without logits."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ __dir__ = __all__.copy  # what is not public is not listed
 
 
 def __getattr__(name: str) -> Any:
-    """Loads the trainer when it is asked for: transformers takes seconds to import its own."""
+    """Imports the trainer on first use, since that of transformers takes seconds to import."""
     if name != "LogitsFreeTrainer":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from fastadapt.hf.trainer import LogitsFreeTrainer

@@ -1,4 +1,4 @@
-"""transformers' prepared processors, read: the warpers at their end become one adaptor."""
+"""Reads transformers' list of processors: the warpers at its end become one adaptor."""
 
 import math
 import warnings
@@ -32,7 +32,7 @@ _WARPERS = {
 
 
 class Chain(NamedTuple):
-    """A list of processors in its parts.
+    """A list of processors, split into the adaptor and what comes before it.
 
     Attributes:
         before: the processors that run as they are.
@@ -48,7 +48,7 @@ class Chain(NamedTuple):
 
 
 def chain_of(processors: LogitsProcessorList, fused_warper: type[Any]) -> Chain:
-    """Reads a prepared list of processors.
+    """Splits a prepared list of processors.
 
     Args:
         processors: as `model.generate` prepares them.
@@ -76,7 +76,7 @@ def chain_of(processors: LogitsProcessorList, fused_warper: type[Any]) -> Chain:
 
 
 def _adaptor_of(warpers: list[Any]) -> Adaptor | None:
-    """The one adaptor that does what these do, or None."""
+    """Returns the adaptor equivalent to these warpers, None if there is none."""
     kinds = [type(warper) for warper in warpers]
     if not warpers or kinds != [kind for kind in _WARPERS if kind in kinds]:
         return None

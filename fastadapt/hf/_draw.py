@@ -1,4 +1,4 @@
-"""The draw inside transformers' loop: its last processor, and the stopping criteria beside it."""
+"""The draw inside transformers' loop: its last processor, with matching stopping criteria."""
 
 import warnings
 from typing import Any
@@ -24,7 +24,7 @@ _STATUS = {
 
 
 class Draw(LogitsProcessor):
-    """Last of the processors: draws a token per row and returns one-hot rows for the argmax.
+    """The last processor: draws a token per row and returns one-hot rows for the argmax.
 
     Args:
         chain: what the processors before it are, and the adaptor that it draws by.
@@ -36,7 +36,7 @@ class Draw(LogitsProcessor):
     def __init__(
         self, chain: Chain, input_ids: Tensor, seeds: Tensor | None, config: GenerationConfig
     ) -> None:
-        """Sets up the bookkeeping of one call of the loop."""
+        """Prepares one call of the generation loop."""
         rows, self.prompt_length = input_ids.shape[:2]
         self.chain, self.seeds = chain, seeds
         self.records = bool(config.return_dict_in_generate and config.output_scores)
@@ -50,7 +50,7 @@ class Draw(LogitsProcessor):
         self.warned = False
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Draws from the scores, (N, V); 1 at each row's token and 0 elsewhere."""
+        """Draws from the scores, (N, V); returns 1 at each row's token and 0 elsewhere."""
         positions = None
         if self.seeds is not None:
             positions = torch.full_like(self.seeds, input_ids.shape[1] - self.prompt_length)
@@ -70,7 +70,7 @@ class Draw(LogitsProcessor):
         return self._rows_of(tokens[:, None], scores)
 
     def _unfused(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """The scores after transformers' own warpers, which take every dtype."""
+        """Applies transformers' own warpers, which take every dtype."""
         if not self.warned:
             self.warned = True
             expected = "expected float32, bfloat16 or float16 from the processors"
@@ -83,7 +83,7 @@ class Draw(LogitsProcessor):
         return scores
 
     def _rows_of(self, tokens: Tensor, scores: Tensor) -> Tensor:
-        """The one-hot rows, in one buffer while the scores keep their shape: two writes a row."""
+        """Returns one-hot rows in a buffer that is reused while the shape stays."""
         buffer, previous = self.one_hot, self.previous
         if (
             buffer is None
@@ -98,12 +98,12 @@ class Draw(LogitsProcessor):
         return buffer.scatter_(1, tokens, 1.0)
 
     def end_rows(self, done: Tensor) -> Tensor:
-        """Rows that end with this step: those that are done, and the bad ones."""
+        """Marks the rows that end with this step, finished or bad, and returns all ended rows."""
         self.finished = self.finished | done | (self.status != 0)
         return self.finished
 
     def finish(self, output: Any) -> Any:
-        """The loop's output with the true scores; raises for bad rows."""
+        """Puts the true scores into the loop's output; raises for bad rows."""
         _raise_bad_rows(self.status)
         if self.records:
             output.scores = tuple(self.scores[: len(output.scores)])
@@ -111,7 +111,7 @@ class Draw(LogitsProcessor):
 
 
 class Stopping(StoppingCriteriaList):
-    """The given criteria, who see the true scores; bad rows stop too.
+    """The given criteria, applied to the true scores; bad rows stop too.
 
     Args:
         criteria: as `model.generate` prepares them.
@@ -119,24 +119,24 @@ class Stopping(StoppingCriteriaList):
     """
 
     def __init__(self, criteria: StoppingCriteriaList, draw: Draw) -> None:
-        """Takes over the criteria."""
+        """Wraps the given criteria."""
         super().__init__(criteria)
         self.draw = draw
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        """Which rows end, (N,) bool."""
+        """Returns which rows end, (N,) bool."""
         true_scores = None if scores is None else tuple(self.draw.scores)
         return self.draw.end_rows(super().__call__(input_ids, true_scores, **kwargs))
 
 
 def _narrowed(scores: Tensor) -> Tensor:
-    """Float64 scores in float32, each finite row moved to a maximum of 0 so that none overflows."""
+    """Converts float64 scores to float32, each finite row shifted so that none overflows."""
     top = scores.amax(-1, keepdim=True)
     return (scores - torch.where(top.isfinite(), top, 0.0)).float()
 
 
 def _raise_bad_rows(status: Tensor) -> None:
-    """Raises naming every row whose status is not 0."""
+    """Raises an error that names every row with a status other than 0."""
     if bool(status.any()):
         bad = [(row, code) for row, code in enumerate(status.tolist()) if code]
         listed = "; ".join(f"row {row} has {_STATUS[code]} (status {code})" for row, code in bad)
@@ -144,12 +144,12 @@ def _raise_bad_rows(status: Tensor) -> None:
 
 
 def _reads_are_free(device: torch.device) -> bool:
-    """Whether the host can look at a value without waiting for a device."""
+    """Whether the host can read a tensor without waiting for a device."""
     return device.type == "cpu"
 
 
 def _pad_token(config: GenerationConfig) -> int:
-    """The id that a bad row gets: pad, else the first end of sequence, else 0."""
+    """Returns the id that a bad row gets: pad, else the first end-of-sequence token, else 0."""
     for token in (config.pad_token_id, config.eos_token_id):
         if token is not None:
             return max(int(torch.as_tensor(token).flatten()[0]), 0)

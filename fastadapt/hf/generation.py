@@ -66,13 +66,12 @@ class FusedLogitsWarper(LogitsProcessor):
     """
 
     def __init__(self, adaptor: Adaptor) -> None:
-        """Keeps the adaptor."""
         if not isinstance(adaptor, Adaptor):
             raise TypeError(f"adaptor: expected an Adaptor, got {type(adaptor).__name__}")
         self.adaptor = adaptor
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Filters the scores, (N, V); a row with NaN, +inf or nothing finite stays as it is.
+        """Filters the scores, (N, V); a row with NaN, +inf or nothing finite is left as it is.
 
         Float64 scores are filtered as float32.
         """
@@ -99,7 +98,7 @@ class FusedLogitsWarper(LogitsProcessor):
 
 @dataclass(frozen=True, eq=False)
 class Generate:
-    """Generate with filters and draw fused: `model.generate(..., custom_generate=generate)`.
+    """Runs `model.generate` with filters and draw fused, as its `custom_generate`.
 
     Equivalent to `model.generate(...)` with the same arguments: the same processors, kept tokens,
     scores, stopping and outputs; only the random numbers differ. `do_sample=False` is
@@ -230,7 +229,7 @@ class Generate:
         input_ids: Tensor,
         config: GenerationConfig,
     ) -> Tensor | None:
-        """The seeds of this call, from either place, as (N,) int64 on the device of the ids."""
+        """Returns the seeds of this call as (N,) int64 on the ids' device, None without seeds."""
         if seeds is not None and self.seeds is not None:
             raise ValueError("seeds: expected in `using` or in `model.generate`, got them in both")
         seeds = self.seeds if seeds is None else seeds
@@ -276,7 +275,7 @@ Examples:
 
 
 def _refuse_unreachable(model: Any, synced_gpus: bool) -> None:
-    """Raises where `model.generate`, which called us, was given what it hands to no callable.
+    """Raises if `model.generate` got an argument that it does not pass on to a callable.
 
     It is nowhere but in that call's frame. A streamer is ended first: its consumer would wait for
     ever.
@@ -299,7 +298,7 @@ def _refuse_unreachable(model: Any, synced_gpus: bool) -> None:
 
 
 def _default_generators(device: torch.device) -> list[Tensor]:
-    """The states of the default generators of the CPU and of a device."""
+    """Returns the states of the default generators of the CPU and of a device."""
     states = [torch.random.get_rng_state()]
     if device.type != "cpu":
         states.append(torch.get_device_module(device).get_rng_state(device))
@@ -307,7 +306,7 @@ def _default_generators(device: torch.device) -> list[Tensor]:
 
 
 def _warn_of_other_draws(model: Any, states: list[Tensor], device: torch.device) -> None:
-    """Warns where something has drawn from a default generator since it was in these states."""
+    """Warns if something else drew from a default generator since `states` were taken."""
     if not all(map(torch.equal, states, _default_generators(device))):
         warnings.warn(
             f"seeds: {type(model).__name__} or one of its processors drew from torch's default "

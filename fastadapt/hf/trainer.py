@@ -1,4 +1,4 @@
-"""transformers' `Trainer` without logits: a loss of log-odds, made inside the model's forward."""
+"""transformers' `Trainer` without logits: the loss is computed inside the model's forward."""
 
 from __future__ import annotations
 
@@ -69,7 +69,6 @@ class LogitsFreeTrainer(Trainer):
     def __init__(
         self, *rest: Any, objective: Callable[[Responses], Tensor] = mle_loss, **named: Any
     ) -> None:
-        """See the class."""
         super().__init__(*rest, **named)
         self.objective = objective
         if self.compute_loss_func is not None or self.args.label_smoothing_factor:
@@ -91,7 +90,7 @@ class LogitsFreeTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The loss of a batch, its share of the step's where `num_items_in_batch` is given."""
+        """Returns the loss of a batch, or its share of the step's loss."""
         if inputs.get("labels") is None:
             raise ValueError(f"inputs: expected labels among them, got {sorted(inputs)}")
         if self._shifts is None:
@@ -103,7 +102,7 @@ class LogitsFreeTrainer(Trainer):
         return (loss, {"loss": loss, "log_odds": log_odds}) if return_outputs else loss
 
     def _share(self, items: Tensor | int | None) -> int:
-        """What a process multiplies its loss by, so that the mean over processes is the sum."""
+        """Returns the factor by which a process scales its loss, so that their mean is the sum."""
         if not self.args.average_tokens_across_devices or items is None:
             return 1
         return int(self.accelerator.num_processes // self.get_tp_size())
@@ -111,7 +110,7 @@ class LogitsFreeTrainer(Trainer):
     def _log_odds(
         self, model: nn.Module, inputs: dict[str, Any], *, shift: bool
     ) -> tuple[Tensor, Tensor]:
-        """The log-odds of a batch, and which of them count."""
+        """Returns the log-odds of a batch, and which of them count."""
         rest = dict(inputs)
         given = rest.pop("labels")
         labels = _labels_of_positions(given, shift=shift)
@@ -120,7 +119,7 @@ class LogitsFreeTrainer(Trainer):
 
     @torch.no_grad()
     def _ask_loss(self, model: nn.Module, inputs: dict[str, Any], counted: bool) -> bool:
-        """Whether the model's own loss scores the next label; all processes ask together.
+        """Whether the model's own loss shifts the labels; all processes ask together.
 
         Raises:
             ValueError: it is neither that of the next labels nor that of the labels as they stand.
@@ -162,17 +161,17 @@ class LogitsFreeTrainer(Trainer):
 
 
 def _labels_of_positions(labels: Tensor, *, shift: bool) -> Tensor:
-    """(B, T): the label that each position is to score."""
+    """Returns the label that each position is to score, (B, T)."""
     return F.pad(labels[:, 1:], (0, 1), value=IGNORED) if shift else labels
 
 
 def _without_last(log_odds: Tensor, mask: Tensor, *, shift: bool) -> tuple[Tensor, Tensor]:
-    """Without the last position, which has no next label."""
+    """Drops the last position if labels are shifted: it has no next label."""
     return (log_odds[:, :-1], mask[:, :-1]) if shift else (log_odds, mask)
 
 
 def _few(inputs: dict[str, Any]) -> dict[str, Any]:
-    """The first row, of plain text its beginning; at least one label that counts."""
+    """Returns the first row (plain text: its beginning) with at least one label that counts."""
     few = one_row(inputs)
     plain = few.keys() <= _TEXTS and all(x.dim() == 2 for x in few.values())
     if plain:
@@ -183,7 +182,7 @@ def _few(inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _with_decoder(model: Any, inputs: dict[str, Any], labels: Tensor) -> dict[str, Any]:
-    """What an encoder–decoder makes of its labels by itself, where it is given labels."""
+    """Adds the decoder inputs that an encoder–decoder would derive from its labels."""
     causal = causal_of(model)
     given = {"decoder_input_ids", "decoder_inputs_embeds"} & inputs.keys()
     if not getattr(causal.config, "is_encoder_decoder", False) or given:

@@ -96,7 +96,7 @@ def unlikelihood_penalty(rejected: Responses, *, level: str = "token") -> Tensor
 def candidate_unlikelihood_penalty(
     chosen: Responses, candidates: Tensor, candidate_mask: Tensor
 ) -> Tensor:
-    """Returns the unlikelihood of negative candidates in the rows of the chosen responses.
+    """Returns the unlikelihood penalty of negative candidates beside the chosen tokens.
 
     `(1/N) Σ_t Σ_{c in C_t} -log(1 - p_t(c))`, token-level unlikelihood: C_t may be the previous
     tokens of the response but y_t. Added to `mle_loss(chosen)` it is Welleck et al.'s objective, as
@@ -145,7 +145,7 @@ def candidate_unlikelihood_penalty(
 
 
 def exmate_penalty(rejected: Responses, *, norm: str = "sequence_mean") -> Tensor:
-    """Returns the probability of the rejected responses, by a norm that keeps it from vanishing.
+    """Returns the probability of the rejected responses, normalised for length.
 
     - "sequence_mean": `(1/B) Σ_i e^S̄_i`, each response's geometric mean of p_t. The default: it
       splits exactly over micro-batches and devices, which the published norm does not.
@@ -261,7 +261,7 @@ def mate_loss(chosen: Responses, rejected: Responses, *, coefficient: float = 1.
 
 
 def _sequence_log_odds(rows: Rows, *, mean: bool) -> Tensor:
-    """(B,): log P/(1-P), P the product of a response's p_t or (mean) their geometric mean.
+    """Returns log P/(1-P), (B,), of responses or (mean) of their mean token probability.
 
     Through L = log(-S), which has digits where S underflows: 1/P - 1 = expm1(e^L).
     """

@@ -1,4 +1,4 @@
-"""Weighted sums of losses, and what to watch while training on them."""
+"""Weighted sums of losses, with metrics to watch during training."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -85,7 +85,6 @@ class RewardPenalizeLoss(nn.Module):
     """
 
     def __init__(self, weights: Mapping[str, float], **options: Any) -> None:
-        """See the class."""
         super().__init__()
         self.weights = _checked(weights)
         self.options = dict(options)
@@ -109,7 +108,7 @@ class RewardPenalizeLoss(nn.Module):
         self._try_options()
 
     def _try_options(self) -> None:
-        """Calls every loss once, on one token: wrong options raise here and not in training."""
+        """Calls every loss once on one token, so that wrong options raise here."""
         log_odds = torch.zeros(1, 1, dtype=torch.float32, device="cpu")
         mask = torch.ones(1, 1, dtype=torch.bool, device="cpu")
         one = Responses(log_odds, mask)
@@ -117,12 +116,12 @@ class RewardPenalizeLoss(nn.Module):
         self._terms({"chosen": one, "rejected": one, **dict.fromkeys(_REFERENCE), **inputs})
 
     def extra_repr(self) -> str:
-        """The weights and options."""
+        """Shows the weights and options."""
         options = "".join(f", {k}={v!r}" for k, v in self.options.items())
         return f"{self.weights}{options}"
 
     def needs(self, name: str) -> bool:
-        """Returns whether any of the losses needs an input of `forward`, by its name."""
+        """Returns whether any of the losses needs the input of `forward` with this name."""
         return any(wanted.get(name, False) for wanted in self._inputs.values())
 
     def forward(
@@ -184,7 +183,7 @@ class RewardPenalizeLoss(nn.Module):
         return loss, metrics
 
     def _terms(self, inputs: Mapping[str, object]) -> dict[str, Tensor]:
-        """Each loss, before its weight."""
+        """Returns each loss before its weight."""
         terms = {}
         for name, wanted in self._inputs.items():
             missing = [k for k, required in wanted.items() if required and inputs[k] is None]
@@ -195,7 +194,7 @@ class RewardPenalizeLoss(nn.Module):
         return terms
 
     def _total(self, terms: Mapping[str, Tensor]) -> Tensor:
-        """The weighted sum."""
+        """Returns the weighted sum."""
         weighted = [weight * terms[name] for name, weight in self.weights.items()]
         return torch.stack(weighted).sum()
 
@@ -206,7 +205,7 @@ class RewardPenalizeLoss(nn.Module):
         ref_chosen_logps: Tensor | None,
         ref_rejected_logps: Tensor | None,
     ) -> dict[str, Tensor]:
-        """What the metrics say of the log-probabilities."""
+        """Returns the metrics of log-probabilities, pairs and rewards."""
         g = checked("chosen", chosen)
         metrics = {"logps/chosen": _mean(g.logps(), g.lengths > 0)}
         if rejected is None:
@@ -228,7 +227,7 @@ class RewardPenalizeLoss(nn.Module):
     def _gradient_shares(
         self, chosen: Responses, rejected: Responses | None, inputs: Mapping[str, object]
     ) -> dict[str, Tensor]:
-        """The shares of Σ |g_t|, from the gradient of the loss with respect to the log-odds."""
+        """Returns each side's share of Σ |g_t|, by the gradient in the log-odds."""
         sides = {"chosen": chosen} if rejected is None else {"chosen": chosen, "rejected": rejected}
 
         def loss_of(log_odds: Mapping[str, Tensor]) -> Tensor:
@@ -244,7 +243,7 @@ class RewardPenalizeLoss(nn.Module):
 
 
 def _checked(weights: object) -> dict[str, float]:
-    """The weights by name, as numbers."""
+    """Checks the weights and returns them as numbers by name."""
     if not isinstance(weights, Mapping):
         named = [weights] if isinstance(weights, str) else weights
         listed = list(named) if isinstance(named, list | tuple | set | frozenset) else []
@@ -275,12 +274,12 @@ def _at(log_odds: Tensor, side: Responses) -> Responses:
 
 
 def _mean(x: Tensor, counted: Tensor) -> Tensor:
-    """The mean of the responses or pairs that count; 0 if there are none."""
+    """Returns the mean over the responses or pairs that count, 0 if there are none."""
     return torch.where(counted, x, 0).sum() / counted.sum().clamp(min=1)
 
 
 def _compare(name: str, g: Rows, b: Rows, x: Tensor, y: Tensor) -> dict[str, Tensor]:
-    """How far and how often the chosen one of a pair is ahead."""
+    """Returns by how much and how often the chosen response of a pair is ahead."""
     pairs = g.lengths + b.lengths > 0
     return {
         f"{name}/margins": _mean(x - y, pairs),

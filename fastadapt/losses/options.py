@@ -1,4 +1,4 @@
-"""Checks of the names and numbers that losses take as options, before any work."""
+"""Checks of the names and numbers that losses take as options."""
 
 from collections.abc import Collection, Iterable
 from difflib import get_close_matches
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """Raises unless an option is one of those there are.
+    """Raises unless an option is one of the choices.
 
     Raises:
         TypeError: not a string.
@@ -24,7 +24,7 @@ def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def number(name: str, value: object, *, positive: bool = False) -> float:
-    """Returns a finite number >= 0 (or > 0) as an int or a float; numbers of numpy are taken too.
+    """Returns a finite number >= 0 (or > 0) as an int or a float; NumPy's are accepted.
 
     Raises:
         TypeError: not a number: text, None, a bool, a tensor.
@@ -52,13 +52,13 @@ def flag(name: str, value: object) -> None:
 
 
 def nearest(names: Iterable[object], choices: Collection[str]) -> str:
-    """Returns "; did you mean X?" for the choices that are spelt like a name, or nothing."""
+    """Returns "; did you mean X?" with choices spelt similarly, or an empty string."""
     close = [found for name in names for found in get_close_matches(str(name), choices, 1)]
     return f"; did you mean {', '.join(dict.fromkeys(close))}?" if close else ""
 
 
 def shown(value: object) -> str:
-    """Returns a value as messages show it: what it is where its contents would fill a page."""
+    """Returns a value as messages show it, cut if it is long."""
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)}"
     text = repr(value)

@@ -1,4 +1,4 @@
-"""Direct preference optimisation: chosen against rejected, pair by pair."""
+"""Direct preference optimisation: chosen against rejected responses, pair by pair."""
 
 import torch
 import torch.nn.functional as F
@@ -92,7 +92,7 @@ def dpo_loss(
 
 
 def log_ratios(name: str, rows: Rows, ref_logps: Tensor | None, *, mean: bool = False) -> Tensor:
-    """(B,): S - S_ref, or S without a reference; divided by the number of tokens on request."""
+    """Returns S - S_ref, (B,), S without a reference; divided by the length on request."""
     ratios = rows.logps()
     if ref_logps is not None:
         if not isinstance(ref_logps, Tensor) or not ref_logps.is_floating_point():
@@ -108,7 +108,7 @@ def log_ratios(name: str, rows: Rows, ref_logps: Tensor | None, *, mean: bool = 
 
 
 def _pair_losses(beta: float, loss_type: str, smoothing: float, delta: Tensor) -> Tensor:
-    """(B,): the loss of each pair's u / beta."""
+    """Returns the loss of each pair, (B,), for u = beta * delta."""
     u = beta * delta
     if loss_type == "hinge":
         return torch.relu(1 - u)

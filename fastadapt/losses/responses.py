@@ -1,4 +1,4 @@
-"""Responses as log-odds of their label tokens, in both layouts, and the means over them."""
+"""Responses as log-odds of their label tokens, in two layouts, and means over them."""
 
 from numbers import Integral
 from typing import NamedTuple
@@ -19,7 +19,7 @@ _OTHER_WAY = {
 
 
 class Responses(NamedTuple):
-    """The label tokens of B responses: what every loss of this package takes.
+    """The label tokens of B responses: the input of every loss of this package.
 
     Made from labels by `Responses.from_labels(log_odds, labels)`, where a label of -100 does not
     count; from log-probabilities by `Responses.from_logps`. By hand in two layouts:
@@ -124,7 +124,7 @@ class Responses(NamedTuple):
         total_tokens: int | Tensor | None = None,
         total_sequences: int | Tensor | None = None,
     ) -> "Responses":
-        """Returns the responses of labels whose log-probabilities are at hand, not their log-odds.
+        """Returns the responses of labels with given log-probabilities, where log-odds are missing.
 
         `m = l - log(1 - e^l)`, differentiable. Log-probabilities have no digits left where p is
         near 1: l = 0 becomes log-odds of +inf, without a gradient. Log-odds of logits or of hidden
@@ -161,7 +161,7 @@ class Responses(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Responses after the checks: log-odds in the dtype of the sums, 0 where nothing counts."""
+    """Checked responses: log-odds in the dtype of the sums, 0 where nothing counts."""
 
     log_odds: Tensor
     kept: Tensor
@@ -172,25 +172,25 @@ class Rows(NamedTuple):
     lengths: Tensor  # (B,)
 
     def sum(self, x: Tensor) -> Tensor:
-        """(B,): the sum of per-token values of each response."""
+        """Returns the sum of per-token values of each response, (B,)."""
         x = torch.where(self.kept, x, 0)
         return x.sum(-1) if self.segments is None else _scatter_sum(x, self.segments, self.size)
 
     def token_mean(self, x: Tensor) -> Tensor:
-        """The mean of per-token values over all tokens of the batch."""
+        """Returns the mean of per-token values over all tokens of the batch."""
         return torch.where(self.kept, x, 0).sum() / self.tokens
 
     def sequence_mean(self, x: Tensor) -> Tensor:
-        """The mean over the responses that have tokens of one value for each."""
+        """Returns the mean of per-response values over the responses that have tokens."""
         return torch.where(self.lengths > 0, x, 0).sum() / self.sequences
 
     def logps(self, *, mean: bool = False) -> Tensor:
-        """(B,): S = log P of each response, or S / T, the log of its mean token probability."""
+        """Returns S = log P of each response, (B,), or S / T on request."""
         sums = self.sum(F.logsigmoid(self.log_odds))
         return sums / self.lengths.clamp(min=1) if mean else sums
 
     def logsumexp(self, x: Tensor) -> Tensor:
-        """(B,): log of the sum of e^x over each response; -inf without tokens."""
+        """Returns the log-sum-exp over each response, (B,); -inf without tokens."""
         x = torch.where(self.kept, x, float("-inf"))
         if self.segments is None:
             top = x.detach().amax(-1) if x.shape[-1] else x.new_zeros(self.size)
@@ -251,7 +251,7 @@ def sequence_logps(responses: Responses) -> Tensor:
 
 
 def checked(name: str, responses: Responses) -> Rows:
-    """One argument, by name, checked and in its common form; only an unknown B reads a device."""
+    """Checks one argument and returns its rows; reads the device only for an unknown B."""
     if not isinstance(responses, Responses):
         raise TypeError(f"{name}: expected Responses, got {type(responses).__name__}")
     log_odds, mask, segments, size, tokens, sequences = responses
@@ -285,7 +285,7 @@ def checked(name: str, responses: Responses) -> Rows:
 
 
 def accumulated(name: str, log_odds: Tensor) -> Tensor:
-    """Log-odds in the dtype that sums are made in."""
+    """Converts log-odds to the dtype in which sums are made."""
     if not isinstance(log_odds, Tensor) or log_odds.dtype not in _FLOATS:
         got = log_odds.dtype if isinstance(log_odds, Tensor) else type(log_odds).__name__
         raise TypeError(f"{name}: expected float32, float64, bfloat16 or float16, got {got}")
@@ -293,7 +293,7 @@ def accumulated(name: str, log_odds: Tensor) -> Tensor:
 
 
 def _like(name: str, value: Tensor, dtype: torch.dtype, log_odds: Tensor, dim: int) -> None:
-    """Raises unless a tensor has a dtype, and the log-odds its shape, device and dimensions."""
+    """Raises unless a tensor has a dtype, and the shape, device and rank of the log-odds."""
     if not isinstance(value, Tensor) or value.dtype != dtype:
         got = value.dtype if isinstance(value, Tensor) else type(value).__name__
         hint = _OTHER_WAY.get((dtype, got), "")
@@ -309,7 +309,7 @@ def _like(name: str, value: Tensor, dtype: torch.dtype, log_odds: Tensor, dim: i
 
 
 def _divisor(name: str, total: int | Tensor | None, counted: Tensor) -> int | Tensor:
-    """What a mean divides by; at least 1, so that nothing counted gives 0 and never NaN."""
+    """Returns the divisor of a mean, at least 1, so that nothing counted gives 0 and not NaN."""
     if total is None:
         return counted.sum().clamp(min=1)
     if isinstance(total, Tensor):
@@ -326,5 +326,5 @@ def _divisor(name: str, total: int | Tensor | None, counted: Tensor) -> int | Te
 
 
 def _scatter_sum(x: Tensor, ids: Tensor, size: int) -> Tensor:
-    """(size,): sums of x by id."""
+    """Returns the sums of x by id, (size,)."""
     return x.new_zeros(size).index_add(0, ids, x)

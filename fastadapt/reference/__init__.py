@@ -1,4 +1,4 @@
-"""PyTorch references of the public functions: the same names, signatures and results, no kernel.
+"""PyTorch references of the public functions: same names, signatures and results, no kernels.
 
 The rule for float32, bfloat16 and float16 logits is made of integers, so that sums do not depend
 on their order and every implementation decides alike, bit for bit:
@@ -237,12 +237,12 @@ def adapted_logps(
 
 
 def _fold(logits: Tensor) -> Tensor:
-    """(..., V) as (N, V)."""
+    """Reshapes (..., V) to (N, V)."""
     return logits.reshape(-1, logits.shape[-1])
 
 
 def _log_ratio(distribution: Distribution, tokens: Tensor, log_mass: Tensor) -> Tensor:
-    """s_y - m - log mass, float64 inside, float32 (N,) outside."""
+    """Returns s_y - m - log mass, float32 (N,), computed in float64."""
     y = tokens.clamp(0, distribution.v - 1)[:, None]
     return (
         (distribution.s.gather(1, y).double() - distribution.m.double())[:, 0] - log_mass

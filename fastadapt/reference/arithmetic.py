@@ -1,4 +1,4 @@
-"""The specified arithmetic of the integer rule: masses, logarithm, exponential, Philox.
+"""The arithmetic of the sampling rule: masses, logarithm, exponential, Philox.
 
 Every operation is rounded separately, so that each implementation computes the same bits.
 """
@@ -14,7 +14,7 @@ ROUND64 = 6755399441055744.0  # 1.5 * 2^52
 
 
 def masses(d: Tensor) -> tuple[Tensor, Tensor]:
-    """Integer masses and surprisal masses of float32 distances to the maximum.
+    """Returns integer masses and surprisal masses of float32 distances to the maximum.
 
     Args:
         d (Tensor): any shape, float32, <= 0 or -inf.
@@ -38,7 +38,7 @@ def masses(d: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def philox(seeds: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Two uint32 (as int64) of Philox4x32-10, Salmon et al. 2011: key = seed, counter = position.
+    """Returns two words of Philox4x32-10 (Salmon et al. 2011): key = seed, counter = position.
 
     Args:
         seeds (Tensor): (N,), int64, read as unsigned.
@@ -61,7 +61,7 @@ def philox(seeds: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def log64(value: Tensor) -> Tensor:
-    """ln of a positive normal float64: atanh series of (f - 1) / (f + 1), every step rounded."""
+    """Returns ln of a positive normal float64 by an atanh series, every step rounded."""
     bits = value.view(torch.int64)
     exponent = ((bits >> 52) & 0x7FF) - 1023
     mantissa = ((bits & 0xFFFFFFFFFFFFF) | (1023 << 52)).view(torch.float64)  # [1, 2)
@@ -77,7 +77,7 @@ def log64(value: Tensor) -> Tensor:
 
 
 def exp64(value: Tensor) -> Tensor:
-    """e^value for float64 in [-700, 700]: Taylor series after a shift by k ln 2, rounded steps."""
+    """Returns e^value for float64 in [-700, 700] by a Taylor series, every step rounded."""
     k = (value * 1.4426950408889634 + ROUND64) - ROUND64
     r = (value - k * LN2_HIGH) - k * LN2_LOW
     factorials = [1.0]

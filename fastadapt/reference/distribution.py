@@ -21,7 +21,7 @@ class Distribution:
     """The adapted distribution of each row: scaled logits, masses, ranking, survivors, status."""
 
     def __init__(self, x: Tensor, adaptor: Knobs | None, survivors: Tensor | None = None) -> None:
-        """Runs steps 1 to 4; `survivors` replaces the filters by a known support."""
+        """Runs steps 1 to 4 of the rule; `survivors` replaces the filters by a given support."""
         self.exact = x.dtype != torch.float64
         self.x = x.float() if self.exact else x
         self.n, self.v = x.shape
@@ -51,13 +51,13 @@ class Distribution:
             self.alive &= only_best | ~self.greedy
 
     def _knob(self, adaptor: Knobs | None, name: str, default: float) -> Tensor:
-        """A knob as float64 (N, 1)."""
+        """Returns a knob as float64 (N, 1)."""
         value = default if adaptor is None else getattr(adaptor, name)
         column = torch.as_tensor(value, dtype=torch.float64, device=self.x.device)
         return column.reshape(-1, 1).expand(self.n, 1)
 
     def _status(self, adaptor: Knobs | None) -> Tensor:
-        """The first failing condition of each row, uint8."""
+        """Returns the first failing condition of each row, uint8."""
         status = torch.where(self.m == float("-inf"), 3, 0)
         status = torch.where(self.m == float("inf"), 2, status)
         status = torch.where(self.s.isnan().any(-1, keepdim=True), 1, status)
@@ -66,7 +66,7 @@ class Distribution:
         return status[:, 0].to(torch.uint8)
 
     def _bad_knobs(self, adaptor: Knobs) -> Tensor:
-        """Rows with a knob out of range: only per-row tensors on CUDA can hold one."""
+        """Returns the rows with a knob out of range; only per-row tensors on CUDA can have one."""
         t = self.temperature
         bad = ~((t == 0) | ((t >= 1e-6) & (t <= torch.finfo(torch.float32).max)))
         bad |= ~(self._knob(adaptor, "top_k", 0) >= 0)
@@ -81,21 +81,21 @@ class Distribution:
         return bad
 
     def _probabilities(self) -> tuple[Tensor, Tensor]:
-        """The float64 counterparts of the masses, unnormalised."""
+        """Returns the float64 counterparts of the masses, not normalised."""
         w = self.d.exp()
         return w, torch.where(w > 0, w * -self.d, 0.0)
 
     def log(self, mass: Tensor) -> Tensor:
-        """ln(mass / unit), float64; for integers by the one specified polynomial."""
+        """Returns ln(mass / unit) in float64; for integers by the polynomial of the rule."""
         return log64(mass.double() / self.unit) if self.exact else mass.log()
 
     def entropy(self, alive: Tensor) -> Tensor:
-        """Entropy in nats of the distribution restricted to `alive`, float64 (N,)."""
+        """Returns the entropy in nats of the distribution restricted to `alive`, float64 (N,)."""
         z, u = (self.w * alive).sum(-1), (self.u * alive).sum(-1)
         return self.log(z) + u.double() / z.double()
 
     def fitted(self, dtype: torch.dtype) -> Tensor:
-        """Scaled logits that a dtype holds, those of survivors never as infinities.
+        """Returns scaled logits that fit a dtype; no survivor becomes infinite.
 
         In half precision a row is less by its maximum m where that is beyond the range of the
         dtype, or so low that others may be: the same distribution. What is still too low is the
@@ -108,7 +108,7 @@ class Distribution:
         return (self.s - torch.where(beyond, self.m, 0.0)).clamp(min=-most)
 
     def draw_target(self, seeds: Tensor, positions: Tensor, total: Tensor) -> Tensor:
-        """Step 5: floor(x * S / 2^64), x = x0 + 2^32 * x1; real for float64."""
+        """Returns floor(x * S / 2^64), x = x0 + 2^32 * x1 (step 5); not floored for float64."""
         x0, x1 = philox(seeds, positions)
         if not self.exact:
             return (x1.double() + x0.double() / 2.0**32) / 2.0**32 * total
@@ -120,37 +120,37 @@ class Distribution:
         return x1 * s1 + ((middle >> 32) & mask) + (cross >> 32)
 
     def _ceil(self, value: Tensor) -> Tensor:
-        """Integer thresholds round up; float64 ones stay."""
+        """Rounds integer thresholds up; leaves float64 ones."""
         return value.ceil().to(torch.int64) if self.exact else value
 
     def _sums(self) -> list[Tensor]:
-        """Z and U of the survivors, (N, 1)."""
+        """Returns Z and U of the survivors, (N, 1)."""
         return [(a * self.alive).sum(-1, keepdim=True) for a in (self.w, self.u)]
 
     def _before(self, order: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Survivors in `order`: which there are, how many up to each, and the mass before each."""
+        """Returns the survivors in `order`, their running count, and the mass before each."""
         there = self.alive.gather(1, order)
         mass = self.w.gather(1, order) * there
         return there, there.cumsum(-1), mass.cumsum(-1) - mass
 
     def _in_place(self, order: Tensor, chosen: Tensor) -> Tensor:
-        """A mask given in `order`, by token id."""
+        """Moves a mask given in `order` back to token ids."""
         return torch.zeros_like(chosen).scatter(1, order, chosen)
 
     def _smallest(self, value: Tensor, order: Tensor, chosen: Tensor) -> Tensor:
-        """The smallest value among the chosen ones, (N, 1)."""
+        """Returns the smallest value among the masked ones, (N, 1)."""
         inf = float("inf")
         return torch.where(chosen, value.gather(1, order), inf).amin(-1, keepdim=True)
 
     def _top_k(self, k: Tensor) -> Tensor:
-        """Survivors with s >= the k'-th largest; ties stay."""
+        """Keeps survivors with s >= the k'-th largest; ties stay."""
         there, count, _ = self._before(self.ranking)
         limit = torch.maximum(k, self.keep)
         threshold = self._smallest(self.s, self.ranking, there & (count <= limit))
         return (self.s >= threshold) | (k == 0)
 
     def _targets(self, part: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-        """A part of Z as heavy and as light tokens must stay below it."""
+        """Returns the threshold of a share of Z for heavy and for light tokens."""
         return self._ceil(part * z.double() * NEARLY), self._ceil(part * z.double() * ALMOST)
 
     def _is_heavy(self, mass: Tensor, z: Tensor) -> Tensor:
@@ -158,7 +158,7 @@ class Distribution:
         return mass >= ((z + 1023) >> 10 if self.exact else z / 1024)
 
     def _top_p(self, p: Tensor) -> Tensor:
-        """Survivors before which, in rank order, there is less mass than p Z, nearly."""
+        """Keeps survivors with less mass than about p Z before them, in rank order."""
         there, count, before = self._before(self.ranking)
         z = self._sums()[0]
         least, most = self._targets(p, z)
@@ -167,7 +167,7 @@ class Distribution:
         return self._in_place(self.ranking, kept) | (p == 1)
 
     def _min_p(self, min_p: Tensor) -> Tensor:
-        """Survivors with w >= f32(min_p) max w, nearly, and the best-ranked `keep`."""
+        """Keeps survivors with w >= about f32(min_p) max w, and the best-ranked `keep`."""
         there, count, _ = self._before(self.ranking)
         top = (self.w * self.alive).amax(-1, keepdim=True)
         kept = self.w >= self._ceil(min_p.float().double() * top.double() * NEARLY)
@@ -175,7 +175,7 @@ class Distribution:
         return kept | best | (min_p == 0)
 
     def _typical_p(self, tau: Tensor) -> Tensor:
-        """The nearest to the entropy, up to mass tau; the equally near are as one token."""
+        """Keeps the tokens nearest to the entropy, up to mass tau; equally near ones together."""
         z, u = self._sums()
         centre = (u.double() / z.double()).to(self.d.dtype)
         kappa = torch.where(self.alive, (self.d + centre).abs(), float("inf"))
@@ -190,22 +190,22 @@ class Distribution:
         return nearest | first | (tau == 1)
 
     def _radius(self, kappa: Tensor, chosen: Tensor) -> Tensor:
-        """The largest distance among the chosen tokens, (N, 1)."""
+        """Returns the largest distance among the masked tokens, (N, 1)."""
         return torch.where(chosen, kappa, -1.0).amax(-1, keepdim=True)
 
     def _at_least(self, cutoff: Tensor) -> Tensor:
-        """Survivors with w >= cutoff Z, nearly, or s >= the keep-th largest."""
+        """Keeps survivors with w >= about cutoff Z, or s >= the keep-th largest."""
         there, count, _ = self._before(self.ranking)
         z = self._sums()[0]
         threshold = self._smallest(self.s, self.ranking, there & (count <= self.keep))
         return (self.w >= self._ceil(cutoff * z.double() * NEARLY)) | (self.s >= threshold)
 
     def _epsilon_cutoff(self, epsilon: Tensor) -> Tensor:
-        """Survivors of probability >= epsilon."""
+        """Keeps survivors of probability >= epsilon."""
         return self._at_least(epsilon) | (epsilon == 0)
 
     def _eta_cutoff(self, eta: Tensor) -> Tensor:
-        """Survivors of probability >= min(eta, sqrt(eta) e^-H)."""
+        """Keeps survivors of probability >= min(eta, sqrt(eta) e^-H)."""
         minus_h = -self.entropy(self.alive)[:, None]
         decay = exp64(minus_h) if self.exact else minus_h.exp()
         return self._at_least(torch.minimum(eta, eta.sqrt() * decay)) | (eta == 0)

@@ -1,4 +1,4 @@
-"""References of the log-odds operators: the whole logits, masked logsumexp, autograd."""
+"""References of the log-odds operators: full logits, masked logsumexp, autograd."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -93,7 +93,7 @@ def linear_log_odds(
 
 
 def _gathered(mine: Tensor, group: "ProcessGroup") -> Tensor:
-    """All slices in the order of the ranks; of this rank's own, the gradient is its slice's."""
+    """Gathers all slices in the order of the ranks; this rank's slice keeps its gradient."""
     import torch.distributed as dist
 
     ranks = dist.get_world_size(group)

@@ -1,4 +1,4 @@
-"""References of the losses: float64 probabilities, one response after the other, in plain loops.
+"""References of the losses: float64 probabilities, one response after another, plain loops.
 
 Nothing here is written for speed or for lower precision: log-odds become the two
 probabilities `softmax([m, 0])`, that of the label and that of all else, which neither rounds to 1.
@@ -222,29 +222,29 @@ def dpo_loss(
 
 
 def _dtype(log_odds: Tensor) -> torch.dtype:
-    """That of the results."""
+    """Returns the dtype of the results."""
     return torch.float64 if log_odds.dtype == torch.float64 else torch.float32
 
 
 def _probabilities(log_odds: Tensor) -> tuple[Tensor, Tensor]:
-    """(p, 1 - p)."""
+    """Returns p and 1 - p."""
     p, rest = torch.stack([log_odds.double(), torch.zeros_like(log_odds.double())]).softmax(0)
     return p, rest
 
 
 def _log(p: Tensor, rest: Tensor) -> Tensor:
-    """log p, from 1 - p where p is near 1."""
+    """Returns log p, from 1 - p where p is near 1."""
     return torch.where(p > 0.5, torch.log1p(-rest.clamp(max=0.75)), p.log())
 
 
 def _miss(p: Tensor, rest: Tensor) -> Tensor:
-    """1 - Π p as the probability that some token is missed: (1-p_1) + p_1 (1-p_2) + ..."""
+    """Returns 1 - Π p as the probability of missing some token: (1-p_1) + p_1 (1-p_2) + ..."""
     before = torch.cat([p.new_ones(1), p.cumprod(0)])[: len(p)]
     return (before * rest).sum() if len(p) else p.new_ones(())
 
 
 def _each(side: Side) -> list[Tensor]:
-    """The log-odds of each response, in the order of its tokens."""
+    """Returns the log-odds of each response, in the order of its tokens."""
     if side.segments is None:
         return [m[kept] for m, kept in zip(side.log_odds, side.mask, strict=True)]
     size = side.num_segments
@@ -254,23 +254,23 @@ def _each(side: Side) -> list[Tensor]:
 
 
 def _tokens(side: Side) -> float:
-    """What a mean over tokens divides by."""
+    """Returns the divisor of a mean over tokens."""
     count = sum(map(len, _each(side))) if side.total_tokens is None else side.total_tokens
     return max(float(count), 1.0)
 
 
 def _sequences(side: Side) -> float:
-    """What a mean over responses divides by."""
+    """Returns the divisor of a mean over responses."""
     count = side.total_sequences
     return max(float(sum(len(m) > 0 for m in _each(side)) if count is None else count), 1.0)
 
 
 def _zero(side: Side) -> Tensor:
-    """0 with a graph."""
+    """Returns 0 with a graph."""
     log_odds: Tensor = side.log_odds
     return log_odds.flatten()[:0].double().sum()
 
 
 def _stack(values: list[Tensor], like: Tensor) -> Tensor:
-    """(B,), also for B = 0."""
+    """Stacks values to (B,), also for B = 0."""
     return torch.stack(values) if values else like.new_zeros(0)

@@ -1,4 +1,4 @@
-"""Two studies on the public functions: `tradeoff` and `gradients`."""
+"""Two studies built on the public functions: `tradeoff` and `gradients`."""
 
 from importlib import import_module
 from typing import Any
@@ -7,7 +7,7 @@ _SUBMODULES = ("gradients", "tradeoff")
 
 
 def __getattr__(name: str) -> Any:
-    """Loads a study when it is touched."""
+    """Imports a study on first use."""
     if name not in _SUBMODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return import_module(f"{__name__}.{name}")

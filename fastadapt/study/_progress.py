@@ -1,4 +1,4 @@
-"""Bars that show how much of a command or a benchmark is done; imports rich and no model."""
+"""Progress bars of the commands and benchmarks; imports rich and no model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rich.progress import (
 
 
 def progress_bar(console: Console, *, auto_refresh: bool) -> Progress:
-    """Return a progress display; without automatic refresh no thread runs beside a timing."""
+    """Returns a progress display; without automatic refresh no thread disturbs a timing."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -33,7 +33,7 @@ def progress_bar(console: Console, *, auto_refresh: bool) -> Progress:
 
 
 def stepper(bar: Progress, description: str, total: int) -> Callable[[], None]:
-    """Add a task to a display and return what advances it, drawing it five times a second."""
+    """Adds a task to a display and returns a function that advances it."""
     task = bar.add_task(description, total=total)
     drawn = 0.0
 
@@ -49,7 +49,7 @@ def stepper(bar: Progress, description: str, total: int) -> Callable[[], None]:
 
 @contextlib.contextmanager
 def phases() -> Iterator[Callable[[str, int, int], None]]:
-    """Yields a function that shows how much of a phase is done, a bar each: name, done, total."""
+    """Yields a function that reports the progress of a phase by name, done and total."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     tasks: dict[str, TaskID] = {}
     with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as bar:

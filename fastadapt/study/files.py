@@ -1,4 +1,4 @@
-"""Files of a study that are there whole or not at all."""
+"""Writes the files of a study atomically."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pathlib import Path
 
 
 class StorageError(OSError):
-    """A file could not be written; those before it are kept."""
+    """A file could not be written; earlier files are kept."""
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Writes a file beside its place and moves it there, so that no reader meets half of one.
+    """Writes a file atomically: beside its place, then moved there.
 
     Args:
         path: where the file shall be; its folder is made if it is missing.
@@ -41,7 +41,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def _free_space(folder: Path) -> str:
-    """How much room the disk has, where it can be told."""
+    """Describes the free space of the disk, if known."""
     try:
         return f" ({shutil.disk_usage(folder).free / 2**20:.0f} MiB free)"
     except OSError:

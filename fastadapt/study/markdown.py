@@ -1,4 +1,4 @@
-"""Pieces of Markdown that the studies' reports are made of: numbers, paragraphs, lists, tables."""
+"""Pieces of Markdown for the studies' reports: numbers, paragraphs, lists, tables."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ Estimate = Sequence[float | None]
 
 
 def sign(found: Estimate) -> str:
-    """Says in words what an interval says of a sign."""
+    """Describes what an interval says about a sign."""
     value, low, high = (float("nan") if v is None else v for v in found)
     if value != value:  # NaN
         return "not defined"
@@ -19,27 +19,27 @@ def sign(found: Estimate) -> str:
 
 
 def shown(found: Estimate, digits: int = 2) -> str:
-    """An estimate with its interval."""
+    """Formats an estimate with its interval."""
     value, low, high = (number(one, digits) for one in found)
     return value if value == "–" else f"{value} [{low}, {high}]"
 
 
 def number(value: float | None, digits: int = 2) -> str:
-    """A number, or a dash where there is none."""
+    """Formats a number, a dash for none."""
     return "–" if value is None or value != value else f"{value:.{digits}f}".replace("-", "−")
 
 
 def flow(text: str) -> str:
-    """A paragraph of lines that fit 100 characters, indented or not."""
+    """Wraps a paragraph to 100 characters, indented or not."""
     return textwrap.fill(" ".join(text.split()), 98, break_long_words=False, break_on_hyphens=False)
 
 
 def listed(items: Sequence[str]) -> str:
-    """A list of paragraphs."""
+    """Formats paragraphs as a list."""
     return "\n".join("- " + flow(item).replace("\n", "\n  ") for item in items)
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
+    """Formats a table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

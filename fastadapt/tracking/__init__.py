@@ -1,4 +1,4 @@
-"""What a step does to the chosen and the rejected responses, watched while a model trains."""
+"""Tracks what training steps do to the chosen and the rejected responses."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ __dir__ = __all__.copy  # what is not public is not listed
 
 
 def __getattr__(name: str) -> Any:
-    """Loads the callback when it is asked for: it needs transformers."""
+    """Imports the callback on first use, since it needs transformers."""
     if name != "TrackerCallback":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:

@@ -1,4 +1,4 @@
-"""The tracker in transformers' `Trainer`."""
+"""A callback that runs the tracker in transformers' `Trainer`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fastadapt.tracking.tracker import RewardPenalizeTracker
 
 
 class TrackerCallback(TrainerCallback):
-    """Attaches a tracker for the time of a training run and numbers its records.
+    """Attaches a tracker during a training run and numbers its records.
 
     The objective of the tracker is what the trainer's loss calls, in `compute_loss_func` or in an
     overridden `compute_loss`. Steps are those of the optimizer: of the micro-batches of a step that
@@ -40,7 +40,6 @@ class TrackerCallback(TrainerCallback):
     """
 
     def __init__(self, tracker: RewardPenalizeTracker) -> None:
-        """Keeps the tracker."""
         self.tracker = tracker
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -49,7 +48,7 @@ class TrackerCallback(TrainerCallback):
         self.tracker.attach()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Says which step begins."""
+        """Tells the tracker which step begins."""
         self.tracker.at_step(state.global_step)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

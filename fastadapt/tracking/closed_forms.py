@@ -1,4 +1,4 @@
-"""The closed forms behind `analytic_gradients`: ∂L/∂l of every loss, and ∂L/∂m where stabler.
+"""The closed forms behind `analytic_gradients`: ∂L/∂l of every loss, ∂L/∂m where stabler.
 
 Notation as in `fastadapt.losses.formulas`; all is float64 and nothing is differentiated.
 """
@@ -17,14 +17,14 @@ from fastadapt.losses.responses import Rows
 
 
 class Slopes(NamedTuple):
-    """∂L/∂l and ∂L/∂m of a side; log-odds None: (1 - p) times the other."""
+    """∂L/∂l and ∂L/∂m of a side; without the latter, it is (1 - p) times the former."""
 
     logp: Tensor
     log_odds: Tensor | None = None
 
 
 class Inputs(NamedTuple):
-    """What the closed forms read."""
+    """The inputs of the closed forms."""
 
     chosen: Rows
     rejected: Rows | None
@@ -35,24 +35,24 @@ class Inputs(NamedTuple):
 
 
 def _per_token(rows: Rows, x: Tensor) -> Tensor:
-    """Values (B,) of responses at each of their tokens."""
+    """Repeats values of responses, (B,), at each of their tokens."""
     return x[:, None] if rows.segments is None else x[rows.segments]
 
 
 def _rejected(x: Inputs) -> Rows:
-    """The rejected side; the objective has made sure that it is there."""
+    """Returns the rejected side, which the objective has checked to be there."""
     assert x.rejected is not None
     return x.rejected
 
 
 def _mle(x: Inputs, *, reduction: str = "token_mean") -> dict[str, Slopes]:
-    """-1/N, or -1/B."""
+    """Returns -1/N, or -1/B."""
     divisor = x.chosen.tokens if reduction == "token_mean" else x.chosen.sequences
     return {"chosen": Slopes(torch.full_like(x.chosen.log_odds, -1.0) / divisor)}
 
 
 def _unlikelihood_penalty(x: Inputs, *, level: str = "token") -> dict[str, Slopes]:
-    """p/(1-p) per token, P/(1-P) per response or e^S̄/(1-e^S̄)."""
+    """Returns p/(1-p) per token, P/(1-P) per response, or e^S̄/(1-e^S̄)."""
     b = _rejected(x)
     if level == "token":
         return {
@@ -66,14 +66,14 @@ def _unlikelihood_penalty(x: Inputs, *, level: str = "token") -> dict[str, Slope
 
 
 def _candidate_penalty(x: Inputs) -> dict[str, Slopes]:
-    """p_c/(1-p_c) at each candidate."""
+    """Returns p_c/(1-p_c) at each candidate."""
     assert x.candidates is not None
     m, n = x.candidates, x.chosen.tokens
     return {"candidates": Slopes(m.exp() / n, torch.sigmoid(m) / n)}
 
 
 def _exmate_penalty(x: Inputs, *, norm: str = "sequence_mean") -> dict[str, Slopes]:
-    """The probability that the penalty is."""
+    """Returns the probability that the penalty equals."""
     b = _rejected(x)
     if norm == "token":
         return {"rejected": Slopes(torch.sigmoid(b.log_odds) / b.tokens)}
@@ -87,13 +87,13 @@ def _exmate_penalty(x: Inputs, *, norm: str = "sequence_mean") -> dict[str, Slop
 
 
 def _mate_penalty(x: Inputs) -> dict[str, Slopes]:
-    """1/N, whatever p is."""
+    """Returns 1/N, whatever p is."""
     b = _rejected(x)
     return {"rejected": Slopes(torch.ones_like(b.log_odds) / b.tokens)}
 
 
 def _with_mle(penalty: Callable[..., dict[str, Slopes]]) -> Callable[..., dict[str, Slopes]]:
-    """MLE and a coefficient times a penalty."""
+    """Adds MLE and a coefficient times a penalty."""
 
     def total(x: Inputs, *, coefficient: float = 1.0, **options: Any) -> dict[str, Slopes]:
         (slopes,) = penalty(x, **options).values()
@@ -111,7 +111,7 @@ def _dpo(
     label_smoothing: float = 0.0,
     length_normalized: bool = False,
 ) -> dict[str, Slopes]:
-    """-k on the chosen response and k on the rejected one, each over its T where normalised."""
+    """Returns -k on the chosen and k on the rejected response, over T if length-normalised."""
     g, b = x.chosen, _rejected(x)
     gap = log_ratios("ref_chosen_logps", g, x.refs[0], mean=length_normalized)
     gap = gap - log_ratios("ref_rejected_logps", b, x.refs[1], mean=length_normalized)

@@ -1,4 +1,4 @@
-"""What one step on the head of a model does to each response: predicted from inner products.
+"""What one step on a model's head does to each response, predicted from inner products.
 
 The gradients of a head's label log-probabilities are outer products,
 `∂l_t/∂W = d_t ⊗ h_t` with `d_t = (onehot(y_t) - s_t) dz/dx`, so that
@@ -44,7 +44,7 @@ class Displacement(NamedTuple):
 
     @property
     def flagged(self) -> Tensor:
-        """(B,), bool: ρ > 1, the pairs whose both probabilities a small step of DPO lowers.
+        """(B,), bool; ρ > 1, where a small step of DPO lowers both probabilities.
 
         DPO steps along k (∇S⁺ - ∇S⁻), so ΔS⁺ = ηk ‖∇S⁺‖² (1 - ρ), negative for ρ > 1; by Cauchy and
         Schwarz ‖∇S⁻‖² >= ρ ⟨∇S⁺, ∇S⁻⟩, so that ΔS⁻ = ηk (⟨∇S⁺, ∇S⁻⟩ - ‖∇S⁻‖²) is negative too.
@@ -80,7 +80,7 @@ def token_products(
 
 
 def _products(hidden: Tensor, labels: Tensor, head: Head, groups: list[Tensor]) -> list[Tensor]:
-    """The same, in the dtype of the head."""
+    """Computes these products in the dtype of the head."""
     _, lse = linear_log_odds(
         hidden,
         head.weight,
@@ -148,7 +148,7 @@ def displacement(hidden: Tensor, labels: Tensor, head: Head) -> Displacement:
 
 
 def predicted_change(products: Tensor, slopes: Tensor, step: float = 1.0) -> Tensor:
-    """Returns the change of each token's log-probability by one step of gradient descent.
+    """Returns the change of each token's log-probability by one gradient-descent step.
 
     To first order in the step: Δl_t = -η Σ_u ⟨∇l_t, ∇l_u⟩ ∂L/∂l_u. The change of log P of a
     response is the sum over its tokens.

@@ -1,4 +1,4 @@
-"""The gradients of every loss in closed form, and their check by autograd and differences.
+"""The gradients of every loss in closed form.
 
 A loss depends on the logits through the log-odds m_t of the labels alone, so three numbers per
 token say all of it: ∂L/∂p_t, ∂L/∂l_t and ∂L/∂m_t, p = σ(m) and l = log p. The row of logits then
@@ -122,7 +122,7 @@ def gradients_of(
     inputs: Inputs,
     sum_squares: Mapping[str, Tensor] | None = None,
 ) -> dict[str, SideGradients]:
-    """Returns what `analytic_gradients` does, of inputs that have been checked."""
+    """Returns what `analytic_gradients` does, for inputs that are checked already."""
     sides = {"chosen": (inputs.chosen.log_odds, inputs.chosen.kept)}
     if inputs.rejected is not None:
         sides["rejected"] = (inputs.rejected.log_odds, inputs.rejected.kept)
@@ -141,7 +141,7 @@ def gradients_of(
 
 
 def loss_value(objective: RewardPenalizeLoss, inputs: Mapping[str, Any]) -> Tensor:
-    """Returns the loss of an objective without its metrics, which cost more than small losses.
+    """Returns the loss of an objective without its metrics.
 
     Args:
         objective: weights and options.
@@ -162,7 +162,7 @@ def options_of(objective: RewardPenalizeLoss, name: str) -> dict[str, Any]:
 
 
 def as_objective(loss: Loss, options: Mapping[str, Any]) -> RewardPenalizeLoss:
-    """Returns whatever names a loss as an objective."""
+    """Returns an objective for a name, a mapping of weights or an objective."""
     if isinstance(loss, RewardPenalizeLoss):
         if options:
             raise ValueError(f"options: expected none beside an objective, got {sorted(options)}")
@@ -171,12 +171,12 @@ def as_objective(loss: Loss, options: Mapping[str, Any]) -> RewardPenalizeLoss:
 
 
 def _wide(side: Responses) -> Responses:
-    """A side whose closed forms are float64."""
+    """Converts a side to float64."""
     return side._replace(log_odds=side.log_odds.detach().double())
 
 
 def _log_odds_slope(slopes: Slopes, m: Tensor) -> Tensor:
-    """∂L/∂m from ∂L/∂l; 0 where 1 - p has underflowed."""
+    """Returns ∂L/∂m from ∂L/∂l; 0 where 1 - p has underflowed."""
     if slopes.log_odds is not None:
         return slopes.log_odds
     rest = torch.sigmoid(-m)
@@ -186,7 +186,7 @@ def _log_odds_slope(slopes: Slopes, m: Tensor) -> Tensor:
 def _side(
     side: str, at: tuple[Tensor, Tensor], slopes: tuple[Tensor, Tensor], squares: Tensor | None
 ) -> SideGradients:
-    """Slopes with their norms, 0 where nothing counts."""
+    """Adds norms to the slopes of a side, 0 where nothing counts."""
     m, kept = at
     p = torch.sigmoid(m)
     logp, log_odds = (torch.where(kept, x.expand_as(m), 0.0) for x in slopes)

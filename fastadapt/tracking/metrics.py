@@ -1,4 +1,4 @@
-"""The numbers of a tracker's record, from log-odds, slopes and tokens."""
+"""The numbers in a tracker's record, from log-odds, slopes and tokens."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def cell_metrics(
     batch: PairBatch | None,
     cross: tuple[Responses, Responses] | None,
 ) -> Row:
-    """Returns the four cells with their quantiles, the margin and the accuracy.
+    """Returns the four cells with quantiles, the margin and the accuracy.
 
     Args:
         chosen: (x⁺, y⁺).
@@ -70,7 +70,7 @@ def cell_metrics(
 
 
 def cells_coincide(batch: PairBatch) -> bool:
-    """Returns whether the cells that a step does not compute equal those that it does."""
+    """Whether the cells that a step does not compute equal those that it does."""
     return _same_prompts(batch) or _same_responses(batch)
 
 
@@ -111,7 +111,7 @@ def loss_metrics(
 
 
 def rho_metrics(found: Displacement) -> Row:
-    """Returns the median and the largest ρ, how many are above 1, and of how many."""
+    """Returns the median and the largest ρ, how many are above 1, and how many there are."""
     rho = found.rho[found.rho.isfinite()]
     return {
         "rho/median": float(rho.median()) if len(rho) else None,
@@ -169,7 +169,7 @@ def gradient_mass(
 
 
 def _weights(objective: RewardPenalizeLoss, x: Inputs) -> Row:
-    """What each loss multiplies the gradients of its rejected side with."""
+    """Returns the factors of each loss on the gradients of its rejected side."""
     assert x.rejected is not None
     row: Row = {}
     for name in objective.weights:
@@ -190,7 +190,7 @@ def _weights(objective: RewardPenalizeLoss, x: Inputs) -> Row:
 
 
 def _exmate_probability(rejected: Rows, norm: str) -> Tensor:
-    """The mean of the probabilities that ExMATE weighs with."""
+    """Returns the mean of the probabilities by which ExMATE weighs."""
     if norm == "token":
         return rejected.token_mean(F.logsigmoid(rejected.log_odds).exp())
     if norm == "batch_token_mean":
@@ -217,7 +217,7 @@ def _same_responses(batch: PairBatch) -> bool:
 
 
 def _spread(name: str, values: Tensor | None) -> Row:
-    """The mean and the quantiles, or None of each."""
+    """Returns the mean and the quantiles, or None for each."""
     if values is None or not len(values):
         return {name: None, **{f"{name}/{q}": None for q in QUANTILES}}
     values = values.double()

@@ -1,4 +1,4 @@
-"""Pairs whose two responses may stand in different contexts, and their four cells as tokens."""
+"""Pairs whose responses may have different contexts, and their four cells as tokens."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class ContextPair(NamedTuple):
 
 
 def pairs_of_kind(kind: str, pairs: Sequence[Pair]) -> list[ContextPair]:
-    """Returns preference pairs as pairs of one kind of likeness between the two sides.
+    """Returns preference pairs rearranged: which of prompt and response the sides share.
 
     - "same-prompt": as they are, x⁺ = x⁻; preference data.
     - "same-response": y⁻ = y⁺, the chosen response under the prompt of the next pair; a true
@@ -62,7 +62,7 @@ def encode_contexts(
     max_length: int | None = None,
     chat: bool = False,
 ) -> PairBatch:
-    """Returns pairs as a batch, the responses each in its own context.
+    """Returns pairs as a batch, each response in its own context.
 
     Args:
         tokenizer: as in `encode_pairs`, and so the others.
@@ -122,7 +122,7 @@ def shared_rows(batch: PairBatch) -> torch.Tensor:
 
 
 def _parts(batch: PairBatch, i: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens of the prompt and of the response of a sequence."""
+    """Returns the tokens of the prompt and of the response of a sequence."""
     places = batch.mask[i].nonzero()[:, 0] + 1
     if not len(places):
         raise ValueError(f"batch: expected a response in each sequence, got none in {i}")
@@ -133,7 +133,7 @@ def _parts(batch: PairBatch, i: int) -> tuple[torch.Tensor, torch.Tensor]:
 def pairs_that_fit(
     tokenizer: Any, path: Path, count: int, max_length: int, *, least: int
 ) -> list[Pair]:
-    """Returns the first pairs of a file of which nothing has to be cut.
+    """Returns the first pairs of a file that fit without truncation.
 
     Args:
         tokenizer: as in `fitting`, and so the others.
@@ -155,7 +155,7 @@ def pairs_that_fit(
 
 
 def fitting(tokenizer: Any, pairs: Sequence[Pair], *, count: int, max_length: int) -> list[Pair]:
-    """Returns the first pairs of which nothing has to be cut, in the order of the file.
+    """Returns the first pairs that fit without truncation, in the order of the file.
 
     Args:
         tokenizer: as in `encode_pairs`.
@@ -175,7 +175,7 @@ def fitting(tokenizer: Any, pairs: Sequence[Pair], *, count: int, max_length: in
 
 
 def _padded(batch: PairBatch, length: int, fill: int) -> PairBatch:
-    """A batch with more padding on the right."""
+    """Pads a batch further on the right."""
     more = (0, length - batch.tokens.shape[1])
     return PairBatch(
         F.pad(batch.tokens, more, value=fill),

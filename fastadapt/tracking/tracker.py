@@ -1,4 +1,4 @@
-"""What happens to both sides of preference pairs while a model trains, seen without touching it.
+"""Tracks chosen and rejected responses during training, without changing the run.
 
 The tracker listens to two modules through forward hooks: the objective, whose arguments are the
 log-odds that the step has computed anyway, and the head of the model, which is called with the
@@ -36,7 +36,7 @@ T = TypeVar("T", bound="RewardPenalizeTracker")
 
 
 class RewardPenalizeTracker:
-    """Records, at an interval, what a training run does to chosen and to rejected responses.
+    """Records, at an interval, what training does to chosen and rejected responses.
 
     Examples:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -107,7 +107,6 @@ class RewardPenalizeTracker:
         extra_forwards: bool = False,
         log_odds_of: LogOddsOf = response_log_odds,
     ) -> None:
-        """See the class."""
         if interval < 1:
             raise ValueError(f"interval: expected at least 1, got {interval}")
         if extra_forwards and model is None:
@@ -127,16 +126,16 @@ class RewardPenalizeTracker:
         self._handles: list[Any] = []
 
     def __enter__(self: T) -> T:
-        """Begins to listen."""
+        """Attaches the tracker."""
         self.attach()
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Stops listening."""
+        """Detaches the tracker."""
         self.detach()
 
     def attach(self) -> None:
-        """Begins to listen to the objective and the model.
+        """Starts listening to the objective and the model.
 
         Raises:
             RuntimeError: it listens already.
@@ -152,24 +151,24 @@ class RewardPenalizeTracker:
             ]
 
     def detach(self) -> None:
-        """Stops listening; what was recorded stays."""
+        """Stops listening; the records stay."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
         self._hidden = self._returned = self._batch = None
 
     def watch(self, batches: Iterable[Batches]) -> Iterator[Batches]:
-        """Yields what it is given, and remembers each batch while its step is taken."""
+        """Yields the batches unchanged, and remembers each while its step is taken."""
         for item in batches:
             self.see(item[0])
             yield item
 
     def see(self, batch: PairBatch) -> None:
-        """Remembers the batch of the step that follows."""
+        """Remembers the batch of the next step."""
         self._batch = batch
 
     def at_step(self, step: int) -> None:
-        """Takes the number of the step from outside, from now on; `TrackerCallback` does that."""
+        """Sets the number of the step, which the caller counts from now on."""
         self._step, self._follows = step, True
 
     @property
@@ -178,19 +177,19 @@ class RewardPenalizeTracker:
         return self._step % self.interval == 0 and self._recorded != self._step
 
     def _on_body(self, body: Any, inputs: Any, output: Any) -> None:
-        """Keeps what the body returned in a step that is due."""
+        """Keeps the body's output in a step to be recorded."""
         if self._due and torch.is_grad_enabled():
             self._returned = output.last_hidden_state.detach()
 
     def _on_head(self, head: Any, inputs: tuple[Any, ...]) -> None:
-        """Keeps the hidden states of a step that is due."""
+        """Keeps the hidden states of a step to be recorded."""
         if self._due and torch.is_grad_enabled():
             self._hidden = inputs[0].detach()
 
     def _on_loss(
         self, objective: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
-        """Counts a call that builds a graph, and records it if it is due."""
+        """Counts a call that builds a graph, and records it if its turn has come."""
         loss = output[0]
         if not (torch.is_grad_enabled() and loss.requires_grad):
             return
@@ -203,7 +202,7 @@ class RewardPenalizeTracker:
             self._step += 1
 
     def _record(self, loss: float, inputs: dict[str, Any]) -> None:
-        """One record."""
+        """Adds one record."""
         chosen, rejected = (_detached(inputs.get(side)) for side in ("chosen", "rejected"))
         if chosen is None or rejected is None:
             raise ValueError("objective: expected calls with both sides, got one")
@@ -230,7 +229,7 @@ class RewardPenalizeTracker:
         self.records.append(row)
 
     def _displacement(self, batch: PairBatch | None) -> Displacement:
-        """ρ of the batch, from the hidden states that the step has made."""
+        """Returns ρ of the batch, from the hidden states of the step."""
         states = self._returned if self._hidden is None else self._hidden
         if batch is None or states is None:
             missing = "batch that was seen" if batch is None else "forward pass"
@@ -241,7 +240,7 @@ class RewardPenalizeTracker:
         return displacement(states[:, : batch.labels.shape[1]], batch.labels, head)
 
     def _cross(self, batch: PairBatch | None) -> tuple[Responses, Responses] | None:
-        """(x⁻, y⁺) and (x⁺, y⁻), in evaluation mode, if asked for."""
+        """Computes the cells (x⁻, y⁺) and (x⁺, y⁻) in evaluation mode, if asked for."""
         if not self._extra or batch is None or cells_coincide(batch):
             return None
         cross = cross_cells(batch)
@@ -250,12 +249,12 @@ class RewardPenalizeTracker:
 
 
 def _detached(side: Responses | None) -> Responses | None:
-    """The same without a graph."""
+    """Returns a side without its graph."""
     return None if side is None else side._replace(log_odds=side.log_odds.detach())
 
 
 def _per_pair(found: Displacement) -> Iterator[Row]:
-    """The numbers of each pair."""
+    """Yields the numbers of each pair."""
     columns = zip(
         found.rho.tolist(),
         found.chosen.tolist(),

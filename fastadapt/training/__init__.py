@@ -1,4 +1,4 @@
-"""Training a causal language model on pairs of responses: log-odds, losses and steps."""
+"""Training of a causal language model on pairs of responses: log-odds, losses and steps."""
 
 from importlib import import_module
 from typing import Any
@@ -39,7 +39,7 @@ _SUBMODULES = ("head", "head_check", "pairs", "pretrained")
 
 
 def __getattr__(name: str) -> Any:
-    """Loads a module of this folder when it is touched."""
+    """Imports a module of this package on first use."""
     if name not in _SUBMODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return import_module(f"{__name__}.{name}")

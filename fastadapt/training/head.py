@@ -1,4 +1,4 @@
-"""A model's head: found inside of what wraps it, and met by hooks inside of the model's forward."""
+"""A model's head: found inside wrappers, and reached by hooks in the model's forward."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ INSTEAD = "fastadapt.training.logits_log_odds is right for any model"
 
 
 class HeadError(ValueError):
-    """A model cannot be scored without its logits: the message says why, and what is right."""
+    """A model cannot be scored without its logits; the message says why and what to use."""
 
 
 class Head(NamedTuple):
@@ -36,7 +36,7 @@ class Head(NamedTuple):
 
 
 def causal_of(model: Any) -> Any:
-    """Returns the causal language model inside of wrappers: DDP, FSDP, an engine, peft.
+    """Returns the causal language model inside DDP, FSDP, an engine or peft.
 
     Raises:
         ValueError: a compiled model; its graph would not see the hooks that score the head's
@@ -54,7 +54,7 @@ def causal_of(model: Any) -> Any:
 
 
 def layer_of(model: Any) -> Any:
-    """Returns the head of a model: a module with a matrix of floating-point weights.
+    """Returns the head of a model, a module with a floating-point weight.
 
     Raises:
         ValueError: there is none; one with an adapter of its own, which a product with its matrix
@@ -80,7 +80,7 @@ def layer_of(model: Any) -> Any:
 
 
 def check_sharding(layer: Any) -> None:
-    """Raises where a sharded run takes a trained head away before the backward wants it."""
+    """Raises if sharded training frees a trained head before its backward."""
     from torch.distributed.fsdp import FSDPModule
 
     if not layer.weight.requires_grad or not torch.is_grad_enabled():
@@ -95,7 +95,7 @@ def check_sharding(layer: Any) -> None:
 
 
 def accepted(model: Any, **named: Any) -> dict[str, Any]:
-    """Returns those arguments that a model's forward takes."""
+    """Returns the arguments that a model's forward accepts."""
     parameters = inspect.signature(causal_of(model).forward).parameters
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return named
@@ -103,7 +103,7 @@ def accepted(model: Any, **named: Any) -> dict[str, Any]:
 
 
 def one_row(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the first row of a batch, or all of it where not every tensor has a row a sequence.
+    """Returns the first row of a batch, or all of it if some tensor has no row per sequence.
 
     Images and the like are counted by themselves, so that what belongs to a row cannot be told.
     """
@@ -116,7 +116,7 @@ def one_row(inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def before_head(layer: Any, meet: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Calls a function with the states that reach a head; the head reads what it returns."""
+    """Passes the states that reach a head through a function, within the block."""
 
     def on_call(_: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         if not arguments or not isinstance(arguments[0], Tensor):
@@ -133,7 +133,7 @@ def before_head(layer: Any, meet: Callable[[Tensor], Tensor]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode; afterwards each module's own mode and the generators are as before."""
+    """Puts a model into evaluation mode; modes and generators are restored afterwards."""
     modes = {module: module.training for module in model.modules()}
     devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
     try:
@@ -146,7 +146,7 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
 
 
 def without_positions(states: Tensor, weight: Tensor) -> Tensor:
-    """Returns the fewest states that a head of that weight can take."""
+    """Returns the fewest states that a head with this weight accepts."""
     if not isinstance(weight, DTensor):
         return states[..., :0, :].detach()
     # a split one takes neither plain tensors beside it nor none at all
@@ -154,7 +154,7 @@ def without_positions(states: Tensor, weight: Tensor) -> Tensor:
 
 
 def beside(states: Tensor, weight: Tensor) -> Tensor:
-    """Plain states as a weight that is split by vocabulary can meet them."""
+    """Prepares plain states for a weight that is split by vocabulary."""
     if not isinstance(weight, DTensor):
         return states
     mesh = weight.device_mesh
@@ -162,5 +162,5 @@ def beside(states: Tensor, weight: Tensor) -> Tensor:
 
 
 def _is_wrapped(weight: object) -> bool:
-    """Whether it is a tensor of other tensors, such as codes and scales."""
+    """Whether a tensor is made of others, such as codes and scales."""
     return is_traceable_wrapper_subclass(weight)

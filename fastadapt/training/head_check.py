@@ -1,4 +1,4 @@
-"""What a model makes of its head's products, asked of the model itself.
+"""What a model does to its head's products, found by running the model itself.
 
 Configurations do not say it: the same field multiplies in one architecture and divides in another,
 and a hook or a class of its own says nothing at all. So the model is asked, once: its own forward
@@ -40,7 +40,7 @@ _RECORD = "_fastadapt_head"
 
 
 class Answer(NamedTuple):
-    """What a model makes of its head's products.
+    """What a model does to its head's products.
 
     Attributes:
         width: of its vocabulary: the first rows of the weight.
@@ -58,7 +58,7 @@ class Answer(NamedTuple):
 
 
 class _Key(NamedTuple):
-    """What an answer holds for; another head, hook, number or type of product is asked anew."""
+    """What an answer depends on; if any of it changes, the model is asked again."""
 
     layer: Any
     forwards: tuple[Any, ...]
@@ -69,7 +69,7 @@ class _Key(NamedTuple):
 
 
 class _Seen(NamedTuple):
-    """What was seen of one forward."""
+    """What one forward showed."""
 
     states: list[Tensor]  # what the model gave its head, of the first row
     products: list[Tensor]  # (levels, V), of the states put there
@@ -101,7 +101,7 @@ def head_of(model: Any, inputs: Mapping[str, Any] | None = None) -> Head:
 
 
 def ask(model: Any, inputs: Mapping[str, Any] | None = None) -> Answer:
-    """Returns what a model makes of the products of its head, from the model itself.
+    """Finds what a model does to its head's products, from the model's own forward.
 
     The answer is kept with the model, under a private name of the instance: it lives as long as the
     model, is copied and saved with it, and no table outside needs to be looked after.
@@ -117,7 +117,7 @@ def ask(model: Any, inputs: Mapping[str, Any] | None = None) -> Answer:
 
 
 def read_head(model: Any, answer: Answer) -> Head:
-    """Returns a head with its weight as it is now, which sharded training changes."""
+    """Returns a head with its present weight, which sharded training changes."""
     causal = causal_of(model)
     layer, width = causal.get_output_embeddings(), answer.width
     weight, bias = layer.weight, getattr(layer, "bias", None)
@@ -130,7 +130,7 @@ def read_head(model: Any, answer: Answer) -> Head:
 
 
 def remembered(causal: Any, name: str, more: tuple[Any, ...], make: Callable[[], Answer]) -> Answer:
-    """Returns the answer that a model keeps under a name, made anew where its key has changed."""
+    """Returns an answer stored on the model, made again if its key has changed."""
     key = (_key(causal, causal.get_output_embeddings()), *more)
     record = causal.__dict__.get(name)
     if record is None or record[0] != key:
@@ -143,7 +143,7 @@ def remembered(causal: Any, name: str, more: tuple[Any, ...], make: Callable[[],
 def fitted(
     causal: Any, products: Tensor, logits: Tensor, offset: Tensor | None = None
 ) -> tuple[float | None, float] | None:
-    """Returns the cap and the factor that make a model's logits of products, if there are such."""
+    """Returns the cap and the factor between products and logits, None if none fit."""
     width = logits.shape[-1]
     if logits.shape[:-1] != products.shape[:-1] or width > products.shape[-1]:
         return None
@@ -153,7 +153,7 @@ def fitted(
 
 
 def known_states(states: Tensor, weight: Tensor) -> Tensor:
-    """(levels, H): the same on all processes, whatever the model computed from its inputs."""
+    """Returns states (levels, H) that are equal on all processes."""
     generator = torch.Generator().manual_seed(0)
     directions = torch.randn(len(LEVELS), weight.shape[1], generator=generator).to(states)
     sizes = whole(F.linear(beside(directions, weight), weight)).abs().amax(-1).double()
@@ -162,13 +162,13 @@ def known_states(states: Tensor, weight: Tensor) -> Tensor:
 
 
 def whole(x: Tensor) -> Tensor:
-    """All of a tensor that may be split over ranks."""
+    """Gathers a tensor that may be split over ranks."""
     whole: Tensor = x.full_tensor() if isinstance(x, DTensor) else x
     return whole
 
 
 def _key(causal: Any, layer: Any) -> _Key:
-    """What is looked at in every call."""
+    """Returns the key of the present call."""
     weight = layer.weight
     device = weight.device.type
     hooks = (
@@ -187,7 +187,7 @@ def _key(causal: Any, layer: Any) -> _Key:
 
 
 def _forward(model: Any, causal: Any, layer: Any, inputs: Mapping[str, Any] | None) -> _Seen:
-    """The model's own forward with known states before its head."""
+    """Runs the model's own forward with known states before its head."""
     offsets = _offsets_of(causal, layer)
     seen = _Seen([], [], [], [], {})
 
@@ -229,7 +229,7 @@ def _forward(model: Any, causal: Any, layer: Any, inputs: Mapping[str, Any] | No
 
 
 def _answer(causal: Any, layer: Any, seen: _Seen) -> Answer:
-    """What was seen, as a shape."""
+    """Turns what a forward showed into an answer."""
     name = type(causal).__name__
     if len(seen.states) != 1:
         times = {0: "never calls it", 2: "calls it twice"}.get(len(seen.states), "calls it often")
@@ -251,7 +251,7 @@ def _answer(causal: Any, layer: Any, seen: _Seen) -> Answer:
 
 
 def _offsets_of(causal: Any, layer: Any) -> dict[str, Tensor]:
-    """Tensors of the size of the vocabulary that a model may add to its head's products."""
+    """Returns vectors of vocabulary size that a model may add to its head's products."""
     size, own = layer.weight.shape[0], getattr(layer, "bias", None)
     return {
         name: x
@@ -263,7 +263,7 @@ def _offsets_of(causal: Any, layer: Any) -> dict[str, Tensor]:
 
 @contextlib.contextmanager
 def _visible(offsets: Mapping[str, Tensor]) -> Iterator[None]:
-    """Offsets that are still 0 are not, for a while, so that a forward shows what it adds."""
+    """Makes offsets of 0 non-zero within the block, so that a forward shows them."""
     hidden = {name: x.clone() for name, x in offsets.items() if not bool(x.any())}
     try:
         for name, x in hidden.items():
@@ -276,7 +276,7 @@ def _visible(offsets: Mapping[str, Tensor]) -> Iterator[None]:
 
 
 def _a_few_tokens(causal: Any) -> dict[str, Any]:
-    """Inputs of a model of texts."""
+    """Returns inputs for a model of texts."""
     embedding = causal.get_input_embeddings()
     tokens = torch.arange(4, device=embedding.weight.device)[None] % embedding.weight.shape[0]
     both = causal.config.is_encoder_decoder

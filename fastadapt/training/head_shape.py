@@ -1,4 +1,4 @@
-"""What stands between a head's products and a model's logits: found by fitting, never assumed."""
+"""What lies between a head's products and a model's logits, found by fitting."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _DEPTH = 4  # of configurations in configurations
 
 
 def configurations(config: Any, depth: int = _DEPTH) -> Iterator[Any]:
-    """Yields a configuration and those in it."""
+    """Yields a configuration and the ones nested in it."""
     if config is None or depth == 0:
         return
     yield config
@@ -27,7 +27,7 @@ def configurations(config: Any, depth: int = _DEPTH) -> Iterator[Any]:
 
 
 def numbers_of(model: Any) -> Iterator[float]:
-    """Yields the numbers that a model may scale or cap its logits by.
+    """Yields the numbers by which a model may scale or cap its logits.
 
     Args:
         model: with a `config`; numbers are its own and those of its configurations, at any depth,
@@ -50,7 +50,7 @@ def numbers_of(model: Any) -> Iterator[float]:
 
 
 def tolerance_of(products: Tensor, logits: Tensor) -> float:
-    """Returns how far logits may be from products of these dtypes, in parts of the largest."""
+    """Returns the allowed distance of logits from products, as a share of the largest."""
     half = 2 in (products.element_size(), logits.element_size())
     rounds = products.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
     return HALF_TOLERANCE if half or rounds else TOLERANCE
@@ -59,7 +59,7 @@ def tolerance_of(products: Tensor, logits: Tensor) -> float:
 def fitted_shape(
     products: Tensor, logits: Tensor, numbers: Iterable[float], tolerance: float
 ) -> tuple[float | None, float] | None:
-    """Returns the cap and the factor that make logits of products; None where none do.
+    """Returns the cap and the factor that turn products into logits; None if none do.
 
     `logits = softcap * tanh(logit_scale * products / softcap)`, with 1, a number or its reciprocal
     as factor, and no cap or a number.

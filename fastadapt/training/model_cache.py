@@ -1,4 +1,4 @@
-"""The copies of packaged models in the user's cache folder: whole, or made anew.
+"""Copies of packaged models in the user's cache folder, complete or made again.
 
 A copy lies in a folder with a manifest of SHA-256 sums, which is written last. It is made under a
 lock, in a folder beside it, whose files are then moved in one by one.
@@ -31,7 +31,7 @@ def root() -> Path:
 
 
 def folders(model: PackagedModel) -> tuple[Path, Path]:
-    """Return the folders for the copies of a model made from its file and from the hub.
+    """Return the folders of a model's copies: one made from its file, one from the hub.
 
     They are named after everything that their bytes depend on.
     """
@@ -43,25 +43,25 @@ def folders(model: PackagedModel) -> tuple[Path, Path]:
 
 
 def intact_folder(model: PackagedModel) -> Path | None:
-    """Return the first copy of a model that is whole."""
+    """Return the first complete copy of a model."""
     return next((folder for folder in folders(model) if is_intact(folder)), None)
 
 
 def intact_file(model: PackagedModel) -> Path | None:
-    """Return the model's GGUF file as it was fetched, if it is whole."""
+    """Return the model's downloaded GGUF file, if it is complete."""
     file = root() / model.file
     return file if _sum(file) == model.sha256 else None
 
 
 def was_kept(model: PackagedModel) -> bool:
-    """Tell whether the model has been fetched or copied here before, without checking it."""
+    """Tell whether the model has a copy here, without checking it."""
     kept = [root() / model.file, *(folder / _MANIFEST for folder in folders(model))]
     return any(path.is_file() for path in kept)
 
 
 @contextlib.contextmanager
 def locked(model: PackagedModel, progress: Progress) -> Iterator[None]:
-    """Be the only process that makes a copy of this model, and sweep up after killed ones.
+    """Hold the lock on a model's copies, and clean up after killed processes.
 
     Args:
         model: the model.
@@ -90,7 +90,7 @@ def locked(model: PackagedModel, progress: Progress) -> Iterator[None]:
 
 
 def keep(folder: Path, write: Callable[[Path], None]) -> None:
-    """Fill `folder` through `write`, so that no reader ever trusts a half-written one.
+    """Fill `folder` through `write` atomically, so that no reader sees a partial copy.
 
     Everything is written beside it and moved in file by file, the manifest last. A folder's name
     determines its bytes, so processes that do this together replace files by equal ones.
@@ -114,7 +114,7 @@ def keep(folder: Path, write: Callable[[Path], None]) -> None:
 
 
 def is_intact(folder: Path) -> bool:
-    """Tell whether every file of a folder that `keep` filled is there with its recorded sum."""
+    """Tell whether every file in a folder made by `keep` has its recorded checksum."""
     try:
         manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
         return bool(manifest) and all(_sum(folder / n) == found for n, found in manifest.items())
@@ -123,7 +123,7 @@ def is_intact(folder: Path) -> bool:
 
 
 def _sum(path: Path) -> str | None:
-    """Return the SHA-256 sum of a file, None where there is no such file."""
+    """Return the SHA-256 checksum of a file, None if there is no file."""
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

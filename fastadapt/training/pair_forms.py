@@ -1,4 +1,4 @@
-"""The forms in which people keep preference pairs, and what is wrong with an entry of none."""
+"""The forms of preference pairs in data sets, and what is wrong with an entry of none."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Pair(NamedTuple):
 
 
 def pair_of(entry: Any) -> Pair:
-    """Returns the pair that an entry of a data set holds.
+    """Returns the pair in an entry of a data set.
 
     Args:
         entry: a mapping with "chosen" and "rejected", and perhaps "prompt":
@@ -91,7 +91,7 @@ def pair_of(entry: Any) -> Pair:
 
 
 def _dialogues(chosen: str, rejected: str) -> Pair:
-    """Two dialogues of HH-RLHF."""
+    """Splits two dialogues of HH-RLHF into prompt and responses."""
     shared = os.path.commonprefix([chosen, rejected]).rfind(_TURN)
     if shared < 0:
         raise ValueError(
@@ -103,7 +103,7 @@ def _dialogues(chosen: str, rejected: str) -> Pair:
 
 
 def _chat(prompt: Any, chosen: list[Any], rejected: list[Any]) -> Pair:
-    """Two lists of messages."""
+    """Splits two lists of messages into prompt and responses."""
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}] if prompt else []
     first = [] if prompt is None else _messages("prompt", prompt)
@@ -121,13 +121,13 @@ def _chat(prompt: Any, chosen: list[Any], rejected: list[Any]) -> Pair:
 
 
 def _has(dialogue: Sequence[Message], prompt: Sequence[Message]) -> bool:
-    """Whether a dialogue begins with a prompt's messages, up to a system message before them."""
+    """Whether a dialogue begins with a prompt's messages, a leading system message aside."""
     system = int(bool(prompt) and dialogue[0]["role"] == "system" != prompt[0]["role"])
     return list(dialogue[system : system + len(prompt)]) == list(prompt)
 
 
 def _response(name: str, messages: Sequence[Message]) -> str:
-    """The text of the one message of the assistant that a response is."""
+    """Returns the text of a response that is one message of the assistant."""
     if len(messages) != 1 or messages[0]["role"] != "assistant":
         roles = [message["role"] for message in messages]
         raise ValueError(f"{name}: expected one message of the assistant, got {_short(roles)}")
@@ -140,7 +140,7 @@ def _response(name: str, messages: Sequence[Message]) -> str:
 
 
 def _messages(name: str, messages: Any) -> list[Message]:
-    """Messages, checked, without the fields that are None, as Arrow fills them in."""
+    """Checks messages and drops fields that are None, which Arrow adds."""
     found: list[Message] = []
     for message in messages if isinstance(messages, list) else [messages]:
         fields = message if isinstance(message, Mapping) else {}
@@ -157,7 +157,7 @@ def _messages(name: str, messages: Any) -> list[Message]:
 
 
 def _value(name: str, value: Any) -> Any:
-    """The messages that a string holds as JSON; anything else as it is."""
+    """Returns the messages that a string holds as JSON; anything else as it is."""
     if not isinstance(value, str) or not value.lstrip().startswith("["):
         return value
     if _PYTHON_MESSAGES.fullmatch(value):
@@ -172,7 +172,7 @@ def _value(name: str, value: Any) -> Any:
 
 
 def _text(name: str, text: Any) -> str:
-    """A text, if it can be encoded."""
+    """Returns a text after checking that it can be encoded."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -183,6 +183,6 @@ def _text(name: str, text: Any) -> str:
 
 
 def _short(value: Any) -> str:
-    """A value as it is shown in an error."""
+    """Shortens a value for an error message."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,4 +1,4 @@
-"""The token ids of a preference pair: one prompt for both responses, and what was cut."""
+"""The token ids of a preference pair: one prompt for both responses."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _Ids = tuple[list[int], list[int], list[int]]
 
 
 class TokenizedPair(NamedTuple):
-    """The token ids of a pair: the prompt and either response are a sequence each.
+    """The token ids of a prompt and of both responses.
 
     Examples:
         >>> from fastadapt.training.pairs import TokenizedPair
@@ -121,7 +121,7 @@ def tokenize_pair(
 
 
 def _text_ids(tokenizer: Any, pair: Pair) -> _Ids:
-    """Token ids of a prompt that is text and of both responses, each with the end token."""
+    """Returns token ids of a text prompt and both responses, each with the end token."""
     end = tokenizer.eos_token_id
     if end is None:
         raise ValueError("tokenizer: expected one with an end token, got none")
@@ -137,7 +137,7 @@ def _text_ids(tokenizer: Any, pair: Pair) -> _Ids:
 
 
 def _beginnings(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    """Token ids of texts that go on: one beginning-of-sequence token, and no end token."""
+    """Returns token ids of unfinished texts: one beginning token and no end token."""
     encoded = tokenizer(texts, return_special_tokens_mask=True)
     found = []
     for ids, added in zip(encoded.input_ids, encoded.special_tokens_mask, strict=True):
@@ -150,7 +150,7 @@ def _beginnings(tokenizer: Any, texts: list[str]) -> list[list[int]]:
 
 
 def _chat_ids(tokenizer: Any, pair: Pair) -> _Ids:
-    """Token ids of a prompt and of both responses in the chat template's own rendering."""
+    """Returns token ids of a prompt and both responses as the chat template renders them."""
     prompt = pair.prompt
     messages: Sequence[Message] = (
         [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
@@ -170,7 +170,7 @@ def _chat_ids(tokenizer: Any, pair: Pair) -> _Ids:
 def _rendered(
     tokenizer: Any, messages: Sequence[Message], *, add_generation_prompt: bool = False
 ) -> str:
-    """What the chat template makes of messages."""
+    """Returns messages as the chat template renders them."""
     from jinja2.exceptions import TemplateError
 
     try:
@@ -186,7 +186,7 @@ def _rendered(
 
 
 def _check_texts(pair: Pair, messages: Sequence[Message], texts: Sequence[str]) -> None:
-    """Raises where the template leaves the text of messages out, as one for parts of text does."""
+    """Raises if the template drops the text of messages."""
     last = messages[-1]
     said = str(last.get("content") or "")
     if last["role"] == "user" and "".join(said.split()) not in "".join(texts[0].split()):
@@ -201,7 +201,7 @@ def _check_texts(pair: Pair, messages: Sequence[Message], texts: Sequence[str]) 
 
 
 def _check_prompt(messages: Sequence[Message], texts: Sequence[str], alone: str) -> None:
-    """Raises where the template renders the messages of a prompt differently before a response.
+    """Raises if the template renders a prompt differently before a response.
 
     The generation prompt may be another (a block of thoughts that it opens and a finished turn
     lacks): then the model will meet a context that it was not trained in, which is worth a warning.

@@ -1,4 +1,4 @@
-"""Preference pairs: a small built-in set, files of them, and their tokens in one padded batch."""
+"""Preference pairs: built-in ones, files of them, and their tokens as one padded batch."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class PairBatch(NamedTuple):
 
     @property
     def mask(self) -> Tensor:
-        """(2B, T-1), bool; the tokens of the responses."""
+        """(2B, T-1), bool; True at the tokens of the responses."""
         return self.labels != IGNORED
 
 
@@ -66,7 +66,7 @@ def encode_pairs(
     truncation: Truncation = "prompt",
     chat: bool = True,
 ) -> PairBatch:
-    """Returns the tokens of pairs in one batch, each tokenised by `tokenize_pair`.
+    """Returns pairs as one batch of tokens, each tokenised by `tokenize_pair`.
 
     Where pairs are cut to `max_length`, a warning has their number. (To count them, or to leave
     them out, call `tokenize_pair`, which says `truncated` of each, and `pad_pairs`.)

@@ -131,7 +131,7 @@ def load_model(
 
 
 def terms_to_accept(name: str | None) -> Terms | None:
-    """Return the terms of use that `load_model` wants accepted before it loads this model.
+    """Return the terms of use to accept before `load_model` loads a model, None if none.
 
     They are accepted once: who has the model in the cache folder has accepted them.
 
@@ -155,7 +155,7 @@ def _load_packaged(
     accept_terms: bool,
     progress: Progress | None,
 ) -> tuple[Any, Any]:
-    """Load a packaged model from the cache, or make its copy there under a lock first."""
+    """Load a packaged model from the cache, or make its copy there first."""
     report, quiet = progress or no_progress, progress is not None
     report("checking the kept model", 0, 4)
     folder = model_cache.intact_folder(model)
@@ -198,7 +198,7 @@ def _load_packaged(
 def _make(
     model: PackagedModel, work: Path, *, fetch: bool, progress: Progress
 ) -> tuple[tuple[Any, Any], Path]:
-    """Load a packaged model from its file or, failing that, the hub; and say where to keep it."""
+    """Load a packaged model from its file or the hub, and say where to keep it."""
     of_file, of_hub = model_cache.folders(model)
     gguf, reason = model_cache.intact_file(model), ""
     if gguf is None:
@@ -229,11 +229,11 @@ def _make(
 
 
 def no_progress(phase: str, done: int, total: int) -> None:
-    """Take a progress report and do nothing."""
+    """Ignore a progress report."""
 
 
 def _warn_not_kept(error: OSError) -> None:
-    """Warn that the cache folder is of no use."""
+    """Warn that the cache folder cannot be used."""
     warnings.warn(
         "the de-quantised model cannot be kept in the cache folder and will be made anew next "
         f"time: {error}",
@@ -242,7 +242,7 @@ def _warn_not_kept(error: OSError) -> None:
 
 
 def _load_folder(folder: Path | str, dtype: torch.dtype) -> tuple[Any, Any]:
-    """Load a model and its tokenizer with transformers' own loaders, a folder without the hub."""
+    """Load a model and its tokenizer with transformers; a folder without the hub."""
     here = isinstance(folder, Path)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=here)
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=here)
@@ -250,7 +250,7 @@ def _load_folder(folder: Path | str, dtype: torch.dtype) -> tuple[Any, Any]:
 
 
 def _load_gguf(gguf: Path, dtype: torch.dtype) -> tuple[Any, Any]:
-    """Load a GGUF file as an ordinary model: neither quantised nor frozen."""
+    """Load a GGUF file as an ordinary model, neither quantised nor frozen."""
     for package in ("gguf", "accelerate"):
         importlib.import_module(package)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
@@ -259,7 +259,7 @@ def _load_gguf(gguf: Path, dtype: torch.dtype) -> tuple[Any, Any]:
 
 
 def _rebuild(quantised: Any, dtype: torch.dtype) -> Any:
-    """Return the same model without the marks of quantisation, which forbid to save or train it."""
+    """Return the model without marks of quantisation, which forbid training and saving."""
     config = copy.deepcopy(quantised.config)
     del config.quantization_config
     # from_config draws initial weights, which must not move the caller's generator
@@ -280,7 +280,7 @@ def _pad_left(tokenizer: Any) -> Any:
 
 
 def _save(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Write what `_load_folder` reads."""
+    """Write a folder that `_load_folder` reads."""
     model.save_pretrained(folder, max_shard_size="100GB")
     tokenizer.save_pretrained(folder)
 
@@ -292,7 +292,7 @@ def _first_line(error: Exception) -> str:
 
 @contextlib.contextmanager
 def silenced() -> Iterator[None]:
-    """Leave transformers' bars and warnings out for a while; its errors stay."""
+    """Silence transformers' progress bars and warnings within the block; errors stay."""
     logging: Any = transformers.utils.logging
     bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
@@ -307,7 +307,7 @@ def silenced() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet(active: bool) -> Iterator[None]:
-    """Silence transformers for a while, if asked to, and its GGUF reader, which has no switch."""
+    """Silence transformers and, if asked to, its GGUF reader."""
     with contextlib.ExitStack() as stack:
         if active:
             stack.enter_context(silenced())

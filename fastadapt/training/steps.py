@@ -1,4 +1,4 @@
-"""What training on preference pairs needs between a causal language model and the losses.
+"""Steps between a causal language model and the losses, for training on preference pairs.
 
 The model is any of transformers' kind whose forward calls a linear head. The log-odds come from
 `linear_log_odds`, so the logits (2B, T, V) are not made.
@@ -59,7 +59,7 @@ Examples:
 
 
 def hidden_states(model: Any, batch: PairBatch) -> Tensor:
-    """Returns what the head reads: (2B, T-1, H), position t before token t+1.
+    """Returns the states that the head reads, (2B, T-1, H), position t before token t+1.
 
     Examples:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -78,7 +78,7 @@ def hidden_states(model: Any, batch: PairBatch) -> Tensor:
 
 
 def states_at_head(model: Any, inputs: Mapping[str, Any]) -> tuple[Tensor, Any]:
-    """Returns the states that reach a model's head and what its forward returns, without logits.
+    """Returns the states that reach a model's head, and the forward's output without logits.
 
     Examples:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -112,7 +112,7 @@ def states_at_head(model: Any, inputs: Mapping[str, Any]) -> tuple[Tensor, Any]:
 
 
 def inputs_of(batch: PairBatch) -> dict[str, Any]:
-    """Returns what a model's forward takes of pairs.
+    """Returns the arguments of a model's forward for a batch of pairs.
 
     Examples:
         >>> from fastadapt import training
@@ -152,7 +152,7 @@ def response_log_odds(model: Any, batch: PairBatch) -> Tensor:
 
 
 def forward_log_odds(model: Any, inputs: Mapping[str, Any], labels: Tensor) -> Tensor:
-    """Returns log-odds out of the model's own forward, whatever wraps it, without its logits.
+    """Returns log-odds from the model's own forward, without its logits, in any wrapper.
 
     Wrappers of distributed training gather parameters and wait for gradients around that forward;
     the head's product has to be inside of it. Hooks do that: the head scores what reaches it and
@@ -222,7 +222,7 @@ def forward_log_odds(model: Any, inputs: Mapping[str, Any], labels: Tensor) -> T
 
 
 def logits_log_odds(model: Any, batch: PairBatch) -> Tensor:
-    """Returns the same as `response_log_odds` from the logits (2B, T, V) of the whole model.
+    """Returns the result of `response_log_odds` computed from the logits (2B, T, V).
 
     For comparison, and for models whose head is more than a matrix. It makes the logits and their
     gradient, no further copy of them.
@@ -243,7 +243,7 @@ def logits_log_odds(model: Any, batch: PairBatch) -> Tensor:
 
 
 def sides(batch: PairBatch, log_odds: Tensor) -> tuple[Responses, Responses]:
-    """Returns the chosen and the rejected responses of log-odds (2B, T-1).
+    """Splits log-odds (2B, T-1) into the chosen and the rejected responses.
 
     Examples:
         >>> from fastadapt import training
@@ -262,7 +262,7 @@ def sides(batch: PairBatch, log_odds: Tensor) -> tuple[Responses, Responses]:
 def reference_logps(
     model: Any, batch: PairBatch, *, log_odds_of: LogOddsOf = response_log_odds
 ) -> Reference:
-    """Returns log P of the chosen and of the rejected responses, (B,) each, to be held constant.
+    """Returns log P of the chosen and of the rejected responses, (B,) each, as constants.
 
     The reference of DPO is the model before its first step, so this is called before that.
 
@@ -289,7 +289,7 @@ def pair_loss(
     *,
     log_odds_of: LogOddsOf = response_log_odds,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Returns the loss of a batch with its metrics, as `RewardPenalizeLoss` does.
+    """Returns the loss of a batch and its metrics, as `RewardPenalizeLoss` does.
 
     Examples:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -327,7 +327,7 @@ def training_steps(
     *,
     log_odds_of: LogOddsOf = response_log_odds,
 ) -> Iterator[dict[str, Tensor]]:
-    """Takes one step per batch and yields what it saw: "loss" and the metrics, detached.
+    """Takes one step per batch and yields its "loss" and metrics, detached.
 
     Examples:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -392,5 +392,5 @@ def head_log_odds(head: Head, states: Tensor, labels: Tensor) -> Tensor:
 
 
 def _of_all_positions(batch: PairBatch) -> Tensor:
-    """(2B, T): ignoring the last position costs nothing; cutting it off would copy the rest."""
+    """Returns labels (2B, T), the last ignored, which is cheaper than cutting states off."""
     return F.pad(batch.labels, (0, 1), value=IGNORED)

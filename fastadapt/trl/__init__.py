@@ -1,4 +1,4 @@
-"""trl: its trainers without logits, and a trainer for every mixture of losses."""
+"""trl: its trainers without logits, and a trainer for any mixture of losses."""
 
 try:
     from fastadapt.trl.trainer import RewardPenalizeTrainer, fused_log_probs

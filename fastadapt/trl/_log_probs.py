@@ -1,4 +1,4 @@
-"""What `fastadapt.trl` puts where trl's models score labels; it needs nothing of trl."""
+"""The functions that score labels in place of trl's own; imports nothing of trl."""
 
 from __future__ import annotations
 
@@ -38,21 +38,21 @@ Outputs = tuple[Tensor, Tensor | None, None, Tensor | None, Tensor | None]
 
 
 class LogProbs:
-    """Stands where trl's autograd function does: log-probabilities of labels."""
+    """Replaces trl's autograd function: log-probabilities of labels."""
 
     @staticmethod
     def apply(*arguments: Any) -> Outputs:
-        """Log-probabilities (N,), and what else trl asked for."""
+        """Returns log-probabilities (N,), and the other outputs of trl's function."""
         scored = score(*arguments)
         return (label_logps(scored[0]), *scored[1:])
 
 
 class LogOdds:
-    """The same with log-odds where trl has log-probabilities, for `RewardPenalizeTrainer`."""
+    """Replaces it by one that returns log-odds, for `RewardPenalizeTrainer`."""
 
     @staticmethod
     def apply(*arguments: Any) -> Outputs:
-        """Log-odds (N,), and what else trl asked for."""
+        """Returns log-odds (N,), and the other outputs of trl's function."""
         return score(*arguments)
 
 
@@ -67,7 +67,7 @@ def score(
     logit_scale: float,
     outputs: Sequence[str],
 ) -> Outputs:
-    """Log-odds of N rows; entropy, None, mean logit and whether the label is the argmax."""
+    """Returns log-odds of N rows, entropy, None, mean logit and whether the label is the largest."""
     missing = sorted(set(outputs) - _OURS)
     if missing:
         raise ValueError(f"outputs: expected some of {sorted(_OURS)}, got {missing} (WPO)")
@@ -108,7 +108,7 @@ def score(
 
 
 def _forward_of_trl() -> Mapping[str, Any] | None:
-    """The variables of the forward of trl that called, if one did: it passes no model on.
+    """Returns the variables of the calling forward of trl, which passes no model on.
 
     Raises:
         ValueError: torch.compile has cut that forward in parts.
@@ -124,7 +124,7 @@ def _forward_of_trl() -> Mapping[str, Any] | None:
 
 
 def _ask(caller: Mapping[str, Any], weight: Tensor, bias: Tensor | None) -> Answer:
-    """What the model makes of the products of its head with the states of its body.
+    """Finds what the model does to the products of its head with the states of its body.
 
     trl scores those states by what it reads in the configuration. The model's own forward says what
     is right: it runs once, with known states in the place of those that its body returned; the body
@@ -140,7 +140,7 @@ def _ask(caller: Mapping[str, Any], weight: Tensor, bias: Tensor | None) -> Answ
 
 @torch.no_grad()
 def _look(causal: Any, caller: Mapping[str, Any], weight: Tensor, bias: Tensor | None) -> Answer:
-    """The same, without memory."""
+    """Finds the same by running the model's forward."""
     body, given = causal.base_model, copy.copy(caller["backbone_outputs"])
     states = given.last_hidden_state
     if not torch.is_autocast_enabled(states.device.type):
@@ -165,7 +165,7 @@ def _look(causal: Any, caller: Mapping[str, Any], weight: Tensor, bias: Tensor |
 
 @contextlib.contextmanager
 def _returning(module: torch.nn.Module, output: Any) -> Iterator[None]:
-    """Lets a module return something without computing it; its forward is as before afterwards."""
+    """Makes a module return a given output without computing it, within the block."""
     before = module.__dict__.get("forward")
     object.__setattr__(module, "forward", lambda *_, **__: output)
     try:
@@ -179,7 +179,7 @@ def _returning(module: torch.nn.Module, output: Any) -> Iterator[None]:
 def _mean_logits(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, scale: float
 ) -> Tensor:
-    """(N,) float32: the mean over the vocabulary; linear in the head unless there is a cap."""
+    """Returns the mean over the vocabulary, (N,) float32; a product unless logits are capped."""
     if softcap is None:
         mean = hidden.float() @ weight.mean(0, dtype=torch.float32)
         return scale * (mean if bias is None else mean + bias.float().mean())

@@ -1,4 +1,4 @@
-"""Hooks for trl: a trainer for any mixture of the losses, and trl's own trainers made faster.
+"""Hooks for trl: a trainer for any mixture of losses, and faster scoring in its own trainers.
 
 trl's models compute the log-probabilities of labels through one autograd function, which their
 forward looks up at each call; both hooks put `linear_log_odds` in its place for a while. So it
@@ -40,7 +40,7 @@ _ROWS = frozenset({"input_ids", "attention_mask", "completion_mask", "token_type
 
 @contextlib.contextmanager
 def fused_log_probs() -> Iterator[None]:
-    """Serves trl's own trainers through `linear_log_odds` inside a `with` block.
+    """Makes trl's own trainers use `linear_log_odds` inside a `with` block.
 
     SFT, DPO, KTO, GRPO and RLOO take their log-probabilities, their entropy, mean logit and token
     accuracy from it; the same losses and gradients, to rounding. Blocks may nest. Cap, factor and
@@ -141,7 +141,6 @@ class RewardPenalizeTrainer(DPOTrainer):
         loss_options: Mapping[str, Any] | None = None,
         **rest: Any,
     ) -> None:
-        """See the class."""
         _check_hook()
         args = DPOConfig() if args is None else copy.copy(args)  # the caller's stays as it is
         _check_config(args)
@@ -162,7 +161,7 @@ class RewardPenalizeTrainer(DPOTrainer):
             )
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
-        """By our operator, so that policy and reference agree to the bit at the first step."""
+        """Computes the reference by our operator, equal to the policy's first step to the bit."""
         if "dpo" not in self.objective.weights:
             return dataset
         with _served(LogProbs):
@@ -171,7 +170,7 @@ class RewardPenalizeTrainer(DPOTrainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Any]:
-        """Also counts what a step's means divide by: (3,), chosen and rejected tokens, pairs."""
+        """Also counts the divisors of a step, (3,): chosen and rejected tokens, and pairs."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:
             return batches, None
@@ -188,7 +187,7 @@ class RewardPenalizeTrainer(DPOTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The loss of a batch, as its share of the step's where `num_items_in_batch` says so."""
+        """Returns the loss of a batch, or its share of the step's loss."""
         sides = 1 if model.training and self._needs_chosen_alone(inputs) else 2
         if sides == 1:
             inputs = {k: v.chunk(2)[0] if k in _ROWS else v for k, v in inputs.items()}
@@ -216,14 +215,14 @@ class RewardPenalizeTrainer(DPOTrainer):
             return loss, model(**keep)
 
     def _needs_chosen_alone(self, inputs: Mapping[str, Any]) -> bool:
-        """Whether the loss asks for nothing of the rejected responses; of images we do not know."""
+        """Whether the loss needs only the chosen responses and the batch is text."""
         known = _ROWS.union(_NOT_OF_THE_MODEL)
         return not self.objective.needs("rejected") and inputs.keys() <= known
 
     def _sides(
         self, log_odds: Tensor, mask: Tensor, counts: Tensor | int | None, sides: int
     ) -> tuple[Responses, Responses | None]:
-        """The chosen and the rejected responses, if both are there, with the step's divisors."""
+        """Returns the chosen and, if present, the rejected responses, with the step's divisors."""
         divisors: list[dict[str, Any]] = [{}, {}]
         if isinstance(counts, Tensor) and self._splits:
             chosen, rejected, pairs = counts.unbind()
@@ -233,7 +232,7 @@ class RewardPenalizeTrainer(DPOTrainer):
         return first, rest[0] if rest else None
 
     def _reference(self, inputs: dict[str, Any]) -> tuple[Tensor | None, Tensor | None]:
-        """log P of both sides under the reference, (B,) each, if any loss asks for it."""
+        """Returns log P of both sides under the reference, (B,) each, if a loss needs it."""
         if "dpo" not in self.objective.weights:
             return None, None
         if self.precompute_ref_logps:
@@ -248,7 +247,7 @@ class RewardPenalizeTrainer(DPOTrainer):
         return counts is not None and bool(self.args.average_tokens_across_devices)
 
     def _parts(self, counts: Tensor | int | None) -> int:
-        """How many micro-batches of this process have a share in a step's loss."""
+        """Returns how many micro-batches of this process share a step's loss."""
         return 1 if counts is None else int(self.current_gradient_accumulation_steps)
 
     def _note(
@@ -257,7 +256,7 @@ class RewardPenalizeTrainer(DPOTrainer):
         counted: dict[str, tuple[Tensor, Tensor | None]],
         metrics: Mapping[str, Tensor],
     ) -> None:
-        """Keeps the metrics of a batch until they are logged; one transfer, over all processes."""
+        """Stores the metrics of a batch for the log, over all processes, in one transfer."""
         model: Any = self.model
         mode = "train" if model.training else "eval"
         with torch.no_grad():
@@ -288,20 +287,20 @@ _TRL_NAMES = {"logps/chosen": "logps/chosen", "logps/rejected": "logps/rejected"
 
 
 def _counts(completion_mask: Tensor) -> Tensor:
-    """(3,): the chosen tokens, the rejected tokens and the pairs of a batch."""
+    """Returns (3,): the chosen tokens, the rejected tokens and the pairs of a batch."""
     chosen, rejected = completion_mask[:, 1:].bool().chunk(2)
     pairs = (chosen.any(-1) | rejected.any(-1)).sum()
     return torch.stack([chosen.sum(), rejected.sum(), pairs])
 
 
 def _scaled(metrics: Mapping[str, Tensor], parts: int) -> dict[str, Tensor]:
-    """The shares of a step's loss times their number, so that their mean is the loss."""
+    """Scales the shares of a step's loss by their number, so that their mean is the loss."""
     return {k: v * parts for k, v in metrics.items() if k.startswith("loss/")}
 
 
 @torch.no_grad()
 def _counted(outputs: Any, mask: Tensor, sides: int) -> dict[str, tuple[Tensor, Tensor | None]]:
-    """What trl's DPO logs of tokens: sums, and the tokens they are over."""
+    """Returns what trl's DPO logs of tokens: sums, and the tokens they are over."""
     t = mask.shape[1]
     parts = mask.chunk(sides)
     means = (outputs.mean_logits[:, -t:] * mask).chunk(sides)
@@ -316,7 +315,7 @@ def _counted(outputs: Any, mask: Tensor, sides: int) -> dict[str, tuple[Tensor, 
 
 @contextlib.contextmanager
 def _served(function: type) -> Iterator[None]:
-    """Puts a function in the place of trl's, and back; every device scores the used rows alone."""
+    """Replaces trl's function within the block; only used rows are scored."""
     _check_hook()
     before = {name: getattr(trl_utils, name) for name in (_FUNCTION, _COMPACTS)}
     try:
@@ -329,7 +328,7 @@ def _served(function: type) -> Iterator[None]:
 
 
 def _check_hook() -> None:
-    """Raises unless trl's forward calls what we replace, with the arguments that we take."""
+    """Raises unless trl calls the function that we replace, with known arguments."""
     found = getattr(trl_utils, _FUNCTION, None)
     if found in (LogProbs, LogOdds):
         return
@@ -344,7 +343,7 @@ def _check_hook() -> None:
 
 
 def _check_config(args: DPOConfig) -> None:
-    """Raises where the arguments ask for another loss than the mixture, or to compile the model."""
+    """Raises if the arguments ask for another loss than the mixture, or for compilation."""
     if args.torch_compile:
         raise ValueError("args.torch_compile: expected False, got True; compile the model's layers")
     for name, instead in _UNSUPPORTED.items():

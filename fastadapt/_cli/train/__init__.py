@@ -1,1 +1,1 @@
-"""A run of `fastadapt train`: its options, its data, its folder and its stages."""
+"""The command `fastadapt train`: options, data, run folder and stages."""

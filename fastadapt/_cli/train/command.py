@@ -1,4 +1,4 @@
-"""The command `fastadapt train`: its help, and what becomes of its errors."""
+"""The command `fastadapt train`: its help and its error handling."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ _GROUPS: dict[str, tuple[str, ...]] = {
 
 
 def main(argv: Sequence[str]) -> int:
-    """Trains as the arguments say and returns 0.
+    """Runs the command and returns 0.
 
     Raises:
         CommandError: what the user can mend; wrong arguments leave through `SystemExit` with
@@ -103,7 +103,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def short_help() -> str:
-    """Returns the help of the flags that most runs need, in groups; no package is imported."""
+    """Returns the help of the flags that most runs need, without importing trl."""
     from fastadapt._cli.train.options import RunArguments
 
     ours = {field.name: field.metadata["help"] for field in fields(RunArguments)}

@@ -74,7 +74,7 @@ def make_parser() -> TrainParser:
 
 
 def parse(argv: Sequence[str]) -> tuple[RunArguments, DPOConfig]:
-    """Reads the command line and the file that --config names.
+    """Parses the command line and the file named by --config.
 
     Everything that can be refused before data and a model are read is refused here, in one line
     and with exit code 2, through `SystemExit`.
@@ -102,7 +102,7 @@ def parse(argv: Sequence[str]) -> tuple[RunArguments, DPOConfig]:
 
 
 def settings_of(run: RunArguments, config: DPOConfig, pairs: str) -> dict[str, Any]:
-    """Returns what decides the curve, and so must be the same for a run to be resumed.
+    """Returns the settings that shape the training curve; a resumed run must have the same.
 
     Args:
         run: our arguments.
@@ -121,13 +121,13 @@ def settings_of(run: RunArguments, config: DPOConfig, pairs: str) -> dict[str, A
 
 
 def as_plain(config: DPOConfig) -> dict[str, Any]:
-    """Returns trl's arguments as JSON has them."""
+    """Returns trl's arguments as values that JSON can hold."""
     untyped: Any = config
     return dict(untyped.to_dict())
 
 
 def check_resumed(had: dict[str, Any], got: dict[str, Any]) -> None:
-    """Raises where settings would not continue the curve of a run.
+    """Raises if the settings differ from those of the run to resume.
 
     Its length may change where nothing else depends on it: in a run of one stage with a constant
     learning rate and a warmup that is counted in steps.
@@ -151,7 +151,7 @@ def check_resumed(had: dict[str, Any], got: dict[str, Any]) -> None:
 
 
 def _check(run: RunArguments, config: DPOConfig) -> None:
-    """Raises where arguments do not go together."""
+    """Raises if arguments contradict each other."""
     plain = {field.name: field for field in DPOConfig.__dataclass_fields__.values()}
     for name, instead in _INSTEAD.items():
         field = plain[name]
@@ -217,7 +217,7 @@ def _check(run: RunArguments, config: DPOConfig) -> None:
 
 
 def _check_schedule(config: DPOConfig) -> None:
-    """Raises where the learning rate's schedule lacks what it needs, or has what it does not."""
+    """Raises if the learning-rate schedule lacks an option, or has one that it does not take."""
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
     kwargs: Any = config.lr_scheduler_kwargs
     try:
@@ -227,6 +227,6 @@ def _check_schedule(config: DPOConfig) -> None:
 
 
 def _apart(word: str) -> tuple[str, ...]:
-    """`--config=FILE` as trl's parser wants it."""
+    """Splits `--config=FILE` into two words, as trl's parser expects."""
     flag, equals, value = word.partition("=")
     return (flag, value) if flag == "--config" and equals else (word,)

@@ -17,13 +17,13 @@ _FILE_NAME = re.compile(r".*\.(jsonl?|csv|tsv|parquet|arrow|txt|gz|zst|zip|bz2|x
 
 
 class DataError(ValueError):
-    """There is no such data, or an entry of it has no known form."""
+    """The data set does not exist, or one of its entries has an unknown form."""
 
 
 def load_pairs(
     sources: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], *, split: str = "train"
 ) -> list[Pair]:
-    """Reads preference pairs, of several sources one after the other.
+    """Reads preference pairs from one source or several, in order.
 
     Args:
         sources: one or several, each a file as `read_pairs` takes it, a folder that `save_to_disk`
@@ -43,14 +43,14 @@ def load_pairs(
 
 
 def split_pairs(pairs: Sequence[Pair], share: float, seed: int) -> tuple[list[Pair], list[Pair]]:
-    """Splits off a share of the pairs to evaluate on: (pairs to train on, the others)."""
+    """Splits pairs into those to train on and those to evaluate on."""
     count = round(share * len(pairs))
     shuffled = random.Random(seed).sample(list(pairs), len(pairs))
     return shuffled[count:], shuffled[:count]
 
 
 def _load(source: str, split: str) -> list[Pair]:
-    """The pairs of one source."""
+    """Reads the pairs of one source."""
     try:
         path = Path(os.path.expanduser(source))
         if path.is_dir():
@@ -77,7 +77,7 @@ def _load(source: str, split: str) -> list[Pair]:
 
 
 def _saved_rows(folder: Path, split: str) -> list[Any]:
-    """The rows of a folder that `save_to_disk` wrote."""
+    """Reads the rows of a folder that `save_to_disk` wrote."""
     import datasets
 
     try:
@@ -98,7 +98,7 @@ def _saved_rows(folder: Path, split: str) -> list[Any]:
 
 
 def _hub_rows(name: str, split: str) -> list[Any]:
-    """The rows of a data set of the hub."""
+    """Reads the rows of a data set on the hub."""
     import datasets
 
     load: Any = datasets.load_dataset

@@ -1,4 +1,4 @@
-"""The folder of a training run: who writes to it, its settings, its metrics, its checkpoints."""
+"""The folder of a training run: its lock, settings, metrics and checkpoints."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _PREFIX = "checkpoint-"
 
 @contextlib.contextmanager
 def sole_writer(folder: Path) -> Iterator[None]:
-    """Makes a folder and holds its lock: one run writes to it at a time.
+    """Creates a folder and locks it, so that one run at a time writes to it.
 
     The lock goes with its process, however that ends.
 
@@ -50,7 +50,7 @@ def sole_writer(folder: Path) -> Iterator[None]:
 
 
 def _holder(note: Path) -> str:
-    """Who wrote a note beside the lock."""
+    """Describes the process that holds the lock."""
     try:
         who = json.loads(note.read_text(encoding="utf-8"))
         return f"process {who['pid']} on {who['host']} since {who['since']}"
@@ -59,7 +59,7 @@ def _holder(note: Path) -> str:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes a JSON file in place of the last one, at once or not at all."""
+    """Replaces a JSON file atomically."""
     part = path.with_name(f".{path.name}.part")
     with part.open("w", encoding="utf-8") as file:
         json.dump(content, file, indent=1)
@@ -69,25 +69,24 @@ def write_json(path: Path, content: Any) -> None:
 
 
 class RunFolder:
-    """What a run keeps: run.json, metrics.jsonl, stage-N/checkpoint-M and, at its end, model.
+    """The files of a run: run.json, metrics.jsonl, stage-N/checkpoint-M and, at the end, model.
 
     Args:
         path: there already, its lock held.
     """
 
     def __init__(self, path: Path) -> None:
-        """Keeps the path."""
         self.path = path
         self.model = path / "model"
         self._settings = path / "run.json"
         self._metrics = path / "metrics.jsonl"
 
     def stage(self, number: int) -> Path:
-        """Returns the folder of a stage, from 0."""
+        """Returns the folder of a stage, counted from 0."""
         return self.path / f"stage-{number + 1}"
 
     def settings(self) -> dict[str, Any] | None:
-        """Returns the settings of the run that began here, None if none did.
+        """Returns the settings of the run in this folder, None if there is none.
 
         Raises:
             CommandError: their file cannot be read.
@@ -101,7 +100,7 @@ class RunFolder:
         return found
 
     def check_unused(self) -> None:
-        """Raises where a run that begins here would take or replace what it has not written.
+        """Raises if a new run would overwrite files that are not its own.
 
         Raises:
             CommandError: there is a model, metrics.jsonl or a stage, without the run's settings.
@@ -118,7 +117,7 @@ class RunFolder:
         write_json(self._settings, dict(settings))
 
     def last_checkpoint(self, stages: int) -> tuple[int, Path | None, list[str]]:
-        """Finds where to go on.
+        """Finds the newest intact checkpoint to resume from.
 
         Checkpoints that were not finished are removed; damaged ones are set aside.
 
@@ -150,7 +149,7 @@ class RunFolder:
         return 0, None, []
 
     def end_of_stage(self, number: int) -> Path:
-        """Returns the last checkpoint of a stage, from 0, that is done.
+        """Returns the last checkpoint of a finished stage, counted from 0.
 
         Raises:
             CommandError: there is none, or it is damaged.
@@ -163,7 +162,7 @@ class RunFolder:
         return found[0]
 
     def rewind_metrics(self, stage: int, step: int) -> None:
-        """Drops lines after a step of a stage: they will be written again, equal.
+        """Drops the metrics after a step; the resumed run writes equal ones.
 
         Args:
             stage: from 0.
@@ -188,7 +187,7 @@ class RunFolder:
             file.write(json.dumps(entry) + "\n")
 
     def place_model(self, written: Path) -> None:
-        """Puts a folder where the run's model belongs, in place of an earlier one."""
+        """Moves a folder to where the run's model belongs, in place of an earlier one."""
         before = self.path / ".model.before"
         shutil.rmtree(before, ignore_errors=True)
         if self.model.exists():
@@ -198,7 +197,7 @@ class RunFolder:
 
 
 def seal(folder: Path) -> None:
-    """Says of a checkpoint that it is finished, and what its files must hold.
+    """Marks a checkpoint as complete and records the checksums of its files.
 
     A machine that goes down may lose files that were written: their sums then say so.
     """
@@ -209,12 +208,12 @@ def seal(folder: Path) -> None:
 
 
 def unseal(folder: Path) -> None:
-    """Takes back what `seal` said, before the checkpoint is written again."""
+    """Removes the mark of `seal` before a checkpoint is written again."""
     (folder / _SEAL).unlink(missing_ok=True)
 
 
 def _damage(folder: Path) -> str | None:
-    """What is wrong with a sealed checkpoint."""
+    """Describes what is wrong with a sealed checkpoint, None if nothing is."""
     try:
         sums = json.loads((folder / _SEAL).read_text(encoding="utf-8"))
         for name, wanted in sums.items():
@@ -232,7 +231,7 @@ def _digest(path: Path) -> str:
 
 
 def _newest_first(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, finished or not."""
+    """Returns the checkpoints in a folder, finished or not, newest first."""
     found = [path for path in folder.glob(f"{_PREFIX}*") if step_of(path) >= 0 and path.is_dir()]
     return sorted(found, key=step_of, reverse=True)
 
@@ -244,7 +243,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 def _set_aside(folder: Path) -> None:
-    """Renames a damaged checkpoint, so that nothing takes it for one."""
+    """Renames a damaged checkpoint, so that nothing uses it."""
     target = folder.with_name(f"damaged-{folder.name}")
     shutil.rmtree(target, ignore_errors=True)
     os.replace(folder, target)

@@ -1,4 +1,4 @@
-"""What a training run says while it runs: lines for a person, and metrics.jsonl."""
+"""Output of a training run: progress lines for a person, and metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _SHOWN = {
 
 
 class Reporter:
-    """Says how far a run is: a bar on a terminal, and lines there and in a log.
+    """Reports the progress of a run: a bar on a terminal, and lines there and in a log.
 
     Args:
         out: where to.
@@ -33,7 +33,6 @@ class Reporter:
     """
 
     def __init__(self, out: Console, *, active: bool = True) -> None:
-        """Begins with nothing said."""
         self._out, self._active = out, active
         self._last = -_EVERY
         self._work = ""
@@ -45,7 +44,7 @@ class Reporter:
             self._out.print(text)
 
     def advance(self, work: str, done: int, total: int, detail: str = "") -> None:
-        """Says how much of a piece of work is done, at its beginning and end and now and then."""
+        """Reports the progress of a task: at its start, at its end and at intervals."""
         if not self._active:
             return
         now = time.monotonic()
@@ -62,13 +61,13 @@ class Reporter:
             self.close()
 
     def close(self) -> None:
-        """Ends the bar."""
+        """Closes the progress bar."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
 
     def _start_bar(self, work: str, total: int) -> None:
-        """Shows a bar, where there is a terminal."""
+        """Shows a progress bar on a terminal."""
         self.close()
         if self._out.is_terminal:
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
@@ -78,7 +77,7 @@ class Reporter:
 
 
 class StageCallback(TrainerCallback):
-    """Writes a stage's metrics, and orders logs, evaluation and checkpoints.
+    """Writes a stage's metrics, and decides when to log, evaluate and save.
 
     What is logged or evaluated at a step is so before its checkpoint: a resumed run then needs no
     number from before, and misses none.
@@ -94,7 +93,6 @@ class StageCallback(TrainerCallback):
     def __init__(
         self, folder: RunFolder, number: int, label: str, reporter: Reporter, *, evaluates: bool
     ) -> None:
-        """Keeps what it gets."""
         self.folder, self.number, self.label, self.reporter = folder, number, label, reporter
         self.evaluates = evaluates
         self.on_begin: Callable[[], None] = lambda: None  # called once the state is loaded
@@ -102,7 +100,7 @@ class StageCallback(TrainerCallback):
         self._since = time.perf_counter()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
-        """Begins."""
+        """Calls `on_begin`."""
         self.on_begin()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
@@ -116,14 +114,14 @@ class StageCallback(TrainerCallback):
             control.should_log = True
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
-        """Saves what a step left to do."""
+        """Saves the checkpoint that a step put off to the end of its epoch."""
         if self._saves_at_epoch_end:
             control.should_save, self._saves_at_epoch_end = True, False
         if control.should_save:
             control.should_log = True
 
     def on_log(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
-        """Writes a line of metrics.jsonl and, now and then, one for a person."""
+        """Writes a line of metrics.jsonl and, at intervals, one for a person."""
         logs: Mapping[str, Any] = rest["logs"]
         evaluated = any(name.startswith("eval_") for name in logs)
         if not state.is_world_process_zero or not (evaluated or "loss" in logs):
@@ -141,5 +139,5 @@ class StageCallback(TrainerCallback):
 
 
 def _shown(seen: Mapping[str, float]) -> str:
-    """Metrics as a person reads them."""
+    """Formats metrics for a person."""
     return ", ".join(text.format(seen[name]) for name, text in _SHOWN.items() if name in seen)

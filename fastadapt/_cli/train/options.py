@@ -1,4 +1,4 @@
-"""What `fastadapt train` is told beside trl's own arguments: data, losses, stages, adapters."""
+"""Options of `fastadapt train` beside trl's own: data, losses, stages, adapters."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _OF_THE_LOSSES = ("coefficient", "norm", "level")
 
 
 def _flag(text: str, default: Any = None, **more: Any) -> Any:
-    """A field whose flag has a help text."""
+    """Declares an option with the help text of its flag."""
     return field(default=default, metadata={"help": text, **more})
 
 
 @dataclass
 class RunArguments:
-    """What to train on what. `ValueError` where a value is out of range.
+    """Options of a run: data, model, losses and stages; `ValueError` if one is out of range.
 
     Each field is a flag of the command with the same name; its help text says what it is.
     """
@@ -61,7 +61,7 @@ class RunArguments:
     resume: bool = _flag("go on from the folder's last checkpoint, if there is one", False)
 
     def __post_init__(self) -> None:
-        """Checks the ranges and what excludes what."""
+        """Checks ranges and options that exclude each other."""
         for name in ("lora_r", "lora_alpha", "threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -88,7 +88,7 @@ class RunArguments:
         return parse_stages(self.loss, self.stages)
 
     def loss_options(self) -> dict[str, Any]:
-        """Returns the options of the losses that were given."""
+        """Returns the options of the losses that were set."""
         named = {name: getattr(self, name) for name in _OF_THE_LOSSES}
         return {name: value for name, value in named.items() if value is not None}
 
@@ -116,13 +116,13 @@ def parse_stages(loss: str | None, stages: str | None) -> Stages:
 
 
 def objective_of(stage: Mapping[str, float], options: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns those options that a loss of a stage has."""
+    """Returns the options that the losses of a stage take."""
     own = {name for loss in stage for name in inspect.signature(FORMULAS[loss]).parameters}
     return {name: value for name, value in options.items() if name in own}
 
 
 def check_losses(stages: Stages, options: Mapping[str, Any], micro_batches: int) -> None:
-    """Computes every stage's loss of a toy pair, so that what it refuses is refused now.
+    """Computes every stage's loss on a toy pair, so that wrong options fail before training.
 
     Args:
         stages: the mixtures.
@@ -151,7 +151,7 @@ def check_losses(stages: Stages, options: Mapping[str, Any], micro_batches: int)
 
 
 def _mixture(flag: str, text: str) -> dict[str, float]:
-    """Names of losses, each with a weight or 1."""
+    """Parses the losses of one stage, each with its weight or 1."""
     mixture: dict[str, float] = {}
     for part in text.split("+"):
         name, equals, written = part.strip().partition("=")

@@ -54,7 +54,7 @@ def run(arguments: RunArguments, config: DPOConfig, reporter: Reporter) -> None:
 
 
 class Job:
-    """A model on its way through the stages.
+    """The work of a run: trains a model through the stages that are left.
 
     Args:
         arguments: ours.
@@ -72,14 +72,13 @@ class Job:
         folder: RunFolder,
         pairs: tuple[list[Pair], list[Pair]],
     ) -> None:
-        """Keeps what it gets."""
         self.arguments, self.config, self.reporter = arguments, config, reporter
         self.folder, self.pairs = folder, pairs
         self.mixtures = arguments.mixtures()
         self.tokenizer: Any = None
 
     def run(self) -> None:
-        """Goes from where the folder is to the saved model."""
+        """Trains from the folder's last checkpoint to the saved model."""
         number, checkpoint, settings = self._begin()
         model = self._load(number)
         counts = [len(side) for side in self.pairs]
@@ -95,7 +94,7 @@ class Job:
         self._save(model)
 
     def _begin(self) -> tuple[int, Path | None, dict[str, Any] | None]:
-        """Where to begin: a stage, from 0, its checkpoint, and the settings to keep, if any."""
+        """Returns the stage to begin with (from 0), its checkpoint and the settings to write."""
         processes = PartialState()
         settings = None
         with processes.main_process_first():
@@ -109,7 +108,7 @@ class Job:
         return number, checkpoint, settings
 
     def _check_settings(self) -> dict[str, Any]:
-        """The settings of this run, which must be those of the folder's."""
+        """Returns the settings of this run, checked against those in the folder."""
         digest = hashlib.sha256(repr(self.pairs).encode()).hexdigest()
         settings = settings_of(self.arguments, self.config, digest)
         had = self.folder.settings()
@@ -127,7 +126,7 @@ class Job:
         return settings
 
     def _load(self, number: int) -> Any:
-        """The model as a stage found it: left by the stage before, or the one to begin with."""
+        """Loads the model that a stage starts from: the previous stage's, or the original."""
         arguments = self.arguments
         before = self.folder.end_of_stage(number - 1) if number else None
         name: Any = before if before and not arguments.lora_r else arguments.model
@@ -143,7 +142,7 @@ class Job:
         return model
 
     def _tokens(self, pairs: Sequence[Pair], model: Any) -> Dataset | None:
-        """Pairs as token ids, made once; says how many were cut."""
+        """Tokenises the pairs, and reports how many were cut."""
         if not pairs:
             return None
         limit = self._max_length(model)
@@ -169,7 +168,7 @@ class Job:
         return Dataset.from_dict({name: [getattr(pair, name) for pair in kept] for name in names})
 
     def _max_length(self, model: Any) -> int | None:
-        """Tokens of a sequence at most: what was asked for, or the model's positions if fewer."""
+        """Returns the length limit of a sequence: as asked for, at most the model's context."""
         positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         limits = [n for n in (self.config.max_length, positions) if n]
         return min(limits) if limits else None
@@ -182,7 +181,7 @@ class Job:
         held_out: Dataset | None,
         checkpoint: Path | None,
     ) -> None:
-        """Takes the steps of a stage that are left."""
+        """Runs the remaining steps of a stage."""
         stage, count = self.mixtures[number], len(self.mixtures)
         label = f"stage {number + 1}/{count} ({_named(stage)})"
         try:
@@ -218,7 +217,7 @@ class Job:
         gc.collect()
 
     def _stage_config(self, number: int) -> DPOConfig:
-        """trl's arguments for a stage: its folder, its seed, its learning rate."""
+        """Returns trl's arguments for a stage: its folder, seed and learning rate."""
         config = copy.copy(self.config)
         config.output_dir = str(self.folder.stage(number))
         config.seed = self.config.seed + number
@@ -228,7 +227,7 @@ class Job:
         return config
 
     def _save(self, model: Any) -> None:
-        """Writes the model and its tokenizer, at once or not at all."""
+        """Writes the model and its tokenizer atomically."""
         if not PartialState().is_main_process:
             return
         part = self.folder.path / ".model.part"
@@ -241,7 +240,7 @@ class Job:
 
 
 def _read_data(arguments: RunArguments, config: DPOConfig) -> tuple[list[Pair], list[Pair]]:
-    """The pairs to train on and those to evaluate on."""
+    """Reads the pairs and splits off those to evaluate on."""
     pairs = load_pairs(arguments.data, split=arguments.split)
     share = arguments.eval_fraction
     train, held_out = split_pairs(pairs, share, config.seed) if share else (pairs, [])
@@ -261,7 +260,7 @@ def _read_data(arguments: RunArguments, config: DPOConfig) -> tuple[list[Pair], 
 
 
 def _with_adapters(model: Any, arguments: RunArguments, before: Path | None) -> Any:
-    """Puts LoRA adapters on a model, new ones or those of a checkpoint, and freezes the rest."""
+    """Adds LoRA adapters to a model, new or from a checkpoint, and freezes the rest."""
     import peft
 
     if before is not None:
@@ -279,13 +278,13 @@ def _with_adapters(model: Any, arguments: RunArguments, before: Path | None) -> 
 
 
 def _named(stage: Mapping[str, float]) -> str:
-    """A mixture as a person reads it."""
+    """Formats a mixture for a person."""
     return " + ".join(name if w == 1 else f"{w:g} {name}" for name, w in stage.items())
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Leaves transformers' bars and warnings out of a run's lines; its errors stay."""
+    """Silences transformers' progress bars and warnings; its errors stay."""
     with silenced(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
         yield

@@ -31,7 +31,7 @@ Advance = Callable[[str, int, int], None]
 
 
 class StageTrainer(RewardPenalizeTrainer):
-    """A `RewardPenalizeTrainer` for pairs that are tokens already.
+    """A `RewardPenalizeTrainer` for pairs that are tokenised already.
 
     What it adds: the reference is that of the model it is given, for the pairs that its steps will
     take and no others, in the batches in which they take them first, and is kept in a file; numbers
@@ -65,7 +65,6 @@ class StageTrainer(RewardPenalizeTrainer):
         tokenizer: Any,
         advance: Advance,
     ) -> None:
-        """See the class."""
         self.label, self.advance = label, advance
         config = copy.copy(config)
         config.precompute_ref_log_probs = True  # a reference beside the model is never loaded
@@ -88,30 +87,30 @@ class StageTrainer(RewardPenalizeTrainer):
 
     @property
     def folder(self) -> Path:
-        """Where the stage keeps its checkpoints and its reference."""
+        """The folder of the stage's checkpoints and of its reference."""
         return Path(str(self.args.output_dir))
 
     def total_steps(self) -> int:
-        """Returns how many steps the stage has."""
+        """Returns the number of steps of the stage."""
         with torch.random.fork_rng(devices=[]):
             return int(self.set_initial_training_values(self.args, self.get_train_dataloader())[-1])
 
     def restore_token_count(self) -> None:
-        """Goes on counting tokens where the state's last logged step was."""
+        """Restores the count of tokens from the last logged step."""
         seen = [entry["num_tokens"] for entry in self.state.log_history if "num_tokens" in entry]
         self._total_train_tokens = int(seen[-1]) if seen else 0
 
     def _send_telemetry(self) -> None:
-        """Nothing: the command reports to no one but `report_to`."""
+        """Does nothing: the command reports to `report_to` alone."""
 
     def _prepare_dataset(
         self, dataset: Any, processing_class: Any, args: Any, dataset_name: str
     ) -> Any:
-        """The tokens are there."""
+        """Returns the data set as it is: its pairs are tokenised already."""
         return dataset
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
-        """Adds log P of the pairs that will be used under the model as it is; NaN for others."""
+        """Adds log P under the present model for the pairs that will be used, NaN for others."""
         if "dpo" not in self.objective.weights:
             return dataset
         path = self.folder / f"reference-{name}.safetensors"
@@ -134,7 +133,7 @@ class StageTrainer(RewardPenalizeTrainer):
         return dataset
 
     def _positions(self, dataset: Any) -> Any:
-        """A loader of the places that each training batch of this process takes its pairs from."""
+        """Returns a loader of the indices of the pairs in each batch of this process."""
         loader: DataLoader[Any] = DataLoader(
             range(len(dataset)),  # type: ignore[arg-type]  # a Dataset by its methods
             batch_size=self._train_batch_size,
@@ -145,7 +144,7 @@ class StageTrainer(RewardPenalizeTrainer):
         return self.accelerator.prepare(loader)
 
     def _count_batches(self, dataset: Any) -> int:
-        """How many batches `_first_batches` yields."""
+        """Returns the number of batches that `_first_batches` yields."""
         loader = self._positions(dataset)
         epochs, per_epoch, *_, steps = self.set_initial_training_values(self.args, loader)
         whole, rest = divmod(steps, per_epoch)
@@ -153,7 +152,7 @@ class StageTrainer(RewardPenalizeTrainer):
         return int(min(whole, epochs) * len(loader) + extra)
 
     def _first_batches(self, dataset: Any) -> Iterable[Tensor]:
-        """The places of the batches that the stage's steps take, in their order."""
+        """Yields the indices of the batches that the stage's steps take, in order."""
         left = self._count_batches(dataset)
         loader, epoch = self._positions(dataset), 0
         while left > 0:
@@ -167,7 +166,7 @@ class StageTrainer(RewardPenalizeTrainer):
     def _fill(
         self, dataset: Any, known: Tensor, batches: Iterable[Tensor], label: str, total: int
     ) -> Tensor:
-        """Computes what is NaN at the places of batches, (2, N) float64, over all processes."""
+        """Computes missing reference values (NaN) of batches, (2, N) float64, on all processes."""
         for done, batch in enumerate(batches, start=1):
             places = [i for i in batch.tolist() if known[:, i].isnan().any()]
             if places:
@@ -193,7 +192,7 @@ class StageTrainer(RewardPenalizeTrainer):
         return known
 
     def _write_reference(self, path: Path, found: Tensor) -> None:
-        """Keeps the reference, at once or not at all."""
+        """Writes the reference atomically."""
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(".part")
         try:
@@ -204,13 +203,13 @@ class StageTrainer(RewardPenalizeTrainer):
             raise CommandError(f"{path}: cannot be written: {error}") from error
 
     def training_step(self, *rest: Any, **named: Any) -> Tensor:
-        """A step on a micro-batch, whose loss must be finite."""
+        """Takes a step on a micro-batch; raises if the loss is not finite."""
         loss: Tensor = super().training_step(*rest, **named)  # type: ignore[no-untyped-call]
         self._check("loss", float(loss))
         return loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """The norm of the gradient, which must be finite unless a scaler of float16 looks at it."""
+        """Returns the gradient's norm; raises if it is not finite, unless float16 is scaled."""
         norm = super()._get_grad_norm(  # type: ignore[no-untyped-call]
             model, grad_norm=grad_norm
         )
@@ -219,13 +218,13 @@ class StageTrainer(RewardPenalizeTrainer):
         return norm
 
     def _check(self, name: str, value: float) -> None:
-        """Stops the run at a number that is not finite, before any parameter changes."""
+        """Raises if a number is not finite, before any parameter changes."""
         if not math.isfinite(value):
             step = self.state.global_step + 1
             raise CommandError(f"{self.label}, step {step}: expected a finite {name}, got {value}")
 
     def evaluate(self, *rest: Any, **named: Any) -> dict[str, float]:
-        """Evaluates; every number must be finite."""
+        """Evaluates, and raises if a metric is not finite."""
         seen: dict[str, float] = super().evaluate(*rest, **named)
         for name, value in seen.items():
             if not math.isfinite(value):
@@ -256,7 +255,7 @@ class StageTrainer(RewardPenalizeTrainer):
 
 @contextlib.contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Turns what a full disk or a lost folder raises, in whatever library, into one line.
+    """Turns any library's error about a full disk or a lost folder into a one-line error.
 
     Args:
         folder: that is written; what is there of it is removed then, to leave room.
@@ -293,7 +292,7 @@ def check_parameters(model: nn.Module, where: str) -> None:
 
 
 def _read(path: Path, count: int) -> Tensor:
-    """(2, count), float64: a reference that was kept; NaN where there is none."""
+    """Reads a stored reference, (2, count) float64, NaN where nothing is stored."""
     try:
         with safe_open(path, framework="pt") as file:
             found = torch.stack([file.get_tensor(name) for name in _REFERENCE])

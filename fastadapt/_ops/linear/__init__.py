@@ -1,1 +1,1 @@
-"""Log-odds from hidden states and a head, tile by tile: the driver, its plans and its devices."""
+"""Log-odds from hidden states and a head, tile by tile: driver, plans and devices."""

@@ -1,4 +1,4 @@
-"""The row work of a linear head on the CPU: torch's products, C++ between them."""
+"""A linear head's tiles on the CPU: products by torch, everything between them in C++."""
 
 import torch
 from torch import Tensor
@@ -12,19 +12,18 @@ _PRODUCT_ELEMENTS = 1 << 20  # of a bfloat16 product that is added to float32 su
 
 
 class CpuWork(RowWork):
-    """Products in the dtype of the inputs."""
+    """Tiles on the CPU, with products in the dtype of the inputs."""
 
     tile = TILE
 
     def __init__(self, head: Head) -> None:
-        """One tile of products is held, from the first on."""
         super().__init__(head)
         self._buffer: Tensor | None = None
         self._shrinks = head.hidden.new_empty(head.hidden.shape[0], dtype=torch.float64)
 
     @classmethod
     def scratch_bytes(cls, n: int, v: int, itemsize: int) -> tuple[int, int]:
-        """One tile; the products of half precision that are added to sums are 2 MiB."""
+        """Returns the bytes of one tile, for the forward and the backward."""
         tile = n * min(cls.tile, v) * itemsize
         return tile, tile
 
@@ -33,7 +32,7 @@ class CpuWork(RowWork):
         _C.prefer_huge_pages(out, out.nbytes)
 
     def label_products(self) -> Tensor:
-        """Float32 dot products."""
+        """Computes the labels' products as float32 dot products."""
         head = self.head
         n, h = head.hidden.shape
         out = head.hidden.new_zeros(n, dtype=torch.float64)
@@ -57,7 +56,7 @@ class CpuWork(RowWork):
         return out
 
     def sum_tile(self, first: int, last: int, stats: Tensor, request: TileRequest) -> None:
-        """A frozen head's exponentials replace the products."""
+        """Adds a tile to the statistics; for a frozen head exponentials replace the products."""
         tile = self._products(first, last, request.kept)
         _C.tile(
             **self._tile(tile, first),
@@ -73,7 +72,7 @@ class CpuWork(RowWork):
     def gradient_tile(
         self, first: int, last: int, stats: Tensor, gains: Tensor, kept: Tensor | None, out: Tensor
     ) -> None:
-        """Products are made where their gradient will be."""
+        """Computes a tile's gradient, in the buffer that held its products."""
         tile = self._products(first, last, out) if kept is None else kept
         _C.tile_backward(
             **self._tile(tile, first),
@@ -84,13 +83,13 @@ class CpuWork(RowWork):
         )
 
     def set_labels(self, first: int, label_gains: Tensor, out: Tensor) -> None:
-        """One entry a row at most."""
+        """Writes the labels' own entries of a tile's gradient."""
         place = self.head.labels - first
         here = ((place >= 0) & (place < out.shape[1])).nonzero()[:, 0]
         out[here, place[here]] = label_gains[here].to(out.dtype)
 
     def add_product(self, sums: Tensor, a: Tensor, b: Tensor, factor: Tensor | None = None) -> None:
-        """sums = factor sums + a @ b: half precision by blocks of rows, a product rounded once."""
+        """Computes sums = factor sums + a @ b; half precision is rounded once per block of rows."""
         if sums.dtype == a.dtype:
             if factor is not None:
                 sums.mul_(factor[:, None].to(sums.dtype))
@@ -107,7 +106,7 @@ class CpuWork(RowWork):
     def add_rows(
         self, sums: Tensor, source: Tensor, index: Tensor, gain: Tensor, factor: Tensor | None
     ) -> None:
-        """Source rounded to nothing less."""
+        """Adds scaled source rows to the sums, without rounding the source."""
         if source.stride(1) == 1:
             _mix(sums, source, factor=factor, gain=gain, index=index)
         else:
@@ -116,7 +115,7 @@ class CpuWork(RowWork):
 
     @staticmethod
     def scatter(sums: Tensor, gain: Tensor | None, index: Tensor | None, out: Tensor) -> None:
-        """In C++."""
+        """Writes scaled sums to their rows of `out`."""
         n, h = sums.shape
         _C.scatter(
             dtype=DTYPE_CODES[out.dtype],
@@ -142,7 +141,7 @@ class CpuWork(RowWork):
         }
 
     def _products(self, first: int, last: int, out: Tensor | None) -> Tensor:
-        """hidden @ weight.T over a tile."""
+        """Returns hidden @ weight.T over a tile."""
         n, v = self.head.hidden.shape[0], self.head.weight.shape[0]
         if out is None:
             if self._buffer is None:
@@ -159,7 +158,7 @@ def _mix(
     gain: Tensor | None = None,
     index: Tensor | None = None,
 ) -> None:
-    """sums[r] = factor[r] sums[r] + gain[r] source[index[r]], contiguous rows."""
+    """Computes sums[r] = factor[r] sums[r] + gain[r] source[index[r]] on contiguous rows."""
     n, h = sums.shape
     _C.mix(
         dtype=DTYPE_CODES[source.dtype],

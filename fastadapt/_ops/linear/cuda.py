@@ -1,4 +1,4 @@
-"""The row work of a linear head on CUDA: cuBLAS's products, Triton between them.
+"""A linear head's tiles on CUDA: products by cuBLAS, everything between them in Triton.
 
 Products are float32 (float64 of float64), so that logits are never rounded before their
 log-sum-exp, and made in blocks of 1024 rows, the last one filled up with zeros, by tiles of 8192
@@ -22,7 +22,7 @@ LEAST_TILE = 1024
 
 
 def backward_tile(n: int, itemsize: int) -> int:
-    """Ids a tile in the backward, a power of two: fewer for many rows."""
+    """Returns the ids per tile in the backward, a power of two; fewer for many rows."""
     width = TILE
     while width > LEAST_TILE and n * width * itemsize > GRADIENT_BYTES:
         width //= 2
@@ -30,13 +30,13 @@ def backward_tile(n: int, itemsize: int) -> int:
 
 
 class CudaWork(RowWork):
-    """Products in float32 by blocks of rows."""
+    """Tiles on CUDA, with float32 products by blocks of rows."""
 
     tile = TILE
     rows = ROWS
 
     def __init__(self, head: Head) -> None:
-        """Room for one block of products, made when it is needed."""
+        """Checks the version of torch; buffers are allocated when they are needed."""
         super().__init__(head)
         hidden = head.hidden
         if hidden.element_size() == 2 and not _has_wide_products():
@@ -55,24 +55,24 @@ class CudaWork(RowWork):
         self._exps: Tensor | None = None
 
     def backward_tile(self) -> int:
-        """As many as keep the gradient of a tile within 128 MiB."""
+        """Returns the ids per tile that keep a tile's gradient within 128 MiB."""
         hidden = self.head.hidden
         return min(self.tile, backward_tile(hidden.shape[0], hidden.element_size()))
 
     @classmethod
     def scratch_bytes(cls, n: int, v: int, itemsize: int) -> tuple[int, int]:
-        """A block of products; in the backward the gradient of a tile too."""
+        """Returns the bytes of a block of products; in the backward, of a tile's gradient too."""
         block = cls.rows * min(cls.tile, v) * max(itemsize, 4)
         width = min(backward_tile(n, itemsize), cls.tile, v)
         return block, cls.rows * width * max(itemsize, 4) + n * width * itemsize
 
     @classmethod
     def exps_bytes(cls, n: int, v: int, itemsize: int) -> int:
-        """Of a block of rows."""
+        """Returns the bytes of one block's exponentials."""
         return cls.rows * min(cls.tile, v) * itemsize
 
     def label_products(self) -> Tensor:
-        """Float32 dot products, float64 from block to block."""
+        """Computes the labels' products as float32 dot products, float64 across blocks."""
         from fastadapt._ops.triton import launch_linear
 
         head = self.head
@@ -83,7 +83,7 @@ class CudaWork(RowWork):
         return out
 
     def sum_tile(self, first: int, last: int, stats: Tensor, request: TileRequest) -> None:
-        """Exponentials of a frozen head are rounded to the dtype of the head for their product."""
+        """Adds a tile to the statistics; a frozen head's exponentials are rounded to its dtype."""
         from fastadapt._ops.triton import launch_linear
 
         weight, v = self.head.weight[first:last], self.head.weight.shape[0]
@@ -111,7 +111,7 @@ class CudaWork(RowWork):
     def gradient_tile(
         self, first: int, last: int, stats: Tensor, gains: Tensor, kept: Tensor | None, out: Tensor
     ) -> None:
-        """Products again by blocks of rows, or what was kept, all rows at once."""
+        """Computes a tile's gradient, from products made again or from kept logits."""
         from fastadapt._ops.triton import launch_linear
 
         if kept is not None:
@@ -125,13 +125,13 @@ class CudaWork(RowWork):
             launch_linear.gradient_tile(rows, stats[part], gains[part], out[part])
 
     def set_labels(self, first: int, label_gains: Tensor, out: Tensor) -> None:
-        """One launch."""
+        """Writes the labels' own entries of a tile's gradient, in one launch."""
         from fastadapt._ops.triton import launch_linear
 
         launch_linear.set_labels(self.head.labels, label_gains, first, out)
 
     def add_product(self, sums: Tensor, a: Tensor, b: Tensor) -> None:
-        """In float32, rounded nowhere."""
+        """Adds a product to float32 sums without rounding it."""
         if sums.dtype == a.dtype:
             torch.addmm(sums, a, b, out=sums)
         elif _adds_wide_products():
@@ -140,7 +140,7 @@ class CudaWork(RowWork):
             sums += torch.mm(a, b, out_dtype=torch.float32)
 
     def product(self, a: Tensor, b: Tensor, out: Tensor) -> None:
-        """out = a @ b, of half precision in float32."""
+        """Computes out = a @ b; the product of half precision is float32."""
         if out.dtype == a.dtype:
             torch.mm(a, b, out=out)
         else:
@@ -149,7 +149,7 @@ class CudaWork(RowWork):
     def add_rows(
         self, sums: Tensor, source: Tensor, index: Tensor, gain: Tensor, factor: Tensor | None
     ) -> None:
-        """In place."""
+        """Adds scaled source rows to the sums in place."""
         from fastadapt._ops.triton import launch_linear
 
         source, index = _contiguous_rows(source, index)
@@ -157,18 +157,18 @@ class CudaWork(RowWork):
 
     @staticmethod
     def scatter(sums: Tensor, gain: Tensor | None, index: Tensor | None, out: Tensor) -> None:
-        """One read, one write."""
+        """Writes scaled sums to their rows of `out`, in one pass."""
         from fastadapt._ops.triton import launch_linear
 
         launch_linear.mix(sums, out, factors=gain, places=index)
 
     def _blocks(self) -> list[tuple[int, int]]:
-        """First row of each block and the one after its last."""
+        """Returns the first and the last row (exclusive) of each block."""
         n = self.head.hidden.shape[0]
         return [(begin, min(begin + self.rows, n)) for begin in range(0, n, self.rows)]
 
     def _products(self, begin: int, end: int, weight: Tensor) -> Tensor:
-        """hidden @ weight.T of some rows, in a shape that has nothing to do with their number."""
+        """Computes hidden @ weight.T for a block of rows, padded to a fixed shape."""
         hidden = self.head.hidden[begin:end]
         if end - begin < self.rows:
             if self._last is None:
@@ -182,7 +182,7 @@ class CudaWork(RowWork):
         return out[: end - begin]
 
     def _rows(self, products: Tensor, part: slice, first: int) -> Any:
-        """As the launches take them."""
+        """Bundles a block of products for a launch."""
         from fastadapt._ops.triton import launch_linear
 
         head = self.head
@@ -192,23 +192,23 @@ class CudaWork(RowWork):
 
 
 class DoubleCudaWork(CudaWork):
-    """The same of float64."""
+    """Tiles on CUDA for float64."""
 
     tile = DOUBLE_TILE
 
 
 def _has_wide_products() -> bool:
-    """Whether this torch has products of half precision in float32."""
+    """Whether this torch multiplies half precision into float32."""
     return "dtype_out" in torch.ops.aten.mm.overloads()
 
 
 def _adds_wide_products() -> bool:
-    """Whether this torch adds products of half precision to float32 in one call."""
+    """Whether this torch adds such a product to float32 in the same call."""
     return TorchVersion(torch.__version__) >= "2.10"
 
 
 def _contiguous_rows(source: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of which the kernels can read those at an index, and the index."""
+    """Returns rows with contiguous entries, and the index into them."""
     if source.stride(1) == 1 or source.shape[1] == 1:
         return source, index
     picked = source.index_select(0, index).contiguous()

@@ -1,4 +1,4 @@
-"""A linear head met tile by tile of its vocabulary: forward and backward, on any device.
+"""Forward and backward of a linear head, tile by tile of its vocabulary, on any device.
 
 `plan` says what the backward will want: nothing (0), gradients of the head too (1), or those of the
 hidden states alone (2, the frozen head, whose forward makes the Jacobian row
@@ -23,14 +23,14 @@ Triple = tuple[Tensor, Tensor, Tensor]
 
 
 def kept_ids(n: int, v: int, itemsize: int, tile: int, kept_bytes: int) -> int:
-    """How many ids, whole tiles, have logits that the forward leaves to the backward."""
+    """Returns how many ids (whole tiles) keep their logits for the backward."""
     if n == 0 or n * v * itemsize <= kept_bytes:
         return v
     return kept_bytes // (n * tile * itemsize) * tile
 
 
 def empty_outputs(hidden: Tensor, weight: Tensor, tile: int, plan: int, kept_bytes: int) -> Triple:
-    """Log-odds, statistics, and what is kept: Jacobian rows, tiles of logits or nothing."""
+    """Allocates log-odds, statistics, and what is kept: Jacobian rows, logits or nothing."""
     n, h = hidden.shape
     v = weight.shape[0]
     wide = torch.promote_types(hidden.dtype, torch.float32)
@@ -48,7 +48,7 @@ def empty_outputs(hidden: Tensor, weight: Tensor, tile: int, plan: int, kept_byt
 def _kept_tile(
     kept: Tensor, rows: int, tile: int, n_kept: int, first: int, last: int
 ) -> Tensor | None:
-    """(rows, last - first): where the logits of ids of one tile are, if they are kept."""
+    """Returns the part of the kept logits that holds a tile, (rows, last - first), or None."""
     if last > n_kept:
         return None
     begin = first // tile * tile
@@ -60,7 +60,7 @@ def _kept_tile(
 def forward(
     work: type[RowWork], problem: Problem, plan: int, kept_bytes: int, weighted: bool
 ) -> Triple:
-    """One product a tile, two with a frozen head."""
+    """Computes log-odds with one product per tile, two with a frozen head."""
     hidden, weight = problem.hidden, problem.weight
     log_odds, all_stats, kept = out = empty_outputs(hidden, weight, work.tile, plan, kept_bytes)
     head = Head.from_problem(problem, problem.used)
@@ -109,7 +109,7 @@ def forward(
 
 
 def _rescaled(top: Tensor, before: Tensor) -> Tensor:
-    """e^(top - before), +inf where there was nothing before."""
+    """Returns e^(top - before), +inf where `before` is -inf."""
     return torch.where(before == float("-inf"), float("inf"), (top - before).exp())
 
 
@@ -121,7 +121,7 @@ def backward(
     kept: Tensor,
     wanted: list[bool],
 ) -> Triple:
-    """Each block of the head's gradient is finished in one product and written once.
+    """Computes the gradients; each block of the head's gradient is written once.
 
     Rows without an upstream gradient are dropped like those ignored; not with a group, whose ranks
     must agree on the rows.
@@ -170,7 +170,7 @@ def backward(
 
 
 def _rows_of_forward(head: Head, used: Tensor, n: int) -> tuple[int, Tensor | None]:
-    """How many rows the forward had, and which of them take part; None: all."""
+    """Returns the number of rows in the forward, and those that take part (None: all)."""
     if head.places is None:  # none is dropped: no need to wait for a sum
         return n, None
     before = int(used.sum())
@@ -182,7 +182,7 @@ def _rows_of_forward(head: Head, used: Tensor, n: int) -> tuple[int, Tensor | No
 def empty_gradients(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: list[bool]
 ) -> Triple:
-    """Room for those wanted; zeros, because ignored rows have none."""
+    """Allocates the wanted gradients, as zeros because ignored rows have none."""
     return (
         hidden.new_zeros(hidden.shape if wanted[0] else (0, hidden.shape[1])),
         weight.new_empty(weight.shape if wanted[1] else (0, weight.shape[1])),
@@ -199,7 +199,7 @@ def frozen_head_backward(
     rows: Tensor,
     dtype: torch.dtype,
 ) -> Tensor:
-    """dL/dhidden = dL/dm times the Jacobian row: no product, no head, no exchange."""
+    """Returns dL/dhidden = dL/dm times the stored Jacobian rows, without a product."""
     index: Tensor | None = (labels != ignore_index).nonzero()[:, 0]
     gains = torch.where(stats[:, OTHERS_SUM] == 0, 0.0, dlog_odds.double())
     nothing = gains == 0

@@ -1,4 +1,4 @@
-"""The peak of resident memory over some work, as Linux counts it."""
+"""The peak of resident memory during a block, as Linux counts it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _RESET_PEAK = "5"  # proc(5): sets VmHWM to VmRSS
 
 
 def return_freed_blocks() -> bool:
-    """Makes malloc take blocks of 1 MB and more from the system, and return them when freed.
+    """Makes malloc return freed blocks of 1 MB and more to the system.
 
     By default glibc raises that bound to 32 MB as a program goes on and keeps smaller blocks in a
     heap with holes, so that a peak tells where the holes lay and not what was alive. It holds for
@@ -26,7 +26,7 @@ def return_freed_blocks() -> bool:
 
 
 class PeakMemory:
-    """The peak of the process's resident memory inside a `with` block, over what was there before.
+    """The peak of resident memory inside a `with` block, beyond what was resident before.
 
     Memory that malloc has kept for itself is given back first, where the C library can do that:
     pages that the block takes from there would not count. Pages that the kernel counts late make
@@ -47,16 +47,14 @@ class PeakMemory:
     """
 
     def __init__(self) -> None:
-        """See the class."""
         self.before = self.largest = 0
 
     @property
     def extra(self) -> int:
-        """Bytes that the block needed over what was there, what it leaves included."""
+        """Bytes that the block needed beyond what was resident before it."""
         return self.largest - self.before
 
     def __enter__(self) -> PeakMemory:
-        """Begin."""
         gc.collect()
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
@@ -66,7 +64,6 @@ class PeakMemory:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """End."""
         self.largest = _kilobytes("VmHWM") * 1024
 
 
@@ -81,12 +78,12 @@ def is_measurable() -> bool:
 
 
 def _reset() -> None:
-    """Sets the peak to what is resident now."""
+    """Resets the peak to what is resident now."""
     (_PROCESS / "clear_refs").write_text(_RESET_PEAK, encoding="ascii")
 
 
 def _kilobytes(name: str) -> int:
-    """A line of /proc/self/status."""
+    """Reads one line of /proc/self/status."""
     lines = (_PROCESS / "status").read_text(encoding="ascii").splitlines()
     fields = dict(line.split(":", 1) for line in lines)
     return int(fields[name].split()[0])

@@ -141,12 +141,12 @@ def _gradient(ctx: Any, dlog_odds: Tensor | None, *_: None) -> tuple[Tensor | No
 
 
 def _without_gradient(values: Tensor, log_odds: Tensor, name: str) -> Tensor:
-    """The values."""
+    """Returns the values unchanged; their gradient is refused."""
     return values.clone()
 
 
 def _refused_gradient(gradient: Tensor, name: str) -> Tensor:
-    """Zeros, of a gradient that is zero; an operator, so that compiled graphs keep it."""
+    """Raises unless a gradient is zero; an operator, so that compiled graphs keep it."""
     if bool(gradient.any()):
         raise RuntimeError(
             f"outputs: expected a loss without the {name} of linear_log_odds, which has no "
@@ -156,13 +156,13 @@ def _refused_gradient(gradient: Tensor, name: str) -> Tensor:
 
 
 def _keep_name(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    """Nothing else is needed to refuse."""
+    """Saves the name of the output for the error."""
     ctx.set_materialize_grads(False)
     ctx.name = inputs[-1]
 
 
 def _refuse(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The gradient of log-odds: none, or an error."""
+    """Refuses a gradient of an output that has none."""
     if gradient is None:
         return None, None, None
     return None, torch.ops.fastadapt.refused_gradient(gradient, ctx.name), None

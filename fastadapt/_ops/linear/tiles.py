@@ -1,4 +1,4 @@
-"""What the driver of a linear head shares with the devices: the problem, its rows, the row work."""
+"""Shared by the driver of a linear head and the devices: the problem, its rows, the tile work."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -25,12 +25,12 @@ class Problem(NamedTuple):
 
     @property
     def used(self) -> Tensor:
-        """(N,) bool: the rows that are not ignored."""
+        """(N,), bool; the rows that are not ignored."""
         return self.labels != self.ignore_index
 
 
 class Head(NamedTuple):
-    """The rows that take part, and the head that they meet."""
+    """The rows that take part in a call, and the head."""
 
     hidden: Tensor  # (n, H), contiguous rows
     weight: Tensor
@@ -42,7 +42,7 @@ class Head(NamedTuple):
 
     @classmethod
     def from_problem(cls, problem: Problem, takes: Tensor) -> "Head":
-        """Drops the other rows before the first product; on a GPU this waits for the device."""
+        """Selects the rows that take part; on a GPU this waits for the device."""
         hidden, labels, v = problem.hidden, problem.labels, problem.weight.shape[0]
         index: Tensor | None = takes.nonzero()[:, 0]
         if index is not None and index.shape == labels.shape:
@@ -60,36 +60,36 @@ class Head(NamedTuple):
 
     @property
     def has_label(self) -> Tensor:
-        """(n,) bool: whether this head has the label."""
+        """(n,), bool; whether this slice of the head has the label."""
         return self.labels >= 0
 
     @property
     def label_rows(self) -> Tensor:
-        """(n,): rows of the weight that may be read, the label's where it is here."""
+        """(n,); the label's row of the weight, a valid row where the label is elsewhere."""
         return self.labels.clamp(min=0)
 
     def tiles(self, width: int) -> Iterator[tuple[int, int]]:
-        """First id of each tile and the one after its last."""
+        """Yields the first and the last id (exclusive) of each tile."""
         v = self.weight.shape[0]
         return ((first, min(first + width, v)) for first in range(0, v, width))
 
     def mapped(self, products: Tensor) -> Tensor:
-        """Logits from products to which a bias has been added."""
+        """Scales and caps products to which the bias has been added."""
         z = products * self.scale
         return z if self.softcap == 0 else self.softcap * (z / self.softcap).tanh()
 
     def slope(self, logits: Tensor) -> Tensor:
-        """dz / dx at mapped logits."""
+        """Returns dz / dx at given logits."""
         if self.softcap == 0:
             return torch.full_like(logits, self.scale)
         return self.scale * (1 - (logits / self.softcap).square())
 
     def gather(self, values: Tensor) -> Tensor:
-        """The values of the rows that take part, from those of all rows."""
+        """Selects the values of the rows that take part."""
         return values if self.places is None else values.index_select(0, self.places)
 
     def scatter(self, values: Tensor, out: Tensor) -> None:
-        """Values of the rows that take part among all rows; 0 elsewhere."""
+        """Spreads values of the rows that take part over all rows, 0 elsewhere."""
         if self.places is None:
             out.copy_(values)
         else:
@@ -97,7 +97,7 @@ class Head(NamedTuple):
 
 
 class TileRequest(NamedTuple):
-    """What a tile of the forward gives beside the maximum and the sum."""
+    """What the forward wants of a tile beside the maximum and the sum."""
 
     weighted: bool  # whether the weighted sum is made
     kept: Tensor | None  # (n, last - first) in the dtype of hidden: the products, for the backward
@@ -106,7 +106,7 @@ class TileRequest(NamedTuple):
 
 
 class RowWork(ABC):
-    """The work of one device on tiles of the vocabulary: products and what happens to their rows.
+    """What a device does with tiles of the vocabulary: products, and the work on their rows.
 
     Made for one call; what it allocates is reused from tile to tile.
     """
@@ -114,55 +114,54 @@ class RowWork(ABC):
     tile: int  # ids a tile
 
     def __init__(self, head: Head) -> None:
-        """For these rows."""
         self.head = head
 
     def backward_tile(self) -> int:
-        """Ids a tile in the backward; divides `tile`."""
+        """Returns the ids per tile in the backward, a divisor of `tile`."""
         return self.tile
 
     @classmethod
     @abstractmethod
     def scratch_bytes(cls, n: int, v: int, itemsize: int) -> tuple[int, int]:
-        """What a forward without a second product holds, and a backward beside its sums."""
+        """Returns the bytes of a forward with one product, and of a backward beside its sums."""
 
     @classmethod
     def exps_bytes(cls, n: int, v: int, itemsize: int) -> int:
-        """What a frozen head's forward holds beside that and its sums."""
+        """Returns the bytes that a frozen head's forward holds in addition, beside its sums."""
         return 0
 
     def will_write(self, out: Tensor) -> None:  # noqa: B027  (nothing to do is a way to do it)
-        """Called with what will be written from end to end."""
+        """Announces a tensor that will be written from end to end."""
 
     @abstractmethod
     def label_products(self) -> Tensor:
-        """(n,) float64: hidden times the label's row, sums of float32 at least; any elsewhere."""
+        """(n,) float64; hidden times the label's row, undefined where the label is elsewhere."""
 
     @abstractmethod
     def sum_tile(self, first: int, last: int, stats: Tensor, request: TileRequest) -> None:
-        """One product: ids [first, last) join the statistics."""
+        """Adds ids [first, last) to the statistics, with one product."""
 
     @abstractmethod
     def gradient_tile(
         self, first: int, last: int, stats: Tensor, gains: Tensor, kept: Tensor | None, out: Tensor
     ) -> None:
-        """dL/dx, 0 at the label, (n, last - first), from what was kept or the products again."""
+        """Returns dL/dx of a tile, 0 at the label, (n, last - first)."""
 
     @abstractmethod
     def set_labels(self, first: int, label_gains: Tensor, out: Tensor) -> None:
-        """The labels' own entries of the gradient of a tile."""
+        """Writes the labels' own entries of a tile's gradient."""
 
     @abstractmethod
     def add_product(self, sums: Tensor, a: Tensor, b: Tensor) -> None:
-        """sums += a @ b."""
+        """Computes sums += a @ b."""
 
     @abstractmethod
     def add_rows(
         self, sums: Tensor, source: Tensor, index: Tensor, gain: Tensor, factor: Tensor | None
     ) -> None:
-        """sums[r] = factor[r] sums[r] + gain[r] source[index[r]]."""
+        """Computes sums[r] = factor[r] sums[r] + gain[r] source[index[r]]."""
 
     @staticmethod
     @abstractmethod
     def scatter(sums: Tensor, gain: Tensor | None, index: Tensor | None, out: Tensor) -> None:
-        """out[index[r]] = gain[r] sums[r], rounded once."""
+        """Computes out[index[r]] = gain[r] sums[r], rounded once."""

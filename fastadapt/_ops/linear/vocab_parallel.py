@@ -1,4 +1,4 @@
-"""A head split over ranks by vocabulary: its slices, and the few sums that the ranks exchange.
+"""A head split over ranks by vocabulary: its slices, and the sums that the ranks exchange.
 
 Torch's functional collectives, by the group's name. What decides log-odds is gathered and folded
 in the order of the ranks, so that every rank has the same bits whatever the backend.
@@ -33,7 +33,7 @@ def split_head(
     bias: Tensor | None,
     group: "ProcessGroup | None",
 ) -> Slice:
-    """The local parts of the inputs and, if the head is split, where its slice lies.
+    """Returns the local parts of the inputs and, for a split head, the position of its slice.
 
     Raises:
         RuntimeError: a group without torch.distributed.
@@ -66,7 +66,7 @@ def split_head(
 
 
 def merge_stats(stats: Tensor, own: Tensor, labels: Tensor, group: str) -> tuple[Tensor, Tensor]:
-    """Statistics over the whole vocabulary, and whether a rank has the row's label.
+    """Merges the ranks' statistics, and says whether a rank has the row's label.
 
     A label that the ranks do not agree on counts as nobody's; on the CPU it is an error.
 
@@ -96,14 +96,14 @@ def merge_stats(stats: Tensor, own: Tensor, labels: Tensor, group: str) -> tuple
 
 
 def sum_over_ranks(x: Tensor, group: str) -> Tensor:
-    """The sum, the same on every rank."""
+    """Returns the sum over ranks, equal on every rank."""
     collectives = torch.ops._c10d_functional
     out: Tensor = collectives.wait_tensor(collectives.all_reduce(x, "sum", group))
     return out
 
 
 def _gather(x: Tensor, group: str) -> Tensor:
-    """(ranks, *x.shape)."""
+    """Gathers a tensor from all ranks, (ranks, *x.shape)."""
     from torch.distributed.distributed_c10d import _get_group_size_by_name
 
     name: Any = group
@@ -115,7 +115,7 @@ def _gather(x: Tensor, group: str) -> Tensor:
 
 
 def _check_group(group: object) -> None:
-    """Whether this process is a member of it."""
+    """Raises unless this process is a member of the group."""
     import torch.distributed as dist
 
     if not dist.is_available() or not dist.is_initialized():
@@ -127,7 +127,7 @@ def _check_group(group: object) -> None:
 
 
 def _is_distributed(x: object) -> "TypeGuard[DTensor]":
-    """Whether it is a DTensor, without loading that class for those that are not."""
+    """Whether a tensor is a DTensor, without importing that class needlessly."""
     if not isinstance(x, Tensor) or type(x) in (Tensor, torch.nn.Parameter):
         return False
     if not torch.distributed.is_available():
@@ -138,7 +138,7 @@ def _is_distributed(x: object) -> "TypeGuard[DTensor]":
 
 
 def _local(name: str, x: Tensor, mesh: "DeviceMesh | None", placement: str) -> Tensor:
-    """This rank's part of a DTensor; its gradient is a DTensor of the same placement."""
+    """Returns this rank's part of a DTensor; its gradient is a DTensor placed alike."""
     if not _is_distributed(x):
         return x
     from torch.distributed.tensor import Replicate, Shard

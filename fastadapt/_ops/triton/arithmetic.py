@@ -1,4 +1,4 @@
-"""The specified arithmetic: masses, ranks, logarithm, exponential, the draw's random number.
+"""The arithmetic of the sampling rule: masses, ranks, logarithm, exponential, random numbers.
 
 Every operation is rounded separately: kernels that make masses are launched with
 `enable_fp_fusion=False`. Constants are those of `reference.arithmetic`.
@@ -29,7 +29,7 @@ FINITE_RANK = tl.constexpr((-2139095040 + 1) << 32)  # above every rank of -inf
 
 @triton.jit
 def exponentials(d):
-    """2^40 e^d in float32, 0 below d = -28."""
+    """Returns 2^40 e^d in float32, 0 below d = -28."""
     t = tl.maximum(d, -29.0) * LOG2E
     biased = t + ROUND
     f = t - (biased - ROUND)
@@ -46,45 +46,45 @@ def exponentials(d):
 
 @triton.jit
 def masses(d):
-    """Integer masses of float32 distances to the maximum."""
+    """Returns integer masses of float32 distances to the maximum."""
     return exponentials(d).to(tl.int64)
 
 
 @triton.jit
 def surprisals(d):
-    """Integer masses times -d, truncated from their product."""
+    """Returns integer masses times -d, truncated."""
     e = exponentials(d)
     return tl.where(e > 0, e * -d, 0.0).to(tl.int64)
 
 
 @triton.jit
 def keys(s):
-    """Integers in the order of floats; the two zeros are one."""
+    """Maps floats to integers in the same order; both zeros are one."""
     b = s.to(tl.int32, bitcast=True)
     return tl.where(b >= 0, b, MIN_INT32 - b)
 
 
 @triton.jit
 def values(key):
-    """The floats of integers of `keys`."""
+    """Maps integers of `keys` back to floats."""
     return tl.where(key >= 0, key, MIN_INT32 - key).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def ranks(key, ids):
-    """Key and then id, the lowest id first: a larger rank is more probable."""
+    """Packs key and id into one integer; a larger rank is more probable, ties by lowest id."""
     return (key.to(tl.int64) << 32) + (LAST_ID - ids)
 
 
 @triton.jit
 def with_ties(rank):
-    """The lowest rank of the same key."""
+    """Returns the lowest rank with the same key."""
     return rank & -0x100000000
 
 
 @triton.jit
 def log64(value):
-    """ln of a positive normal float64: atanh series of (f - 1) / (f + 1)."""
+    """Returns ln of a positive normal float64 by the atanh series of (f - 1) / (f + 1)."""
     bits = value.to(tl.int64, bitcast=True)
     exponent = ((bits >> 52) & 0x7FF) - 1023
     f = ((bits & 0xFFFFFFFFFFFFF) | 0x3FF0000000000000).to(tl.float64, bitcast=True)
@@ -101,13 +101,13 @@ def log64(value):
 
 @triton.jit
 def log_mass(mass):
-    """ln(mass / 2^40), float64."""
+    """Returns ln(mass / 2^40) in float64."""
     return log64(mass.to(tl.float64) * 9.094947017729282e-13)  # 2^-40
 
 
 @triton.jit
 def exp64(value):
-    """e^value for float64 in [-700, 700]: Taylor series after a shift by k ln 2."""
+    """Returns e^value for float64 in [-700, 700]: a Taylor series after a shift by k ln 2."""
     k = (value * 1.4426950408889634 + ROUND64) - ROUND64
     r = (value - k * LN2_HIGH) - k * LN2_LOW
     series = r * 0.0 + EXP64[0]
@@ -118,7 +118,7 @@ def exp64(value):
 
 @triton.jit
 def draw_target(seed, position, total):
-    """floor(U total / 2^64), U the first 64 bits of Philox: key = seed, counter = position."""
+    """Returns floor(U total / 2^64), U 64 bits of Philox: key = seed, counter = position."""
     low = (position & 0xFFFFFFFF).to(tl.uint32)
     high = ((position >> 32) & 0xFFFFFFFF).to(tl.uint32)
     zero = low * 0
@@ -129,6 +129,6 @@ def draw_target(seed, position, total):
 
 @triton.jit
 def ceil64(value):
-    """Smallest integer above a non-negative float64 under 2^63."""
+    """Returns the smallest integer above a non-negative float64 under 2^63."""
     whole = value.to(tl.int64)
     return whole + (whole.to(tl.float64) < value).to(tl.int64)

@@ -1,4 +1,4 @@
-"""What kernels are given and hand on, in bundles: Triton takes named tuples apart by itself."""
+"""Named tuples that group the arguments and results of the kernels."""
 
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ def row_at(rows, at):
 
 
 class Adaptors(NamedTuple):
-    """Packed knobs. A virtual row is a row of logits under one adaptor, the adaptors inside."""
+    """Packed knobs. A virtual row is a row of logits under one adaptor; adaptors vary fastest."""
 
     knobs: Any  # (A, 8, R) float64, R = 1 or N
     number: Any  # A
@@ -31,7 +31,7 @@ class Adaptors(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """Of each row of logits, its largest by tile, by super-group and by group; NaN if one is."""
+    """The largest logit of each tile, super-group and group of a row; NaN if one entry is NaN."""
 
     largest: Any  # (N, splits) float32
     supers: Any  # (N, number of them) float32
@@ -40,7 +40,7 @@ class Parts(NamedTuple):
 
 
 class Lists(NamedTuple):
-    """Of each virtual row, the tokens from a floor up, in no order."""
+    """The tokens of each virtual row from a floor up, in no order."""
 
     marks: Any  # (N A, step) int64, 0 before they count: what `rows` names, then masses by bin
     floors: Any  # (N A,) float32
@@ -52,7 +52,7 @@ class Lists(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """Of each virtual row, integer masses by block; once it is decided, those of the survivors."""
+    """Integer masses by block of each virtual row; once it is decided, of its survivors."""
 
     sums: Any  # (N A, blocks) int64: masses, and masses times -d
     surprisal_sums: Any
@@ -64,7 +64,7 @@ class Weights(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """Constants of the kernels that decide, powers of two."""
+    """Sizes of the deciding kernels, powers of two."""
 
     BLOCK: Any  # logits that are looked at together
     ROOM: Any  # tokens that a list has room for in memory
@@ -76,7 +76,7 @@ class Sizes(NamedTuple):
 
 
 class Tiling(NamedTuple):
-    """Constants of the passes that look at groups of logits, powers of two."""
+    """Sizes of the passes over groups of logits, powers of two."""
 
     COLUMNS: Any  # groups of a tile
     GROUP: Any  # logits of a group
@@ -86,7 +86,7 @@ class Tiling(NamedTuple):
 
 
 class Asked(NamedTuple):
-    """What is asked of a draw, all known at compilation."""
+    """Which outputs and steps a draw needs, known at compile time."""
 
     POSITIONS: Any
     BASE: Any  # log-probabilities under the base distribution
@@ -113,7 +113,7 @@ class Row(NamedTuple):
 
 
 class Bounds(NamedTuple):
-    """What says which tokens of a row survive."""
+    """The conditions under which tokens of a row survive."""
 
     cut: Any  # int64: the lowest rank that stays
     mass: Any  # of min-p: the least mass that stays, or
@@ -125,14 +125,14 @@ class Bounds(NamedTuple):
 
 
 class List(NamedTuple):
-    """A list in memory."""
+    """A list of tokens in memory."""
 
     s: Any  # pointers: scaled logits, ids
     ids: Any
 
 
 class Bracket(NamedTuple):
-    """A bin of a row in which its nucleus ends."""
+    """The bin of a row in which its nucleus ends."""
 
     stage: Any
     by_kappa: Any
@@ -142,7 +142,7 @@ class Bracket(NamedTuple):
 
 
 class Held(NamedTuple):
-    """Which list of a virtual row a program holds."""
+    """The list of a virtual row that a program has loaded, and its counts."""
 
     number: Any
     partial: Any  # that of the bracket alone
@@ -154,7 +154,7 @@ class Held(NamedTuple):
 
 
 class Found(NamedTuple):
-    """The list of a virtual row, held by the program that decides it; if `ALONE`, best first."""
+    """The loaded list of a virtual row; with `ALONE` sorted, best first."""
 
     held: Held
     floor: Any
@@ -165,7 +165,7 @@ class Found(NamedTuple):
 
 
 class Decision(NamedTuple):
-    """A row that its filters have been run on."""
+    """A row after its filters have run."""
 
     row: Row
     bounds: Bounds
@@ -178,7 +178,7 @@ class Decision(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What a row has come to."""
+    """The state and the results of a row."""
 
     status: Any
     greedy: Any
@@ -189,14 +189,14 @@ class Outcome(NamedTuple):
 
 
 class Chance(NamedTuple):
-    """What a draw is made from."""
+    """Seeds and positions of a draw."""
 
     seeds: Any  # (N,) int64
     positions: Any  # (N,) int64
 
 
 class Drawn(NamedTuple):
-    """What `sample` returns, the base distribution's own tokens aside."""
+    """The fields of `sample`'s result, but for the top tokens of the base distribution."""
 
     tokens: Any  # (N,) int64
     logprobs: Any  # (N,) float32
@@ -207,7 +207,7 @@ class Drawn(NamedTuple):
 
 
 class Scored(NamedTuple):
-    """What `score` returns."""
+    """The fields of `score`'s result."""
 
     logprobs: Any  # (N, A) float32
     log_norms: Any  # (N, A) float32
@@ -217,14 +217,14 @@ class Scored(NamedTuple):
 
 
 class Labels(NamedTuple):
-    """A token of each row."""
+    """One token per row."""
 
     ids: Any  # (N,) int64
     ignore_index: Any
 
 
 class Support(NamedTuple):
-    """What is kept of the survivors of each row for its log-odds."""
+    """What is kept of each row's survivors for its log-odds."""
 
     support: Any  # (N, ceil(V / 8)) uint8: a bit a token
     largest_others: Any  # (N, blocks) float64: largest scaled logit among the surviving others
@@ -232,7 +232,7 @@ class Support(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """Of each tile of a row, the entries other than the label."""
+    """Maximum and sum of each tile of a row without the label."""
 
     tops: Any  # (N, tiles) float64: the largest
     totals: Any  # (N, tiles) float64: sum of e^(x - top)
@@ -240,7 +240,7 @@ class Sums(NamedTuple):
 
 
 class Tops(NamedTuple):
-    """Of each tile of a row, its largest entry and the rest."""
+    """The largest entry of each tile of a row, and maximum and sum of the rest."""
 
     tops: Any  # (N, tiles) float64
     first_ids: Any  # (N, tiles) int32: its lowest id
@@ -250,7 +250,7 @@ class Tops(NamedTuple):
 
 
 class Candidates(NamedTuple):
-    """Several ids of each row."""
+    """Several ids per row."""
 
     index: Any  # (N, K) int64
     mask: Any  # (N, K) uint8
@@ -258,7 +258,7 @@ class Candidates(NamedTuple):
 
 
 class Entries(NamedTuple):
-    """What a row's statistics tell of its entries."""
+    """The statistics of a row's entries."""
 
     best: Any  # id of the largest
     top: Any  # its logit

@@ -1,4 +1,4 @@
-"""The filters of an adaptor on one row, by one program: from a row to the bounds that it leaves."""
+"""The filters of an adaptor on one row, by one program: from a row to its bounds."""
 
 import triton
 import triton.language as tl
@@ -70,7 +70,7 @@ from fastadapt._ops.triton.select import cut_of_row, first_ranks, last_before, l
 
 @triton.jit
 def held_of(lists, virtual, knobs, sizes):
-    """Which list of a virtual row is looked at, and whether a program holds as much.
+    """Chooses the list of a virtual row to work on, and says whether it fits one program.
 
     The list from its floor up, or that of its bracket: where the other has no room, or where the
     only filter needs no more, since then its survivors are summed by many programs.
@@ -100,7 +100,7 @@ def held_of(lists, virtual, knobs, sizes):
 
 @triton.jit
 def load_held(held, listed, spare, sizes):
-    """The list that is held: scaled logits and ids."""
+    """Loads the chosen list: scaled logits and ids."""
     s, ids = load_list(listed, tl.where(held.partial, 0, held.number), sizes.LIST)
     if held.partial:
         s, ids = load_list(spare, held.number, sizes.LIST)
@@ -109,7 +109,7 @@ def load_held(held, listed, spare, sizes):
 
 @triton.jit
 def found_of(lists, virtual, held, sizes):
-    """A list of a virtual row, and room for another."""
+    """Loads the list of a virtual row, with the address of a spare one."""
     at = virtual.to(tl.int64) * sizes.ROOM
     listed = List(lists.listed + at, lists.listed_ids + at)
     spare = List(lists.spare + at, lists.spare_ids + at)
@@ -126,7 +126,7 @@ def found_of(lists, virtual, held, sizes):
 
 @triton.jit
 def tokens_of(found, sizes):
-    """Scaled logits and ids of a list; one that is not in order is loaded for each use."""
+    """Returns scaled logits and ids of a list; an unsorted one is loaded anew for each use."""
     s, ids = found.s, found.ids
     if sizes.ALONE == 0:  # else the kernel would hold more than it has registers for
         s, ids = load_held(found.held, found.listed, found.spare, sizes)
@@ -135,7 +135,7 @@ def tokens_of(found, sizes):
 
 @triton.jit
 def _cut(row, bounds, by_kappa, by_mass, target, found, inside, partial, sizes):
-    """A cut, whether the list held all that decides it, and whether there is none without it."""
+    """Finds a cut in a list, and says whether the list was enough to decide it."""
     cut = tl.full([], 0, tl.int64)
     above = tl.where(partial, found.held.above, 0)
     usable = (found.held.number <= sizes.LIST) & (partial | (found.held.partial == 0))
@@ -170,7 +170,7 @@ def _cut(row, bounds, by_kappa, by_mass, target, found, inside, partial, sizes):
 
 @triton.jit
 def _first_largest(row, found, sizes):
-    """The lowest id of the largest scaled logit; `LAST_ID` where a list alone does not tell."""
+    """Returns the lowest id of the largest scaled logit, `LAST_ID` if the list cannot tell."""
     best = tl.full([], LAST_ID, tl.int32)
     if (found.held.number <= sizes.LIST) & (found.held.partial == 0):
         s, ids = tokens_of(found, sizes)
@@ -186,7 +186,7 @@ def _first_largest(row, found, sizes):
 
 @triton.jit
 def _sums_of_row(row, bounds, sums, store, BLOCK: tl.constexpr):
-    """Mass, surprisal mass and number of a row's survivors; stores masses of blocks if asked to."""
+    """Sums mass, surprisal mass and number of a row's survivors, also by block if asked."""
     z = tl.full([], 0, tl.int64)
     all_u = tl.zeros([BLOCK], tl.int64)
     all_n = tl.zeros([BLOCK], tl.int32)
@@ -205,7 +205,7 @@ def _sums_of_row(row, bounds, sums, store, BLOCK: tl.constexpr):
 
 @triton.jit
 def _sums(row, bounds, found, inside, sums, store, sizes):
-    """The same, of the list where it holds all survivors, and whether there are none without it."""
+    """Sums the same over a list if that holds all survivors, and says whether it does."""
     z = tl.full([], 0, tl.int64)
     u = tl.full([], 0, tl.int64)
     n = tl.full([], 0, tl.int32)
@@ -225,7 +225,7 @@ def _sums(row, bounds, found, inside, sums, store, sizes):
 
 @triton.jit
 def _masses_at(s, ids, row, bounds, by_kappa, cut):
-    """Masses of survivors above a cut, and of those at it."""
+    """Sums the masses of survivors above a cut and at it."""
     alive, _, rank, _, _ = look(s, ids, row.m, bounds, by_kappa, by_kappa)
     mass = tl.where(alive, masses(s - row.m), 0)
     rank = tl.where(by_kappa, with_ties(rank), rank)
@@ -234,7 +234,7 @@ def _masses_at(s, ids, row, bounds, by_kappa, cut):
 
 @triton.jit
 def _at_cut(row, bounds, by_kappa, cut, found, inside, partial, sizes):
-    """The mass before the last that a cut keeps, and of that: a token, or all equally typical."""
+    """Returns the mass above the last token that a cut keeps, and that of the token or its ties."""
     own, own_ids = tokens_of(found, sizes)
     above, at = _masses_at(own, own_ids, row, bounds, by_kappa, cut)
     before, last = tl.sum(above, 0), tl.sum(at, 0)

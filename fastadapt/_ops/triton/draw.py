@@ -1,4 +1,4 @@
-"""The draw: a row is decided, and a token of its survivors is found by its running mass.
+"""The draw: decides a row, then finds the token by the running mass of its survivors.
 
 First every row is tried by its list alone, then the rows for which that does not do; of rows whose
 survivors no list holds, the masses are summed by many programs, the last of which draws.
@@ -51,7 +51,7 @@ MASS_BITS = tl.constexpr((1 << 41) - 1)
 
 @triton.jit
 def _first_in_list(row, bounds, found, target, sizes):
-    """The first survivor of a list, by id, whose running mass exceeds a target."""
+    """Finds the first survivor of a list, by id, whose running mass exceeds a target."""
     s, own_ids = tokens_of(found, sizes)
     alive = survives(s, own_ids, row.m, bounds)
     mass = tl.where(alive, masses(s - row.m), 0)
@@ -75,7 +75,7 @@ def _first_in_list(row, bounds, found, target, sizes):
 
 @triton.jit
 def _first_by_blocks(row, bounds, sums, blocks, target, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
-    """The same by the masses of blocks, and then of one block's tokens."""
+    """Finds that survivor by the masses of blocks, then within one block."""
     at = tl.arange(0, BLOCKS)
     mass = tl.load(sums + at, mask=at < blocks, other=0)
     running = tl.cumsum(mass, 0)
@@ -89,7 +89,7 @@ def _first_by_blocks(row, bounds, sums, blocks, target, BLOCK: tl.constexpr, BLO
 
 @triton.jit
 def _target(chance, at, total, asked):
-    """What a row's running mass must exceed."""
+    """Returns the value that the running mass must exceed."""
     position = tl.full([], 0, tl.int64)
     if asked.POSITIONS:
         position = tl.load(chance.positions + at)
@@ -98,7 +98,7 @@ def _target(chance, at, total, asked):
 
 @triton.jit
 def _store_drawn(parts, weights, out, at, row, outcome, asked, sizes):
-    """All fields of a row whose token is known; a bad row has none."""
+    """Stores all fields of a row with a known token; a bad row has none."""
     nan = row.m * 0.0 + float("nan")
     logprob, base, log_kept = nan, nan, nan
     token = outcome.token
@@ -130,7 +130,7 @@ def _store_drawn(parts, weights, out, at, row, outcome, asked, sizes):
 def _try_row(
     rows, adaptors, parts, lists, weights, all_bounds, chance, out, at, held, asked, sizes
 ):
-    """Decides a row and draws from it, or leaves that to others; the state in which it is then."""
+    """Decides a row and draws from it if its list allows; returns the row's state."""
     j = tl.arange(0, sizes.BLOCKS)
     here = weights.sums + at.to(tl.int64) * weights.blocks
     all_mass = tl.full([], 0, tl.int64)
@@ -187,7 +187,7 @@ def short_kernel(rows, adaptors, parts, lists, weights, all_bounds, chance, out,
 
 @triton.jit
 def long_kernel(rows, adaptors, parts, lists, weights, all_bounds, chance, out, asked, sizes):
-    """Decides the rows that are left: by longer lists, or where none does by the row itself."""
+    """Decides the remaining rows, by longer lists or, where none is enough, the whole row."""
     at = tl.program_id(0)
     marks = marks_of(lists, at)
     if tl.load(marks + MARK_STATE) == UNDECIDED:
@@ -213,7 +213,7 @@ def sum_kernel(
     sizes,
     TOGETHER: tl.constexpr,
 ):
-    """Sums the survivors of a decided row by block; who is last of a row draws from it."""
+    """Sums the survivors of a decided row by block; the last program of a row draws."""
     at, some = tl.program_id(0), tl.program_id(1)
     marks = marks_of(lists, at)
     if tl.load(marks + MARK_STATE) == UNSUMMED:

@@ -23,39 +23,39 @@ NOTHING = tl.constexpr(float("-inf"))
 
 @triton.jit
 def _load(row, ids, end, DOUBLE: tl.constexpr):
-    """Logits in the type of the arithmetic, -inf from `end` on."""
+    """Loads logits in the type of the arithmetic, -inf from `end` on."""
     x = tl.load(row + ids, mask=ids < end, other=NOTHING)
     return x.to(tl.float64) if DOUBLE else x.to(tl.float32)
 
 
 @triton.jit
 def _without_nan(x):
-    """NaN is passed over by maxima, and met in the sums."""
+    """Replaces NaN for a maximum; the sums still meet it."""
     return tl.where(x != x, NOTHING, x)
 
 
 @triton.jit
 def _exponential(x, top):
-    """e^(x - top), 0 where both are -inf; NaN where both are +inf."""
+    """Returns e^(x - top), 0 where both are -inf, NaN where both are +inf."""
     return tl.exp(x - tl.where(top == NOTHING, 0.0, top))
 
 
 @triton.jit
 def _log_odds(own, top, total):
-    """An entry against others that sum to total e^top: +inf where there are none."""
+    """Returns the log-odds of an entry against others of sum total e^top, +inf without others."""
     return tl.where(total == 0, float("inf"), own - top - tl.log(total))
 
 
 @triton.jit
 def _counts(labels, at, v):
-    """The label of a row, and whether it is an id of it."""
+    """Returns the label of a row, and whether it is a valid id."""
     label = tl.load(labels.ids + at)
     return label, (label >= 0) & (label < v) & (label != labels.ignore_index)
 
 
 @triton.jit
 def label_sum_kernel(rows, labels, sums, DOUBLE: tl.constexpr, BLOCK: tl.constexpr):
-    """One read of the rows that have a label: largest and sum of the others of each tile."""
+    """Computes maximum and sum of each tile without the label, in one read."""
     at, tile = tl.program_id(0), tl.program_id(1)
     label, good = _counts(labels, at, rows.v)
     ids = tile * BLOCK + tl.arange(0, BLOCK)
@@ -71,7 +71,7 @@ def label_sum_kernel(rows, labels, sums, DOUBLE: tl.constexpr, BLOCK: tl.constex
 def label_log_odds_kernel(
     rows, labels, sums, log_odds, stats, DOUBLE: tl.constexpr, TILES: tl.constexpr
 ):
-    """The log-odds of a row and its statistics, from its tiles."""
+    """Computes a row's log-odds and statistics from its tiles."""
     at = tl.program_id(0)
     label, good = _counts(labels, at, rows.v)
     j = tl.arange(0, TILES)
@@ -96,7 +96,7 @@ def label_log_odds_kernel(
 def _write_gradient(
     rows, per_unit, top, one, one_value, out, DOUBLE: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """per_unit e^(x - top), and one entry of its own; without units nothing is read."""
+    """Writes per_unit e^(x - top) and one entry of its own; skips the read if all units are 0."""
     at, tile = tl.program_id(0), tl.program_id(1)
     ids = tile * BLOCK + tl.arange(0, BLOCK)
     x = _load(row_at(rows, at), ids, tl.where(per_unit == 0, 0, rows.v), DOUBLE)
@@ -111,7 +111,7 @@ def _write_gradient(
 def label_backward_kernel(
     dlog_odds, rows, labels, stats, out, DOUBLE: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """dL/dlogits = dL/dm (onehot(y) - q), q the softmax of the others."""
+    """Computes dL/dlogits = dL/dm (onehot(y) - q), q the softmax of the others."""
     at = tl.program_id(0)
     label, good = _counts(labels, at, rows.v)
     stats += at.to(tl.int64) * NUM_STATS
@@ -125,7 +125,7 @@ def label_backward_kernel(
 
 @triton.jit
 def top_sum_kernel(rows, tops, DOUBLE: tl.constexpr, BLOCK: tl.constexpr):
-    """One read: of each tile the first largest entry, and largest and sum of the rest."""
+    """Finds the first largest entry of each tile, and maximum and sum of the rest, in one read."""
     at, tile = tl.program_id(0), tl.program_id(1)
     ids = tile * BLOCK + tl.arange(0, BLOCK)
     x = _load(row_at(rows, at), ids, rows.v, DOUBLE)
@@ -143,7 +143,7 @@ def top_sum_kernel(rows, tops, DOUBLE: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _mass_without(z, known):
-    """The sum of e^(x - top) over all entries but one of logit z that is not the largest.
+    """Sums e^(x - top) over all entries but one of logit z that is not the largest.
 
     It is at least 1, so nothing cancels; NaN where the largest is +inf.
     """
@@ -156,7 +156,7 @@ def _mass_without(z, known):
 
 @triton.jit
 def _load_stats(stats, at):
-    """What is known of a row's entries."""
+    """Loads the statistics of a row's entries."""
     stats += at.to(tl.int64) * NUM_STATS
     return Entries(
         tl.load(stats + TOP_ID).to(tl.int64),
@@ -168,7 +168,7 @@ def _load_stats(stats, at):
 
 @triton.jit
 def _load_candidates(rows, candidates, at, k, top_id, MASKED: tl.constexpr, DOUBLE: tl.constexpr):
-    """Some candidates of a row: ids, which are meant, which of those are ids, and logits."""
+    """Loads some candidates of a row: ids, which count, which are valid, and their logits."""
     first = at.to(tl.int64) * candidates.number
     there = k < candidates.number
     ids = tl.load(candidates.index + first + k, mask=there, other=-1)
@@ -186,7 +186,7 @@ def candidate_log_odds_kernel(
     MASKED: tl.constexpr, DOUBLE: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
     CANDIDATES: tl.constexpr,
 ):  # fmt: skip
-    """The statistics of a row from its tiles, and the log-odds of its candidates from those."""
+    """Computes a row's statistics from its tiles, and its candidates' log-odds from those."""
     at = tl.program_id(0)
     j = tl.arange(0, TILES)
     there = j < tops.tiles
@@ -228,7 +228,7 @@ def candidate_factor_kernel(
     factors,  # (rows, 2) float64: the gradient for each e^(x - second), and of the largest entry
     MASKED: tl.constexpr, DOUBLE: tl.constexpr, CANDIDATES: tl.constexpr,
 ):  # fmt: skip
-    """What all entries of a row's gradient share."""
+    """Computes the factor that all entries of a row's gradient share."""
     at = tl.program_id(0)
     known = _load_stats(stats, at)
     upstream = dlog_odds + at.to(tl.int64) * candidates.number
@@ -255,7 +255,7 @@ def candidate_factor_kernel(
 
 @triton.jit
 def candidate_backward_kernel(rows, stats, factors, out, DOUBLE: tl.constexpr, BLOCK: tl.constexpr):
-    """The gradient of a row but for what candidates beside the largest entry add to their own."""
+    """Computes a row's gradient but for the candidates' own entries."""
     at = tl.program_id(0)
     known = _load_stats(stats, at)
     per_unit, of_top = tl.load(factors + 2 * at), tl.load(factors + 2 * at + 1)
@@ -267,7 +267,7 @@ def candidate_own_kernel(
     dlog_odds, rows, candidates, stats, factors, out,
     MASKED: tl.constexpr, DOUBLE: tl.constexpr, CANDIDATES: tl.constexpr,
 ):  # fmt: skip
-    """Overwrites the gradient of the candidates themselves; equal ids write equal sums."""
+    """Overwrites the candidates' own entries of the gradient; equal ids write equal sums."""
     at, some = tl.program_id(0), tl.program_id(1)
     known = _load_stats(stats, at)
     upstream = dlog_odds + at.to(tl.int64) * candidates.number

@@ -1,4 +1,4 @@
-"""What the operators call for CUDA tensors: a scan of the rows, and what is made of it.
+"""Launches of the sampling kernels for CUDA tensors: one scan of the rows, then what follows.
 
 Nothing here synchronises. One program a row decides, mostly from the list; the survivors that no
 list holds are summed by many.
@@ -85,7 +85,7 @@ def sample(
 
 
 def _top(scanned: Scan, sizes: Sizes, drawn: Drawn, out: list[Tensor]) -> None:
-    """The most probable tokens and the rank of the drawn one."""
+    """Finds the most probable tokens and the rank of the drawn one."""
     rows, parts, lists = scanned.rows, scanned.parts, scanned.lists
     n, number = out[0].shape
     shared = {"LIST": sizes.ROOM.value, "SPLITS": sizes.SPLITS.value}
@@ -119,7 +119,7 @@ def _top(scanned: Scan, sizes: Sizes, drawn: Drawn, out: list[Tensor]) -> None:
 def _decided_bounds(
     logits: Tensor, knobs: Tensor, order: int, plan: Plan
 ) -> tuple[Scan, Sizes, Tensor]:
-    """Decides every row: (N, BOUNDS_SIZE)."""
+    """Decides every row; returns the bounds, (N, BOUNDS_SIZE)."""
     scanned, layout = scan_rows(logits, knobs, steps_of(order, knobs.shape[2]), plan, Options())
     all_bounds = logits.new_empty(logits.shape[0], BOUNDS_SIZE.value, dtype=torch.int64)
     write.bounds_kernel[(len(all_bounds),)](
@@ -131,7 +131,7 @@ def _decided_bounds(
 def filter_logits(
     logits: Tensor, knobs: Tensor, order: int, out: Tensor, plan: Plan = PLAN
 ) -> None:
-    """Writes what an adaptor leaves."""
+    """Writes the filtered logits."""
     for at in slices(logits, 1, plan):
         scanned, sizes, all_bounds = _decided_bounds(
             some(logits, at), knobs_of_rows(knobs[None], at), order, plan
@@ -206,7 +206,7 @@ def adapted_log_odds(
     out: LogOdds,
     plan: Plan = PLAN,
 ) -> None:
-    """Log-odds, support and statistics."""
+    """Computes log-odds, support and statistics."""
     double = logits.dtype == torch.float64
     for at in slices(logits, 1, plan):
         log_odds, support, stats = (some(t, at) for t in out)
@@ -252,7 +252,7 @@ def adapted_log_odds_backward(
     out: Tensor,
     plan: Plan = PLAN,
 ) -> None:
-    """One read of the logits, one write of their gradient."""
+    """Computes the gradient in one read of the logits and one write."""
     n, v = logits.shape
     write.log_odds_backward_kernel[(n, -(-v // plan.block))](
         dlog_odds.contiguous(),

@@ -1,4 +1,4 @@
-"""What the row work of a linear head calls for CUDA tensors. Nothing here synchronises."""
+"""Launches of a linear head's row work for CUDA tensors. Nothing here synchronises."""
 
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ LABEL_BLOCK = 256  # labels of a program
 
 
 class Rows(NamedTuple):
-    """Products of some rows with a tile of the head, and how they become logits."""
+    """Products of some rows with a tile of the head, and how to make logits of them."""
 
     products: Tensor  # (n, width), contiguous rows of any stride
     first: int
@@ -28,7 +28,7 @@ class Rows(NamedTuple):
 
 
 def _tile(rows: Rows) -> linear.Tile:
-    """As the kernels take it."""
+    """Bundles a tile for a kernel."""
     x = rows.products
     bias = x if rows.bias is None else rows.bias  # not read where there is none
     return linear.Tile(x, x.stride(0), rows.first, x.shape[1], rows.labels, bias, rows.numbers)
@@ -37,7 +37,7 @@ def _tile(rows: Rows) -> linear.Tile:
 def _kind(
     rows: Rows, *, weighted: bool = False, exps: bool = False, keep: bool = False
 ) -> linear.Kind:
-    """What is compiled."""
+    """Returns the compile-time constants of a tile."""
     values = (
         rows.bias is not None,
         rows.capped,
@@ -59,7 +59,7 @@ def sum_tile(
     exps: Tensor | None = None,
     kept: Tensor | None = None,
 ) -> None:
-    """Takes a tile into the statistics; `shrinks` and `exps` together or not at all."""
+    """Adds a tile to the statistics; `shrinks` and `exps` go together."""
     n = rows.products.shape[0]
     if n == 0:
         return
@@ -76,7 +76,7 @@ def sum_tile(
 
 
 def gradient_tile(rows: Rows, stats: Tensor, gains: Tensor, out: Tensor) -> None:
-    """The gradient of a tile's products."""
+    """Computes the gradient of a tile's products."""
     n = rows.products.shape[0]
     if n == 0:
         return
@@ -92,7 +92,7 @@ def gradient_tile(rows: Rows, stats: Tensor, gains: Tensor, out: Tensor) -> None
 
 
 def set_labels(labels: Tensor, gains: Tensor, first: int, out: Tensor) -> None:
-    """The labels' own entries of a tile's gradient."""
+    """Writes the labels' own entries of a tile's gradient."""
     n, width = out.shape
     if n == 0:
         return
@@ -144,7 +144,7 @@ def mix(
 
 
 def dot(a: Tensor, b: Tensor, index: Tensor, out: Tensor) -> None:
-    """out[r] = a[r] b[index[r]], float64."""
+    """Computes out[r] = a[r] b[index[r]] in float64."""
     n, h = a.shape
     if n == 0:
         return

@@ -1,4 +1,4 @@
-"""What the operators of log-odds call for CUDA tensors: scratch, grids. Nothing here synchronises.
+"""Launches of the log-odds kernels for CUDA tensors: scratch and grids. Nothing here synchronises.
 
 Every tile of every row is one program, so that few rows keep a device as busy as many.
 """
@@ -18,7 +18,7 @@ BY_ROW: dict[str, int | bool] = {"num_warps": 1, "enable_fp_fusion": False}
 
 
 class Plan(NamedTuple):
-    """Sizes, powers of two. Sums are rounded by the tile: another block, other last bits."""
+    """Sizes of blocks and tiles, powers of two. Another tile changes the rounding of sums."""
 
     block: int = 4096  # logits of a tile
     candidates: int = 64  # of a row, at a time
@@ -28,19 +28,19 @@ PLAN = Plan()
 
 
 def _rows(logits: Tensor) -> Rows:
-    """What the kernels need to know of rows."""
+    """Bundles rows of logits for the kernels."""
     return Rows(logits, logits.stride(0), logits.shape[1])
 
 
 def _candidates(index: Tensor, mask: Tensor | None) -> Candidates:
-    """What they need to know of candidates."""
+    """Bundles candidates for the kernels."""
     return Candidates(index, index if mask is None else mask.view(torch.uint8), index.shape[1])
 
 
 def label_log_odds(
     logits: Tensor, labels: Tensor, ignore_index: int, out: Pair, plan: Plan = PLAN
 ) -> None:
-    """Log-odds and statistics."""
+    """Computes log-odds and statistics."""
     n, tiles = logits.shape[0], triton.cdiv(logits.shape[1], plan.block)
     if n == 0:
         return
@@ -62,7 +62,7 @@ def label_log_odds_backward(
     out: Tensor,
     plan: Plan = PLAN,
 ) -> None:
-    """The gradient of the logits."""
+    """Computes the gradient of the logits."""
     n, v = logits.shape
     if n == 0:
         return
@@ -81,7 +81,7 @@ def label_log_odds_backward(
 def candidate_log_odds(
     logits: Tensor, index: Tensor, mask: Tensor | None, out: Pair, plan: Plan = PLAN
 ) -> None:
-    """Log-odds and statistics."""
+    """Computes log-odds and statistics."""
     n, tiles = logits.shape[0], triton.cdiv(logits.shape[1], plan.block)
     if n == 0:
         return
@@ -111,7 +111,7 @@ def candidate_log_odds_backward(
     out: Tensor,
     plan: Plan = PLAN,
 ) -> None:
-    """The gradient of the logits."""
+    """Computes the gradient of the logits."""
     n, v = logits.shape
     if n == 0:
         return

@@ -1,4 +1,4 @@
-"""The passes over whole rows for CUDA tensors: scratch, sizes, grids. Nothing here synchronises.
+"""Passes over whole rows for CUDA tensors: scratch, sizes and grids. Nothing here synchronises.
 
 A call takes the maxima of groups of logits (one read), weighs the rows whose first filter asks for
 it (one more), finds where a nucleus ends, and lists the tokens from a floor up. What is launched
@@ -80,7 +80,7 @@ WIDE: dict[str, object] = {**PASS, "num_warps": 8}
 
 
 class Plan(NamedTuple):
-    """Sizes that change how soon a kernel is done, never what it computes; powers of two."""
+    """Sizes that change the speed of a kernel but never its result; powers of two."""
 
     columns: int = 128  # groups of a tile of the first pass
     group: int = 32  # logits of a group
@@ -99,7 +99,7 @@ class Plan(NamedTuple):
     scratch_bytes: int = 1 << 28  # of virtual rows at a time
 
     def row_bytes(self, v: int) -> int:
-        """Scratch of a virtual row: its lists, histograms, masses of blocks, maxima of groups."""
+        """Returns the scratch of a virtual row: lists, histograms, block masses, group maxima."""
         blocks, groups = -(-v // self.block), -(-v // self.group)
         return 16 * self.list_size + 24 * self.bins + 44 * blocks + 5 * groups
 
@@ -108,7 +108,7 @@ PLAN = Plan()
 
 
 class Scan(NamedTuple):
-    """Scanned and weighed rows: what the deciding kernels are given, in their order."""
+    """Scanned and weighed rows: the arguments of the deciding kernels, in their order."""
 
     rows: Rows
     adaptors: Adaptors
@@ -118,7 +118,7 @@ class Scan(NamedTuple):
 
 
 class Options(NamedTuple):
-    """What is asked of a scan."""
+    """What a scan should compute."""
 
     all_weighed: bool = False  # weigh also the rows whose first filter does not ask for it
     base: bool = False  # weigh at temperature 1 too
@@ -126,12 +126,12 @@ class Options(NamedTuple):
 
 
 def adaptors_of(knobs: Tensor, order: int) -> Adaptors:
-    """Knobs (A, 8, R) and the order of their filters, 0 or 1."""
+    """Bundles knobs (A, 8, R) and the order of their filters, 0 or 1."""
     return Adaptors(knobs, knobs.shape[0], knobs.shape[2], int(knobs.shape[2] > 1), order)
 
 
 class Layout(NamedTuple):
-    """What follows from a plan and V; constants of kernels by their names."""
+    """Sizes that follow from a plan and V; compile-time constants by name."""
 
     tiles: int
     blocks: int
@@ -148,19 +148,19 @@ class Layout(NamedTuple):
 def asked_of(
     options: Options, positions: bool = False, base: bool = False, sum_later: bool = False
 ) -> Asked:
-    """Constants of the deciding kernels; `base`: log-probabilities under the base distribution."""
+    """Returns the constants of the deciding kernels; `base`: also score the base distribution."""
     log_mass, weighed = options.all_weighed, options.all_weighed or options.base
     return Asked(*map(tl.constexpr, (positions, base, log_mass, weighed, sum_later)))
 
 
 def up(number: int) -> int:
-    """The next power of two."""
+    """Returns the next power of two."""
     return 1 << (number - 1).bit_length()
 
 
 @lru_cache
 def layout_of(plan: Plan, v: int) -> Layout:
-    """Sizes for rows of a length."""
+    """Returns the layout for rows of V entries."""
     tiles, blocks = -(-v // (plan.columns * plan.group)), -(-v // plan.block)
     splits = up(tiles)
     step = min(plan.columns * plan.group, plan.step)
@@ -185,7 +185,7 @@ def layout_of(plan: Plan, v: int) -> Layout:
 
 
 def _scratch(logits: Tensor, virtual: int, bins: bool, plan: Plan, sizes: Layout) -> Any:
-    """Parts, lists and weights of rows, not filled."""
+    """Allocates parts, lists and weights of rows."""
     n, tiles, blocks = len(logits), sizes.tiles, sizes.blocks
     new, real, word = logits.new_empty, torch.float32, torch.int64
     parts = Parts(
@@ -291,7 +291,7 @@ def scan_rows(
 
 
 def slices(logits: Tensor, adaptors: int, plan: Plan) -> list[slice | None]:
-    """Rows at a time, so that scratch stays within its bytes; None for all."""
+    """Returns slices of rows whose scratch stays within its limit; None stands for all rows."""
     n, v = logits.shape
     step = max(1, plan.scratch_bytes // (adaptors * plan.row_bytes(v)))
     if 0 < n <= step:
@@ -300,10 +300,10 @@ def slices(logits: Tensor, adaptors: int, plan: Plan) -> list[slice | None]:
 
 
 def some(tensor: Tensor, at: slice | None) -> Tensor:
-    """Some rows of a tensor, or itself."""
+    """Returns some rows of a tensor, or the tensor itself."""
     return tensor if at is None else tensor[at]
 
 
 def knobs_of_rows(knobs: Tensor, at: slice | None) -> Tensor:
-    """Knobs (A, 8, R) of some rows."""
+    """Returns the knobs (A, 8, R) of some rows."""
     return knobs if at is None or knobs.shape[2] == 1 else knobs[:, :, at].contiguous()

@@ -1,4 +1,4 @@
-"""What happens to the rows of a linear head between the products of a tile of its vocabulary.
+"""Row work of a linear head between the products of two tiles of its vocabulary.
 
 One program has one row of a tile. Tiles come one after another in one order, so that a row's
 statistics depend on no other row. Arithmetic is float32, and float64 from tile to tile; of float64
@@ -32,7 +32,7 @@ class Tile(NamedTuple):
 
 
 class Kind(NamedTuple):
-    """What is compiled: constants."""
+    """The compile-time constants of a tile."""
 
     BIASED: object
     CAPPED: object
@@ -45,13 +45,13 @@ class Kind(NamedTuple):
 
 @triton.jit
 def _without_nan(x):
-    """NaN is passed over by maxima, and met in the sums."""
+    """Replaces NaN for a maximum; the sums still meet it."""
     return tl.where(x != x, NOTHING, x)
 
 
 @triton.jit
 def _tanh(x, DOUBLE: tl.constexpr):
-    """To the rounding of the type, from e^-2|x|."""
+    """Returns tanh to the rounding of the type, from e^-2|x|."""
     a = tl.abs(x)
     e = tl.exp(-2.0 * a)
     t = (1.0 - e) / (1.0 + e)
@@ -65,7 +65,7 @@ def _tanh(x, DOUBLE: tl.constexpr):
 
 @triton.jit
 def _load_tile(tile, ids, kind):
-    """Logits of a row, -inf past the end; and (z / cap), or 0 without a cap; and the products."""
+    """Returns a row's logits, -inf past the end, with z / cap (0 without a cap) and products."""
     row = tile.products + tl.program_id(0).to(tl.int64) * tile.stride
     inside = ids < tile.width
     x = tl.load(row + ids, mask=inside, other=0.0)
@@ -84,7 +84,7 @@ def _load_tile(tile, ids, kind):
 
 @triton.jit
 def tile_sum_kernel(tile, stats, shrinks, exps, kept, kept_stride, kind):
-    """Takes a tile into the statistics of its rows.
+    """Adds a tile to the statistics of its rows.
 
     `shrinks` gets the factor of what was summed before; `exps`, (n, width), e^(z - largest so far)
     dz/dx / scale, 0 at the label; `kept` the products, rounded.
@@ -121,7 +121,7 @@ def tile_sum_kernel(tile, stats, shrinks, exps, kept, kept_stride, kind):
 
 @triton.jit
 def tile_gradient_kernel(tile, stats, gains, out, out_stride, kind):
-    """dL/dx = -gain e^(z - m) dz/dx / sum, 0 at the label; without a gain nothing is read."""
+    """Computes dL/dx = -gain e^(z - m) dz/dx / sum, 0 at the label; skips rows without gain."""
     at = tl.program_id(0).to(tl.int64)
     ids = tl.arange(0, kind.BLOCK)
     inside = ids < tile.width
@@ -143,7 +143,7 @@ def tile_gradient_kernel(tile, stats, gains, out, out_stride, kind):
 
 @triton.jit
 def label_entry_kernel(labels, gains, rows, first, out, out_stride, width, BLOCK: tl.constexpr):
-    """out[r, labels[r] - first] = gains[r], of labels that are in the tile."""
+    """Writes out[r, labels[r] - first] = gains[r] for labels in the tile."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     column = tl.load(labels + at, mask=at < rows, other=-1) - first
     here = (at < rows) & (column >= 0) & (column < width)
@@ -155,7 +155,7 @@ def label_entry_kernel(labels, gains, rows, first, out, out_stride, width, BLOCK
 
 
 class Mix(NamedTuple):
-    """What is compiled of a mix: constants."""
+    """The compile-time constants of a mix."""
 
     FACTOR: object  # whether there are factors
     SOURCE: object  # whether there is a source
@@ -166,7 +166,7 @@ class Mix(NamedTuple):
 
 @triton.jit
 def mix_kernel(sums, width, factors, source, source_stride, index, gains, places, out, mix):
-    """out[places[r]] = factors[r] sums[r] + gains[r] source[index[r]], rounded once.
+    """Computes out[places[r]] = factors[r] sums[r] + gains[r] source[index[r]], rounded once.
 
     Without a source, rows whose factor is 1 stay as they are in place.
     """
@@ -192,7 +192,7 @@ def mix_kernel(sums, width, factors, source, source_stride, index, gains, places
 @triton.jit
 def dot_kernel(a, a_stride, b, b_stride, index, width, out, DOUBLE: tl.constexpr,
                BLOCK: tl.constexpr):  # fmt: skip
-    """out[r] = a[r] b[index[r]], float64 sums of float32 products of blocks."""
+    """Computes out[r] = a[r] b[index[r]]: float64 sums of float32 products of blocks."""
     at = tl.program_id(0).to(tl.int64)
     a += at * a_stride
     b += tl.load(index + at) * b_stride

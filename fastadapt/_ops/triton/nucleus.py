@@ -1,4 +1,4 @@
-"""Where the nucleus of a whole row ends, for top-p and typical: found by all programs together.
+"""Finds where the nucleus of a whole row ends, for top-p and typical, with many programs a row.
 
 Masses are summed by bins of d, the distance to the maximum, or of kappa; the bin in which the
 nucleus ends is its bracket: few tokens, mostly. Where they are many, as on flat rows, rounds of
@@ -53,7 +53,7 @@ LAST_PLACE = tl.constexpr((1 << 22) - 1)
 
 @triton.jit
 def _reach(value, z, v, centre, by_kappa):
-    """How far below 0, in d or -kappa, tokens can matter to a nucleus of a share of the mass.
+    """Returns how far below 0, in d or -kappa, tokens can matter to a nucleus of a given mass.
 
     All tokens below that d together have less than half of the mass that is left out.
     """
@@ -66,7 +66,7 @@ def _reach(value, z, v, centre, by_kappa):
 def _nucleus_of(
     parts, lists, weights, virtual, at, v, knobs, SPLITS: tl.constexpr, BLOCKS: tl.constexpr
 ):
-    """What top-p, or typical, looks for: 1 / T, m, its target, and its bracket so far."""
+    """Returns what top-p or typical needs: 1 / T, m, the target, and the bracket so far."""
     inverse = inverse_of(load_knob(knobs, TEMPERATURE))
     m = largest_of(parts, at, SPLITS) * inverse + 0.0
     z, u = sums_of(weights, virtual, BLOCKS)
@@ -91,21 +91,21 @@ def bracket_of(
     parts, lists, weights, virtual, at, v, knobs,
     SPLITS: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """The bracket of a row that begins with top-p or typical, as its bins have left it."""
+    """Returns the bracket of a row that begins with top-p or typical, from its bins."""
     _, _, _, bracket = _nucleus_of(parts, lists, weights, virtual, at, v, knobs, SPLITS, BLOCKS)
     return bracket
 
 
 @triton.jit
 def no_bracket():
-    """The bracket of other rows."""
+    """Returns the bracket of a row that needs none."""
     none = tl.full([], 0, tl.int32)
     return Bracket(none, none < 0, none.to(tl.float32), none.to(tl.float32), none)
 
 
 @triton.jit
 def _bin_of(d, bracket, BINS: tl.constexpr):
-    """The bin of tokens, and which have one."""
+    """Returns the bin of each token, and which tokens have one."""
     below = tl.where(bracket.by_kappa, -typicality(d, bracket.centre), -d)
     hit = below < bracket.reach
     scaled = tl.where(hit, below, 0.0) * (BINS / bracket.reach)
@@ -114,14 +114,14 @@ def _bin_of(d, bracket, BINS: tl.constexpr):
 
 @triton.jit
 def around(d, bracket, BINS: tl.constexpr):
-    """Which tokens are above the bin in which the nucleus ends, and which are in it."""
+    """Returns which tokens are above the bin in which the nucleus ends, and which are in it."""
     b, hit = _bin_of(d, bracket, BINS)
     return hit & (b < bracket.end), hit & (b == bracket.end)
 
 
 @triton.jit
 def push(s_out, ids_out, count, s, ids, good, ROOM: tl.constexpr):
-    """Appends tokens to a list as far as there is room, and counts all."""
+    """Appends tokens to a list as far as there is room, and counts all of them."""
     many = tl.sum(good.to(tl.int32), 0)
     if many > 0:
         place = tl.cumsum(good.to(tl.int32), 0) - 1
@@ -133,7 +133,7 @@ def push(s_out, ids_out, count, s, ids, good, ROOM: tl.constexpr):
 
 @triton.jit
 def _add_by_bin(sums, b, value, hit, BINS: tl.constexpr):
-    """Adds to bins: at once what is of one bin as long as that is much, as on tied rows."""
+    """Adds weights to bins; tokens of one bin are summed first, which helps tied rows."""
     left = tl.sum(hit.to(tl.int32), 0)
     while left > 0:
         most = tl.max(tl.where(hit, b, -1), 0)
@@ -154,7 +154,7 @@ def sketch_kernel(
     MOST: tl.constexpr, COLUMNS: tl.constexpr, GROUPS: tl.constexpr,
     SPLITS: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """How far down a top-p row's nucleus may be, if the largest logits of groups reach it alone.
+    """Bounds how far down a nucleus of top-p reaches, from the largest logits of groups.
 
     That is so where few tokens have most of the mass. Where it takes no more than MOST groups, a
     list holds their tokens, and that is the row's floor; other rows go to their bins.
@@ -192,7 +192,7 @@ def bins_kernel(
     STEP: tl.constexpr, STEPS: tl.constexpr, BINS: tl.constexpr,
     SPLITS: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """One read: masses by bins, of rows that begin with top-p or typical and are not settled.
+    """Sums masses by bins, in one read, for rows whose nucleus is not settled.
 
     Whoever is last of a row finds its bracket, and the floor under it.
     """
@@ -230,7 +230,7 @@ def bins_kernel(
 
 @triton.jit
 def _places(q, ids, by_kappa):
-    """Key and then id, in the order of ranks; of equally typical tokens one place."""
+    """Returns key and id in the order of ranks; equally typical tokens share one place."""
     own = tl.where(by_kappa, 0, LAST_PLACE - ids)
     return (keys(q).to(tl.int64) << ID_BITS) + own
 
@@ -241,7 +241,7 @@ def narrow_kernel(
     STEP: tl.constexpr, BINS: tl.constexpr, ROOM: tl.constexpr,
     SPLITS: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """A round on a bracket that is too much for a list: finer bins, or in the end the list."""
+    """Narrows a bracket too large for a list: finer bins, or in the end the list."""
     virtual, part = tl.program_id(0), tl.program_id(1)
     marks = marks_of(lists, virtual)
     stage = tl.load(marks + MARK_STAGE).to(tl.int32)

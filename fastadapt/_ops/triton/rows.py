@@ -1,4 +1,4 @@
-"""A row, its knobs and its bounds: what the kernels that decide and those that write share."""
+"""A row, its knobs and its bounds: shared by the kernels that decide and those that write."""
 
 import triton
 import triton.language as tl
@@ -90,7 +90,7 @@ UNSUMMED = tl.constexpr(2)  # its bounds is known, the masses of its survivors a
 
 @triton.jit
 def knobs_of(adaptors, virtual):
-    """The row of logits and the knobs that a virtual row stands for."""
+    """Returns the row of logits and the knobs of a virtual row."""
     at, adaptor = virtual // adaptors.number, virtual % adaptors.number
     first = adaptors.knobs + adaptor.to(tl.int64) * NUM_KNOBS * adaptors.step
     first += at.to(tl.int64) * adaptors.row_step
@@ -99,26 +99,26 @@ def knobs_of(adaptors, virtual):
 
 @triton.jit
 def load_knob(knobs, knob):
-    """A knob of a row, float64."""
+    """Loads a knob of a row as float64."""
     return tl.load(knobs.first + knob * knobs.step)
 
 
 @triton.jit
 def inverse_of(temperature):
-    """fl32(1 / T); 1 where T is 0, anything where it is out of range."""
+    """Returns fl32(1 / T); 1 where T is 0, undefined where it is out of range."""
     usable = (temperature > 0) & (temperature <= 3.4028234663852886e38)
     return tl.div_rn(1.0, tl.where(usable, temperature, temperature * 0 + 1).to(tl.float32))
 
 
 @triton.jit
 def is_neutral(knob, value):
-    """A knob that filters nothing; a NaN is not."""
+    """Whether a knob filters nothing; false for NaN."""
     return tl.where((knob == TOP_P) | (knob == TYPICAL_P), value == 1, value == 0)
 
 
 @triton.jit
 def knobs_in_range(knobs):
-    """Whether every knob of a row is; NaN never is."""
+    """Whether every knob of a row is in its range; NaN never is."""
     t = load_knob(knobs, TEMPERATURE)
     good = (t == 0) | ((t >= 1e-6) & (t <= 3.4028234663852886e38))
     good &= load_knob(knobs, TOP_K) >= 0
@@ -137,14 +137,14 @@ def knobs_in_range(knobs):
 
 @triton.jit
 def filter_at(knobs, turn):
-    """The knob of the filter that runs at a turn, 0 to 5: min-p is first, or after top-p."""
+    """Returns the knob of the filter that runs at a turn, 0 to 5, in either order."""
     early = tl.where(turn == 0, MIN_P, turn)
     return tl.where((knobs.vllm == 1) & (turn < 3), early, turn + 1)
 
 
 @triton.jit
 def first_filter(knobs):
-    """The knob of the first filter that is not neutral, 0 if all are."""
+    """Returns the knob of the first filter that is not neutral, 0 if all are."""
     first = tl.full([], 0, tl.int32)
     for i in range(6):
         at = filter_at(knobs, i).to(tl.int32)
@@ -155,7 +155,7 @@ def first_filter(knobs):
 
 @triton.jit
 def has_one_filter(knobs):
-    """Whether all but one filter are neutral, and no minimum of tokens is asked for."""
+    """Whether exactly one filter is not neutral and no minimum of tokens is set."""
     number = tl.full([], 0, tl.int32)
     for i in range(1, 7):
         number += (is_neutral(i, load_knob(knobs, i)) == 0).to(tl.int32)
@@ -164,20 +164,20 @@ def has_one_filter(knobs):
 
 @triton.jit
 def needs_masses(first):
-    """Whether a row is weighed whole, by its first filter: all but top-k and min-p look at Z."""
+    """Whether a row's first filter needs the mass of the whole row, as all but two do."""
     return (first == 0) | (first == TOP_P) | (first >= TYPICAL_P)
 
 
 @triton.jit
 def needs_surprisal(knobs):
-    """Whether a filter of a row looks at its entropy."""
+    """Whether a filter of a row needs the entropy."""
     typical = load_knob(knobs, TYPICAL_P) != 1
     return typical | (load_knob(knobs, ETA) != 0)
 
 
 @triton.jit
 def largest_of(parts, at, SPLITS: tl.constexpr):
-    """The largest logit of a row from those of its parts, -0 as 0; NaN if one is."""
+    """Returns the largest logit of a row from its parts, -0 as 0; NaN if one is."""
     j = tl.arange(0, SPLITS)
     part = parts.largest + at * parts.splits + j
     part = tl.load(part, mask=j < parts.splits, other=float("-inf"))
@@ -187,7 +187,7 @@ def largest_of(parts, at, SPLITS: tl.constexpr):
 
 @triton.jit
 def status_of(knobs, m):
-    """The status of a row whose largest scaled logit is m."""
+    """Returns the status of a row whose largest scaled logit is m."""
     status = tl.where(m == float("-inf"), NOTHING_FINITE, OK)
     status = tl.where(m == float("inf"), POSITIVE_INF, status)
     status = tl.where(m != m, NAN, status)
@@ -196,7 +196,7 @@ def status_of(knobs, m):
 
 @triton.jit
 def typicality(d, centre):
-    """-kappa = -|d + U / Z|."""
+    """Returns -kappa = -|d + U / Z|."""
     return -tl.abs(d + centre)
 
 
@@ -214,14 +214,14 @@ def survives(s, ids, m, bounds):
 
 @triton.jit
 def only_cut(bounds):
-    """Whether survivors under bounds are those from a rank up."""
+    """Whether the survivors are exactly those from a rank up."""
     free = ((bounds.mass == 0) | (bounds.guard == ANY_RANK)) & (bounds.band == ANY_RANK)
     return free & ((bounds.cutoff == 0) | (bounds.cutoff_guard == ANY_RANK))
 
 
 @triton.jit
 def bounds_from(rank):
-    """The bounds under which all tokens from a rank up survive."""
+    """Returns the bounds under which all tokens from a rank up survive."""
     none = tl.full([], 0, tl.int64)
     any_rank = none + ANY_RANK
     return Bounds(none + rank, none, any_rank, none, any_rank, any_rank, none.to(tl.float32))
@@ -229,7 +229,7 @@ def bounds_from(rank):
 
 @triton.jit
 def store_bounds(all_bounds, bounds, status):
-    """bounds and its row's status to memory."""
+    """Stores bounds and status of a row."""
     tl.store(all_bounds + BOUNDS_CUT, bounds.cut)
     tl.store(all_bounds + BOUNDS_MASS, bounds.mass)
     tl.store(all_bounds + BOUNDS_GUARD, bounds.guard)
@@ -242,7 +242,7 @@ def store_bounds(all_bounds, bounds, status):
 
 @triton.jit
 def load_bounds(all_bounds):
-    """bounds from memory."""
+    """Loads the bounds of a row."""
     return Bounds(
         tl.load(all_bounds + BOUNDS_CUT),
         tl.load(all_bounds + BOUNDS_MASS),
@@ -256,14 +256,14 @@ def load_bounds(all_bounds):
 
 @triton.jit
 def load_scaled(row, ids):
-    """Scaled logits of a row, -inf past its end."""
+    """Loads the scaled logits of a row, -inf past its end."""
     x = tl.load(row.logits + ids, mask=ids < row.v, other=float("-inf"))
     return x.to(tl.float32) * row.inverse
 
 
 @triton.jit
 def load_list(held, number, LIST: tl.constexpr):
-    """A list in memory: scaled logits, -inf past its end, and ids."""
+    """Loads a list: scaled logits, -inf past its end, and ids."""
     at = tl.arange(0, LIST)
     there = at < number
     s = tl.load(held.s + at, mask=there, other=float("-inf"))
@@ -272,13 +272,13 @@ def load_list(held, number, LIST: tl.constexpr):
 
 @triton.jit
 def marks_of(lists, virtual):
-    """What is counted of a virtual row."""
+    """Returns the address of the counters of a virtual row."""
     return lists.marks + virtual.to(tl.int64) * lists.step
 
 
 @triton.jit
 def sums_of(weights, virtual, BLOCKS: tl.constexpr):
-    """Mass and surprisal mass of a weighed row; the second only where a filter looks at it."""
+    """Returns mass and, if a filter needs it, surprisal mass of a weighed row."""
     j = tl.arange(0, BLOCKS)
     at = virtual.to(tl.int64) * weights.blocks + j
     there = j < weights.blocks
@@ -288,13 +288,13 @@ def sums_of(weights, virtual, BLOCKS: tl.constexpr):
 
 @triton.jit
 def mass_target(part_of_z):
-    """The mass before which a nucleus takes tokens."""
+    """Returns the mass up to which a nucleus takes tokens."""
     return tl.maximum(ceil64(part_of_z * ALMOST), 1)
 
 
 @triton.jit
 def cutoff_of(by_eta, value, z, u):
-    """The probability under which epsilon, or eta, drops a token."""
+    """Returns the probability below which epsilon or eta drops a token."""
     p = value
     if by_eta:
         entropy = log_mass(z) + u.to(tl.float64) / z.to(tl.float64)

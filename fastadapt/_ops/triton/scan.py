@@ -1,4 +1,4 @@
-"""The passes over whole rows, each row shared by many programs: maxima, masses, bins, the list.
+"""Passes over whole rows, with many programs a row: maxima, masses, bins, the list.
 
 A row's list holds all its scaled logits from a floor up. The floor is a hint: what is decided never
 depends on it, only how soon. No program reads more of a row than its share.
@@ -46,7 +46,7 @@ def maxima_kernel(
     rows, adaptors, parts, lists,
     COLUMNS: tl.constexpr, GROUP: tl.constexpr, AHEAD: tl.constexpr, SUPERS: tl.constexpr,
 ):  # fmt: skip
-    """One read: the largest logit of groups, super-groups and tiles. Zeroes the marks of the row.
+    """Finds the largest logit of groups, super-groups and tiles; zeroes the row's counters.
 
     A tile is GROUP times COLUMNS logits, a group one of its columns: loads are contiguous, and
     neighbours are of different groups and super-groups, where sorted vocabularies have their best.
@@ -86,7 +86,7 @@ def weigh_kernel(
     TOGETHER: tl.constexpr,  # blocks a program looks at at once
     SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """One read: integer masses of each block, of rows whose first filter needs them, or of all."""
+    """Sums integer masses by block, for rows whose first filter needs them, or for all."""
     virtual, some = tl.program_id(0), tl.program_id(1)
     at, knobs = knobs_of(adaptors, virtual)
     first = first_filter(knobs)
@@ -125,7 +125,7 @@ def weigh_kernel(
 
 @triton.jit
 def _kth_largest(supers, number, k, SUPERS: tl.constexpr):
-    """A logit that at least k tokens reach, and not many more: the k-th largest super-group's."""
+    """Returns a logit that at least k tokens reach, and not many more, from super-groups."""
     j = tl.arange(0, SUPERS)
     key = keys(tl.load(supers + j, mask=j < number, other=float("-inf")))
     low, high = tl.min(tl.where(j < number, key, 2**31 - 1), 0), tl.max(key, 0)
@@ -146,7 +146,7 @@ def _floor(
     parts, lists, weights, virtual, at, v, knobs, m, inverse,
     tiling, sizes,
 ):  # fmt: skip
-    """The scaled logit from which tokens of a row are listed; +inf where no filter asks for any."""
+    """Returns the scaled logit from which tokens are listed, +inf if no filter needs a list."""
     first = first_filter(knobs)
     value = load_knob(knobs, first)
     slack = 1e-3 + tl.abs(m) * 3e-7
@@ -179,7 +179,7 @@ def _floor(
 
 @triton.jit
 def _push_both(lists, virtual, marks, s, ids, floor, m, bracket, NUCLEUS: tl.constexpr, sizes):
-    """Lists the tokens from the floor up, and beside them those of the bracket."""
+    """Lists the tokens from the floor up, and separately those of the bracket."""
     good = (s >= floor) & (s > float("-inf"))
     at = virtual.to(tl.int64) * sizes.ROOM
     push(lists.listed + at, lists.listed_ids + at, marks + MARK_LISTED, s, ids, good, sizes.ROOM)
@@ -195,7 +195,7 @@ def _split_tile(
     lists, weights, virtual, marks, row, tile, bracket,
     TILE: tl.constexpr, STEP: tl.constexpr, sizes,
 ):  # fmt: skip
-    """Lists the tokens of the bracket alone, and sums what is above it by blocks."""
+    """Lists the tokens of the bracket, and sums by block what is above it."""
     at = virtual.to(tl.int64) * sizes.ROOM
     for block in range(
         tile * (TILE // sizes.BLOCK), tl.minimum((tile + 1) * (TILE // sizes.BLOCK), weights.blocks)
@@ -221,7 +221,7 @@ def collect_kernel(
     tiling, sizes,
     NUCLEUS: tl.constexpr,  # whether a row may have a bracket
 ):  # fmt: skip
-    """Lists the tokens from the floor up, out of the groups that reach it, or of the whole tile."""
+    """Lists the tokens from the floor up, from the groups that reach it or the whole tile."""
     virtual, part = tl.program_id(0), tl.program_id(1)
     at, knobs = knobs_of(adaptors, virtual)
     inverse = inverse_of(load_knob(knobs, TEMPERATURE))

@@ -1,4 +1,4 @@
-"""Where a row is cut: the last token, in rank order, before which there is less than a target.
+"""Finds the cut of a row: the last token, by rank, with less than a target before it.
 
 What comes before a token is the weight, a count or a mass, of the survivors of higher rank. Ranks
 are unique integers, so a cut is one, and ties are part of it.
@@ -25,7 +25,7 @@ SLACK = tl.constexpr(1e-3)  # of masses told from counts, over 1e-4 that roundin
 
 @triton.jit
 def look(s, ids, m, bounds, by_kappa, by_mass):
-    """Of tokens: survivors, key, rank, distance (d or -kappa), weight."""
+    """Returns survivors, key, rank, distance (d or -kappa) and weight of tokens."""
     d = s - m
     alive = survives(s, ids, m, bounds)
     q = tl.where(by_kappa, typicality(d, bounds.centre), d)
@@ -36,7 +36,7 @@ def look(s, ids, m, bounds, by_kappa, by_mass):
 
 @triton.jit
 def last_before(rank, weight, alive, above, target):
-    """The cut among tokens at hand, with the weight above all of them."""
+    """Finds the cut among loaded tokens, with a given weight above all of them."""
     low = tl.min(tl.where(alive, rank, NO_RANK), 0)
     high = tl.max(tl.where(alive, rank, ANY_RANK), 0)
     best = tl.sum(tl.where(rank == high, weight, 0), 0)
@@ -53,14 +53,14 @@ def last_before(rank, weight, alive, above, target):
 
 @triton.jit
 def first_ranks(rank, weight, alive, above, target):
-    """The same among tokens in the order of their ranks, the best first."""
+    """Finds the cut among tokens that are sorted by rank, the best first."""
     before = above + tl.cumsum(weight, 0) - weight
     return tl.min(tl.where(alive & (before < target), rank, NO_RANK), 0)
 
 
 @triton.jit
 def _bin_of(key, q, best_key, worst_key, q_high, q_low, linear, BINS: tl.constexpr):
-    """Bins of equal width in q, or where that is of no use in keys; the first is the best."""
+    """Returns bins of equal width in q or, where that fails, in keys; the first is the best."""
     if linear:
         by_q = (q_high - q) * (BINS / (q_high - q_low))
         chosen = tl.minimum(tl.maximum(by_q, 0.0), BINS - 1.0).to(tl.int32)
@@ -74,7 +74,7 @@ def _bin_of(key, q, best_key, worst_key, q_high, q_low, linear, BINS: tl.constex
 def _bracket(
     histogram, need, q_high, q_low, linear, first, by_kappa, by_mass, centre, BINS: tl.constexpr
 ):
-    """The bins between which the cut lies, by what the masses of their tokens may be."""
+    """Returns the bins between which the cut lies, by the masses that they can have."""
     j = tl.arange(0, BINS).to(tl.float32)[None, :]
     upper_side = (tl.arange(0, 2) == 1)[:, None]
     width = (q_high - q_low) / BINS
@@ -100,14 +100,14 @@ def _bracket(
 
 @triton.jit
 def _number_in(number, begin, end, BINS: tl.constexpr):
-    """How many tokens are in bins from one to another."""
+    """Returns the number of tokens in a range of bins."""
     j = tl.arange(0, BINS)
     return tl.sum(tl.where((j >= begin) & (j <= end), number, 0), 0)
 
 
 @triton.jit
 def _tied_cut(row, bounds, by_kappa, key, wanted, BLOCK: tl.constexpr):
-    """The rank of the wanted-th survivor, by id, among those of a key."""
+    """Returns the rank of the n-th survivor, by id, among those with one key."""
     running = tl.full([], 0, tl.int64)
     answer = tl.full([], LAST_ID, tl.int32)
     for block in range(tl.cdiv(row.v, BLOCK)):
@@ -127,7 +127,7 @@ def cut_of_row(
     row, bounds, by_kappa, by_mass, target, spare,
     BLOCK: tl.constexpr, LIST: tl.constexpr, BINS: tl.constexpr,
 ):  # fmt: skip
-    """The cut of a row that no list decides: counts by bin bracket it, then exact sums do.
+    """Finds the cut of a row without a list: counts by bin bracket it, exact sums decide it.
 
     Two passes part all from the few thousand tokens around it, unless many are almost equal; the
     tokens that are left are looked at together. All of one key are cut by id.

@@ -81,20 +81,20 @@ def score_kernel(rows, adaptors, parts, lists, weights, labels, out, asked, size
 
 @triton.jit
 def _exponential(x):
-    """e^x in float64 for x <= 0, 0 below -700."""
+    """Returns e^x in float64 for x <= 0, 0 below -700."""
     return tl.where(x >= -700.0, exp64(tl.maximum(x, -700.0)), 0.0)
 
 
 @triton.jit
 def _temperature(adaptors, at):
-    """Temperature of a row, under the only adaptor."""
+    """Returns the temperature of a row under the only adaptor."""
     _, knobs = knobs_of(adaptors, at)
     return load_knob(knobs, TEMPERATURE)
 
 
 @triton.jit
 def _fitted(s, m, inverse, TYPE: tl.constexpr):
-    """Scaled logits that a half precision holds: `reference.bounds.Bounds.fitted`."""
+    """Fits scaled logits into half precision, as `reference.distribution.Distribution.fitted`."""
     if (TYPE == tl.float16) | (TYPE == tl.bfloat16):
         most: tl.constexpr = 65504.0 if TYPE == tl.float16 else 3.3895313892515355e38
         beyond = (inverse > 1) & ((m > most) | (m < -most / 2))
@@ -106,7 +106,7 @@ def _fitted(s, m, inverse, TYPE: tl.constexpr):
 def filter_kernel(
     rows, adaptors, parts, all_bounds, out, BLOCK: tl.constexpr, SPLITS: tl.constexpr
 ):
-    """Survivors scaled, all else -inf; a bad row as it is."""
+    """Writes scaled survivors and -inf for the rest; a bad row is copied."""
     at, block = tl.program_id(0), tl.program_id(1)
     all_bounds += at.to(tl.int64) * BOUNDS_SIZE
     inverse = inverse_of(_temperature(adaptors, at))
@@ -133,7 +133,7 @@ def support_kernel(
     rows, adaptors, parts, all_bounds, labels, kept,
     DOUBLE: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """One bit a token, and the largest scaled logit among the surviving others of each block."""
+    """Writes one bit per token, and per block the largest scaled logit of the other survivors."""
     at, block = tl.program_id(0), tl.program_id(1)
     all_bounds += at.to(tl.int64) * BOUNDS_SIZE
     token, temperature = tl.load(labels.ids + at), _temperature(adaptors, at)
@@ -161,7 +161,7 @@ def support_kernel(
 
 @triton.jit
 def _others(support, ids, v, token):
-    """The surviving lanes other than the token."""
+    """Returns the surviving entries other than the token."""
     byte = tl.load(support + (ids >> 3), mask=ids < v, other=0).to(tl.int32)
     return (((byte >> (ids & 7)) & 1) > 0) & (ids != token)
 
@@ -171,7 +171,7 @@ def log_odds_kernel(
     rows, adaptors, all_bounds, labels, kept, log_odds, stats,
     DOUBLE: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """The log-odds of a row, and the maximum and mass of its others."""
+    """Computes a row's log-odds, and the maximum and mass of the other survivors."""
     at = tl.program_id(0)
     token, temperature = tl.load(labels.ids + at), _temperature(adaptors, at)
     status = tl.load(all_bounds + at.to(tl.int64) * BOUNDS_SIZE + BOUNDS_STATUS)
@@ -214,7 +214,7 @@ def log_odds_backward_kernel(
     dlog_odds, rows, adaptors, labels, support, stats, out,
     DOUBLE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """dL/dlogits = dL/dm / T (onehot(y) - q), q the bounds of the surviving others."""
+    """Computes dL/dlogits = dL/dm / T (onehot(y) - q), q over the other survivors."""
     at, block = tl.program_id(0), tl.program_id(1)
     token, temperature = tl.load(labels.ids + at), _temperature(adaptors, at)
     m, total = tl.load(stats + 2 * at + OTHERS_MAX), tl.load(stats + 2 * at + OTHERS_SUM)

@@ -1,4 +1,4 @@
-"""`fastadapt gradients cases`: a head with frozen features, small enough to see everything.
+"""`fastadapt gradients cases`: single steps on a toy head with frozen features.
 
 V ids, one chosen and one rejected response of a few tokens, and hidden states from a sum of
 embeddings of the context, of the tokens so far and of the place. So two responses share a row
@@ -39,7 +39,7 @@ CASES: dict[str, tuple[tuple[int, tuple[int, ...]], tuple[int, tuple[int, ...]]]
 
 
 class ToyPair(NamedTuple):
-    """A pair of the toy: (x⁺, y⁺) and (x⁻, y⁻), and the cross cells (x⁻, y⁺) and (x⁺, y⁻)."""
+    """A toy pair: (x⁺, y⁺) and (x⁻, y⁻), and the cross cells (x⁻, y⁺) and (x⁺, y⁻)."""
 
     own: PairFeatures
     cross: PairFeatures
@@ -69,7 +69,7 @@ def toy_head() -> Head:
 def descend(
     head: Head, pair: ToyPair, weights: Mapping[str, float], *, steps: int
 ) -> tuple[Head, list[Row]]:
-    """Trains the head on one pair; returns it and the four cells before each step and at the end.
+    """Trains the head on a pair; returns it with the four cells before each step and at the end.
 
     Args:
         head: where to start, and the reference of DPO; not changed.
@@ -102,7 +102,7 @@ def descend(
 
 
 def prediction_rows() -> list[Row]:
-    """Returns, for each case and loss, one step predicted and measured; fields of `step_records`.
+    """Returns the predicted and the measured step of each case and loss, as in `step_records`.
 
     Every case is met twice: at the start and after MLE on the chosen response.
     """
@@ -121,7 +121,7 @@ def prediction_rows() -> list[Row]:
 
 
 def claim_rows(*, steps: int = 60) -> list[Row]:
-    """Returns what the claims about DPO and ExMATE come to on the toys.
+    """Returns the check of each claim about DPO and ExMATE on the toys.
 
     For each case and start: ρ with the change of both mean log-probabilities by the first step and
     by all steps of DPO; the threshold of P̄⁻ with the same of ExMATE.
@@ -151,7 +151,7 @@ def claim_rows(*, steps: int = 60) -> list[Row]:
 
 
 def curve_rows(*, steps: int = 100, cases: Sequence[str] = ("all different",)) -> list[Row]:
-    """Returns the four cells of the toy at every step of training with each loss."""
+    """Returns the four cells of the toy at every step of training, for each loss."""
     rows: list[Row] = []
     for case in cases:
         pair = toy_pair(case)
@@ -162,7 +162,7 @@ def curve_rows(*, steps: int = 100, cases: Sequence[str] = ("all different",)) -
 
 
 def _cells(case: str) -> dict[str, tuple[int, tuple[int, ...]]]:
-    """Context and tokens of the four cells."""
+    """Returns context and tokens of the four cells."""
     (x, chosen), (y, rejected) = CASES[case]
     return {
         "chosen_in_chosen": (x, chosen),
@@ -173,7 +173,7 @@ def _cells(case: str) -> dict[str, tuple[int, tuple[int, ...]]]:
 
 
 def _hidden(context: int, tokens: Sequence[int]) -> Tensor:
-    """(T, H): what the head reads before each token, of mean square 1."""
+    """Returns the states before each token, (T, H), of mean square 1."""
     generator = torch.Generator().manual_seed(SEED + 1)
     contexts = torch.randn(2, H, generator=generator).double()
     ids = torch.randn(V, H, generator=generator).double()
@@ -189,7 +189,7 @@ def _hidden(context: int, tokens: Sequence[int]) -> Tensor:
 
 
 def _starts(pair: ToyPair, names: Sequence[str]) -> dict[str, Head]:
-    """Heads to start from; MLE on the rejected response is MLE on the pair turned round."""
+    """Returns the heads to start from; MLE on the rejected response swaps the two sides."""
     base = toy_head()
     n = pair.own.chosen
     turned = PairFeatures(
@@ -206,7 +206,7 @@ def _starts(pair: ToyPair, names: Sequence[str]) -> dict[str, Head]:
 
 
 def _responses(weight: Tensor, pair: PairFeatures) -> tuple[Responses, Responses]:
-    """Log-odds through logits, as one pair."""
+    """Returns the log-odds of a pair, computed through logits."""
     log_odds = label_log_odds(pair.hidden @ weight.t(), pair.labels)
     chosen, rejected = log_odds[None, : pair.chosen], log_odds[None, pair.chosen :]
     mask = torch.ones_like(chosen, dtype=torch.bool)
@@ -214,13 +214,13 @@ def _responses(weight: Tensor, pair: PairFeatures) -> tuple[Responses, Responses
 
 
 def _sums(weight: Tensor, pair: PairFeatures) -> tuple[Tensor, Tensor]:
-    """log P of both responses."""
+    """Returns log P of both responses."""
     chosen, rejected = _responses(weight, pair)
     return F.logsigmoid(chosen.log_odds).sum(), F.logsigmoid(rejected.log_odds).sum()
 
 
 def _four_cells(weight: Tensor, pair: ToyPair) -> Row:
-    """The mean log-probability of the tokens of each cell."""
+    """Returns the mean token log-probability of each cell."""
     n, m = pair.own.chosen, len(pair.own.labels) - pair.own.chosen
     chosen, rejected = _sums(weight, pair.own)
     chosen_in_rejected, rejected_in_chosen = _sums(weight, pair.cross)

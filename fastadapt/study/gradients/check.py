@@ -1,4 +1,4 @@
-"""The closed forms of the gradients against autograd and differences of the losses themselves."""
+"""Checks the closed forms of the gradients against autograd and finite differences."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastadapt.tracking.gradients import Loss, analytic_gradients, as_objective,
 
 
 class GradientCheck(NamedTuple):
-    """How far closed forms are from the loss itself; the largest error, over 1 + |gradient|.
+    """The largest errors of the closed forms, relative to 1 + |gradient|.
 
     Attributes:
         autograd: from automatic differentiation, in m, l and p.
@@ -37,7 +37,7 @@ def check_gradients(
     step: float = 1e-5,
     **options: Any,
 ) -> GradientCheck:
-    """Returns how far `analytic_gradients` is from the loss itself, at these log-odds.
+    """Returns the errors of `analytic_gradients` at these log-odds.
 
     Autograd and differences see the losses of `fastadapt.losses` and nothing of the closed forms:
     as functions of m, of l with m = l - log(1 - e^l), and of p with m = log p - log(1 - p).
@@ -105,7 +105,7 @@ def _differences(
     space: str,
     step: float,
 ) -> Tensor:
-    """Central differences of the loss in the tokens of one side, one after the other."""
+    """Returns central differences of the loss in each token of one side."""
     x = near[side][0]
     out = torch.zeros_like(x)
     with torch.no_grad():
@@ -123,6 +123,6 @@ def _differences(
 
 
 def _error(found: Tensor, wanted: Tensor) -> float:
-    """The largest |difference| / (1 + |wanted|)."""
+    """Returns the largest |difference| / (1 + |wanted|)."""
     error = (found - wanted).abs() / (1 + wanted.abs())
     return float(error.max()) if error.numel() else 0.0

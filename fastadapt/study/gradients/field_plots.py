@@ -34,7 +34,7 @@ class Field(NamedTuple):
 
 
 def plane_field(weights: Mapping[str, float]) -> Field:
-    """Returns the motion of (P⁺, P⁻), two responses of one token in contexts of their own.
+    """Returns the motion of (P⁺, P⁻) for two one-token responses in separate contexts.
 
     A row of its own has dm = -∂L/∂m up to the share of the other entries, so the velocity is
     `dP/dt = -P (1-P) ∂L/∂m`.
@@ -108,7 +108,7 @@ def draw_simplex(path: Path) -> None:
 def _slopes(
     weights: Mapping[str, float], points: Tensor, *, of: str = "log_odds"
 ) -> tuple[Tensor, Tensor]:
-    """∂L/∂m or ∂L/∂l of both responses at (P⁺, P⁻), each point a pair and a loss of its own."""
+    """Returns ∂L/∂m or ∂L/∂l of both responses at points (P⁺, P⁻), each a pair of its own."""
     mask = torch.ones(len(points), 1, dtype=torch.bool)
     chosen, rejected = (Responses(p[:, None], mask) for p in points.unbind(-1))
     objective = RewardPenalizeLoss(weights, **({"beta": BETA} if "dpo" in weights else {}))
@@ -119,14 +119,14 @@ def _slopes(
 
 
 def _axes(height: float) -> tuple[Figure, list[Axes]]:
-    """Two lines of three."""
+    """Returns six axes in two rows."""
     figure = Figure(figsize=(9.6, 2 * height), layout="constrained")
     axes = figure.subplots(2, 3)
     return figure, list(axes.flat)
 
 
 def _quiver(axis: Axes, field: Field) -> None:
-    """Arrows of nearly one length; the darker, the faster, on a logarithmic scale."""
+    """Draws arrows of nearly equal length, darker where faster (logarithmic)."""
     speed = field.velocities.norm(dim=-1).clamp(min=1e-12)
     longest = float(speed.max())
     shade = 1 + (speed / longest).log10().clamp(min=-2) / 2  # two decades

@@ -1,4 +1,4 @@
-"""The losses that the gradient study compares, by the names that its tables and pictures use."""
+"""The losses of the gradient study, by their names in tables and pictures."""
 
 LOSSES: dict[str, dict[str, float]] = {
     "MLE": {"mle": 1.0},

@@ -1,4 +1,4 @@
-"""One step of last-layer training on one pair at a time: the prediction and the measurement.
+"""One step of last-layer training on one pair: predicted and measured.
 
 The body of the model is frozen, so that its hidden states are made once. For each pair the inner
 products of the gradients say what a step of gradient descent on the head will do to log P of both
@@ -30,7 +30,7 @@ Record = dict[str, Any]
 
 
 class PairFeatures(NamedTuple):
-    """The response tokens of a pair as the head sees them, the chosen before the rejected ones.
+    """The response tokens of a pair with their hidden states, chosen before rejected.
 
     Attributes:
         hidden: (n, H).
@@ -52,7 +52,7 @@ def pair_features(
     max_length: int | None = None,
     on_step: Callable[[], None] = lambda: None,
 ) -> list[PairFeatures]:
-    """Returns what the head of a model reads for each pair.
+    """Returns the hidden states before the response tokens of each pair.
 
     Args:
         model: a causal language model of transformers.
@@ -121,7 +121,7 @@ def step_records(
     losses: Mapping[str, RewardPenalizeLoss],
     sizes: Mapping[str, Sequence[float]],
 ) -> Iterator[Record]:
-    """Yields, for each loss and size of step, what was predicted of one step and what came.
+    """Yields a prediction and a measurement of one step, for each loss and step size.
 
     A step is gradient descent on the head's matrix with the loss of this pair alone, the reference
     of DPO being the head before it. Its rate is such that the larger of the two predicted changes
@@ -213,13 +213,13 @@ def head_copy(model: Any) -> Head:
 
 
 def _side(pair: PairFeatures, side: str) -> tuple[Tensor, Tensor]:
-    """Hidden states and labels of one response."""
+    """Returns hidden states and labels of one response."""
     part = slice(None, pair.chosen) if side == "chosen" else slice(pair.chosen, None)
     return pair.hidden[part], pair.labels[part]
 
 
 def _sides(log_odds: Tensor, n: int) -> tuple[Responses, Responses]:
-    """One pair as responses."""
+    """Returns log-odds of one pair as two `Responses`."""
     chosen, rejected = log_odds[None, :n], log_odds[None, n:]
     return (
         Responses(chosen, torch.ones_like(chosen, dtype=torch.bool)),
@@ -228,5 +228,5 @@ def _sides(log_odds: Tensor, n: int) -> tuple[Responses, Responses]:
 
 
 def _detached(side: Responses) -> Responses:
-    """The same without a graph."""
+    """Returns the responses without a graph."""
     return side._replace(log_odds=side.log_odds.detach())

@@ -24,7 +24,7 @@ KIND_TITLES = {
 
 
 class Style(NamedTuple):
-    """How a line or an area looks."""
+    """The look of a line or an area."""
 
     label: str
     color: str
@@ -106,7 +106,7 @@ def draw_four_cells(path: Path, rows: Sequence[Row], groups: Mapping[str, str], 
 
 
 def draw_masses(path: Path, rows: Sequence[Row]) -> None:
-    """Draws the shares of Σ |∂L/∂z| over training, stacked, with the sum as a line."""
+    """Draws each share of Σ |∂L/∂z| over training, stacked, with the sum as a line."""
     kinds = [k for k in KIND_TITLES if any(r["kind"] == k for r in rows)]
     figure, axes = _grid(len(kinds), len(LOSSES), width=12, height=0.55 + 2.0 * len(kinds))
     for line, kind in zip(axes, kinds, strict=True):
@@ -211,12 +211,12 @@ def draw_steps(path: Path, rows: Sequence[Row], size: float) -> None:
 
 
 def _probability(m: float) -> float:
-    """The probability of log-odds."""
+    """Returns the probability of log-odds."""
     return 1 / (1 + math.exp(-m))
 
 
 def _token(text: str) -> str:
-    """A token as a label: without blanks, the end token in words."""
+    """Returns a token as a label, with visible blanks and a name for the end token."""
     text = {"<|im_end|>": "(end)"}.get(text, text.strip() or "(blank)")
     return text.replace("$", "\\$")
 
@@ -224,7 +224,7 @@ def _token(text: str) -> str:
 def _grid(
     rows: int, columns: int, *, width: float, height: float
 ) -> tuple[Figure, list[list[Axes]]]:
-    """A figure with axes in rows."""
+    """Returns a figure with axes in rows."""
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.flat:
@@ -235,7 +235,7 @@ def _grid(
 
 
 def _same_limits(axes: Sequence[Axes]) -> None:
-    """One vertical range for a line of axes, numbers on the first alone."""
+    """Gives a row of axes one vertical range, with numbers on the first alone."""
     low = min(a.get_ylim()[0] for a in axes)
     high = max(a.get_ylim()[1] for a in axes)
     for axis in axes:
@@ -245,7 +245,7 @@ def _same_limits(axes: Sequence[Axes]) -> None:
 
 
 def _legend(figure: Figure, axis: Axes, *, columns: int) -> None:
-    """One legend below all axes."""
+    """Draws one legend below all axes."""
     handles, labels = axis.get_legend_handles_labels()
     figure.legend(
         handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=9
@@ -253,6 +253,6 @@ def _legend(figure: Figure, axis: Axes, *, columns: int) -> None:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    """Writes a PNG without the date, so that the same numbers give the same file."""
+    """Writes a PNG without its date, so that equal numbers give equal files."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=DPI, metadata={"Software": None})

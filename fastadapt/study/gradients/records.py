@@ -39,7 +39,7 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Returns the rows of a CSV file; what looks like a number is one, an empty cell is None."""
+    """Returns the rows of a CSV file, with numbers converted and empty cells as None."""
     with path.open(newline="", encoding="utf-8") as file:
         return [{k: _value(v) for k, v in row.items()} for row in csv.DictReader(file)]
 
@@ -51,7 +51,7 @@ def write_json(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Returns what `write_json` wrote."""
+    """Reads a record that `write_json` wrote."""
     try:
         record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -60,7 +60,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def settings_of(options: Any, found: int) -> Row:
-    """Returns the options of a study as a record, without the folders on this machine.
+    """Returns the options of a study as a record, without local folders.
 
     Args:
         options: a dataclass with `data` and `out`.
@@ -72,7 +72,7 @@ def settings_of(options: Any, found: int) -> Row:
 
 
 def software() -> dict[str, str]:
-    """Returns the versions that a result depends on."""
+    """Returns the versions of packages that a result depends on."""
     names = ("fastadapt", "torch", "transformers")
     return {"python": platform.python_version(), "threads": str(torch.get_num_threads())} | {
         name: metadata.version(name) for name in names
@@ -80,14 +80,14 @@ def software() -> dict[str, str]:
 
 
 def _cell(value: Any) -> str:
-    """A value as text."""
+    """Formats a value as text."""
     if value is None:
         return ""
     return f"{value:.{DIGITS}g}" if isinstance(value, float) else str(value)
 
 
 def _value(text: str) -> Any:
-    """Text as a number, where it is one."""
+    """Parses text as a number if it is one."""
     if text == "":
         return None
     for kind in (int, float):

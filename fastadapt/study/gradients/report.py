@@ -1,4 +1,4 @@
-"""The report of the gradient study: one page of Markdown and its pictures, from the tables."""
+"""The report of the gradient study: a page of Markdown with pictures, made from the tables."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ _CHANGES = (
 
 
 def _head(about: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Title and settings."""
+    """Writes title and settings."""
     step, train = about["steps"], about["training"]
     steps, runs = step["settings"], train["settings"]
     software = ", ".join(f"{k} {v}" for k, v in step["software"].items())
@@ -123,7 +123,7 @@ def _head(about: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def _table_section() -> list[str]:
-    """How exact the closed forms are, and the weights against P⁻."""
+    """Writes how exact the closed forms are, and the weights against P⁻."""
     checks = [check_row(row) for row in ROWS]
     return [
         "## Coefficients",
@@ -137,7 +137,7 @@ def _table_section() -> list[str]:
 
 
 def _rho_section(steps: Sequence[Row], sizes: Sequence[float]) -> list[str]:
-    """How often ρ predicts the sign of the first step's change of log P(y⁺)."""
+    """Writes how often ρ predicts the sign of the first step's change of log P(y⁺)."""
     lines = []
     for kind, start in dict.fromkeys((r["kind"], r["start"]) for r in steps):
         own = select(steps, kind=kind, start=start, loss="dpo")
@@ -177,7 +177,7 @@ def _rho_section(steps: Sequence[Row], sizes: Sequence[float]) -> list[str]:
 
 
 def _claims_section(steps: Sequence[Row], claims: Sequence[Row], size: float) -> list[str]:
-    """The three claims with their conditions."""
+    """Writes the three claims with their conditions."""
     dpo = select(steps, loss="dpo", size=size)
     toy_dpo = select(claims, loss="DPO")
     lines = []
@@ -209,7 +209,7 @@ def _claims_section(steps: Sequence[Row], claims: Sequence[Row], size: float) ->
 
 
 def _starts_sentence(rows: Sequence[Row]) -> str:
-    """How the start decides about ExMATE on preference data."""
+    """Writes how the start decides about ExMATE on preference data."""
     parts = []
     for start in dict.fromkeys(r["start"] for r in rows if r["kind"] == "same-prompt"):
         own = select(rows, kind="same-prompt", start=start)
@@ -227,7 +227,7 @@ def _starts_sentence(rows: Sequence[Row]) -> str:
 
 
 def _unlikelihood_table(rows: Sequence[Row]) -> str:
-    """The largest slopes of token unlikelihood on the rejected tokens of the model, by start."""
+    """Tabulates the largest slopes of token unlikelihood on rejected tokens, by start."""
     lines = []
     for kind, start in dict.fromkeys((r["kind"], r["start"]) for r in rows):
         own = select(rows, kind=kind, start=start)
@@ -249,7 +249,7 @@ def _unlikelihood_table(rows: Sequence[Row]) -> str:
 
 
 def _cases_section(cases: Sequence[Row]) -> list[str]:
-    """How far predictions and measurements of the toys agree, and the fields."""
+    """Writes how well predictions and measurements of the toys agree, and the fields."""
     pairs = [
         (r[f"predicted_{side}"], r[f"measured_{side}"])
         for r in cases
@@ -275,12 +275,12 @@ def _cases_section(cases: Sequence[Row]) -> list[str]:
 
 
 def _largest(cases: Sequence[Row]) -> float:
-    """The largest predicted change."""
+    """Returns the largest predicted change."""
     return max(abs(float(r[f"predicted_{side}"])) for r in cases for side in ("chosen", "rejected"))
 
 
 def _training_section(training: Sequence[Row], about: Mapping[str, Any]) -> list[str]:
-    """What a few steps of each loss did."""
+    """Writes what a short training run with each loss did."""
     lines = []
     for kind, loss in dict.fromkeys((r["kind"], r["loss"]) for r in training):
         own = select(training, kind=kind, loss=loss)
@@ -315,5 +315,5 @@ def _training_section(training: Sequence[Row], about: Mapping[str, Any]) -> list
 
 
 def _share(right: int, count: int) -> str:
-    """A count with its share."""
+    """Formats a count with its share."""
     return f"{right} of {count} ({100 * right / count:.1f} %)"

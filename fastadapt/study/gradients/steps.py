@@ -1,4 +1,4 @@
-"""`fastadapt gradients step`: what one step on the head does to a pair, predicted and measured.
+"""`fastadapt gradients step`: the effect of one head step on a pair, predicted and measured.
 
 The same pairs in five situations: as preference data, whose two responses share the prompt and
 little else, and as one response in the right and in a wrong context, which share all tokens; from
@@ -40,7 +40,7 @@ Report = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, kw_only=True)
 class StepOptions:
-    """What to measure.
+    """Options of the single steps.
 
     Attributes:
         data: preference pairs, as `read_pairs` takes them.
@@ -79,7 +79,7 @@ def run_steps(
     name: str,
     report: Report = lambda phase, done, total: None,
 ) -> list[Row]:
-    """Measures and writes; returns the rows of `steps.csv`.
+    """Measures the steps and writes `steps.csv`; returns its rows.
 
     Args:
         model: a causal language model of transformers.
@@ -132,25 +132,23 @@ def run_steps(
 
 
 def signs(rows: Sequence[Mapping[str, Any]], side: str = "chosen") -> tuple[int, int]:
-    """Returns how many rows have the sign that was predicted, and how many rows there are."""
+    """Returns how many rows have the predicted sign, and the number of rows."""
     right = [row[f"predicted_{side}"] * row[f"measured_{side}"] > 0 for row in rows]
     return sum(right), len(right)
 
 
 def select(rows: Sequence[Row], **values: Any) -> list[Row]:
-    """Returns the rows that have these values."""
+    """Returns the rows with the given values."""
     return [row for row in rows if all(row[k] == v for k, v in values.items())]
 
 
 class _Counter:
-    """Reports one more done each time it is called."""
+    """Reports one more step done on each call."""
 
     def __init__(self, report: Report, phase: str, total: int) -> None:
-        """Reports none done."""
         self.report, self.phase, self.total, self.done = report, phase, total, 0
         report(phase, 0, total)
 
     def __call__(self) -> None:
-        """Reports one more."""
         self.done += 1
         self.report(self.phase, self.done, self.total)

@@ -1,4 +1,4 @@
-"""The table of coefficients, each row beside how far autograd and differences are from it.
+"""The table of coefficients, with the error of each row against autograd and differences.
 
 A row states c_t = -∂L/∂l_t on chosen and on rejected tokens and g_t = ∂L/∂m_t on rejected ones as
 expressions, which the tests evaluate; the errors printed are those of `analytic_gradients`, made
@@ -239,7 +239,7 @@ def check_row(row: TableRow) -> GradientCheck:
 
 
 def table() -> str:
-    """Returns the coefficients and the weights at given probabilities, in Markdown."""
+    """Returns the coefficients, and the weights at given probabilities, in Markdown."""
     lines = [
         "| loss | c, chosen tokens | c, rejected tokens | g, rejected tokens | phase | to autograd "
         "| to differences |",
@@ -257,7 +257,7 @@ def table() -> str:
 
 
 def _weights_table() -> list[str]:
-    """Each penalty's gradient in the three spaces as the rejected token's probability grows."""
+    """Tabulates each penalty's gradient in three spaces by the rejected token's probability."""
     head = " | ".join(f"p = {_short(p)}" for p in PROBABILITIES)
     lines = [
         "One bad token of probability p, coefficient 1 (DPO: β = 0.1, no reference, a good token "
@@ -298,7 +298,7 @@ def one_token(loss: str, p: float, **options: Any) -> tuple[float, float, float]
 
 
 def _short(x: float) -> str:
-    """A number in three digits; as its distance to 1 where that says more."""
+    """Formats a number in three digits, as its distance to 1 where that says more."""
     if 1e-12 < 1 - x < 1e-3:
         return f"1-{1 - x:.0e}"
     return f"{x:.3g}"

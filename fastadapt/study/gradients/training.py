@@ -1,4 +1,4 @@
-"""`fastadapt gradients train`: a brief training run with each loss, under the tracker."""
+"""`fastadapt gradients train`: a short training run with each loss, under the tracker."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ EXAMPLE = Pair(
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingOptions:
-    """What to train.
+    """Options of the training runs.
 
     Attributes:
         data: preference pairs, as `read_pairs` takes them.
@@ -77,7 +77,7 @@ def run_training(
     name: str,
     report: Report = lambda phase, done, total: None,
 ) -> list[Row]:
-    """Trains and writes; returns the rows of `training.csv`, one per kind, loss and step.
+    """Trains and writes `training.csv`; returns its rows, one per kind, loss and step.
 
     Args:
         model: a causal language model of transformers; its parameters change.
@@ -132,7 +132,7 @@ def run_training(
 
 @torch.no_grad()
 def slopes_of_example(model: Any, tokenizer: Any) -> dict[str, Any]:
-    """Returns the tokens of a pair that shares its beginning, and ∂L/∂m of each loss at them.
+    """Returns the tokens of a pair with a shared beginning, and ∂L/∂m of each loss at them.
 
     Returns:
         dict[str, Any]: "chosen" and "rejected", lists of token texts; "shared", how many rows of
@@ -166,7 +166,7 @@ def _train(
     options: TrainingOptions,
     on_step: Any,
 ) -> None:
-    """One run."""
+    """Trains with one loss."""
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=options.learning_rate, weight_decay=0.0, fused=True
     )
@@ -177,5 +177,5 @@ def _train(
 
 
 def _renamed(row: Row) -> Row:
-    """A record whose "loss" is the value, beside the name of the loss."""
+    """Returns a record in which "loss" is the value, beside the name of the loss."""
     return {("value" if k == "loss" else k): v for k, v in row.items()}

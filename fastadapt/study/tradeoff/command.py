@@ -1,4 +1,4 @@
-"""What `fastadapt tradeoff` does: loads, samples with a progress bar, writes figures and report."""
+"""The command `fastadapt tradeoff`: loads, samples with a progress bar, writes the report."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _QUICK_PROMPTS = 24
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """The arguments of the command; see `fastadapt tradeoff --help`.
+    """Options of the command; see `fastadapt tradeoff --help`.
 
     Raises:
         ValueError: a value is out of range.
@@ -46,7 +46,7 @@ class Options:
     quick: bool = False
 
     def __post_init__(self) -> None:
-        """Check what can be checked before anything is loaded."""
+        """Checks all that can be checked before a model is loaded."""
         for name, low in (("count", 2), ("threads", 1)):
             value = getattr(self, name)
             if value is not None and value < low:
@@ -56,7 +56,7 @@ class Options:
 
 
 def settings_of(options: Options) -> study.Settings:
-    """Returns the settings that the arguments ask for.
+    """Returns the study's settings for these options.
 
     Raises:
         OSError, ValueError: the grid's file cannot be read or is none, or a value is out of range.
@@ -135,7 +135,7 @@ def run(
 
 
 def command(options: Options) -> str:
-    """Returns the command line of some options, with files by their names alone."""
+    """Returns the command line of some options, naming files without their folders."""
     words = ["fastadapt", "tradeoff", "--out", options.out.name]
     for name in ("model", "prior", "system", "prior_system", "prompts", "count", "grid", "strings"):
         value = getattr(options, name)
@@ -148,12 +148,12 @@ def command(options: Options) -> str:
 
 
 def _flag(name: str) -> str:
-    """The flag of an option."""
+    """Returns the flag of an option."""
     return "--" + name.replace("_", "-")
 
 
 def _prompts(options: Options) -> contexts.Prompts:
-    """The prompts, as many as asked for."""
+    """Returns as many prompts as asked for."""
     if options.prompts:
         prompts = contexts.read_prompts(options.prompts)
     else:
@@ -167,7 +167,7 @@ def _prompts(options: Options) -> contexts.Prompts:
 
 
 def _reward(options: Options) -> tuple[Reward | None, str | None]:
-    """The user's reward and what the report calls it, if there is one."""
+    """Returns the user's reward and its name in the report, if there is one."""
     if options.reward:
         return rewards.reward_function(options.reward), f"the function {options.reward}"
     if options.reward_model:
@@ -177,7 +177,7 @@ def _reward(options: Options) -> tuple[Reward | None, str | None]:
 
 
 def _sides(options: Options, err: Console) -> tuple[contexts.Side, contexts.Side]:
-    """The two distributions; one model is loaded once."""
+    """Returns the two distributions; a model that both share is loaded once."""
     system = options.system
     if system is None and options.prior is None:
         system = contexts.SYSTEM

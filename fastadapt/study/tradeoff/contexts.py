@@ -1,4 +1,4 @@
-"""Prompts and what a model reads before it answers: with a system prompt and without one."""
+"""Prompts, and what a model reads before it answers, with or without a system prompt."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Side(NamedTuple):
 
 
 class Prompts(NamedTuple):
-    """Prompts, and what was left out on the way to them.
+    """Prompts, with counts of those that were left out.
 
     Attributes:
         texts: those that are used.
@@ -97,7 +97,7 @@ def read_prompts(path: str | os.PathLike[str], *, seed: int = 42) -> Prompts:
 
 
 def context_ids(side: Side, prompt: str) -> Tensor:
-    """Returns what a side reads before its answer, (1, T), int64.
+    """Returns the tokens before an answer, (1, T), int64.
 
     The prompt is a user message of the chat template. Without a system prompt there is no system
     turn at all, even where the template has a default one. Tokenizers without a template get
@@ -118,7 +118,7 @@ def context_ids(side: Side, prompt: str) -> Tensor:
 
 
 def start_ids(side: Side) -> Tensor:
-    """Returns what stands before a text without any prompt, (1, 1), int64: the first token."""
+    """Returns the first token of a text without a prompt, (1, 1), int64."""
     tokenizer = side.tokenizer
     for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         if token is not None:
@@ -183,7 +183,7 @@ def check_lengths(sides: Sequence[Side], prompts: Sequence[str], new_tokens: int
 
 
 def _render(tokenizer: Any, system: str | None, prompt: str) -> str:
-    """The chat template's text; without a system prompt the part behind the system turn."""
+    """Returns the chat template's text; without a system prompt, the part after the system turn."""
     turn = {"role": "system", "content": SYSTEM if system is None else system}
     user = {"role": "user", "content": prompt}
 
@@ -208,7 +208,7 @@ def _render(tokenizer: Any, system: str | None, prompt: str) -> str:
 
 
 def _prompt_of(name: str, number: int, line: str) -> str:
-    """The prompt of a JSON line."""
+    """Returns the prompt of a JSON line."""
     try:
         entry = json.loads(line)
         if isinstance(entry, str):

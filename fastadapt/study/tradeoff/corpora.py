@@ -1,4 +1,4 @@
-"""Corpora on disk: strings sampled and scored prompt by prompt, in a folder that can be resumed.
+"""Corpora on disk: strings sampled and scored prompt by prompt, resumable.
 
 A folder holds `manifest.json`, which says what is sampled, and `parts/`, one Parquet file a prompt.
 A part is written beside its place and moved there whole, so a crash or a full disk loses the prompt
@@ -34,11 +34,11 @@ _FORMAT = 1
 
 
 class OtherStudyError(ValueError):
-    """The folder holds strings that were sampled with other settings."""
+    """The folder holds strings sampled with other settings."""
 
 
 class Plan(NamedTuple):
-    """What is sampled.
+    """What to sample.
 
     Attributes:
         prompts: their texts.
@@ -59,7 +59,7 @@ class Plan(NamedTuple):
 
 
 class Corpora:
-    """A folder of parts.
+    """A folder with one file of strings per prompt.
 
     Args:
         folder: made if it is missing.
@@ -72,7 +72,6 @@ class Corpora:
     """
 
     def __init__(self, folder: Path, plan: Plan, names: dict[str, str | None]) -> None:
-        """See the class."""
         self.folder, self.plan = folder, plan
         manifest = _manifest(plan, names)
         path = folder / _MANIFEST
@@ -84,7 +83,7 @@ class Corpora:
         )
 
     def missing(self) -> list[int]:
-        """The prompts whose part is not there, or cannot be read."""
+        """Returns the prompts whose file is missing or unreadable."""
         return [i for i in range(len(self.plan.prompts)) if not _is_readable(self._part(i))]
 
     def fill(
@@ -95,7 +94,7 @@ class Corpora:
         *,
         on_part: Callable[[], None] = lambda: None,
     ) -> None:
-        """Sample and score what is missing.
+        """Samples and scores what is missing.
 
         Args:
             aligned: draws the strings.
@@ -113,20 +112,20 @@ class Corpora:
             on_part()
 
     def table(self) -> pa.Table:
-        """All strings, in the order of prompts, adaptors and repetitions."""
+        """Returns all strings, in the order of prompts, adaptors and repetitions."""
         return pa.concat_tables(
             [pq.read_table(self._part(i)) for i in range(len(self.plan.prompts))]
         )
 
     def _part(self, index: int) -> Path:
-        """Where the strings of a prompt are kept."""
+        """Returns the file of a prompt."""
         return self.folder / "parts" / f"{index:05d}.parquet"
 
 
 def sample_part(
     plan: Plan, index: int, aligned: Side, prior: Side, reward: Reward | None
 ) -> pa.Table:
-    """Returns the strings of one prompt with all their scores; see `columns` for their meaning."""
+    """Samples the strings of one prompt with all scores; `columns` describes them."""
     prompt, cells = plan.prompts[index], plan.cells
     own = [cell for cell in range(len(cells)) for _ in range(plan.strings)]
     seeds = _seeds(plan, index)
@@ -156,7 +155,7 @@ def sample_part(
 
 
 def reward_values(reward: Reward, prompt: str, texts: Sequence[str]) -> Values:
-    """Returns what a reward says of some strings.
+    """Returns the rewards of some strings.
 
     Raises:
         ValueError: it returned something else than one number for each; NaN and infinities are
@@ -227,14 +226,14 @@ def columns(
 
 
 def _seeds(plan: Plan, index: int) -> Tensor:
-    """Independent seeds of all strings of a prompt, whatever was sampled before."""
+    """Returns independent seeds for all strings of a prompt."""
     count = len(plan.cells) * plan.strings
     words = np.random.SeedSequence([plan.seed, index]).generate_state(count, np.uint64)
     return torch.from_numpy((words >> np.uint64(1)).astype(np.int64))
 
 
 def _manifest(plan: Plan, names: dict[str, str | None]) -> dict[str, Any]:
-    """Everything that the strings depend on."""
+    """Returns everything that the strings depend on."""
     digest = hashlib.sha256(json.dumps(list(plan.prompts)).encode()).hexdigest()
     return {
         "format": _FORMAT,
@@ -250,7 +249,7 @@ def _manifest(plan: Plan, names: dict[str, str | None]) -> dict[str, Any]:
 
 
 def _check_manifest(path: Path, manifest: dict[str, Any]) -> None:
-    """Raises unless the kept manifest is this one."""
+    """Raises unless the stored manifest equals this one."""
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -274,7 +273,7 @@ def _write_table(table: pa.Table, place: Path) -> None:
 
 
 def _is_readable(path: Path) -> bool:
-    """Whether a whole part is there."""
+    """Whether a file exists and is complete."""
     try:
         pq.read_table(path)
     except (OSError, pa.ArrowException):

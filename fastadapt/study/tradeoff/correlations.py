@@ -1,4 +1,4 @@
-"""The correlations of a study: of strings, of adaptors' means, of corpora of any size.
+"""Correlations over strings, over adaptors' means, and over corpora of any size.
 
 Results are plain dictionaries for JSON. An estimate is a list `[value, low, high]` with the 95 %
 interval of a bootstrap that resamples whole prompts.
@@ -21,7 +21,7 @@ CORPORA = 4000
 
 
 def estimate(value: Any, replicates: Array) -> list[float]:
-    """An estimate with its interval."""
+    """Returns an estimate with its interval."""
     return [float(value), *statistics.interval(np.asarray(replicates))]
 
 
@@ -101,7 +101,7 @@ def correlate(pool: Pool, x: Array, y: Array, counts: Array) -> dict[str, Any]:
 
 
 def typical_corpora(pool: Pool, seed: int) -> list[dict[str, Any]]:
-    """Returns r of corpora of one adaptor, unconditioned and epsilon-typical, beside its theory.
+    """Returns r over corpora of one adaptor, all and epsilon-typical, and the predicted r.
 
     Corpora of `CORPUS` strings are drawn with replacement from the strings of one adaptor; typical
     are those whose mean log p+ is within epsilon of the adaptor's. One entry for each epsilon, in
@@ -137,23 +137,23 @@ def typical_corpora(pool: Pool, seed: int) -> list[dict[str, Any]]:
 
 
 def _estimate(function: Any, exact: Moments, drawn: Moments, which: Any) -> list[float]:
-    """A function of the sums of some adaptors, with its interval."""
+    """Returns a statistic of the sums of some adaptors, with its interval."""
     one, many = (Moments(*(part[:, which] for part in m)) for m in (exact, drawn))
     return estimate(function(one)[0], function(many))
 
 
 def _means_pearson(found: Moments) -> Array:
-    """Pearson's r of the adaptors' means."""
+    """Returns Pearson's r of the adaptors' means."""
     return statistics.pearson(*statistics.means(found))
 
 
 def _means_spearman(found: Moments) -> Array:
-    """Spearman's rho of the adaptors' means."""
+    """Returns Spearman's rho of the adaptors' means."""
     return statistics.spearman(*statistics.means(found))
 
 
 def _slope(found: Moments) -> Array:
-    """Slope of the least-squares line through the adaptors' means."""
+    """Returns the slope of the least-squares line through the adaptors' means."""
     x, y = statistics.means(found)
     x, y = x - x.mean(-1, keepdims=True), y - y.mean(-1, keepdims=True)
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -161,7 +161,7 @@ def _slope(found: Moments) -> Array:
 
 
 def _with_length(pool: Pool, x: Array, y: Array, counts: Array) -> dict[str, Any]:
-    """Per token, and with the length held constant."""
+    """Returns correlations per token, and with the length held constant."""
     length = pool.length.astype(float)
     per_token = _triples(pool, x / length, y / length, length, counts)
     return {
@@ -171,12 +171,12 @@ def _with_length(pool: Pool, x: Array, y: Array, counts: Array) -> dict[str, Any
 
 
 def _second(pair: tuple[Array, Array]) -> list[float]:
-    """The estimate of the second of two statistics."""
+    """Returns the estimate of the second of two statistics."""
     return estimate(pair[1][0], pair[1][1:])
 
 
 def _triples(pool: Pool, x: Array, y: Array, z: Array, counts: Array) -> tuple[Array, Array]:
-    """Pearson's r of x and y, plain and with z held constant; the sample first, then replicates."""
+    """Returns Pearson's r of x and y, plain and with z held constant; the sample comes first."""
     parts = [v - v.mean() for v in (x, y, z)]
     features = [np.ones_like(x), *parts, *(a * b for i, a in enumerate(parts) for b in parts[i:])]
     sums = np.stack([np.bincount(pool.prompt, f, pool.prompts) for f in features], -1)
@@ -193,7 +193,7 @@ def _triples(pool: Pool, x: Array, y: Array, z: Array, counts: Array) -> tuple[A
 
 
 def _split(exact: Moments, between: Array, inside: Array) -> dict[str, Any]:
-    """Which share of the variances lies between adaptors, and how much of that is noise."""
+    """Returns the share of the variances between adaptors, and how much of it is noise."""
     strings = exact.strings[0]
     noise = inside / strings.mean()
     return {

@@ -1,4 +1,4 @@
-"""Strings of one prompt under many adaptors: drawn and scored in one visit of the logits.
+"""Strings of one prompt under many adaptors, drawn and scored in one visit of the logits.
 
 All strings of a batch answer the same prompt, so its keys and values are computed once and shared.
 The aligned model's logits are visited once a step: the token is drawn, and scored under every
@@ -21,7 +21,7 @@ from fastadapt.training.pairs import IGNORED
 
 
 class Strings(NamedTuple):
-    """N strings under A adaptors. Sums are over a string's tokens, its end token included; nats.
+    """N strings under A adaptors; sums over a string's tokens, end token included, in nats.
 
     Attributes:
         tokens: (N, n), int64; `IGNORED` after the end.
@@ -45,7 +45,7 @@ class Strings(NamedTuple):
 
 
 def stack_adaptors(adaptors: Sequence[Adaptor]) -> Adaptor:
-    """Returns one adaptor with a row for each of them, all in one order.
+    """Returns one adaptor with a row per adaptor, all of one order.
 
     Raises:
         ValueError: their orders differ.

@@ -1,4 +1,4 @@
-"""The globally normalised adaptor: importance weights, Metropolis-Hastings, effective sample sizes.
+"""The globally normalised adaptor: importance weights, Metropolis–Hastings, effective sizes.
 
 A decoder draws from the locally normalised distribution q(y) = prod a_t(y_t) / Z_t. The globally
 normalised one is p(y) = prod a_t(y_t) / Z with one constant for all strings of a prompt, so that
@@ -21,7 +21,7 @@ from fastadapt.study.tradeoff.statistics import Array
 
 
 class Chains(NamedTuple):
-    """Chains of independent Metropolis-Hastings, one for each prompt.
+    """Independent Metropolis–Hastings chains, one per prompt.
 
     Attributes:
         occupancy: (..., n); the share of steps spent at each string. Rows sum to 1.
@@ -33,7 +33,7 @@ class Chains(NamedTuple):
 
 
 def mixture_log_weights(log_q: Array, log_norm: Array, shares: Array, target: int) -> Array:
-    """Returns log weights of strings that several adaptors drew, for one's global distribution.
+    """Returns log weights of strings from several adaptors, for one global distribution.
 
     A string of the pool comes from the mixture sum_b shares_b q_b, whoever drew it (the balance
     heuristic of Veach and Guibas, 1995), so every string counts for every adaptor whose support
@@ -52,7 +52,7 @@ def mixture_log_weights(log_q: Array, log_norm: Array, shares: Array, target: in
 
 
 def local_log_weights(log_q: Array, shares: Array, target: int) -> Array:
-    """Returns the same for the locally normalised distribution of an adaptor."""
+    """Returns log weights for the locally normalised distribution of an adaptor."""
     with np.errstate(divide="ignore"):  # an adaptor without strings has no share
         mixed = logsumexp(log_q + np.log(shares), axis=-1)
     weights: Array = log_q[..., target] - mixed
@@ -67,7 +67,7 @@ def normalised(log_weights: Array) -> Array:
 
 
 def effective_size(log_weights: Array) -> Array:
-    """Returns (sum W)² / sum W² along the last axis: as many equal weights would be as good."""
+    """Returns the effective sample size (sum W)² / sum W² along the last axis."""
     return np.asarray(1 / (normalised(log_weights) ** 2).sum(-1))
 
 

@@ -1,4 +1,4 @@
-"""Grids of sampling adaptors: the 31 of the probability-quality study, 15 of them, a user's."""
+"""Grids of sampling adaptors: the paper's 31, a smaller one of 15, or the user's."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _FIFTEEN = ("top-k 50", "nucleus 0.90", "typical 0.90", "eta 0.0009")
 
 
 class Cell(NamedTuple):
-    """An adaptor of a grid.
+    """One adaptor of a grid.
 
     Attributes:
         family: the truncation, the same for all temperatures.
@@ -78,7 +78,7 @@ def small_grid() -> list[Cell]:
 
 
 def hidden_cells(cells: Sequence[Cell]) -> list[Cell]:
-    """Returns copies, with top_k=50 left on, of the hottest cells of top-p, typical and eta.
+    """Returns the hottest cells of top-p, typical and eta with top_k=50 left on.
 
     The released code sampled those three so, and scored them without. The hottest, since there
     the other filter leaves most to remove.
@@ -114,7 +114,7 @@ def read_grid(path: str | os.PathLike[str]) -> list[Cell]:
 
 
 def check_grid(cells: Sequence[Cell]) -> None:
-    """Raises unless a study can be made on a grid.
+    """Raises unless a grid is fit for a study.
 
     Raises:
         ValueError: fewer than two adaptors or more than 256, one twice, one with a knob per row,
@@ -137,7 +137,7 @@ def check_grid(cells: Sequence[Cell]) -> None:
 
 
 def _read_cell(name: str, number: int, entry: Any) -> Cell:
-    """One entry of a user's grid."""
+    """Reads one entry of a user's grid."""
     if not isinstance(entry, dict):
         raise ValueError(f"{name}, entry {number}: expected an object, got {entry!r}")
     knobs = {key: value for key, value in entry.items() if key != "family"}
@@ -150,7 +150,7 @@ def _read_cell(name: str, number: int, entry: Any) -> Cell:
 
 
 def _with_top_k(adaptor: Adaptor) -> Adaptor:
-    """The same adaptor with transformers' default top_k."""
+    """Returns the adaptor with transformers' default top_k."""
     return Adaptor(
         temperature=adaptor.temperature,
         top_k=_DEFAULT_TOP_K,

@@ -1,4 +1,4 @@
-"""Local against global normalisation, and what the released code's target and chain would give.
+"""Local against global normalisation, and the effect of the released code's target and chain.
 
 For each prompt the strings of all adaptors are one pool, reweighted for each adaptor in turn
 (`globalised.mixture_log_weights`), so that a prompt with two strings of an adaptor still has dozens
@@ -21,7 +21,7 @@ BURN_IN = 200
 
 
 class Pools(NamedTuple):
-    """The strings by prompt, (P, S, ...); where a prompt has fewer, weights are -inf.
+    """The strings by prompt, (P, S, ...), padded with weights of -inf.
 
     Attributes:
         there: (P, S); whether there is a string.
@@ -40,7 +40,7 @@ class Pools(NamedTuple):
 
 
 def by_prompt(pool: Pool) -> Pools:
-    """Returns the strings of a pool by prompt."""
+    """Groups the strings of a pool by prompt."""
     order = np.argsort(pool.prompt, kind="stable")
     per_prompt = np.bincount(pool.prompt, minlength=pool.prompts)
     there = np.arange(per_prompt.max()) < per_prompt[:, None]
@@ -140,7 +140,7 @@ def compare(pool: Pool, counts: Array, seed: int) -> dict[str, Any]:
 
 
 def hidden_top_k(pool: Pool, counts: Array) -> list[dict[str, Any]]:
-    """Returns, for each cell with a hidden top-k, its means beside those of the cell without.
+    """Returns the means of each cell with a hidden top-k, beside those without it.
 
     `outside`: the share of strings drawn without that top-k that it would have made impossible;
     `shift`: of the means `[log p, reward]` by leaving it on, with intervals.
@@ -170,7 +170,7 @@ def hidden_top_k(pool: Pool, counts: Array) -> list[dict[str, Any]]:
 
 
 def _prompt_means(pool: Pool, which: int) -> Array:
-    """(P,), the mean of log p or of the reward over a prompt's strings; NaN without any."""
+    """Returns the mean of log p or the reward by prompt, (P,); NaN without strings."""
     values = (pool.log_prior, pool.implicit_reward)[which]
     n = np.bincount(pool.prompt, minlength=pool.prompts)
     with np.errstate(invalid="ignore"):
@@ -178,17 +178,17 @@ def _prompt_means(pool: Pool, which: int) -> Array:
 
 
 def _weighted(log_weights: Array, values: Array) -> Array:
-    """(A, P, 2), means of the values under weights (A, P, S)."""
+    """Returns means of the values under weights (A, P, S), as (A, P, 2)."""
     return np.asarray(np.einsum("aps,psk->apk", globalised.normalised(log_weights), values))
 
 
 def _mean(by_prompt_: Array) -> list[float]:
-    """Means over the prompts that have any weight."""
+    """Returns means over the prompts that have any weight."""
     return [float(value) for value in np.nanmean(by_prompt_, 0)]
 
 
 def _replicates(by_prompt_: Array, counts: Array) -> Array:
-    """Bootstrap means of values (..., P) over prompts, (..., B); NaN leaves a prompt out."""
+    """Returns bootstrap means over prompts, (..., B); NaN leaves a prompt out."""
     there = np.isfinite(by_prompt_)
     summed = np.where(there, by_prompt_, 0.0) @ counts.T
     with np.errstate(invalid="ignore"):
@@ -197,19 +197,19 @@ def _replicates(by_prompt_: Array, counts: Array) -> Array:
 
 
 def _shift(by_prompt_: Array, counts: Array) -> list[float]:
-    """A mean over prompts with its interval."""
+    """Returns a mean over prompts with its interval."""
     return estimate(np.nanmean(by_prompt_), _replicates(by_prompt_, counts))
 
 
 def _correlation(values: Array, counts: Array) -> list[float]:
-    """Pearson's r of the adaptors' means (A, P, 2), with its interval."""
+    """Returns Pearson's r of the adaptors' means (A, P, 2), with its interval."""
     x, y = (_replicates(values[..., k], counts).T for k in (0, 1))
     means = np.nanmean(values, 1)
     return estimate(pearson(means[:, 0], means[:, 1]), pearson(x, y))
 
 
 def _pairs(mine: Pool, cell: int) -> dict[str, float]:
-    """What the strings of one adaptor and prompt tell about its weights W = exp(sum log Z_t).
+    """Describes the weights W = exp(sum log Z_t) of one adaptor's strings by prompt.
 
     The spread of log W, and the acceptance rate with the adaptor as proposal,
     E min(W, W') / E W, from all pairs of a prompt.
@@ -230,5 +230,5 @@ def _pairs(mine: Pool, cell: int) -> dict[str, float]:
 
 
 def _one_chain(mine: Pool, cell: int) -> float:
-    """Share of an adaptor's strings that count if one chain runs over all prompts at once."""
+    """Returns the share of strings that count if a single chain runs over all prompts."""
     return float(globalised.effective_size(mine.log_norm[:, cell]) / len(mine.cell))

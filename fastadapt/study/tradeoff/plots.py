@@ -1,4 +1,4 @@
-"""The figures of the trade-off study, PNG and SVG, drawn from its results.
+"""Figures of the trade-off study, as PNG and SVG, from its results.
 
 Families of adaptors have a colour and a marker each, temperatures a shade from pale to full, so
 that nothing is lost in print without colours.
@@ -76,7 +76,7 @@ def draw_figures(results: Mapping[str, Any], folder: Path) -> list[str]:
 
 
 def reward_label(results: Mapping[str, Any], which: str) -> str:
-    """What an axis with a reward says: the user's by its name, or which one is meant instead."""
+    """Returns the axis label of a reward."""
     if which == "user":
         return f"reward, {results['names']['reward']}"
     implicit = "implicit reward" if "user" in results["correlations"] else "reward"
@@ -84,7 +84,7 @@ def reward_label(results: Mapping[str, Any], which: str) -> str:
 
 
 def _strings_and_corpora(results: Mapping[str, Any], which: str = "implicit") -> Figure:
-    """Strings on the left, corpora on the right, with lines of equal mean log p+.
+    """Draws strings on the left, corpora on the right, with lines of equal mean log p+.
 
     The user's reward has no such lines: it does not add up to log p+ with log p.
     """
@@ -134,7 +134,7 @@ def _strings_and_corpora(results: Mapping[str, Any], which: str = "implicit") ->
 
 
 def _corpus_size(results: Mapping[str, Any]) -> Figure:
-    """r of corpora of N strings, by the law of total covariance."""
+    """Draws r over corpora of N strings, by the law of total covariance."""
     figure = Figure(figsize=(6.4, 3.9), layout="constrained")
     axes = figure.subplots()
     lines = {
@@ -165,7 +165,7 @@ def _corpus_size(results: Mapping[str, Any]) -> Figure:
 
 
 def _local_and_global(results: Mapping[str, Any]) -> Figure:
-    """Each adaptor's mean under both distributions, and how many strings carry the global one."""
+    """Draws each adaptor's mean under both distributions, and the effective sample size."""
     adaptors = results["adaptors"]
     figure = Figure(figsize=(9.6, 4.6), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -213,23 +213,23 @@ def _local_and_global(results: Mapping[str, Any]) -> Figure:
 
 
 def is_reliable(adaptor: Mapping[str, Any]) -> bool:
-    """Tells whether a global distribution is known: 5 strings of a prompt count in the median."""
+    """Whether a global mean is reliable: at least 5 effective strings in the median prompt."""
     return bool(adaptor["effective"] is not None and adaptor["effective"] >= _RELIABLE)
 
 
 def _families(adaptors: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The families in the order of the grid."""
+    """Returns the families in the order of the grid."""
     return list(dict.fromkeys(adaptor["family"] for adaptor in adaptors))
 
 
 def _style(adaptor: Mapping[str, Any], adaptors: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Marker and shade of an adaptor."""
+    """Returns marker and shade of an adaptor."""
     colour, marker = _STYLES[_families(adaptors).index(adaptor["family"]) % len(_STYLES)]
     return {"c": [_shade(colour, adaptor["temperature"], adaptors)], "marker": marker}
 
 
 def _shade(colour: str, temperature: float, adaptors: Sequence[Mapping[str, Any]]) -> Any:
-    """A colour between pale, at the lowest temperature, and full, at the highest."""
+    """Returns a colour between pale, at the lowest temperature, and full, at the highest."""
     found = [adaptor["temperature"] for adaptor in adaptors]
     low, high = min(found), max(found)
     depth = 1.0 if high == low else 0.45 + 0.55 * (temperature - low) / (high - low)
@@ -237,13 +237,13 @@ def _shade(colour: str, temperature: float, adaptors: Sequence[Mapping[str, Any]
 
 
 def _jitter(adaptor: Mapping[str, Any], adaptors: Sequence[Mapping[str, Any]]) -> float:
-    """Sets families apart at the same temperature."""
+    """Shifts families apart that have one temperature."""
     names = _families(adaptors)
     return 0.02 * (names.index(adaptor["family"]) - (len(names) - 1) / 2)
 
 
 def _legend(adaptors: Sequence[Mapping[str, Any]], *, iso: bool = False) -> list[Artist]:
-    """Families by marker, then temperatures by shade, then the lines."""
+    """Draws a legend: families by marker, temperatures by shade, then lines."""
     handles: list[Artist] = [
         Line2D(
             [],
@@ -266,7 +266,7 @@ def _legend(adaptors: Sequence[Mapping[str, Any]], *, iso: bool = False) -> list
 
 
 def _iso_lines(axes: Axes, constants: Sequence[float]) -> None:
-    """Lines y = C - x through a few of the intercepts; the axes keep their limits."""
+    """Draws lines y = C - x; the axes keep their limits."""
     limits = axes.get_xlim(), axes.get_ylim()
     for constant in np.quantile(constants, [0, 0.25, 0.5, 0.75, 1]):
         axes.axline((constant, 0), slope=-1, color="#999999", lw=0.8, ls="--", zorder=0)
@@ -274,6 +274,6 @@ def _iso_lines(axes: Axes, constants: Sequence[float]) -> None:
 
 
 def _with_interval(found: Sequence[float | None]) -> str:
-    """An estimate with its interval."""
+    """Draws an estimate with its interval."""
     value, low, high = (float("nan") if v is None else v for v in found)
     return f"{value:.2f} [{low:.2f}, {high:.2f}]".replace("-", "−")

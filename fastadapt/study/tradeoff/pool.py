@@ -1,4 +1,4 @@
-"""The strings of a study as arrays, and what had to be left out of them."""
+"""The strings of a study as arrays, with counts of those left out."""
 
 from __future__ import annotations
 
@@ -46,21 +46,21 @@ class Pool(NamedTuple):
 
     @property
     def implicit_reward(self) -> Array:
-        """(N,); log p+ - log p, of which the aligned model is the exact optimum with beta = 1."""
+        """(N,); log p+ - log p, for which the aligned model is optimal at beta = 1."""
         return self.log_aligned - self.log_prior
 
     @property
     def in_grid(self) -> Mask:
-        """(N,); the strings of the grid itself, without the cells with a hidden top-k."""
+        """(N,), bool; the strings of the grid itself, without the cells with a hidden top-k."""
         return np.array([not cell.hidden_top_k for cell in self.cells])[self.cell]
 
     @property
     def temperatures(self) -> Array:
-        """(A,)."""
+        """(A,); the temperature of each adaptor."""
         return np.array([cell.temperature for cell in self.cells])
 
     def select(self, kept: Mask) -> Pool:
-        """The pool of some of its strings."""
+        """Returns the pool of some of its strings."""
         arrays = {
             name: value[kept] for name, value in self._asdict().items() if name in _PER_STRING
         }

@@ -1,4 +1,4 @@
-"""The report of a trade-off study in Markdown; its numbers and signs all come from the results."""
+"""The report of a trade-off study in Markdown, with numbers and signs from the results."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def write_report(results: Results, folder: Path, figures: Sequence[str]) -> Path
 
 
 def _head(results: Results) -> str:
-    """What was done."""
+    """Writes what was done."""
     names, prompts, settings = (results[key] for key in ("names", "prompts", "settings"))
     counts, adaptors = results["counts"], len(results["adaptors"])
     left_out = {**counts["excluded"], "reward not finite": counts["reward not finite"]}
@@ -103,24 +103,24 @@ def _head(results: Results) -> str:
 
 
 def _mains(results: Results) -> list[str]:
-    """The rewards that the report is about: the user's, if there is one, and the implicit one."""
+    """Returns the rewards that the report is about: the user's, if any, and the implicit one."""
     return ["user", "implicit"] if "user" in results["correlations"] else ["implicit"]
 
 
 def _label(results: Results, reward: str) -> str:
-    """What a reward is called."""
+    """Returns the name of a reward."""
     return str(results["names"]["reward"]) if reward == "user" else _REWARDS[reward]
 
 
 def _of_implicit(results: Results) -> str:
-    """Says which reward a section is about that is about the implicit one alone."""
+    """Says that a section is about the implicit reward alone."""
     if "user" not in results["correlations"]:
         return ""
     return f"This section is about the implicit reward, not about {_label(results, 'user')}."
 
 
 def _found(results: Results) -> str:
-    """The findings, in sentences."""
+    """Writes the findings."""
     mains, parts = _mains(results), ["## What was found"]
     for name in mains:
         parts += [f"### {_label(results, name)}"] if len(mains) > 1 else []
@@ -129,7 +129,7 @@ def _found(results: Results) -> str:
 
 
 def _findings(results: Results, name: str) -> list[str]:
-    """What was found of one reward."""
+    """Writes the findings about one reward."""
     found, identity = results["correlations"][name], results["identity"]
     string, adaptors, split = found["string"], found["adaptors"]["pooled"], found["split"]
     within = [sign(one) for one in string["within_adaptors"]]
@@ -166,7 +166,7 @@ def _findings(results: Results, name: str) -> list[str]:
 
 
 def _correlations(results: Results) -> str:
-    """Every reward beside the others, then those that the report is about by temperature."""
+    """Tabulates the correlations of every reward, then the main ones by temperature."""
     rows = []
     for name, found in results["correlations"].items():
         string, adaptors = found["string"], found["adaptors"]["pooled"]
@@ -182,7 +182,7 @@ def _correlations(results: Results) -> str:
 
 
 def _by_temperature(found: Results) -> str:
-    """One reward by temperature."""
+    """Tabulates one reward by temperature."""
     adaptors = found["adaptors"]["by_temperature"]
     nothing: Any = {"pearson": [None] * 3, "spearman": [None] * 3}
     rows = []
@@ -193,7 +193,7 @@ def _by_temperature(found: Results) -> str:
 
 
 def _typical(results: Results) -> str:
-    """Corpora of one adaptor, selected by their mean log p+."""
+    """Writes about corpora of one adaptor, selected by their mean log p+."""
     found = results["typical"]
     rows = [
         [
@@ -216,7 +216,7 @@ def _typical(results: Results) -> str:
 
 
 def _normalisation(results: Results) -> str:
-    """Local against global."""
+    """Writes about local and global normalisation."""
     adaptors, found = results["adaptors"], results["normalisation"]
     good = [one for one in adaptors if is_reliable(one)]
     poor = [one for one in adaptors if not is_reliable(one)]
@@ -245,14 +245,14 @@ def _normalisation(results: Results) -> str:
 
 
 def _moved(adaptors: Sequence[Results], which: int) -> str:
-    """For how many adaptors a mean is higher or lower under the global distribution."""
+    """Says for how many adaptors a mean is higher or lower under the global distribution."""
     signs = [sign(one["shift"][which]) for one in adaptors]
     up, down = signs.count("positive"), signs.count("negative")
     return f"higher for {up}, lower for {down} and undecided for {len(signs) - up - down} of them"
 
 
 def _defects(results: Results) -> str:
-    """What the released code's defects do, with and without each."""
+    """Writes what each defect of the released code changes."""
     adaptors, counts = results["adaptors"], results["counts"]
     string, means = {}, {}
     for name, found in results["correlations"].items():
@@ -297,7 +297,7 @@ def _defects(results: Results) -> str:
 
 
 def _paper(results: Results) -> str:
-    """Sign by sign beside the published figures."""
+    """Compares signs with the published figures."""
     rows = []
     judged = _mains(results)[0]
     for published, level, value, what in _PUBLISHED:
@@ -330,12 +330,12 @@ def _paper(results: Results) -> str:
 
 
 def _size(found: Estimate) -> float:
-    """How strong a correlation is; 0 where there is none."""
+    """Describes how strong a correlation is, 0 for none."""
     return abs(found[0] or 0.0)
 
 
 def _unknown(results: Results) -> str:
-    """What this study does not say."""
+    """Writes what this study does not show."""
     cut = 100 * (1 - results["counts"]["finished"])
     hardly = ", so length hardly varies" if cut >= _MOSTLY else ""
     few = [one for one in results["adaptors"] if not is_reliable(one)]
@@ -357,7 +357,7 @@ def _unknown(results: Results) -> str:
 
 
 def _adaptors(results: Results) -> str:
-    """One row an adaptor."""
+    """Tabulates the adaptors."""
     correlations = results["correlations"]
     within = correlations["implicit"]["string"]["within_adaptors"]
     has_user = "user" in correlations
@@ -389,12 +389,12 @@ def _adaptors(results: Results) -> str:
 
 
 def _percentages(adaptors: Sequence[Results], key: str) -> str:
-    """The range of a share over the adaptors."""
+    """Formats the range of a share over the adaptors."""
     values = [100 * one[key] for one in adaptors if one[key] is not None]
     return f"{min(values):.0f} to {max(values):.0f} %" if values else "–"
 
 
 def _span(adaptors: Sequence[Results], key: str) -> str:
-    """How far the means of log p of the adaptors lie apart."""
+    """Formats the range of the adaptors' means of log p."""
     values = [one[key][0] for one in adaptors if one[key][0] is not None]
     return number(max(values) - min(values), 1) if values else "–"

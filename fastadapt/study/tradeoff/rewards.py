@@ -1,4 +1,4 @@
-"""Rewards of a user: a function by its name, or a reward model of transformers."""
+"""Rewards of a user: a function given by name, or a reward model of transformers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fastadapt.study.tradeoff.corpora import Reward
 
 
 def reward_function(name: str) -> Reward:
-    """Imports a reward, also from the current folder, as `python -m` would.
+    """Imports a reward function, also from the current folder, as `python -m` would.
 
     Args:
         name: "MODULE:FUNCTION"; the function takes a prompt and a list of texts.
@@ -59,7 +59,7 @@ def reward_function(name: str) -> Reward:
 
 @contextmanager
 def _importable(folder: str) -> Iterator[None]:
-    """Imports look into a folder first, within the block."""
+    """Puts a folder first on the import path, within the block."""
     sys.path.insert(0, folder)
     try:
         yield
@@ -69,7 +69,7 @@ def _importable(folder: str) -> Iterator[None]:
 
 
 def _line(error: BaseException) -> str:
-    """An error in one line."""
+    """Formats an error in one line."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 

@@ -1,4 +1,4 @@
-"""Correlations of strings and of corpora, with intervals that resample whole prompts.
+"""Correlations of strings and corpora, with intervals that resample whole prompts.
 
 Everything here is NumPy in float64. `x` and `y` are two quantities of the same strings, log p and
 the reward. Correlations are NaN where a quantity does not vary.
@@ -18,7 +18,7 @@ Indices = npt.NDArray[np.int64]
 
 
 class Moments(NamedTuple):
-    """Sums over the strings of each prompt and adaptor, all that means and Pearson's r need.
+    """Sums over the strings of each prompt and adaptor, enough for means and Pearson's r.
 
     Attributes:
         strings: (P, A); how many.
@@ -43,7 +43,7 @@ def spearman(x: Array, y: Array) -> Array:
 
 
 def resampled_spearman(x: Array, y: Array, prompt: Indices, counts: Array) -> Array:
-    """Returns Spearman's rho of strings in every bootstrap replicate, each ranked by itself.
+    """Returns Spearman's rho of strings in every bootstrap replicate, each ranked anew.
 
     Args:
         x, y: (N,), of the strings in question and no others: a rank among more is another number.
@@ -103,7 +103,7 @@ def resample(counts: Array, found: Moments) -> Moments:
 
 
 def string_pearson(found: Moments) -> Array:
-    """Returns Pearson's r of strings from sums; those of several adaptors are added first.
+    """Returns Pearson's r of strings from sums, added over adaptors first.
 
     Args:
         found: sums with any leading axes and the adaptors on the next axis, which is reduced.
@@ -115,7 +115,7 @@ def string_pearson(found: Moments) -> Array:
 
 
 def means(found: Moments) -> tuple[Array, Array]:
-    """Returns the means of x and y, about the overall mean, by adaptor: the axes of `strings`."""
+    """Returns the means of x and y by adaptor, relative to the overall mean."""
     with np.errstate(invalid="ignore"):  # an adaptor may have no string in a replicate
         x, y = np.moveaxis(found.first / found.strings[..., None], -1, 0)
     return x, y
@@ -152,7 +152,7 @@ def covariance_split(found: Moments) -> tuple[Array, Array]:
 
 
 def corpus_curve(between: Array, within: Array, sizes: Sequence[float]) -> Array:
-    """Returns Pearson's r of the means of corpora of N strings, one adaptor each, for every N.
+    """Returns Pearson's r over corpora of N strings of one adaptor each, for every N.
 
     `Cov(N) = between + within / N`: at N = 1 it is the pooled strings' r, for large N that of the
     adaptors' means. Shape (..., sizes).
@@ -165,7 +165,7 @@ def corpus_curve(between: Array, within: Array, sizes: Sequence[float]) -> Array
 
 
 def draw_corpora(values: Array, size: int, corpora: int, rng: np.random.Generator) -> Array:
-    """Returns means over corpora of strings drawn with replacement, (corpora, k).
+    """Returns the means of corpora of strings drawn with replacement, (corpora, k).
 
     Args:
         values: (n, k), k quantities of n strings.
@@ -180,12 +180,12 @@ def draw_corpora(values: Array, size: int, corpora: int, rng: np.random.Generato
 
 
 def typical(means_of_s: Array, centre: float, epsilon: float) -> npt.NDArray[np.bool_]:
-    """Tells which corpora are epsilon-typical: their mean of s is within epsilon of the centre."""
+    """Returns which corpora are epsilon-typical: mean s within epsilon of the centre."""
     return np.asarray(np.abs(means_of_s - centre) < epsilon)
 
 
 def typical_prediction(covariance: Array, width: float) -> float:
-    """Returns the r of corpora whose x + y lies in a strip, for normally distributed means.
+    """Returns the r of normally distributed means whose x + y lies in a strip.
 
     `Cov'(a, b) = Cov(a, b) - (1 - k) Cov(a, s) Cov(b, s) / Var(s)`, s = a + b, k the share of the
     variance of s that the strip leaves. It selects on a sum; no
@@ -204,7 +204,7 @@ def typical_prediction(covariance: Array, width: float) -> float:
 
 
 def _ties(values: Array) -> tuple[Indices, Indices, Indices]:
-    """The order of values, where in it each tie begins, and each value's tie."""
+    """Returns the order of values, the start of each tie, and the tie of each value."""
     order = np.argsort(values, kind="stable")
     new = np.diff(values[order], prepend=np.nan) != 0
     tie = np.empty(len(values), dtype=np.int64)
@@ -213,14 +213,14 @@ def _ties(values: Array) -> tuple[Indices, Indices, Indices]:
 
 
 def _weighted_ranks(weights: Array, order: Indices, starts: Indices, tie: Indices) -> Array:
-    """(B, N): average ranks, but for a constant, of values that are there `weights` times."""
+    """Returns average ranks, up to a constant, of values repeated `weights` times, (B, N)."""
     of_tie = np.add.reduceat(weights[:, order], starts, axis=1)
     middle: Array = (of_tie.cumsum(1) - of_tie / 2)[:, tie]
     return middle
 
 
 def _weighted_pearson(x: Array, y: Array, weights: Array) -> Array:
-    """(B,): Pearson's r of values (B, N) that are there `weights` times."""
+    """Returns Pearson's r of values (B, N) repeated `weights` times, (B,)."""
     n = weights.sum(-1, keepdims=True)
     with np.errstate(invalid="ignore"):  # a replicate may have none of these strings
         x, y = (v - (weights * v).sum(-1, keepdims=True) / n for v in (x, y))
@@ -228,13 +228,13 @@ def _weighted_pearson(x: Array, y: Array, weights: Array) -> Array:
 
 
 def _ratio(xy: Array, xx: Array, yy: Array) -> Array:
-    """xy / sqrt(xx yy), NaN where that is not a number above rounding."""
+    """Returns xy / sqrt(xx yy), NaN where that is undefined or only rounding."""
     square = np.maximum(xx, 0) * np.maximum(yy, 0)
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.asarray(np.where(square > 0, xy / np.sqrt(square), np.nan))
 
 
 def _matrix(parts: Array) -> Array:
-    """xx, yy, xy on the last axis as a symmetric matrix."""
+    """Returns xx, yy, xy (last axis) as a symmetric matrix."""
     xx, yy, xy = np.moveaxis(parts, -1, 0)
     return np.stack([np.stack([xx, xy], -1), np.stack([xy, yy], -1)], -2)

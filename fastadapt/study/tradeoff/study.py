@@ -35,7 +35,7 @@ _PACKAGES = ("fastadapt", "torch", "transformers")
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What a study samples and how it is analysed.
+    """What a study samples and how it analyses that.
 
     Args:
         cells: the grid of adaptors, 2 to 256.
@@ -58,7 +58,7 @@ class Settings:
     released: bool = True
 
     def __post_init__(self) -> None:
-        """Check every value before anything is sampled."""
+        """Checks every value before anything is sampled."""
         check_grid(self.cells)
         for name, low in (("strings", 1), ("max_new_tokens", 1), ("replicates", 10)):
             if getattr(self, name) < low:
@@ -84,7 +84,7 @@ def run_study(
     on_part: Callable[[], None] = lambda: None,
     command: str = "",
 ) -> dict[str, Any]:
-    """Samples what is missing in a folder, analyses it, and writes `results.json` there.
+    """Samples what a folder lacks, analyses it, and writes `results.json` there.
 
     Args:
         aligned: draws the strings.
@@ -225,7 +225,7 @@ def analyse(pool: Pool, settings: Settings, *, has_reward: bool = False) -> dict
 
 
 def write_results(path: Path, results: dict[str, Any]) -> None:
-    """Writes results as JSON, an entry a line; what is not a number becomes null."""
+    """Writes results as JSON, an entry per line, with null for what is not finite."""
     entries = [
         f"{json.dumps(k)}: {json.dumps(_clean(v), allow_nan=False)}" for k, v in results.items()
     ]
@@ -234,18 +234,18 @@ def write_results(path: Path, results: dict[str, Any]) -> None:
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """Reads what `write_results` wrote; None stands for what is not a number."""
+    """Reads results; None stands for a number that was not finite."""
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return found
 
 
 def _grid_cells(pool: Pool) -> list[int]:
-    """Indices of the cells of the grid itself."""
+    """Returns the indices of the cells of the grid itself."""
     return [i for i, cell in enumerate(pool.cells) if not cell.hidden_top_k]
 
 
 def _identity(grid: Pool) -> dict[str, float]:
-    """The largest error of the identity over each adaptor's corpus, and over one of each prompt."""
+    """Returns the largest error of the identity, over adaptors' corpora and over prompts'."""
     error = 0.0
     for groups in (grid.cell, grid.prompt):
         n = np.bincount(groups)
@@ -258,13 +258,13 @@ def _identity(grid: Pool) -> dict[str, float]:
 
 
 def _judged(rest: Pool, number: int) -> list[float] | None:
-    """Mean log p and mean reward of the user over an adaptor's strings that have one, if any do."""
+    """Returns mean log p and mean user reward of an adaptor's strings that have a reward."""
     mine = rest.select(rest.cell == number)
     return [float(mine.log_prior.mean()), float(mine.reward.mean())] if len(mine.cell) else None
 
 
 def _adaptor(grid: Pool, number: int) -> dict[str, Any]:
-    """What the strings of one adaptor are like."""
+    """Summarises the strings of one adaptor."""
     mine, cell = grid.select(grid.cell == number), grid.cells[number]
     return {
         "name": cell.name,
@@ -279,7 +279,7 @@ def _adaptor(grid: Pool, number: int) -> dict[str, Any]:
 
 
 def _clean(value: Any) -> Any:
-    """The same with None for what is not finite, and floats to six digits."""
+    """Returns a record with None for what is not finite, and floats in six digits."""
     if isinstance(value, dict):
         return {name: _clean(entry) for name, entry in value.items()}
     if isinstance(value, list | tuple):
