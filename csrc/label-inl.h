@@ -70,7 +70,7 @@ static inline bool nothing_finite(const double* stats) {
   return stats[kOthersSum] == 0 && stats[kLabelLogit] == -__builtin_inf();
 }
 
-// The entries but the largest are summed once; from them follows the log-odds of every candidate.
+// The entries but the largest are summed once; from them follow the log-odds of every candidate.
 template <class T>
 static void candidate_row(const CandidateArgs& a, int64_t r, const Scratch&) {
   using Real = typename Wide<T>::type;

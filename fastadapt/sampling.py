@@ -92,7 +92,7 @@ def sample(
             log-probabilities, and the rank of the drawn token. At most 1024 and at most V.
 
     Returns:
-        Sample: see there for shapes, dtypes and bad rows. Log-probabilities are exact to 2e-6.
+        Sample: see there for shapes, dtypes and bad rows. Log-probabilities are exact to 2e-5.
 
     Raises:
         TypeError, ValueError: as `filter_logits`, and for seeds or positions that are no tensor or

@@ -841,17 +841,17 @@ LABELS = torch.tensor([[-100, 1, 2], [3, -100, -100]])
         (
             lambda: fastadapt.mle_loss(PAIR._replace(mask=PAIR.mask[:1])),
             ValueError,
-            r"chosen.mask: .* of one shape \(B, T\), got \(2, 3\) and \(1, 3\)",
+            r"chosen.mask: .* log-odds, \(B, T\), got \(1, 3\) beside \(2, 3\)",
         ),
         (
             lambda: fastadapt.mle_loss(Responses(torch.zeros(3), PAIR.mask[0])),
             ValueError,
-            r"of one shape \(B, T\), got \(3,\) and \(3,\)",
+            r"log-odds, \(B, T\), got \(3,\) beside \(3,\)",
         ),
         (
             lambda: fastadapt.mle_loss(Responses(PAIR.log_odds, segments=PAIR.mask.long())),
             ValueError,
-            r"of one shape \(N,\), got \(2, 3\)",
+            r"log-odds, \(N,\), got \(2, 3\)",
         ),
         (lambda: fastadapt.mle_loss(Responses(PAIR.log_odds)), ValueError, "got neither"),
         (
@@ -999,12 +999,12 @@ LABELS = torch.tensor([[-100, 1, 2], [3, -100, -100]])
         (
             lambda: Responses.from_labels(PAIR.log_odds, LABELS[:, 1:]),
             ValueError,
-            r"labels: expected log-odds and it of one shape \(B, T\), got \(2, 3\) and \(2, 2\)",
+            r"labels: expected the shape of the log-odds, \(B, T\), got \(2, 2\) beside \(2, 3\)",
         ),
         (
             lambda: Responses.from_labels(PAIR.log_odds[0], LABELS[0]),
             ValueError,
-            r"one shape \(B, T\), got \(3,\) and \(3,\)",
+            r"log-odds, \(B, T\), got \(3,\) beside \(3,\)",
         ),
         (lambda: Responses.from_labels([0.0], LABELS), TypeError, "log_odds: expected .*got list"),
         (lambda: Responses.from_labels(LABELS, LABELS), TypeError, "log_odds: .*got torch.int64"),
@@ -1016,7 +1016,7 @@ LABELS = torch.tensor([[-100, 1, 2], [3, -100, -100]])
         (
             lambda: Responses.from_logps(PAIR.log_odds, LABELS[0]),
             ValueError,
-            r"labels: expected .* \(B, T\), got \(2, 3\) and \(3,\)",
+            r"labels: expected .* \(B, T\), got \(3,\) beside \(2, 3\)",
         ),
     ],
 )  # fmt: skip

@@ -483,7 +483,7 @@ def test_a_damaged_installation(installed, said, model, machine):
     with pytest.raises(ModelNotFoundError, match=f"{said}.* fetch=True fetches it"):
         pretrained.load_model(model.name, accept_terms=True)
     machine.serve(model)
-    with pytest.warns(UserWarning, match=f"{said}.* is fetched anew"):
+    with pytest.warns(UserWarning, match=f"{said}.* is fetched again"):
         pretrained.load_model(model.name, accept_terms=True, fetch=True)
     assert machine.unpacked == [CONTENT[model.name]]
 

@@ -12,13 +12,13 @@ from fastadapt._cli.errors import EXPECTED, INTERRUPTED, check_folder, fail
 
 _STEPS = (
     ("--step-pairs", 200, "pairs to take single steps on"),
-    ("--step-max-length", 64, "tokens of their sequences; longer pairs are left out"),
+    ("--step-max-length", 64, "most tokens of a sequence; longer pairs are left out"),
 )
 _TRAINING = (
     ("--train-pairs", 4, "pairs to train on"),
-    ("--train-batch", 4, "of them a step"),
+    ("--train-batch", 4, "pairs per step"),
     ("--train-steps", 10, "steps of each run"),
-    ("--train-max-length", 32, "tokens of their sequences; longer pairs are left out"),
+    ("--train-max-length", 32, "most tokens of a sequence; longer pairs are left out"),
     ("--train-learning-rate", 2e-5, "of AdamW"),
 )
 _PARTS = {"step": ("step",), "train": ("train",), "run": ("step", "train", "report")}
@@ -28,20 +28,22 @@ def add_parser(commands: Any) -> None:
     """Adds the command to the subcommands of the parser."""
     parser = commands.add_parser(
         "gradients",
-        help="the gradients of the losses: their table, cases, and a training run with each",
-        description="Analyse the gradients of losses that reward good and penalise bad responses.",
+        help="analyse the gradients of the losses: table, case studies, training runs",
+        description=(
+            "Analyse the gradients of losses that reward chosen and penalise rejected responses."
+        ),
     )
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     table = actions.add_parser(
         "table",
-        help="print the coefficients of every loss, checked as they are printed",
+        help="print the coefficients of every loss, each checked against autograd",
         description="Print the coefficients of every loss in Markdown, each row with its distance "
         "from automatic differentiation and from finite differences of the loss.",
     )
     table.set_defaults(run=_run_table, subparser=table)
     cases = actions.add_parser(
         "cases",
-        help="case studies on toys: one step, predicted and measured",
+        help="take single steps on toy pairs, predicted and measured",
         description="Print what one step of each loss does to both log-probabilities of small "
         "pairs, predicted from inner products of gradients and measured, in Markdown.",
     )
@@ -61,7 +63,7 @@ def add_parser(commands: Any) -> None:
             action.add_argument(flag, type=kind, default=default, metavar=metavar, help=shown)
     report = actions.add_parser(
         "report",
-        help="write the report anew from the tables in a folder",
+        help="write the report again from the tables in a folder",
         description="Write the report and its pictures from the tables of `run` in a folder.",
     )
     report.set_defaults(run=_run_report, subparser=report)

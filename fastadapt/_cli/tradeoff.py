@@ -35,10 +35,10 @@ def add_parser(commands: Any) -> None:
         "--prompts",
         type=Path,
         metavar="FILE",
-        help="a prompt a line, or JSON Lines with prompts "
+        help="one prompt per line, or JSON Lines with prompts "
         "or HH-RLHF dialogues, .gz or not (default: 32 built-in prompts)",
     )
-    add("--count", type=int, metavar="N", help="use so many of them (default: all)")
+    add("--count", type=int, metavar="N", help="use this many prompts (default: all)")
     add(
         "--grid",
         metavar="NAME_OR_FILE",
@@ -50,7 +50,7 @@ def add_parser(commands: Any) -> None:
         type=int,
         default=2,
         metavar="N",
-        help="of each adaptor and prompt (default: %(default)s)",
+        help="strings per adaptor and prompt (default: %(default)s)",
     )
     add("--max-new-tokens", type=int, metavar="N", help="(default: 24; with --quick 16)")
     reward = parser.add_mutually_exclusive_group()

@@ -277,8 +277,8 @@ Examples:
 def _refuse_unreachable(model: Any, synced_gpus: bool) -> None:
     """Raises if `model.generate` got an argument that it does not pass on to a callable.
 
-    It is nowhere but in that call's frame. A streamer is ended first: its consumer would wait for
-    ever.
+    Such an argument is only in that call's frame. A streamer is ended first: its consumer would
+    wait for ever.
     """
     code = inspect.unwrap(GenerationMixin.generate).__code__
     frame = inspect.currentframe()

@@ -14,7 +14,7 @@ _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # what is meant where a tensor of another dtype comes
 _OTHER_WAY = {
     (torch.bool, torch.int64): "; Responses.from_labels takes labels",
-    (torch.int64, torch.bool): "; Responses(log-odds, mask) takes a mask",
+    (torch.int64, torch.bool): "; Responses(log_odds, mask) takes a mask",
 }
 
 
@@ -27,9 +27,9 @@ class Responses(NamedTuple):
     that does not count (mask False, segment id negative) changes no loss and gets a zero gradient,
     whatever its log-odds are, NaN included. A response without tokens counts in no mean.
 
-    Log-odds are log-odds, not log-probabilities, and no check can tell the two apart: both are
+    Log-odds are not log-probabilities, but no check can tell the two apart: both are
     negative for a token of p < 1/2. A mask made by hand has to be False where a label was ignored:
-    the log-odds there is 0, which under a mask of True is a token of probability 1/2.
+    the log-odds there are 0, which under a mask of True is a token of probability 1/2.
 
     Examples:
         >>> labels = torch.tensor([[5, 7, 2], [5, -100, -100]])
@@ -216,7 +216,7 @@ def label_logps(log_odds: Tensor) -> Tensor:
         tensor([-6.9315e-01, -4.5399e-05])
 
     Args:
-        log-odds (Tensor): any shape, float32, float64, bfloat16 or float16, nats.
+        log_odds (Tensor): any shape, float32, float64, bfloat16 or float16, nats.
 
     Returns:
         Tensor: the same shape, float32 (float64 for float64), nats.
@@ -301,8 +301,8 @@ def _like(name: str, value: Tensor, dtype: torch.dtype, log_odds: Tensor, dim: i
     if value.shape != log_odds.shape or log_odds.dim() != dim:
         layout = "(B, T)" if dim == 2 else "(N,)"
         raise ValueError(
-            f"{name}: expected log-odds and it of one shape {layout}, "
-            f"got {tuple(log_odds.shape)} and {tuple(value.shape)}"
+            f"{name}: expected the shape of the log-odds, {layout}, got {tuple(value.shape)} "
+            f"beside {tuple(log_odds.shape)}"
         )
     if value.device != log_odds.device:
         raise ValueError(f"{name}: expected device {log_odds.device}, got {value.device}")

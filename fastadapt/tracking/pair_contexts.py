@@ -113,7 +113,7 @@ def cross_cells(batch: PairBatch) -> PairBatch:
 def shared_rows(batch: PairBatch) -> torch.Tensor:
     """Returns where the two rows of logits of a pair are the same: (B, T-1), bool.
 
-    That is where all tokens up to the row's own are, prompt included.
+    Two rows are the same where all tokens up to their own are, prompt included.
     """
     chosen, rejected = batch.tokens.chunk(2)
     both = batch.attention_mask.chunk(2)

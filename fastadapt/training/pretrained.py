@@ -65,7 +65,7 @@ def load_model(
     what they require, and failing that transformers gets the original from the hub. The file is
     checked against a SHA-256 sum, de-quantised once, and kept in the cache folder, under a lock:
     later calls check the kept files against their sums and load them in about a second. What is
-    incomplete or damaged there is made anew.
+    incomplete or damaged there is made again.
 
     Examples:
         >>> from tokenizers import Tokenizer, models
@@ -133,7 +133,7 @@ def load_model(
 def terms_to_accept(name: str | None) -> Terms | None:
     """Return the terms of use to accept before `load_model` loads a model, None if none.
 
-    They are accepted once: who has the model in the cache folder has accepted them.
+    Terms are accepted once: a model in the cache folder counts as accepted.
 
     Args:
         name: as for `load_model`.
@@ -235,7 +235,7 @@ def no_progress(phase: str, done: int, total: int) -> None:
 def _warn_not_kept(error: OSError) -> None:
     """Warn that the cache folder cannot be used."""
     warnings.warn(
-        "the de-quantised model cannot be kept in the cache folder and will be made anew next "
+        "the de-quantised model cannot be kept in the cache folder and will be made again next "
         f"time: {error}",
         stacklevel=4,
     )

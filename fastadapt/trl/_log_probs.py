@@ -67,7 +67,7 @@ def score(
     logit_scale: float,
     outputs: Sequence[str],
 ) -> Outputs:
-    """Returns log-odds of N rows, entropy, None, mean logit and whether the label is the largest."""
+    """Returns log-odds of N rows, entropy, None, mean logit and whether the label is largest."""
     missing = sorted(set(outputs) - _OURS)
     if missing:
         raise ValueError(f"outputs: expected some of {sorted(_OURS)}, got {missing} (WPO)")

@@ -79,7 +79,7 @@ class Reporter:
 class StageCallback(TrainerCallback):
     """Writes a stage's metrics, and decides when to log, evaluate and save.
 
-    What is logged or evaluated at a step is so before its checkpoint: a resumed run then needs no
+    A step is logged and evaluated before its checkpoint is saved: a resumed run then needs no
     number from before, and misses none.
 
     Args:

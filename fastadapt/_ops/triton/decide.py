@@ -259,7 +259,7 @@ def _at_cut(row, bounds, by_kappa, cut, found, inside, partial, sizes):
 def decide(rows, adaptors, parts, lists, weights, virtual, found, asked, sizes):
     """Runs the filters of a virtual row, each on the survivors of the one before.
 
-    Where T is 0 no filter runs, and the bounds leaves the lowest id of the largest logit.
+    Where T is 0 no filter runs, and the bounds leave the lowest id of the largest logit.
     """
     at, knobs = knobs_of(adaptors, virtual)
     temperature = load_knob(knobs, TEMPERATURE)

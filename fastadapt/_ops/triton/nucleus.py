@@ -156,8 +156,8 @@ def sketch_kernel(
 ):  # fmt: skip
     """Bounds how far down a nucleus of top-p reaches, from the largest logits of groups.
 
-    That is so where few tokens have most of the mass. Where it takes no more than MOST groups, a
-    list holds their tokens, and that is the row's floor; other rows go to their bins.
+    That helps where few tokens have most of the mass. Where the nucleus takes no more than MOST
+    groups, a list holds their tokens, and that is the row's floor; other rows go to their bins.
     """
     virtual = tl.program_id(0)
     at, knobs = knobs_of(adaptors, virtual)

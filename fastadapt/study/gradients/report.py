@@ -111,7 +111,7 @@ def _head(about: Mapping[str, Mapping[str, Any]]) -> list[str]:
     steps, runs = step["settings"], train["settings"]
     software = ", ".join(f"{k} {v}" for k, v in step["software"].items())
     return [
-        "# Gradients of losses that reward good and penalise bad responses",
+        "# Gradients of losses that reward chosen and penalise rejected responses",
         "Written by `fastadapt gradients run`; every number and picture comes from the tables "
         "beside this page, none is typed. The toys are computed when the page is.",
         f"Single steps: the head of {step['model']}, the first {steps['found']} pairs of "
@@ -131,8 +131,9 @@ def _table_section() -> list[str]:
         f"differentiation: {max(c.autograd for c in checks):.0e}; to central differences of the "
         f"losses: {max(c.differences for c in checks):.0e} (float64, relative to 1 + |gradient|).",
         "![weights](weights.png)",
-        "The gradient of each penalty for one bad token of probability P⁻. Unlikelihood diverges "
-        "as P⁻ → 1 in P and in log P; what the row of logits gets is bounded by its coefficient.",
+        "The gradient of each penalty for one rejected token of probability P⁻. Unlikelihood "
+        "diverges as P⁻ → 1 in P and in log P; what the row of logits gets is bounded by its "
+        "coefficient.",
     ]
 
 
@@ -201,8 +202,8 @@ def _claims_section(steps: Sequence[Row], claims: Sequence[Row], size: float) ->
         "## Three claims, each with its condition",
         table(("claim", "on", "condition", "cases", "of them, it held"), lines),
         "For ExMATE the threshold is ⟨∇S⁺, ∇S⁻⟩ T⁻ / (‖∇S⁻‖² T⁺): where P̄⁻, the geometric mean of "
-        "the bad token probabilities, is above, the penalty outweighs what MLE on y⁺ does to y⁻. "
-        + _starts_sentence(select(steps, loss="exmate", size=size)),
+        "the rejected token probabilities, is above, the penalty outweighs what MLE on y⁺ does "
+        "to y⁻. " + _starts_sentence(select(steps, loss="exmate", size=size)),
         "**Unlikelihood's gradients explode** in P-space and not in logit space:",
         _unlikelihood_table(select(steps, loss="exmate", size=size)),
     ]
@@ -269,8 +270,8 @@ def _cases_section(cases: Sequence[Row]) -> list[str]:
         "Descent on logits, each response one token in a context of its own; the darker, the "
         "faster (two decades). DPO without a reference, β = 0.3.",
         "![simplex](simplex.png)",
-        "Good and bad token in one row of logits: MLE + unlikelihood pushes the other classes up "
-        "where P⁻ > 1/2, ExMATE never does, and DPO puts no gradient on them.",
+        "Chosen and rejected token in one row of logits: MLE + unlikelihood pushes the other "
+        "classes up where P⁻ > 1/2, ExMATE never does, and DPO puts no gradient on them.",
     ]
 
 

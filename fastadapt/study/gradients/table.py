@@ -260,8 +260,8 @@ def _weights_table() -> list[str]:
     """Tabulates each penalty's gradient in three spaces by the rejected token's probability."""
     head = " | ".join(f"p = {_short(p)}" for p in PROBABILITIES)
     lines = [
-        "One bad token of probability p, coefficient 1 (DPO: β = 0.1, no reference, a good token "
-        "of p = 0.5): ∂L/∂p, ∂L/∂l, ∂L/∂m.",
+        "One rejected token of probability p, coefficient 1 (DPO: β = 0.1, no reference, a chosen "
+        "token of p = 0.5): ∂L/∂p, ∂L/∂l, ∂L/∂m.",
         "",
         f"| penalty | {head} |",
         "|---|" + "---|" * len(PROBABILITIES),
