@@ -39,7 +39,7 @@ def variants(one: Callable[..., Any], dtype: str) -> Iterator[Any]:
     yield one("dot_kernel", double | block, launch_linear.BY_ROW)
 
 
-def source_of(name: str, dtype: str, constants: dict[str, int | bool]) -> ASTSource:
+def source_of(name: str, dtype: str, constants: dict[str, int | bool], ones: bool) -> ASTSource:
     """What Triton compiles: products are wide, or those kept, in the type of the head."""
     kernel = getattr(linear, name)
     own, wide = f"*{dtype}", "*fp64" if dtype == "fp64" else "*fp32"
@@ -62,6 +62,12 @@ def source_of(name: str, dtype: str, constants: dict[str, int | bool]) -> ASTSou
         constexprs = {(at, i): constants[field] for i, field in enumerate(names)}
     else:
         types |= dict.fromkeys(constants, "constexpr")
+    for at, argument in enumerate(kernel.arg_names if ones else ()):
+        kinds = types[argument]
+        if kinds in ("i32", "i64"):
+            constexprs[(at,)] = 1
+        elif isinstance(kinds, linear.Tile):
+            constexprs |= {(at, i): 1 for i, kind in enumerate(kinds) if kind in ("i32", "i64")}
     return ASTSource(
         fn=kernel, signature={n: types[n] for n in kernel.arg_names}, constexprs=constexprs
     )

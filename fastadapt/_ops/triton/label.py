@@ -8,14 +8,15 @@ everything about float64 logits is float64.
 import triton
 import triton.language as tl
 
-from fastadapt._ops.triton.bundles import Entries, row_at
-from fastadapt._ops.triton.rows import (
+from fastadapt._ops.triton.bundles import (
     LABEL_LOGIT,
     NUM_STATS,
     OTHERS_MAX,
     OTHERS_SUM,
     OTHERS_WEIGHTED,
     TOP_ID,
+    Entries,
+    row_at,
 )
 
 NOTHING = tl.constexpr(float("-inf"))

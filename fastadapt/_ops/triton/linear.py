@@ -10,7 +10,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from fastadapt._ops.triton.rows import NUM_STATS, OTHERS_MAX, OTHERS_SUM, OTHERS_WEIGHTED
+from fastadapt._ops.triton.bundles import NUM_STATS, OTHERS_MAX, OTHERS_SUM, OTHERS_WEIGHTED
 
 NOTHING = tl.constexpr(float("-inf"))
 LEAST_EXPONENT = tl.constexpr(-87.0)  # e^d times d is as good as 0 below, and never 0 times -inf

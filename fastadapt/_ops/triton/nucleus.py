@@ -57,7 +57,8 @@ def _reach(value, z, v, centre, by_kappa):
 
     All tokens below that d together have less than half of the mass that is left out.
     """
-    left_out = (1.0 - value) * z.to(tl.float64) / (2.0 * UNIT) / v.to(tl.float64)
+    left_out = (1.0 - value) * z.to(tl.float64) / (2.0 * UNIT)
+    left_out = left_out / tl.cast(v, tl.float64)  # an argument that is 1 has no `to`
     d = log64(tl.maximum(left_out, 1e-13)).to(tl.float32)  # at least -30: masses end at -28
     return tl.where(by_kappa, tl.maximum(centre, -d - centre), -d)
 

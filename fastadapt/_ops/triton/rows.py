@@ -3,7 +3,6 @@
 import triton
 import triton.language as tl
 
-from fastadapt import _C
 from fastadapt._ops.triton.arithmetic import (
     ALMOST,
     ANY_RANK,
@@ -34,15 +33,7 @@ KEEP = tl.constexpr(7)
 NUM_KNOBS = tl.constexpr(8)
 MAX_KEEP = tl.constexpr(1 << 22)  # the longest row
 
-# The statistics of a row, as csrc/kernels.h lays them out.
-NUM_STATS = tl.constexpr(_C.NUM_STATS)
-OTHERS_MAX = tl.constexpr(_C.OTHERS_MAX)
-OTHERS_SUM = tl.constexpr(_C.OTHERS_SUM)
-OTHERS_WEIGHTED = tl.constexpr(_C.OTHERS_WEIGHTED)
-TOP_ID = tl.constexpr(_C.TOP_ID)
-LABEL_LOGIT = tl.constexpr(_C.LABEL_LOGIT)
-
-# Where bounds lies in memory, in int64.
+# Where bounds lie in memory, in int64.
 BOUNDS_CUT = tl.constexpr(0)
 BOUNDS_MASS = tl.constexpr(1)
 BOUNDS_GUARD = tl.constexpr(2)

@@ -7,14 +7,12 @@ import triton
 import triton.language as tl
 
 from fastadapt._ops.triton.arithmetic import exp64, exponentials, log64, log_mass, masses
-from fastadapt._ops.triton.bundles import Row, row_at
+from fastadapt._ops.triton.bundles import OTHERS_MAX, OTHERS_SUM, Row, row_at
 from fastadapt._ops.triton.decide import decide, found_of, held_of
 from fastadapt._ops.triton.rows import (
     BOUNDS_SIZE,
     BOUNDS_STATUS,
     OK,
-    OTHERS_MAX,
-    OTHERS_SUM,
     TEMPERATURE,
     inverse_of,
     knobs_of,

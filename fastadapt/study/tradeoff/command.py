@@ -13,9 +13,9 @@ from rich.console import Console
 
 from fastadapt.study._progress import progress_bar, stepper
 from fastadapt.study.tradeoff import contexts, corpora, grids, rewards, study
-from fastadapt.study.tradeoff.corpora import Reward
 from fastadapt.study.tradeoff.plots import draw_figures
 from fastadapt.study.tradeoff.report import write_report
+from fastadapt.study.tradeoff.rewards import Reward
 from fastadapt.training.pretrained import DEFAULT_MODEL, load_model
 
 _QUICK_PROMPTS = 24

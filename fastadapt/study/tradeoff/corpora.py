@@ -26,8 +26,8 @@ from fastadapt.study.files import write_whole
 from fastadapt.study.tradeoff.contexts import Side, context_ids, end_ids, start_ids
 from fastadapt.study.tradeoff.decoding import Strings, draw_strings, score_strings
 from fastadapt.study.tradeoff.grids import Cell
+from fastadapt.study.tradeoff.rewards import Reward
 
-Reward = Callable[[str, Sequence[str]], Sequence[float]]
 Values = np.ndarray[Any, np.dtype[np.float64]]
 _MANIFEST = "manifest.json"
 _FORMAT = 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from operator import attrgetter
 from textwrap import shorten
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from fastadapt.study.tradeoff.corpora import Reward
+Reward = Callable[[str, Sequence[str]], Sequence[float]]
 
 
 def reward_function(name: str) -> Reward:

@@ -26,9 +26,10 @@ import numpy as np
 from fastadapt.study.files import write_whole
 from fastadapt.study.tradeoff import correlations, normalisation, statistics
 from fastadapt.study.tradeoff.contexts import Prompts, Side, check_lengths, check_sides
-from fastadapt.study.tradeoff.corpora import Corpora, Plan, Reward
+from fastadapt.study.tradeoff.corpora import Corpora, Plan
 from fastadapt.study.tradeoff.grids import Cell, check_grid, hidden_cells
 from fastadapt.study.tradeoff.pool import Pool, pool_of
+from fastadapt.study.tradeoff.rewards import Reward
 
 _PACKAGES = ("fastadapt", "torch", "transformers")
 
