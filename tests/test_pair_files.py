@@ -139,7 +139,7 @@ def test_long_lines_and_cells(tmp_path):
     limit = csv.field_size_limit()
     for name, text in (("p.jsonl", _lines([row])), ("p.csv", _table([row]))):
         (tmp_path / name).write_text(text)
-        assert load_pairs(str(tmp_path / name))[0].good == row["chosen"]
+        assert load_pairs(str(tmp_path / name))[0].chosen == row["chosen"]
     assert csv.field_size_limit() == limit
 
 
