@@ -102,7 +102,7 @@ def print_report(out: Console, report: TrainingReport) -> None:
         caption_justify="left",
     )
     table.add_column("step")
-    for name in ("loss", "log P\ngood", "log P\nbad", "chosen\nahead"):
+    for name in ("loss", "log P\nchosen", "log P\nrejected", "chosen\nahead"):
         table.add_column(name, justify="right")
     for number, seen in enumerate(report.steps, start=1):
         table.add_row(str(number), f"{seen['loss']:.3f}", *_shown(seen))
