@@ -216,6 +216,8 @@ def linear_log_odds(
         raise ValueError(f"logit_scale: expected a finite number, got {logit_scale}")
     if memory_budget is not None and memory_budget < 0:
         raise ValueError(f"memory_budget: expected bytes >= 0 or None, got {memory_budget}")
+    if isinstance(outputs, str):
+        raise TypeError(f"outputs: expected a sequence of names, got the string {outputs!r}")
     for name in outputs:
         if name not in OUTPUTS:
             raise ValueError(f"outputs: expected names of {OUTPUTS}, got {name!r}")

@@ -398,6 +398,8 @@ def test_arguments_are_checked():
         linear_log_odds(hidden, weight, labels, memory_budget=-1)
     with pytest.raises(ValueError, match="outputs: expected names of .*, got 'top'"):
         linear_log_odds(hidden, weight, labels, outputs=("top",))
+    with pytest.raises(TypeError, match="outputs: expected a sequence of names, got the string"):
+        linear_log_odds(hidden, weight, labels, outputs="hit")
     with pytest.raises(ValueError, match=r"labels: expected shape \(3,\), got \(1,\)"):
         linear_log_odds(hidden, weight, labels[:1])
 

@@ -7,9 +7,12 @@ from pathlib import Path
 
 import datasets
 import pytest
+import torch
 from transformers import AutoTokenizer, DataCollatorForLanguageModeling, LlamaForCausalLM
 
+from fastadapt import RewardPenalizeLoss
 from fastadapt._cli.main import main
+from fastadapt.training.pairs import Pair
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "training.md"
 ROWS = [
@@ -49,6 +52,20 @@ def test_trainers(marker, scope):
     state = scope["trainer"].state
     assert state.global_step == state.max_steps > 0
     assert scope["trainer"].state.log_history[-1]["train_loss"] > 0
+
+
+def test_tracker(scope):
+    model = LlamaForCausalLM.from_pretrained(scope["model"])
+    scope |= {
+        "tokenizer": AutoTokenizer.from_pretrained(scope["model"]),
+        "pairs": [Pair(**row) for row in ROWS * 5],
+        "model": model,
+        "objective": RewardPenalizeLoss({"dpo": 1.0, "exmate": 1.0}),
+        "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
+    }
+    exec(compile(_block("python", "RewardPenalizeTracker("), PAGE.name, "exec"), scope)
+    tracker = scope["tracker"]
+    assert len(scope["batches"]) == 2 and len(tracker.records) == 1 and len(tracker.pairs) == 8
 
 
 def test_command(scope):

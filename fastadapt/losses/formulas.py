@@ -267,14 +267,15 @@ def _sequence_log_odds(rows: Rows, *, mean: bool) -> Tensor:
     """
     m, s = rows.log_odds, rows.logps(mean=mean)
     # log(-l) = -m - e^-m/2 + O(e^-2m) from m = 20 on, exact in float64; each branch is clamped to
-    # where it is finite, since a where passes 0 * inf on
-    low, high = m.clamp(-1e30, 20), m.clamp(min=20)
+    # where it is finite, since a where passes 0 * inf on, and past where it is taken: the slope of
+    # clamp at its bound is 1 up to torch 2.13 and 0 in 2.15
+    low, high = m.clamp(-1e30, 21), m.clamp(min=19)
     log_nll = torch.where(m > 20, -high - torch.exp(-high) / 2, (-F.logsigmoid(low)).log())
     log_s = rows.logsumexp(log_nll)
     if mean:
         # the log of an integer is float32
         log_s = log_s - rows.lengths.clamp(min=1).to(log_s.dtype).log()
-    x = log_s.clamp(-80, 0).exp()
+    x = log_s.clamp(-80, 1).exp()
     near = -log_s - (torch.expm1(x) / x).log()  # P near 1
     far = s - torch.log1p(-s.clamp(max=-0.5).exp())  # P < 1/e
     return torch.where(log_s > 0, far, near)

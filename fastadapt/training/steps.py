@@ -175,7 +175,7 @@ def forward_log_odds(model: Any, inputs: Mapping[str, Any], labels: Tensor) -> T
             a `DTensor` placed as (Shard(0),), is met in its parts.
         inputs: keyword arguments of its forward, no labels among them.
         labels (Tensor): (B, T), int64, at each position the token to score there (of a decoder
-            without an encoder the next one), or `IGNORED`.
+            without an encoder the next one), or -100, `training.pairs.IGNORED`.
 
     Returns:
         Tensor: (B, T), float32, nats; 0 where `labels` is ignored.
@@ -375,7 +375,7 @@ def head_log_odds(head: Head, states: Tensor, labels: Tensor) -> Tensor:
     Args:
         head (Head): from `fastadapt.training.head_check.head_of`.
         states (Tensor): (..., H), what the head reads.
-        labels (Tensor): `states.shape[:-1]`, int64; `IGNORED` gives 0.
+        labels (Tensor): `states.shape[:-1]`, int64; -100, `training.pairs.IGNORED`, gives 0.
 
     Returns:
         Tensor: as `linear_log_odds`.
