@@ -237,7 +237,7 @@ def test_probabilities_may_be_given():
         ({"loss": "nothing"}, "weights: expected some of"),
     ],
 )
-def test_rejected_arguments_are_refused(call, message):
+def test_wrong_arguments_are_refused(call, message):
     inputs = {k: v for k, v in example_batch().items() if "candidate" not in k}
     with pytest.raises(ValueError, match=message):
         analytic_gradients(**{**inputs, **call})

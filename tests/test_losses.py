@@ -1020,7 +1020,7 @@ LABELS = torch.tensor([[-100, 1, 2], [3, -100, -100]])
         ),
     ],
 )  # fmt: skip
-def test_rejected_input_says_what_is_wrong(call, error, message):
+def test_wrong_input_says_what_is_wrong(call, error, message):
     with pytest.raises(error, match=message):
         call()
 

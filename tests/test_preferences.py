@@ -122,7 +122,7 @@ def test_long_pairs_are_cut(max_length, tokens, tokenizer):
         ([Pair("a", "a", "b")], {"max_length": 1}, "max_length: expected at least 2, got 1"),
     ],
 )
-def test_rejected_pairs_are_refused(pairs, options, message, tokenizer):
+def test_wrong_pairs_are_refused(pairs, options, message, tokenizer):
     with pytest.raises(ValueError, match=message):
         encode_pairs(tokenizer, pairs, **options)
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fastadapt import _C, Adaptor, filter_logits, reference, sample, score
+from fastadapt import Adaptor, filter_logits, reference, sample, score
 from fastadapt.reference import arithmetic
 
 KINDS = ["normal", "spread", "near_flat", "flat", "ties", "two_level", "one_hot", "holes", "far"]
@@ -146,10 +146,9 @@ LARGE = [
 
 
 @pytest.mark.parametrize(("kind", "v"), LARGE)
-def test_large_rows_equal_their_references(rows, kind, v):
+def test_large_rows_equal_their_references(rows, each_capability, kind, v):
     x = rows(kind, 1, v)
     seeds = torch.tensor([v])
-    before = _C.cpu_capability()
     for adaptor in (
         Adaptor(),
         Adaptor(temperature=0.8, top_p=0.9),
@@ -159,11 +158,9 @@ def test_large_rows_equal_their_references(rows, kind, v):
     ):
         drawn = reference.sample(x, adaptor, seeds=seeds)
         masked = reference.filter_logits(x, adaptor)
-        for name in _C.cpu_capabilities():
-            _C.set_cpu_capability(name)
+        for _ in each_capability():
             assert_same_bits(sample(x, adaptor, seeds=seeds), drawn)
             assert torch.equal(filter_logits(x, adaptor), masked)
-    _C.set_cpu_capability(before)
 
 
 MANY = [

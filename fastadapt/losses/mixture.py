@@ -216,12 +216,12 @@ class RewardPenalizeLoss(nn.Module):
             metrics |= _compare("pairs", g, b, g.logps(), b.logps())
         if "dpo" in self.weights:
             beta = self._beta
-            reward = beta * log_ratios("ref_chosen_logps", g, ref_chosen_logps)
-            penalty = beta * log_ratios("ref_rejected_logps", b, ref_rejected_logps)
+            of_chosen = beta * log_ratios("ref_chosen_logps", g, ref_chosen_logps)
+            of_rejected = beta * log_ratios("ref_rejected_logps", b, ref_rejected_logps)
             pairs = g.lengths + b.lengths > 0
-            metrics["rewards/chosen"] = _mean(reward, pairs)
-            metrics["rewards/rejected"] = _mean(penalty, pairs)
-            metrics |= _compare("rewards", g, b, reward, penalty)
+            metrics["rewards/chosen"] = _mean(of_chosen, pairs)
+            metrics["rewards/rejected"] = _mean(of_rejected, pairs)
+            metrics |= _compare("rewards", g, b, of_chosen, of_rejected)
         return metrics
 
     def _gradient_shares(
