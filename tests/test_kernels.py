@@ -31,10 +31,10 @@ PLAN = launch_scan.Plan(
     ahead=4,
     supers=4,
     block=64,
-    bins_step=32,
-    step=32,
-    bins_steps=2,
+    bins_step=64,
+    bracket_step=32,
     bins=32,
+    room=128,
     list_size=64,
     short_size=16,
 )
@@ -225,8 +225,8 @@ def test_a_bad_knob_spoils_its_own_row() -> None:
 
 
 @pytest.mark.parametrize("plan", [
-    PLAN._replace(list_size=512, block=128),
-    PLAN._replace(bins=8, list_size=16),
+    PLAN._replace(room=512, list_size=512, block=128),
+    PLAN._replace(bins=8, room=16, list_size=16),
     PLAN._replace(scratch_bytes=1),
     PLAN._replace(block=16),
 ], ids=["all in the list", "little list", "a row at a time", "little blocks"])  # fmt: skip

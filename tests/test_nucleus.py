@@ -27,8 +27,8 @@ PLAN = launch_scan.Plan(
     block=128,
     bins=32,
     bins_step=128,
-    step=64,
-    bins_steps=2,
+    bracket_step=32,
+    room=64,
     list_size=32,
     short_size=8,
 )
@@ -41,6 +41,7 @@ KINDS = {
     "ties": lambda: (torch.randn(1, V)).round(),
     "holes": lambda: torch.randn(1, V).masked_fill_(torch.rand(1, V) < 0.9, -float("inf")),
     "scales": lambda: 10.0 ** -(torch.rand(1, V) * 12),
+    "peaked": lambda: torch.randn(1, V).index_fill_(1, torch.tensor([5, 600, 601]), 12.0),
     "peak over bulk": lambda: (torch.randn(1, V) * 0.05).index_fill_(1, torch.tensor([7]), 6.0),
 }
 KNOBS = (
@@ -55,7 +56,7 @@ KNOBS = (
 
 @pytest.fixture
 def stages(monkeypatch):
-    """The stage of each row's bracket when it is decided."""
+    """The stage of each row's bracket when it is decided, and whether it was made of the row."""
     seen = []
     kernel = launch.draw.short_kernel
 
@@ -63,7 +64,8 @@ def stages(monkeypatch):
         def __getitem__(self, grid):
             def run(*arguments, **rest):
                 kernel[grid](*arguments, **rest)
-                seen.append(int(arguments[3].marks[0, rows.MARK_STAGE.value]))
+                marks = arguments[3].marks[0]
+                seen.append((marks[rows.MARK_STAGE.value], bool(marks[rows.MARK_SPLIT.value])))
 
             return run
 
@@ -89,25 +91,22 @@ def test_nuclei_are_those_of_the_cpu(kind):
 
 
 @pytest.mark.parametrize(
-    ("kind", "knobs", "stage"),
+    ("kind", "knobs", "stage", "of_row"),
     [
-        ("normal", {"top_p": 0.9}, rows.BINNED),
-        ("flat", {"top_p": 0.9}, rows.BRACKET_LISTED),
-        ("two levels", {"top_p": 0.9}, rows.BRACKET_LISTED),
-        ("flat", {"typical_p": 0.9}, rows.ONE_KAPPA),
-        ("uniform", {"top_p": 0.5}, rows.BRACKET_LISTED),
+        ("peaked", {"top_p": 0.9}, rows.NO_BRACKET, False),  # few groups have all, and a short list
+        ("normal", {"top_p": 0.9, "temperature": 1.2}, rows.BINNED, False),  # a long one
+        ("normal", {"top_p": 0.9, "temperature": 2.0}, rows.BINNED, True),  # none
+        ("normal", {"typical_p": 0.9}, rows.BINNED, True),
+        ("flat", {"top_p": 0.9}, rows.BRACKET_LISTED, False),  # a bin with more than a list holds
+        ("two levels", {"top_p": 0.9}, rows.BRACKET_LISTED, False),
+        ("flat", {"typical_p": 0.9}, rows.ONE_KAPPA, True),
+        ("uniform", {"top_p": 0.5}, rows.BRACKET_LISTED, False),
     ],
 )
-def test_the_way_to_a_nucleus(kind, knobs, stage, stages):
+def test_the_way_to_a_nucleus(kind, knobs, stage, of_row, stages):
     plan = PLAN._replace(rounds=6)
     assert_same(KINDS[kind](), knobs, plan)
-    assert stages[-1] == stage.value
-
-
-def test_few_groups_settle_a_peaked_row(stages):
-    x = torch.randn(1, V).index_fill_(1, torch.tensor([5, 600, 601]), 12.0)
-    assert_same(x, {"top_p": 0.9})
-    assert stages == [rows.NO_BRACKET.value]
+    assert stages[-1] == (stage.value, of_row)
 
 
 def test_the_last_round_is_enough_or_one_program_goes_on():

@@ -78,7 +78,7 @@ class Sizes(NamedTuple):
 
     BLOCK: Any  # logits that are looked at together
     ROOM: Any  # tokens that a list has room for in memory
-    LIST: Any  # that a program holds
+    LIST: Any  # that a program holds at once
     BINS: Any  # of a histogram
     SPLITS: Any  # at least Parts.splits
     BLOCKS: Any  # at least Weights.blocks
@@ -92,7 +92,7 @@ class Tiling(NamedTuple):
     GROUP: Any  # logits of a group
     PER_TILE: Any  # super-groups of a tile
     SUPERS: Any  # at least those of a row
-    STEP: Any  # logits that a warp looks at together
+    AHEAD: Any  # logits of a group that a thread loads before it looks at them
 
 
 class Asked(NamedTuple):
@@ -103,6 +103,7 @@ class Asked(NamedTuple):
     LOG_MASS: Any
     ALL_WEIGHED: Any  # whether all rows are weighed
     SUM_LATER: Any  # whether survivors that no list holds are summed by another kernel
+    PLAIN: Any  # whether no filter but top-k and top-p may act
 
 
 class Knobs(NamedTuple):
@@ -141,6 +142,14 @@ class List(NamedTuple):
     ids: Any
 
 
+class Tokens(NamedTuple):
+    """Where tokens of a row come from: a list that holds all that matter, or the row."""
+
+    row: Row
+    list: List
+    number: Any  # of the list's tokens, -1 for the row
+
+
 class Bracket(NamedTuple):
     """The bin of a row in which its nucleus ends."""
 
@@ -156,6 +165,7 @@ class Held(NamedTuple):
 
     number: Any
     partial: Any  # that of the bracket alone
+    whole: Any  # tokens of the list from the floor up, -1 where it has no room for all
     counted: Any  # whether what is above the bracket is summed and counted by blocks
     above: Any  # the mass above the bracket, and within it
     within: Any
@@ -170,8 +180,23 @@ class Found(NamedTuple):
     floor: Any
     s: Any  # (LIST,) if `ALONE`, else nothing
     ids: Any
-    listed: List  # where it is in memory, unless it is the bracket's
+    listed: List  # the one from the floor up, in memory
     spare: List  # where that is, or room for another list
+
+
+class Progress(NamedTuple):
+    """A row between two of its filters."""
+
+    bounds: Bounds
+    z: Any  # mass and surprisal mass of the survivors, and whether they are known
+    u: Any
+    known: Any
+    known_u: Any
+    partial: Any  # whether what is held is the list of a bracket, of use to the first filter
+    inside: Any  # whether the list holds all survivors
+    typical_ran: Any
+    undecided: Any
+    never: Any  # false, where it is not a constant
 
 
 class Decision(NamedTuple):

@@ -17,8 +17,8 @@ from fastadapt._ops.triton.arithmetic import (
     masses,
     ranks,
 )
-from fastadapt._ops.triton.bundles import List, Outcome, Row, row_at
-from fastadapt._ops.triton.decide import decide, found_of, held_of, tokens_of
+from fastadapt._ops.triton.bundles import List, Outcome, Row, Tokens, row_at
+from fastadapt._ops.triton.decide import decide
 from fastadapt._ops.triton.rows import (
     BOUNDS_SIZE,
     BOUNDS_STATUS,
@@ -31,6 +31,7 @@ from fastadapt._ops.triton.rows import (
     UNDECIDED,
     UNSUMMED,
     bounds_from,
+    follow,
     inverse_of,
     knobs_of,
     largest_of,
@@ -42,7 +43,7 @@ from fastadapt._ops.triton.rows import (
     store_bounds,
     survives,
 )
-from fastadapt._ops.triton.select import cut_of_row
+from fastadapt._ops.triton.select import cut_among, found_of, held_of, is_held, tokens_of
 
 NOTHING = tl.constexpr(2**63 - 1)
 ID_SHIFT = tl.constexpr(41)  # over a mass; ids have 22 bits
@@ -77,7 +78,8 @@ def _first_in_list(row, bounds, found, target, sizes):
 def _first_by_blocks(row, bounds, sums, blocks, target, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
     """Finds that survivor by the masses of blocks, then within one block."""
     at = tl.arange(0, BLOCKS)
-    mass = tl.load(sums + at, mask=at < blocks, other=0)
+    # some were summed by atomic additions, of which a first-level cache may not know
+    mass = tl.load(sums + at, mask=at < blocks, other=0, cache_modifier=".cg")
     running = tl.cumsum(mass, 0)
     block = tl.sum(((running <= target) & (at < blocks)).to(tl.int32), 0)
     before = tl.sum(tl.where(at < block, mass, 0), 0)
@@ -140,8 +142,9 @@ def _try_row(
     decided = decide(rows, adaptors, parts, lists, weights, at, found, asked, sizes)
     row, status, state = decided.row, decided.status, decided.state
     total, kept = decided.total, decided.kept
+    kept_sums = weights.kept_sums + at.to(tl.int64) * weights.blocks
     if (state == UNSUMMED) & held.counted:  # but for the kept of the bracket
-        here = weights.kept_sums + at.to(tl.int64) * weights.blocks
+        here = kept_sums
         number = weights.finite + at.to(tl.int64) * weights.blocks
         s, ids = tokens_of(found, sizes)
         alive = survives(s, ids, row.m, decided.bounds)
@@ -150,14 +153,16 @@ def _try_row(
         kept = tl.sum(tl.load(number + j, mask=j < weights.blocks, other=0), 0)
         kept += tl.sum(alive.to(tl.int32), 0)
         tl.debug_barrier()
-        total = tl.sum(tl.load(here + j, mask=j < weights.blocks, other=0), 0)
+        total = tl.load(here + j, mask=j < weights.blocks, other=0, cache_modifier=".cg")
+        total = tl.sum(total, 0)
         state = tl.full([], 0, tl.int32) + DECIDED
     token = tl.full([], -1, tl.int32)
     if (status == OK) & (state == DECIDED):
         target = _target(chance, at, total, asked)
-        if decided.inside:
+        if decided.inside & is_held(held, sizes):
             token = _first_in_list(row, decided.bounds, found, target, sizes)
         else:
+            here = tl.where(decided.inside, kept_sums, here)  # of the list
             tl.debug_barrier()  # masses of blocks that other threads stored
             token = _first_by_blocks(
                 row, decided.bounds, here, weights.blocks, target, sizes.BLOCK, sizes.BLOCKS
@@ -172,8 +177,11 @@ def _try_row(
 
 
 @triton.jit
-def short_kernel(rows, adaptors, parts, lists, weights, all_bounds, chance, out, asked, sizes):
+def short_kernel(
+    rows, adaptors, parts, lists, weights, all_bounds, chance, out, asked, sizes, PDL: tl.constexpr
+):
     """Decides the rows whose lists are short, and draws from them."""
+    follow(PDL)
     at = tl.program_id(0)
     _, knobs = knobs_of(adaptors, at)
     held = held_of(lists, at, knobs, sizes)
@@ -186,8 +194,11 @@ def short_kernel(rows, adaptors, parts, lists, weights, all_bounds, chance, out,
 
 
 @triton.jit
-def long_kernel(rows, adaptors, parts, lists, weights, all_bounds, chance, out, asked, sizes):
+def long_kernel(
+    rows, adaptors, parts, lists, weights, all_bounds, chance, out, asked, sizes, PDL: tl.constexpr
+):
     """Decides the remaining rows, by longer lists or, where none is enough, the whole row."""
+    follow(PDL)
     at = tl.program_id(0)
     marks = marks_of(lists, at)
     if tl.load(marks + MARK_STATE) == UNDECIDED:
@@ -201,19 +212,11 @@ def long_kernel(rows, adaptors, parts, lists, weights, all_bounds, chance, out, 
 
 @triton.jit
 def sum_kernel(
-    rows,
-    adaptors,
-    parts,
-    lists,
-    weights,
-    all_bounds,
-    chance,
-    out,
-    asked,
-    sizes,
-    TOGETHER: tl.constexpr,
-):
+    rows, adaptors, parts, lists, weights,
+    all_bounds, chance, out, asked, sizes, TOGETHER: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """Sums the survivors of a decided row by block; the last program of a row draws."""
+    follow(PDL)
     at, some = tl.program_id(0), tl.program_id(1)
     marks = marks_of(lists, at)
     if tl.load(marks + MARK_STATE) == UNSUMMED:
@@ -256,11 +259,14 @@ def sum_kernel(
 @triton.jit
 def top_kernel(
     rows, parts, drawn, number, lists, token_ranks,
-    BLOCK: tl.constexpr, LIST: tl.constexpr, BINS: tl.constexpr, SPLITS: tl.constexpr,
+    BLOCK: tl.constexpr, ROOM: tl.constexpr, LIST: tl.constexpr, BINS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """A cut by count, and a pass that collects what is above it in the spare list, in no order."""
+    follow(PDL)
     at = tl.program_id(0)
-    spare = List(lists.spare + at.to(tl.int64) * LIST, lists.spare_ids + at.to(tl.int64) * LIST)
+    spare = List(lists.spare + at.to(tl.int64) * ROOM, lists.spare_ids + at.to(tl.int64) * ROOM)
     token = tl.load(drawn.tokens + at)
     above = tl.zeros([BLOCK], tl.int32)
     if tl.load(drawn.status + at) == OK:
@@ -268,7 +274,8 @@ def top_kernel(
         row = Row(row_at(rows, at), rows.v, one, largest_of(parts, at, SPLITS))
         no = token < 0
         wanted = tl.full([], 0, tl.int64) + number
-        cut = cut_of_row(row, bounds_from(ANY_RANK), no, no, wanted, spare, BLOCK, LIST, BINS)
+        tokens = Tokens(row, spare, tl.full([], -1, tl.int32))
+        cut = cut_among(tokens, bounds_from(ANY_RANK), no, no, wanted, spare, BLOCK, LIST, BINS)
         own = ranks(keys(tl.load(row.logits + token).to(tl.float32)), token.to(tl.int32))
         tl.debug_barrier()  # the spare list may still be read
         filled = tl.full([], 0, tl.int32)
@@ -288,9 +295,11 @@ def sort_kernel(
     rows, parts, weights, drawn, number, lists,
     top_ids,  # (rows, number)
     top_logprobs,
-    LIST: tl.constexpr, SPLITS: tl.constexpr, BLOCKS: tl.constexpr, TOP: tl.constexpr,
+    ROOM: tl.constexpr, SPLITS: tl.constexpr, BLOCKS: tl.constexpr, TOP: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Puts them in the order of their ranks, and scores them."""
+    follow(PDL)
     at = tl.program_id(0)
     row = row_at(rows, at)
     place = tl.arange(0, TOP)
@@ -298,7 +307,7 @@ def sort_kernel(
     out = at.to(tl.int64) * number + place
     if tl.load(drawn.status + at) == OK:
         m = largest_of(parts, at, SPLITS)
-        collected = lists.spare_ids + at.to(tl.int64) * LIST + place
+        collected = lists.spare_ids + at.to(tl.int64) * ROOM + place
         collected = tl.load(collected, mask=there, other=0)
         x = tl.load(row + collected, mask=there, other=float("-inf")).to(tl.float32)
         rank = tl.sort(tl.where(there, ranks(keys(x), collected), ANY_RANK), descending=True)

@@ -12,9 +12,7 @@ from fastadapt._ops.outputs import LogOdds, Scores, sample_fields, score_outputs
 from fastadapt._ops.triton import draw, write
 from fastadapt._ops.triton.bundles import Chance, Drawn, Labels, Rows, Scored, Sizes, Support
 from fastadapt._ops.triton.launch_scan import (
-    COLLECTING,
-    DECIDING,
-    PASS,
+    MOST_REGISTERS,
     PLAN,
     Options,
     Plan,
@@ -22,6 +20,7 @@ from fastadapt._ops.triton.launch_scan import (
     adaptors_of,
     asked_of,
     knobs_of_rows,
+    options_of,
     scan_rows,
     slices,
     some,
@@ -57,20 +56,20 @@ def sample(
         n = len(drawn.tokens)
         all_bounds = logits.new_empty(n, BOUNDS_SIZE.value, dtype=torch.int64)
         chance = Chance(some(seeds, at), some(seeds if positions is None else positions, at))
-        asked = asked_of(options, positions is not None, base_logprobs, steps.sums)
+        asked = asked_of(options, steps, positions is not None, base_logprobs, later=True)
         arguments = *scanned, all_bounds, chance, drawn
         draw.short_kernel[(n,)](
             *arguments,
             asked=asked,
             sizes=sizes.short,
-            **COLLECTING,
+            **options_of(logits.device, 4, MOST_REGISTERS),
         )
         if steps.filters:
             draw.long_kernel[(n,)](
                 *arguments,
                 asked=asked,
                 sizes=sizes.long,
-                **DECIDING,
+                **options_of(logits.device, 8, MOST_REGISTERS),
             )
         if steps.sums:
             draw.sum_kernel[(n, sizes.weighing)](
@@ -78,7 +77,7 @@ def sample(
                 asked=asked,
                 sizes=sizes.long,
                 TOGETHER=plan.together,
-                **PASS,
+                **options_of(logits.device, 4),
             )
         if top_n:
             _top(scanned, sizes.long, drawn, part[-3:])
@@ -88,7 +87,7 @@ def _top(scanned: Scan, sizes: Sizes, drawn: Drawn, out: list[Tensor]) -> None:
     """Finds the most probable tokens and the rank of the drawn one."""
     rows, parts, lists = scanned.rows, scanned.parts, scanned.lists
     n, number = out[0].shape
-    shared = {"LIST": sizes.ROOM.value, "SPLITS": sizes.SPLITS.value}
+    shared = {"ROOM": sizes.ROOM.value, "SPLITS": sizes.SPLITS.value}
     draw.top_kernel[(n,)](
         rows,
         parts,
@@ -97,9 +96,10 @@ def _top(scanned: Scan, sizes: Sizes, drawn: Drawn, out: list[Tensor]) -> None:
         lists,
         out[2],
         BLOCK=sizes.BLOCK.value,
+        LIST=sizes.LIST.value,
         BINS=sizes.BINS.value,
         **shared,
-        **COLLECTING,
+        **options_of(out[0].device, 4, MOST_REGISTERS),
     )
     draw.sort_kernel[(n,)](
         rows,
@@ -110,9 +110,9 @@ def _top(scanned: Scan, sizes: Sizes, drawn: Drawn, out: list[Tensor]) -> None:
         lists,
         *out[:2],
         BLOCKS=sizes.BLOCKS.value,
-        TOP=up(number),
+        TOP=up(max(number, 2)),  # Triton 3.4 does not sort one entry
         **shared,
-        **PASS,
+        **options_of(out[0].device, 4),
     )
 
 
@@ -120,10 +120,15 @@ def _decided_bounds(
     logits: Tensor, knobs: Tensor, order: int, plan: Plan
 ) -> tuple[Scan, Sizes, Tensor]:
     """Decides every row; returns the bounds, (N, BOUNDS_SIZE)."""
-    scanned, layout = scan_rows(logits, knobs, steps_of(order, knobs.shape[2]), plan, Options())
+    options, steps = Options(), steps_of(order, knobs.shape[2])
+    scanned, layout = scan_rows(logits, knobs, steps, plan, options)
     all_bounds = logits.new_empty(logits.shape[0], BOUNDS_SIZE.value, dtype=torch.int64)
     write.bounds_kernel[(len(all_bounds),)](
-        *scanned, all_bounds, asked=asked_of(Options()), sizes=layout.long, **DECIDING
+        *scanned,
+        all_bounds,
+        asked=asked_of(options, steps),
+        sizes=layout.long,
+        **options_of(logits.device, 8, MOST_REGISTERS),
     )
     return scanned, layout.long, all_bounds
 
@@ -142,7 +147,7 @@ def filter_logits(
             some(out, at),
             BLOCK=plan.block,
             SPLITS=sizes.SPLITS.value,
-            **PASS,
+            **options_of(logits.device, 4),
         )
 
 
@@ -191,9 +196,9 @@ def _score(
             *scanned,
             Labels(some(tokens, at), ignore_index),
             Scored(*(some(t, at) for t in out)),
-            asked=asked_of(options),
+            asked=asked_of(options, steps),
             sizes=layout.long,
-            **DECIDING,
+            **options_of(logits.device, 8, MOST_REGISTERS),
         )
 
 
@@ -224,7 +229,7 @@ def adapted_log_odds(
             DOUBLE=double,
             BLOCK=plan.block,
             SPLITS=sizes.SPLITS.value,
-            **PASS,
+            **options_of(logits.device, 4),
         )
         write.log_odds_kernel[(n,)](
             *scanned[:2],
@@ -236,7 +241,7 @@ def adapted_log_odds(
             DOUBLE=double,
             BLOCK=plan.block,
             BLOCKS=sizes.BLOCKS.value,
-            **PASS,
+            **options_of(logits.device, 4),
         )
 
 
@@ -264,5 +269,5 @@ def adapted_log_odds_backward(
         out,
         DOUBLE=logits.dtype == torch.float64,
         BLOCK=plan.block,
-        **PASS,
+        **options_of(logits.device, 4),
     )

@@ -49,8 +49,11 @@ class Steps(NamedTuple):
     weighs: bool = True  # masses of whole rows
     bins: bool = True  # a nucleus, or typical, of a whole row
     sketches: bool = True  # top-p, for which the largest of groups may do
-    filters: bool = True  # a list, and its filters
+    ranks: bool = True  # a list by ranks, for top-k or for the lowest id of the largest
+    lists: bool = True  # a list by masses
+    filters: bool = True  # something that acts
     sums: bool = True  # of survivors that no list holds
+    plain: bool = False  # no filter but top-k and top-p
 
 
 @lru_cache
@@ -65,18 +68,33 @@ def steps_of(code: int, rows: int) -> Steps:
         weighs=not used or not one_bounds or not first <= {TOP_K.value, MIN_P.value},
         bins=bool(first & {TOP_P.value, TYPICAL_P.value}),
         sketches=TOP_P.value in first,
+        ranks=TOP_K.value in first or may_act(code, TEMPERATURE.value),
+        lists=bool(first - {TOP_K.value, TYPICAL_P.value}),
         filters=bool(used) or may_act(code, TEMPERATURE.value),
         sums=not first <= {TOP_K.value},
+        plain=set(used) <= {TOP_K.value, TOP_P.value},
     )
 
 
-PASS: dict[str, object] = {"num_warps": 4, "enable_fp_fusion": False}
 # Without a limit, assemblers for sm_80 stop at 128 or 168 registers and spill.
-COLLECTING: dict[str, object] = {**PASS, "maxnreg": 255}
-DECIDING: dict[str, object] = {**COLLECTING, "num_warps": 8}
-ONE_WARP: dict[str, object] = {**PASS, "num_warps": 1}
-BINNING: dict[str, object] = {**COLLECTING, "num_warps": 1}
-WIDE: dict[str, object] = {**PASS, "num_warps": 8}
+MOST_REGISTERS = 255
+
+
+@lru_cache
+def options_of(device: torch.device, warps: int, registers: int | None = None) -> dict[str, Any]:
+    """Options of a launch.
+
+    From compute capability 9 on, programs of a kernel take their places while the one before ends
+    (programmatic dependent launch), and wait there for its results.
+    """
+    early = device.type == "cuda" and not torch.version.hip
+    early = early and torch.cuda.get_device_capability(device) >= (9, 0)
+    options: dict[str, Any] = {"num_warps": warps, "enable_fp_fusion": False, "PDL": early}
+    if registers:
+        options["maxnreg"] = registers
+    if early:
+        options["launch_pdl"] = True
+    return options
 
 
 class Plan(NamedTuple):
@@ -89,19 +107,20 @@ class Plan(NamedTuple):
     block: int = 1024  # logits whose mass is one number; what the deciding kernels look at together
     together: int = 2  # blocks that a weighing program looks at together
     bins: int = 512
-    bins_step: int = 512  # logits that a warp puts into bins at once
-    bins_steps: int = 8
+    bins_step: int = 1024  # logits that four warps put into bins together
+    bracket_step: int = 4096  # of a list, that sixteen warps put into bins together
     rounds: int = 3  # on brackets of too many tokens
     programs: int = 4096  # that list tokens, each with tiles enough for its share of the floor
-    step: int = 256  # logits that a warp looks at together, for a list or for finer bins
-    list_size: int = 1024  # of a row's largest
-    short_size: int = 256  # of a list that is put in order
+    seldom: int = 2048  # at least, in kernels for which rows are few
+    room: int = 8192  # of a list of a row's largest, in memory
+    list_size: int = 1024  # that a program holds at once
+    short_size: int = 128  # of a list that is put in order
     scratch_bytes: int = 1 << 28  # of virtual rows at a time
 
     def row_bytes(self, v: int) -> int:
         """Returns the scratch of a virtual row: lists, histograms, block masses, group maxima."""
         blocks, groups = -(-v // self.block), -(-v // self.group)
-        return 16 * self.list_size + 24 * self.bins + 44 * blocks + 5 * groups
+        return 16 * self.room + 24 * self.bins + 44 * blocks + 5 * groups
 
 
 PLAN = Plan()
@@ -138,7 +157,6 @@ class Layout(NamedTuple):
     groups: int  # padded, as are the next
     tiling: Tiling
     padded: dict[str, Any]
-    bins: int  # programs that put a row into bins
     weighing: int  # programs that weigh a row
     long: Sizes  # of deciding kernels
     short: Sizes
@@ -146,11 +164,15 @@ class Layout(NamedTuple):
 
 @lru_cache
 def asked_of(
-    options: Options, positions: bool = False, base: bool = False, sum_later: bool = False
+    options: Options, steps: Steps, positions: bool = False, base: bool = False, later: bool = False
 ) -> Asked:
-    """Returns the constants of the deciding kernels; `base`: also score the base distribution."""
+    """Returns the constants of the deciding kernels.
+
+    `base`: also score the base distribution; `later`: another kernel may sum survivors.
+    """
     log_mass, weighed = options.all_weighed, options.all_weighed or options.base
-    return Asked(*map(tl.constexpr, (positions, base, log_mass, weighed, sum_later)))
+    sum_later = later and steps.sums
+    return Asked(*map(tl.constexpr, (positions, base, log_mass, weighed, sum_later, steps.plain)))
 
 
 def up(number: int) -> int:
@@ -163,12 +185,11 @@ def layout_of(plan: Plan, v: int) -> Layout:
     """Returns the layout for rows of V entries."""
     tiles, blocks = -(-v // (plan.columns * plan.group)), -(-v // plan.block)
     splits = up(tiles)
-    step = min(plan.columns * plan.group, plan.step)
-    tiling = plan.columns, plan.group, plan.supers, up(tiles * plan.supers), step
+    tiling = plan.columns, plan.group, plan.supers, up(tiles * plan.supers), plan.ahead
 
     def sizes(alone: int) -> Sizes:
         size = alone or plan.list_size
-        constants = plan.block, plan.list_size, size, plan.bins, splits, up(blocks), alone > 0
+        constants = plan.block, plan.room, size, plan.bins, splits, up(blocks), alone > 0
         return Sizes(*map(tl.constexpr, constants))
 
     return Layout(
@@ -177,7 +198,6 @@ def layout_of(plan: Plan, v: int) -> Layout:
         up(tiles * plan.columns),
         Tiling(*map(tl.constexpr, tiling)),
         {"SPLITS": splits, "BLOCKS": up(blocks)},
-        -(-v // (plan.bins_step * plan.bins_steps)),
         -(-blocks // plan.together),
         sizes(0),
         sizes(plan.short_size),
@@ -198,10 +218,10 @@ def _scratch(logits: Tensor, virtual: int, bins: bool, plan: Plan, sizes: Layout
     lists = Lists(
         new(virtual, step, dtype=word),
         new(virtual, dtype=real),
-        new(virtual, plan.list_size, dtype=real),
-        new(virtual, plan.list_size, dtype=torch.int32),
-        new(virtual, plan.list_size, dtype=real),
-        new(virtual, plan.list_size, dtype=torch.int32),
+        new(virtual, plan.room, dtype=real),
+        new(virtual, plan.room, dtype=torch.int32),
+        new(virtual, plan.room, dtype=real),
+        new(virtual, plan.room, dtype=torch.int32),
         step,
     )
     weights = Weights(
@@ -221,7 +241,7 @@ def scan_rows(
 ) -> tuple[Scan, Layout]:
     """Scans rows of logits (N, V), N > 0, each once for each of the adaptors."""
     n, v = logits.shape
-    sizes = layout_of(plan, v)
+    device, sizes = logits.device, layout_of(plan, v)
     rows, adaptors = Rows(logits, logits.stride(0), v), adaptors_of(knobs, steps.order)
     virtual = n * adaptors.number
     scanned = Scan(rows, adaptors, *_scratch(logits, virtual, steps.bins, plan, sizes))
@@ -235,7 +255,7 @@ def scan_rows(
         GROUP=plan.group,
         AHEAD=plan.ahead,
         SUPERS=plan.supers,
-        **ONE_WARP,
+        **options_of(device, 1),
     )
     if steps.weighs or options.all_weighed or options.base:
         scan.weigh_kernel[(virtual, sizes.weighing)](
@@ -249,43 +269,54 @@ def scan_rows(
             BLOCK=plan.block,
             TOGETHER=plan.together,
             SPLITS=sizes.padded["SPLITS"],
-            **PASS,
-        )
-    if steps.sketches:
-        nucleus.sketch_kernel[(virtual,)](
-            *scanned,
-            MOST=plan.list_size // plan.group,
-            COLUMNS=plan.columns,
-            GROUPS=sizes.groups,
-            **sizes.padded,
-            **WIDE,
+            **options_of(device, 4),
         )
     if steps.bins:
-        nucleus.bins_kernel[(virtual, sizes.bins)](
+        scan.sketch_kernel[(virtual,)](
             *scanned,
-            STEP=plan.bins_step,
-            STEPS=plan.bins_steps,
-            BINS=plan.bins,
+            COLUMNS=plan.columns,
+            GROUPS=sizes.groups,
+            ROOM=plan.room,
             **sizes.padded,
-            **BINNING,
+            **options_of(device, 8),
         )
-    if steps.filters:
+    if steps.ranks:
         few = max(4, -(-plan.programs // virtual))
         scan.collect_kernel[(virtual, min(sizes.tiles, few))](
+            *scanned, tiling=sizes.tiling, sizes=sizes.long, **options_of(device, 1)
+        )
+    if steps.lists:
+        scan.list_kernel[(virtual, sizes.tiles)](
             *scanned,
             tiling=sizes.tiling,
             sizes=sizes.long,
-            NUCLEUS=steps.bins,
-            **ONE_WARP,
+            **options_of(device, 1),
         )
-        for _ in range(plan.rounds if steps.bins else 0):
-            nucleus.narrow_kernel[(virtual, min(sizes.bins, few))](
-                *scanned,
-                STEP=plan.step,
-                BINS=plan.bins,
-                ROOM=plan.list_size,
-                **sizes.padded,
-                **BINNING,
+    shared = {"BINS": plan.bins, "ROOM": plan.room}
+    if steps.sketches:
+        nucleus.bracket_kernel[(virtual,)](
+            *scanned,
+            STEP=plan.bracket_step,
+            SHORT=plan.short_size,
+            **shared,
+            **options_of(device, 16),
+        )
+    if steps.bins:
+        few = min(sizes.tiles, max(4, -(-plan.seldom // virtual)))
+        nucleus.bins_kernel[(virtual, few)](
+            *scanned,
+            COLUMNS=plan.columns,
+            GROUP=plan.group,
+            STEP=min(plan.columns * plan.group, plan.bins_step),
+            **shared,
+            **options_of(device, 4, MOST_REGISTERS),
+        )
+        scan.split_kernel[(virtual, few)](
+            *scanned, tiling=sizes.tiling, sizes=sizes.long, **options_of(device, 4)
+        )
+        for _ in range(plan.rounds):
+            nucleus.narrow_kernel[(virtual, few)](
+                *scanned, STEP=plan.bins_step, **shared, **options_of(device, 4, MOST_REGISTERS)
             )
     return scanned, sizes
 

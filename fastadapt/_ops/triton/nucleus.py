@@ -17,15 +17,18 @@ from fastadapt._ops.triton.rows import (
     MARK_ABOVE,
     MARK_BINNED,
     MARK_BRACKETED,
+    MARK_CENTRE,
     MARK_END,
     MARK_HIGH,
+    MARK_LARGEST,
     MARK_LISTED,
     MARK_LOW,
     MARK_NARROWED,
     MARK_OVER_LOW,
     MARK_REACH,
-    MARK_SETTLED,
+    MARK_SPLIT,
     MARK_STAGE,
+    MARK_TARGET,
     MARK_UNDER_HIGH,
     MARK_WITHIN,
     MARKS,
@@ -34,25 +37,26 @@ from fastadapt._ops.triton.rows import (
     TEMPERATURE,
     TOP_P,
     TYPICAL_P,
+    UNLISTED,
     first_filter,
+    follow,
     inverse_of,
     knobs_of,
-    largest_of,
     load_knob,
     load_scaled,
     marks_of,
-    mass_target,
-    sums_of,
+    push,
     typicality,
 )
 
 UNIT = tl.constexpr(1.099511627776e12)  # 2^40
 ID_BITS = tl.constexpr(22)  # the longest row has 2^22 ids
 LAST_PLACE = tl.constexpr((1 << 22) - 1)
+FEW_HITS = tl.constexpr(32)  # tokens that are added to their bins one by one
 
 
 @triton.jit
-def _reach(value, z, v, centre, by_kappa):
+def reach_of(value, z, v, centre, by_kappa):
     """Returns how far below 0, in d or -kappa, tokens can matter to a nucleus of a given mass.
 
     All tokens below that d together have less than half of the mass that is left out.
@@ -64,44 +68,27 @@ def _reach(value, z, v, centre, by_kappa):
 
 
 @triton.jit
-def _nucleus_of(
-    parts, lists, weights, virtual, at, v, knobs, SPLITS: tl.constexpr, BLOCKS: tl.constexpr
-):
+def _load_float(mark):
+    """Loads a float32 from its counter."""
+    return tl.load(mark).to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def store_float(mark, value):
+    """Stores a float32 in its counter."""
+    tl.store(mark, value.to(tl.int32, bitcast=True).to(tl.int64))
+
+
+@triton.jit
+def nucleus_of(lists, virtual, knobs):
     """Returns what top-p or typical needs: 1 / T, m, the target, and the bracket so far."""
-    inverse = inverse_of(load_knob(knobs, TEMPERATURE))
-    m = largest_of(parts, at, SPLITS) * inverse + 0.0
-    z, u = sums_of(weights, virtual, BLOCKS)
-    z = tl.maximum(z, 1)
-    first = first_filter(knobs)
-    by_kappa = first == TYPICAL_P
-    centre = (u.to(tl.float64) / z.to(tl.float64)).to(tl.float32)
-    centre = tl.where(by_kappa, centre, 0.0)
-    value = load_knob(knobs, first)
-    reach = _reach(value, z, v, centre, by_kappa)
     marks = marks_of(lists, virtual)
-    bound = tl.load(marks + MARK_REACH).to(tl.int32)
-    bound = bound.to(tl.float32, bitcast=True)
-    reach = tl.where(bound > 0, tl.minimum(reach, bound), reach)
     stage, end = tl.load(marks + MARK_STAGE).to(tl.int32), tl.load(marks + MARK_END).to(tl.int32)
+    by_kappa = first_filter(knobs) == TYPICAL_P
+    centre, reach = _load_float(marks + MARK_CENTRE), _load_float(marks + MARK_REACH)
     bracket = Bracket(stage, by_kappa, centre, reach, end)
-    return inverse, m, mass_target(value * z.to(tl.float64)), bracket
-
-
-@triton.jit
-def bracket_of(
-    parts, lists, weights, virtual, at, v, knobs,
-    SPLITS: tl.constexpr, BLOCKS: tl.constexpr,
-):  # fmt: skip
-    """Returns the bracket of a row that begins with top-p or typical, from its bins."""
-    _, _, _, bracket = _nucleus_of(parts, lists, weights, virtual, at, v, knobs, SPLITS, BLOCKS)
-    return bracket
-
-
-@triton.jit
-def no_bracket():
-    """Returns the bracket of a row that needs none."""
-    none = tl.full([], 0, tl.int32)
-    return Bracket(none, none < 0, none.to(tl.float32), none.to(tl.float32), none)
+    inverse = inverse_of(load_knob(knobs, TEMPERATURE))
+    return inverse, _load_float(marks + MARK_LARGEST), tl.load(marks + MARK_TARGET), bracket
 
 
 @triton.jit
@@ -121,112 +108,166 @@ def around(d, bracket, BINS: tl.constexpr):
 
 
 @triton.jit
-def push(s_out, ids_out, count, s, ids, good, ROOM: tl.constexpr):
-    """Appends tokens to a list as far as there is room, and counts all of them."""
-    many = tl.sum(good.to(tl.int32), 0)
-    if many > 0:
-        place = tl.cumsum(good.to(tl.int32), 0) - 1
-        place += tl.atomic_add(count, many.to(tl.int64), sem="relaxed")
-        good &= place < ROOM
-        tl.store(s_out + place, s, mask=good)
-        tl.store(ids_out + place, ids, mask=good)
-
-
-@triton.jit
-def _add_by_bin(sums, b, value, hit, BINS: tl.constexpr):
-    """Adds weights to bins; tokens of one bin are summed first, which helps tied rows."""
+def _add_by_bin(sums, counts, b, value, hit, COUNTS: tl.constexpr):
+    """Adds weights to bins, and counts; tokens of one bin are summed first, for tied rows."""
     left = tl.sum(hit.to(tl.int32), 0)
     while left > 0:
         most = tl.max(tl.where(hit, b, -1), 0)
         same = hit & (b == most)
         many = tl.sum(same.to(tl.int32), 0)
-        if many * 8 >= left:
+        if (many * 8 >= left) & (left > FEW_HITS):
             tl.atomic_add(sums + most, tl.sum(tl.where(same, value, 0), 0), sem="relaxed")
+            if COUNTS:
+                tl.atomic_add(counts + most, many.to(tl.int64), sem="relaxed")
             hit = hit & (b != most)
             left -= many
         else:
             tl.atomic_add(sums + b, value, mask=hit, sem="relaxed")
+            if COUNTS:
+                tl.atomic_add(counts + b, hit.to(tl.int64), mask=hit, sem="relaxed")
             left = left * 0
 
 
 @triton.jit
-def sketch_kernel(
-    rows, adaptors, parts, lists, weights,
-    MOST: tl.constexpr, COLUMNS: tl.constexpr, GROUPS: tl.constexpr,
-    SPLITS: tl.constexpr, BLOCKS: tl.constexpr,
-):  # fmt: skip
-    """Bounds how far down a nucleus of top-p reaches, from the largest logits of groups.
+def _flush(sums, counts, run, total, number, COUNTS: tl.constexpr):
+    """Adds what was summed for one bin."""
+    if run >= 0:
+        tl.atomic_add(sums + run, tl.sum(total, 0), sem="relaxed")
+        if COUNTS:
+            tl.atomic_add(counts + run, tl.sum(number, 0).to(tl.int64), sem="relaxed")
 
-    That helps where few tokens have most of the mass. Where the nucleus takes no more than MOST
-    groups, a list holds their tokens, and that is the row's floor; other rows go to their bins.
-    """
-    virtual = tl.program_id(0)
-    at, knobs = knobs_of(adaptors, virtual)
-    if (load_knob(knobs, TEMPERATURE) > 0) & (first_filter(knobs) == TOP_P):
-        inverse, m, target, bracket = _nucleus_of(
-            parts, lists, weights, virtual, at, rows.v, knobs, SPLITS, BLOCKS
-        )
-        number = parts.splits * COLUMNS
-        j = tl.arange(0, GROUPS)
-        groups = parts.groups + at.to(tl.int64) * number
-        d = tl.load(groups + j, mask=j < number, other=float("-inf")) * inverse - m
-        mass = exponentials(d)
-        wanted = target.to(tl.float32) * 1.0001
-        low, high = -bracket.reach, bracket.reach * 0.0
-        for _ in range(16):
-            middle = (low + high) * 0.5
-            enough = tl.sum(tl.where(d >= middle, mass, 0.0), 0) >= wanted
-            low = tl.where(enough, middle, low)
-            high = tl.where(enough, high, middle)
-        if tl.sum(tl.where(d >= low, mass, 0.0), 0) >= wanted:
-            marks = marks_of(lists, virtual)
-            slack = 1e-4 + tl.abs(m) * 3e-7
-            if tl.sum((d >= low).to(tl.int32), 0) <= MOST:
-                tl.store(lists.floors + virtual, m + low - slack)
-                tl.store(marks + MARK_SETTLED, tl.full([], 1, tl.int64))
-            tl.store(marks + MARK_REACH, (slack - low).to(tl.int32, bitcast=True).to(tl.int64))
+
+@triton.jit
+def _add_in_runs(
+    sums, counts, b, value, hit, run, total, number, BINS: tl.constexpr, COUNTS: tl.constexpr
+):
+    """Adds weights to bins; while all tokens are of one bin, they are summed where they are."""
+    first, last = tl.min(tl.where(hit, b, BINS), 0), tl.max(tl.where(hit, b, -1), 0)
+    if first == last:
+        if first != run:
+            _flush(sums, counts, run, total, number, COUNTS)
+            total, number = total * 0, number * 0
+        run = first
+        total += tl.where(hit, value, 0)
+        number += hit.to(tl.int32)
+    else:
+        _add_by_bin(sums, counts, b, value, hit, COUNTS)
+    return run, total, number
+
+
+@triton.jit
+def _store_bracket(marks, target, bracket, BINS: tl.constexpr):
+    """Finds the bin in which a nucleus ends, BINS if in none, and the mass above it."""
+    j = tl.arange(0, BINS)
+    # summed by atomic additions, of which a first-level cache may not know
+    mass = tl.load(marks + MARKS + j, cache_modifier=".cg")
+    end = tl.sum((tl.cumsum(mass, 0) < target).to(tl.int32), 0)
+    if end < BINS:
+        tl.store(marks + MARK_END, end.to(tl.int64))
+        tl.store(marks + MARK_ABOVE, tl.sum(tl.where(j < end, mass, 0), 0))
+        tl.store(marks + MARK_WITHIN, tl.sum(tl.where(j == end, mass, 0), 0))
+        tl.store(marks + MARK_STAGE, tl.full([], 0, tl.int64) + BINNED)
+    return Bracket(bracket.stage, bracket.by_kappa, bracket.centre, bracket.reach, end)
+
+
+@triton.jit
+def _end_bins(lists, virtual, marks, v, m, target, bracket, BINS: tl.constexpr, ROOM: tl.constexpr):
+    """Finds the bracket of a row from its bins, and the floor under it."""
+    bracket = _store_bracket(marks, target, bracket, BINS)
+    end = bracket.end
+    width = bracket.reach / BINS
+    edge = (end + 1).to(tl.float32) * width * 1.00001 + tl.abs(m) * 3e-7
+    floor = tl.where((end < BINS) & (v > ROOM), m - edge - bracket.centre, float("-inf"))
+    tl.store(lists.floors + virtual, floor)
+    # a bin with the mass of more tokens than a list has room for
+    least = exponentials(end.to(tl.float32) * width * -0.9999 + 1e-4).to(tl.float64) * ROOM
+    here = tl.load(marks + MARK_WITHIN).to(tl.float64)
+    crowded = (here > least) & (bracket.by_kappa == 0) & (v > ROOM)
+    again = (end < BINS) & (crowded == 0)
+    nothing = tl.full([], 0, tl.int64)
+    tl.store(marks + MARK_SPLIT, again.to(tl.int64))
+    tl.store(marks + MARK_LISTED, tl.where(again, nothing, nothing + UNLISTED))
+    tl.store(marks + MARK_BRACKETED, tl.where(again, nothing, nothing + UNLISTED))
 
 
 @triton.jit
 def bins_kernel(
     rows, adaptors, parts, lists, weights,
-    STEP: tl.constexpr, STEPS: tl.constexpr, BINS: tl.constexpr,
-    SPLITS: tl.constexpr, BLOCKS: tl.constexpr,
+    COLUMNS: tl.constexpr, GROUP: tl.constexpr, STEP: tl.constexpr,
+    BINS: tl.constexpr, ROOM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Sums masses by bins, in one read, for rows whose nucleus is not settled.
+    """Sums masses by bins for rows that begin with top-p or typical and have no list.
 
-    Whoever is last of a row finds its bracket, and the floor under it.
+    Whoever is last of a row finds its bracket, and a floor for its list.
     """
+    follow(PDL)
     virtual, part = tl.program_id(0), tl.program_id(1)
     at, knobs = knobs_of(adaptors, virtual)
     first = first_filter(knobs)
     marks = marks_of(lists, virtual)
-    asked = (load_knob(knobs, TEMPERATURE) > 0) & ((first == TYPICAL_P) | (first == TOP_P))
-    if asked & (tl.load(marks + MARK_SETTLED) == 0):
-        inverse, m, target, bracket = _nucleus_of(
-            parts, lists, weights, virtual, at, rows.v, knobs, SPLITS, BLOCKS
-        )
+    lost = (first == TOP_P) & (tl.load(marks + MARK_LISTED) > ROOM)
+    if (load_knob(knobs, TEMPERATURE) > 0) & ((first == TYPICAL_P) | lost):
+        inverse, m, target, bracket = nucleus_of(lists, virtual, knobs)
+        lowest = m - bracket.reach - bracket.centre - 1e-4 - tl.abs(m) * 3e-7
         row = Row(row_at(rows, at), rows.v, inverse, m)
-        for i in range(STEPS):
-            ids = (part * STEPS + i) * STEP + tl.arange(0, STEP)
-            d = load_scaled(row, ids) - m
-            mass = masses(d)
-            b, hit = _bin_of(d, bracket, BINS)
-            _add_by_bin(marks + MARKS, b, mass, hit & (mass > 0), BINS)
+        run = tl.full([], -1, tl.int32)
+        total, number = tl.zeros([STEP], tl.int64), tl.zeros([STEP], tl.int32)
+        for tile in range(part, parts.splits, tl.num_programs(1)):
+            groups = parts.groups + (at.to(tl.int64) * parts.splits + tile) * COLUMNS
+            largest = tl.load(groups + tl.arange(0, COLUMNS)) * inverse
+            if tl.max((largest >= lowest).to(tl.int32), 0) > 0:
+                for i in range(0, COLUMNS * GROUP, STEP):
+                    ids = tile * (COLUMNS * GROUP) + i + tl.arange(0, STEP)
+                    d = load_scaled(row, ids) - m
+                    mass = masses(d)
+                    b, hit = _bin_of(d, bracket, BINS)
+                    run, total, number = _add_in_runs(
+                        marks + MARKS, marks, b, mass, hit & (mass > 0), run, total, number,
+                        BINS, False,
+                    )  # fmt: skip
+        _flush(marks + MARKS, marks, run, total, number, False)
         tl.debug_barrier()
         if tl.atomic_add(marks + MARK_BINNED, 1, sem="acq_rel") == tl.num_programs(1) - 1:
-            j = tl.arange(0, BINS)
-            mass = tl.load(marks + MARKS + j)
-            running = tl.cumsum(mass, 0)
-            end = tl.sum((running < target).to(tl.int32), 0)
-            width = bracket.reach / BINS
-            edge = (end + 1).to(tl.float32) * width * 1.00001 + tl.abs(m) * 3e-7
-            floor = tl.where(end < BINS, m - edge - bracket.centre, float("-inf"))
-            tl.store(lists.floors + virtual, floor)
-            if end < BINS:
-                tl.store(marks + MARK_END, end.to(tl.int64))
-                tl.store(marks + MARK_ABOVE, tl.sum(tl.where(j < end, mass, 0), 0))
-                tl.store(marks + MARK_STAGE, tl.full([], 0, tl.int64) + BINNED)
+            _end_bins(lists, virtual, marks, rows.v, m, target, bracket, BINS, ROOM)
+
+
+@triton.jit
+def bracket_kernel(
+    rows, adaptors, parts, lists, weights,
+    STEP: tl.constexpr, BINS: tl.constexpr,
+    SHORT: tl.constexpr,  # a list that needs none
+    ROOM: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Finds the bracket of a row that begins with top-p and has a list, and lists it apart."""
+    follow(PDL)
+    virtual = tl.program_id(0)
+    at, knobs = knobs_of(adaptors, virtual)
+    marks = marks_of(lists, virtual)
+    listed = tl.load(marks + MARK_LISTED)
+    many = (listed > SHORT) & (listed <= ROOM) & (load_knob(knobs, TEMPERATURE) > 0)
+    if many & (first_filter(knobs) == TOP_P):
+        inverse, m, target, bracket = nucleus_of(lists, virtual, knobs)
+        list_at, number = virtual.to(tl.int64) * ROOM, listed.to(tl.int32)
+        for i in range(0, number, STEP):
+            j = i + tl.arange(0, STEP)
+            d = tl.load(lists.listed + list_at + j, mask=j < number, other=float("-inf")) - m
+            mass = masses(d)
+            b, hit = _bin_of(d, bracket, BINS)
+            tl.atomic_add(marks + MARKS + b, mass, mask=hit & (mass > 0), sem="relaxed")
+        tl.debug_barrier()
+        bracket = _store_bracket(marks, target, bracket, BINS)
+        if bracket.end < BINS:
+            filled = tl.full([], 0, tl.int32)
+            for i in range(0, number, STEP):
+                j = i + tl.arange(0, STEP)
+                s = tl.load(lists.listed + list_at + j, mask=j < number, other=float("-inf"))
+                ids = tl.load(lists.listed_ids + list_at + j, mask=j < number, other=0)
+                _, within = around(s - m, bracket, BINS)
+                place = list_at + filled + tl.cumsum(within.to(tl.int32), 0) - 1
+                filled += tl.sum(within.to(tl.int32), 0)
+                tl.store(lists.spare + place, s, mask=within)
+                tl.store(lists.spare_ids + place, ids, mask=within)
+            tl.store(marks + MARK_BRACKETED, filled.to(tl.int64))
 
 
 @triton.jit
@@ -239,10 +280,10 @@ def _places(q, ids, by_kappa):
 @triton.jit
 def narrow_kernel(
     rows, adaptors, parts, lists, weights,
-    STEP: tl.constexpr, BINS: tl.constexpr, ROOM: tl.constexpr,
-    SPLITS: tl.constexpr, BLOCKS: tl.constexpr,
+    STEP: tl.constexpr, BINS: tl.constexpr, ROOM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Narrows a bracket too large for a list: finer bins, or in the end the list."""
+    follow(PDL)
     virtual, part = tl.program_id(0), tl.program_id(1)
     marks = marks_of(lists, virtual)
     stage = tl.load(marks + MARK_STAGE).to(tl.int32)
@@ -251,9 +292,7 @@ def narrow_kernel(
     active |= (stage == BINNED) & (bracketed > ROOM) & (tl.load(marks + MARK_LISTED) > ROOM)
     if active:
         at, knobs = knobs_of(adaptors, virtual)
-        inverse, m, target, bracket = _nucleus_of(
-            parts, lists, weights, virtual, at, rows.v, knobs, SPLITS, BLOCKS
-        )
+        inverse, m, target, bracket = nucleus_of(lists, virtual, knobs)
         row = Row(row_at(rows, at), rows.v, inverse, m)
         low, high = tl.load(marks + MARK_LOW), tl.load(marks + MARK_HIGH)
         if stage == BINNED:  # about where the bin is; which tokens are in it, `around` says
@@ -269,6 +308,9 @@ def narrow_kernel(
             shift += 1
         in_mass, in_count = marks + MARKS + BINS, marks + MARKS + 2 * BINS
         list_at = virtual.to(tl.int64) * ROOM
+        under, over = high * 0, high * 0
+        run = tl.full([], -1, tl.int32)
+        total, number = tl.zeros([STEP], tl.int64), tl.zeros([STEP], tl.int32)
         for step in range(part, tl.cdiv(rows.v, STEP), tl.num_programs(1)):
             ids = step * STEP + tl.arange(0, STEP)
             s = load_scaled(row, ids)
@@ -285,14 +327,15 @@ def narrow_kernel(
                 push(spare, lists.spare_ids + list_at, marks + MARK_BRACKETED, s, ids, hit, ROOM)
             else:
                 b = tl.minimum(tl.maximum((high - place) >> shift, 0), BINS - 1).to(tl.int32)
-                b = tl.where(hit, b, 0)
-                _add_by_bin(in_mass, b, mass, hit, BINS)
-                _add_by_bin(in_count, b, hit.to(tl.int64), hit, BINS)
-                under = tl.max(tl.where(hit, high - place, 0), 0)
-                over = tl.max(tl.where(hit, place - low, 0), 0)
-                if tl.max(hit.to(tl.int32), 0) > 0:
-                    tl.atomic_max(marks + MARK_UNDER_HIGH, under, sem="relaxed")
-                    tl.atomic_max(marks + MARK_OVER_LOW, over, sem="relaxed")
+                run, total, number = _add_in_runs(
+                    in_mass, in_count, b, mass, hit, run, total, number, BINS, True
+                )
+                under = tl.maximum(under, tl.max(tl.where(hit, high - place, 0), 0))
+                over = tl.maximum(over, tl.max(tl.where(hit, place - low, 0), 0))
+        _flush(in_mass, in_count, run, total, number, True)
+        if under + over > 0:
+            tl.atomic_max(marks + MARK_UNDER_HIGH, under, sem="relaxed")
+            tl.atomic_max(marks + MARK_OVER_LOW, over, sem="relaxed")
         tl.debug_barrier()
         if tl.atomic_add(marks + MARK_NARROWED, 1, sem="acq_rel") == tl.num_programs(1) - 1:
             next_stage = tl.full([], 0, tl.int32) + BRACKET_LISTED

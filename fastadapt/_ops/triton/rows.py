@@ -2,6 +2,7 @@
 
 import triton
 import triton.language as tl
+from triton.language.extra import cuda
 
 from fastadapt._ops.triton.arithmetic import (
     ALMOST,
@@ -50,7 +51,6 @@ MARK_BINNED = tl.constexpr(1)  # programs that have put their tiles into bins
 MARK_SUMMED = tl.constexpr(2)  # programs that have summed their survivors
 MARK_STATE = tl.constexpr(3)
 MARK_ALL_MASS = tl.constexpr(4)
-MARK_SETTLED = tl.constexpr(5)  # whether the floor of its list is known before its bins
 MARK_STAGE = tl.constexpr(6)
 MARK_END = tl.constexpr(7)  # the bin in which its nucleus ends
 MARK_ABOVE = tl.constexpr(8)  # the mass above its bracket
@@ -62,6 +62,10 @@ MARK_UNDER_HIGH = tl.constexpr(13)  # how far some token is under the one and ov
 MARK_OVER_LOW = tl.constexpr(14)
 MARK_NARROWED = tl.constexpr(15)  # programs that have taken part in a round
 MARK_REACH = tl.constexpr(16)  # of its nucleus, float32 bits, 0 where it is not bounded yet
+MARK_SPLIT = tl.constexpr(17)  # whether its list is made anew after its bins
+MARK_TARGET = tl.constexpr(18)  # the mass up to which its nucleus takes tokens
+MARK_LARGEST = tl.constexpr(19)  # its largest scaled logit, and U / Z for typical: float32 bits
+MARK_CENTRE = tl.constexpr(20)
 MARKS = tl.constexpr(32)
 UNLISTED = tl.constexpr(1 << 40)  # tokens of a list that was not made
 
@@ -77,6 +81,14 @@ ONE_KAPPA = tl.constexpr(5)  # nothing to choose from: equally typical tokens st
 DECIDED = tl.constexpr(0)
 UNDECIDED = tl.constexpr(1)  # its list alone does not do
 UNSUMMED = tl.constexpr(2)  # its bounds is known, the masses of its survivors are not
+
+
+@triton.jit
+def follow(PDL: tl.constexpr):
+    """Waits for the kernel before this one, where it may begin earlier; so may the next one."""
+    if PDL:
+        cuda.gdc_wait()
+        cuda.gdc_launch_dependents()
 
 
 @triton.jit
@@ -253,6 +265,26 @@ def load_scaled(row, ids):
 
 
 @triton.jit
+def length_of(tokens):
+    """Returns how many tokens there are to look at."""
+    return tl.where(tokens.number >= 0, tokens.number, tokens.row.v)
+
+
+@triton.jit
+def load_tokens(tokens, block, BLOCK: tl.constexpr):
+    """Loads some tokens in turn: scaled logits, -inf past the end, and ids."""
+    j = block * BLOCK + tl.arange(0, BLOCK)
+    listed = tokens.number >= 0
+    of_row = j < tl.where(listed, 0, tokens.row.v)
+    x = tl.load(tokens.row.logits + j, mask=of_row, other=float("-inf"))
+    there = j < tokens.number
+    s = tl.load(tokens.list.s + j, mask=there, other=float("-inf"))
+    ids = tl.load(tokens.list.ids + j, mask=there, other=0)
+    s = tl.where(listed, s, x.to(tl.float32) * tokens.row.inverse)
+    return s, tl.where(listed, ids, j)
+
+
+@triton.jit
 def load_list(held, number, LIST: tl.constexpr):
     """Loads a list: scaled logits, -inf past its end, and ids."""
     at = tl.arange(0, LIST)
@@ -265,6 +297,18 @@ def load_list(held, number, LIST: tl.constexpr):
 def marks_of(lists, virtual):
     """Returns the address of the counters of a virtual row."""
     return lists.marks + virtual.to(tl.int64) * lists.step
+
+
+@triton.jit
+def push(s_out, ids_out, count, s, ids, good, ROOM: tl.constexpr):
+    """Appends tokens to a list as far as there is room, and counts all of them."""
+    many = tl.sum(good.to(tl.int32), 0)
+    if many > 0:
+        place = tl.cumsum(good.to(tl.int32), 0) - 1
+        place += tl.atomic_add(count, many.to(tl.int64), sem="relaxed")
+        good &= place < ROOM
+        tl.store(s_out + place, s, mask=good)
+        tl.store(ids_out + place, ids, mask=good)
 
 
 @triton.jit

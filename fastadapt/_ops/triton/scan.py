@@ -7,15 +7,28 @@ depends on it, only how soon. No program reads more of a row than its share.
 import triton
 import triton.language as tl
 
-from fastadapt._ops.triton.arithmetic import MIN_INT32, keys, log64, masses, surprisals, values
+from fastadapt._ops.triton.arithmetic import (
+    MIN_INT32,
+    exponentials,
+    keys,
+    log64,
+    masses,
+    surprisals,
+    values,
+)
 from fastadapt._ops.triton.bundles import Row, row_at
-from fastadapt._ops.triton.nucleus import UNIT, around, bracket_of, no_bracket, push
+from fastadapt._ops.triton.nucleus import UNIT, around, nucleus_of, reach_of, store_float
 from fastadapt._ops.triton.rows import (
-    BINNED,
+    EPSILON,
     ETA,
     KEEP,
     MARK_BRACKETED,
+    MARK_CENTRE,
+    MARK_LARGEST,
     MARK_LISTED,
+    MARK_REACH,
+    MARK_SPLIT,
+    MARK_TARGET,
     MAX_KEEP,
     MIN_P,
     TEMPERATURE,
@@ -25,6 +38,7 @@ from fastadapt._ops.triton.rows import (
     UNLISTED,
     cutoff_of,
     first_filter,
+    follow,
     has_one_filter,
     inverse_of,
     knobs_of,
@@ -32,25 +46,28 @@ from fastadapt._ops.triton.rows import (
     load_knob,
     load_scaled,
     marks_of,
+    mass_target,
     needs_masses,
     needs_surprisal,
+    push,
     sums_of,
 )
 
 FEW = tl.constexpr(8)  # groups of a tile that are read one by one
-AT_ONCE = tl.constexpr(4)
 
 
 @triton.jit
 def maxima_kernel(
     rows, adaptors, parts, lists,
     COLUMNS: tl.constexpr, GROUP: tl.constexpr, AHEAD: tl.constexpr, SUPERS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Finds the largest logit of groups, super-groups and tiles; zeroes the row's counters.
 
     A tile is GROUP times COLUMNS logits, a group one of its columns: loads are contiguous, and
     neighbours are of different groups and super-groups, where sorted vocabularies have their best.
     """
+    follow(PDL)
     at, tile = tl.program_id(0), tl.program_id(1)
     row = row_at(rows, at) + tile * (COLUMNS * GROUP)
     left = rows.v - tile * (COLUMNS * GROUP)
@@ -85,8 +102,10 @@ def weigh_kernel(
     ALWAYS: tl.constexpr, BASE: tl.constexpr, BASE_SURPRISAL: tl.constexpr, BLOCK: tl.constexpr,
     TOGETHER: tl.constexpr,  # blocks a program looks at at once
     SPLITS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Sums integer masses by block, for rows whose first filter needs them, or for all."""
+    follow(PDL)
     virtual, some = tl.program_id(0), tl.program_id(1)
     at, knobs = knobs_of(adaptors, virtual)
     first = first_filter(knobs)
@@ -124,6 +143,62 @@ def weigh_kernel(
 
 
 @triton.jit
+def sketch_kernel(
+    rows, adaptors, parts, lists, weights,
+    COLUMNS: tl.constexpr, GROUPS: tl.constexpr, ROOM: tl.constexpr,
+    SPLITS: tl.constexpr, BLOCKS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Says what a nucleus is; for top-p bounds how far down it reaches, by the best of groups.
+
+    That helps where few tokens have most of the mass: they become the row's list. Other rows have
+    none before their bins.
+    """
+    follow(PDL)
+    virtual = tl.program_id(0)
+    at, knobs = knobs_of(adaptors, virtual)
+    first = first_filter(knobs)
+    by_kappa = first == TYPICAL_P
+    if (load_knob(knobs, TEMPERATURE) > 0) & (by_kappa | (first == TOP_P)):
+        inverse = inverse_of(load_knob(knobs, TEMPERATURE))
+        m = largest_of(parts, at, SPLITS) * inverse + 0.0
+        z, u = sums_of(weights, virtual, BLOCKS)
+        z = tl.maximum(z, 1)
+        centre = (u.to(tl.float64) / z.to(tl.float64)).to(tl.float32)
+        centre = tl.where(by_kappa, centre, 0.0)
+        value = load_knob(knobs, first)
+        target = mass_target(value * z.to(tl.float64))
+        reach = reach_of(value, z, rows.v, centre, by_kappa)
+        marks = marks_of(lists, virtual)
+        if first == TOP_P:
+            number = parts.splits * COLUMNS
+            j = tl.arange(0, GROUPS)
+            groups = parts.groups + at.to(tl.int64) * number
+            d = tl.load(groups + j, mask=j < number, other=float("-inf")) * inverse - m
+            mass = exponentials(d)
+            wanted = target.to(tl.float32) * 1.0001
+            low, high = -reach, reach * 0.0
+            for _ in range(12):
+                middle = (low + high) * 0.5
+                enough = tl.sum(tl.where(d >= middle, mass, 0.0), 0) >= wanted
+                low = tl.where(enough, middle, low)
+                high = tl.where(enough, high, middle)
+            floor = tl.where(rows.v <= ROOM, float("-inf"), float("inf"))
+            if tl.sum(tl.where(d >= low, mass, 0.0), 0) >= wanted:
+                slack = 1e-4 + tl.abs(m) * 3e-7
+                reach = tl.minimum(reach, slack - low)
+                # of a group, mostly one or two tokens are as good as the largest of the last one
+                few = tl.sum((d >= low).to(tl.int32), 0) <= ROOM * 3 // 8
+                floor = tl.where(few, tl.minimum(floor, m + low - slack), floor)
+            tl.store(lists.floors + virtual, floor)
+            if floor == float("inf"):
+                tl.store(marks + MARK_LISTED, tl.full([], 0, tl.int64) + UNLISTED)
+        store_float(marks + MARK_REACH, reach)
+        store_float(marks + MARK_CENTRE, centre)
+        store_float(marks + MARK_LARGEST, m)
+        tl.store(marks + MARK_TARGET, target)
+
+
+@triton.jit
 def _kth_largest(supers, number, k, SUPERS: tl.constexpr):
     """Returns a logit that at least k tokens reach, and not many more, from super-groups."""
     j = tl.arange(0, SUPERS)
@@ -142,140 +217,181 @@ def _kth_largest(supers, number, k, SUPERS: tl.constexpr):
 
 
 @triton.jit
-def _floor(
-    parts, lists, weights, virtual, at, v, knobs, m, inverse,
-    tiling, sizes,
-):  # fmt: skip
-    """Returns the scaled logit from which tokens are listed, +inf if no filter needs a list."""
-    first = first_filter(knobs)
+def _top_k_floor(parts, at, v, knobs, inverse, tiling, sizes):
+    """Returns a scaled logit that as many tokens reach as top-k keeps."""
+    k = tl.maximum(load_knob(knobs, TOP_K), load_knob(knobs, KEEP))
+    k = tl.minimum(k, MAX_KEEP).to(tl.int32)
+    number = parts.splits * tiling.PER_TILE
+    supers = parts.supers + at.to(tl.int64) * number
+    floor = _kth_largest(supers, number, k, tiling.SUPERS) * inverse
+    return tl.where(v <= sizes.LIST, float("-inf"), floor)
+
+
+@triton.jit
+def _mass_floor(weights, virtual, v, knobs, first, m, sizes):
+    """Returns the scaled logit from which min-p, epsilon or eta keeps tokens, or one below."""
     value = load_knob(knobs, first)
-    slack = 1e-3 + tl.abs(m) * 3e-7
-    floor = m * 0.0 + float("inf")
-    if load_knob(knobs, TEMPERATURE) == 0:
-        floor = m
-    elif first == 0:
-        floor = m * 0.0 + float("inf")
-    elif v <= sizes.ROOM:
-        floor = m * 0.0 - float("inf")
-    elif first == TOP_K:
-        k = tl.minimum(tl.maximum(value, load_knob(knobs, KEEP)), MAX_KEEP).to(tl.int32)
-        number = parts.splits * tiling.PER_TILE
-        floor = (
-            _kth_largest(parts.supers + at.to(tl.int64) * number, number, k, tiling.SUPERS)
-            * inverse
-        )
-    elif (first == TOP_P) | (first == TYPICAL_P):
-        floor = tl.load(lists.floors + virtual)
-    elif first == MIN_P:
-        floor = m + log64(tl.maximum(value, 1e-30)).to(tl.float32) - slack
-    else:
+    share = tl.minimum(value, 1.0)
+    if first != MIN_P:
         z, u = sums_of(weights, virtual, sizes.BLOCKS)
         p = cutoff_of(first == ETA, value, tl.maximum(z, 1), u)
         # the most probable stay, however high the cutoff
         share = tl.minimum(p * z.to(tl.float64) / UNIT, 1.0)
-        floor = m + log64(tl.maximum(share, 1e-30)).to(tl.float32) - slack
-    return floor
+    floor = m + log64(tl.maximum(share, 1e-30)).to(tl.float32) - (1e-3 + tl.abs(m) * 3e-7)
+    return tl.where(v <= sizes.LIST, float("-inf"), floor)
 
 
 @triton.jit
-def _push_both(lists, virtual, marks, s, ids, floor, m, bracket, NUCLEUS: tl.constexpr, sizes):
-    """Lists the tokens from the floor up, and separately those of the bracket."""
-    good = (s >= floor) & (s > float("-inf"))
-    at = virtual.to(tl.int64) * sizes.ROOM
-    push(lists.listed + at, lists.listed_ids + at, marks + MARK_LISTED, s, ids, good, sizes.ROOM)
-    if NUCLEUS:
-        if bracket.stage == BINNED:
-            _, within = around(s - m, bracket, sizes.BINS)
-            count = marks + MARK_BRACKETED
-            push(lists.spare + at, lists.spare_ids + at, count, s, ids, within, sizes.ROOM)
+def _list_columns(lists, virtual, row, tile, hit, floor, tiling, sizes, AT_ONCE: tl.constexpr):
+    """Lists the tokens of some groups of a tile from the floor up, so many groups at a time."""
+    marks, list_at = marks_of(lists, virtual), virtual.to(tl.int64) * sizes.ROOM
+    c = tl.arange(0, tiling.COLUMNS)
+    turn = tl.cumsum(hit.to(tl.int32), 0) - 1
+    left = tl.sum(hit.to(tl.int32), 0)
+    for done in range(0, left, AT_ONCE):
+        wanted = done + tl.arange(0, AT_ONCE)
+        here = hit[None, :] & (turn[None, :] == wanted[:, None])
+        column = tl.sum(tl.where(here, c[None, :], 0), 1)
+        r = tl.arange(0, tiling.GROUP)[:, None]
+        ids = tile * (tiling.COLUMNS * tiling.GROUP) + column[None, :] + r * tiling.COLUMNS
+        there = tl.reshape((wanted < left)[None, :] & (r >= 0), (tiling.GROUP * AT_ONCE,))
+        ids = tl.reshape(ids, (tiling.GROUP * AT_ONCE,))
+        s = tl.where(there, load_scaled(row, ids), float("-inf"))
+        good = (s >= floor) & (s > float("-inf"))
+        listed, count = lists.listed + list_at, marks + MARK_LISTED
+        push(listed, lists.listed_ids + list_at, count, s, ids, good, sizes.ROOM)
 
 
 @triton.jit
-def _split_tile(
-    lists, weights, virtual, marks, row, tile, bracket,
-    TILE: tl.constexpr, STEP: tl.constexpr, sizes,
-):  # fmt: skip
-    """Lists the tokens of the bracket, and sums by block what is above it."""
-    at = virtual.to(tl.int64) * sizes.ROOM
-    for block in range(
-        tile * (TILE // sizes.BLOCK), tl.minimum((tile + 1) * (TILE // sizes.BLOCK), weights.blocks)
-    ):
-        mass = tl.full([], 0, tl.int64)
-        number = tl.full([], 0, tl.int32)
-        for i in range(0, sizes.BLOCK, STEP):
-            ids = block * sizes.BLOCK + i + tl.arange(0, STEP)
-            s = load_scaled(row, ids)
-            above, within = around(s - row.m, bracket, sizes.BINS)
-            mass += tl.sum(tl.where(above, masses(s - row.m), 0), 0)
-            number += tl.sum(above.to(tl.int32), 0)
-            count = marks + MARK_BRACKETED
-            push(lists.spare + at, lists.spare_ids + at, count, s, ids, within, sizes.ROOM)
-        out = virtual.to(tl.int64) * weights.blocks + block
-        tl.store(weights.kept_sums + out, mass)
-        tl.store(weights.finite + out, number)
+def _list_tile(lists, virtual, row, tile, floor, tiling, sizes):
+    """Lists the tokens of a tile from the floor up: a bit for each, then the ids of the bits."""
+    COLUMNS: tl.constexpr = tiling.COLUMNS
+    tl.static_assert(tiling.GROUP <= 32)
+    ids = tile * (COLUMNS * tiling.GROUP) + tl.arange(0, COLUMNS)
+    bits, number = tl.zeros([COLUMNS], tl.int32), tl.zeros([COLUMNS], tl.int32)
+    for r in range(0, tiling.GROUP, tiling.AHEAD):
+        for i in tl.static_range(tiling.AHEAD):
+            s = load_scaled(row, ids + (r + i) * COLUMNS)
+            good = ((s >= floor) & (s > float("-inf"))).to(tl.int32)
+            bits |= good << (r + i)
+            number += good
+    many = tl.sum(number, 0)
+    if many > 0:
+        list_at = virtual.to(tl.int64) * sizes.ROOM
+        count = marks_of(lists, virtual) + MARK_LISTED
+        place = tl.cumsum(number, 0) - number
+        place += tl.atomic_add(count, many.to(tl.int64), sem="relaxed").to(tl.int32)
+        while tl.max(number, 0) > 0:
+            lowest = bits & -bits
+            # a power of two has its exponent where a float32 has it; of bit 31 the sign is set
+            exponent = lowest.to(tl.float32).to(tl.int32, bitcast=True) >> 23
+            here = ids + tl.where(number > 0, (exponent & 255) - 127, 0) * COLUMNS
+            s = load_scaled(row, here)
+            there = (number > 0) & (place < sizes.ROOM)
+            tl.store(lists.listed + list_at + place, s, mask=there)
+            tl.store(lists.listed_ids + list_at + place, here, mask=there)
+            bits ^= lowest
+            place += 1
+            number -= 1
 
 
 @triton.jit
-def collect_kernel(
-    rows, adaptors, parts, lists, weights,
-    tiling, sizes,
-    NUCLEUS: tl.constexpr,  # whether a row may have a bracket
-):  # fmt: skip
-    """Lists the tokens from the floor up, from the groups that reach it or the whole tile."""
+def _hits(parts, at, tile, inverse, floor, tiling):
+    """Returns which groups of a tile reach a floor."""
+    groups = parts.groups + (at.to(tl.int64) * parts.splits + tile) * tiling.COLUMNS
+    largest = tl.load(groups + tl.arange(0, tiling.COLUMNS)) * inverse
+    return (largest >= floor) & (largest > float("-inf"))
+
+
+@triton.jit
+def collect_kernel(rows, adaptors, parts, lists, weights, tiling, sizes, PDL: tl.constexpr):
+    """Lists the largest tokens of rows that begin with top-k or are greedy, from few groups."""
+    follow(PDL)
     virtual, part = tl.program_id(0), tl.program_id(1)
     at, knobs = knobs_of(adaptors, virtual)
-    inverse = inverse_of(load_knob(knobs, TEMPERATURE))
-    m = largest_of(parts, at, sizes.SPLITS) * inverse + 0.0
-    floor = _floor(
-        parts, lists, weights, virtual, at, rows.v, knobs, m, inverse,
-        tiling, sizes,
-    )  # fmt: skip
-    bracket = no_bracket()
-    if NUCLEUS:
-        first_knob = first_filter(knobs)
-        if (first_knob == TOP_P) | (first_knob == TYPICAL_P):
-            bracket = bracket_of(
-                parts, lists, weights, virtual, at, rows.v, knobs, sizes.SPLITS, sizes.BLOCKS
-            )
-    row = Row(row_at(rows, at), rows.v, inverse, m)
-    marks = marks_of(lists, virtual)
-    COLUMNS: tl.constexpr = tiling.COLUMNS
-    GROUP: tl.constexpr = tiling.GROUP
-    STEP: tl.constexpr = tiling.STEP
-    c = tl.arange(0, COLUMNS)
-    alone = (bracket.stage == BINNED) & has_one_filter(knobs)
-    for tile in range(part, parts.splits, tl.num_programs(1)):
-        first = tile * (COLUMNS * GROUP)
-        groups = parts.groups + (at.to(tl.int64) * parts.splits + tile) * COLUMNS
-        largest = tl.load(groups + c) * inverse
-        hit = (largest >= floor) & (largest > float("-inf")) & (alone == 0)
-        left = tl.sum(hit.to(tl.int32), 0)
-        if NUCLEUS:
-            if alone:
-                _split_tile(
-                    lists, weights, virtual, marks, row, tile, bracket,
-                    COLUMNS * GROUP, STEP if STEP < sizes.BLOCK else sizes.BLOCK, sizes,
-                )  # fmt: skip
-        if left > FEW:
-            for i in range(0, COLUMNS * GROUP, STEP):
-                ids = first + i + tl.arange(0, STEP)
-                s = load_scaled(row, ids)
-                _push_both(lists, virtual, marks, s, ids, floor, m, bracket, NUCLEUS, sizes)
+    greedy = load_knob(knobs, TEMPERATURE) == 0
+    if (first_filter(knobs) == TOP_K) | greedy:
+        inverse = inverse_of(load_knob(knobs, TEMPERATURE))
+        m = largest_of(parts, at, sizes.SPLITS) * inverse + 0.0
+        floor = m
+        if greedy == 0:
+            floor = _top_k_floor(parts, at, rows.v, knobs, inverse, tiling, sizes)
+        row = Row(row_at(rows, at), rows.v, inverse, m)
+        for tile in range(part, parts.splits, tl.num_programs(1)):
+            hit = _hits(parts, at, tile, inverse, floor, tiling)
+            left = tl.sum(hit.to(tl.int32), 0)
+            if left > FEW:
+                _list_tile(lists, virtual, row, tile, floor, tiling, sizes)
+            elif left > 0:
+                _list_columns(lists, virtual, row, tile, hit, floor, tiling, sizes, FEW // 2)
+        if part == 0:
+            tl.store(lists.floors + virtual, floor)
+
+
+@triton.jit
+def list_kernel(rows, adaptors, parts, lists, weights, tiling, sizes, PDL: tl.constexpr):
+    """Lists the tokens from a floor up of rows whose first filter sets one by masses."""
+    follow(PDL)
+    virtual, tile = tl.program_id(0), tl.program_id(1)
+    at, knobs = knobs_of(adaptors, virtual)
+    first = first_filter(knobs)
+    asked = (first == TOP_P) | (first == MIN_P) | (first == EPSILON) | (first == ETA)
+    if asked & (load_knob(knobs, TEMPERATURE) > 0):
+        inverse = inverse_of(load_knob(knobs, TEMPERATURE))
+        m = largest_of(parts, at, sizes.SPLITS) * inverse + 0.0
+        if first == TOP_P:
+            floor = tl.load(lists.floors + virtual)
         else:
-            turn = tl.cumsum(hit.to(tl.int32), 0) - 1
-            done = 0
-            while done < left:
-                wanted = done + tl.arange(0, AT_ONCE)
-                here = hit[None, :] & (turn[None, :] == wanted[:, None])
-                column = tl.sum(tl.where(here, c[None, :], 0), 1)
-                r = tl.arange(0, GROUP)[:, None]
-                ids = tl.reshape(first + column[None, :] + r * COLUMNS, (GROUP * AT_ONCE,))
-                there = (wanted < left)[None, :] & (r >= 0)
-                there = tl.reshape(there, (GROUP * AT_ONCE,))
-                s = tl.where(there, load_scaled(row, ids), float("-inf"))
-                _push_both(lists, virtual, marks, s, ids, floor, m, bracket, NUCLEUS, sizes)
-                done += AT_ONCE
-    if part == 0:
-        tl.store(lists.floors + virtual, floor)
-        if alone:
+            floor = _mass_floor(weights, virtual, rows.v, knobs, first, m, sizes)
+        hit = _hits(parts, at, tile, inverse, floor, tiling)
+        left = tl.sum(hit.to(tl.int32), 0)
+        row = Row(row_at(rows, at), rows.v, inverse, m)
+        if left > FEW:
+            _list_tile(lists, virtual, row, tile, floor, tiling, sizes)
+        elif left > 0:
+            _list_columns(lists, virtual, row, tile, hit, floor, tiling, sizes, FEW // 2)
+        if (tile == 0) & (first != TOP_P):
+            tl.store(lists.floors + virtual, floor)
+
+
+@triton.jit
+def split_kernel(rows, adaptors, parts, lists, weights, tiling, sizes, PDL: tl.constexpr):
+    """Lists the bracket of a row with bins that has no list.
+
+    With it, the tokens from the floor up or, where one filter is all, the masses of what is above
+    the bracket by blocks.
+    """
+    follow(PDL)
+    virtual, part = tl.program_id(0), tl.program_id(1)
+    marks = marks_of(lists, virtual)
+    if tl.load(marks + MARK_SPLIT) == 1:
+        at, knobs = knobs_of(adaptors, virtual)
+        inverse, m, target, bracket = nucleus_of(lists, virtual, knobs)
+        row = Row(row_at(rows, at), rows.v, inverse, m)
+        floor = tl.load(lists.floors + virtual)
+        alone = has_one_filter(knobs)
+        list_at = virtual.to(tl.int64) * sizes.ROOM
+        BY_TILE: tl.constexpr = tiling.COLUMNS * tiling.GROUP // sizes.BLOCK
+        for block in range(part, weights.blocks, tl.num_programs(1)):
+            mass = tl.full([], 0, tl.int64)
+            number = tl.full([], 0, tl.int32)
+            hit = _hits(parts, at, block // BY_TILE, inverse, floor, tiling)
+            if tl.max(hit.to(tl.int32), 0) > 0:
+                ids = block * sizes.BLOCK + tl.arange(0, sizes.BLOCK)
+                s = load_scaled(row, ids)
+                above, within = around(s - m, bracket, sizes.BINS)
+                spare, count = lists.spare + list_at, marks + MARK_BRACKETED
+                push(spare, lists.spare_ids + list_at, count, s, ids, within, sizes.ROOM)
+                if alone:
+                    mass = tl.sum(tl.where(above, masses(s - m), 0), 0)
+                    number = tl.sum(above.to(tl.int32), 0)
+                else:
+                    good = (s >= floor) & (s > float("-inf"))
+                    listed, count = lists.listed + list_at, marks + MARK_LISTED
+                    push(listed, lists.listed_ids + list_at, count, s, ids, good, sizes.ROOM)
+            if alone:
+                out = virtual.to(tl.int64) * weights.blocks + block
+                tl.store(weights.kept_sums + out, mass)
+                tl.store(weights.finite + out, number)
+        if (part == 0) & alone:
             tl.atomic_add(marks + MARK_LISTED, tl.full([], 0, tl.int64) + UNLISTED, sem="relaxed")

@@ -1,5 +1,8 @@
 """Finds the cut of a row: the last token, by rank, with less than a target before it.
 
+A program holds a list of at most so many tokens; of longer ones, or of a row, it looks at some at a
+time.
+
 What comes before a token is the weight, a count or a mass, of the survivors of higher rank. Ranks
 are unique integers, so a cut is one, and ties are part of it.
 """
@@ -18,7 +21,29 @@ from fastadapt._ops.triton.arithmetic import (
     ranks,
     values,
 )
-from fastadapt._ops.triton.rows import load_list, load_scaled, survives, typicality
+from fastadapt._ops.triton.bundles import Found, Held, List, Tokens
+from fastadapt._ops.triton.nucleus import ID_BITS
+from fastadapt._ops.triton.rows import (
+    BINNED,
+    BRACKET_LISTED,
+    KEEP,
+    MARK_ABOVE,
+    MARK_BRACKETED,
+    MARK_LISTED,
+    MARK_LOW,
+    MARK_STAGE,
+    MARK_WITHIN,
+    ONE_KAPPA,
+    UNLISTED,
+    length_of,
+    load_knob,
+    load_list,
+    load_scaled,
+    load_tokens,
+    marks_of,
+    survives,
+    typicality,
+)
 
 SLACK = tl.constexpr(1e-3)  # of masses told from counts, over 1e-4 that rounding takes
 
@@ -123,15 +148,16 @@ def _tied_cut(row, bounds, by_kappa, key, wanted, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def cut_of_row(
-    row, bounds, by_kappa, by_mass, target, spare,
+def cut_among(
+    tokens, bounds, by_kappa, by_mass, target, spare,
     BLOCK: tl.constexpr, LIST: tl.constexpr, BINS: tl.constexpr,
 ):  # fmt: skip
-    """Finds the cut of a row without a list: counts by bin bracket it, exact sums decide it.
+    """Finds the cut among tokens that no program holds: counts by bin bracket it, sums decide it.
 
     Two passes part all from the few thousand tokens around it, unless many are almost equal; the
     tokens that are left are looked at together. All of one key are cut by id.
     """
+    row, blocks = tokens.row, tl.cdiv(length_of(tokens), BLOCK)
     above = tl.full([], 0, tl.int64)
     best_key = tl.full([], 2**31 - 1, tl.int32)
     worst_key = tl.full([], MIN_INT32, tl.int32)
@@ -143,9 +169,8 @@ def cut_of_row(
         span = q_high - q_low
         linear = first | ((span > 1e-30) & (span < 1e30))
         histogram = tl.zeros([2 * BINS], tl.int32)
-        for block in range(tl.cdiv(row.v, BLOCK)):
-            ids = block * BLOCK + tl.arange(0, BLOCK)
-            s = load_scaled(row, ids)
+        for block in range(blocks):
+            s, ids = load_tokens(tokens, block, BLOCK)
             alive, key, _, q, _ = look(s, ids, row.m, bounds, by_kappa, by_mass)
             alive &= (key >= worst_key) & (key <= best_key)
             b = _bin_of(key, q, best_key, worst_key, q_high, q_low, linear, BINS)
@@ -159,9 +184,8 @@ def cut_of_row(
         while (end > begin) & (_number_in(number, begin, end, BINS) > LIST):
             middle = (begin + end + 1) // 2
             best = tl.zeros([BLOCK], tl.int64)
-            for block in range(tl.cdiv(row.v, BLOCK)):
-                ids = block * BLOCK + tl.arange(0, BLOCK)
-                s = load_scaled(row, ids)
+            for block in range(blocks):
+                s, ids = load_tokens(tokens, block, BLOCK)
                 alive, key, _, q, weight = look(s, ids, row.m, bounds, by_kappa, by_mass)
                 alive &= (key >= worst_key) & (key <= best_key)
                 b = _bin_of(key, q, best_key, worst_key, q_high, q_low, linear, BINS)
@@ -174,9 +198,8 @@ def cut_of_row(
         least_key = tl.full([BLOCK], 2**31 - 1, tl.int32)
         filled = tl.full([], 0, tl.int32)
         tl.debug_barrier()  # the spare list may still be read
-        for block in range(tl.cdiv(row.v, BLOCK)):
-            ids = block * BLOCK + tl.arange(0, BLOCK)
-            s = load_scaled(row, ids)
+        for block in range(blocks):
+            s, ids = load_tokens(tokens, block, BLOCK)
             alive, key, _, q, weight = look(s, ids, row.m, bounds, by_kappa, by_mass)
             alive &= (key >= worst_key) & (key <= best_key)
             b = _bin_of(key, q, best_key, worst_key, q_high, q_low, linear, BINS)
@@ -209,3 +232,139 @@ def cut_of_row(
         wanted = tl.where(by_mass & by_kappa, 1, wanted)
         cut = _tied_cut(row, bounds, by_kappa, best_key, wanted, BLOCK)
     return cut
+
+
+@triton.jit
+def held_of(lists, virtual, knobs, sizes):
+    """Chooses the list of a virtual row to work on, and says whether it fits one program.
+
+    The list from its floor up, or where a program cannot hold that, the list of its bracket, which
+    decides its first filter.
+    """
+    marks = marks_of(lists, virtual)
+    listed = tl.minimum(tl.load(marks + MARK_LISTED), 2**31 - 1).to(tl.int32)
+    stage = tl.load(marks + MARK_STAGE).to(tl.int32)
+    bracketed = tl.minimum(tl.load(marks + MARK_BRACKETED), 2**31 - 1).to(tl.int32)
+    one = stage == ONE_KAPPA
+    bracketed = tl.where(one, 0, bracketed)
+    few = ((stage == BINNED) & (bracketed <= sizes.ROOM)) | (stage == BRACKET_LISTED) | one
+    # a minimum of tokens takes a cut of its own, which needs more than the bracket
+    partial = few & (bracketed <= sizes.LIST) & (load_knob(knobs, KEEP) <= 1)
+    partial &= listed > sizes.LIST
+    key = (tl.load(marks + MARK_LOW) >> ID_BITS).to(tl.int32)
+    return Held(
+        tl.where(partial, bracketed, listed),
+        partial,
+        tl.where(listed <= sizes.ROOM, listed, -1),
+        partial & (tl.load(marks + MARK_LISTED) >= UNLISTED) & (stage == BINNED),
+        tl.load(marks + MARK_ABOVE),
+        tl.load(marks + MARK_WITHIN),
+        one,
+        ranks(key, key * 0),
+    )
+
+
+@triton.jit
+def load_held(held, listed, spare, sizes):
+    """Loads the chosen list: scaled logits and ids."""
+    s, ids = load_list(listed, tl.where(held.partial, 0, held.number), sizes.LIST)
+    if held.partial:
+        s, ids = load_list(spare, held.number, sizes.LIST)
+    return s, ids
+
+
+@triton.jit
+def found_of(lists, virtual, held, sizes):
+    """Loads the list of a virtual row, with the address of a spare one."""
+    at = virtual.to(tl.int64) * sizes.ROOM
+    listed = List(lists.listed + at, lists.listed_ids + at)
+    spare = List(lists.spare + at, lists.spare_ids + at)
+    floor = tl.load(lists.floors + virtual)
+    s, ids = floor, held.number
+    if sizes.ALONE:
+        s = tl.full([sizes.LIST], float("-inf"), tl.float32)
+        ids = tl.zeros([sizes.LIST], tl.int32)
+        if held.number > 0:
+            s, ids = load_held(held, listed, spare, sizes)
+            there = tl.arange(0, sizes.LIST) < held.number
+            rank = tl.sort(tl.where(there, ranks(keys(s), ids), ANY_RANK), descending=True)
+            s = tl.where(there, values((rank >> 32).to(tl.int32)), float("-inf"))
+            ids = tl.where(there, LAST_ID - (rank & 0xFFFFFFFF).to(tl.int32), 0)
+    return Found(held, floor, s, ids, listed, spare)
+
+
+@triton.jit
+def tokens_of(found, sizes):
+    """Returns scaled logits and ids of a list; an unsorted one is loaded anew for each use."""
+    s, ids = found.s, found.ids
+    if sizes.ALONE == 0:  # else the kernel would hold more than it has registers for
+        s, ids = load_held(found.held, found.listed, found.spare, sizes)
+    return s, ids
+
+
+@triton.jit
+def is_held(held, sizes):
+    """Whether a program holds the whole list."""
+    return (held.number <= sizes.LIST) & (held.partial == 0)
+
+
+@triton.jit
+def _near(q, found, row, bounds, by_kappa, whole):
+    """Whether all tokens that are as good as these are in the list.
+
+    As typical as the floor, below the centre, may also be others.
+    """
+    edge = found.floor - row.m + bounds.centre
+    limit = tl.where(edge < 0.0, keys(edge), 2**31 - 1)
+    return keys(q) > tl.where(whole | (by_kappa == 0), MIN_INT32, limit)
+
+
+@triton.jit
+def _listed_weight(tokens, bounds, by_kappa, by_mass, found, BLOCK: tl.constexpr):
+    """Sums the weights of the survivors that outrank all that is not listed."""
+    total = tl.full([], 0, tl.int64)
+    for block in range(tl.cdiv(tokens.number, BLOCK)):
+        s, ids = load_tokens(tokens, block, BLOCK)
+        _, _, _, q, weight = look(s, ids, tokens.row.m, bounds, by_kappa, by_mass)
+        near = _near(q, found, tokens.row, bounds, by_kappa, total < 0)
+        total += tl.sum(tl.where(near, weight, 0), 0)
+    return total
+
+
+@triton.jit
+def cut_of(row, bounds, by_kappa, by_mass, target, found, inside, partial, sizes):
+    """Finds a cut in a list, and says whether the list was enough to decide it."""
+    cut = tl.full([], 0, tl.int64)
+    above = tl.where(partial, found.held.above, 0)
+    usable = is_held(found.held, sizes) | partial
+    if usable:
+        s, ids = tokens_of(found, sizes)
+        alive, _, rank, q, weight = look(s, ids, row.m, bounds, by_kappa, by_mass)
+        near = _near(q, found, row, bounds, by_kappa, inside | partial)
+        alive &= near
+        weight = tl.where(near, weight, 0)
+        usable = inside | partial | (tl.sum(weight, 0) >= target)
+        if usable:
+            if sizes.ALONE:
+                if by_kappa:
+                    cut = last_before(rank, weight, alive, above, target)
+                else:
+                    cut = first_ranks(rank, weight, alive, above, target)
+            else:
+                cut = last_before(rank, weight, alive, above, target)
+            cut = tl.where(partial & found.held.one, found.held.rank, cut)
+    lost = usable == 0
+    enough = usable & (found.held.whole >= 0)
+    if sizes.ALONE == 0:
+        if lost:
+            tokens = Tokens(row, found.listed, found.held.whole)
+            enough = (found.held.whole >= 0) & (is_held(found.held, sizes) == 0)
+            if enough & (inside == 0):
+                reached = _listed_weight(tokens, bounds, by_kappa, by_mass, found, sizes.BLOCK)
+                enough = reached >= target
+            tokens = Tokens(row, found.listed, tl.where(enough, found.held.whole, -1))
+            cut = cut_among(
+                tokens, bounds, by_kappa, by_mass, target, found.spare,
+                sizes.BLOCK, sizes.LIST, sizes.BINS,
+            )  # fmt: skip
+    return cut, enough, lost

@@ -8,12 +8,13 @@ import triton.language as tl
 
 from fastadapt._ops.triton.arithmetic import exp64, exponentials, log64, log_mass, masses
 from fastadapt._ops.triton.bundles import OTHERS_MAX, OTHERS_SUM, Row, row_at
-from fastadapt._ops.triton.decide import decide, found_of, held_of
+from fastadapt._ops.triton.decide import decide
 from fastadapt._ops.triton.rows import (
     BOUNDS_SIZE,
     BOUNDS_STATUS,
     OK,
     TEMPERATURE,
+    follow,
     inverse_of,
     knobs_of,
     largest_of,
@@ -23,11 +24,15 @@ from fastadapt._ops.triton.rows import (
     store_bounds,
     survives,
 )
+from fastadapt._ops.triton.select import found_of, held_of
 
 
 @triton.jit
-def bounds_kernel(rows, adaptors, parts, lists, weights, all_bounds, asked, sizes):
+def bounds_kernel(
+    rows, adaptors, parts, lists, weights, all_bounds, asked, sizes, PDL: tl.constexpr
+):
     """Stores the bounds of a row, (rows, BOUNDS_SIZE) int64."""
+    follow(PDL)
     at = tl.program_id(0)
     _, knobs = knobs_of(adaptors, at)
     found = found_of(lists, at, held_of(lists, at, knobs, sizes), sizes)
@@ -36,8 +41,11 @@ def bounds_kernel(rows, adaptors, parts, lists, weights, all_bounds, asked, size
 
 
 @triton.jit
-def score_kernel(rows, adaptors, parts, lists, weights, labels, out, asked, sizes):
+def score_kernel(
+    rows, adaptors, parts, lists, weights, labels, out, asked, sizes, PDL: tl.constexpr
+):
     """Decides a row and scores a token, the first program also under the base distribution."""
+    follow(PDL)
     virtual = tl.program_id(0)
     at = virtual // adaptors.number
     _, knobs = knobs_of(adaptors, virtual)
@@ -102,9 +110,11 @@ def _fitted(s, m, inverse, TYPE: tl.constexpr):
 
 @triton.jit
 def filter_kernel(
-    rows, adaptors, parts, all_bounds, out, BLOCK: tl.constexpr, SPLITS: tl.constexpr
-):
+    rows, adaptors, parts, all_bounds, out, BLOCK: tl.constexpr, SPLITS: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
     """Writes scaled survivors and -inf for the rest; a bad row is copied."""
+    follow(PDL)
     at, block = tl.program_id(0), tl.program_id(1)
     all_bounds += at.to(tl.int64) * BOUNDS_SIZE
     inverse = inverse_of(_temperature(adaptors, at))
@@ -130,8 +140,10 @@ def _has_log_odds(labels, token, temperature, status, v):
 def support_kernel(
     rows, adaptors, parts, all_bounds, labels, kept,
     DOUBLE: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Writes one bit per token, and per block the largest scaled logit of the other survivors."""
+    follow(PDL)
     at, block = tl.program_id(0), tl.program_id(1)
     all_bounds += at.to(tl.int64) * BOUNDS_SIZE
     token, temperature = tl.load(labels.ids + at), _temperature(adaptors, at)
@@ -168,8 +180,10 @@ def _others(support, ids, v, token):
 def log_odds_kernel(
     rows, adaptors, all_bounds, labels, kept, log_odds, stats,
     DOUBLE: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Computes a row's log-odds, and the maximum and mass of the other survivors."""
+    follow(PDL)
     at = tl.program_id(0)
     token, temperature = tl.load(labels.ids + at), _temperature(adaptors, at)
     status = tl.load(all_bounds + at.to(tl.int64) * BOUNDS_SIZE + BOUNDS_STATUS)
@@ -211,8 +225,10 @@ def log_odds_kernel(
 def log_odds_backward_kernel(
     dlog_odds, rows, adaptors, labels, support, stats, out,
     DOUBLE: tl.constexpr, BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Computes dL/dlogits = dL/dm / T (onehot(y) - q), q over the other survivors."""
+    follow(PDL)
     at, block = tl.program_id(0), tl.program_id(1)
     token, temperature = tl.load(labels.ids + at), _temperature(adaptors, at)
     m, total = tl.load(stats + 2 * at + OTHERS_MAX), tl.load(stats + 2 * at + OTHERS_SUM)
