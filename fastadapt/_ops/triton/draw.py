@@ -257,30 +257,37 @@ def sum_kernel(
 
 
 @triton.jit
-def top_kernel(
-    rows, parts, drawn, number, lists, token_ranks,
-    BLOCK: tl.constexpr, ROOM: tl.constexpr, LIST: tl.constexpr, BINS: tl.constexpr,
-    SPLITS: tl.constexpr,
-    PDL: tl.constexpr,
-):  # fmt: skip
+def top_kernel(rows, parts, drawn, number, lists, token_ranks, sizes, PDL: tl.constexpr):
     """A cut by count, and a pass that collects what is above it in the spare list, in no order."""
     follow(PDL)
     at = tl.program_id(0)
-    spare = List(lists.spare + at.to(tl.int64) * ROOM, lists.spare_ids + at.to(tl.int64) * ROOM)
+    spare = List(
+        lists.spare + at.to(tl.int64) * sizes.ROOM, lists.spare_ids + at.to(tl.int64) * sizes.ROOM
+    )
     token = tl.load(drawn.tokens + at)
-    above = tl.zeros([BLOCK], tl.int32)
+    above = tl.zeros([sizes.BLOCK], tl.int32)
     if tl.load(drawn.status + at) == OK:
         one = tl.full([], 1.0, tl.float32)
-        row = Row(row_at(rows, at), rows.v, one, largest_of(parts, at, SPLITS))
+        row = Row(row_at(rows, at), rows.v, one, largest_of(parts, at, sizes.SPLITS))
         no = token < 0
         wanted = tl.full([], 0, tl.int64) + number
         tokens = Tokens(row, spare, tl.full([], -1, tl.int32))
-        cut = cut_among(tokens, bounds_from(ANY_RANK), no, no, wanted, spare, BLOCK, LIST, BINS)
+        cut = cut_among(
+            tokens,
+            bounds_from(ANY_RANK),
+            no,
+            no,
+            wanted,
+            spare,
+            sizes.BLOCK,
+            sizes.LIST,
+            sizes.BINS,
+        )
         own = ranks(keys(tl.load(row.logits + token).to(tl.float32)), token.to(tl.int32))
         tl.debug_barrier()  # the spare list may still be read
         filled = tl.full([], 0, tl.int32)
-        for block in range(tl.cdiv(rows.v, BLOCK)):
-            ids = block * BLOCK + tl.arange(0, BLOCK)
+        for block in range(tl.cdiv(rows.v, sizes.BLOCK)):
+            ids = block * sizes.BLOCK + tl.arange(0, sizes.BLOCK)
             rank = ranks(keys(load_scaled(row, ids)), ids)
             above += ((rank >= own) & (ids < rows.v)).to(tl.int32)
             hit = (rank >= cut) & (ids < rows.v)
@@ -294,9 +301,7 @@ def top_kernel(
 def sort_kernel(
     rows, parts, weights, drawn, number, lists,
     top_ids,  # (rows, number)
-    top_logprobs,
-    ROOM: tl.constexpr, SPLITS: tl.constexpr, BLOCKS: tl.constexpr, TOP: tl.constexpr,
-    PDL: tl.constexpr,
+    top_logprobs, sizes, TOP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Puts them in the order of their ranks, and scores them."""
     follow(PDL)
@@ -306,14 +311,14 @@ def sort_kernel(
     there = place < number
     out = at.to(tl.int64) * number + place
     if tl.load(drawn.status + at) == OK:
-        m = largest_of(parts, at, SPLITS)
-        collected = lists.spare_ids + at.to(tl.int64) * ROOM + place
+        m = largest_of(parts, at, sizes.SPLITS)
+        collected = lists.spare_ids + at.to(tl.int64) * sizes.ROOM + place
         collected = tl.load(collected, mask=there, other=0)
         x = tl.load(row + collected, mask=there, other=float("-inf")).to(tl.float32)
         rank = tl.sort(tl.where(there, ranks(keys(x), collected), ANY_RANK), descending=True)
         ids = LAST_ID - (rank & 0xFFFFFFFF)
         x = tl.load(row + ids, mask=there, other=float("-inf")).to(tl.float32)
-        j = tl.arange(0, BLOCKS)
+        j = tl.arange(0, sizes.BLOCKS)
         base = weights.base_sums + at.to(tl.int64) * weights.blocks + j
         log_z = log_mass(tl.sum(tl.load(base, mask=j < weights.blocks, other=0), 0))
         value = (x.to(tl.float64) - m.to(tl.float64) - log_z).to(tl.float32)

@@ -87,7 +87,6 @@ def _top(scanned: Scan, sizes: Sizes, drawn: Drawn, out: list[Tensor]) -> None:
     """Finds the most probable tokens and the rank of the drawn one."""
     rows, parts, lists = scanned.rows, scanned.parts, scanned.lists
     n, number = out[0].shape
-    shared = {"ROOM": sizes.ROOM.value, "SPLITS": sizes.SPLITS.value}
     draw.top_kernel[(n,)](
         rows,
         parts,
@@ -95,10 +94,7 @@ def _top(scanned: Scan, sizes: Sizes, drawn: Drawn, out: list[Tensor]) -> None:
         number,
         lists,
         out[2],
-        BLOCK=sizes.BLOCK.value,
-        LIST=sizes.LIST.value,
-        BINS=sizes.BINS.value,
-        **shared,
+        sizes=sizes,
         **options_of(out[0].device, 4, MOST_REGISTERS),
     )
     draw.sort_kernel[(n,)](
@@ -109,9 +105,8 @@ def _top(scanned: Scan, sizes: Sizes, drawn: Drawn, out: list[Tensor]) -> None:
         number,
         lists,
         *out[:2],
-        BLOCKS=sizes.BLOCKS.value,
+        sizes=sizes,
         TOP=up(max(number, 2)),  # Triton 3.4 does not sort one entry
-        **shared,
         **options_of(out[0].device, 4),
     )
 

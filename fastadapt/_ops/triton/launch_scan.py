@@ -312,7 +312,7 @@ def scan_rows(
             **options_of(device, 4, MOST_REGISTERS),
         )
         scan.split_kernel[(virtual, few)](
-            *scanned, tiling=sizes.tiling, sizes=sizes.long, **options_of(device, 4)
+            *scanned, tiling=sizes.tiling, sizes=sizes.long, **options_of(device, 1)
         )
         for _ in range(plan.rounds):
             nucleus.narrow_kernel[(virtual, few)](

@@ -312,6 +312,29 @@ def push(s_out, ids_out, count, s, ids, good, ROOM: tl.constexpr):
 
 
 @triton.jit
+def append(
+    s_out, ids_out, count, row, ids, bits, number, COLUMNS: tl.constexpr, ROOM: tl.constexpr
+):
+    """Appends the tokens of a tile that have a bit, one for each logit of a group, to a list."""
+    many = tl.sum(number, 0)
+    if many > 0:
+        place = tl.cumsum(number, 0) - number
+        place += tl.atomic_add(count, many.to(tl.int64), sem="relaxed").to(tl.int32)
+        while tl.max(number, 0) > 0:
+            lowest = bits & -bits
+            # a power of two has its exponent where a float32 has it; of bit 31 the sign is set
+            exponent = lowest.to(tl.float32).to(tl.int32, bitcast=True) >> 23
+            here = ids + tl.where(number > 0, (exponent & 255) - 127, 0) * COLUMNS
+            s = load_scaled(row, here)
+            there = (number > 0) & (place < ROOM)
+            tl.store(s_out + place, s, mask=there)
+            tl.store(ids_out + place, here, mask=there)
+            bits ^= lowest
+            place += 1
+            number -= 1
+
+
+@triton.jit
 def sums_of(weights, virtual, BLOCKS: tl.constexpr):
     """Returns mass and, if a filter needs it, surprisal mass of a weighed row."""
     j = tl.arange(0, BLOCKS)

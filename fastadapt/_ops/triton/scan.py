@@ -36,6 +36,7 @@ from fastadapt._ops.triton.rows import (
     TOP_P,
     TYPICAL_P,
     UNLISTED,
+    append,
     cutoff_of,
     first_filter,
     follow,
@@ -264,7 +265,7 @@ def _list_columns(lists, virtual, row, tile, hit, floor, tiling, sizes, AT_ONCE:
 
 @triton.jit
 def _list_tile(lists, virtual, row, tile, floor, tiling, sizes):
-    """Lists the tokens of a tile from the floor up: a bit for each, then the ids of the bits."""
+    """Lists the tokens of a tile from the floor up."""
     COLUMNS: tl.constexpr = tiling.COLUMNS
     tl.static_assert(tiling.GROUP <= 32)
     ids = tile * (COLUMNS * tiling.GROUP) + tl.arange(0, COLUMNS)
@@ -275,24 +276,9 @@ def _list_tile(lists, virtual, row, tile, floor, tiling, sizes):
             good = ((s >= floor) & (s > float("-inf"))).to(tl.int32)
             bits |= good << (r + i)
             number += good
-    many = tl.sum(number, 0)
-    if many > 0:
-        list_at = virtual.to(tl.int64) * sizes.ROOM
-        count = marks_of(lists, virtual) + MARK_LISTED
-        place = tl.cumsum(number, 0) - number
-        place += tl.atomic_add(count, many.to(tl.int64), sem="relaxed").to(tl.int32)
-        while tl.max(number, 0) > 0:
-            lowest = bits & -bits
-            # a power of two has its exponent where a float32 has it; of bit 31 the sign is set
-            exponent = lowest.to(tl.float32).to(tl.int32, bitcast=True) >> 23
-            here = ids + tl.where(number > 0, (exponent & 255) - 127, 0) * COLUMNS
-            s = load_scaled(row, here)
-            there = (number > 0) & (place < sizes.ROOM)
-            tl.store(lists.listed + list_at + place, s, mask=there)
-            tl.store(lists.listed_ids + list_at + place, here, mask=there)
-            bits ^= lowest
-            place += 1
-            number -= 1
+    list_at = virtual.to(tl.int64) * sizes.ROOM
+    listed, count = lists.listed + list_at, marks_of(lists, virtual) + MARK_LISTED
+    append(listed, lists.listed_ids + list_at, count, row, ids, bits, number, COLUMNS, sizes.ROOM)
 
 
 @triton.jit
@@ -371,27 +357,39 @@ def split_kernel(rows, adaptors, parts, lists, weights, tiling, sizes, PDL: tl.c
         floor = tl.load(lists.floors + virtual)
         alone = has_one_filter(knobs)
         list_at = virtual.to(tl.int64) * sizes.ROOM
-        BY_TILE: tl.constexpr = tiling.COLUMNS * tiling.GROUP // sizes.BLOCK
-        for block in range(part, weights.blocks, tl.num_programs(1)):
-            mass = tl.full([], 0, tl.int64)
-            number = tl.full([], 0, tl.int32)
-            hit = _hits(parts, at, block // BY_TILE, inverse, floor, tiling)
-            if tl.max(hit.to(tl.int32), 0) > 0:
-                ids = block * sizes.BLOCK + tl.arange(0, sizes.BLOCK)
-                s = load_scaled(row, ids)
-                above, within = around(s - m, bracket, sizes.BINS)
-                spare, count = lists.spare + list_at, marks + MARK_BRACKETED
-                push(spare, lists.spare_ids + list_at, count, s, ids, within, sizes.ROOM)
-                if alone:
-                    mass = tl.sum(tl.where(above, masses(s - m), 0), 0)
-                    number = tl.sum(above.to(tl.int32), 0)
-                else:
-                    good = (s >= floor) & (s > float("-inf"))
-                    listed, count = lists.listed + list_at, marks + MARK_LISTED
-                    push(listed, lists.listed_ids + list_at, count, s, ids, good, sizes.ROOM)
-            if alone:
-                out = virtual.to(tl.int64) * weights.blocks + block
-                tl.store(weights.kept_sums + out, mass)
-                tl.store(weights.finite + out, number)
+        COLUMNS: tl.constexpr = tiling.COLUMNS
+        BY_BLOCK: tl.constexpr = sizes.BLOCK // tiling.COLUMNS  # logits of a group
+        for tile in range(part, parts.splits, tl.num_programs(1)):
+            ids = tile * (COLUMNS * tiling.GROUP) + tl.arange(0, COLUMNS)
+            bits, number = tl.zeros([COLUMNS], tl.int32), tl.zeros([COLUMNS], tl.int32)
+            all_bits, all_number = bits, number
+            hit = _hits(parts, at, tile, inverse, floor, tiling)
+            reached = tl.max(hit.to(tl.int32), 0) > 0
+            for r in range(0, tiling.GROUP, BY_BLOCK):
+                mass, better = tl.zeros([COLUMNS], tl.int64), tl.zeros([COLUMNS], tl.int32)
+                if reached:
+                    for i in tl.static_range(BY_BLOCK):
+                        s = load_scaled(row, ids + (r + i) * COLUMNS)
+                        above, within = around(s - m, bracket, sizes.BINS)
+                        bits |= within.to(tl.int32) << (r + i)
+                        number += within.to(tl.int32)
+                        if alone:
+                            mass += tl.where(above, masses(s - m), 0)
+                            better += above.to(tl.int32)
+                        else:
+                            good = ((s >= floor) & (s > float("-inf"))).to(tl.int32)
+                            all_bits |= good << (r + i)
+                            all_number += good
+                block = tile * (tiling.GROUP // BY_BLOCK) + r // BY_BLOCK
+                if alone & (block < weights.blocks):
+                    out = virtual.to(tl.int64) * weights.blocks + block
+                    tl.store(weights.kept_sums + out, tl.sum(mass, 0))
+                    tl.store(weights.finite + out, tl.sum(better, 0))
+            spare, spare_ids = lists.spare + list_at, lists.spare_ids + list_at
+            count = marks + MARK_BRACKETED
+            append(spare, spare_ids, count, row, ids, bits, number, COLUMNS, sizes.ROOM)
+            listed, listed_ids = lists.listed + list_at, lists.listed_ids + list_at
+            count = marks + MARK_LISTED
+            append(listed, listed_ids, count, row, ids, all_bits, all_number, COLUMNS, sizes.ROOM)
         if (part == 0) & alone:
             tl.atomic_add(marks + MARK_LISTED, tl.full([], 0, tl.int64) + UNLISTED, sem="relaxed")
