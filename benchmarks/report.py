@@ -21,7 +21,14 @@ from typing import Any
 import jinja2
 
 import figure
-from limits import GPU_CELL, GPU_LOSS_PEERS, LIMITS, geometric_mean, memory_shares
+from limits import (
+    GPU_CELL,
+    GPU_LOSS_PEERS,
+    LIMITS,
+    chain_times,
+    geometric_mean,
+    memory_shares,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -162,6 +169,7 @@ def _templates() -> Any:
         "to": format,
     }
     environment.globals |= {
+        "chain_times": chain_times,
         "comparison": comparison,
         "each": each,
         "limits_of": lambda record: LIMITS[record["benchmark"]](record),

@@ -165,11 +165,11 @@ def test_sampling_limits_are_computed():
         "peers": [
             _cell(1, 1, **peer),
             _cell(1, 1, vocabulary=32_000, to_fastadapt={"stock": [0, 3.0, 0]}),
-            _cell(1, 1, adaptor="everything", to_fastadapt={"stock": [0, 2.0, 0]}),
+            _cell(1, 1, adaptor="everything", to_fastadapt={"stock": [0, 140.0, 0]}),
         ],
     }
     found = limits.sampling_limits(record)
-    assert [round(x.figure, 6) for x in found] == [2.0, 2.0, 4.0, 1.06, 1.06, 150.0, 11.0]
+    assert [round(x.figure, 6) for x in found] == [2.0, 2.0, 4.0, 1.06, 1.06, 140.0, 11.0]
     assert [x.met for x in found] == ["no", "yes", "no", "no", "no", "yes", "yes"]
     assert found[1].where == "V = 128,256, N = 8, flat, T+p, float32"
     assert [x.demanded for x in found[4:]] == ["at most 1.05 x", "at least 100 x", "at most 12 µs"]
