@@ -4,12 +4,14 @@ import dataclasses
 import gc
 import getpass
 import importlib.util
+import json
 import multiprocessing
 import os
 import tempfile
 from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -399,6 +401,31 @@ def start_python(preloaded: Any) -> Callable[..., BaseProcess]:
         return process
 
     return start
+
+
+@pytest.fixture
+def run_benchmark(tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """Runs the main function of a benchmark and returns the result that it writes.
+
+    With `as_on_a_gpu` it times tiny cells by the clock of the CPU, and a device is made up for it.
+    """
+
+    def run(
+        module: ModuleType, *arguments: object, as_on_a_gpu: bool = False, code: int = 0
+    ) -> dict[str, Any]:
+        out = tmp_path / "record.json"
+        on_cpu = ("--device", "cpu", "--rounds", 2, "--seconds", 0) if as_on_a_gpu else ()
+        assert module.main([*map(str, ("--out", out, *on_cpu, *arguments))]) == code
+        record: dict[str, Any] = json.loads(out.read_text())
+        if as_on_a_gpu:
+            record["host"] |= {
+                "gpu": {"name": "Some GPU", "driver": "1.2", "cuda": "13.0"},
+                "dirty": False,
+                "commit": "0123456789abcdef",
+            }
+        return record
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,5 @@
 """The benchmark of `sample` on a GPU, without one: grid, timers, peers, limits, what it reports."""
 
-import json
 import math
 import sys
 import time
@@ -17,44 +16,21 @@ import limits
 import peers
 import report
 
-ON_CPU = ("--device", "cpu", "--rounds", 2, "--seconds", 0)
-
-
-def _options(module, *arguments):
-    return module.BENCHMARK.parse([*map(str, arguments)])
-
-
-def _run(module, out, *arguments):
-    """The result of a benchmark's main function."""
-    module.main(["--out", str(out), *map(str, arguments)])
-    return json.loads(out.read_text())
-
 
 @pytest.fixture
 def row():
     return torch.randn(1, 500, generator=torch.Generator().manual_seed(3)) * 3
 
 
-def _on_a_gpu(record):
-    """A result with a made-up device."""
-    record["host"] |= {
-        "gpu": {"name": "Some GPU", "driver": "1.2", "cuda": "13.0"},
-        "dirty": False,
-        "commit": "0123456789abcdef",
-    }
-    return record
-
-
 @pytest.fixture
-def gpu_record(monkeypatch, tmp_path):
+def gpu_record(run_benchmark):
     """A result of tiny cells timed by the clock of the CPU, with a made-up device."""
     small = ("--vocab", 64, 71, "--batch", 2, "--adaptors", "T", "T+k+p")
-    record = _run(bench_gpu_sampling, tmp_path / "gpu.json", *ON_CPU, *small)
-    return _on_a_gpu(record)
+    return run_benchmark(bench_gpu_sampling, *small, as_on_a_gpu=True)
 
 
-def test_grid_on_a_gpu(monkeypatch):
-    options = _options(bench_gpu_sampling, "--device", "cpu")
+def test_grid_on_a_gpu():
+    options = bench_gpu_sampling.BENCHMARK.parse(["--device", "cpu"])
     grid = list(bench_gpu_sampling.cells(options))
     assert len(grid) == len(set(grid)) == 4 * 9 * (1 + 2 + 2 + 1)
     assert {c[::2] for c in grid[: 4 * 9]} == {
@@ -85,10 +61,9 @@ def test_gpu_benchmark_on_the_cpu(gpu_record):
     assert gpu_record["notes"] == []
 
 
-def test_gpu_cells_left_out_or_failed_are_noted(monkeypatch, tmp_path):
+def test_gpu_cells_left_out_or_failed_are_noted(monkeypatch, run_benchmark):
     small = ("--vocab", 64, "--batch", 2, "--adaptors", "T", "T+p", "--rows", "flat")
-    out = tmp_path / "gpu.json"
-    record = _run(bench_gpu_sampling, out, *ON_CPU, *small, "--minutes", 0)
+    record = run_benchmark(bench_gpu_sampling, *small, "--minutes", 0, as_on_a_gpu=True)
     assert record["cells"] == []
     assert record["notes"] == ["4 of 4 cells left out for want of time"]
 
@@ -100,9 +75,7 @@ def test_gpu_cells_left_out_or_failed_are_noted(monkeypatch, tmp_path):
         return draw(rows, adaptor, **rest)
 
     monkeypatch.setattr(bench_gpu_sampling, "sample", broken)
-    arguments = ["--out", str(out), *map(str, ON_CPU + small)]
-    assert bench_gpu_sampling.main(arguments) == 1
-    record = json.loads(out.read_text())
+    record = run_benchmark(bench_gpu_sampling, *small, as_on_a_gpu=True, code=1)
     assert {c["adaptor"] for c in record["cells"]} == {"T+p"}
     assert record["notes"][0] == "64, 2, flat, float32, T, failed: no kernel"
 
@@ -147,7 +120,7 @@ def test_device_timer_prepares_every_call(hot, fake_device):
 
 
 def test_ways_of_timing_and_peers(monkeypatch, fake_device):
-    options = _options(bench_gpu_sampling, "--rounds", 2)
+    options = bench_gpu_sampling.BENCHMARK.parse(["--rounds", "2"])
     bench = bench_gpu_sampling.Bench(options)
     options.device = "cpu"
     cell = bench_gpu_sampling.Cell(70, 2, "normal3", "float32", "T+p")

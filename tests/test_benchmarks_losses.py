@@ -1,6 +1,5 @@
 """The benchmarks of `linear_log_odds`, without timing: inputs, peers, memory, what is reported."""
 
-import json
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -23,36 +22,25 @@ needs_peak = pytest.mark.skipif(
 )
 
 
+TINY_PAIRS = ("--batch", "16", "--hidden", "8", "--vocabulary", "50", "--tokens", "4")
 TINY = ("--shapes", "6,16,300", "2,16,50", "--rounds", 2, "--seconds", 0)
-ON_CPU = ("--device", "cpu", "--rounds", 2, "--seconds", 0)
-
-
-def _options(module, *arguments):
-    return module.BENCHMARK.parse([*map(str, arguments)])
-
-
-def _run(module, out, *arguments):
-    """The result of a benchmark's main function."""
-    module.main(["--out", str(out), *map(str, arguments)])
-    return json.loads(out.read_text())
 
 
 @pytest.fixture
-def losses_record(monkeypatch, tmp_path):
+def losses_record(run_benchmark):
     """A result of tiny cells, timed a few times, without memory."""
-    out = tmp_path / "losses.json"
-    return _run(bench_losses, out, *TINY, "--peers", "plain", "--no-memory")
+    return run_benchmark(bench_losses, *TINY, "--peers", "plain", "--no-memory")
 
 
-def test_grid_of_losses(monkeypatch):
-    options = _options(bench_losses)
+def test_grid_of_losses():
+    options = bench_losses.BENCHMARK.parse([])
     grid = list(bench_losses.cells(options))
     assert len(grid) == len(set(grid)) == 4 * 2 * 2
     assert limits.LOSS_SHAPE in bench_losses.SHAPES and options.memory
     with_all = {c[:3] for c in grid if len(bench_losses.peers_of(c, options.peers)) > 1}
     assert with_all == {(1024, 576, 49_152), (1024, 896, 32_768)}
     assert all("plain" in bench_losses.peers_of(c, options.peers) for c in grid)
-    quick = _options(bench_losses, "--quick", "--peers", "--dtypes", "float32")
+    quick = bench_losses.BENCHMARK.parse(["--quick", "--peers", "--dtypes", "float32"])
     assert quick.peers == []
     assert {c[:4] for c in bench_losses.cells(quick)} == {(*limits.LOSS_SHAPE, "float32")}
 
@@ -128,7 +116,7 @@ def test_memory_is_measured_in_its_own_process(monkeypatch, preloaded):
     # new processes, but for their imports
     context = SimpleNamespace(get_context=lambda method: preloaded)
     monkeypatch.setattr(fresh, "multiprocessing", context)
-    options = _options(bench_losses)
+    options = bench_losses.BENCHMARK.parse([])
     cell = bench_losses.Cell(256, 64, 20_000, "float32", "frozen")
     (plain,) = fresh.in_fresh_process(bench_losses.extra_mb, cell, "plain", options)
     (ours,) = fresh.in_fresh_process(bench_losses.extra_mb, cell, "fastadapt", options)
@@ -181,23 +169,10 @@ def test_losses_limits_are_computed():
     assert {x.met for x in nothing} == {"not measured"}
 
 
-def _on_a_gpu(record):
-    """A result with a made-up device."""
-    record["host"] |= {
-        "gpu": {"name": "Some GPU", "driver": "1.2", "cuda": "13.0"},
-        "dirty": False,
-        "commit": "0123456789abcdef",
-    }
-    return record
-
-
 @pytest.fixture
-def gpu_losses_record(monkeypatch, tmp_path):
+def gpu_losses_record(run_benchmark):
     """A result of tiny cells timed by the clock of the CPU, with a made-up device."""
-    shape = ("--batch", 16, "--hidden", 8, "--vocabulary", 50, "--tokens", 4)
-    out = tmp_path / "gpu_losses.json"
-    record = _run(bench_gpu_losses, out, *ON_CPU, *shape, "--peers", "plain")
-    return _on_a_gpu(record)
+    return run_benchmark(bench_gpu_losses, *TINY_PAIRS, "--peers", "plain", as_on_a_gpu=True)
 
 
 def test_gpu_losses_on_the_cpu(gpu_losses_record):
@@ -216,10 +191,10 @@ def test_gpu_losses_on_the_cpu(gpu_losses_record):
 
 
 @pytest.mark.parametrize("task", bench_gpu_losses.TASKS)
-def test_gpu_losses_are_those_of_the_peers(monkeypatch, task):
+def test_gpu_losses_are_those_of_the_peers(task):
     """What is timed as the same task has the same gradients."""
-    shape = ("--batch", 16, "--hidden", 8, "--vocabulary", 50, "--tokens", 4, "--peers", "plain")
-    options = _options(bench_gpu_losses, *ON_CPU, *shape)
+    words = ["--device", "cpu", *TINY_PAIRS, "--peers", "plain"]
+    options = bench_gpu_losses.BENCHMARK.parse(words)
     inputs = bench_gpu_losses.make_inputs(16, bench_gpu_losses.TASKS[task], options)
     inputs = inputs._replace(
         hidden=inputs.hidden.detach().double().requires_grad_(),
@@ -240,17 +215,15 @@ def test_gpu_losses_are_those_of_the_peers(monkeypatch, task):
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
-def test_gpu_losses_that_fail_or_have_no_time_are_noted(monkeypatch, tmp_path):
-    shape = ("--batch", 16, "--hidden", 8, "--vocabulary", 50, "--tokens", 4, "--tasks", "tokens")
-    arguments = (*ON_CPU, *shape, "--peers", "cce")
-    out = tmp_path / "gpu.json"
-    record = _run(bench_gpu_losses, out, *arguments, "--minutes", 0)
+def test_gpu_losses_that_fail_or_have_no_time_are_noted(monkeypatch, run_benchmark):
+    words = (*TINY_PAIRS, "--tasks", "tokens", "--peers", "cce")
+    record = run_benchmark(bench_gpu_losses, *words, "--minutes", 0, as_on_a_gpu=True)
     assert record["cells"] == [] and record["notes"] == ["1 of 1 cells left out for want of time"]
     monkeypatch.setitem(sys.modules, "cut_cross_entropy", ModuleType("cut_cross_entropy"))
-    record = _run(bench_gpu_losses, out, *arguments)
+    record = run_benchmark(bench_gpu_losses, *words, as_on_a_gpu=True)
     assert len(record["cells"]) == 1 and record["notes"][0].startswith("cut-cross-entropy: ")
     with pytest.raises(SystemExit, match="expected pairs of sequences of 500 tokens, got 4096"):
-        bench_gpu_losses.main([*map(str, ON_CPU), "--batch", "4096", "--tokens", "500"])
+        bench_gpu_losses.main(["--device", "cpu", "--batch", "4096", "--tokens", "500"])
 
 
 def _gpu_losses_cell(n, task, ms, peaks, products=10.0):

@@ -24,38 +24,28 @@ from fastadapt.training.pretrained import ModelNotFoundError
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def _options(module, *arguments):
-    return module.BENCHMARK.parse([*map(str, arguments)])
-
-
-def _run(module, out, *arguments):
-    """The result of a benchmark's main function."""
-    module.main(["--out", str(out), *map(str, arguments)])
-    return json.loads(out.read_text())
-
-
 @pytest.fixture
-def sampling_record(monkeypatch, tmp_path):
+def sampling_record(monkeypatch, run_benchmark):
     """A result of a few tiny cells, every call timed once or twice."""
     monkeypatch.setattr(bench_sampling, "LARGE_BATCH_VOCABULARY", 70)
     small = ("--vocab", 64, 70, "--batch", 2, 8, "--rows", "normal3", "flat", "--adaptors", "T+p")
     rest = ("--peers", "stock", "--rounds", 2, "--peer-rounds", 2)
-    return _run(bench_sampling, tmp_path / "sampling.json", *small, "T", *rest)
+    return run_benchmark(bench_sampling, *small, "T", *rest)
 
 
-def test_grid_is_complete(monkeypatch):
-    options = _options(bench_sampling)
+def test_grid_is_complete():
+    options = bench_sampling.BENCHMARK.parse([])
     grid = list(bench_sampling.cells(options))
     assert len(grid) * len(options.dtypes) == len(set(grid)) * 2 == 5 * 3 * 5 * 6 * 2
-    assert len(list(bench_sampling.cells(_options(bench_sampling, "--quick")))) == 4
+    assert len(list(bench_sampling.cells(bench_sampling.BENCHMARK.parse(["--quick"])))) == 4
     knobs = ("temperature", "top_k", "top_p", "min_p", "typical_p")
     everything, neutral = cases.ADAPTORS["everything"], Adaptor()
     for name in (*knobs, "epsilon_cutoff", "eta_cutoff"):
         assert getattr(everything, name) != getattr(neutral, name), name
 
 
-def test_slow_peers_run_in_few_cells(monkeypatch):
-    options = _options(bench_sampling)
+def test_slow_peers_run_in_few_cells():
+    options = bench_sampling.BENCHMARK.parse([])
     where = {
         c: n for c in bench_sampling.cells(options) if (n := bench_sampling.peers_of(c, options))
     }
@@ -67,14 +57,13 @@ def test_slow_peers_run_in_few_cells(monkeypatch):
     assert {c.adaptor for c, names in where.items() if "compiled" in names} == {"T+p"}
 
 
-def test_missing_model_is_a_visible_note(monkeypatch, tmp_path, capsys):
+def test_missing_model_is_a_visible_note(monkeypatch, run_benchmark, capsys):
     def missing(name, **kwargs):
         raise ModelNotFoundError("there is no network")
 
     monkeypatch.setattr(real_rows, "load_model", missing)
     small = ("--vocab", 32, "--batch", 1, "--adaptors", "T", "--rounds", 2, "--peers")
-    out = tmp_path / "s.json"
-    record = _run(bench_sampling, out, *small, "--rows", "flat", "real")
+    record = run_benchmark(bench_sampling, *small, "--rows", "flat", "real")
     assert record["notes"] == ["no rows 'real': there is no network"]
     assert {c["rows"] for c in record["cells"]} == {"flat"}
     assert "there is no network" in capsys.readouterr().err
@@ -130,7 +119,7 @@ def test_missing_peer_is_noted_once(monkeypatch, row):
         raise peers.MissingPeer("no compiler")
 
     monkeypatch.setattr(bench_sampling, "compiled_draw", missing)
-    options, notes = _options(bench_sampling, "--peer-rounds", 2), []
+    options, notes = bench_sampling.BENCHMARK.parse(["--peer-rounds", "2"]), []
     cell = bench_sampling.Cell(500, 1, "normal3", "T+p")
     for _ in range(2):
         record = bench_sampling.measure_peers(cell, [row], ["stock", "compiled"], options, notes)
@@ -182,9 +171,9 @@ def test_limits_without_cells_are_not_measured():
     assert found[0].shown == "-"
 
 
-def test_score_limits_and_table(monkeypatch, tmp_path):
+def test_score_limits_and_table(run_benchmark):
     small = ("--vocab", 200, "--rows", "normal1", "normal3", "--rounds", 2, "--peer-rounds", 2)
-    record = _run(bench_score, tmp_path / "score.json", *small)
+    record = run_benchmark(bench_score, *small)
     assert [c["rows"] for c in record["cells"]] == ["normal1", "normal3"]
     record["cells"][0]["to_one"]["all"] = [0, 5.0, 0]
     record["cells"][1]["to_one"]["all"] = [0, 9.0, 0]

@@ -388,14 +388,14 @@ def test_terms_are_shown_and_asked(flags, answer, accepted, with_terms, monkeypa
     assert ("[y/N]" in shown.err + shown.out) == (answer is not None)
 
 
-def test_end_of_input_is_a_no(with_terms, monkeypatch, capsys):
+def test_end_of_input_is_a_no(with_terms, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
     assert cli.main(["demo", "--model", "kind"]) == 2
     assert with_terms == [False]
 
 
-def test_models_without_terms_are_not_asked_about(with_terms, monkeypatch, capsys):
+def test_models_without_terms_are_not_asked_about(with_terms, monkeypatch):
     monkeypatch.setattr(sys, "stdin", None)
     assert cli.main(["demo", "--model", "other"]) == 2
     assert with_terms == [False]

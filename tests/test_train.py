@@ -379,7 +379,7 @@ def test_other_numbers_too(owner, name, value, message, train, tmp_path, capsys,
     assert (left and left.name) == (None if "reference" in message else "checkpoint-2")
 
 
-def test_float16_scaler_may_meet_an_infinite_gradient(train, tmp_path, monkeypatch):
+def test_float16_scaler_may_meet_an_infinite_gradient(monkeypatch):
     """It skips such a step; the run is its."""
     from accelerate import Accelerator
 
@@ -489,7 +489,7 @@ def test_flags_of_true_need_no_word():
             assert getattr(make_parser().parse_args([*arguments, "--loss", "mle"]), name) is True
 
 
-def test_refused_run_leaves_its_folder_free(train, model, tmp_path, capsys):
+def test_refused_run_leaves_its_folder_free(train, tmp_path, capsys):
     """A wrong model, layer or length is mended in the next call, without --resume."""
     for wrong in (
         ["--model", str(tmp_path / "none")],
@@ -551,7 +551,7 @@ def test_help_is_short_and_true(capsys):
     assert "--dataloader_num_workers" in capsys.readouterr().out
 
 
-def test_truncated_pairs_are_counted(train, model, tmp_path, capsys):
+def test_truncated_pairs_are_counted(train, tmp_path, capsys):
     flags = ["--loss", "mle", "--max_steps", 1, "--max_length", 6]
     assert train(tmp_path / "run", *flags) == 0
     said = re.search(r"(\d+) of 26 pairs cut to 6 tokens \(the prompt\)", capsys.readouterr().out)

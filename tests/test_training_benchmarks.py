@@ -217,13 +217,11 @@ def test_pairs_are_chosen_by_seed():
 @pytest.mark.skipif(
     not memory.is_measurable(), reason="this system does not tell the peak of a process"
 )
-def test_training_run_and_table(monkeypatch, tmp_path, model, data, preloaded):
+def test_training_run_and_table(monkeypatch, tmp_path, model, data, preloaded, run_benchmark):
     """In processes that have transformers imported, which takes 8 seconds in a new one."""
     monkeypatch.setattr(fresh.multiprocessing, "get_context", lambda kind: preloaded)
     arguments = ("--data", data, "--model", model, "--steps", 3, "--batch", 2)
-    out = tmp_path / "t.json"
-    train_preferences.main(["--out", str(out), *map(str, arguments)])
-    record = json.loads(out.read_text())
+    record = run_benchmark(train_preferences, *arguments)
     linear, logits = record["variants"]["linear"], record["variants"]["logits"]
     assert len(linear["curves"]["loss"]) == 3 and len(set(linear["curves"]["loss"])) == 3
     assert linear["curves"]["loss"] == pytest.approx(logits["curves"]["loss"], rel=1e-4)
