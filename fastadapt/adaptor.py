@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastadapt._ops.checks import one_of
 from fastadapt._ops.filter_code import filter_code
 
 # Filter orders, by the code that the kernels know them by (csrc/kernels.h).
@@ -88,8 +89,9 @@ class Adaptor:
         order: "hf" (top-k, top-p, min-p, typical, epsilon, eta) or "vllm" (min-p first).
 
     Raises:
-        TypeError: a knob is neither a number nor a 1-d tensor, or an integer knob is not integral.
-            A bool is no number, and neither is a 0-d tensor, whose value may be on a GPU.
+        TypeError: a knob is neither a number nor a 1-d tensor, an integer knob is not integral, or
+            `order` is no name. A bool is no number, and neither is a 0-d tensor, whose value may be
+            on a GPU.
         ValueError: a number or a CPU tensor is out of range, per-row tensors differ in length or
             device, or `order` is unknown. Values of CUDA tensors are not read (that would
             synchronise): a bad one gives its row status 4.
@@ -113,8 +115,7 @@ class Adaptor:
 
     def __post_init__(self) -> None:
         """Checks every knob and packs them once, so that calls need no preparation."""
-        if self.order not in list(ORDER_CODES):
-            raise ValueError(f"order: expected one of {list(ORDER_CODES)}, got {self.order!r}")
+        one_of("order", self.order, tuple(ORDER_CODES))
         knobs = {name: _checked(name, getattr(self, name)) for name in KNOBS}
         for name, value in knobs.items():
             object.__setattr__(self, name, value)

@@ -5,14 +5,13 @@
 """
 
 from collections.abc import Sequence
-from math import inf
 from typing import TYPE_CHECKING, overload
 
 import torch
 from torch import Tensor
 
 from fastadapt._ops import log_odds as ops
-from fastadapt._ops.checks import fold_rows, per_row
+from fastadapt._ops.checks import fold_rows, instance, integer, number, per_row
 from fastadapt._ops.linear import operator as linear_ops
 from fastadapt._ops.linear.operator import plan_of as plan_of
 from fastadapt._ops.linear.vocab_parallel import Slice, split_head
@@ -53,6 +52,7 @@ def label_log_odds(logits: Tensor, labels: Tensor, *, ignore_index: int = -100) 
     """
     rows = fold_rows("logits", logits)
     flat = per_row("labels", labels, torch.int64, logits.shape[:-1], rows)
+    ignore_index = integer("ignore_index", ignore_index)
     log_odds: Tensor = ops.label_log_odds(rows, flat, ignore_index)[0]
     return log_odds.view(labels.shape)
 
@@ -82,6 +82,7 @@ def candidate_log_odds(logits: Tensor, index: Tensor, mask: Tensor | None = None
         TypeError, ValueError: as `label_log_odds`.
     """
     rows = fold_rows("logits", logits)
+    instance("index", index, Tensor, "a Tensor")
     shape = torch.Size((*logits.shape[:-1], index.shape[-1] if index.dim() else 0))
     flat = per_row("index", index, torch.int64, shape, rows).view(rows.shape[0], shape[-1])
     if mask is not None:
@@ -203,21 +204,21 @@ def linear_log_odds(
         RuntimeError: a group without torch.distributed; in the backward, a gradient of `outputs`.
     """
     for name, given in (("hidden", hidden), ("weight", weight), ("labels", labels)):
-        if not isinstance(given, Tensor):
-            raise TypeError(f"{name}: expected a Tensor, got {type(given).__name__}")
+        instance(name, given, Tensor, "a Tensor")
+    if bias is not None:
+        instance("bias", bias, Tensor, "a Tensor or None")
     part = split_head(hidden, weight, labels, bias, group)
     rows = _in_type_of_head(fold_rows("hidden", part.hidden), part.weight)
     flat = per_row("labels", part.labels, torch.int64, part.hidden.shape[:-1], rows)
     _check_head(rows, part)
-    cap = 0.0 if softcap is None else float(softcap)
-    if softcap is not None and not 0 < cap < inf:
-        raise ValueError(f"softcap: expected a finite number above 0 or None, got {softcap}")
-    if not -inf < logit_scale < inf:
-        raise ValueError(f"logit_scale: expected a finite number, got {logit_scale}")
-    if memory_budget is not None and memory_budget < 0:
-        raise ValueError(f"memory_budget: expected bytes >= 0 or None, got {memory_budget}")
+    cap = 0.0 if softcap is None else float(number("softcap", softcap, positive=True))
+    logit_scale = float(number("logit_scale", logit_scale, signed=True))
+    ignore_index = integer("ignore_index", ignore_index)
+    if memory_budget is not None:
+        memory_budget = integer("memory_budget", memory_budget, 0)
     if isinstance(outputs, str):
         raise TypeError(f"outputs: expected a sequence of names, got the string {outputs!r}")
+    instance("outputs", outputs, Sequence, "a sequence of names")
     for name in outputs:
         if name not in OUTPUTS:
             raise ValueError(f"outputs: expected names of {OUTPUTS}, got {name!r}")

@@ -6,13 +6,12 @@ import torch
 from torch import Tensor
 
 from fastadapt._ops import sampling as ops
-from fastadapt._ops.checks import fold_rows, integer, per_row
+from fastadapt._ops.checks import flag, fold_rows, integer, per_row
 from fastadapt._ops.outputs import sample_fields
 from fastadapt.adaptor import Adaptor
 from fastadapt.results import Sample, Score
 
 MAX_TOP_LOGPROBS = 1024
-INT64 = torch.iinfo(torch.int64)
 
 
 def filter_logits(logits: Tensor, adaptor: Adaptor) -> Tensor:
@@ -97,13 +96,15 @@ def sample(
     Raises:
         TypeError, ValueError: as `filter_logits`, and for seeds or positions that are no tensor or
             of the wrong dtype, shape or device, a generator of another device, `top_logprobs` out
-            of range.
+            of range, a flag that is not a bool.
     """
     rows = fold_rows("logits", logits, double=False)
     knobs = _knobs_for(rows, adaptor)
     shape = logits.shape[:-1]
     most = min(MAX_TOP_LOGPROBS, rows.shape[1])
     top_logprobs = integer("top_logprobs", top_logprobs, 0, most)
+    flag("base_logprobs", base_logprobs)
+    flag("log_mass", log_mass)
     if positions is not None:
         positions = per_row("positions", positions, torch.int64, shape, rows)
     if seeds is None:
@@ -150,7 +151,7 @@ def score(
     """
     rows = fold_rows("logits", logits, double=False)
     flat = per_row("tokens", tokens, torch.int64, logits.shape[:-1], rows)
-    ignore_index = integer("ignore_index", ignore_index, INT64.min, INT64.max)
+    ignore_index = integer("ignore_index", ignore_index)
     _check_sequence(adaptors)
     if not 1 <= len(adaptors) <= ops.MAX_ADAPTORS:
         raise ValueError(f"adaptors: expected 1 to {ops.MAX_ADAPTORS}, got {len(adaptors)}")
@@ -195,7 +196,7 @@ def adapted_log_odds(
     """
     rows = fold_rows("logits", logits)
     flat = per_row("tokens", tokens, torch.int64, logits.shape[:-1], rows)
-    ignore_index = integer("ignore_index", ignore_index, INT64.min, INT64.max)
+    ignore_index = integer("ignore_index", ignore_index)
     knobs = _knobs_for(rows, adaptor)
     _refuse_greedy(adaptor, "adapted_log_odds")
     log_odds: Tensor = torch.ops.fastadapt.adapted_log_odds(

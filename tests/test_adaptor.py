@@ -156,14 +156,14 @@ def test_another_default_dtype_changes_nothing(dtype):
         torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)  # and the same dtype
 
 
-@pytest.mark.parametrize("order", ["sglang", None, ["hf"], {}])
-def test_unknown_order_is_refused_whatever_it_is(order):
-    with pytest.raises(ValueError, match="order: expected one of .* got "):
+@pytest.mark.parametrize("order", [None, ["hf"], {}])
+def test_order_that_is_no_name_is_refused(order):
+    with pytest.raises(TypeError, match="order: expected one of hf, vllm, got "):
         Adaptor(order=order)
 
 
 def test_unknown_order_raises():
-    with pytest.raises(ValueError, match="order: expected one of .* got 'sglang'"):
+    with pytest.raises(ValueError, match="order: expected one of hf, vllm, got 'sglang'"):
         Adaptor(order="sglang")
 
 

@@ -939,7 +939,7 @@ LABELS = torch.tensor([[-100, 1, 2], [3, -100, -100]])
         (
             lambda: fastadapt.candidate_unlikelihood_penalty(PAIR, torch.zeros(2, 4), PAIR.mask),
             ValueError,
-            r"candidates: expected shape \(2, 3, 'K'\), got \(2, 4\)",
+            r"candidates: expected shape \(2, 3, K\), got \(2, 4\)",
         ),
         (
             lambda: fastadapt.candidate_unlikelihood_penalty(PAIR, torch.zeros(2, 3, 4), PAIR.mask),

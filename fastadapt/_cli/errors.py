@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import os
 import re
 import sys
@@ -11,6 +10,8 @@ import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn
+
+from fastadapt._ops.checks import nearest
 
 WRONG_INPUT, INTERRUPTED = 2, 130
 _REFUSED = r"expected (one|some) of (?P<known>.*), got '(?P<word>[^']*)'$"
@@ -70,11 +71,7 @@ def check_folder(name: str, folder: Path) -> None:
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Returns "; did you mean X?" with the most similar known word, or an empty string."""
-    plain: dict[str, str] = {}
-    for name in known:  # a flag has two spellings, the usual one first
-        plain.setdefault(name.replace("-", "_"), name)
-    close = difflib.get_close_matches(word.partition("=")[0].replace("-", "_"), plain, n=1)
-    return f"; did you mean {plain[close[0]]}?" if close else ""
+    return nearest([word.partition("=")[0]], known)
 
 
 def with_suggestion(message: str) -> str:

@@ -1,10 +1,15 @@
-"""Argument checks and reshaping shared by the public functions."""
+"""Argument checks and reshaping shared by all public functions; each message names the argument."""
 
-from collections.abc import Sequence
-from numbers import Integral
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+from math import inf
+from numbers import Integral, Real
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+
+INT64 = torch.iinfo(torch.int64)
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -55,7 +60,17 @@ def per_row(
     return value if flat else value.reshape(-1).contiguous()
 
 
-def integer(name: str, value: object, low: int, high: int) -> int:
+def instance(name: str, value: object, kind: Any, expected: str) -> None:
+    """Raises unless a value is of a class or of one of several.
+
+    Raises:
+        TypeError: it is not.
+    """
+    if not isinstance(value, kind):
+        raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
+
+
+def integer(name: str, value: object, low: int = INT64.min, high: int = INT64.max) -> int:
     """Returns an integer in [low, high], NumPy's included; raises for anything else.
 
     Raises:
@@ -64,10 +79,11 @@ def integer(name: str, value: object, low: int, high: int) -> int:
     """
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name}: expected an integer, got {value!r}")
-    number = int(value)
-    if not low <= number <= high:
-        raise ValueError(f"{name}: expected {low} to {high}, got {number}")
-    return number
+    found = int(value)
+    if not low <= found <= high:
+        expected = f"at least {low}" if found < low and high == INT64.max else f"{low} to {high}"
+        raise ValueError(f"{name}: expected {expected}, got {found}")
+    return found
 
 
 def integers(name: str, values: Tensor | Sequence[int]) -> Tensor:
@@ -93,3 +109,70 @@ def integers(name: str, values: Tensor | Sequence[int]) -> Tensor:
     if tensor.dtype == torch.uint64 and bool((whole < 0).any()):
         raise ValueError(f"{name}: expected integers in [-2**63, 2**63), got {values!r}")
     return whole
+
+
+def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raises unless an option is one of the choices.
+
+    Raises:
+        TypeError: not a string.
+        ValueError: another string; the message has the nearest one.
+    """
+    if not isinstance(value, str):
+        raise TypeError(f"{name}: expected one of {', '.join(choices)}, got {shown(value)}")
+    if value not in choices:
+        meant = nearest([value], choices)
+        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}{meant}")
+
+
+def number(name: str, value: object, *, positive: bool = False, signed: bool = False) -> float:
+    """Returns a finite number as an int or a float; NumPy's are accepted.
+
+    It is >= 0, > 0 if it has to be positive, and may be negative if it is signed.
+
+    Raises:
+        TypeError: not a number: text, None, a bool, a tensor.
+        ValueError: negative, 0 where it has to be positive, infinite or NaN.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float, Real)):
+        raise TypeError(f"{name}: expected a number, got {shown(value)}")
+    found = cast(float, value)
+    if not signed and not (found > 0 if positive else found >= 0):
+        raise ValueError(f"{name}: expected a value {'>' if positive else '>='} 0, got {found}")
+    if not -inf < found < inf:
+        raise ValueError(f"{name}: expected a finite value, got {found}")
+    # numpy's multiply tensors in their own way
+    return found if type(found) is int or type(found) is float else float(found)
+
+
+def flag(name: str, value: object) -> None:
+    """Raises unless an option is True or False.
+
+    Raises:
+        TypeError: anything else, such as the text "false", which is true.
+    """
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, got {shown(value)}")
+
+
+def nearest(names: Iterable[object], choices: Iterable[str]) -> str:
+    """Returns "; did you mean X?" with choices spelt similarly, or an empty string.
+
+    A name that begins with a choice means that one, such as "mle_loss" the loss "mle".
+    """
+    known: dict[str, str] = {}
+    for choice in choices:  # a flag has two spellings, the usual one first
+        known.setdefault(choice.replace("-", "_"), choice)
+    close: list[str] = []
+    for word in (str(name).lower().replace("-", "_") for name in names):
+        begun = [c for c in known if word.startswith(f"{c}_") and word not in known]
+        close += [max(begun, key=len)] if begun else get_close_matches(word, known, 1)
+    return f"; did you mean {', '.join(dict.fromkeys(known[x] for x in close))}?" if close else ""
+
+
+def shown(value: object) -> str:
+    """Returns a value as messages show it, cut if it is long."""
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -25,7 +25,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_managed_module
 
-from fastadapt._ops.checks import integers
+from fastadapt._ops.checks import instance, integers
 from fastadapt.adaptor import Adaptor
 from fastadapt.hf._chain import chain_of
 from fastadapt.hf._draw import Draw, Stopping
@@ -66,8 +66,7 @@ class FusedLogitsWarper(LogitsProcessor):
     """
 
     def __init__(self, adaptor: Adaptor) -> None:
-        if not isinstance(adaptor, Adaptor):
-            raise TypeError(f"adaptor: expected an Adaptor, got {type(adaptor).__name__}")
+        instance("adaptor", adaptor, Adaptor, "an Adaptor")
         self.adaptor = adaptor
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:

@@ -69,6 +69,9 @@ class LogitsFreeTrainer(Trainer):
     def __init__(
         self, *rest: Any, objective: Callable[[Responses], Tensor] = mle_loss, **named: Any
     ) -> None:
+        model = rest[0] if rest else named.get("model")
+        if model is not None:  # a model_init has it then
+            causal_of(model)
         super().__init__(*rest, **named)
         self.objective = objective
         if self.compute_loss_func is not None or self.args.label_smoothing_factor:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastadapt.losses.options import number, one_of
+from fastadapt._ops.checks import instance, number, one_of
 from fastadapt.losses.responses import Responses, Rows, accumulated, checked
 
 MLE_REDUCTIONS = ("token_mean", "sequence_sum")
@@ -123,11 +123,11 @@ def candidate_unlikelihood_penalty(
         TypeError, ValueError: as `mle_loss`; candidates that do not fit the rows.
     """
     rows = checked("chosen", chosen)
-    shape = (*chosen.log_odds.shape, "K")
+    shape = ", ".join(map(str, chosen.log_odds.shape))
     for name, value in (("candidates", candidates), ("candidate_mask", candidate_mask)):
-        if not isinstance(value, Tensor) or value.shape[:-1] != chosen.log_odds.shape:
-            got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(f"{name}: expected shape {shape}, got {got}")
+        instance(name, value, Tensor, "a Tensor")
+        if value.shape[:-1] != chosen.log_odds.shape:
+            raise ValueError(f"{name}: expected shape ({shape}, K), got {tuple(value.shape)}")
         if value.device != chosen.log_odds.device:
             raise ValueError(
                 f"{name}: expected device {chosen.log_odds.device}, got {value.device}"

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastadapt._ops.checks import nearest, number, shown
 from fastadapt.losses.formulas import (
     candidate_unlikelihood_penalty,
     exmate_loss,
@@ -17,7 +18,6 @@ from fastadapt.losses.formulas import (
     unlikelihood_loss,
     unlikelihood_penalty,
 )
-from fastadapt.losses.options import nearest, number, shown
 from fastadapt.losses.preference import dpo_loss, log_ratios
 from fastadapt.losses.responses import Responses, Rows, accumulated, checked
 

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastadapt.losses.options import flag, number, one_of
+from fastadapt._ops.checks import flag, number, one_of
 from fastadapt.losses.responses import Responses, Rows, checked
 
 DPO_LOSS_TYPES = ("sigmoid", "hinge", "ipo", "robust")

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastadapt._ops.checks import instance, integer, shown
 from fastadapt.log_odds import label_log_odds
-from fastadapt.losses.options import shown
 
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # what is meant where a tensor of another dtype comes
@@ -95,10 +95,7 @@ class Responses(NamedTuple):
             TypeError: wrong dtypes.
             ValueError: shapes or devices that do not fit; for logits, as `label_log_odds`.
         """
-        given: object = ignore_index
-        if isinstance(given, bool) or not isinstance(given, Integral):
-            raise TypeError(f"ignore_index: expected an integer, got {shown(given)}")
-        ignore_index = int(given)
+        ignore_index = integer("ignore_index", ignore_index)
         dims = 2 if segments is None else 1
         of_labels = isinstance(log_odds, Tensor) and isinstance(labels, Tensor)
         if of_labels and labels.dim() == dims and log_odds.shape[:-1] == labels.shape:
@@ -252,8 +249,7 @@ def sequence_logps(responses: Responses) -> Tensor:
 
 def checked(name: str, responses: Responses) -> Rows:
     """Checks one argument and returns its rows; reads the device only for an unknown B."""
-    if not isinstance(responses, Responses):
-        raise TypeError(f"{name}: expected Responses, got {type(responses).__name__}")
+    instance(name, responses, Responses, "Responses")
     log_odds, mask, segments, size, tokens, sequences = responses
     m = accumulated(f"{name}.log_odds", log_odds)
     if mask is not None and segments is None:
@@ -312,6 +308,15 @@ def _divisor(name: str, total: int | Tensor | None, counted: Tensor) -> int | Te
     """Returns the divisor of a mean, at least 1, so that nothing counted gives 0 and not NaN."""
     if total is None:
         return counted.sum().clamp(min=1)
+    divisor = _checked_divisor(name, total, counted)
+    on_cpu = counted.device.type == "cpu" and not torch.compiler.is_compiling()
+    if on_cpu and bool(total == 0) and bool(counted.any()):
+        raise ValueError(f"{name}: expected at least 1 where some count, got 0")
+    return divisor
+
+
+def _checked_divisor(name: str, total: int | Tensor, counted: Tensor) -> int | Tensor:
+    """Checks a divisor that was given."""
     if isinstance(total, Tensor):
         if total.numel() != 1:
             raise ValueError(f"{name}: expected one value, got shape {tuple(total.shape)}")

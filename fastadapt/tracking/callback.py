@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from fastadapt._ops.checks import instance
 from fastadapt.tracking.tracker import RewardPenalizeTracker
 
 
@@ -37,9 +38,13 @@ class TrackerCallback(TrainerCallback):
 
     Args:
         tracker (RewardPenalizeTracker): not attached yet.
+
+    Raises:
+        TypeError: no tracker.
     """
 
     def __init__(self, tracker: RewardPenalizeTracker) -> None:
+        instance("tracker", tracker, RewardPenalizeTracker, "a RewardPenalizeTracker")
         self.tracker = tracker
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

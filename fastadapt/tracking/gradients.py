@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastadapt._ops.checks import one_of
 from fastadapt.losses import FORMULAS, Responses, RewardPenalizeLoss
 from fastadapt.losses.responses import checked
 from fastadapt.tracking.closed_forms import CLOSED_FORMS, Inputs, Slopes
@@ -88,8 +89,7 @@ def analytic_gradients(
         TypeError, ValueError: those of the losses; options beside an objective.
     """
     objective = as_objective(loss, options)
-    if given not in SPACES:
-        raise ValueError(f"given: expected one of {', '.join(SPACES)}, got {given!r}")
+    one_of("given", given, SPACES)
     if given == "probabilities":
         chosen = chosen._replace(log_odds=logit(chosen.log_odds))
         rejected = (

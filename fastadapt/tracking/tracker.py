@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from fastadapt._ops.checks import instance, integer
 from fastadapt.losses import Responses, RewardPenalizeLoss
 from fastadapt.tracking.displacement import Displacement, displacement
 from fastadapt.tracking.metrics import (
@@ -94,6 +95,7 @@ class RewardPenalizeTracker:
         log_odds_of (LogOddsOf): as in `training_steps`, for the extra forwards.
 
     Raises:
+        TypeError: an objective, an interval or a model of another type.
         ValueError: an interval below 1; extra forwards without a model; (when recording) a model
             without a batch that was seen, or one of another shape than the log-odds.
     """
@@ -107,8 +109,10 @@ class RewardPenalizeTracker:
         extra_forwards: bool = False,
         log_odds_of: LogOddsOf = response_log_odds,
     ) -> None:
-        if interval < 1:
-            raise ValueError(f"interval: expected at least 1, got {interval}")
+        instance("objective", objective, torch.nn.Module, "a RewardPenalizeLoss")
+        interval = integer("interval", interval, 1)
+        if model is not None:
+            causal_of(model)
         if extra_forwards and model is None:
             raise ValueError("extra_forwards: expected a model to run, got None")
         self.records: list[Row] = []
@@ -165,6 +169,7 @@ class RewardPenalizeTracker:
 
     def see(self, batch: PairBatch) -> None:
         """Remembers the batch of the next step."""
+        instance("batch", batch, PairBatch, "a PairBatch")
         self._batch = batch
 
     def at_step(self, step: int) -> None:

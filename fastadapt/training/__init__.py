@@ -3,11 +3,11 @@
 from importlib import import_module
 from typing import Any
 
+from fastadapt.training.head import head_log_odds
 from fastadapt.training.steps import (
     LogOddsOf,
     Reference,
     forward_log_odds,
-    head_log_odds,
     hidden_states,
     inputs_of,
     logits_log_odds,

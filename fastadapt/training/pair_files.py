@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from fastadapt._ops.checks import instance
 from fastadapt.training.pair_forms import Pair, pair_of
 
 _GZIP, _PARQUET = b"\x1f\x8b", b"PAR1"
@@ -48,11 +49,13 @@ def read_pairs(path: str | os.PathLike[str]) -> list[Pair]:
             UTF-32.
 
     Raises:
+        TypeError: no path.
         OSError: the file cannot be read.
         ImportError: the file is Parquet and datasets is not installed.
         ValueError: the file is damaged, or an entry has no known form: the file, the line where the
             entry begins (from 1; of Parquet the row, from 0), and what is wrong.
     """
+    instance("path", path, str | os.PathLike, "a path")
     name, path = os.fspath(path), Path(path)
     data = path.read_bytes()
     suffixes = [suffix.lower() for suffix in path.suffixes]

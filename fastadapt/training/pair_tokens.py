@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
+from fastadapt._ops.checks import flag, instance, integer, one_of
 from fastadapt.training.pair_forms import Message, Pair
 
 Truncation = Literal["prompt", "response", "error"]
@@ -85,15 +86,18 @@ def tokenize_pair(
             template, if it has one. Otherwise it is taken as it is. Messages always go through it.
 
     Raises:
+        TypeError: no tokenizer, no `Pair`, or one whose prompt is neither text nor messages or
+            whose responses are no text; an argument of another type.
         ValueError: a prompt or response without tokens; text for a tokenizer without an end token;
             messages without a chat template, or that it refuses, whose text it leaves out, or
             whose prompt it renders differently before a response; a `max_length` below 2; an
             unknown `truncation`; a pair that is too long, with "error".
     """
-    if max_length is not None and max_length < 2:
-        raise ValueError(f"max_length: expected at least 2, got {max_length}")
-    if truncation not in get_args(Truncation):
-        raise ValueError(f"truncation: expected one of {get_args(Truncation)}, got {truncation!r}")
+    _check(tokenizer, pair)
+    if max_length is not None:
+        max_length = integer("max_length", max_length, 2)
+    one_of("truncation", truncation, get_args(Truncation))
+    flag("chat", chat)
     is_text = isinstance(pair.prompt, str)
     has_template = bool(getattr(tokenizer, "chat_template", None))
     if not is_text and not has_template:
@@ -118,6 +122,17 @@ def tokenize_pair(
     kept = prompt[:head] + prompt[max(len(prompt) - room + head, head) :]
     left = max_length - room
     return TokenizedPair(kept, chosen[:left], rejected[:left], truncated=True)
+
+
+def _check(tokenizer: Any, pair: Pair) -> None:
+    """Raises unless these are a tokenizer and a pair."""
+    if not callable(tokenizer) or not hasattr(tokenizer, "eos_token_id"):
+        got = type(tokenizer).__name__
+        raise TypeError(f"tokenizer: expected one of transformers, got {got}")
+    instance("pair", pair, Pair, "a Pair(prompt, chosen, rejected)")
+    instance("prompt", pair.prompt, str | Sequence, "a string or messages")
+    for name in ("chosen", "rejected"):
+        instance(name, getattr(pair, name), str, "a string")
 
 
 def _text_ids(tokenizer: Any, pair: Pair) -> _Ids:

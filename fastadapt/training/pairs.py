@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastadapt._ops.checks import instance, integer
 from fastadapt.training.pair_files import read_pairs
 from fastadapt.training.pair_forms import Pair
 from fastadapt.training.pair_tokens import TokenizedPair, Truncation, tokenize_pair
@@ -90,18 +91,24 @@ def encode_pairs(
         chat: whether prompts that are text go through the tokenizer's chat template.
 
     Raises:
+        TypeError: something else than pairs, and as `tokenize_pair`.
         ValueError: no pairs; a pair that `tokenize_pair` refuses, with its number from 0.
     """
+    given: object = pairs
+    if isinstance(given, Pair | str) or not isinstance(given, Iterable):
+        got = type(given).__name__
+        raise TypeError(f"pairs: expected a sequence of Pairs, got {got}")
     tokenized = []
     for number, pair in enumerate(pairs):
+        instance(f"pairs[{number}]", pair, Pair, "a Pair(prompt, chosen, rejected)")
         try:
             tokenized.append(
                 tokenize_pair(
                     tokenizer, pair, max_length=max_length, truncation=truncation, chat=chat
                 )
             )
-        except ValueError as error:
-            raise ValueError(f"pairs[{number}]: {error}") from error
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"pairs[{number}]: {error}") from error
     cut = sum(pair.truncated for pair in tokenized)
     if cut:
         warnings.warn(f"{cut} of {len(pairs)} pairs were cut to {max_length} tokens", stacklevel=2)
@@ -123,14 +130,18 @@ def pad_pairs(pairs: Sequence[TokenizedPair], *, fill: int | None = None) -> Pai
         fill: the token in places that `attention_mask` hides; None: 0.
 
     Raises:
+        TypeError: pairs that are not tokenised, a fill that is no integer.
         ValueError: no pairs.
     """
     if not pairs:
         raise ValueError("pairs: expected at least one, got none")
+    for number, pair in enumerate(pairs):
+        instance(f"pairs[{number}]", pair, TokenizedPair, "a TokenizedPair")
+    fill = 0 if fill is None else integer("fill", fill)
     rows = [(pair.prompt_ids, pair.chosen_ids) for pair in pairs]
     rows += [(pair.prompt_ids, pair.rejected_ids) for pair in pairs]
     length = max(len(prompt) + len(ids) for prompt, ids in rows)
-    tokens = torch.full((len(rows), length), fill or 0)
+    tokens = torch.full((len(rows), length), fill)
     attention_mask = torch.zeros_like(tokens)
     labels = torch.full_like(tokens, IGNORED)
     for i, (prompt, ids) in enumerate(rows):

@@ -23,6 +23,7 @@ import transformers
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from fastadapt._ops.checks import instance
 from fastadapt.training import model_cache
 from fastadapt.training.packaged_models import (
     DEFAULT_MODEL,
@@ -98,11 +99,15 @@ def load_model(
         token, and with a chat template if the model answers messages.
 
     Raises:
+        TypeError: a model that is neither named nor a path, or a dtype that is none.
         ModelNotFoundError: there is no such path, or it holds no such model, or the hub has none
             or cannot be reached, or the packaged model is not here and cannot or may not be
             fetched.
         TermsNotAcceptedError: the model's terms of use have to be accepted first.
     """
+    if name_or_path is not None:
+        instance("name_or_path", name_or_path, str | os.PathLike, "a name, a path or None")
+    instance("dtype", dtype, torch.dtype, "a dtype of torch")
     report, quiet = progress or no_progress, progress is not None
     name = None if name_or_path is None else os.fspath(name_or_path)
     path = None if name is None else Path(name).expanduser()

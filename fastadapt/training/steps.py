@@ -13,19 +13,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastadapt.log_odds import label_log_odds, linear_log_odds
+from fastadapt._ops.checks import instance
+from fastadapt.log_odds import label_log_odds
 from fastadapt.losses import Responses, RewardPenalizeLoss, sequence_logps
 from fastadapt.training.head import (
-    Head,
     HeadError,
     accepted,
     before_head,
     causal_of,
+    head_log_odds,
     layer_of,
     without_positions,
 )
 from fastadapt.training.head_check import ask, read_head
 from fastadapt.training.pairs import IGNORED, PairBatch
+
+_WITH_REFERENCE = "tuples of a PairBatch and its reference or None"
+_ARGUMENTS = "a mapping, arguments of the model's forward"
 
 LogOddsOf = Callable[[Any, PairBatch], Tensor]
 """A function of a model and a batch of B pairs that returns log-odds (2B, T-1).
@@ -96,9 +100,11 @@ def states_at_head(model: Any, inputs: Mapping[str, Any]) -> tuple[Tensor, Any]:
         inputs: keyword arguments of its forward.
 
     Raises:
+        TypeError: inputs that are no mapping, or as `forward_log_odds`.
         ValueError: the model's forward does not call its head, or calls it with something else.
     """
     layer, met = layer_of(model), list[Tensor]()
+    instance("inputs", inputs, Mapping, _ARGUMENTS)
 
     def keep(states: Tensor) -> Tensor:
         met.append(states)
@@ -122,6 +128,7 @@ def inputs_of(batch: PairBatch) -> dict[str, Any]:
         tensor([[1, 2, 3, 4, 5],
                 [1, 2, 6, 0, 0]])
     """
+    instance("batch", batch, PairBatch, "a PairBatch")
     return {"input_ids": batch.tokens, "attention_mask": batch.attention_mask}
 
 
@@ -184,13 +191,10 @@ def forward_log_odds(model: Any, inputs: Mapping[str, Any], labels: Tensor) -> T
         ValueError: as `fastadapt.training.head_check.head_of`, among which a model that makes
             something else of its head's products, a quantised or compiled one; positions that are
             not those of `labels`; labels among the inputs.
-        TypeError: inputs that are no mapping.
+        TypeError: inputs that are no mapping, labels that are no tensor, a model that is no module.
     """
-    if not isinstance(inputs, Mapping):
-        raise TypeError(
-            "inputs: expected a mapping, arguments of the model's forward, got "
-            f"{type(inputs).__name__}"
-        )
+    instance("inputs", inputs, Mapping, _ARGUMENTS)
+    instance("labels", labels, Tensor, "a Tensor")
     if inputs.get("labels") is not None:
         raise ValueError("inputs: expected no labels among them, got labels")
     causal, layer = causal_of(model), layer_of(model)
@@ -253,6 +257,8 @@ def sides(batch: PairBatch, log_odds: Tensor) -> tuple[Responses, Responses]:
         >>> chosen.mask, rejected.mask
         (tensor([[False,  True,  True,  True]]), tensor([[False,  True, False, False]]))
     """
+    instance("batch", batch, PairBatch, "a PairBatch")
+    instance("log_odds", log_odds, Tensor, "a Tensor")
     parts = zip(log_odds.chunk(2), batch.labels.chunk(2), strict=True)
     chosen, rejected = (Responses.from_labels(m, y, ignore_index=IGNORED) for m, y in parts)
     return chosen, rejected
@@ -311,7 +317,16 @@ def pair_loss(
         objective: the loss.
         reference: what `reference_logps` returned; None: reference-free.
         log_odds_of: makes the log-odds (2B, T-1) of a batch.
+
+    Raises:
+        TypeError: an objective, a batch, a reference or a model that is something else.
+        ValueError: as `forward_log_odds` and the losses.
     """
+    instance("objective", objective, torch.nn.Module, "a RewardPenalizeLoss")
+    given: object = reference
+    if given is not None and not (isinstance(given, tuple | list) and len(given) == 2):
+        got = type(given).__name__
+        raise TypeError(f"reference: expected two tensors, as of reference_logps, got {got}")
     chosen, rejected = sides(batch, log_odds_of(model, batch))
     result: tuple[Tensor, dict[str, Tensor]] = objective(
         chosen, rejected, *(reference or (None, None))
@@ -351,44 +366,16 @@ def training_steps(
         optimizer: of the model's parameters.
         log_odds_of: as in `pair_loss`.
     """
-    for batch, reference in batches:
+    instance("optimizer", optimizer, torch.optim.Optimizer, "an optimizer of torch")
+    for item in batches:
+        instance("batches", item, tuple | list, _WITH_REFERENCE)
+        instance("batches", item[0], PairBatch, _WITH_REFERENCE)
+        batch, reference = item
         optimizer.zero_grad()
         loss, metrics = pair_loss(model, batch, objective, reference, log_odds_of=log_odds_of)
         loss.backward()
         optimizer.step()
         yield {"loss": loss.detach(), **metrics}
-
-
-def head_log_odds(head: Head, states: Tensor, labels: Tensor) -> Tensor:
-    """Returns the log-odds of labels under a head.
-
-    Examples:
-        >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> from fastadapt import training
-        >>> from fastadapt.training.head_check import head_of
-        >>> sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
-        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=32, **sizes))
-        >>> head = head_of(model)
-        >>> training.head_log_odds(head, torch.zeros(2, 64), torch.tensor([3, -100])).detach()
-        tensor([-3.4340,  0.0000])
-
-    Args:
-        head (Head): from `fastadapt.training.head_check.head_of`.
-        states (Tensor): (..., H), what the head reads.
-        labels (Tensor): `states.shape[:-1]`, int64; -100, `training.pairs.IGNORED`, gives 0.
-
-    Returns:
-        Tensor: as `linear_log_odds`.
-    """
-    return linear_log_odds(
-        states,
-        head.weight,
-        labels,
-        head.bias,
-        softcap=head.softcap,
-        logit_scale=head.logit_scale,
-        ignore_index=IGNORED,
-    )
 
 
 def _of_all_positions(batch: PairBatch) -> Tensor:

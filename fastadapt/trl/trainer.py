@@ -21,6 +21,7 @@ from trl.trainer import utils as trl_utils
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
 
+from fastadapt._ops.checks import instance
 from fastadapt.losses import Responses, RewardPenalizeLoss
 from fastadapt.trl._log_probs import ARGUMENTS, LogOdds, LogProbs
 
@@ -142,10 +143,12 @@ class RewardPenalizeTrainer(DPOTrainer):
         **rest: Any,
     ) -> None:
         _check_hook()
+        if args is not None:
+            instance("args", args, DPOConfig, "a DPOConfig")
         args = DPOConfig() if args is None else copy.copy(args)  # the caller's stays as it is
         _check_config(args)
         options = dict(loss_options or {})
-        if "dpo" in loss:
+        if isinstance(loss, Mapping) and "dpo" in loss:
             options = {"beta": args.beta, "label_smoothing": args.label_smoothing} | options
             if options["beta"] != args.beta:
                 raise ValueError(f"loss_options: expected args.beta for beta, got {options}")

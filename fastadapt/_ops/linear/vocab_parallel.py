@@ -118,10 +118,13 @@ def _check_group(group: object) -> None:
     """Raises unless this process is a member of the group."""
     import torch.distributed as dist
 
-    if not dist.is_available() or not dist.is_initialized():
-        raise RuntimeError("group: expected torch.distributed to be initialised, it is not")
+    missing = RuntimeError("group: expected torch.distributed to be initialised, it is not")
+    if not dist.is_available():
+        raise missing
     if not isinstance(group, dist.ProcessGroup):
         raise TypeError(f"group: expected a ProcessGroup or None, got {type(group).__name__}")
+    if not dist.is_initialized():
+        raise missing
     if dist.get_rank(group) < 0:
         raise ValueError("group: expected one that this rank is a member of")
 
