@@ -6,10 +6,9 @@ python examples/train_with_transformers.py [MODEL]
 import sys
 import tempfile
 
-from transformers import DataCollatorForLanguageModeling, TrainingArguments
-
 from fastadapt.hf import LogitsFreeTrainer
 from fastadapt.training.pretrained import load_model
+from transformers import DataCollatorForLanguageModeling, TrainingArguments
 
 TEXTS = ["Blue is a colour.", "Two and two make four.", "Water boils at one hundred degrees."]
 

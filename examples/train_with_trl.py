@@ -6,11 +6,10 @@ python examples/train_with_trl.py [MODEL]
 import sys
 import tempfile
 
+from fastadapt.trl import RewardPenalizeTrainer
+from fastadapt.training.pretrained import load_model
 from datasets import Dataset
 from trl import DPOConfig
-
-from fastadapt.training.pretrained import load_model
-from fastadapt.trl import RewardPenalizeTrainer
 
 PAIRS = Dataset.from_list(
     [

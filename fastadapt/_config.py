@@ -1,7 +1,9 @@
-"""Versions and hardware for a bug report."""
+"""Versions and hardware for a bug report, and which extra brings what cannot be imported."""
 
+import contextlib
 import platform
 import sys
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TextIO
@@ -35,6 +37,26 @@ def show_config(file: TextIO | None = None) -> None:
         *(_device(i) for i in range(torch.cuda.device_count())),
     ]
     out.write("\n".join(lines) + "\n")
+
+
+@contextlib.contextmanager
+def needs_extra(name: str, extra: str) -> Iterator[None]:
+    """Says what to install where an import within the block fails.
+
+    Raises:
+        ImportError: one sentence; where a package is missing a `ModuleNotFoundError` with its name.
+    """
+    try:
+        yield
+    except (ImportError, RuntimeError) as error:  # transformers raises both
+        why = str(error).partition("\n")[0]
+        message = (
+            f"{name} cannot be imported ({why}): what it needs comes with "
+            f'pip install "fastadapt[{extra}]"'
+        )
+        if isinstance(error, ModuleNotFoundError):
+            raise ModuleNotFoundError(message, name=error.name) from error
+        raise ImportError(message) from error
 
 
 def _package(name: str) -> str:

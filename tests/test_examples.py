@@ -32,3 +32,24 @@ def test_example(script, letter_model, monkeypatch, tmp_path, capsys):
     said = capsys.readouterr().out
     assert said.strip() and "nan" not in said
     assert not list(tmp_path.iterdir()), "an example left files"
+
+
+WITHOUT_EXTRAS = """
+import runpy, sys
+for name in ("transformers", "trl", "datasets"):
+    sys.modules[name] = None
+for script in sys.argv[1:]:
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except ImportError as error:
+        print(error)
+"""
+
+
+def test_examples_say_which_extra_they_need(tmp_path):
+    run = [sys.executable, "-P", "-c", WITHOUT_EXTRAS, *map(str, EXAMPLES)]
+    done = subprocess.run(run, cwd=tmp_path, check=True, capture_output=True, text=True)
+    said = done.stdout.splitlines()
+    assert len(said) == len(EXAMPLES)
+    for line in said:
+        assert " cannot be imported (" in line and 'comes with pip install "fastadapt[' in line

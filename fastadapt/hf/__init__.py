@@ -2,14 +2,10 @@
 
 from typing import Any
 
-try:
+from fastadapt._config import needs_extra
+
+with needs_extra("fastadapt.hf", "demo"):
     from fastadapt.hf.generation import FusedLogitsWarper, Generate, generate
-except (ImportError, RuntimeError) as error:  # transformers raises both
-    why = str(error).partition("\n")[0]
-    raise ImportError(
-        f"fastadapt.hf cannot be imported ({why}): what it needs comes with "
-        'pip install "fastadapt[demo]"'
-    ) from error
 
 __all__ = ["FusedLogitsWarper", "Generate", "LogitsFreeTrainer", "generate"]
 __dir__ = __all__.copy  # what is not public is not listed

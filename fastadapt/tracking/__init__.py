@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from fastadapt._config import needs_extra
 from fastadapt.tracking.tracker import RewardPenalizeTracker
 
 __all__ = ["RewardPenalizeTracker", "TrackerCallback"]
@@ -13,8 +14,9 @@ def __getattr__(name: str) -> Any:
     if name != "TrackerCallback":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
-        from fastadapt.tracking.callback import TrackerCallback
+        with needs_extra("fastadapt.tracking.TrackerCallback", "demo"):
+            from fastadapt.tracking.callback import TrackerCallback
     except ImportError as error:
-        raise AttributeError(f"fastadapt.tracking.TrackerCallback: {error}") from error
+        raise AttributeError(str(error)) from error
 
     return TrackerCallback

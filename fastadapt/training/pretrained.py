@@ -19,12 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from fastadapt._config import needs_extra
 from fastadapt._ops.checks import instance
-from fastadapt.training import model_cache
 from fastadapt.training.packaged_models import (
     DEFAULT_MODEL,
     ModelNotFoundError,
@@ -34,6 +31,13 @@ from fastadapt.training.packaged_models import (
     find_packaged,
     obtain_file,
 )
+
+with needs_extra("fastadapt.training.pretrained", "demo"):
+    import transformers
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from fastadapt.training import model_cache
 
 __all__ = [
     "DEFAULT_MODEL",
