@@ -285,7 +285,7 @@ def test_sizes() -> None:
 def test_installed_package_is_this_one() -> None:
     """The tests test the installed package; it holds these sources and no others."""
     installed = Path(fastadapt.__file__).parent
-    for pattern in ("*.py", "*.pyi", "py.typed"):
+    for pattern in ("*.py", "*.pyi", "*.jsonl", "py.typed"):
         here, there = (
             {p.relative_to(f).as_posix(): p.read_bytes() for p in f.rglob(pattern)}
             for f in (PACKAGE, installed)
