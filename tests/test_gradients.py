@@ -15,7 +15,8 @@ from fastadapt import Responses, RewardPenalizeLoss
 from fastadapt._cli.main import main
 from fastadapt.losses import FORMULAS
 from fastadapt.study.gradients.check import check_gradients
-from fastadapt.study.gradients.table import OPTIONS, ROWS, example_batch, one_token
+from fastadapt.study.gradients.named_losses import one_token
+from fastadapt.study.gradients.table import OPTIONS, ROWS, example_batch
 from fastadapt.tracking.gradients import analytic_gradients, logit
 
 V = 7

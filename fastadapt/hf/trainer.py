@@ -13,9 +13,9 @@ from transformers import Trainer
 
 from fastadapt.log_odds import label_log_odds
 from fastadapt.losses import Responses, mle_loss
-from fastadapt.training import forward_log_odds
 from fastadapt.training.head import causal_of, evaluating, one_row
 from fastadapt.training.head_shape import HALF_TOLERANCE, configurations
+from fastadapt.training.log_odds import forward_log_odds
 from fastadapt.training.pairs import IGNORED
 
 _TOKENS = 32  # of a text, to compare losses on

@@ -7,8 +7,8 @@ gets
     ∂L/∂z = ∂L/∂m (onehot(y) - q),   ‖∂L/∂z‖₁ = 2 |∂L/∂m|,   ‖∂L/∂z‖₂ = |∂L/∂m| √(1 + Σ q²),
 
 q the softmax over the other entries. The three differ by factors that are the whole argument about
-losses that explode: ∂L/∂l = p ∂L/∂p and ∂L/∂m = (1-p) ∂L/∂l. Nothing here differentiates anything
-but `check_gradients`; all is float64.
+losses that explode: ∂L/∂l = p ∂L/∂p and ∂L/∂m = (1-p) ∂L/∂l. Nothing here differentiates anything;
+all is float64, and `fastadapt.study.gradients.check` compares it with autograd.
 
 Tuan & Wang 2024, arXiv 2408.16751, compare these losses by their gradients; the closed forms here
 are derived, not taken from there.

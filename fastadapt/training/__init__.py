@@ -4,18 +4,20 @@ from importlib import import_module
 from typing import Any
 
 from fastadapt.training.head import head_log_odds
-from fastadapt.training.steps import (
+from fastadapt.training.log_odds import (
     LogOddsOf,
-    Reference,
     forward_log_odds,
     hidden_states,
     inputs_of,
     logits_log_odds,
+    response_log_odds,
+    states_at_head,
+)
+from fastadapt.training.steps import (
+    Reference,
     pair_loss,
     reference_logps,
-    response_log_odds,
     sides,
-    states_at_head,
     training_steps,
 )
 

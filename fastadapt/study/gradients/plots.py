@@ -11,9 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from fastadapt.study.gradients.named_losses import LOSSES
+from fastadapt.study.gradients.named_losses import LOSSES, one_token
 from fastadapt.study.gradients.records import Row
-from fastadapt.study.gradients.table import one_token
 
 DPI = 160
 KIND_TITLES = {

@@ -7,7 +7,6 @@ when the table is. So neither can drift from the code of the losses.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -15,7 +14,7 @@ import torch
 
 from fastadapt.losses import Responses
 from fastadapt.study.gradients.check import GradientCheck, check_gradients
-from fastadapt.tracking.gradients import analytic_gradients
+from fastadapt.study.gradients.named_losses import one_token
 
 SEED = 0
 PROBABILITIES = (1e-9, 1e-3, 0.5, 0.999, 1 - 1e-9)
@@ -278,23 +277,6 @@ def _weights_table() -> list[str]:
             cells.append(", ".join(_short(x) for x in slopes))
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
-
-
-def one_token(loss: str, p: float, **options: Any) -> tuple[float, float, float]:
-    """Returns ∂L/∂p, ∂L/∂l and ∂L/∂m of a rejected response of one token.
-
-    Args:
-        loss: a name of `FORMULAS` with a rejected side; the chosen response is a token of p = 0.5.
-        p: its probability, in (0, 1).
-        **options: of the loss.
-    """
-    mask = torch.ones(1, 1, dtype=torch.bool)
-    chosen, rejected = (
-        Responses(torch.tensor([[math.log(x) - math.log1p(-x)]], dtype=torch.float64), mask)
-        for x in (0.5, p)
-    )
-    found = analytic_gradients(loss, chosen, rejected, **options)["rejected"]
-    return float(found.probability), float(found.logp), float(found.log_odds)
 
 
 def _short(x: float) -> str:

@@ -17,8 +17,8 @@ from fastadapt import Adaptor, label_logps, sample, score
 from fastadapt.adaptor import KNOBS
 from fastadapt.training.head import head_log_odds
 from fastadapt.training.head_check import head_of
+from fastadapt.training.log_odds import states_at_head
 from fastadapt.training.pairs import IGNORED
-from fastadapt.training.steps import states_at_head
 
 
 class Strings(NamedTuple):
