@@ -61,4 +61,4 @@ def test_ranks_on_gpus(ranks, run):
 def test_a_group_needs_torch_distributed():
     hidden, weight, labels = torch.randn(3, 8), torch.randn(20, 8), torch.zeros(3, dtype=torch.long)
     with pytest.raises(RuntimeError, match="group: expected torch.distributed to be initialised"):
-        linear_log_odds(hidden, weight, labels, group=object())
+        linear_log_odds(hidden, weight, labels, group=torch.distributed.ProcessGroup(0, 1))
