@@ -421,9 +421,13 @@ def test_bench_generation_writes_json(tiny_folder, tmp_path, monkeypatch):
 
 def test_bench_needs_a_checkout(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli, "__file__", str(tmp_path / "site-packages" / "fastadapt" / "cli.py"))
+    installed = tmp_path / "site-packages" / "fastadapt" / "_cli" / "main.py"
+    monkeypatch.setattr(cli, "__file__", str(installed))
     assert cli.main(["bench", "generation", "--rounds", "2"]) == 2
     assert "from a checkout" in capsys.readouterr().err
+    (tmp_path / "site-packages" / "benchmarks").mkdir(parents=True)
+    (tmp_path / "site-packages" / "benchmarks" / "bench_generation.py").write_text("exit(7)")
+    assert cli.main(["bench", "generation"]) == 7
 
 
 @pytest.mark.parametrize(

@@ -152,7 +152,7 @@ def _run_demo(arguments: argparse.Namespace) -> int:
 def _run_bench(arguments: argparse.Namespace) -> int:
     """Run a benchmark script from the checkout around the current folder or the package."""
     script = Path("benchmarks") / f"bench_{arguments.name.replace('-', '_')}.py"
-    for root in (Path.cwd(), Path(__file__).resolve().parent.parent):
+    for root in (Path.cwd(), Path(__file__).resolve().parents[2]):
         if (root / script).is_file():
             return subprocess.run([sys.executable, str(root / script), *arguments.rest]).returncode
     return fail(f"there is no {script} here: benchmarks are run from a checkout of the repository")
