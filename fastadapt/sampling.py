@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastadapt._ops import sampling as ops
-from fastadapt._ops.checks import flag, fold_rows, integer, per_row
+from fastadapt._ops.checks import flag, fold_rows, instance, integer, per_row
 from fastadapt._ops.outputs import sample_fields
 from fastadapt.adaptor import Adaptor
 from fastadapt.results import Sample, Score
@@ -223,13 +223,11 @@ def adapted_logps(
     return torch.where(tokens == ignore_index, 0.0, logps)
 
 
-def _check_generator(generator: object, rows: Tensor) -> None:
+def _check_generator(generator: torch.Generator | None, rows: Tensor) -> None:
     """Raises unless a generator is a `torch.Generator` on the device of the rows."""
     if generator is None:
         return
-    if not isinstance(generator, torch.Generator):
-        got = type(generator).__name__
-        raise TypeError(f"generator: expected a torch.Generator, got {got}")
+    instance("generator", generator, torch.Generator, "a torch.Generator")
     if generator.device.type != rows.device.type:
         raise ValueError(f"generator: expected one on {rows.device}, got one on {generator.device}")
 

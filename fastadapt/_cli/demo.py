@@ -35,6 +35,7 @@ from fastadapt._cli.measure import (
     time_generation,
     tokens_per_s,
 )
+from fastadapt._ops.checks import integer
 from fastadapt.study._progress import progress_bar, stepper
 from fastadapt.training.pretrained import DEFAULT_MODEL, load_model, terms_to_accept
 
@@ -100,9 +101,8 @@ class DemoOptions:
     def __post_init__(self) -> None:
         """Check every value before anything is loaded."""
         for name, low in (("batch", 1), ("max_new_tokens", 2), ("threads", 1), ("rounds", 1)):
-            value = getattr(self, name)
-            if value is not None and value < low:
-                raise ValueError(f"{name}: expected at least {low}, got {value}")
+            if getattr(self, name) is not None:
+                integer(name, getattr(self, name), low)
         if not 0 <= self.seed < 2**62:
             raise ValueError(f"seed: expected 0 <= seed < 2**62, got {self.seed}")
         for number, prompt in enumerate(self.prompts, start=1):

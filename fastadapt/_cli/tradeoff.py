@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -76,9 +77,9 @@ def _run(arguments: argparse.Namespace) -> int:
     """Check the arguments, then run the study."""
     from fastadapt.study.tradeoff import command
 
-    names = {name: value for name, value in vars(arguments).items() if name in _OPTIONS}
     try:
-        options = command.Options(**names)
+        names = [field.name for field in dataclasses.fields(command.Options)]
+        options = command.Options(**{name: getattr(arguments, name) for name in names})
         settings = command.settings_of(options)
     except (OSError, ValueError) as error:
         arguments.subparser.error(str(error))
@@ -91,11 +92,3 @@ def _run(arguments: argparse.Namespace) -> int:
         kept = f"what was sampled is kept in {options.out}, the same command resumes"
         return fail(f"interrupted; {kept}", INTERRUPTED)
     return 0
-
-
-_OPTIONS = frozenset(
-    {
-        *("out", "model", "prior", "system", "prior_system", "prompts", "count", "grid"),
-        *("strings", "max_new_tokens", "reward", "reward_model", "seed", "threads", "quick"),
-    }
-)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from fastadapt._ops.checks import integer
 from fastadapt.losses import RewardPenalizeLoss
 from fastadapt.study.gradients.one_step import (
     FORWARD_BATCH,
@@ -65,8 +66,7 @@ class StepOptions:
     def __post_init__(self) -> None:
         """Checks the ranges."""
         for name, low in (("pairs", 4), ("max_length", 8), ("fit_epochs", 1)):
-            if getattr(self, name) < low:
-                raise ValueError(f"{name}: expected at least {low}, got {getattr(self, name)}")
+            integer(name, getattr(self, name), low)
         if not self.sizes or min(self.sizes) <= 0:
             raise ValueError(f"sizes: expected values > 0, got {self.sizes}")
 

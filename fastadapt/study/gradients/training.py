@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import itertools
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fastadapt._ops.checks import integer, number
 from fastadapt.losses import RewardPenalizeLoss
 from fastadapt.study.gradients.named_losses import LOSSES
 from fastadapt.study.gradients.records import Row, settings_of, software, write_json, write_rows
@@ -63,10 +63,8 @@ class TrainingOptions:
     def __post_init__(self) -> None:
         """Checks the ranges."""
         for name, low in (("pairs", 2), ("batch", 1), ("steps", 2), ("max_length", 8)):
-            if getattr(self, name) < low:
-                raise ValueError(f"{name}: expected at least {low}, got {getattr(self, name)}")
-        if not 0 < self.learning_rate < math.inf:
-            raise ValueError(f"learning_rate: expected a value > 0, got {self.learning_rate}")
+            integer(name, getattr(self, name), low)
+        number("learning_rate", self.learning_rate, positive=True)
 
 
 def run_training(

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from fastadapt._ops.checks import integer
 from fastadapt.study._progress import progress_bar, stepper
 from fastadapt.study.tradeoff import contexts, corpora, grids, rewards, study
 from fastadapt.study.tradeoff.plots import draw_figures
@@ -48,9 +49,8 @@ class Options:
     def __post_init__(self) -> None:
         """Checks all that can be checked before a model is loaded."""
         for name, low in (("count", 2), ("threads", 1)):
-            value = getattr(self, name)
-            if value is not None and value < low:
-                raise ValueError(f"{name}: expected at least {low}, got {value}")
+            if getattr(self, name) is not None:
+                integer(name, getattr(self, name), low)
         if self.out.exists() and not self.out.is_dir():
             raise ValueError(f"out: expected a folder, got the file {self.out}")
 

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from fastadapt._ops.checks import integer
 from fastadapt.study.files import write_whole
 from fastadapt.study.tradeoff import correlations, normalisation, statistics
 from fastadapt.study.tradeoff.contexts import Prompts, Side, check_lengths, check_sides
@@ -62,8 +63,7 @@ class Settings:
         """Checks every value before anything is sampled."""
         check_grid(self.cells)
         for name, low in (("strings", 1), ("max_new_tokens", 1), ("replicates", 10)):
-            if getattr(self, name) < low:
-                raise ValueError(f"{name}: expected at least {low}, got {getattr(self, name)}")
+            integer(name, getattr(self, name), low)
         if not 0 <= self.seed < 2**62:
             raise ValueError(f"seed: expected 0 <= seed < 2**62, got {self.seed}")
 
