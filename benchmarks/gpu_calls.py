@@ -1,0 +1,172 @@
+"""The calls whose kernels are looked at without a GPU: every function that launches some."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cases import GPU_ADAPTORS
+from fastadapt import (
+    Adaptor,
+    adapted_log_odds,
+    candidate_log_odds,
+    filter_logits,
+    label_log_odds,
+    linear_log_odds,
+    sample,
+    score,
+)
+from fastadapt._ops.linear.driver import RECOMPUTE
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+COMMON = 16, 262_144  # N and V
+WIDTH, HEAD = 64, 16_384  # of hidden states, and ids of their head: tiles of one width
+# What a draw is asked for: nothing but tokens, each optional field, all of them and positions.
+OUTPUTS: dict[str, dict[str, Any]] = {
+    "no outputs": {},
+    "base_logprobs": {"base_logprobs": True},
+    "log_mass": {"log_mass": True},
+    "all outputs": {"base_logprobs": True, "log_mass": True, "positions": True},
+}
+
+
+class Call(NamedTuple):
+    """A call, and whether its arithmetic is specified to the bit, so that none may be fused."""
+
+    name: str
+    run: Callable[[], object]
+    exact: bool = True
+
+
+def draw(
+    rows: Tensor, adaptor: Adaptor, outputs: Mapping[str, Any], seeds: Tensor | None = None
+) -> object:
+    """Draws from rows with some outputs."""
+    seeds = torch.arange(len(rows)) if seeds is None else seeds
+    given = dict(outputs)
+    if given.pop("positions", False):
+        given["positions"] = seeds
+    return sample(rows, adaptor, seeds=seeds, **given)
+
+
+def per_row(adaptor: Adaptor, n: int) -> Adaptor:
+    """The same knobs as tensors of a value for each row."""
+    names = "temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"
+    return Adaptor(**{name: torch.full((n,), getattr(adaptor, name)) for name in names})
+
+
+def calls(dtype: str, thorough: bool) -> Iterator[Call]:
+    """The functions with the options that make other kernels.
+
+    Args:
+        dtype: of logits, hidden states and head.
+        thorough: also draws without outputs, other adaptors, knobs of each row, and N = V = 1:
+            integers that are 1 are constants of a kernel. Else what asks for most.
+    """
+    for n, v in (COMMON, (1, 1)) if thorough else (COMMON,):
+        size = "" if v > 1 else ", N = V = 1"
+        rows = torch.empty(n, v, dtype=DTYPES[dtype])
+        if dtype != "float64":
+            for name, run in _sampling(rows, thorough).items():
+                yield Call(f"{name}, {dtype}{size}", run)
+        for name, run in _adapted(rows).items():
+            yield Call(f"{name}, {dtype}{size}", run)
+        for name, run in {**_losses(rows), **_linear(rows)}.items():
+            yield Call(f"{name}, {dtype}{size}", run, exact=False)
+
+
+def _sampling(rows: Tensor, thorough: bool) -> dict[str, Callable[[], object]]:
+    """Draws, filtered logits and scores."""
+    n, v = rows.shape
+    chosen = GPU_ADAPTORS["T+p"]  # which may need every step
+    found: dict[str, Callable[[], object]] = {}
+    for top in (1024, 1) if thorough else (1024,):
+        if top <= v:
+            given = {**OUTPUTS["all outputs"], "top_logprobs": top}
+            found[f"T+p, all outputs, top {top}"] = partial(draw, rows, chosen, given)
+    if thorough and v > 1:
+        for asked in ("no outputs", "all outputs"):
+            for name, adaptor in GPU_ADAPTORS.items():
+                found[f"{name}, {asked}"] = partial(draw, rows, adaptor, OUTPUTS[asked])
+        knobs = per_row(GPU_ADAPTORS["everything"], n)
+        found["per row, no outputs"] = partial(draw, rows, knobs, OUTPUTS["no outputs"])
+    found["filter"] = partial(filter_logits, rows, chosen)
+    several = [chosen, *([GPU_ADAPTORS["everything"]] if n > 1 else [])]
+    tokens = torch.zeros(n, dtype=torch.int64)
+    found["score"] = partial(score, rows, tokens, several)
+    return found
+
+
+def _adapted(rows: Tensor) -> dict[str, Callable[[], object]]:
+    """Log-odds on the support of an adaptor, and their gradient."""
+    tokens = torch.zeros(len(rows), dtype=torch.int64)
+    with_gradient = _with_backward(adapted_log_odds, rows, tokens, GPU_ADAPTORS["T+p"])
+    return {"adapted log-odds": with_gradient}
+
+
+def _losses(rows: Tensor) -> dict[str, Callable[[], object]]:
+    """Log-odds of labels and of candidates, and their gradients."""
+    n, v = rows.shape
+    index = torch.zeros(n, min(v, 100), dtype=torch.int64)
+    mask = torch.ones_like(index, dtype=torch.bool)
+    return {
+        "labels": _with_backward(label_log_odds, rows, index[:, 0].contiguous()),
+        "candidates": _with_backward(candidate_log_odds, rows, index),
+        "masked candidates": _with_backward(candidate_log_odds, rows, index, mask),
+    }
+
+
+def _linear(rows: Tensor) -> dict[str, Callable[[], object]]:
+    """Log-odds of a linear head, with and without its own gradient."""
+    n, v = min(len(rows), 8), min(rows.shape[1], HEAD)
+    width = WIDTH if v > 1 else 1
+    hidden, weight = rows.new_zeros(n, width), rows.new_zeros(v, width)
+    labels = torch.zeros(n, dtype=torch.int64)
+    some = torch.where(torch.arange(n) % 2 == 0, labels, -100) if n > 1 else labels
+    found: dict[str, Callable[[], object]] = {}
+    for name, bias, cap in (("head", None, None), ("capped head", rows.new_zeros(v), 30.0)):
+        for outputs in ((), ("entropy",)):
+            kind = " and ".join((name, *outputs))
+            given: dict[str, Any] = {"bias": bias, "softcap": cap, "outputs": outputs}
+            found[kind] = partial(linear_log_odds, hidden, weight, labels, **given)
+            found[f"frozen {kind}"] = _with_backward(linear_log_odds, hidden, weight, some, **given)
+        problem = hidden, weight, some, bias, cap or 0.0, 1.0, -100, None, None
+        for kept, budget in (("", 0), (", logits kept", 1 << 30)):
+            found[f"trained {name}{kept}"] = partial(_train_head, problem, budget)
+    return found
+
+
+def _train_head(problem: tuple[Any, ...], kept_bytes: int) -> object:
+    """A forward and a backward with all gradients; rows of no mass would take no part in it."""
+    given = {"plan": RECOMPUTE, "kept_bytes": kept_bytes, "weighted": False}
+    log_odds, stats, kept = torch.ops.fastadapt.linear_log_odds(*problem, **given)
+    return torch.ops.fastadapt.linear_log_odds_backward(
+        torch.ones_like(log_odds),
+        stats.fill_(1),
+        kept,
+        *problem,
+        wanted=[True, True, problem[3] is not None],
+    )
+
+
+def _with_backward(
+    function: Callable[..., Any], first: Tensor, *rest: Any, **options: Any
+) -> Callable[[], object]:
+    """A call and the gradient of its first result with respect to its first argument."""
+
+    def run() -> object:
+        result = function(first.detach().requires_grad_(), *rest, **options)
+        values = result[0] if isinstance(result, tuple) else result
+        values.backward(torch.ones_like(values))
+        return values
+
+    return run

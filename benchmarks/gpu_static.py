@@ -1,0 +1,249 @@
+"""What the GPU's code is, on a machine without one: its demands, specialisations and launches.
+
+    python benchmarks/gpu_static.py --out benchmarks/results/gpu_static.json
+    python benchmarks/gpu_static.py --check benchmarks/results/gpu_static.json
+
+Every kernel is specialised by Triton's just-in-time path for the arguments that the launches give
+it, and compiled for GPUs of three kinds. Whatever spills, has a stack or local memory, fuses
+multiplications with additions or takes more shared memory than the GPU has fails, and so does a
+kernel that no call launches. `--check` compares with a record: registers, stack, barriers,
+specialisations and launches must be the same, instructions within 3 %; a line for each difference.
+It needs the version of Triton that made the record.
+
+By default float32 is compiled with all options for sm_90, with those that need most for the others,
+and bfloat16 with those for sm_90: of the sampling kernels other types differ by the conversion of
+what is loaded. `--scope all` compiles all four types with all options for all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import multiprocessing
+import os
+import pkgutil
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton.runtime.jit import JITFunction
+
+from cases import GPU_ADAPTORS
+from fastadapt import Adaptor
+from fastadapt._ops import triton as kernels
+from gpu_calls import DTYPES, OUTPUTS, calls, draw, per_row
+from gpu_static_check import differences, refuse_another
+from harness import Axis, Benchmark, Option, progress
+from machine_code import SHARED_KIB, Demand, demand_of
+from no_gpu import Launch, Source, compiled, recorded
+
+COUNTED_FOR = 90  # what is specialised and launched does not depend on the target
+# Of each class of integers that Triton tells apart: 1, multiples of 16, others; with every
+# alignment of a row that an odd number of them makes.
+BATCHES = (1, 2, 3, 7, 8, 16, 17, 63, 64, 65, 511, 512)
+VOCABULARIES = (50_257, 128_256, 151_936, 262_144)
+CALL = 64, 128_256  # N and V of the calls whose launches are counted
+BYTES = {"*fp64": 8, "*fp32": 4, "*bf16": 2, "*fp16": 2}
+PER_ROW, ALL = "per row", "all of these"
+Cell = dict[str, Any]
+BENCHMARK = Benchmark(
+    "gpu_static",
+    __doc__,
+    {
+        "check": Option(help="JSON file to compare with", kind=Path, metavar="FILE"),
+        "processes": Option(os.cpu_count() or 1, "that compile", least=1),
+        "scope": Option("usual", "what is compiled", choices=("usual", "all")),
+        "targets": Axis(tuple(SHARED_KIB), kind=int, metavar="SM"),
+    },
+    ("triton",),
+)
+
+
+class Work(NamedTuple):
+    """A kernel to compile, and where it was met."""
+
+    source: Source
+    variant: str
+    exact: bool
+
+    def __str__(self) -> str:
+        """Where to look when it fails."""
+        return f"sm_{self.source.target} {self.source.kernel} ({self.variant})"
+
+
+@BENCHMARK
+def main(options: argparse.Namespace, record: dict[str, Any]) -> bool:
+    """Compile and count, compare if asked to, and say whether something must not be so."""
+    before = json.loads(options.check.read_text(encoding="utf-8")) if options.check else None
+    record["triton"] = triton.__version__
+    record["settings"] = {"targets": options.targets, "scope": options.scope}
+    if before is not None:
+        refuse_another(before, record)
+    work = list(to_compile(options.targets, options.scope == "all"))
+    record["specialisations"] = specialisations(VOCABULARIES, BATCHES)
+    record["calls"] = calls_of(*CALL)
+    demands = compile_all(work, options.processes)
+    record["kernels"] = [cell_of(*both) for both in zip(work, demands, strict=True)]
+    wrong = [
+        f"{one}: {complaint}"
+        for one, demand in zip(work, demands, strict=True)
+        for complaint in demand.complaints(one.source.target, one.exact)
+    ]
+    wrong += [f"{name}: expected a launch, got none" for name in never_met(work)]
+    if before is not None:
+        wrong += differences(before, record)
+    lines = [*most_of(record["kernels"]), *wrong]
+    lines.append(f"triton {triton.__version__}, {len(work)} compilations, {len(wrong)} complaints")
+    sys.stdout.write("\n".join(lines) + "\n")
+    return bool(wrong)
+
+
+def to_compile(targets: Sequence[int], everything: bool) -> Iterator[Work]:
+    """Every specialised kernel once, with the name of the first call that launches it."""
+    for target in targets:
+        for dtype in DTYPES:
+            usual = dtype == "float32" or (dtype, target) == ("bfloat16", COUNTED_FOR)
+            if not everything and not usual:
+                continue
+            thorough = everything or (dtype, target) == ("float32", COUNTED_FOR)
+            yield from _met(target, dtype, thorough)
+
+
+def _met(target: int, dtype: str, thorough: bool) -> Iterator[Work]:
+    """The kernels of one type for one target."""
+    seen: set[str] = set()
+    for call in calls(dtype, thorough):
+        with recorded(target) as got:
+            call.run()
+        named: Counter[str] = Counter()
+        for key, source in got.sources().items():
+            if key in seen:
+                continue
+            seen.add(key)
+            named[source.kernel] += 1
+            number = named[source.kernel]
+            variant = f"{call.name}, {number}" if number > 1 else call.name
+            yield Work(source, variant, call.exact)
+
+
+def never_met(work: Sequence[Work]) -> list[str]:
+    """The kernels of the package that no call launches: functions of Triton's named *_kernel."""
+    met = {(one.source.module, one.source.kernel) for one in work}
+    found = []
+    for module in pkgutil.iter_modules(kernels.__path__, f"{kernels.__name__}."):
+        for name, value in vars(import_module(module.name)).items():
+            own = isinstance(value, JITFunction) and value.fn.__module__ == module.name
+            if own and name.endswith("_kernel") and (module.name, name) not in met:
+                found.append(f"{module.name}.{name}")
+    return found
+
+
+def compile_all(work: Sequence[Work], processes: int) -> list[Demand]:
+    """What each kernel needs."""
+    context = multiprocessing.get_context("spawn")  # compilers run on threads of their own
+    with (
+        ProcessPoolExecutor(processes, context) as pool,
+        progress("compiling", len(work)) as advance,
+    ):
+        demands = []
+        for demand in pool.map(demand_of_source, (one.source for one in work)):
+            demands.append(demand)
+            advance()
+        return demands
+
+
+def demand_of_source(source: Source) -> Demand:
+    """Compiles a kernel and reads its machine code."""
+    return demand_of(compiled(source), logit_bytes(source))
+
+
+def logit_bytes(source: Source) -> int | None:
+    """The size of a logit, of kernels that are given logits."""
+    for name, kind in source.signature.items():
+        kind = kind if name == "logits" else getattr(kind, "logits", None)
+        if kind is not None:
+            return BYTES[kind]
+    return None
+
+
+def cell_of(one: Work, demand: Demand) -> Cell:
+    """A line of the record."""
+    place = {"target": one.source.target, "kernel": one.source.kernel, "variant": one.variant}
+    return {**place, **{name: x for name, x in demand._asdict().items() if x is not None}}
+
+
+def specialisations(
+    vocabularies: Sequence[int],
+    batches: Sequence[int],
+    dtypes: Sequence[str] = ("float32", "bfloat16"),
+    outputs: Sequence[str] = tuple(OUTPUTS),
+    adaptors: Sequence[str] = (*GPU_ADAPTORS, PER_ROW),
+) -> list[Cell]:
+    """How many of each kernel all batches together meet: by V, type, outputs and adaptor."""
+    cells = []
+    for v, dtype in itertools.product(vocabularies, dtypes):
+        rows = torch.empty(max(batches), v, dtype=DTYPES[dtype])
+        together: list[Launch] = []
+        for asked, name in itertools.product(outputs, adaptors):
+            met: list[Launch] = []
+            for n in batches:
+                with recorded(COUNTED_FOR) as got:
+                    draw(rows[:n], _adaptor(name, n), OUTPUTS[asked])
+                met += got.launches
+            case = {"vocabulary": v, "dtype": dtype, "outputs": asked, "adaptor": name}
+            cells.append({**case, "kernels": _distinct(met)})
+            together += met
+        case = {"vocabulary": v, "dtype": dtype, "outputs": ALL, "adaptor": ALL}
+        cells.append({**case, "kernels": _distinct(together)})
+    return cells
+
+
+def _adaptor(name: str, n: int) -> Adaptor:
+    """An adaptor of numbers, or the one with knobs of each row."""
+    return GPU_ADAPTORS[name] if name != PER_ROW else per_row(GPU_ADAPTORS["everything"], n)
+
+
+def _distinct(launches: Sequence[Launch]) -> dict[str, int]:
+    """How many specialisations of each kernel were launched."""
+    found = {(x.source.kernel, x.key) for x in launches}
+    return dict(Counter(kernel for kernel, _ in sorted(found)))
+
+
+def calls_of(n: int, v: int) -> list[Cell]:
+    """Launches and PyTorch's operators in a call of `sample`, by adaptor and outputs."""
+    rows, seeds = torch.empty(n, v), torch.arange(n)
+    cells = []
+    for asked in ("no outputs", "all outputs"):
+        for name, adaptor in GPU_ADAPTORS.items():
+            with recorded(COUNTED_FOR) as got:
+                draw(rows, adaptor, OUTPUTS[asked], seeds)
+            by_kernel = dict(Counter(launch.source.kernel for launch in got.launches))
+            case = {"batch": n, "vocabulary": v, "outputs": asked, "adaptor": name}
+            counts = {"launches": len(got.launches), "aten_calls": got.operators.total()}
+            cells.append({**case, **counts, "kernels": by_kernel})
+    return cells
+
+
+def most_of(cells: Sequence[Cell]) -> Iterator[str]:
+    """What each kernel needs at most, a line for each and each target."""
+    most: dict[tuple[int, str], Cell] = {}
+    for cell in cells:
+        of_kernel = most.setdefault((cell["target"], cell["kernel"]), {})
+        for name in ("registers", "shared", "barriers", "instructions"):
+            of_kernel[name] = max(cell[name], of_kernel.get(name, 0))
+    form = (
+        "{registers} registers, {shared} B shared, {barriers} barriers, {instructions} instructions"
+    )
+    for (target, kernel), needs in sorted(most.items()):
+        yield f"sm_{target} {kernel}: {form.format(**needs)}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

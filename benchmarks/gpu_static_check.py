@@ -1,0 +1,51 @@
+"""Compares what the GPU's code is with what it was."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+EXACT = ("registers", "stack", "local", "spills", "shared", "barriers", "fused", "fused_double")
+INSTRUCTIONS_WITHIN = 0.03
+# What is compared: the fields that say what a line is of, and those that must be the same.
+PARTS: dict[str, tuple[Sequence[str], Sequence[str]]] = {
+    "kernels": (("target", "kernel", "variant"), EXACT),
+    "specialisations": (("vocabulary", "dtype", "outputs", "adaptor"), ("kernels",)),
+    "calls": (("batch", "vocabulary", "outputs", "adaptor"), ("launches", "kernels")),
+}
+Record = Mapping[str, Any]
+
+
+def refuse_another(before: Record, now: Record) -> None:
+    """Ends with a sentence where a record is of another version of Triton, or of other kernels."""
+    for name in ("triton", "settings"):
+        if before.get(name) != now[name]:
+            sys.exit(f"{name}: expected {before.get(name)} as in the record, got {now[name]}")
+
+
+def differences(before: Record, now: Record) -> Iterator[str]:
+    """A line for each difference."""
+    for part, (place, fields) in PARTS.items():
+        old, new = (
+            {tuple(cell[name] for name in place): cell for cell in record[part]}
+            for record in (before, now)
+        )
+        for where in [*old, *(where for where in new if where not in old)]:
+            name = f"{part}, {' '.join(map(str, where))}"
+            if where not in new:
+                yield f"{name}: in the record, not there now"
+            elif where not in old:
+                yield f"{name}: not in the record, there now"
+            else:
+                yield from (f"{name}: {x}" for x in _changes(old[where], new[where], fields))
+
+
+def _changes(old: Record, new: Record, fields: Sequence[str]) -> Iterator[str]:
+    """The changes of one line."""
+    for name in fields:
+        if old.get(name) != new.get(name):
+            yield f"{name} {old.get(name)} before, {new.get(name)} now"
+    were, are = old.get("instructions", 0), new.get("instructions", 0)
+    if abs(are - were) > INSTRUCTIONS_WITHIN * were:
+        yield f"instructions {were} before, {are} now"

@@ -1,0 +1,220 @@
+"""What is read of the GPU's code without a GPU: launches, specialisations, demands, comparisons.
+
+Under pytest Triton interprets kernels, so what is launched is recorded in a process of its own.
+"""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+import gpu_static_check
+import host
+
+pytest.importorskip("triton", reason="triton is not installed: it has wheels for Linux")
+
+import machine_code  # noqa: E402  (it needs triton)
+
+TOY = """
+import json
+import torch
+import triton
+import triton.language as tl
+from no_gpu import compiled, recorded
+
+@triton.jit
+def toy_kernel(x, n, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(x + at, tl.load(x + at, at < n) * 2.0, at < n)
+
+def launch(x, n, block=128):
+    toy_kernel[(n + 1, 2)](x, n, BLOCK=block, num_warps=2)
+
+x = torch.empty(64)
+with recorded(90) as got:
+    for n in (1, 2, 3, 16, 32):  # of three classes: 1, multiples of 16, others
+        launch(x, n)
+    launch(x[1:], 3)  # of another alignment
+    launch(x, 3, 64)
+    torch.empty(2).add_(1)
+with recorded(80) as other:
+    launch(x, 3)
+with recorded(90) as again:
+    launch(x, 3)
+"""
+TOLD = """
+from gpu_static import BATCHES, specialisations
+from machine_code import demand_of
+
+limited = [50_257], ["float32"], ["all outputs"], ["T+p"]
+some, every = (
+    specialisations(limited[0], batches, *limited[1:]) for batches in (BATCHES, range(1, 513))
+)
+print(json.dumps({
+    "grids": [x.grid for x in got.launches],
+    "keys": len({x.key for x in got.launches}),
+    "operators": sum(got.operators.values()),
+    "targets": [x.launches[0].source.target for x in (other, again)],
+    "options": [x.launches[0].source.options["arch"] for x in (other, again)],
+    "warps": got.launches[0].source.options["num_warps"],
+    "demand": demand_of(compiled(got.launches[1].source), 4)._asdict(),
+    "some": some,
+    "every": every,
+}))
+"""
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory):
+    """What the script tells."""
+    folder = tmp_path_factory.mktemp("no_gpu")
+    (folder / "script.py").write_text(TOY + TOLD)
+    environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": str(host.ROOT / "benchmarks"), "TRITON_CACHE_DIR": str(folder)}
+    run = [sys.executable, str(folder / "script.py")]
+    done = subprocess.run(run, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+TOY_KERNEL = "90 toy_kernel float32"
+RECORD = {
+    "triton": "3.9.0",
+    "settings": {"targets": [90], "scope": "usual"},
+    "kernels": [
+        {
+            **{"target": 90, "kernel": "toy_kernel", "variant": "float32", "registers": 40},
+            **{"stack": 0, "barriers": 2, "instructions": 1000},
+        }
+    ],
+    "specialisations": [
+        {
+            "vocabulary": 9,
+            "dtype": "a",
+            "outputs": "b",
+            "adaptor": "c",
+            "kernels": {"toy_kernel": 3},
+        }
+    ],
+    "calls": [
+        {
+            **{"batch": 1, "vocabulary": 9, "outputs": "b", "adaptor": "c", "launches": 2},
+            **{"aten_calls": 5, "kernels": {"toy_kernel": 2}},
+        }
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("part", "field", "value", "line"),
+    [
+        ("kernels", "registers", 41, f"{TOY_KERNEL}: registers 40 before, 41 now"),
+        ("kernels", "barriers", 3, f"{TOY_KERNEL}: barriers 2 before, 3 now"),
+        (
+            "kernels",
+            "instructions",
+            1031,
+            f"{TOY_KERNEL}: instructions 1000 before, 1031 now",
+        ),
+        (
+            "kernels",
+            "instructions",
+            969,
+            f"{TOY_KERNEL}: instructions 1000 before, 969 now",
+        ),
+        ("kernels", "instructions", 1030, None),
+        ("calls", "launches", 3, "1 9 b c: launches 2 before, 3 now"),
+        ("calls", "aten_calls", 6, None),
+        (
+            "specialisations",
+            "kernels",
+            {"toy_kernel": 4},
+            "9 a b c: kernels {'toy_kernel': 3} before, {'toy_kernel': 4} now",
+        ),
+    ],
+)
+def test_altered_numbers_are_found(part, field, value, line):
+    now = copy.deepcopy(RECORD)
+    now[part][0][field] = value
+    expected = [f"{part}, {line}"] if line else []
+    assert list(gpu_static_check.differences(RECORD, now)) == expected
+    assert list(gpu_static_check.differences(RECORD, RECORD)) == []
+
+
+def test_missing_and_new_kernels_are_found():
+    now = copy.deepcopy(RECORD)
+    now["kernels"][0]["kernel"] = "new_kernel"
+    assert list(gpu_static_check.differences(RECORD, now)) == [
+        "kernels, 90 toy_kernel float32: in the record, not there now",
+        "kernels, 90 new_kernel float32: not in the record, there now",
+    ]
+
+
+@pytest.mark.parametrize(("name", "other"), [("triton", "3.6.0"), ("settings", {"targets": [80]})])
+def test_records_of_another_version_are_refused(name, other):
+    gpu_static_check.refuse_another(RECORD, RECORD)
+    with pytest.raises(SystemExit, match=f"{name}: expected .* as in the record, got "):
+        gpu_static_check.refuse_another(RECORD, {**RECORD, name: other})
+
+
+def test_demands_that_must_not_be_are_told():
+    """Fused float64 is that of CUDA's own functions, where arithmetic is not specified."""
+    good = machine_code.Demand(40, 0, 0, 0, 163 * 1024, 2, 900, None, 0, 3)
+    assert list(good.complaints(80, exact=False)) == []
+    assert list(good.complaints(80, exact=True)) == ["3 fused multiply-adds, expected none"]
+    bad = good._replace(stack=8, spills=2, shared=163 * 1024 + 1, fused=1, fused_double=0)
+    assert list(bad.complaints(80, exact=True)) == [
+        "stack 8, expected none",
+        "spills 2, expected none",
+        "shared 166913, expected at most 166912",
+        "1 fused multiply-adds, expected none",
+    ]
+
+
+LISTING = """
+.text.toy_kernel:
+\t//## File "a.py", line 3 inlined at "b.py", line 9
+\t//## File "b.py", line 9
+        /*0000*/                   LDC R1, c[0x0][0x28] ;
+.L_x_1:
+        /*0010*/              @!P0 LDG.E.128 R4, desc[UR4][R2.64] ;
+        /*0020*/                   LDG.E.64 R8, desc[UR4][R2.64+0x800] ;
+\t//## File "b.py", line 10
+        /*0030*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
+        /*0040*/               @P0 BRA `(.L_x_1) ;
+        /*0050*/                   EXIT ;
+.L_x_2:
+        /*0060*/                   BRA `(.L_x_2);
+        /*0070*/                   NOP;
+"""
+
+
+def test_listings_are_read(monkeypatch):
+    monkeypatch.setattr(machine_code, "_tool", lambda *_: LISTING)
+    code = machine_code.code_of(b"")
+    assert [x.name for x in code.instructions] == "LDC LDG LDG BAR BRA EXIT BRA".split()
+    assert code.instructions[2].places == (("a.py", 3), ("b.py", 9))
+    assert code.instructions[3].places == (("b.py", 10),)
+    assert code.loops() == [range(1, 5)]
+    assert machine_code._per_logit(code, 4) == round(4 / 6, 2)
+
+
+def test_launches_and_specialisations_of_a_kernel(told):
+    assert told["grids"] == [[n + 1, 2, 1] for n in (1, 2, 3, 16, 32, 3, 3)]
+    assert told["keys"] == 3 + 1 + 1 and told["warps"] == 2
+    assert told["operators"] == 3  # a slice, an empty tensor, a sum
+    assert told["targets"] == [80, 90] and told["options"] == ["sm80", "sm90"]
+
+
+def test_a_kernel_is_compiled_and_read(told):
+    demand = told["demand"]
+    assert demand["instructions"] > 10 and demand["registers"] > 4 and demand["shared"] == 0
+    assert demand["stack"] == demand["local"] == demand["spills"] == demand["fused"] == 0
+
+
+def test_batches_cover_all_specialisations(told):
+    """Those that are counted for the record meet what 1 to 512 rows meet."""
+    assert told["some"] == told["every"] and len(told["some"]) == 2
