@@ -10,6 +10,9 @@ kernel that no call launches. `--check` compares with a record: registers, stack
 specialisations and launches must be the same, instructions within 3 %; a line for each difference.
 It needs the version of Triton that made the record.
 
+With `--out` the times of `sample` are predicted too, by the model of `gpu_model.py`, which takes
+minutes more: Triton's interpreter counts which statements run. `--no-predictions` leaves that out.
+
 By default float32 is compiled with all options for sm_90, with those that need most for the others,
 and bfloat16 with those for sm_90: of the sampling kernels other types differ by the conversion of
 what is loaded. `--scope all` compiles all four types with all options for all.
@@ -25,11 +28,12 @@ import os
 import pkgutil
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import triton
@@ -39,8 +43,9 @@ from cases import GPU_ADAPTORS
 from fastadapt import Adaptor
 from fastadapt._ops import triton as kernels
 from gpu_calls import DTYPES, OUTPUTS, calls, draw, per_row
+from gpu_predictions import NOTES, predictions
 from gpu_static_check import differences, refuse_another
-from harness import Axis, Benchmark, Option, progress
+from harness import Axis, Benchmark, Flag, Option, progress
 from machine_code import SHARED_KIB, Demand, demand_of
 from no_gpu import Launch, Source, compiled, recorded
 
@@ -53,6 +58,7 @@ CALL = 64, 128_256  # N and V of the calls whose launches are counted
 BYTES = {"*fp64": 8, "*fp32": 4, "*bf16": 2, "*fp16": 2}
 PER_ROW, ALL = "per row", "all of these"
 Cell = dict[str, Any]
+Result = TypeVar("Result")
 BENCHMARK = Benchmark(
     "gpu_static",
     __doc__,
@@ -61,6 +67,7 @@ BENCHMARK = Benchmark(
         "processes": Option(os.cpu_count() or 1, "that compile", least=1),
         "scope": Option("usual", "what is compiled", choices=("usual", "all")),
         "targets": Axis(tuple(SHARED_KIB), kind=int, metavar="SM"),
+        "predictions": Flag("predict no times"),
     },
     ("triton",),
 )
@@ -89,7 +96,8 @@ def main(options: argparse.Namespace, record: dict[str, Any]) -> bool:
     work = list(to_compile(options.targets, options.scope == "all"))
     record["specialisations"] = specialisations(VOCABULARIES, BATCHES)
     record["calls"] = calls_of(*CALL)
-    demands = compile_all(work, options.processes)
+    compile_all = partial(in_processes, processes=options.processes)
+    demands = compile_all(demand_of_source, [one.source for one in work])
     record["kernels"] = [cell_of(*both) for both in zip(work, demands, strict=True)]
     wrong = [
         f"{one}: {complaint}"
@@ -100,6 +108,10 @@ def main(options: argparse.Namespace, record: dict[str, Any]) -> bool:
     if before is not None:
         wrong += differences(before, record)
     lines = [*most_of(record["kernels"]), *wrong]
+    if options.out and options.predictions:
+        record["predicted_us"] = predictions(compile_all, options.processes)
+        record["notes"] = list(NOTES)
+        lines += map(line_of, record["predicted_us"])
     lines.append(f"triton {triton.__version__}, {len(work)} compilations, {len(wrong)} complaints")
     sys.stdout.write("\n".join(lines) + "\n")
     return bool(wrong)
@@ -145,18 +157,20 @@ def never_met(work: Sequence[Work]) -> list[str]:
     return found
 
 
-def compile_all(work: Sequence[Work], processes: int) -> list[Demand]:
-    """What each kernel needs."""
-    context = multiprocessing.get_context("spawn")  # compilers run on threads of their own
+def in_processes(
+    function: Callable[[Source], Result], sources: Sequence[Source], processes: int
+) -> list[Result]:
+    """What a function makes of each kernel, in several processes."""
+    context = multiprocessing.get_context("spawn")  # PyTorch's threads would not survive a fork
     with (
         ProcessPoolExecutor(processes, context) as pool,
-        progress("compiling", len(work)) as advance,
+        progress("compiling", len(sources)) as advance,
     ):
-        demands = []
-        for demand in pool.map(demand_of_source, (one.source for one in work)):
-            demands.append(demand)
+        results = []
+        for result in pool.map(function, sources):
+            results.append(result)
             advance()
-        return demands
+        return results
 
 
 def demand_of_source(source: Source) -> Demand:
@@ -243,6 +257,14 @@ def most_of(cells: Sequence[Cell]) -> Iterator[str]:
     )
     for (target, kernel), needs in sorted(most.items()):
         yield f"sm_{target} {kernel}: {form.format(**needs)}"
+
+
+def line_of(cell: Cell) -> str:
+    """A prediction, beside what was measured."""
+    kernels = ", ".join(f"{name} {us} ({by})" for name, (us, by) in cell["kernels"].items())
+    measured = f", measured {cell['measured_us']}" if "measured_us" in cell else ""
+    case = f"{cell['adaptor']}, N = {cell['batch']}, {cell['dtype']}"
+    return f"{case}: predicted {cell['us']} us{measured}: {kernels}"
 
 
 if __name__ == "__main__":

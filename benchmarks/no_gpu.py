@@ -115,7 +115,7 @@ def _do_not_compile(
     return made
 
 
-class _AsOnCuda(TorchDispatchMode):
+class AsOnCuda(TorchDispatchMode):
     """Takes the implementations for CUDA of our operators, and counts those of PyTorch."""
 
     def __init__(self, operators: Counter[str]) -> None:
@@ -156,7 +156,7 @@ def recorded(target: int) -> Iterator[Calls]:
         with (
             mock.patch.object(JITFunction, "_do_compile", _do_not_compile),
             mock.patch.object(linear, "work_of", work_of),
-            _AsOnCuda(calls.operators),
+            AsOnCuda(calls.operators),
         ):
             yield calls
     finally:

@@ -13,10 +13,12 @@ import pytest
 
 import gpu_static_check
 import host
+import statements
 
 pytest.importorskip("triton", reason="triton is not installed: it has wheels for Linux")
 
-import machine_code  # noqa: E402  (it needs triton)
+import gpu_model  # noqa: E402  (these need triton)
+import machine_code  # noqa: E402
 
 TOY = """
 import json
@@ -218,3 +220,45 @@ def test_a_kernel_is_compiled_and_read(told):
 def test_batches_cover_all_specialisations(told):
     """Those that are counted for the record meet what 1 to 512 rows meet."""
     assert told["some"] == told["every"] and len(told["some"]) == 2
+
+
+def test_blocks_of_code_run_as_often_as_their_statements(monkeypatch):
+    folder = statements.FOLDER
+    first, second = (next(iter(sorted(folder.glob(name)))).name for name in ("rows.py", "scan.py"))
+    listing = LISTING.replace("a.py", str(folder / first)).replace("b.py", str(folder / second))
+    monkeypatch.setattr(machine_code, "_tool", lambda *_: listing)
+    blocks = gpu_model.blocks_of(machine_code.code_of(b""))
+    assert [block.instructions for block in blocks] == [1, 4, 1, 1]
+    assert blocks[1].latency > gpu_model.LATENCIES["LDG"]
+    (inner,), (both, outer) = blocks[0].stacks, blocks[1].stacks
+    assert inner == both and inner.endswith(f" {second}:9") and inner.startswith(first)
+    assert blocks[1].stacks == {both: 2, outer: 2}
+    assert gpu_model.executed(blocks[1], {both: 8.0, outer: 4.0}) == 6
+    assert gpu_model.executed(blocks[1], {}) == 0
+    demand = machine_code.Demand(32, 0, 0, 0, 0, 0, 7, None, 0, 0)
+    kernel = gpu_model.Kernel([gpu_model.Block(280, 1700, {inner: 280})], demand, 4)
+    time = gpu_model.time_of(kernel, 132 * 16 + 1, 3e6, {inner: 10.0}, {inner: 20.0})
+    assert time.bytes == pytest.approx(1) and time.latency == pytest.approx(20)
+    assert time.issue == pytest.approx(2 * 2800 * 16 * 4 / (4 * 0.7) / 1700)
+
+
+def test_statements_of_the_kernels_are_known():
+    for path in statements.FOLDER.glob("*.py"):
+        known = statements.statements_of(path.name)
+        lines = path.read_text(encoding="utf-8").splitlines()
+        assert all(lines[line - 1].lstrip().startswith("def ") for line in known.functions)
+        for line, loops in known.unrolled.items():
+            assert all(head < line and head < body for head, body in loops)
+            assert all("static_range" in lines[head - 1] for head, _ in loops)
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="there is a GPU")
+def test_interpreted_statements_are_counted():
+    import gpu_trace
+
+    v = 40
+    launches = gpu_trace.trace("T", 3, v)
+    assert launches[0]["grid"][0] == 3 and launches[0]["logit_bytes"] == 4 * v
+    for launch in launches:
+        assert launch["mean"] and set(launch["mean"]) >= set(launch["longest"])
+        assert all(number > 0 for number in launch["mean"].values())

@@ -1,0 +1,141 @@
+"""Predicts the times of `sample` on a GPU from machine code and from statements that ran."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from cases import GPU_ADAPTORS
+from gpu_calls import DTYPES, OUTPUTS, draw
+from gpu_model import CONSTANTS, Kernel, Time, blocks_of, time_of
+from host import ROOT
+from machine_code import code_of, demand_of
+from no_gpu import Launch, Source, compiled, recorded
+
+TARGET, VOCABULARY = 90, 128_256
+ADAPTORS = tuple(name for name in GPU_ADAPTORS if name != "T+k")
+BATCHES = (1, 64, 512)
+MEASURED = ROOT / "benchmarks" / "results" / "gpu_sampling.json"
+MODE = "cold, graph"
+TRACED = 4  # bytes of a logit in a trace, which is of float32
+NOTES = (
+    "Predicted, not measured: " + str(CONSTANTS),
+    "Statements are counted on one row, 3 x standard normal of seed 0, in float32, and taken to"
+    " run as often in all rows and for bfloat16; a block of instructions runs as often as the"
+    " statements that its instructions come from do on average, which is too often in loops that"
+    " the assembler unrolls.",
+    "Bytes are all that programs ask for, none of them from the L2 cache; of bfloat16 logits half.",
+    "Launches do not overlap, and no outputs but the tokens are asked for.",
+)
+
+
+class Case(NamedTuple):
+    """A call that is predicted, and its launches."""
+
+    adaptor: str
+    batch: int
+    dtype: str
+    launches: list[Launch]
+
+    @property
+    def traced_as(self) -> tuple[Any, ...]:
+        """Batches of the same grids for a row have the same programs."""
+        return self.adaptor, *(launch.grid[1:] for launch in self.launches)
+
+
+def cases() -> Iterator[Case]:
+    """The grid."""
+    for adaptor, n, dtype in itertools.product(ADAPTORS, BATCHES, ("float32", "bfloat16")):
+        rows, seeds = torch.empty(n, VOCABULARY, dtype=DTYPES[dtype]), torch.arange(n)
+        with recorded(TARGET) as got:
+            draw(rows, GPU_ADAPTORS[adaptor], OUTPUTS["no outputs"], seeds)
+        yield Case(adaptor, n, dtype, got.launches)
+
+
+def kernel_of(source: Source) -> Kernel:
+    """Compiles a kernel and cuts its machine code into blocks."""
+    binary = compiled(source)
+    code = code_of(binary.asm["cubin"])
+    return Kernel(blocks_of(code), demand_of(binary), source.options["num_warps"])
+
+
+def trace(adaptor: str, n: int) -> list[dict[str, Any]]:
+    """Runs the interpreter, which another process must be started for."""
+    command = [sys.executable, "-P", str(Path(__file__).with_name("gpu_trace.py"))]
+    done = subprocess.run(
+        [*command, adaptor, str(n), str(VOCABULARY)],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise RuntimeError(f"gpu_trace.py {adaptor} {n}:\n{done.stderr}")
+    traced: list[dict[str, Any]] = json.loads(done.stdout)
+    return traced
+
+
+def predictions(
+    compile_all: Callable[[Callable[[Source], Kernel], Sequence[Source]], Iterable[Kernel]],
+    processes: int,
+) -> list[dict[str, Any]]:
+    """A line for each case: microseconds in all and by kernel, and what each kernel is bound by.
+
+    Args:
+        compile_all: maps a function over sources, in several processes.
+        processes: that interpret.
+    """
+    grid = list(cases())
+    sources = {f"{x.source.kernel} {x.key}": x.source for case in grid for x in case.launches}
+    made = dict(zip(sources, compile_all(kernel_of, list(sources.values())), strict=True))
+    asked = {case.traced_as: (case.adaptor, case.batch) for case in grid}
+    with ThreadPoolExecutor(processes) as pool:
+        traces = dict(zip(asked, pool.map(lambda x: trace(*x), asked.values()), strict=True))
+    measured = measured_us()
+    return [predicted(case, made, traces[case.traced_as], measured) for case in grid]
+
+
+def predicted(
+    case: Case,
+    made: Mapping[str, Kernel],
+    traced: Sequence[Mapping[str, Any]],
+    measured: Mapping[tuple[Any, ...], float],
+) -> dict[str, Any]:
+    """The line of a case, with what was measured of it where it was."""
+    names = [launch.source.kernel for launch in case.launches]
+    if names != [launch["kernel"] for launch in traced]:
+        raise RuntimeError(f"{case.adaptor}: expected the launches {names} in the trace")
+    us, kernels = CONSTANTS.call_us, {}
+    size = DTYPES[case.dtype].itemsize
+    for launch, what in zip(case.launches, traced, strict=True):
+        x, y, z = launch.grid
+        moved = case.batch * (what["logit_bytes"] * size / TRACED + what["other_bytes"])
+        kernel = made[f"{launch.source.kernel} {launch.key}"]
+        time = time_of(kernel, x * y * z, moved, what["mean"], what["longest"])
+        longest = max(time)
+        us += longest + CONSTANTS.launch_us
+        name = launch.source.kernel
+        before, _ = kernels.get(name, (0.0, ""))
+        kernels[name] = round(before + longest, 2), Time._fields[time.index(longest)]
+    line = {"adaptor": case.adaptor, "batch": case.batch, "dtype": case.dtype, "us": round(us, 1)}
+    found = measured.get((case.adaptor, case.batch, case.dtype))
+    return {**line, **({"measured_us": found} if found else {}), "kernels": kernels}
+
+
+def measured_us(path: Path = MEASURED) -> dict[tuple[Any, ...], float]:
+    """Medians of the benchmark on a GPU."""
+    if not path.exists():
+        return {}
+    return {
+        (cell["adaptor"], cell["batch"], cell["dtype"]): round(cell["us"]["fastadapt"][1], 1)
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]
+        if (cell["vocabulary"], cell["rows"], cell["mode"]) == (VOCABULARY, "normal3", MODE)
+    }
