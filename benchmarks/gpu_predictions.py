@@ -70,7 +70,7 @@ def kernel_of(source: Source) -> Kernel:
 
 def trace(adaptor: str, n: int) -> list[dict[str, Any]]:
     """Runs the interpreter, which another process must be started for."""
-    command = [sys.executable, "-P", str(Path(__file__).with_name("gpu_trace.py"))]
+    command = [sys.executable, str(Path(__file__).with_name("gpu_trace.py"))]
     done = subprocess.run(
         [*command, adaptor, str(n), str(VOCABULARY)],
         env={**os.environ, "TRITON_INTERPRET": "1"},

@@ -14,12 +14,13 @@ import json
 import math
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 from unittest import mock
 
 import triton
+from torch import Tensor
 from triton.runtime import interpreter
 
 from cases import GPU_ADAPTORS, make_rows
@@ -73,7 +74,7 @@ def _copies(counts: Counter[Stack], stack: Stack) -> Iterator[float]:
 class Traced:
     """The launches of a call, each with what the programs of the first row do."""
 
-    def __init__(self, rows: Any) -> None:
+    def __init__(self, rows: Tensor) -> None:
         self.launches: list[dict[str, Any]] = []
         self.tracer = Tracer()
         self.moved = [0, 0]  # bytes of logits, bytes of the rest
@@ -126,9 +127,8 @@ class Traced:
         return function(builder, pointers, *rest)
 
 
-def trace(adaptor: str, n: int, v: int) -> list[dict[str, Any]]:
-    """The launches of one call."""
-    row = make_rows("normal3", v, 1, seed=0)[0]
+def trace(call: Callable[[Tensor], object], row: Tensor, n: int) -> list[dict[str, Any]]:
+    """The launches of a call on N rows that equal one, (1, V)."""
     traced = Traced(row)
     builder = type(interpreter.interpreter_builder)
     run, begin = interpreter.InterpretedFunction.run, builder.set_grid_idx
@@ -154,13 +154,20 @@ def trace(adaptor: str, n: int, v: int) -> list[dict[str, Any]]:
     ):
         sys.settrace(traced.tracer)
         try:
-            draw(row.expand(n, v), GPU_ADAPTORS[adaptor], {})
+            call(row.expand(n, -1))
         finally:
             sys.settrace(None)
     return traced.launches
 
 
-if __name__ == "__main__":
+def main(adaptor: str, n: str, v: str) -> None:
+    """Prints the launches of a draw."""
     if not triton.knobs.runtime.interpret:
         sys.exit("expected TRITON_INTERPRET=1")
-    sys.stdout.write(json.dumps(trace(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))))
+    row = make_rows("normal3", int(v), 1, seed=0)[0]
+    launches = trace(lambda rows: draw(rows, GPU_ADAPTORS[adaptor], {}), row, int(n))
+    sys.stdout.write(json.dumps(launches))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -10,10 +10,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 import gpu_static_check
 import host
 import statements
+from fastadapt import label_log_odds
 
 pytest.importorskip("triton", reason="triton is not installed: it has wheels for Linux")
 
@@ -256,9 +258,10 @@ def test_statements_of_the_kernels_are_known():
 def test_interpreted_statements_are_counted():
     import gpu_trace
 
-    v = 40
-    launches = gpu_trace.trace("T", 3, v)
-    assert launches[0]["grid"][0] == 3 and launches[0]["logit_bytes"] == 4 * v
+    labels = torch.zeros(3, dtype=torch.int64)
+    row = torch.randn(1, 5000)
+    launches = gpu_trace.trace(lambda rows: label_log_odds(rows, labels), row, 3)
+    assert launches[0]["grid"] == [3, 2] and launches[0]["logit_bytes"] == row.nbytes
     for launch in launches:
         assert launch["mean"] and set(launch["mean"]) >= set(launch["longest"])
         assert all(number > 0 for number in launch["mean"].values())
