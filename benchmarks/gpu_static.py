@@ -56,6 +56,7 @@ BATCHES = (1, 2, 3, 7, 8, 16, 17, 63, 64, 65, 511, 512)
 VOCABULARIES = (50_257, 128_256, 151_936, 262_144)
 CALL = 64, 128_256  # N and V of the calls whose launches are counted
 BYTES = {"*fp64": 8, "*fp32": 4, "*bf16": 2, "*fp16": 2}
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
 PER_ROW, ALL = "per row", "all of these"
 Cell = dict[str, Any]
 Result = TypeVar("Result")
@@ -64,9 +65,9 @@ BENCHMARK = Benchmark(
     __doc__,
     {
         "check": Option(help="JSON file to compare with", kind=Path, metavar="FILE"),
-        "processes": Option(os.cpu_count() or 1, "that compile", least=1),
+        "processes": Option(CORES, "that compile", least=1),
         "scope": Option("usual", "what is compiled", choices=("usual", "all")),
-        "targets": Axis(tuple(SHARED_KIB), kind=int, metavar="SM"),
+        "targets": Axis(tuple(map(str, SHARED_KIB)), metavar="SM"),
         "predictions": Flag("predict no times"),
     },
     ("triton",),
@@ -90,10 +91,11 @@ def main(options: argparse.Namespace, record: dict[str, Any]) -> bool:
     """Compile and count, compare if asked to, and say whether something must not be so."""
     before = json.loads(options.check.read_text(encoding="utf-8")) if options.check else None
     record["triton"] = triton.__version__
-    record["settings"] = {"targets": options.targets, "scope": options.scope}
+    targets = list(map(int, options.targets))
+    record["settings"] = {"targets": targets, "scope": options.scope}
     if before is not None:
         refuse_another(before, record)
-    work = list(to_compile(options.targets, options.scope == "all"))
+    work = list(to_compile(targets, options.scope == "all"))
     record["specialisations"] = specialisations(VOCABULARIES, BATCHES)
     record["calls"] = calls_of(*CALL)
     compile_all = partial(in_processes, processes=options.processes)
