@@ -65,7 +65,7 @@ def kernel_of(source: Source) -> Kernel:
     """Compiles a kernel and cuts its machine code into blocks."""
     binary = compiled(source)
     code = code_of(binary.asm["cubin"])
-    return Kernel(blocks_of(code), demand_of(binary), source.options["num_warps"])
+    return Kernel(blocks_of(code), demand_of(binary, code), source.options["num_warps"])
 
 
 def trace(adaptor: str, n: int) -> list[dict[str, Any]]:

@@ -46,7 +46,7 @@ from gpu_calls import DTYPES, OUTPUTS, calls, draw, per_row
 from gpu_predictions import NOTES, predictions
 from gpu_static_check import differences, refuse_another
 from harness import Axis, Benchmark, Flag, Option, progress
-from machine_code import SHARED_KIB, Demand, demand_of
+from machine_code import SHARED_KIB, Demand, code_of, demand_of
 from no_gpu import Launch, Source, compiled, recorded
 
 COUNTED_FOR = 90  # what is specialised and launched does not depend on the target
@@ -59,7 +59,7 @@ BYTES = {"*fp64": 8, "*fp32": 4, "*bf16": 2, "*fp16": 2}
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
 PER_ROW, ALL = "per row", "all of these"
 Cell = dict[str, Any]
-Result = TypeVar("Result")
+Item, Result = TypeVar("Item"), TypeVar("Result")
 BENCHMARK = Benchmark(
     "gpu_static",
     __doc__,
@@ -99,7 +99,7 @@ def main(options: argparse.Namespace, record: dict[str, Any]) -> bool:
     record["specialisations"] = specialisations(VOCABULARIES, BATCHES)
     record["calls"] = calls_of(*CALL)
     compile_all = partial(in_processes, processes=options.processes)
-    demands = compile_all(demand_of_source, [one.source for one in work])
+    demands = compile_all(demand_of_work, work)
     record["kernels"] = [cell_of(*both) for both in zip(work, demands, strict=True)]
     wrong = [
         f"{one}: {complaint}"
@@ -160,24 +160,29 @@ def never_met(work: Sequence[Work]) -> list[str]:
 
 
 def in_processes(
-    function: Callable[[Source], Result], sources: Sequence[Source], processes: int
+    function: Callable[[Item], Result], items: Sequence[Item], processes: int
 ) -> list[Result]:
     """What a function makes of each kernel, in several processes."""
     context = multiprocessing.get_context("spawn")  # PyTorch's threads would not survive a fork
     with (
         ProcessPoolExecutor(processes, context) as pool,
-        progress("compiling", len(sources)) as advance,
+        progress("compiling", len(items)) as advance,
     ):
         results = []
-        for result in pool.map(function, sources):
+        for result in pool.map(function, items):
             results.append(result)
             advance()
         return results
 
 
-def demand_of_source(source: Source) -> Demand:
-    """Compiles a kernel and reads its machine code."""
-    return demand_of(compiled(source), logit_bytes(source))
+def demand_of_work(one: Work) -> Demand:
+    """Compiles a kernel and reads its machine code, the instructions where all of it is specified.
+
+    A disassembler takes 0.8 seconds for the smallest kernel, as long as its compilation.
+    """
+    binary = compiled(one.source)
+    code = code_of(binary.asm["cubin"]) if one.exact else None
+    return demand_of(binary, code, logit_bytes(one.source))
 
 
 def logit_bytes(source: Source) -> int | None:
@@ -253,12 +258,11 @@ def most_of(cells: Sequence[Cell]) -> Iterator[str]:
     for cell in cells:
         of_kernel = most.setdefault((cell["target"], cell["kernel"]), {})
         for name in ("registers", "shared", "barriers", "instructions"):
-            of_kernel[name] = max(cell[name], of_kernel.get(name, 0))
-    form = (
-        "{registers} registers, {shared} B shared, {barriers} barriers, {instructions} instructions"
-    )
+            if name in cell:
+                of_kernel[name] = max(cell[name], of_kernel.get(name, 0))
     for (target, kernel), needs in sorted(most.items()):
-        yield f"sm_{target} {kernel}: {form.format(**needs)}"
+        listed = ", ".join(f"{number} {name}" for name, number in needs.items())
+        yield f"sm_{target} {kernel}: {listed}"
 
 
 def line_of(cell: Cell) -> str:

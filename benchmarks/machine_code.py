@@ -77,13 +77,14 @@ class Demand(NamedTuple):
     registers: int
     stack: int  # bytes
     local: int  # bytes
-    spills: int  # instructions that move to or from local memory
     shared: int  # bytes
-    barriers: int  # instructions that wait for the other warps of the block
-    instructions: int
-    per_logit: float | None  # instructions a logit in the loop that loads most, if one does
     fused: int  # float32 multiplications and additions in one instruction of PTX
     fused_double: int
+    # read from the instructions
+    spills: int | None = None  # that move to or from local memory
+    barriers: int | None = None  # that wait for the other warps of the block
+    instructions: int | None = None
+    per_logit: float | None = None  # a logit, in the loop that loads most, if one does
 
     def complaints(self, target: int, exact: bool) -> Iterator[str]:
         """What must not be: memory of a thread's own, fused arithmetic, too much shared memory.
@@ -123,28 +124,32 @@ def code_of(cubin: bytes) -> Code:
     return Code(instructions, labels)
 
 
-def demand_of(kernel: Any, logit_bytes: int | None = None) -> Demand:
+def demand_of(kernel: Any, code: Code | None = None, logit_bytes: int | None = None) -> Demand:
     """Reads the demands of a compiled kernel.
 
     Args:
         kernel: as `triton.compile` returns it.
+        code: its instructions, if those are to be counted.
         logit_bytes: the size of a logit, of kernels that load logits.
     """
     cubin, ptx = kernel.asm["cubin"], kernel.asm["ptx"]
     usage = dict(re.findall(r"([A-Z]+):(\d+)", _tool("cuobjdump", cubin, "-res-usage")))
-    code = code_of(cubin)
-    names = [x.name for x in code.instructions]
-    return Demand(
+    demand = Demand(
         int(usage["REG"]),
         int(usage["STACK"]),
         int(usage["LOCAL"]),
-        sum(name in ("LDL", "STL") for name in names),
         max(int(usage["SHARED"]), kernel.metadata.shared),
-        names.count("BAR"),
-        len(names),
-        logit_bytes and _per_logit(code, logit_bytes),
         ptx.count("fma.rn.f32"),
         ptx.count("fma.rn.f64"),
+    )
+    if code is None:
+        return demand
+    names = [x.name for x in code.instructions]
+    return demand._replace(
+        spills=sum(name in ("LDL", "STL") for name in names),
+        barriers=names.count("BAR"),
+        instructions=len(names),
+        per_logit=logit_bytes and _per_logit(code, logit_bytes),
     )
 
 

@@ -51,12 +51,13 @@ with recorded(90) as again:
 """
 TOLD = """
 from gpu_static import BATCHES, specialisations
-from machine_code import demand_of
+from machine_code import code_of, demand_of
 
 limited = [50_257], ["float32"], ["all outputs"], ["T+p"]
 some, every = (
     specialisations(limited[0], batches, *limited[1:]) for batches in (BATCHES, range(1, 513))
 )
+binary = compiled(got.launches[1].source)
 print(json.dumps({
     "grids": [x.grid for x in got.launches],
     "keys": len({x.key for x in got.launches}),
@@ -64,7 +65,7 @@ print(json.dumps({
     "targets": [x.launches[0].source.target for x in (other, again)],
     "options": [x.launches[0].source.options["arch"] for x in (other, again)],
     "warps": got.launches[0].source.options["num_warps"],
-    "demand": demand_of(compiled(got.launches[1].source), 4)._asdict(),
+    "demand": demand_of(binary, code_of(binary.asm["cubin"]), 4)._asdict(),
     "some": some,
     "every": every,
 }))
@@ -166,7 +167,7 @@ def test_records_of_another_version_are_refused(name, other):
 
 def test_demands_that_must_not_be_are_told():
     """Fused float64 is that of CUDA's own functions, where arithmetic is not specified."""
-    good = machine_code.Demand(40, 0, 0, 0, 163 * 1024, 2, 900, None, 0, 3)
+    good = machine_code.Demand(40, 0, 0, 163 * 1024, 0, 3)
     assert list(good.complaints(80, exact=False)) == []
     assert list(good.complaints(80, exact=True)) == ["3 fused multiply-adds, expected none"]
     bad = good._replace(stack=8, spills=2, shared=163 * 1024 + 1, fused=1, fused_double=0)
@@ -237,7 +238,7 @@ def test_blocks_of_code_run_as_often_as_their_statements(monkeypatch):
     assert blocks[1].stacks == {both: 2, outer: 2}
     assert gpu_model.executed(blocks[1], {both: 8.0, outer: 4.0}) == 6
     assert gpu_model.executed(blocks[1], {}) == 0
-    demand = machine_code.Demand(32, 0, 0, 0, 0, 0, 7, None, 0, 0)
+    demand = machine_code.Demand(32, 0, 0, 0, 0, 0)
     kernel = gpu_model.Kernel([gpu_model.Block(280, 1700, {inner: 280})], demand, 4)
     time = gpu_model.time_of(kernel, 132 * 16 + 1, 3e6, {inner: 10.0}, {inner: 20.0})
     assert time.bytes == pytest.approx(1) and time.latency == pytest.approx(20)
