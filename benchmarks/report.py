@@ -37,7 +37,8 @@ GPU_MODE = "cold, graph"  # the way of timing that the table shows
 # blocks that may lack a result
 UNMEASURED = {
     **dict.fromkeys(
-        ("gpu_sampling", "gpu_sampling_peers", "gpu_losses"), "Not yet measured on a GPU.\n"
+        ("gpu_sampling", "gpu_sampling_earlier", "gpu_sampling_peers", "gpu_losses"),
+        "Not yet measured on a GPU.\n",
     ),
     **dict.fromkeys(("tracker", "tradeoff", "trainer"), "Not yet measured.\n"),
 }
@@ -197,7 +198,9 @@ TABLES: dict[str, Callable[..., str]] = {
         *("generation", "sampling", "gpu_redesign", "gpu_sampling", "score", "losses"),
         *("gpu_losses", "train_preferences", "trainer", "tradeoff", "tracker"),
     )
-} | {"gpu_sampling_peers": functools.partial(block, "gpu_sampling")}
+} | dict.fromkeys(
+    ("gpu_sampling_earlier", "gpu_sampling_peers"), functools.partial(block, "gpu_sampling")
+)
 # of blocks that are not made of the one result of their name
 SOURCES = {"headline": ("sampling", "generation", "losses", "trainer")}
 PAGES: dict[str, dict[str, Callable[..., str]]] = {

@@ -54,7 +54,7 @@ MOST_WORKERS = 8  # each imports torch, transformers and trl: about 1 GB
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Adds `--cpu-capability`: the whole list with one instruction set, not the best one."""
+    """Adds the options of the list, which `pytest --help` explains."""
     parser.addoption(
         "--cpu-capability",
         choices=_C.cpu_capabilities(),
@@ -64,6 +64,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--require-model",
         action="store_true",
         help="fail where the demo's model cannot be had, instead of skipping the tests on it",
+    )
+    parser.addoption(
+        "--every-vocabulary",
+        action="store_true",
+        help="the GPU's kernels on rows of every size, 1,152 of them, in a quarter of an hour",
     )
 
 
