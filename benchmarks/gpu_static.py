@@ -1,7 +1,7 @@
 """What the GPU's code is, on a machine without one: its demands, specialisations and launches.
 
-    python benchmarks/gpu_static.py --out benchmarks/results/gpu_static.json
-    python benchmarks/gpu_static.py --check benchmarks/results/gpu_static.json
+    python benchmarks/gpu_static.py --scope most --out benchmarks/results/gpu_static.json
+    python benchmarks/gpu_static.py --scope most --check benchmarks/results/gpu_static.json
 
 Every kernel is specialised by Triton's just-in-time path for the arguments that the launches give
 it, and compiled for GPUs of three kinds. Whatever spills, has a stack or local memory, fuses
@@ -15,7 +15,8 @@ minutes more: Triton's interpreter counts which statements run. `--no-prediction
 
 By default float32 is compiled with all options for sm_90, with those that need most for the others,
 and bfloat16 with those for sm_90: of the sampling kernels other types differ by the conversion of
-what is loaded. `--scope all` compiles all four types with all options for all.
+what is loaded. `--scope all` compiles all four types with all options for all; `--scope most` only
+float32, with the options that need most.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ BENCHMARK = Benchmark(
     {
         "check": Option(help="JSON file to compare with", kind=Path, metavar="FILE"),
         "processes": Option(CORES, "that compile", least=1),
-        "scope": Option("usual", "what is compiled", choices=("usual", "all")),
+        "scope": Option("usual", "what is compiled", choices=("most", "usual", "all")),
         "targets": Axis(tuple(map(str, SHARED_KIB)), metavar="SM"),
         "predictions": Flag("predict no times"),
     },
@@ -95,9 +96,10 @@ def main(options: argparse.Namespace, record: dict[str, Any]) -> bool:
     record["settings"] = {"targets": targets, "scope": options.scope}
     if before is not None:
         refuse_another(before, record)
-    work = list(to_compile(targets, options.scope == "all"))
-    record["specialisations"] = specialisations(VOCABULARIES, BATCHES)
-    record["calls"] = calls_of(*CALL)
+    work = list(to_compile(targets, options.scope))
+    if options.out or options.check:
+        record["specialisations"] = specialisations(VOCABULARIES, BATCHES)
+        record["calls"] = calls_of(*CALL)
     compile_all = partial(in_processes, processes=options.processes)
     demands = compile_all(demand_of_work, work)
     record["kernels"] = [cell_of(*both) for both in zip(work, demands, strict=True)]
@@ -119,15 +121,14 @@ def main(options: argparse.Namespace, record: dict[str, Any]) -> bool:
     return bool(wrong)
 
 
-def to_compile(targets: Sequence[int], everything: bool) -> Iterator[Work]:
+def to_compile(targets: Sequence[int], scope: str) -> Iterator[Work]:
     """Every specialised kernel once, with the name of the first call that launches it."""
     for target in targets:
         for dtype in DTYPES:
-            usual = dtype == "float32" or (dtype, target) == ("bfloat16", COUNTED_FOR)
-            if not everything and not usual:
-                continue
-            thorough = everything or (dtype, target) == ("float32", COUNTED_FOR)
-            yield from _met(target, dtype, thorough)
+            counted = target == COUNTED_FOR and scope == "usual"
+            if scope == "all" or dtype == "float32" or (counted and dtype == "bfloat16"):
+                thorough = scope == "all" or (counted and dtype == "float32")
+                yield from _met(target, dtype, thorough)
 
 
 def _met(target: int, dtype: str, thorough: bool) -> Iterator[Work]:
