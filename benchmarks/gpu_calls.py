@@ -64,15 +64,16 @@ def per_row(adaptor: Adaptor, n: int) -> Adaptor:
     return Adaptor(**{name: torch.full((n,), getattr(adaptor, name)) for name in names})
 
 
-def calls(dtype: str, thorough: bool) -> Iterator[Call]:
+def calls(dtype: str, thorough: bool, ones: bool) -> Iterator[Call]:
     """The functions with the options that make other kernels.
 
     Args:
         dtype: of logits, hidden states and head.
-        thorough: also draws without outputs, other adaptors, knobs of each row, and N = V = 1:
-            integers that are 1 are constants of a kernel. Else what asks for most.
+        thorough: also draws without outputs, other adaptors and knobs of each row. Else what asks
+            for most.
+        ones: also N = V = 1: integers that are 1 are constants of a kernel.
     """
-    for n, v in (COMMON, (1, 1)) if thorough else (COMMON,):
+    for n, v in (COMMON, (1, 1)) if ones else (COMMON,):
         size = "" if v > 1 else ", N = V = 1"
         rows = torch.empty(n, v, dtype=DTYPES[dtype])
         if dtype != "float64":
@@ -89,7 +90,7 @@ def _sampling(rows: Tensor, thorough: bool) -> dict[str, Callable[[], object]]:
     n, v = rows.shape
     chosen = GPU_ADAPTORS["T+p"]  # which may need every step
     found: dict[str, Callable[[], object]] = {}
-    for top in (1024, 1) if thorough else (1024,):
+    for top in (1024, 1) if thorough or v == 1 else (1024,):
         if top <= v:
             given = {**OUTPUTS["all outputs"], "top_logprobs": top}
             found[f"T+p, all outputs, top {top}"] = partial(draw, rows, chosen, given)

@@ -16,7 +16,7 @@ minutes more: Triton's interpreter counts which statements run. `--no-prediction
 By default float32 is compiled with all options for sm_90, with those that need most for the others,
 and bfloat16 with those for sm_90: of the sampling kernels other types differ by the conversion of
 what is loaded. `--scope all` compiles all four types with all options for all; `--scope most` only
-float32, with the options that need most.
+float32, with the options that need most. For sm_90 integers are 1 as well, which are constants.
 """
 
 from __future__ import annotations
@@ -128,13 +128,13 @@ def to_compile(targets: Sequence[int], scope: str) -> Iterator[Work]:
             counted = target == COUNTED_FOR and scope == "usual"
             if scope == "all" or dtype == "float32" or (counted and dtype == "bfloat16"):
                 thorough = scope == "all" or (counted and dtype == "float32")
-                yield from _met(target, dtype, thorough)
+                yield from _met(target, dtype, thorough, ones=thorough or target == COUNTED_FOR)
 
 
-def _met(target: int, dtype: str, thorough: bool) -> Iterator[Work]:
+def _met(target: int, dtype: str, thorough: bool, ones: bool) -> Iterator[Work]:
     """The kernels of one type for one target."""
     seen: set[str] = set()
-    for call in calls(dtype, thorough):
+    for call in calls(dtype, thorough, ones):
         with recorded(target) as got:
             call.run()
         named: Counter[str] = Counter()
