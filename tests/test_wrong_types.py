@@ -2,9 +2,11 @@
 
 import re
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models
+from tokenizers.pre_tokenizers import Whitespace
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import fastadapt
@@ -34,7 +36,7 @@ def model():
     return LlamaForCausalLM(LlamaConfig(vocab_size=8, num_hidden_layers=1, **sizes))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def tokenizer():
     words = Tokenizer(models.WordLevel({"a": 0, "b": 1, "?": 2}, "?"))
     return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="?")
@@ -96,7 +98,11 @@ def test_other_arguments_of_training(model):
         )
     assert training.pair_loss(model, BATCH, OBJECTIVE, [torch.zeros(1)] * 2)[0] > 0
     for optimizer_or_not, batches, message in (
-        ("adam", [(BATCH, None)], "optimizer: expected an optimizer of torch, got str"),
+        (
+            "adam",
+            [(BATCH, None)],
+            "optimizer: expected an optimizer of torch, or one like it, got str",
+        ),
         (optimizer, [BATCH], "batches: expected tuples of a PairBatch and its reference"),
     ):
         steps = training.training_steps(model, batches, OBJECTIVE, optimizer_or_not)
@@ -181,13 +187,64 @@ def test_arguments_of_rows():
     _refused(given, lambda: analytic_gradients("mle", ONE, given=3))
 
 
-@pytest.mark.parametrize("total", [0, torch.tensor(0)])
 @pytest.mark.parametrize("name", ["total_tokens", "total_sequences"])
-def test_totals_of_nothing_where_some_count(name, total):
-    some = ONE._replace(**{name: total})
+def test_totals_of_nothing_where_some_count(name):
+    some = ONE._replace(**{name: 0})
     message = f"chosen.{name}: expected at least 1 where some count, got 0"
     _refused(message, lambda: fastadapt.mle_loss(some), ValueError)
     assert fastadapt.mle_loss(some._replace(mask=~ONE.mask)) == 0
+
+
+def test_nothing_depends_on_the_value_of_a_total():
+    log_odds, mask = torch.randn(4, 1, 2), ONE.mask
+    totals = torch.tensor([0, 1, 2, 3])
+
+    def loss(x, total):
+        return fastadapt.mle_loss(Responses(x, mask, total_tokens=total))
+
+    mapped = torch.func.vmap(loss)(log_odds, totals)
+    torch.testing.assert_close(mapped, torch.stack(list(map(loss, log_odds, totals))))
+    traced = torch.fx.experimental.proxy_tensor.make_fx(loss)(log_odds[0], totals[2])
+    torch.testing.assert_close(traced(log_odds[1], totals[3]), loss(log_odds[1], 3))
+
+
+def test_pairs_in_turn(tokenizer):
+    one = TokenizedPair([1], [2], [3], False)
+    assert torch.equal(pad_pairs(iter([one])).tokens, pad_pairs([one]).tokens)
+    words = tokenizer.backend_tokenizer
+    words.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="?")
+    long = [Pair("a a a a", "b", "a")] * 2
+    with pytest.warns(UserWarning, match="2 of 2 pairs were cut to 3 tokens"):
+        encode_pairs(tokenizer, iter(long), max_length=3)
+    _refused("pairs: expected TokenizedPairs, got one, not in a list", lambda: pad_pairs(one))
+    _refused("pairs: expected TokenizedPairs, got NoneType", lambda: pad_pairs(None))
+
+
+def test_what_a_tokenizer_raises_has_the_number_of_its_pair():
+    class OfAscii:
+        eos_token_id = 2
+
+        def __call__(self, text, **options):
+            return text[0].encode("ascii")
+
+    _refused(
+        "pairs[0]: 'ascii' codec",
+        lambda: encode_pairs(OfAscii(), [Pair("é", "b", "a")]),
+        ValueError,
+    )
+
+
+def test_optimizers_and_flags_like_those_of_torch(model):
+    class Wrapped:
+        def __init__(self, optimizer):
+            self.step, self.zero_grad = optimizer.step, optimizer.zero_grad
+
+    own = Wrapped(torch.optim.SGD(model.parameters(), lr=0.1))
+    steps = training.training_steps(model, [(BATCH, None)], RewardPenalizeLoss({"mle": 1.0}), own)
+    assert next(steps)["loss"] > 0
+    drawn = fastadapt.sample(ROWS, Adaptor(), seeds=LABELS, base_logprobs=np.bool_(True))
+    assert drawn.base_logprobs is not None
 
 
 @pytest.mark.parametrize(

@@ -146,12 +146,13 @@ def number(name: str, value: object, *, positive: bool = False, signed: bool = F
 
 
 def flag(name: str, value: object) -> None:
-    """Raises unless an option is True or False.
+    """Raises unless an option is True or False; NumPy's are accepted.
 
     Raises:
         TypeError: anything else, such as the text "false", which is true.
     """
-    if not isinstance(value, bool):
+    of_numpy = getattr(value, "dtype", None) == "bool" and getattr(value, "ndim", 1) == 0
+    if not isinstance(value, bool) and not of_numpy:
         raise TypeError(f"{name}: expected True or False, got {shown(value)}")
 
 

@@ -310,7 +310,8 @@ def _divisor(name: str, total: int | Tensor | None, counted: Tensor) -> int | Te
         return counted.sum().clamp(min=1)
     divisor = _checked_divisor(name, total, counted)
     on_cpu = counted.device.type == "cpu" and not torch.compiler.is_compiling()
-    if on_cpu and bool(total == 0) and bool(counted.any()):
+    # nothing may depend on a tensor's value: it may be traced, mapped over or on a GPU
+    if not isinstance(total, Tensor) and total == 0 and on_cpu and bool(counted.any()):
         raise ValueError(f"{name}: expected at least 1 where some count, got 0")
     return divisor
 

@@ -109,14 +109,17 @@ def encode_pairs(
                 )
             )
         except (TypeError, ValueError) as error:
-            raise type(error)(f"pairs[{number}]: {error}") from error
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise kind(f"pairs[{number}]: {error}") from error
     cut = sum(pair.truncated for pair in tokenized)
     if cut:
-        warnings.warn(f"{cut} of {len(pairs)} pairs were cut to {max_length} tokens", stacklevel=2)
+        warnings.warn(
+            f"{cut} of {len(tokenized)} pairs were cut to {max_length} tokens", stacklevel=2
+        )
     return pad_pairs(tokenized, fill=tokenizer.eos_token_id)
 
 
-def pad_pairs(pairs: Sequence[TokenizedPair], *, fill: int | None = None) -> PairBatch:
+def pad_pairs(pairs: Iterable[TokenizedPair], *, fill: int | None = None) -> PairBatch:
     """Returns tokenised pairs as one batch, padded on the right.
 
     Examples:
@@ -134,6 +137,10 @@ def pad_pairs(pairs: Sequence[TokenizedPair], *, fill: int | None = None) -> Pai
         TypeError: pairs that are not tokenised, a fill that is no integer.
         ValueError: no pairs.
     """
+    instance("pairs", pairs, Iterable, "TokenizedPairs")
+    if isinstance(pairs, TokenizedPair):
+        raise TypeError("pairs: expected TokenizedPairs, got one, not in a list")
+    pairs = list(pairs)
     if not pairs:
         raise ValueError("pairs: expected at least one, got none")
     for number, pair in enumerate(pairs):

@@ -148,7 +148,9 @@ def training_steps(
         optimizer: of the model's parameters.
         log_odds_of: as in `pair_loss`.
     """
-    instance("optimizer", optimizer, torch.optim.Optimizer, "an optimizer of torch")
+    if not (hasattr(optimizer, "step") and hasattr(optimizer, "zero_grad")):
+        got = type(optimizer).__name__
+        raise TypeError(f"optimizer: expected an optimizer of torch, or one like it, got {got}")
     for item in batches:
         instance("batches", item, tuple | list, _WITH_REFERENCE)
         instance("batches", item[0], PairBatch, _WITH_REFERENCE)
