@@ -39,17 +39,20 @@ def test_codes_of_several_distributions():
 @pytest.mark.parametrize(
     ("adaptor", "passes"),
     [
-        (Adaptor(), {"weighs"}),
-        (Adaptor(temperature=0), {"weighs", "filters"}),
-        (Adaptor(temperature=0.8, top_k=50, top_p=0.9), {"filters"}),
-        (Adaptor(min_p=0.1), {"filters", "sums"}),
-        (Adaptor(top_k=50, min_p=0.1, order="vllm"), {"filters", "sums"}),
-        (Adaptor(epsilon_cutoff=0.1), {"weighs", "filters", "sums"}),
+        (Adaptor(), {"weighs", "plain"}),
+        (Adaptor(temperature=0), {"weighs", "ranks", "filters", "plain"}),
+        (Adaptor(temperature=0.8, top_k=50, top_p=0.9), {"ranks", "filters", "plain"}),
+        (Adaptor(min_p=0.1), {"lists", "filters", "sums"}),
+        (Adaptor(top_k=50, min_p=0.1, order="vllm"), {"lists", "filters", "sums"}),
+        (Adaptor(epsilon_cutoff=0.1), {"weighs", "lists", "filters", "sums"}),
         (Adaptor(typical_p=0.9), {"weighs", "bins", "filters", "sums"}),
-        (Adaptor(top_p=0.9), {"weighs", "bins", "sketches", "filters", "sums"}),
+        (
+            Adaptor(top_p=0.9),
+            {"weighs", "bins", "sketches", "lists", "filters", "sums", "plain"},
+        ),
         (
             Adaptor(top_k=torch.tensor([0, 5]), top_p=torch.tensor([0.9, 1.0])),
-            {"weighs", "bins", "sketches", "filters", "sums"},
+            {"weighs", "bins", "sketches", "ranks", "lists", "filters", "sums", "plain"},
         ),
     ],
 )
@@ -61,4 +64,4 @@ def test_passes_follow_from_the_adaptor(adaptor, passes):
     assert {name for name, asked in steps._asdict().items() if asked and name != "order"} == passes
     assert steps.order == adaptor.order_code
     unknown = steps_of(adaptor.order_code, adaptor.packed.shape[1])
-    assert all(unknown[1:])
+    assert all(unknown._replace(order=1, plain=not unknown.plain))

@@ -1,6 +1,7 @@
 """Wrong types where a loss, a model, a batch or a pair is expected: one sentence, of one kind."""
 
 import re
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -235,7 +236,15 @@ def test_what_a_tokenizer_raises_has_the_number_of_its_pair():
     )
 
 
-def test_optimizers_and_flags_like_those_of_torch(model):
+def test_optimizers_flags_and_batches_like_ours(model):
+    class Own(NamedTuple):
+        labels: torch.Tensor
+
+    batch = Own(BATCH.labels)
+    zeros = torch.zeros(2, 3, requires_grad=True)
+    loss, _ = training.pair_loss(model, batch, OBJECTIVE, log_odds_of=lambda *_: zeros)
+    assert loss > 0
+
     class Wrapped:
         def __init__(self, optimizer):
             self.step, self.zero_grad = optimizer.step, optimizer.zero_grad

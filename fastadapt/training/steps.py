@@ -39,11 +39,17 @@ def sides(batch: PairBatch, log_odds: Tensor) -> tuple[Responses, Responses]:
         >>> chosen.mask, rejected.mask
         (tensor([[False,  True,  True,  True]]), tensor([[False,  True, False, False]]))
     """
-    instance("batch", batch, PairBatch, "a PairBatch")
+    _check_batch("batch", batch, "a PairBatch")
     instance("log_odds", log_odds, Tensor, "a Tensor")
     parts = zip(log_odds.chunk(2), batch.labels.chunk(2), strict=True)
     chosen, rejected = (Responses.from_labels(m, y, ignore_index=IGNORED) for m, y in parts)
     return chosen, rejected
+
+
+def _check_batch(name: str, batch: object, expected: str) -> None:
+    """Raises unless a batch has labels; one for another `log_odds_of` may be no `PairBatch`."""
+    if not isinstance(getattr(batch, "labels", None), Tensor):
+        raise TypeError(f"{name}: expected {expected}, got {type(batch).__name__}")
 
 
 @torch.no_grad()
@@ -153,7 +159,7 @@ def training_steps(
         raise TypeError(f"optimizer: expected an optimizer of torch, or one like it, got {got}")
     for item in batches:
         instance("batches", item, tuple | list, _WITH_REFERENCE)
-        instance("batches", item[0], PairBatch, _WITH_REFERENCE)
+        _check_batch("batches", item[0], _WITH_REFERENCE)
         batch, reference = item
         optimizer.zero_grad()
         loss, metrics = pair_loss(model, batch, objective, reference, log_odds_of=log_odds_of)
