@@ -72,12 +72,12 @@ def sample(
                 **options_of(logits.device, 8, MOST_REGISTERS),
             )
         if steps.sums:
-            draw.sum_kernel[(n, sizes.weighing)](
+            few = max(4, -(-plan.seldom // n))
+            draw.sum_kernel[(n, min(scanned.weights.blocks, few))](
                 *arguments,
                 asked=asked,
                 sizes=sizes.long,
-                TOGETHER=plan.together,
-                **options_of(logits.device, 4),
+                **options_of(logits.device, 4, MOST_REGISTERS),
             )
         if top_n:
             _top(scanned, sizes.long, drawn, part[-3:])
