@@ -213,7 +213,7 @@ def long_kernel(
 @triton.jit
 def sum_kernel(
     rows, adaptors, parts, lists, weights,
-    all_bounds, chance, out, asked, sizes, PDL: tl.constexpr,
+    all_bounds, chance, out, asked, sizes, TOGETHER: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Sums the survivors of a decided row by block; the last program of a row draws."""
     follow(PDL)
@@ -228,15 +228,18 @@ def sum_kernel(
         all_bounds += at.to(tl.int64) * BOUNDS_SIZE
         bounds = load_bounds(all_bounds)
         first = at.to(tl.int64) * weights.blocks
-        for block in range(some, weights.blocks, tl.num_programs(1)):
-            ids = block * sizes.BLOCK + tl.arange(0, sizes.BLOCK)
-            s = load_scaled(row, ids)
-            if only_cut(bounds):
-                alive = ranks(keys(s), ids) >= bounds.cut
-            else:
-                alive = survives(s, ids, m, bounds)
-            tl.store(weights.sums + first + block, tl.sum(tl.where(alive, masses(s - m), 0), 0))
-            tl.store(weights.finite + first + block, tl.sum(alive.to(tl.int32), 0))
+        block = some * TOGETHER + tl.arange(0, TOGETHER)
+        there = block < weights.blocks
+        ids = block[:, None] * sizes.BLOCK + tl.arange(0, sizes.BLOCK)[None, :]
+        s = load_scaled(row, ids)
+        if only_cut(bounds):
+            alive = ranks(keys(s), ids) >= bounds.cut
+        else:
+            alive = survives(s, ids, m, bounds)
+        tl.store(
+            weights.sums + first + block, tl.sum(tl.where(alive, masses(s - m), 0), 1), mask=there
+        )
+        tl.store(weights.finite + first + block, tl.sum(alive.to(tl.int32), 1), mask=there)
         tl.debug_barrier()
         if tl.atomic_add(marks + MARK_SUMMED, 1, sem="acq_rel") == tl.num_programs(1) - 1:
             j = tl.arange(0, sizes.BLOCKS)

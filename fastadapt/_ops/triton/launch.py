@@ -72,12 +72,12 @@ def sample(
                 **options_of(logits.device, 8, MOST_REGISTERS),
             )
         if steps.sums:
-            few = max(4, -(-plan.seldom // n))
-            draw.sum_kernel[(n, min(scanned.weights.blocks, few))](
+            draw.sum_kernel[(n, sizes.weighing)](
                 *arguments,
                 asked=asked,
                 sizes=sizes.long,
-                **options_of(logits.device, 4, MOST_REGISTERS),
+                TOGETHER=plan.together,
+                **options_of(logits.device, 4),
             )
         if top_n:
             _top(scanned, sizes.long, drawn, part[-3:])

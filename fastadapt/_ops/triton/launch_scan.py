@@ -104,12 +104,11 @@ class Plan(NamedTuple):
     group: int = 32  # logits of a group
     ahead: int = 8  # that a thread loads before it looks at them
     supers: int = 16  # super-groups of a tile
-    # logits whose mass is one number, which deciding kernels look at together: of 1,024 they spill
-    block: int = 512
-    together: int = 4  # blocks that a weighing program looks at together
+    block: int = 1024  # logits whose mass is one number; what the deciding kernels look at together
+    together: int = 2  # blocks that a weighing program looks at together
     bins: int = 512
     bins_step: int = 1024  # logits that four warps put into bins together
-    bracket_step: int = 2048  # of a list, that eight warps put into bins together
+    bracket_step: int = 4096  # of a list, that sixteen warps put into bins together
     rounds: int = 3  # on brackets of too many tokens
     programs: int = 4096  # that list tokens, each with tiles enough for its share of the floor
     seldom: int = 2048  # at least, in kernels for which rows are few
@@ -300,7 +299,7 @@ def scan_rows(
             STEP=plan.bracket_step,
             SHORT=plan.short_size,
             **shared,
-            **options_of(device, 8, MOST_REGISTERS),
+            **options_of(device, 16),
         )
     if steps.bins:
         few = min(sizes.tiles, max(4, -(-plan.seldom // virtual)))
