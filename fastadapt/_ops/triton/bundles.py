@@ -77,6 +77,7 @@ class Sizes(NamedTuple):
     """Sizes of the deciding kernels, powers of two."""
 
     BLOCK: Any  # logits that are looked at together
+    STEP: Any  # where a cut is searched
     ROOM: Any  # tokens that a list has room for in memory
     LIST: Any  # that a program holds at once
     BINS: Any  # of a histogram

@@ -17,6 +17,7 @@ from fastadapt._ops.triton.launch_scan import (
     Options,
     Plan,
     Scan,
+    Steps,
     adaptors_of,
     asked_of,
     knobs_of_rows,
@@ -112,13 +113,13 @@ def _top(scanned: Scan, sizes: Sizes, drawn: Drawn, out: list[Tensor]) -> None:
 
 
 def _decided_bounds(
-    logits: Tensor, knobs: Tensor, order: int, plan: Plan
+    logits: Tensor, knobs: Tensor, steps: Steps, plan: Plan, options: Options
 ) -> tuple[Scan, Sizes, Tensor]:
-    """Decides every row; returns the bounds, (N, BOUNDS_SIZE)."""
-    options, steps = Options(), steps_of(order, knobs.shape[2])
+    """Decides every virtual row; returns what its filters come to, (N A, BOUNDS_SIZE)."""
     scanned, layout = scan_rows(logits, knobs, steps, plan, options)
-    all_bounds = logits.new_empty(logits.shape[0], BOUNDS_SIZE.value, dtype=torch.int64)
-    write.bounds_kernel[(len(all_bounds),)](
+    n = len(logits) * scanned.adaptors.number
+    all_bounds = logits.new_empty(n, BOUNDS_SIZE.value, dtype=torch.int64)
+    write.bounds_kernel[(n,)](
         *scanned,
         all_bounds,
         asked=asked_of(options, steps),
@@ -132,9 +133,10 @@ def filter_logits(
     logits: Tensor, knobs: Tensor, order: int, out: Tensor, plan: Plan = PLAN
 ) -> None:
     """Writes the filtered logits."""
+    steps = steps_of(order, knobs.shape[1])
     for at in slices(logits, 1, plan):
         scanned, sizes, all_bounds = _decided_bounds(
-            some(logits, at), knobs_of_rows(knobs[None], at), order, plan
+            some(logits, at), knobs_of_rows(knobs[None], at), steps, plan, Options()
         )
         write.filter_kernel[(len(all_bounds), scanned.weights.blocks)](
             *scanned[:3],
@@ -184,16 +186,17 @@ def _score(
     adaptors = knobs.shape[0]
     options, steps = Options(base=True, entropy=True), steps_of(order, 0)
     for at in slices(logits, adaptors, plan):
-        scanned, layout = scan_rows(
+        scanned, sizes, all_bounds = _decided_bounds(
             some(logits, at), knobs_of_rows(knobs, at), steps, plan, options
         )
-        write.score_kernel[(len(some(tokens, at)) * adaptors,)](
-            *scanned,
+        write.score_kernel[(len(all_bounds),)](
+            *scanned[:3],
+            scanned.weights,
+            all_bounds,
             Labels(some(tokens, at), ignore_index),
             Scored(*(some(t, at) for t in out)),
-            asked=asked_of(options, steps),
-            sizes=layout.long,
-            **options_of(logits.device, 8, MOST_REGISTERS),
+            sizes=sizes,
+            **options_of(logits.device, 4),
         )
 
 
@@ -207,11 +210,11 @@ def adapted_log_odds(
     plan: Plan = PLAN,
 ) -> None:
     """Computes log-odds, support and statistics."""
-    double = logits.dtype == torch.float64
+    double, steps = logits.dtype == torch.float64, steps_of(order, knobs.shape[1])
     for at in slices(logits, 1, plan):
         log_odds, support, stats = (some(t, at) for t in out)
         scanned, sizes, all_bounds = _decided_bounds(
-            some(logits, at), knobs_of_rows(knobs[None], at), order, plan
+            some(logits, at), knobs_of_rows(knobs[None], at), steps, plan, Options()
         )
         n, blocks = len(all_bounds), scanned.weights.blocks
         largest = logits.new_empty(n, blocks, dtype=torch.float64)

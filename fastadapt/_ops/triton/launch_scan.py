@@ -1,7 +1,7 @@
 """Passes over whole rows for CUDA tensors: scratch, sizes and grids. Nothing here synchronises.
 
 A call takes the maxima of groups of logits (one read), weighs the rows whose first filter asks for
-it (one more), finds where a nucleus ends, and lists the tokens from a floor up. What is launched
+it (one more), lists the tokens from a floor up, and finds where a nucleus ends. What is launched
 follows from the adaptor, never from logits.
 """
 
@@ -108,7 +108,7 @@ class Plan(NamedTuple):
     together: int = 2  # blocks that a weighing program looks at together
     bins: int = 512
     bins_step: int = 1024  # logits that four warps put into bins together
-    bracket_step: int = 4096  # of a list, that sixteen warps put into bins together
+    bracket_step: int = 2048  # of a list, that eight warps put into bins together
     rounds: int = 3  # on brackets of too many tokens
     programs: int = 4096  # that list tokens, each with tiles enough for its share of the floor
     seldom: int = 2048  # at least, in kernels for which rows are few
@@ -189,8 +189,9 @@ def layout_of(plan: Plan, v: int) -> Layout:
 
     def sizes(alone: int) -> Sizes:
         size = alone or plan.list_size
-        constants = plan.block, plan.room, size, plan.bins, splits, up(blocks), alone > 0
-        return Sizes(*map(tl.constexpr, constants))
+        step = plan.block // 2  # the registers of a search for a cut spill where it is a block
+        places = plan.room, size, plan.bins, splits, up(blocks)
+        return Sizes(*map(tl.constexpr, (plan.block, step, *places, alone > 0)))
 
     return Layout(
         tiles,
@@ -299,7 +300,7 @@ def scan_rows(
             STEP=plan.bracket_step,
             SHORT=plan.short_size,
             **shared,
-            **options_of(device, 16),
+            **options_of(device, 8),
         )
     if steps.bins:
         few = min(sizes.tiles, max(4, -(-plan.seldom // virtual)))

@@ -40,6 +40,7 @@ from fastadapt._ops.triton.rows import (
     UNLISTED,
     first_filter,
     follow,
+    hits_of,
     inverse_of,
     knobs_of,
     load_knob,
@@ -213,9 +214,8 @@ def bins_kernel(
         run = tl.full([], -1, tl.int32)
         total, number = tl.zeros([STEP], tl.int64), tl.zeros([STEP], tl.int32)
         for tile in range(part, parts.splits, tl.num_programs(1)):
-            groups = parts.groups + (at.to(tl.int64) * parts.splits + tile) * COLUMNS
-            largest = tl.load(groups + tl.arange(0, COLUMNS)) * inverse
-            if tl.max((largest >= lowest).to(tl.int32), 0) > 0:
+            hit_groups = hits_of(parts, at, tile, inverse, lowest, COLUMNS)
+            if tl.max(hit_groups.to(tl.int32), 0) > 0:
                 for i in range(0, COLUMNS * GROUP, STEP):
                     ids = tile * (COLUMNS * GROUP) + i + tl.arange(0, STEP)
                     d = load_scaled(row, ids) - m

@@ -43,7 +43,9 @@ BOUNDS_CUTOFF_GUARD = tl.constexpr(4)
 BOUNDS_BAND = tl.constexpr(5)
 BOUNDS_CENTRE = tl.constexpr(6)  # its bits
 BOUNDS_STATUS = tl.constexpr(7)
-BOUNDS_SIZE = tl.constexpr(8)
+BOUNDS_TOTAL = tl.constexpr(8)  # the survivors' mass, and their number
+BOUNDS_KEPT = tl.constexpr(9)
+BOUNDS_SIZE = tl.constexpr(10)
 
 # What is counted of a virtual row, in int64; its histograms follow.
 MARK_LISTED = tl.constexpr(0)  # tokens that belong into its list
@@ -61,7 +63,7 @@ MARK_HIGH = tl.constexpr(12)
 MARK_UNDER_HIGH = tl.constexpr(13)  # how far some token is under the one and over the other
 MARK_OVER_LOW = tl.constexpr(14)
 MARK_NARROWED = tl.constexpr(15)  # programs that have taken part in a round
-MARK_REACH = tl.constexpr(16)  # of its nucleus, float32 bits, 0 where it is not bounded yet
+MARK_REACH = tl.constexpr(16)  # how far down its nucleus may reach: float32 bits
 MARK_SPLIT = tl.constexpr(17)  # whether its list is made anew after its bins
 MARK_TARGET = tl.constexpr(18)  # the mass up to which its nucleus takes tokens
 MARK_LARGEST = tl.constexpr(19)  # its largest scaled logit, and U / Z for typical: float32 bits
@@ -297,6 +299,14 @@ def load_list(held, number, LIST: tl.constexpr):
 def marks_of(lists, virtual):
     """Returns the address of the counters of a virtual row."""
     return lists.marks + virtual.to(tl.int64) * lists.step
+
+
+@triton.jit
+def hits_of(parts, at, tile, inverse, floor, COLUMNS: tl.constexpr):
+    """Returns which groups of a tile reach a floor."""
+    groups = parts.groups + (at.to(tl.int64) * parts.splits + tile) * COLUMNS
+    largest = tl.load(groups + tl.arange(0, COLUMNS)) * inverse
+    return (largest >= floor) & (largest > float("-inf"))
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Passes over whole rows, with many programs a row: maxima, masses, bins, the list.
+"""Passes over whole rows, mostly with many programs a row: maxima, masses, lists.
 
 A row's list holds all its scaled logits from a floor up. The floor is a hint: what is decided never
 depends on it, only how soon. No program reads more of a row than its share.
@@ -41,6 +41,7 @@ from fastadapt._ops.triton.rows import (
     first_filter,
     follow,
     has_one_filter,
+    hits_of,
     inverse_of,
     knobs_of,
     largest_of,
@@ -282,14 +283,6 @@ def _list_tile(lists, virtual, row, tile, floor, tiling, sizes):
 
 
 @triton.jit
-def _hits(parts, at, tile, inverse, floor, tiling):
-    """Returns which groups of a tile reach a floor."""
-    groups = parts.groups + (at.to(tl.int64) * parts.splits + tile) * tiling.COLUMNS
-    largest = tl.load(groups + tl.arange(0, tiling.COLUMNS)) * inverse
-    return (largest >= floor) & (largest > float("-inf"))
-
-
-@triton.jit
 def collect_kernel(rows, adaptors, parts, lists, weights, tiling, sizes, PDL: tl.constexpr):
     """Lists the largest tokens of rows that begin with top-k or are greedy, from few groups."""
     follow(PDL)
@@ -304,7 +297,7 @@ def collect_kernel(rows, adaptors, parts, lists, weights, tiling, sizes, PDL: tl
             floor = _top_k_floor(parts, at, rows.v, knobs, inverse, tiling, sizes)
         row = Row(row_at(rows, at), rows.v, inverse, m)
         for tile in range(part, parts.splits, tl.num_programs(1)):
-            hit = _hits(parts, at, tile, inverse, floor, tiling)
+            hit = hits_of(parts, at, tile, inverse, floor, tiling.COLUMNS)
             left = tl.sum(hit.to(tl.int32), 0)
             if left > FEW:
                 _list_tile(lists, virtual, row, tile, floor, tiling, sizes)
@@ -329,7 +322,7 @@ def list_kernel(rows, adaptors, parts, lists, weights, tiling, sizes, PDL: tl.co
             floor = tl.load(lists.floors + virtual)
         else:
             floor = _mass_floor(weights, virtual, rows.v, knobs, first, m, sizes)
-        hit = _hits(parts, at, tile, inverse, floor, tiling)
+        hit = hits_of(parts, at, tile, inverse, floor, tiling.COLUMNS)
         left = tl.sum(hit.to(tl.int32), 0)
         row = Row(row_at(rows, at), rows.v, inverse, m)
         if left > FEW:
@@ -363,7 +356,7 @@ def split_kernel(rows, adaptors, parts, lists, weights, tiling, sizes, PDL: tl.c
             ids = tile * (COLUMNS * tiling.GROUP) + tl.arange(0, COLUMNS)
             bits, number = tl.zeros([COLUMNS], tl.int32), tl.zeros([COLUMNS], tl.int32)
             all_bits, all_number = bits, number
-            hit = _hits(parts, at, tile, inverse, floor, tiling)
+            hit = hits_of(parts, at, tile, inverse, floor, tiling.COLUMNS)
             reached = tl.max(hit.to(tl.int32), 0) > 0
             for r in range(0, tiling.GROUP, BY_BLOCK):
                 mass, better = tl.zeros([COLUMNS], tl.int64), tl.zeros([COLUMNS], tl.int32)

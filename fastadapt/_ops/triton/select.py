@@ -242,7 +242,8 @@ def held_of(lists, virtual, knobs, sizes):
     decides its first filter.
     """
     marks = marks_of(lists, virtual)
-    listed = tl.minimum(tl.load(marks + MARK_LISTED), 2**31 - 1).to(tl.int32)
+    counted = tl.load(marks + MARK_LISTED)
+    listed = tl.minimum(counted, 2**31 - 1).to(tl.int32)
     stage = tl.load(marks + MARK_STAGE).to(tl.int32)
     bracketed = tl.minimum(tl.load(marks + MARK_BRACKETED), 2**31 - 1).to(tl.int32)
     one = stage == ONE_KAPPA
@@ -256,7 +257,7 @@ def held_of(lists, virtual, knobs, sizes):
         tl.where(partial, bracketed, listed),
         partial,
         tl.where(listed <= sizes.ROOM, listed, -1),
-        partial & (tl.load(marks + MARK_LISTED) >= UNLISTED) & (stage == BINNED),
+        partial & (counted >= UNLISTED) & (stage == BINNED),
         tl.load(marks + MARK_ABOVE),
         tl.load(marks + MARK_WITHIN),
         one,
@@ -360,11 +361,11 @@ def cut_of(row, bounds, by_kappa, by_mass, target, found, inside, partial, sizes
             tokens = Tokens(row, found.listed, found.held.whole)
             enough = (found.held.whole >= 0) & (is_held(found.held, sizes) == 0)
             if enough & (inside == 0):
-                reached = _listed_weight(tokens, bounds, by_kappa, by_mass, found, sizes.BLOCK)
+                reached = _listed_weight(tokens, bounds, by_kappa, by_mass, found, sizes.STEP)
                 enough = reached >= target
             tokens = Tokens(row, found.listed, tl.where(enough, found.held.whole, -1))
             cut = cut_among(
                 tokens, bounds, by_kappa, by_mass, target, found.spare,
-                sizes.BLOCK, sizes.LIST, sizes.BINS,
+                sizes.STEP, sizes.LIST, sizes.BINS,
             )  # fmt: skip
     return cut, enough, lost

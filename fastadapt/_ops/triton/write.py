@@ -10,8 +10,10 @@ from fastadapt._ops.triton.arithmetic import exp64, exponentials, log64, log_mas
 from fastadapt._ops.triton.bundles import OTHERS_MAX, OTHERS_SUM, Row, row_at
 from fastadapt._ops.triton.decide import decide
 from fastadapt._ops.triton.rows import (
+    BOUNDS_KEPT,
     BOUNDS_SIZE,
     BOUNDS_STATUS,
+    BOUNDS_TOTAL,
     OK,
     TEMPERATURE,
     follow,
@@ -31,32 +33,35 @@ from fastadapt._ops.triton.select import found_of, held_of
 def bounds_kernel(
     rows, adaptors, parts, lists, weights, all_bounds, asked, sizes, PDL: tl.constexpr
 ):
-    """Stores the bounds of a row, (rows, BOUNDS_SIZE) int64."""
-    follow(PDL)
-    at = tl.program_id(0)
-    _, knobs = knobs_of(adaptors, at)
-    found = found_of(lists, at, held_of(lists, at, knobs, sizes), sizes)
-    decided = decide(rows, adaptors, parts, lists, weights, at, found, asked, sizes)
-    store_bounds(all_bounds + at.to(tl.int64) * BOUNDS_SIZE, decided.bounds, decided.status)
-
-
-@triton.jit
-def score_kernel(
-    rows, adaptors, parts, lists, weights, labels, out, asked, sizes, PDL: tl.constexpr
-):
-    """Decides a row and scores a token, the first program also under the base distribution."""
+    """Stores what a virtual row's filters come to, (rows, BOUNDS_SIZE) int64."""
     follow(PDL)
     virtual = tl.program_id(0)
-    at = virtual // adaptors.number
     _, knobs = knobs_of(adaptors, virtual)
     found = found_of(lists, virtual, held_of(lists, virtual, knobs, sizes), sizes)
     decided = decide(rows, adaptors, parts, lists, weights, virtual, found, asked, sizes)
-    row = decided.row
+    all_bounds += virtual.to(tl.int64) * BOUNDS_SIZE
+    store_bounds(all_bounds, decided.bounds, decided.status)
+    tl.store(all_bounds + BOUNDS_TOTAL, decided.total)
+    tl.store(all_bounds + BOUNDS_KEPT, decided.kept.to(tl.int64))
+
+
+@triton.jit
+def score_kernel(rows, adaptors, parts, weights, all_bounds, labels, out, sizes, PDL: tl.constexpr):
+    """Scores a token under an adaptor, the first program of a row also the base distribution."""
+    follow(PDL)
+    virtual = tl.program_id(0)
+    at, knobs = knobs_of(adaptors, virtual)
+    temperature = load_knob(knobs, TEMPERATURE)
+    all_bounds += virtual.to(tl.int64) * BOUNDS_SIZE
+    status, total = tl.load(all_bounds + BOUNDS_STATUS), tl.load(all_bounds + BOUNDS_TOTAL)
+    kept = tl.load(all_bounds + BOUNDS_KEPT).to(tl.int32)
+    inverse = inverse_of(temperature)
+    m1 = largest_of(parts, at, sizes.SPLITS)
+    row = Row(row_at(rows, at), rows.v, inverse, m1 * inverse + 0.0)
     token = tl.load(labels.ids + at)
     ignored = token == labels.ignore_index
     known = (token >= 0) & (token < row.v)
     x = tl.load(row.logits + tl.where(known, token, 0)).to(tl.float32)
-    m1 = largest_of(parts, at, sizes.SPLITS)
     usable = known & (m1 == m1) & (tl.abs(m1) < float("inf")) & (ignored == 0)
     bad = tl.where(ignored, 0.0, float("nan"))
     j = tl.arange(0, sizes.BLOCKS)
@@ -65,18 +70,18 @@ def score_kernel(
     z = tl.sum(tl.load(weights.base_sums + base_at, mask=there, other=0), 0)
     log_z = log_mass(tl.where(usable, z, 1))
     base = (x.to(tl.float64) - m1.to(tl.float64) - log_z).to(tl.float32)
-    scored = usable & (decided.status == OK) & (decided.greedy == 0)
+    scored = usable & (status == OK) & (temperature != 0)
     s = x * row.inverse
-    log_s = log_mass(tl.where(scored, decided.total, 1))
+    log_s = log_mass(tl.where(scored, total, 1))
     logprob = (s.to(tl.float64) - row.m.to(tl.float64) - log_s).to(tl.float32)
-    alive = survives(s, token.to(tl.int32), row.m, decided.bounds)
+    alive = survives(s, token.to(tl.int32), row.m, load_bounds(all_bounds))
     logprob = tl.where(alive, logprob, float("-inf"))
-    inverse = row.inverse.to(tl.float64)
+    inverse = inverse.to(tl.float64)
     shift = row.m.to(tl.float64) - m1.to(tl.float64) * inverse
     log_norm = (shift + log_s - log_z * inverse).to(tl.float32)
     tl.store(out.logprobs + virtual, tl.where(scored, logprob, bad))
     tl.store(out.log_norms + virtual, tl.where(scored, log_norm, bad))
-    tl.store(out.kept + virtual, tl.where(scored, decided.kept, 0))
+    tl.store(out.kept + virtual, tl.where(scored, kept, 0))
     if virtual % adaptors.number == 0:
         u = tl.load(weights.base_surprisal_sums + base_at, mask=there, other=0)
         u = tl.sum(u, 0)
