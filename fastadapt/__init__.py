@@ -21,9 +21,10 @@ except ModuleNotFoundError as error:
 import torch  # noqa: F401  before the extension, which runs on the OpenMP runtime that torch loads
 
 import fastadapt._C as _C  # noqa: F401
-from fastadapt._config import show_config
+from fastadapt._ops.config import show_config
 from fastadapt.adaptor import Adaptor
-from fastadapt.log_odds import candidate_log_odds, label_log_odds, linear_log_odds
+from fastadapt.linear import linear_log_odds
+from fastadapt.log_odds import candidate_log_odds, label_log_odds
 from fastadapt.losses import (
     Responses,
     RewardPenalizeLoss,

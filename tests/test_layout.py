@@ -31,16 +31,16 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 # What each folder or module at the top of the package may import: of ours ("" is the package
 # itself, so a public name), and packages of others beside the standard library.
-PUBLIC = {"", "adaptor", "results", "sampling", "log_odds", "losses"}
+PUBLIC = {"", "adaptor", "linear", "results", "sampling", "log_odds", "losses"}
 OURS = {
-    "_config": {"_C"},
     "_ops": {"_C", "_ops"},
     "results": set(),
     "adaptor": {"_ops"},
     "sampling": {"_ops", "adaptor", "results"},
+    "linear": {"_ops"},
     "log_odds": {"_ops"},
     "losses": {"log_odds", "losses"},
-    "__init__": (PUBLIC - {""}) | {"_C", "_config"},
+    "__init__": (PUBLIC - {""}) | {"_C", "_ops"},
     "reference": {"reference", "results"},
     "training": PUBLIC | {"training"},
     "hf": PUBLIC | {"_ops", "hf", "training"},
@@ -67,7 +67,7 @@ OTHERS = {
     },
 }
 # of arguments, and of what is installed: every folder may import these
-CHECKS = ("fastadapt._ops.checks.", "fastadapt._config.")
+CHECKS = ("fastadapt._ops.checks.", "fastadapt._ops.config.")
 KERNELS = "_ops/triton/"  # the only folder that imports triton, and that only within functions
 REGISTER = {"_ops/sampling.py", "_ops/log_odds.py", "_ops/linear/operator.py"}
 # these say what to install where an import fails
@@ -343,7 +343,7 @@ def test_import_is_light(first_steps: list[str]) -> None:
     heavy = {"triton", "transformers", "trl", "matplotlib", "rich", "numpy", "platformdirs"}
     assert {n for n in names if n.split(".")[0] in heavy} == set()
     own = {n.split(".")[1] for n in names if n.startswith("fastadapt.")}
-    assert own <= {"_C", "_config", "_ops", "adaptor", "log_odds", "losses", "results", "sampling"}
+    assert own <= {"_C", "_ops", "adaptor", "linear", "log_odds", "losses", "results", "sampling"}
     assert not [n for n in names if n.startswith("fastadapt._ops.triton")]
 
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from fastadapt._config import needs_extra
+from fastadapt._ops.config import needs_extra
 
 with needs_extra("fastadapt.hf", "demo"):
     from fastadapt.hf.generation import FusedLogitsWarper, Generate, generate

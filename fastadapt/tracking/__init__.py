@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from fastadapt._config import needs_extra
+from fastadapt._ops.config import needs_extra
 from fastadapt.tracking.tracker import RewardPenalizeTracker
 
 __all__ = ["RewardPenalizeTracker", "TrackerCallback"]

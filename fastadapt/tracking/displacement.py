@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastadapt.log_odds import linear_log_odds
+from fastadapt.linear import linear_log_odds
 from fastadapt.training.head import Head
 from fastadapt.training.pairs import IGNORED
 

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fastadapt._ops.checks import instance
-from fastadapt.log_odds import linear_log_odds
+from fastadapt.linear import linear_log_odds
 
 INSTEAD = "fastadapt.training.logits_log_odds is right for any model"
 

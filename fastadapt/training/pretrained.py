@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 
-from fastadapt._config import needs_extra
 from fastadapt._ops.checks import instance
+from fastadapt._ops.config import needs_extra
 from fastadapt.training.packaged_models import (
     DEFAULT_MODEL,
     ModelNotFoundError,

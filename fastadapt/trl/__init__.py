@@ -1,6 +1,6 @@
 """trl: its trainers without logits, and a trainer for any mixture of losses."""
 
-from fastadapt._config import needs_extra
+from fastadapt._ops.config import needs_extra
 
 with needs_extra("fastadapt.trl", "train"):
     from fastadapt.trl.trainer import RewardPenalizeTrainer, fused_log_probs

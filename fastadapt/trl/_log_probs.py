@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastadapt.log_odds import linear_log_odds
+from fastadapt.linear import linear_log_odds
 from fastadapt.losses.responses import label_logps
 from fastadapt.training.head import HeadError, causal_of, evaluating, layer_of
 from fastadapt.training.head_check import Answer, fitted, known_states, remembered
