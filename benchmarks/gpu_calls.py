@@ -140,7 +140,7 @@ def _linear(rows: Tensor) -> dict[str, Callable[[], object]]:
             given: dict[str, Any] = {"bias": bias, "softcap": cap, "outputs": outputs}
             found[kind] = partial(linear_log_odds, hidden, weight, labels, **given)
             found[f"frozen {kind}"] = _with_backward(linear_log_odds, hidden, weight, some, **given)
-        problem = hidden, weight, some, bias, cap or 0.0, 1.0, -100, None, None
+        problem = hidden, weight, some[:, None], bias, cap or 0.0, 1.0, -100, None, None
         for kept, budget in (("", 0), (", logits kept", 1 << 30)):
             found[f"trained {name}{kept}"] = partial(_train_head, problem, budget)
     return found
@@ -148,10 +148,19 @@ def _linear(rows: Tensor) -> dict[str, Callable[[], object]]:
 
 def _train_head(problem: tuple[Any, ...], kept_bytes: int) -> object:
     """A forward and a backward with all gradients; rows of no mass would take no part in it."""
-    given = {"plan": RECOMPUTE, "kept_bytes": kept_bytes, "weighted": False}
-    log_odds, stats, kept = torch.ops.fastadapt.linear_log_odds(*problem, **given)
+    given = {
+        "plan": RECOMPUTE,
+        "kept_bytes": kept_bytes,
+        "moments": False,
+        "apart": True,
+        "masked": False,
+    }
+    own, others, _, stats, kept = torch.ops.fastadapt.linear_log_odds(*problem, **given)
     return torch.ops.fastadapt.linear_log_odds_backward(
-        torch.ones_like(log_odds),
+        torch.ones_like(own),
+        torch.ones_like(others),
+        None,
+        own,
         stats.fill_(1),
         kept,
         *problem,

@@ -260,20 +260,20 @@ void define_kernels(py::module_& m) {
          {FIELD(rows), FIELD(k), FIELD(index), OPTIONAL(mask), FIELD(dlog_odds), FIELD(stats),
           FIELD(dlogits)});
   define(m, "tile", &T::tile, Needs::kNothing,
-         {FIELD(rows), FIELD(first), FIELD(labels), OPTIONAL(bias), FIELD(scale), FIELD(cap),
-          FIELD(weighted), FIELD(stats), OPTIONAL(exps), FIELD(shrinks)});
+         {FIELD(rows), FIELD(first), FIELD(k), FIELD(labels), OPTIONAL(bias), FIELD(scale),
+          FIELD(cap), FIELD(moments), FIELD(stats), OPTIONAL(exps), FIELD(shrinks)});
   define(m, "tile_backward", &T::tile_backward, Needs::kNothing,
-         {FIELD(rows), FIELD(first), FIELD(labels), OPTIONAL(bias), FIELD(scale), FIELD(cap),
-          FIELD(stats), FIELD(gains), FIELD(out)});
+         {FIELD(rows), FIELD(first), FIELD(k), FIELD(labels), OPTIONAL(bias), FIELD(scale),
+          FIELD(cap), FIELD(moments), FIELD(stats), FIELD(gains), FIELD(out)});
   define(m, "mix", &T::mix, Needs::kNothing,
-         {FIELD(dtype), FIELD(n), FIELD(h), FIELD(dst), OPTIONAL(factor), OPTIONAL(gain),
+         {FIELD(dtype), FIELD(n), FIELD(h), FIELD(k), FIELD(dst), OPTIONAL(factor), OPTIONAL(gain),
           OPTIONAL(index), FIELD(src), FIELD(src_stride)});
   define(
       m, "scatter", &T::scatter, Needs::kNothing,
       {FIELD(dtype), FIELD(n), FIELD(h), FIELD(src), OPTIONAL(gain), OPTIONAL(index), FIELD(out)});
   define(m, "dot", &T::dot, Needs::kNothing,
-         {FIELD(dtype), FIELD(n), FIELD(h), FIELD(a), FIELD(a_stride), FIELD(b), FIELD(b_stride),
-          OPTIONAL(index), FIELD(out)});
+         {FIELD(dtype), FIELD(n), FIELD(h), FIELD(k), FIELD(a), FIELD(a_stride), FIELD(b),
+          FIELD(b_stride), OPTIONAL(index), FIELD(out)});
 }
 
 }  // namespace
@@ -288,7 +288,10 @@ PYBIND11_MODULE(_C, m) {
   m.attr("OTHERS_WEIGHTED") = static_cast<int>(kOthersWeighted);
   m.attr("TOP_ID") = static_cast<int>(kTopId);
   m.attr("LABEL_LOGIT") = static_cast<int>(kLabelLogit);
+  m.attr("OTHERS_SQUARED") = static_cast<int>(kOthersSquared);
+  m.attr("OTHERS_REST") = static_cast<int>(kOthersRest);
   m.attr("NUM_STATS") = static_cast<int>(kNumStats);
+  m.attr("NUM_TILE_STATS") = static_cast<int>(kNumTileStats);
   m.def("prefer_huge_pages", &prefer_huge_pages);
   m.def("first_bad_token", &first_bad_token);
   m.def("cpu_capabilities", &capabilities, "Names this processor can run, worst first.");

@@ -145,7 +145,10 @@ enum Stat : int {
   kOthersWeighted,           // of a label: sum of e^(z - m) (z - m), where asked for
   kTopId = kOthersWeighted,  // of candidates: the id of the largest entry, which is their label
   kLabelLogit,
-  kNumStats
+  kOthersSquared = kLabelLogit,  // of a tile: sum of e^(2 (z - m)), where asked for
+  kNumStats,
+  kOthersRest = kNumStats,  // of a tile: sum of e^(z - m) where z < m, where asked for
+  kNumTileStats
 };
 
 // The widest stretch of a row that is mapped, and then summed, in one go.
@@ -192,23 +195,25 @@ struct CandidateBackwardArgs {
 // cap * tanh(scale * (x + bias) / cap), without a cap where it is 0.
 struct Tile {
   Rows rows;
-  int64_t first;
-  const int64_t* labels;  // (N,)
+  int64_t first, k;
+  const int64_t* labels;  // (N, K), ids that are left out, each once; outside the tile: elsewhere
   const void* bias;       // (V,), the tile's; float32 or float64; or null
   double scale, cap;
 };
 
 struct TileArgs : Tile {
-  bool weighted;
-  double* stats;    // (N, kNumStats), updated
-  void* exps;       // (N, V), may be the tile: e^(z - m) dz/dx / scale, 0 at the label; or null
+  bool moments;     // whether kOthersWeighted and kOthersSquared are made
+  double* stats;    // (N, kNumTileStats), updated
+  void* exps;       // (N, V), may be the tile: e^(z - m) dz/dx / scale, 0 at labels; or null
   double* shrinks;  // (N,), with exps: the factor of what was summed before
 };
 
+// dL/dz = e (a + b d + c e) with d = z - m, e = e^d.
 struct TileBackwardArgs : Tile {
+  bool moments;  // whether there are b and c
   const double* stats;
-  const double* gains;  // (N,), dL/dm, 0 for rows without others
-  void* out;            // (N, V), dL/dx, 0 at the label; may be the tile itself
+  const double* gains;  // (N, 3): a, b, c
+  void* out;            // (N, V), dL/dx, 0 at labels; may be the tile itself
 };
 
 // n vectors of h entries.
@@ -217,13 +222,14 @@ struct Vectors {
   int64_t n, h;
 };
 
-// dst[r] = factor[r] dst[r] + gain[r] src[index[r]] over H; dst float32 or float64, src of any
-// type. A null factor or gain is 1, a null index is r.
+// dst[r] = factor[r] dst[r] + sum over K of gain[r] src[index[r]], over H; dst float32 or float64,
+// src of any type. A null factor or gain is 1.
 struct MixArgs : Vectors {  // dtype: of src; dst is float64 if that is, else float32
+  int64_t k;
   void* dst;
-  const double* factor;
-  const double* gain;
-  const int64_t* index;
+  const double* factor;  // (N,)
+  const double* gain;    // (N, K)
+  const int64_t* index;  // (N, K), or null: r, K = 1
   const void* src;
   int64_t src_stride;
 };
@@ -236,14 +242,15 @@ struct ScatterArgs : Vectors {  // dtype: of out; src is float64 if that is, els
   void* out;
 };
 
-// Dot products of each row with a row of the head, in float32 (float64) sums.
+// Dot products of each row with K rows of the head, in float32 (float64) sums.
 struct DotArgs : Vectors {
+  int64_t k;
   const void* a;
   int64_t a_stride;
   const void* b;
   int64_t b_stride;
-  const int64_t* index;  // row of b, or null: r
-  double* out;           // (N,)
+  const int64_t* index;  // (N, K), rows of b, or null: r, K = 1
+  double* out;           // (N, K)
 };
 
 // One table per ISA. Each function handles rows [begin, end) and allocates nothing.

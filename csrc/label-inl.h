@@ -15,7 +15,7 @@ static void label_log_odds_row(const LabelArgs& a, int64_t r, const Scratch&) {
   Stretch<T> stretch;
   for (int64_t begin = 0; begin < v; begin += kMaxTile) {
     const int64_t n = begin + kMaxTile < v ? kMaxTile : v - begin;
-    const double high = stretch.fill(x + begin, map, n, y - begin);
+    const double high = stretch.fill(x + begin, map, n, {&y, 1, begin});
     absorb<false>(stretch, high, stats, [](int64_t, auto) {});
   }
   stats[kLabelLogit] = wide(x[y]);
@@ -39,8 +39,8 @@ static void label_log_odds_backward_row(const LabelBackwardArgs& a, int64_t r, c
   const LogitMap<T> map{nullptr, 1, 0};
   for (int64_t begin = 0; begin < v; begin += kMaxTile) {
     const int64_t n = begin + kMaxTile < v ? kMaxTile : v - begin;
-    write_gradient(x + begin, map, n, y - begin, stats[kOthersMax], -g / stats[kOthersSum],
-                   out + begin);
+    write_gradient<false>(x + begin, map, n, {&y, 1, begin}, stats[kOthersMax],
+                          {-g / stats[kOthersSum], 0, 0}, out + begin);
   }
   from_double(g, out + y);
 }
@@ -85,7 +85,7 @@ static void candidate_row(const CandidateArgs& a, int64_t r, const Scratch&) {
   Stretch<T> stretch;
   for (int64_t begin = 0; begin < v; begin += kMaxTile) {
     const int64_t n = begin + kMaxTile < v ? kMaxTile : v - begin;
-    const double high = stretch.fill(x + begin, map, n, best - begin);
+    const double high = stretch.fill(x + begin, map, n, {&best, 1, begin});
     absorb<false>(stretch, high, stats, [](int64_t, auto) {});
   }
   stats[kLabelLogit] = wide(x[best]);
@@ -148,7 +148,8 @@ static void candidate_backward_row(const CandidateBackwardArgs& a, int64_t r,
     const LogitMap<T> map{nullptr, 1, 0};
     for (int64_t begin = 0; begin < v; begin += kMaxTile) {
       const int64_t n = begin + kMaxTile < v ? kMaxTile : v - begin;
-      write_gradient(x + begin, map, n, best - begin, second, per_e, sum + begin);
+      write_gradient<false>(x + begin, map, n, {&best, 1, begin}, second, {per_e, 0, 0},
+                            sum + begin);
     }
   }
   sum[best] = static_cast<Real>(own - beside);

@@ -31,6 +31,10 @@ static inline F exponential(F d) {
 }
 static inline double exponential(double d) { return __builtin_exp(d); }
 
+// e of d where d < 0, else 0.
+static inline F below_one(F d, F e) { return choose(gt(fset(0.0f), d), e, fset(0.0f)); }
+static inline double below_one(double d, double e) { return d < 0 ? e : 0; }
+
 // tanh |x| = (1 - e) / (1 + e), e = e^(-2|x|), with 1 - e taken from q where it would cancel.
 static inline F hyperbolic_tangent(F x) {
   const F a = absolute(x);
@@ -115,7 +119,25 @@ struct LogitMap {
   double slope_at(double z) const { return cap == 0 ? scale : scale * (1 - z / cap * (z / cap)); }
 };
 
-// Mapped logits of one stretch, -inf at the label and past the end.
+// Ids that a stretch leaves out: those of `id`, less `first`, that are among its own.
+struct Labels {
+  const int64_t* id;
+  int64_t count, first;
+  // Calls f(place) for each of them; whether there was one.
+  template <class Fn>
+  bool visit(int64_t n, Fn&& f) const {
+    bool any = false;
+    for (int64_t k = 0; k < count; ++k) {
+      const int64_t at = id[k] - first;
+      if (at < 0 || at >= n) continue;
+      f(at);
+      any = true;
+    }
+    return any;
+  }
+};
+
+// Mapped logits of one stretch, -inf at the labels and past the end.
 template <class T>
 struct Stretch {
   using Real = typename Wide<T>::type;
@@ -125,7 +147,7 @@ struct Stretch {
   int64_t n;
 
   // Fills it and returns the largest; NaN is passed over here and met in the sum.
-  double fill(const T* x, const LogitMap<T>& map, int64_t count, int64_t label) {
+  double fill(const T* x, const LogitMap<T>& map, int64_t count, const Labels& labels) {
     n = count;
     const bool plain = map.plain();
     Lanes best[2] = {Wide<T>::set(-__builtin_inf()), Wide<T>::set(-__builtin_inf())};
@@ -141,23 +163,22 @@ struct Stretch {
     }
     for (; i < n; i += lanes) store(z + i, map.partial(x, i, n));
     for (int j = 0; j < lanes; ++j) z[n + j] = -static_cast<Real>(__builtin_inf());
-    if (label >= 0 && label < n) {
-      z[label] = -static_cast<Real>(__builtin_inf());
+    if (labels.visit(n, [&](int64_t at) { z[at] = -static_cast<Real>(__builtin_inf()); }))
       return largest(0);
-    }
     const double vectors = max_lane(maximum(best[0], best[1]));
     const double rest = largest(n / (2 * lanes) * (2 * lanes));
     return vectors > rest ? vectors : rest;
   }
 
-  // Sum of e^(z - m), and of e^(z - m) (z - m); calls f(i, e) for each vector.
-  template <bool kWeighted, class Fn>
-  void sum(double m, double* total, double* weighted, Fn&& f) const {
+  // Adds the sums of e = e^(z - m), of e (z - m), of e^2 and of e where it is below 1; calls f(i,
+  // e) for each vector.
+  template <bool kMoments, class Fn>
+  void sum(double m, double* stats, Fn&& f) const {
     const Lanes top = Wide<T>::set(m);
     constexpr int64_t block = kSumVectors * lanes;
     for (int64_t begin = 0; begin < n; begin += block) {
       const int64_t end = begin + block < n ? begin + block : n;
-      Lanes s[2] = {Wide<T>::set(0), Wide<T>::set(0)}, w = Wide<T>::set(0);
+      Lanes s[2] = {Wide<T>::set(0), Wide<T>::set(0)}, w = Wide<T>::set(0), q = w, rest = w;
       for (int64_t i = begin; i < end; i += 2 * lanes) {
         for (int j = 0; j < 2; ++j) {
           const int64_t at = i + j * lanes;
@@ -165,13 +186,19 @@ struct Stretch {
           const Lanes d = sub(Wide<T>::get(z + at), top);
           const Lanes e = exponential(d);
           s[j] = add(s[j], e);
-          // 0 * -inf would be NaN
-          if (kWeighted) w = add(w, mul(e, maximum(Wide<T>::set(kLeastExponent), d)));
+          if (kMoments) {  // 0 * -inf would be NaN
+            w = add(w, mul(e, maximum(Wide<T>::set(kLeastExponent), d)));
+            q = add(q, mul(e, e));
+            rest = add(rest, below_one(d, e));
+          }
           f(at, e);
         }
       }
-      *total += static_cast<double>(sum_lanes(add(s[0], s[1])));
-      if (kWeighted) *weighted += static_cast<double>(sum_lanes(w));
+      stats[kOthersSum] += static_cast<double>(sum_lanes(add(s[0], s[1])));
+      if (!kMoments) continue;
+      stats[kOthersWeighted] += static_cast<double>(sum_lanes(w));
+      stats[kOthersSquared] += static_cast<double>(sum_lanes(q));
+      stats[kOthersRest] += static_cast<double>(sum_lanes(rest));
     }
   }
 
@@ -202,7 +229,7 @@ static inline double log_odds_of(const double* stats) {
 // Takes the others of a stretch into the running maximum and sums of a row; calls f(i, e) for each
 // vector of e^(z - m), unless there is none above -inf. Returns the factor of what was summed
 // before.
-template <bool kWeighted, class T, class Fn>
+template <bool kMoments, class T, class Fn>
 static inline double absorb(const Stretch<T>& stretch, double high, double* stats, Fn&& f) {
   const double before = stats[kOthersMax];
   if (high == -__builtin_inf()) {
@@ -212,14 +239,16 @@ static inline double absorb(const Stretch<T>& stretch, double high, double* stat
   double shrink = 1;
   if (high > before) {
     shrink = before == -__builtin_inf() ? 0 : __builtin_exp(before - high);
-    if (kWeighted && shrink > 0)
+    if (kMoments && shrink > 0) {
       stats[kOthersWeighted] =
           shrink * (stats[kOthersWeighted] + stats[kOthersSum] * (before - high));
+      stats[kOthersSquared] *= shrink * shrink;
+      stats[kOthersRest] = stats[kOthersSum] * shrink;
+    }
     stats[kOthersSum] *= shrink;
     stats[kOthersMax] = high;
   }
-  stretch.template sum<kWeighted>(stats[kOthersMax], &stats[kOthersSum], &stats[kOthersWeighted],
-                                  static_cast<Fn&&>(f));
+  stretch.template sum<kMoments>(stats[kOthersMax], stats, static_cast<Fn&&>(f));
   return shrink;
 }
 
@@ -239,16 +268,27 @@ static inline void from_double(double x, T* out) {
   from_float(x == x ? static_cast<float>(x) : __builtin_nanf(""), out);
 }
 
-// out_j = per_e e^(z_j - m) dz/dx over a stretch; 0 at the label. May work in place.
-template <class T, class Out>
-static inline void write_gradient(const T* x, const LogitMap<T>& map, int64_t n, int64_t label,
-                                  double m, double per_e, Out* out) {
+// dL/dz = e (a + b d + c e), d = z - m, e = e^d.
+struct Gains {
+  double a, b, c;
+};
+
+// Writes dL/dz dz/dx over a stretch; 0 at the labels; b and c only with `kMoments`. May work in
+// place.
+template <bool kMoments, class T, class Out>
+static inline void write_gradient(const T* x, const LogitMap<T>& map, int64_t n,
+                                  const Labels& labels, double m, const Gains& gains, Out* out) {
   constexpr int lanes = Wide<T>::lanes;
   using Lanes = typename Wide<T>::Lanes;
   const bool capped = map.cap != 0, plain = map.plain();
-  const Lanes top = Wide<T>::set(m), gain = Wide<T>::set(per_e * (capped ? 1 : map.scale));
+  const double unit = capped ? 1 : map.scale;
+  const Lanes top = Wide<T>::set(m), a = Wide<T>::set(gains.a * unit);
+  const Lanes b = Wide<T>::set(gains.b * unit), c = Wide<T>::set(gains.c * unit);
   auto gradient = [&](Lanes z) {
-    const Lanes g = mul(gain, exponential(sub(z, top)));
+    const Lanes d = sub(z, top), e = exponential(d);
+    Lanes per_e = a;
+    if (kMoments) per_e = add(add(a, mul(c, e)), mul(b, maximum(Wide<T>::set(kLeastExponent), d)));
+    const Lanes g = mul(per_e, e);
     return capped ? mul(g, map.slope(z)) : g;
   };
   int64_t i = 0;
@@ -257,5 +297,5 @@ static inline void write_gradient(const T* x, const LogitMap<T>& map, int64_t n,
   for (; i + lanes <= n; i += lanes)
     store(out + i, gradient(map(load(x + i), map.bias ? map.bias + i : nullptr)));
   if (i < n) store_until(out, i, n, gradient(map.partial(x, i, n)));
-  if (label >= 0 && label < n) from_double(0, out + label);
+  labels.visit(n, [&](int64_t at) { from_double(0, out + at); });
 }

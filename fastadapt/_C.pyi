@@ -10,6 +10,7 @@ Knobs = tuple[Tensor, int, int]  # (8, R) float64, R, order code
 class Tile(TypedDict):
     rows: Rows
     first: int
+    k: int
     labels: Tensor
     bias: Tensor | None
     scale: float
@@ -21,7 +22,10 @@ OTHERS_SUM: int
 OTHERS_WEIGHTED: int
 TOP_ID: int
 LABEL_LOGIT: int
+OTHERS_SQUARED: int
+OTHERS_REST: int
 NUM_STATS: int
+NUM_TILE_STATS: int
 
 def filter(*, rows: Rows, knobs: Knobs, out: Tensor, num_threads: int) -> None: ...
 def sample(
@@ -120,7 +124,7 @@ def candidate_log_odds_backward(
 ) -> None: ...
 def tile(
     *,
-    weighted: bool,
+    moments: bool,
     stats: Tensor,
     exps: Tensor | None,
     shrinks: Tensor,
@@ -128,13 +132,20 @@ def tile(
     **tile: Unpack[Tile],
 ) -> None: ...
 def tile_backward(
-    *, stats: Tensor, gains: Tensor, out: Tensor, num_threads: int, **tile: Unpack[Tile]
+    *,
+    moments: bool,
+    stats: Tensor,
+    gains: Tensor,
+    out: Tensor,
+    num_threads: int,
+    **tile: Unpack[Tile],
 ) -> None: ...
 def mix(
     *,
     dtype: int,
     n: int,
     h: int,
+    k: int,
     dst: Tensor,
     factor: Tensor | None,
     gain: Tensor | None,
@@ -159,6 +170,7 @@ def dot(
     dtype: int,
     n: int,
     h: int,
+    k: int,
     a: Tensor,
     a_stride: int,
     b: Tensor,

@@ -23,7 +23,7 @@ import torch  # noqa: F401  before the extension, which runs on the OpenMP runti
 import fastadapt._C as _C  # noqa: F401
 from fastadapt._ops.config import show_config
 from fastadapt.adaptor import Adaptor
-from fastadapt.linear import linear_log_odds
+from fastadapt.linear import linear_candidate_log_odds, linear_log_odds
 from fastadapt.log_odds import candidate_log_odds, label_log_odds
 from fastadapt.losses import (
     Responses,
@@ -59,6 +59,7 @@ __all__ = [
     "filter_logits",
     "label_logps",
     "label_log_odds",
+    "linear_candidate_log_odds",
     "linear_log_odds",
     "mate_loss",
     "mate_penalty",

@@ -1,20 +1,34 @@
 """Log-odds under a linear head, without its logits: `fastadapt.log_odds` of tiles of products."""
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, overload
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
-from fastadapt._ops.checks import fold_rows, instance, integer, number, per_row
+from fastadapt._ops.checks import flag, fold_rows, instance, integer, number, per_row
 from fastadapt._ops.linear import operator as linear_ops
 from fastadapt._ops.linear.operator import plan_of as plan_of
+from fastadapt._ops.linear.values import Listed, is_largest
 from fastadapt._ops.linear.vocab_parallel import Slice, split_head
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-OUTPUTS = ("entropy", "logsumexp", "hit")
+OUTPUTS = ("entropy", "hit", "logsumexp", "sum_of_squares")
+CANDIDATE_OUTPUTS = ("entropy", "logsumexp", "set_log_odds", "sum_of_squares")
+_ABSENT, _NO_ID = -100, -1
+
+
+class _Options(NamedTuple):
+    """What the functions of a linear head have in common."""
+
+    softcap: float | None
+    logit_scale: float
+    group: "ProcessGroup | None"
+    memory_budget: int | None
+    outputs: Sequence[str]
+    differentiable: bool
 
 
 @overload
@@ -30,6 +44,7 @@ def linear_log_odds(
     group: "ProcessGroup | None" = None,
     memory_budget: int | None = None,
     outputs: Sequence[str],
+    differentiable: bool = True,
 ) -> tuple[Tensor, ...]: ...
 @overload
 def linear_log_odds(
@@ -44,6 +59,7 @@ def linear_log_odds(
     group: "ProcessGroup | None" = None,
     memory_budget: int | None = None,
     outputs: tuple[()] = (),
+    differentiable: bool = True,
 ) -> Tensor: ...
 def linear_log_odds(
     hidden: Tensor,
@@ -57,6 +73,7 @@ def linear_log_odds(
     group: "ProcessGroup | None" = None,
     memory_budget: int | None = None,
     outputs: Sequence[str] = (),
+    differentiable: bool = True,
 ) -> Tensor | tuple[Tensor, ...]:
     """Returns the label log-odds of a linear head without its (N, V) logits.
 
@@ -113,9 +130,12 @@ def linear_log_odds(
         memory_budget (int | None): bytes of logits to keep from the forward to the backward of a
             head that needs gradients; fewer are kept if fewer are needed. None: all of them where
             they take 128 MiB at most, else none.
-        outputs (Sequence[str]): of "entropy" (nats), "logsumexp" (of all logits, nats) and "hit"
-            (bool, no logit is larger than the label's), from the same pass. They have no gradient:
-            a loss that asks for one fails in its backward. Detach what is kept, such as metrics.
+        outputs (Sequence[str]): of "entropy" (nats), "logsumexp" (of all logits, nats),
+            "sum_of_squares" (of all probabilities) and "hit" (bool, no logit is larger than the
+            label's), from the same pass, with gradients: free for a head that needs gradients, and
+            "logsumexp" for any; the other two cost a frozen head one product more, 3M.
+        differentiable (bool): False, for metrics: the outputs have no gradient and cost no
+            product; a loss that asks for one fails in its backward.
 
     Returns:
         Tensor: shape of `labels`, float32 (float64 for float64 inputs), nats, edges as in
@@ -127,59 +147,217 @@ def linear_log_odds(
         ValueError: shapes or devices that do not agree, a softcap that is not positive, an unknown
             output, a DTensor of another placement or on another mesh; on the CPU a label out of
             range, before any work, and labels that are not the same on all ranks.
-        RuntimeError: a group without torch.distributed; in the backward, a gradient of `outputs`.
+        RuntimeError: a group without torch.distributed; in the backward, a gradient of `outputs`
+            that are not `differentiable`.
     """
-    for name, given in (("hidden", hidden), ("weight", weight), ("labels", labels)):
+    options = _Options(softcap, logit_scale, group, memory_budget, outputs, differentiable)
+    _check_options(options, OUTPUTS)
+    ignore_index = integer("ignore_index", ignore_index)
+    instance("labels", labels, Tensor, "a Tensor")
+    part, rows = _rows_of_head(hidden, weight, labels, bias, group)
+    flat = per_row("labels", part.labels, torch.int64, part.hidden.shape[:-1], rows)
+    listed, stats = _listed(rows, part, flat[:, None], ignore_index, options, masked=False)
+    used = flat != ignore_index
+    made = {
+        "log_odds": listed.set_log_odds,
+        "hit": lambda: is_largest(listed.own, stats),
+        **_of_all(listed),
+    }
+    return _results(made, "log_odds", used, options, labels.shape, rows.dtype)
+
+
+def linear_candidate_log_odds(
+    hidden: Tensor,
+    weight: Tensor,
+    index: Tensor,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    group: "ProcessGroup | None" = None,
+    memory_budget: int | None = None,
+    outputs: Sequence[str] = (),
+    differentiable: bool = True,
+) -> Tensor | tuple[Tensor, ...]:
+    """Returns the log-odds of several ids of each row under a linear head, without its logits.
+
+    Equals `candidate_log_odds(z, index, mask)` of the logits of `linear_log_odds`; plans, products,
+    rounding and memory are the same. The candidates' own logits are float32 dot products, the
+    others are summed without them, and nothing is subtracted from a sum: log-odds are exact also
+    where one candidate, or all of them together, hold nearly all the mass.
+
+    With `outputs=("set_log_odds",)` comes m_S = logsumexp(z_S) - logsumexp(the others), so that
+    `-softplus(-m_S)` and `-softplus(m_S)` are the logarithms of the set's mass and of what is left,
+    with all digits of the smaller one.
+
+    Examples:
+        >>> hidden, weight = torch.ones(1, 4), torch.zeros(4, 4)
+        >>> index = torch.tensor([[0, 2]])
+        >>> linear_candidate_log_odds(hidden, weight, index, outputs=["set_log_odds"])
+        (tensor([[-1.0986, -1.0986]]), tensor([0.]))
+
+    Args:
+        hidden (Tensor): (..., H), as in `linear_log_odds`.
+        weight (Tensor): (V, H), as there.
+        index (Tensor): `(*hidden.shape[:-1], K)`, int64, ids in [0, V), K >= 1; an id may come
+            repeatedly.
+        mask (Tensor | None): shape of `index`, bool; candidates with False give 0 and no gradient,
+            whatever their id. None: all are meant.
+        bias (Tensor | None): (V,), as there.
+        softcap (float | None): as there.
+        logit_scale (float): as there.
+        group (torch.distributed.ProcessGroup | None): as there; `index` and `mask` are the same on
+            all ranks.
+        memory_budget (int | None): as there.
+        outputs (Sequence[str]): of "set_log_odds" (of the candidates of a row together, nats),
+            "logsumexp", "entropy" and "sum_of_squares", as there.
+        differentiable (bool): as there.
+
+    Returns:
+        Tensor: shape of `index`, float32 (float64 for float64 inputs), nats; with `outputs` a tuple
+        of it and those outputs, of the shape of the rows; 0 in rows without a candidate. A frozen
+        head makes 2M products, as there. Raises when differentiated twice.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `linear_log_odds`; on the CPU an id out of range.
+            On CUDA its row is NaN, without a gradient.
+    """
+    options = _Options(softcap, logit_scale, group, memory_budget, outputs, differentiable)
+    _check_options(options, CANDIDATE_OUTPUTS)
+    instance("index", index, Tensor, "a Tensor")
+    part, rows = _rows_of_head(hidden, weight, index, bias, group)
+    if not index.dim() or index.shape[-1] == 0:
+        raise ValueError(f"index: expected K >= 1 ids a row, got shape {tuple(index.shape)}")
+    shape = torch.Size((*part.hidden.shape[:-1], index.shape[-1]))
+    ids = per_row("index", part.labels, torch.int64, shape, rows).view(-1, shape[-1])
+    meant = torch.ones_like(ids, dtype=torch.bool)
+    if mask is not None:
+        meant = per_row("mask", mask, torch.bool, shape, rows).view(ids.shape)
+    ids = torch.where(meant, torch.where(ids == _ABSENT, _NO_ID, ids), _ABSENT)
+    first = _first_places(ids)
+    once = first == torch.arange(ids.shape[1], device=ids.device)
+    listed, _ = _listed(rows, part, torch.where(once, ids, _ABSENT), _ABSENT, options, masked=True)
+    used = meant.any(1)
+    made = {
+        "log_odds": lambda: torch.where(meant, listed.label_log_odds().gather(1, first), 0.0),
+        "set_log_odds": listed.set_log_odds,
+        **_of_all(listed),
+    }
+    return _results(made, "log_odds", used, options, shape[:-1], rows.dtype)
+
+
+def _first_places(ids: Tensor) -> Tensor:
+    """(N, K); of each id the first place in its row at which it stands."""
+    values, order = ids.sort(dim=1, stable=True)
+    places = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    new = torch.ones_like(ids, dtype=torch.bool)
+    new[:, 1:] = values[:, 1:] != values[:, :-1]
+    begin = torch.where(new, places, 0).cummax(1).values  # of each run of equal ids
+    return torch.empty_like(ids).scatter_(1, order, order.gather(1, begin))
+
+
+def _check_options(options: _Options, names: Sequence[str]) -> None:
+    """Checks what does not depend on tensors."""
+    if options.softcap is not None:
+        number("softcap", options.softcap, positive=True)
+    number("logit_scale", options.logit_scale, signed=True)
+    if options.memory_budget is not None:
+        integer("memory_budget", options.memory_budget, 0)
+    flag("differentiable", options.differentiable)
+    if isinstance(options.outputs, str):
+        raise TypeError(
+            f"outputs: expected a sequence of names, got the string {options.outputs!r}"
+        )
+    instance("outputs", options.outputs, Sequence, "a sequence of names")
+    for name in options.outputs:
+        if name not in names:
+            raise ValueError(f"outputs: expected names of {names}, got {name!r}")
+
+
+def _rows_of_head(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    group: "ProcessGroup | None",
+) -> tuple[Slice, Tensor]:
+    """Checks the head; returns the local parts, and the hidden states (N, H)."""
+    for name, given in (("hidden", hidden), ("weight", weight)):
         instance(name, given, Tensor, "a Tensor")
     if bias is not None:
         instance("bias", bias, Tensor, "a Tensor or None")
     part = split_head(hidden, weight, labels, bias, group)
     rows = _in_type_of_head(fold_rows("hidden", part.hidden), part.weight)
-    flat = per_row("labels", part.labels, torch.int64, part.hidden.shape[:-1], rows)
     _check_head(rows, part)
-    cap = 0.0 if softcap is None else float(number("softcap", softcap, positive=True))
-    logit_scale = float(number("logit_scale", logit_scale, signed=True))
-    ignore_index = integer("ignore_index", ignore_index)
-    if memory_budget is not None:
-        memory_budget = integer("memory_budget", memory_budget, 0)
-    if isinstance(outputs, str):
-        raise TypeError(f"outputs: expected a sequence of names, got the string {outputs!r}")
-    instance("outputs", outputs, Sequence, "a sequence of names")
-    for name in outputs:
-        if name not in OUTPUTS:
-            raise ValueError(f"outputs: expected names of {OUTPUTS}, got {name!r}")
-    log_odds: Tensor
-    stats: Tensor
-    log_odds, stats, _ = linear_ops.linear_log_odds(
+    return part, rows
+
+
+def _listed(
+    rows: Tensor,
+    part: Slice,
+    labels: Tensor,
+    ignore_index: int,
+    options: _Options,
+    *,
+    masked: bool,
+) -> tuple[Listed, Tensor]:
+    """Calls the operator for labels (N, K); returns its results and statistics."""
+    moments = any(name in linear_ops.MOMENTS for name in options.outputs)
+    differentiable = moments and options.differentiable
+    shares = options.differentiable and {"logsumexp", *linear_ops.MOMENTS} & set(options.outputs)
+    logits = rows.shape[0] * part.weight.shape[0] * rows.element_size()
+    own, others, of_others, stats, _ = linear_ops.linear_log_odds(
         rows,
         part.weight,
-        flat,
+        labels,
         part.bias,
-        cap,
-        logit_scale,
+        0.0 if options.softcap is None else float(options.softcap),
+        float(options.logit_scale),
         ignore_index,
         part.span,
         part.group,
-        plan=linear_ops.number_of(rows, part.weight, part.bias),
-        kept_bytes=linear_ops.kept_bytes(
-            rows.shape[0] * part.weight.shape[0] * rows.element_size(), memory_budget
-        ),
-        weighted="entropy" in outputs,
+        plan=linear_ops.number_of(rows, part.weight, part.bias, differentiable),
+        kept_bytes=linear_ops.kept_bytes(logits, options.memory_budget),
+        moments=moments,
+        apart=labels.shape[1] > 1 or bool(shares),
+        masked=masked,
     )
-    log_odds = log_odds.view(labels.shape)
-    if not outputs:
-        return log_odds
-    used = part.labels != ignore_index
-    extra = _extra_outputs(log_odds.detach(), stats.view(*labels.shape, stats.shape[-1]), used)
-    return (log_odds, *(_tied(extra[name], log_odds, name) for name in outputs))
+    return Listed(own, others, of_others), stats
 
 
-def _tied(values: Tensor, log_odds: Tensor, name: str) -> Tensor:
-    """Returns an extra output whose gradient is refused, if the log-odds have one."""
-    if not log_odds.requires_grad or not values.is_floating_point():
-        return values
-    tied: Tensor = linear_ops.without_gradient(values, log_odds, name)
-    return tied
+def _of_all(listed: Listed) -> dict[str, Callable[[], Tensor]]:
+    """Returns the outputs that are about all entries."""
+    return {
+        "entropy": listed.entropy,
+        "logsumexp": listed.logsumexp,
+        "sum_of_squares": listed.sum_of_squares,
+    }
+
+
+def _results(
+    made: dict[str, Callable[[], Tensor]],
+    main: str,
+    used: Tensor,
+    options: _Options,
+    shape: torch.Size,
+    dtype: torch.dtype,
+) -> Tensor | tuple[Tensor, ...]:
+    """Returns the main result and the outputs, 0 in rows that do not count."""
+    wide = torch.promote_types(dtype, torch.float32)
+    found: list[Tensor] = []
+    for name in (main, *options.outputs):
+        values = made[name]()
+        rows = used.view(-1, *[1] * (values.dim() - 1))
+        values = torch.where(rows, values, torch.zeros_like(values))
+        values = values.view(*shape, *values.shape[1:])
+        found.append(values if values.dtype == torch.bool else values.to(wide))
+    first, *rest = found
+    if not options.differentiable:
+        rest = [
+            _tied(x.detach(), first, name) for x, name in zip(rest, options.outputs, strict=True)
+        ]
+    return (first, *rest) if options.outputs else first
 
 
 def _in_type_of_head(hidden: Tensor, weight: Tensor) -> Tensor:
@@ -209,17 +387,9 @@ def _check_head(hidden: Tensor, part: Slice) -> None:
             raise ValueError(f"{name}: expected device {hidden.device}, got {tensor.device}")
 
 
-def _extra_outputs(log_odds: Tensor, stats: Tensor, used: Tensor) -> dict[str, Tensor]:
-    """Computes the extra outputs from the sums over the others and the label's logit."""
-    best, mass, weighted, label = stats.unbind(-1)
-    others = torch.where(mass == 0, float("-inf"), best + mass.log())
-    logsumexp = torch.logaddexp(others, label)
-    p = log_odds.double().sigmoid()
-    mean = torch.where(mass == 0, 0.0, best + weighted / mass)  # of the others' logits, under q
-    own = torch.where(p == 0, 0.0, p * label)  # not 0 times -inf
-    entropy = logsumexp - own - (1 - p) * mean
-    return {
-        "entropy": torch.where(used, entropy, 0.0).to(log_odds.dtype),
-        "logsumexp": torch.where(used, logsumexp, 0.0).to(log_odds.dtype),
-        "hit": used & (label >= best),
-    }
+def _tied(values: Tensor, log_odds: Tensor, name: str) -> Tensor:
+    """Returns an extra output whose gradient is refused, if the log-odds have one."""
+    if not log_odds.requires_grad or not values.is_floating_point():
+        return values
+    tied: Tensor = linear_ops.without_gradient(values, log_odds, name)
+    return tied

@@ -18,11 +18,14 @@ from fastadapt._ops.linear.driver import (
     FORWARD_ONLY,
     FROZEN_HEAD,
     RECOMPUTE,
+    Asked,
+    Upstream,
     backward,
     forward,
     frozen_head_backward,
 )
-from fastadapt._ops.linear.tiles import Problem
+from fastadapt._ops.linear.tiles import Gains, Problem
+from fastadapt._ops.linear.values import Listed
 
 pytest.importorskip("triton", reason="triton is not installed: it has wheels for Linux")
 if os.environ.get("TRITON_INTERPRET") != "1":
@@ -84,12 +87,12 @@ def _rounded_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
             if x is not None:
                 x.copy_(wide[name])
 
-    def rounded_gradient_tile(rows: Any, stats: Tensor, gains: Tensor, out: Tensor) -> None:
+    def rounded_gradient_tile(rows: Any, stats: Tensor, gains: Gains, out: Tensor) -> None:
         wide = torch.empty(out.shape, dtype=torch.promote_types(out.dtype, torch.float32))
         gradient_tile(rows, stats, gains, wide)
         out.copy_(wide)
 
-    def rounded_set_labels(labels: Tensor, gains: Tensor, first: int, out: Tensor) -> None:
+    def rounded_set_labels(labels: Tensor, gains: Any, first: int, out: Tensor) -> None:
         wide = out.to(torch.promote_types(out.dtype, torch.float32))
         set_labels(labels, gains, first, wide)
         out.copy_(wide)
@@ -116,7 +119,7 @@ def problem(n: int, h: int, v: int, dtype: torch.dtype, bias: bool = True, **sha
     return Problem(
         hidden.to(dtype),
         weight.to(dtype),
-        labels,
+        labels[:, None],
         torch.randn(v).to(dtype) if bias else None,
         shape.get("softcap", 0.0),
         shape.get("logit_scale", 1.0),
@@ -134,19 +137,27 @@ def exact_problem(n: int, h: int, v: int, dtype: torch.dtype) -> Problem:
     return given._replace(hidden=hidden.to(dtype), weight=weight.to(dtype), bias=bias.to(dtype))
 
 
+def scored(work: type, given: Problem, plan: int, kept: int = 0) -> tuple[Any, ...]:
+    """Log-odds of one label a row, and what the forward returns."""
+    out = forward(work, given, Asked(plan, kept, True, False))
+    log_odds = Listed(*out[:3]).set_log_odds()
+    wide = torch.promote_types(given.hidden.dtype, torch.float32)
+    return torch.where(given.used, log_odds, 0.0).to(wide), out
+
+
 def results(work: type, given: Problem, plan: str, upstream: Tensor) -> dict[str, Tensor]:
     """Log-odds, statistics of the rows that count, and the gradients that the plan has."""
     number = FROZEN_HEAD if plan == "frozen" else RECOMPUTE
-    log_odds, stats, kept = forward(work, given, number, KEPT[plan], True)
+    log_odds, (own, others, moments, stats, kept) = scored(work, given, number, KEPT[plan])
     out = {"log_odds": log_odds, "stats": stats}
-    upstream = upstream.to(log_odds.dtype)
+    leaves = own.clone().requires_grad_(), others.clone().requires_grad_()
+    of_leaves = torch.where(given.used, Listed(*leaves, moments).set_log_odds(), 0.0)
+    by = Upstream(*torch.autograd.grad(of_leaves, leaves, upstream.double()), None)
     if plan == "frozen":
-        dtype = given.hidden.dtype
-        rest = (given.labels, given.ignore_index, stats, kept, dtype)
-        out["dhidden"] = frozen_head_backward(work, upstream, *rest)
+        out["dhidden"] = frozen_head_backward(work, given, by, own, stats, kept, False)
         return out
     wanted = [True, True, given.bias is not None]
-    gradients = backward(work, given, upstream, stats, kept, wanted)
+    gradients = backward(work, given, by, own, stats, kept, wanted)
     return out | dict(zip(("dhidden", "dweight", "dbias"), gradients, strict=True))
 
 
@@ -154,7 +165,7 @@ def truth(given: Problem, upstream: Tensor) -> dict[str, Tensor]:
     """In float64."""
     leaves = [x.double().requires_grad_() for x in (given.hidden, given.weight, given.bias)]
     log_odds = reference.linear_log_odds(
-        leaves[0], leaves[1], given.labels, leaves[2], softcap=given.softcap or None,
+        leaves[0], leaves[1], given.labels[:, 0], leaves[2], softcap=given.softcap or None,
         logit_scale=given.logit_scale,
     )  # fmt: skip
     gradients = torch.autograd.grad(log_odds, leaves, upstream.double())
@@ -208,12 +219,38 @@ def test_a_row_depends_on_no_other(dtype):
     Of the same logits, that is: torch's products of other rows may round otherwise.
     """
     given = exact_problem(11, 16, V, dtype)
-    whole, stats, _ = forward(Interpreted, given, FORWARD_ONLY, 0, True)
+    whole, (*_, stats, _) = scored(Interpreted, given, FORWARD_ONLY)
     for rows in ([5], [0, 5, 10, 6, 2], list(range(10, 3, -1)), list(range(11))):
         part = given._replace(hidden=given.hidden[rows], labels=given.labels[rows])
-        log_odds, some, _ = forward(Interpreted, part, FORWARD_ONLY, 0, True)
+        log_odds, (*_, some, _) = scored(Interpreted, part, FORWARD_ONLY)
         assert torch.equal(log_odds, whole[rows])
         assert torch.equal(some, stats[rows])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("plan", KEPT)
+def test_several_labels_and_moments_equal_the_cpu(plan, shape):
+    """Labels that are -inf in the products, and gradients of everything that the plan has."""
+    given = problem(N, 12, V, torch.float32, **SHAPES[shape])
+    labels = torch.stack([given.labels[:, 0], *torch.randint(V, (2, N))], 1)
+    labels[1, 2], labels[3, 1] = labels[1, 0], -100
+    labels[0, 1] = (labels[0, 0] + 1) % V
+    labels[1, 2] = (labels[1, 0] + 2) % V  # each once
+    given = given._replace(labels=labels)
+    frozen = plan == "frozen"
+    asked = Asked(FROZEN_HEAD if frozen else RECOMPUTE, KEPT[plan], True, True)
+    by = Upstream(torch.randn(N, 3).double(), torch.randn(N).double(), torch.randn(N, 2).double())
+    found = []
+    for work in (Interpreted, CpuWork):
+        own, others, moments, stats, kept = forward(work, given, asked)
+        if frozen:
+            upstream = by._replace(moments=None)
+            gradients = [frozen_head_backward(work, given, upstream, own, stats, kept, True)]
+        else:
+            gradients = backward(work, given, by, own, stats, kept, [True] * 3)
+        found.append([own, others, moments, stats, *gradients])
+    for ours, cpu in zip(*found, strict=True):
+        torch.testing.assert_close(ours, cpu, rtol=1e-5, atol=4e-6)
 
 
 def test_plans_agree_and_runs_are_the_same():
@@ -259,7 +296,7 @@ def test_rows_without_an_upstream_gradient_take_no_part():
 def test_labels_out_of_range_are_nan_and_have_no_gradient():
     given, upstream = problem(6, 8, V, torch.float32), torch.randn(6)
     labels = given.labels.clone()
-    labels[[0, 4]] = torch.tensor([V, -1])
+    labels[[0, 4], 0] = torch.tensor([V, -1])
     for plan in KEPT:
         out = results(Interpreted, given._replace(labels=labels), plan, upstream)
         assert out["log_odds"].isnan().tolist() == [True, False, False, False, True, False]
@@ -270,7 +307,7 @@ def test_labels_out_of_range_are_nan_and_have_no_gradient():
 def test_edges():
     """One id; a bias that forbids ids and whole tiles; NaN and infinities in their own rows."""
     for plan in KEPT:
-        given = problem(3, 8, 1, torch.float32)._replace(labels=torch.zeros(3, dtype=torch.long))
+        given = problem(3, 8, 1, torch.float32)._replace(labels=torch.zeros(3, 1, dtype=torch.long))
         out = results(Interpreted, given, plan, torch.full((3,), INF))
         assert (out["log_odds"] == INF).all()
         assert not any(x.any() for name, x in out.items() if name.startswith("d"))
@@ -292,7 +329,7 @@ def test_no_rows_and_nothing_but_ignored_rows():
     for n in (0, 3):
         for plan in KEPT:
             given = problem(n, 8, V, torch.bfloat16)
-            given = given._replace(labels=torch.full((n,), -100))
+            given = given._replace(labels=torch.full((n, 1), -100))
             out = results(Interpreted, given, plan, torch.randn(n))
             assert all((x == 0).all() for x in out.values())
             assert out["dhidden"].shape == (n, 8)
@@ -319,14 +356,14 @@ def test_capped_logits_are_accurate_at_every_size(dtype):
     """tanh from its series below a bound, from exponentials above it."""
     x = torch.cat([torch.logspace(-6, 1.5, 60, dtype=torch.float64), torch.tensor([0.0])])
     x = torch.cat([x, -x]).to(dtype)[None]
-    stats = torch.tensor([[-INF, 0.0, 0.0, 0.0]], dtype=torch.float64)
+    stats = torch.tensor([[-INF, 0.0, 0.0, 0.0, 0.0]], dtype=torch.float64)
     numbers = torch.tensor([1.0, 2.0], dtype=torch.float64)
     for i in range(x.shape[1]):  # each alone: the statistic is the logit
         each = stats.clone()
         rows = launch_linear.Rows(
-            x[:, i : i + 1].contiguous(), 0, torch.tensor([-1]), None, numbers, True
+            x[:, i : i + 1].contiguous(), 0, torch.tensor([[-1]]), None, numbers, True
         )
-        launch_linear.sum_tile(rows, each, weighted=False)
+        launch_linear.sum_tile(rows, each, moments=False)
         exact = 2 * (x[0, i].double() / 2).tanh()
         assert abs(float(each[0, 0]) - exact) <= 4 * torch.finfo(dtype).eps * abs(exact)
 
@@ -342,11 +379,11 @@ def test_tiles_of_the_backward():
 def test_half_types_need_products_in_float32(monkeypatch):
     """This torch has them; one that has not is named."""
     given = problem(3, 8, V, torch.bfloat16)
-    forward(Interpreted, given, FORWARD_ONLY, 0, False)
+    scored(Interpreted, given, FORWARD_ONLY)
     monkeypatch.setattr("fastadapt._ops.linear.cuda._has_wide_products", lambda: False)
     with pytest.raises(RuntimeError, match=r"expected torch 2.8 or later .* got 2\."):
-        forward(Interpreted, given, FORWARD_ONLY, 0, False)
-    forward(Interpreted, problem(3, 8, V, torch.float32), FORWARD_ONLY, 0, False)
+        scored(Interpreted, given, FORWARD_ONLY)
+    scored(Interpreted, problem(3, 8, V, torch.float32), FORWARD_ONLY)
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch has no distributed")

@@ -192,13 +192,15 @@ def test_extra_outputs(dtype, frozen):
     ],
 )
 def test_a_gradient_of_an_extra_output_is_refused(name, compiled, frozen):
-    """By its name, whatever else the loss has; without a share in the loss it costs nothing."""
+    """Of metrics, by name, whatever else the loss has; without a share it costs nothing."""
     hidden, weight, labels, bias = head(9, 24, V, torch.float32)
     hidden.requires_grad_()
     weight.requires_grad_(not frozen)
 
     def both(h, share):
-        log_odds, extra = linear_log_odds(h * 2, weight, labels, bias, outputs=(name,))
+        log_odds, extra = linear_log_odds(
+            h * 2, weight, labels, bias, outputs=(name,), differentiable=False
+        )
         return log_odds.mean() + share * extra.mean(), extra
 
     if compiled:
@@ -453,38 +455,52 @@ def test_double_backward_raises(frozen):
 def test_a_plan_never_leaves_out_a_gradient_silently():
     hidden, weight, labels, _ = head(3, 8, 50, torch.float32)
     hidden.requires_grad_()
-    rest = (labels, None, 0.0, 1.0, -100, None, None)
-    log_odds = OPS.linear_log_odds(hidden, weight, *rest, plan=0, kept_bytes=0, weighted=False)[0]
+    rest = (labels[:, None], None, 0.0, 1.0, -100, None, None)
+    asked = {"kept_bytes": 0, "moments": True, "apart": False, "masked": False}
+    own = OPS.linear_log_odds(hidden, weight, *rest, plan=0, **asked)[0]
     with pytest.raises(RuntimeError, match="without a backward"):
-        log_odds.sum().backward()
+        own.sum().backward()
+    moments = OPS.linear_log_odds(hidden, weight, *rest, plan=2, **asked)[2]
+    assert not moments.requires_grad
     weight.requires_grad_()
-    log_odds = OPS.linear_log_odds(hidden, weight, *rest, plan=2, kept_bytes=0, weighted=False)[0]
+    own = OPS.linear_log_odds(hidden, weight, *rest, plan=2, **asked)[0]
     with pytest.raises(RuntimeError, match="frozen head"):
-        log_odds.sum().backward()
+        own.sum().backward()
 
 
+@pytest.mark.parametrize("apart", (False, True))
 @pytest.mark.parametrize("plan", (0, 1, 2))
-def test_opcheck(plan):
+def test_opcheck(plan, apart):
     hidden, weight, labels, bias = head(3, 8, V, torch.float32)
+    labels = torch.stack([labels, (labels + 1) % V], 1)[:, : 2 if apart else 1]
     rest = (0.0, 1.0, -100, None, None)
     if plan:
         hidden.requires_grad_()
         weight.requires_grad_(plan == 1)
-    options = {"plan": plan, "kept_bytes": 1 << 20, "weighted": False}
+    options = {
+        "plan": plan,
+        "kept_bytes": 1 << 20,
+        "moments": plan == 1,
+        "apart": apart,
+        "masked": False,
+    }
     forward = (hidden, weight, labels, bias, *rest)
     torch.library.opcheck(OPS.linear_log_odds.default, forward, options)
     if plan == 0:
         return
     hidden, weight = hidden.detach(), weight.detach()
-    _, stats, kept = OPS.linear_log_odds(hidden, weight, labels, bias, *rest, **options)
-    upstream = torch.randn(3)
+    own, others, moments, stats, kept = OPS.linear_log_odds(
+        hidden, weight, labels, bias, *rest, **options
+    )
+    upstream = torch.randn_like(own), torch.randn_like(others)
     if plan == 1:
-        arguments = (upstream, stats, kept, hidden, weight, labels, bias, *rest)
+        problem = (hidden, weight, labels, bias, *rest)
+        arguments = (*upstream, torch.randn_like(moments), own, stats, kept, *problem)
         wanted = {"wanted": [True, True, True]}
         torch.library.opcheck(OPS.linear_log_odds_backward.default, arguments, wanted)
     else:
-        arguments = (upstream, labels, -100, stats, kept, torch.float32)
-        torch.library.opcheck(OPS.frozen_head_backward.default, arguments)
+        arguments = (*upstream, None, own, stats, kept, labels, weight if apart else None, *rest)
+        torch.library.opcheck(OPS.frozen_head_backward.default, (*arguments, torch.float32))
 
 
 @pytest.mark.parametrize("frozen", (False, True))

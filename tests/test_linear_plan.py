@@ -6,7 +6,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastadapt._ops.linear.cpu import CpuWork
 from fastadapt._ops.linear.cuda import CudaWork
-from fastadapt._ops.linear.driver import backward, forward, frozen_head_backward
+from fastadapt._ops.linear.driver import (
+    Asked,
+    Upstream,
+    backward,
+    forward,
+    frozen_head_backward,
+)
 from fastadapt._ops.linear.operator import LinearPlan, kept_bytes, number_of, plan_of, work_of
 from fastadapt._ops.linear.tiles import Problem
 
@@ -37,17 +43,18 @@ def test_the_products_are_counted(name):
     plan = plan_of(hidden, weight, bias, memory_budget=budget)
     assert (plan.name, plan.products) == (name, pytest.approx(products))
     wanted = [x.requires_grad for x in (hidden, weight, bias)]
-    number, allowed = number_of(hidden, weight, bias), kept_bytes(N * V * 4, budget)
-    labels, upstream = torch.zeros(N, dtype=torch.int64), torch.ones(N)
+    number, allowed = number_of(hidden, weight, bias, False), kept_bytes(N * V * 4, budget)
+    labels = torch.zeros(N, 1, dtype=torch.int64)
+    upstream = Upstream(torch.ones(N, 1).double(), -torch.ones(N).double(), None)
     problem = Problem(
         hidden.detach(), weight.detach(), labels, bias.detach(), 0.0, 1.0, -100, None, None
     )
     with FlopCounterMode(display=False) as flops:  # it does not look into operators
-        _, stats, kept = forward(CpuWork, problem, number, allowed, False)
+        own, _, _, stats, kept = forward(CpuWork, problem, Asked(number, allowed, False, False))
         if name == "frozen head":
-            frozen_head_backward(CpuWork, upstream, labels, -100, stats, kept, torch.float32)
+            frozen_head_backward(CpuWork, problem, upstream, own, stats, kept, False)
         elif name != "forward only":
-            backward(CpuWork, problem, upstream, stats, kept, wanted)
+            backward(CpuWork, problem, upstream, own, stats, kept, wanted)
     of_bias = 2 * N * V * wants[2]
     assert flops.get_total_flops() - of_bias == pytest.approx(products * 2 * N * H * V)
 
@@ -57,11 +64,11 @@ def test_what_is_kept_is_what_the_operator_keeps():
         hidden, weight, bias = arguments(wants, torch.bfloat16)
         budget = budget and budget // 2
         plan = plan_of(hidden, weight, bias, memory_budget=budget)
-        number, allowed = number_of(hidden, weight, bias), kept_bytes(N * V * 2, budget)
+        number, allowed = number_of(hidden, weight, bias, False), kept_bytes(N * V * 2, budget)
         kept = torch.ops.fastadapt.linear_log_odds(
-            hidden, weight, torch.zeros(N, dtype=torch.int64), bias, 0.0, 1.0, -100, None, None,
-            plan=number, kept_bytes=allowed, weighted=False,
-        )[2]  # fmt: skip
+            hidden, weight, torch.zeros(N, 1, dtype=torch.int64), bias, 0.0, 1.0, -100, None, None,
+            plan=number, kept_bytes=allowed, moments=False, apart=False, masked=False,
+        )[4]  # fmt: skip
         assert plan.kept_bytes == kept.nbytes
 
 

@@ -300,26 +300,28 @@ def test_outputs_are_those_of_trl(softcap, biased):
     hidden, weight = torch.randn(7, 16), torch.randn(3000, 16) * 0.5
     bias = torch.randn(3000) if biased else None
     targets = torch.randint(3000, (7,))
-    settings = (targets, 0.7, 1024, softcap, 1.3, ("entropy", "mean_logits", "is_top1"))
+    names = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+    settings = (targets, 0.7, 1024, softcap, 1.3, names)
     seen = []
     for function in (trl_utils._ChunkedLogProbFunction, trl_head.LogProbs):
         points = [x.clone().requires_grad_() for x in (hidden, weight)]
-        logps, entropy, missing, mean, hit = function.apply(*points, bias, *settings)
-        assert missing is None
-        (logps * torch.arange(-3.0, 4.0)).sum().backward()
-        seen.append((logps.detach(), entropy.detach(), mean, hit, *(x.grad for x in points)))
+        logps, entropy, squares, mean, hit = function.apply(*points, bias, *settings)
+        assert not squares.requires_grad
+        (logps * torch.arange(-3.0, 4.0) + 0.3 * entropy).sum().backward()
+        rest = squares, mean, hit
+        seen.append((logps.detach(), entropy.detach(), *rest, *(x.grad for x in points)))
     for theirs, ours in zip(*seen, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_entropy_has_no_gradient_and_says_so():
+def test_entropy_of_a_frozen_head_has_no_gradient_and_says_so():
     hidden, weight = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4)
     settings = (torch.tensor([0, 1, 2]), 1.0, 8, None, 1.0)
     logps, entropy, *_ = trl_head.LogProbs.apply(hidden, weight, None, *settings, ("entropy",))
     with pytest.raises(RuntimeError, match="expected a loss without the entropy"):
         (logps.sum() - entropy.sum()).backward()
-    with pytest.raises(ValueError, match=r"got \['log_sum_sq_probs'\] \(WPO\)"):
-        trl_head.LogProbs.apply(hidden, weight, None, *settings, ("log_sum_sq_probs",))
+    with pytest.raises(ValueError, match=r"outputs: expected some of .* got \['rank'\]"):
+        trl_head.LogProbs.apply(hidden, weight, None, *settings, ("rank",))
 
 
 def _kto(folder, tokenizer, tmp_path):

@@ -11,7 +11,7 @@ if not torch.distributed.is_available() or not torch.distributed.is_gloo_availab
     pytest.skip("torch has no gloo", allow_module_level=True)
 
 RANK = Path(__file__).with_name("vocab_parallel_ranks.py")
-CASES = (2 + 1) * 3 * 5 + 4  # shapes of the first and the second split, dtypes, plans; and others
+CASES = (2 + 1) * 3 * 7 + 4  # shapes of the first and the second split, dtypes, plans; and others
 
 
 @pytest.fixture

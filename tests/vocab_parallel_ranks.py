@@ -8,13 +8,15 @@ with NCCL. Says which cases held.
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+import fastadapt
 from fastadapt import linear_log_odds, reference
 
 sys.path.append(str(Path(__file__).parent))  # `python -P` leaves it out
@@ -28,9 +30,16 @@ PLANS = {
     "half_kept": {"memory_budget": N * 2100 * 2},
     "frozen": {},
     "no_grad": {},
+    "candidates": {"memory_budget": 0},
+    "frozen candidates": {},
 }
 SHAPES = {"plain": {}, "capped": {"softcap": 5.0, "logit_scale": 1.5}}
-OUTPUTS = ("entropy", "logsumexp", "hit")
+OUTPUTS = {  # of each plan
+    "frozen": ("logsumexp", "hit"),
+    "candidates": ("set_log_odds", "entropy"),
+    "frozen candidates": ("set_log_odds", "logsumexp"),
+}
+ALL_OUTPUTS = ("entropy", "logsumexp", "sum_of_squares", "hit")
 # Of float32: sums over other tiles, in another order; log-odds are a few nats.
 CLOSE = {torch.float64: (1e-11, 1e-12), torch.float32: (1e-5, 3e-6), torch.bfloat16: (1e-5, 3e-6)}
 
@@ -49,30 +58,34 @@ def head(dtype: torch.dtype) -> Head:
     return hidden.to(dtype), weight.to(dtype), labels, bias.to(dtype), upstream
 
 
-def results(
-    f: Callable[..., tuple[Tensor, ...]], inputs: Head, plan: str, **options: object
-) -> Results:
-    """Log-odds, extra outputs and the gradients that the plan has."""
+def results(package: Any, inputs: Head, plan: str, **options: object) -> Results:
+    """Log-odds, extra outputs and the gradients that the plan has, of all of them together."""
     hidden, weight, labels, bias, upstream = (x.clone() for x in inputs)
     leaves = {"dhidden": hidden, "dweight": weight, "dbias": bias}
     if plan == "no_grad":
         leaves = {}
-    elif plan == "frozen":
+    elif plan.startswith("frozen"):
         leaves = {"dhidden": hidden}
     for leaf in leaves.values():
         leaf.requires_grad_()
-    out = dict(
-        zip(
-            ("log_odds", *OUTPUTS),
-            f(hidden, weight, labels, bias, outputs=OUTPUTS, **options),
-            strict=True,
-        )
-    )
+    names = OUTPUTS.get(plan, ALL_OUTPUTS)
+    if plan.endswith("candidates"):
+        index = torch.stack([labels, labels.roll(1), labels, labels.roll(3)], 1)
+        rows = hidden, weight, index, index >= 0, bias
+        found = package.linear_candidate_log_odds(*rows, outputs=names, **options)
+    else:
+        found = package.linear_log_odds(hidden, weight, labels, bias, outputs=names, **options)
+    out = dict(zip(("log_odds", *names), found, strict=True))
     if leaves:
-        wanted = upstream.to(out["log_odds"].dtype)
-        gradients = torch.autograd.grad(out["log_odds"], list(leaves.values()), wanted)
+        gradients = torch.autograd.grad(total(found, upstream), list(leaves.values()))
         out |= dict(zip(leaves, gradients, strict=True))
     return {name: x.detach() for name, x in out.items()}
+
+
+def total(found: Iterable[Tensor], upstream: Tensor) -> Tensor:
+    """A loss of all results that are numbers."""
+    numbers = [x.reshape(N, -1).sum(1).double() for x in found if x.is_floating_point()]
+    return torch.stack(numbers).sum(0) @ upstream.double()
 
 
 def own(inputs: Head, split: list[int]) -> tuple[Head, slice]:
@@ -101,8 +114,8 @@ def of_one_process(plan: str, shape: str, dtype: torch.dtype) -> tuple[Results, 
     inputs, options = head(dtype), {**PLANS[plan], **SHAPES[shape]}
     double = tuple(x.double() if x.is_floating_point() else x for x in inputs)
     return (
-        results(linear_log_odds, inputs, plan, **options),
-        results(reference.linear_log_odds, double, plan, **options),
+        results(fastadapt, inputs, plan, **options),
+        results(reference, double, plan, **options),
     )
 
 
@@ -111,8 +124,8 @@ def assert_whole(split: list[int], plan: str, shape: str, dtype: torch.dtype) ->
     local, part = own(head(dtype), split)
     options = {**PLANS[plan], **SHAPES[shape]}
     group = dist.group.WORLD
-    ours = results(linear_log_odds, local, plan, group=group, **options)
-    again = results(linear_log_odds, local, plan, group=group, **options)
+    ours = results(fastadapt, local, plan, group=group, **options)
+    again = results(fastadapt, local, plan, group=group, **options)
     whole, truth = of_one_process(plan, shape, dtype)
     assert ours.keys() == whole.keys()
     for name, got in ours.items():
@@ -130,17 +143,17 @@ def assert_whole(split: list[int], plan: str, shape: str, dtype: torch.dtype) ->
             rtol, atol = CLOSE[dtype]
             torch.testing.assert_close(got, expected, rtol=rtol, atol=atol)
     if "dhidden" in ours:
-        assert not ours["dhidden"][[2, 5, 7]].any()
+        nothing = [5] if plan.endswith("candidates") else [2, 5, 7]
+        assert not ours["dhidden"][nothing].any()
 
 
 def reference_has_the_same_results(split: list[int]) -> None:
     """The reference with a group."""
     inputs = head(torch.float64)
     local, _ = own(inputs, split)
-    for plan in ("recompute", "frozen"):
+    for plan in ("recompute", "frozen", "candidates"):
         ours, expected = (
-            results(f, local, plan, group=dist.group.WORLD)
-            for f in (linear_log_odds, reference.linear_log_odds)
+            results(f, local, plan, group=dist.group.WORLD) for f in (fastadapt, reference)
         )
         for name in ours:
             torch.testing.assert_close(ours[name], expected[name], rtol=1e-11, atol=1e-12)
@@ -153,7 +166,7 @@ def dtensor_heads() -> None:
 
     mesh = init_device_mesh(torch.get_default_device().type, (dist.get_world_size(),))
     hidden, weight, labels, bias, upstream = head(torch.float32)
-    whole = results(linear_log_odds, (hidden, weight, labels, bias, upstream), "recompute")
+    whole = results(fastadapt, (hidden, weight, labels, bias, upstream), "recompute")
     for replicated in (False, True):
         leaves = [
             distribute_tensor(hidden, mesh, [Replicate()]) if replicated else hidden.clone(),
@@ -162,8 +175,9 @@ def dtensor_heads() -> None:
         ]
         leaves[0].requires_grad_()
         ids = distribute_tensor(labels, mesh, [Replicate()]) if replicated else labels
-        log_odds = linear_log_odds(leaves[0], leaves[1], ids, leaves[2])
-        log_odds.backward(upstream)
+        found = linear_log_odds(leaves[0], leaves[1], ids, leaves[2], outputs=ALL_OUTPUTS)
+        total(found, upstream).backward()
+        log_odds = found[0]
         assert type(log_odds) is Tensor
         torch.testing.assert_close(log_odds.detach(), whole["log_odds"], rtol=1e-5, atol=3e-6)
         for leaf, name in zip(leaves, ("dhidden", "dweight", "dbias"), strict=True):

@@ -23,13 +23,18 @@ def rows_of(logits: Tensor) -> "_C.Rows":
     return logits, DTYPE_CODES[logits.dtype], n, v, logits.stride(0)
 
 
-def check_ids(name: str, ids: Tensor, v: int, ignore_index: int | None) -> None:
-    """Raises if an entry is neither a valid id nor the ignored one, naming the first such."""
+def check_ids(
+    name: str, ids: Tensor, v: int, ignore_index: int | None, *, masked: bool = False
+) -> None:
+    """Raises if an entry is neither a valid id nor the ignored one, naming the first such.
+
+    With `masked` the ignored one stands for what a mask has left out, and is not named.
+    """
     ignored = 0 if ignore_index is None else ignore_index
     at = _C.first_bad_token(ids, v, ignored)
     if at >= 0:
         got, row = int(ids.view(-1)[at]), at // ids[0].numel()
-        expected = f"[0, {v})" if ignore_index is None else f"[0, {v}) or {ignore_index}"
+        expected = f"[0, {v})" if ignore_index is None or masked else f"[0, {v}) or {ignore_index}"
         raise ValueError(f"{name}: expected ids in {expected}, got {got} in {row=}")
 
 

@@ -24,7 +24,12 @@ import torch
 from torch import Tensor
 
 from fastadapt.reference.distribution import Distribution, Knobs
-from fastadapt.reference.log_odds import candidate_log_odds, label_log_odds, linear_log_odds
+from fastadapt.reference.log_odds import (
+    candidate_log_odds,
+    label_log_odds,
+    linear_candidate_log_odds,
+    linear_log_odds,
+)
 from fastadapt.reference.losses import (
     candidate_unlikelihood_penalty,
     dpo_loss,
@@ -51,6 +56,7 @@ __all__ = [
     "filter_logits",
     "label_logps",
     "label_log_odds",
+    "linear_candidate_log_odds",
     "linear_log_odds",
     "mate_loss",
     "mate_penalty",

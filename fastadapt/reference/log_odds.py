@@ -57,6 +57,7 @@ def linear_log_odds(
     group: "ProcessGroup | None" = None,
     memory_budget: int | None = None,
     outputs: Sequence[str] = (),
+    differentiable: bool = True,
 ) -> Tensor | tuple[Tensor, ...]:
     """Reference of `fastadapt.linear_log_odds`; holds all logits whatever `memory_budget` says.
 
@@ -68,28 +69,93 @@ def linear_log_odds(
         >>> reference.linear_log_odds(hidden, weight, torch.tensor([1, -100]))
         tensor([-0.6931,  0.0000])
     """
+    z = _logits(hidden, weight, bias, softcap, logit_scale, group)
+    log_odds = label_log_odds(z, labels, ignore_index=ignore_index)
+    if not outputs:
+        return log_odds
+    used = labels != ignore_index
+    y = torch.where(used, labels, 0)[..., None]
+    extra = _of_all(z, used) | {"hit": used & (z.gather(-1, y)[..., 0] >= z.amax(-1))}
+    found = [extra[name] for name in outputs]
+    return (log_odds, *(found if differentiable else (x.detach() for x in found)))
+
+
+def linear_candidate_log_odds(
+    hidden: Tensor,
+    weight: Tensor,
+    index: Tensor,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    group: "ProcessGroup | None" = None,
+    memory_budget: int | None = None,
+    outputs: Sequence[str] = (),
+    differentiable: bool = True,
+) -> Tensor | tuple[Tensor, ...]:
+    """Reference of `fastadapt.linear_candidate_log_odds`; holds K copies of the logits.
+
+    Examples:
+        >>> from fastadapt import reference
+        >>> hidden, weight = torch.ones(1, 4), torch.zeros(3, 4)
+        >>> reference.linear_candidate_log_odds(hidden, weight, torch.tensor([[0, 2]]))
+        tensor([[-0.6931, -0.6931]])
+    """
+    z = _logits(hidden, weight, bias, softcap, logit_scale, group)
+    log_odds = candidate_log_odds(z, index, mask)
+    if not outputs:
+        return log_odds
+    meant = torch.ones_like(index, dtype=torch.bool) if mask is None else mask
+    used = meant.any(-1)
+    inside = torch.zeros_like(z, dtype=torch.bool)
+    for c, m in zip(index.unbind(-1), meant.unbind(-1), strict=True):
+        here = torch.nn.functional.one_hot(torch.where(m, c, 0), z.shape[-1]).bool()
+        inside |= here & m[..., None]
+    extra = _of_all(z, used) | {"set_log_odds": _set_log_odds(z, inside, used)}
+    found = [extra[name] for name in outputs]
+    return (log_odds, *(found if differentiable else (x.detach() for x in found)))
+
+
+def _logits(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    group: "ProcessGroup | None",
+) -> Tensor:
+    """All logits; with a group every rank gathers the whole head."""
     if group is not None:
         weight = _gathered(weight, group)
         bias = None if bias is None else _gathered(bias, group)
     if weight.dtype == torch.float32 and hidden.dtype in (torch.bfloat16, torch.float16):
         hidden = hidden.float()
     z = torch.nn.functional.linear(hidden, weight, bias) * logit_scale
-    if softcap is not None:
-        z = softcap * (z / softcap).tanh()
-    log_odds = label_log_odds(z, labels, ignore_index=ignore_index)
-    if not outputs:
-        return log_odds
-    used = labels != ignore_index
-    y = torch.where(used, labels, 0)[..., None]
-    z = z.detach() if z.dtype == torch.float64 else z.detach().float()
+    return z if softcap is None else softcap * (z / softcap).tanh()
+
+
+def _of_all(z: Tensor, used: Tensor) -> dict[str, Tensor]:
+    """The outputs that are about all entries."""
+    z = z if z.dtype == torch.float64 else z.float()
     p = z.softmax(-1)
-    entropy = -torch.where(p > 0, p * z.log_softmax(-1), 0.0).sum(-1)
-    extra = {
-        "entropy": torch.where(used, entropy, 0.0),
-        "logsumexp": torch.where(used, z.logsumexp(-1), 0.0),
-        "hit": used & (z.gather(-1, y)[..., 0] >= z.amax(-1)),
+    logps = torch.where(p > 0, z, z.amax(-1, keepdim=True)).sub(z.logsumexp(-1, keepdim=True))
+    made = {
+        "entropy": -(p * logps).sum(-1),
+        "logsumexp": z.logsumexp(-1),
+        "sum_of_squares": p.square().sum(-1),
     }
-    return (log_odds, *(extra[name] for name in outputs))
+    return {name: torch.where(used, x, 0.0) for name, x in made.items()}
+
+
+def _set_log_odds(z: Tensor, inside: Tensor, used: Tensor) -> Tensor:
+    """Log-sum-exp of the entries inside less that of the others, 0 where nothing is inside."""
+    z = z if z.dtype == torch.float64 else z.float()
+    others = torch.where(inside, float("-inf"), z)
+    some = (others != float("-inf")).any(-1)
+    others = torch.where(some[..., None], others, 0.0).logsumexp(-1)
+    own = torch.where(inside | ~used[..., None], z, float("-inf")).logsumexp(-1)
+    return torch.where(used, torch.where(some, own - others, float("inf")), 0.0)
 
 
 def _gathered(mine: Tensor, group: "ProcessGroup") -> Tensor:

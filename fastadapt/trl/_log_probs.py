@@ -29,12 +29,17 @@ ARGUMENTS = (
     "logit_scale",
     "outputs",
 )
-_OURS = frozenset({"log_probs", "entropy", "mean_logits", "is_top1"})
+_OURS = {  # outputs of the same pass, by their names in trl
+    "entropy": "entropy",
+    "log_sum_sq_probs": "sum_of_squares",
+    "is_top1": "hit",
+}
+_NAMES = {"log_probs", "mean_logits", *_OURS}
 _FORWARD = "_fused_forward"  # of trl 1.16
 _RECORD = "_fastadapt_trl_head"
 _MEAN_ROWS = 1024  # of the head at a time, where its logits are capped
 
-Outputs = tuple[Tensor, Tensor | None, None, Tensor | None, Tensor | None]
+Outputs = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
 class LogProbs:
@@ -67,10 +72,15 @@ def score(
     logit_scale: float,
     outputs: Sequence[str],
 ) -> Outputs:
-    """Returns log-odds of N rows, entropy, None, mean logit and whether the label is largest."""
-    missing = sorted(set(outputs) - _OURS)
+    """Returns log-odds of N rows and what trl asks for.
+
+    That is the entropy, the logarithm of the sum of all squared probabilities (for WPO), the mean
+    logit, and whether the label is largest. The entropy has a gradient where the head has one; that
+    of a frozen head, which would cost a product more in every step, is refused.
+    """
+    missing = sorted(set(outputs) - _NAMES)
     if missing:
-        raise ValueError(f"outputs: expected some of {sorted(_OURS)}, got {missing} (WPO)")
+        raise ValueError(f"outputs: expected some of {sorted(_NAMES)}, got {missing}")
     if hasattr(weight, "ds_id") and weight.requires_grad:
         raise HeadError("lm_head: expected a frozen one under ZeRO-3, got one that is trained")
     caller = _forward_of_trl()
@@ -85,25 +95,31 @@ def score(
     # a temperature divides the capped logits: both the cap and what is below it shrink
     scale = logit_scale / temperature
     cap = None if softcap is None else softcap / temperature
-    log_odds, entropy, hit = linear_log_odds(
+    names = [name for name in outputs if name in _OURS]
+    log_odds, *found = linear_log_odds(
         hidden,
         weight,
         targets,
         bias,
         softcap=cap,
         logit_scale=scale,
-        outputs=("entropy", "hit"),
+        outputs=["hit", *(_OURS[name] for name in names)],
+        differentiable=weight.requires_grad,
     )
+    made = dict(zip(names, found[1:], strict=True))
+    squares = made.get("log_sum_sq_probs")
+    if squares is not None:  # 0 in rows that are ignored
+        squares = torch.where(squares == 0, 0.0, squares.log()).detach()
     mean = None
     if "mean_logits" in outputs:
         with torch.no_grad():
             mean = _mean_logits(hidden, weight, bias, cap, scale)
     return (
         log_odds,
-        entropy if "entropy" in outputs else None,
-        None,
+        made.get("entropy"),
+        squares,
         mean,
-        hit if "is_top1" in outputs else None,
+        made.get("is_top1"),
     )
 
 

@@ -47,9 +47,9 @@ def fused_log_probs() -> Iterator[None]:
     accuracy from it; the same losses and gradients, to rounding. Blocks may nest. Cap, factor and
     vocabulary of a head are those of the model's own logits, asked once a model, where trl reads
     its configuration; a model whose logits are no products with its head's matrix, or that is
-    compiled, is refused (ValueError) by its first forward. Entropy has no
-    gradient here, so a loss that contains it (GRPO's `entropy_coef`) fails in its backward;
-    `use_weighting` (WPO) asks for an output that is not made here and fails in its forward.
+    compiled, is refused (ValueError) by its first forward. The entropy has a
+    gradient where the head is trained; with a frozen one, for which it would cost a product more
+    in every step, a loss that contains it (GRPO's `entropy_coef`) fails in its backward.
 
     Examples:
         >>> import datasets, tokenizers, transformers, trl

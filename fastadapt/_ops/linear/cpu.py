@@ -5,7 +5,7 @@ from torch import Tensor
 
 from fastadapt import _C
 from fastadapt._ops.common import DTYPE_CODES, rows_of
-from fastadapt._ops.linear.tiles import Head, RowWork, TileRequest
+from fastadapt._ops.linear.tiles import Gains, Head, RowWork, TileRequest, contiguous_rows
 
 TILE = 2048  # ids a tile; csrc/kernels.h: at most 4096
 _PRODUCT_ELEMENTS = 1 << 20  # of a bfloat16 product that is added to float32 sums
@@ -35,21 +35,21 @@ class CpuWork(RowWork):
         """Computes the labels' products as float32 dot products."""
         head = self.head
         n, h = head.hidden.shape
-        out = head.hidden.new_zeros(n, dtype=torch.float64)
+        index = head.label_rows
+        out = head.hidden.new_zeros(index.shape, dtype=torch.float64)
         if head.weight.shape[0] == 0:
             return out
-        weight, index = head.weight, head.label_rows
-        picked = None if weight.stride(1) == 1 else weight.index_select(0, index)
-        source = weight if picked is None else picked
+        source, index = contiguous_rows(head.weight, index)
         _C.dot(
-            dtype=DTYPE_CODES[weight.dtype],
+            dtype=DTYPE_CODES[source.dtype],
             n=n,
             h=h,
+            k=index.shape[1],
             a=head.hidden,
             a_stride=head.hidden.stride(0),
             b=source,
             b_stride=source.stride(0),
-            index=index if picked is None else None,
+            index=index,
             out=out,
             num_threads=torch.get_num_threads(),
         )
@@ -60,7 +60,7 @@ class CpuWork(RowWork):
         tile = self._products(first, last, request.kept)
         _C.tile(
             **self._tile(tile, first),
-            weighted=request.weighted,
+            moments=request.moments,
             stats=stats,
             exps=None if request.sums is None else tile,
             shrinks=self._shrinks,
@@ -70,14 +70,15 @@ class CpuWork(RowWork):
             self.add_product(request.sums, tile, self.head.weight[first:last], self._shrinks)
 
     def gradient_tile(
-        self, first: int, last: int, stats: Tensor, gains: Tensor, kept: Tensor | None, out: Tensor
+        self, first: int, last: int, stats: Tensor, gains: Gains, kept: Tensor | None, out: Tensor
     ) -> None:
         """Computes a tile's gradient, in the buffer that held its products."""
         tile = self._products(first, last, out) if kept is None else kept
         _C.tile_backward(
             **self._tile(tile, first),
+            moments=gains.moments,
             stats=stats,
-            gains=gains,
+            gains=gains.abc,
             out=out,
             num_threads=torch.get_num_threads(),
         )
@@ -85,8 +86,8 @@ class CpuWork(RowWork):
     def set_labels(self, first: int, label_gains: Tensor, out: Tensor) -> None:
         """Writes the labels' own entries of a tile's gradient."""
         place = self.head.labels - first
-        here = ((place >= 0) & (place < out.shape[1])).nonzero()[:, 0]
-        out[here, place[here]] = label_gains[here].to(out.dtype)
+        row, k = ((place >= 0) & (place < out.shape[1])).nonzero(as_tuple=True)
+        out[row, place[row, k]] = label_gains[row, k].to(out.dtype)
 
     def add_product(self, sums: Tensor, a: Tensor, b: Tensor, factor: Tensor | None = None) -> None:
         """Computes sums = factor sums + a @ b; half precision is rounded once per block of rows."""
@@ -103,15 +104,13 @@ class CpuWork(RowWork):
             product = torch.mm(a[rows], b, out=out[: rows.stop - r])
             _mix(sums[rows], product, factor=None if factor is None else factor[rows])
 
+    @staticmethod
     def add_rows(
-        self, sums: Tensor, source: Tensor, index: Tensor, gain: Tensor, factor: Tensor | None
+        sums: Tensor, source: Tensor, index: Tensor, gain: Tensor, factor: Tensor | None
     ) -> None:
         """Adds scaled source rows to the sums, without rounding the source."""
-        if source.stride(1) == 1:
-            _mix(sums, source, factor=factor, gain=gain, index=index)
-        else:
-            picked = source.index_select(0, index).contiguous()
-            _mix(sums, picked, factor=factor, gain=gain)
+        source, index = contiguous_rows(source, index)
+        _mix(sums, source, factor=factor, gain=gain, index=index)
 
     @staticmethod
     def scatter(sums: Tensor, gain: Tensor | None, index: Tensor | None, out: Tensor) -> None:
@@ -134,6 +133,7 @@ class CpuWork(RowWork):
         return {
             "rows": rows_of(x),
             "first": first,
+            "k": head.labels.shape[1],
             "labels": head.labels,
             "bias": None if head.bias is None else head.bias[first:],
             "scale": head.scale,
@@ -158,12 +158,16 @@ def _mix(
     gain: Tensor | None = None,
     index: Tensor | None = None,
 ) -> None:
-    """Computes sums[r] = factor[r] sums[r] + gain[r] source[index[r]] on contiguous rows."""
+    """Computes sums[r] = factor[r] sums[r] + gain[r] source[index[r]] on contiguous rows.
+
+    With (n, K) gains and indices the sum over K; without, source[r].
+    """
     n, h = sums.shape
     _C.mix(
         dtype=DTYPE_CODES[source.dtype],
         n=n,
         h=h,
+        k=1 if index is None else index.shape[1],
         dst=sums,
         factor=factor,
         gain=gain,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.torch_version import TorchVersion
 
-from fastadapt._ops.linear.tiles import Head, RowWork, TileRequest
+from fastadapt._ops.linear.tiles import Gains, Head, RowWork, TileRequest, contiguous_rows
 
 TILE = 8192  # ids a tile
 DOUBLE_TILE = 2048  # of float64, as many as a program has registers for
@@ -76,9 +76,9 @@ class CudaWork(RowWork):
         from fastadapt._ops.triton import launch_linear
 
         head = self.head
-        out = head.hidden.new_zeros(head.hidden.shape[0], dtype=torch.float64)
+        out = head.hidden.new_zeros(head.labels.shape, dtype=torch.float64)
         if head.weight.shape[0] > 0:
-            weight, index = _contiguous_rows(head.weight, head.label_rows)
+            weight, index = contiguous_rows(head.weight, head.label_rows)
             launch_linear.dot(head.hidden, weight, index, out)
         return out
 
@@ -94,7 +94,7 @@ class CudaWork(RowWork):
                 launch_linear.sum_tile(
                     rows,
                     stats[part],
-                    weighted=request.weighted,
+                    moments=request.moments,
                     kept=None if request.kept is None else request.kept[part],
                 )
                 continue
@@ -103,26 +103,28 @@ class CudaWork(RowWork):
             exps = self._exps[: (end - begin) * (last - first)].view(end - begin, last - first)
             shrinks = stats.new_empty(end - begin)
             launch_linear.sum_tile(
-                rows, stats[part], weighted=request.weighted, shrinks=shrinks, exps=exps
+                rows, stats[part], moments=request.moments, shrinks=shrinks, exps=exps
             )
             launch_linear.mix(request.sums[part], request.sums[part], factors=shrinks)
             self.add_product(request.sums[part], exps, weight)
 
     def gradient_tile(
-        self, first: int, last: int, stats: Tensor, gains: Tensor, kept: Tensor | None, out: Tensor
+        self, first: int, last: int, stats: Tensor, gains: Gains, kept: Tensor | None, out: Tensor
     ) -> None:
         """Computes a tile's gradient, from products made again or from kept logits."""
         from fastadapt._ops.triton import launch_linear
 
         if kept is not None:
             everything = slice(0, kept.shape[0])
-            launch_linear.gradient_tile(self._rows(kept, everything, first), stats, gains, out)
+            rows = self._rows(kept, everything, first, kept=True)
+            launch_linear.gradient_tile(rows, stats, gains, out)
             return
         weight = self.head.weight[first:last]
         for begin, end in self._blocks():
             part = slice(begin, end)
             rows = self._rows(self._products(begin, end, weight), part, first)
-            launch_linear.gradient_tile(rows, stats[part], gains[part], out[part])
+            some = Gains(gains.abc[part], gains.moments)
+            launch_linear.gradient_tile(rows, stats[part], some, out[part])
 
     def set_labels(self, first: int, label_gains: Tensor, out: Tensor) -> None:
         """Writes the labels' own entries of a tile's gradient, in one launch."""
@@ -146,13 +148,14 @@ class CudaWork(RowWork):
         else:
             torch.mm(a, b, out_dtype=torch.float32, out=out)
 
+    @staticmethod
     def add_rows(
-        self, sums: Tensor, source: Tensor, index: Tensor, gain: Tensor, factor: Tensor | None
+        sums: Tensor, source: Tensor, index: Tensor, gain: Tensor, factor: Tensor | None
     ) -> None:
         """Adds scaled source rows to the sums in place."""
         from fastadapt._ops.triton import launch_linear
 
-        source, index = _contiguous_rows(source, index)
+        source, index = contiguous_rows(source, index)
         launch_linear.mix(sums, sums, factors=factor, source=(gain, source, index))
 
     @staticmethod
@@ -181,13 +184,16 @@ class CudaWork(RowWork):
         self.product(hidden, weight.t(), out)
         return out[: end - begin]
 
-    def _rows(self, products: Tensor, part: slice, first: int) -> Any:
-        """Bundles a block of products for a launch."""
+    def _rows(self, products: Tensor, part: slice, first: int, kept: bool = False) -> Any:
+        """Bundles a block of products for a launch; of several labels a row they are marked."""
         from fastadapt._ops.triton import launch_linear
 
         head = self.head
+        labels, marked = head.labels[part], head.labels.shape[1] > 1
+        if marked and not kept:
+            launch_linear.set_labels(labels, None, first, products)
         return launch_linear.Rows(
-            products, first, head.labels[part], head.bias, self._numbers, head.softcap != 0
+            products, first, labels, head.bias, self._numbers, head.softcap != 0, marked
         )
 
 
@@ -205,11 +211,3 @@ def _has_wide_products() -> bool:
 def _adds_wide_products() -> bool:
     """Whether this torch adds such a product to float32 in the same call."""
     return TorchVersion(torch.__version__) >= "2.10"
-
-
-def _contiguous_rows(source: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns rows with contiguous entries, and the index into them."""
-    if source.stride(1) == 1 or source.shape[1] == 1:
-        return source, index
-    picked = source.index_select(0, index).contiguous()
-    return picked, torch.arange(len(index), device=index.device)

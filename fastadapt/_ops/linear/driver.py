@@ -1,25 +1,66 @@
 """Forward and backward of a linear head, tile by tile of its vocabulary, on any device.
 
+Of each row some ids are listed, its labels. The forward returns their logits and what all other
+logits come to: their log-sum-exp, and the entropy and the sum of squares of their distribution q.
+Nothing is ever subtracted from a sum, so that what follows from these has all digits.
+
 `plan` says what the backward will want: nothing (0), gradients of the head too (1), or those of the
-hidden states alone (2, the frozen head, whose forward makes the Jacobian row
-W_y - sum of q_j W_j). With 1M = one product of N H V: 1M forward, and backward 3M (plan 1; 2M for
-the tiles whose logits were kept), or with plan 2 2M forward and no product backward.
+hidden states alone (2, the frozen head, whose forward makes the Jacobian row of `others`, the sum
+of q_j W_j, or of one label's log-odds, W_y - sum of q_j W_j). With 1M = one product of N H V: 1M
+forward, and backward 3M (plan 1; 2M for the tiles whose logits were kept), or with plan 2 2M
+forward and no product backward.
 
 With a group every rank has a slice of the vocabulary and the same rows. The statistics of the rows
 are exchanged once in the forward; the frozen head's Jacobian rows, or else the gradient of the
 hidden states, are summed over the ranks in the dtype of the sums.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from fastadapt._C import LABEL_LOGIT, NUM_STATS, OTHERS_MAX, OTHERS_SUM
-from fastadapt._ops.linear.tiles import Head, Problem, RowWork, TileRequest
+from fastadapt._C import (
+    NUM_TILE_STATS,
+    OTHERS_MAX,
+    OTHERS_REST,
+    OTHERS_SQUARED,
+    OTHERS_SUM,
+    OTHERS_WEIGHTED,
+)
+from fastadapt._ops.linear.tiles import Gains, Head, Problem, RowWork, TileRequest
 from fastadapt._ops.linear.vocab_parallel import merge_stats, sum_over_ranks
 
 FORWARD_ONLY, RECOMPUTE, FROZEN_HEAD = 0, 1, 2  # plans
 
 Triple = tuple[Tensor, Tensor, Tensor]
+
+
+class Forward(NamedTuple):
+    """What the forward returns; 0 in rows that are ignored."""
+
+    own: Tensor  # (N, K) float64, the labels' logits; -inf where one is ignored
+    others: Tensor  # (N,) float64, the log-sum-exp of all other logits; -inf where there are none
+    moments: Tensor  # (N, 2) float64: entropy of the others' distribution, sum of its squares
+    stats: Tensor  # (N, NUM_TILE_STATS) float64
+    kept: Tensor  # Jacobian rows, logits or nothing
+
+
+class Asked(NamedTuple):
+    """What the forward is asked for."""
+
+    plan: int
+    kept_bytes: int  # of logits
+    moments: bool  # whether the moments are made; else they are 0
+    apart: bool  # whether own and others have gradients of their own, not g and -g of one label
+
+
+class Upstream(NamedTuple):
+    """The gradients of the forward's results."""
+
+    own: Tensor
+    others: Tensor
+    moments: Tensor | None
 
 
 def kept_ids(n: int, v: int, itemsize: int, tile: int, kept_bytes: int) -> int:
@@ -29,20 +70,20 @@ def kept_ids(n: int, v: int, itemsize: int, tile: int, kept_bytes: int) -> int:
     return kept_bytes // (n * tile * itemsize) * tile
 
 
-def empty_outputs(hidden: Tensor, weight: Tensor, tile: int, plan: int, kept_bytes: int) -> Triple:
-    """Allocates log-odds, statistics, and what is kept: Jacobian rows, logits or nothing."""
-    n, h = hidden.shape
-    v = weight.shape[0]
-    wide = torch.promote_types(hidden.dtype, torch.float32)
-    if plan == FROZEN_HEAD:
+def empty_outputs(problem: Problem, tile: int, asked: Asked) -> Forward:
+    """Allocates the results."""
+    hidden, (n, h) = problem.hidden, problem.hidden.shape
+    v, wide = problem.weight.shape[0], torch.promote_types(hidden.dtype, torch.float32)
+    if asked.plan == FROZEN_HEAD:
         kept = hidden.new_empty(n, h, dtype=wide)
     else:
         ids = 0
-        if plan == RECOMPUTE:
-            ids = kept_ids(n, v, hidden.element_size(), tile, kept_bytes)
+        if asked.plan == RECOMPUTE:
+            ids = kept_ids(n, v, hidden.element_size(), tile, asked.kept_bytes)
         kept = hidden.new_empty(n * ids)
-    stats = hidden.new_empty(n, NUM_STATS, dtype=torch.float64)
-    return hidden.new_empty(n, dtype=wide), stats, kept
+    shapes = problem.labels.shape, (n,), (n, 2), (n, NUM_TILE_STATS)
+    few = [hidden.new_empty(shape, dtype=torch.float64) for shape in shapes]
+    return Forward(few[0], few[1], few[2], few[3], kept)
 
 
 def _kept_tile(
@@ -57,55 +98,94 @@ def _kept_tile(
     return whole[:, first - begin : last - begin]
 
 
-def forward(
-    work: type[RowWork], problem: Problem, plan: int, kept_bytes: int, weighted: bool
-) -> Triple:
-    """Computes log-odds with one product per tile, two with a frozen head."""
+def forward(work: type[RowWork], problem: Problem, asked: Asked) -> Forward:
+    """Computes the results with one product per tile, two with a frozen head."""
     hidden, weight = problem.hidden, problem.weight
-    log_odds, all_stats, kept = out = empty_outputs(hidden, weight, work.tile, plan, kept_bytes)
+    out = empty_outputs(problem, work.tile, asked)
     head = Head.from_problem(problem, problem.used)
     row_work = work(head)
     n = head.hidden.shape[0]
-    stats = all_stats.new_zeros(n, NUM_STATS)
+    stats = out.stats.new_zeros(n, NUM_TILE_STATS)
     stats[:, OTHERS_MAX] = float("-inf")
     products = row_work.label_products()
     if head.bias is not None and weight.shape[0] > 0:
-        products += head.bias.index_select(0, head.label_rows)
-    has_label = head.has_label
-    stats[:, LABEL_LOGIT] = torch.where(has_label, head.mapped(products), 0.0)
-    frozen = plan == FROZEN_HEAD
-    sums = kept[:n].zero_() if frozen else None
-    n_kept = 0 if frozen else kept.shape[0] // max(1, hidden.shape[0])  # ids whose logits are kept
-    row_work.will_write(kept)
+        products += head.bias[head.label_rows]
+    own = torch.where(head.has_label, head.mapped(products), 0.0)
+    frozen = asked.plan == FROZEN_HEAD
+    sums = out.kept[:n].zero_() if frozen else None
+    n_kept = 0 if frozen else out.kept.shape[0] // max(1, hidden.shape[0])  # ids that are kept
+    row_work.will_write(out.kept)
     for first, last in head.tiles(work.tile):
-        slot = None if frozen else _kept_tile(kept, n, work.tile, n_kept, first, last)
-        row_work.sum_tile(first, last, stats, TileRequest(weighted, slot, sums))
-    top, found = stats[:, OTHERS_MAX], has_label
+        slot = None if frozen else _kept_tile(out.kept, n, work.tile, n_kept, first, last)
+        row_work.sum_tile(first, last, stats, TileRequest(asked.moments, slot, sums))
+    top, found = stats[:, OTHERS_MAX], head.has_label
     if problem.group is not None:
-        head.scatter(stats, all_stats)
-        own = all_stats.new_zeros(all_stats.shape[0], dtype=torch.bool)
-        head.scatter(has_label, own)
-        merged, owned = merge_stats(all_stats, own, problem.labels, problem.group)
+        for x, everywhere in ((stats, out.stats), (own, out.own)):
+            head.scatter(x, everywhere)
+        has = out.own.new_zeros(out.own.shape, dtype=torch.bool)
+        head.scatter(found, has)
+        merged, all_own, owned = merge_stats(out.stats, out.own, has, problem.labels, problem.group)
         top = top.clone()
         stats.copy_(head.gather(merged))
-        found = head.gather(owned)
-    stats[:, OTHERS_SUM].masked_fill_(~found, 0.0)  # a label that is no id has no gradient
-    stats[:, LABEL_LOGIT].masked_fill_(~found, float("nan"))
-    mass, label, alone = stats[:, OTHERS_SUM], stats[:, LABEL_LOGIT], stats[:, OTHERS_SUM] == 0
-    value = torch.where(alone, float("inf"), label - stats[:, OTHERS_MAX] - mass.log())
-    head.scatter(torch.where(found, value, float("nan")), log_odds)
+        own, found = head.gather(all_own), head.gather(owned)
+    missing = head.listed & ~found  # a label that is no id: its row has no gradient
+    own = torch.where(head.listed, own.masked_fill(missing, float("nan")), float("-inf"))
+    stats[:, OTHERS_SUM].masked_fill_(missing.any(1), 0.0)
+    mass = stats[:, OTHERS_SUM]
+    alone = mass == 0
     if sums is not None:
-        mine = has_label & ~alone
         if problem.group is not None:
             mass = mass * _rescaled(stats[:, OTHERS_MAX], top)
-        if weight.shape[0] > 0:
-            gain = torch.where(mine, head.slope(label), 0.0)
-            factor = torch.where(alone, 0.0, -problem.logit_scale / mass)
-            row_work.add_rows(sums, weight, head.label_rows, gain, factor)
+        factor = torch.where(alone, 0.0, problem.logit_scale / mass)
+        if asked.apart:
+            sums.mul_(factor[:, None].to(sums.dtype))
+        elif weight.shape[0] > 0:
+            mine = head.has_label & ~alone[:, None]
+            gain = torch.where(mine, head.slope(own), 0.0)
+            row_work.add_rows(sums, weight, head.label_rows, gain, -factor)
         if problem.group is not None:
             sums.copy_(sum_over_ranks(sums, problem.group))
-    head.scatter(stats, all_stats)
+    mass = stats[:, OTHERS_SUM]
+    log_mass = mass.log()
+    parts = [own, torch.where(alone, float("-inf"), stats[:, OTHERS_MAX] + log_mass)]
+    parts.append(_moments(stats) if asked.moments else stats.new_zeros(n, 2))
+    for x, everywhere in zip((*parts, stats), out, strict=False):
+        head.scatter(x, everywhere)
     return out
+
+
+def _moments(stats: Tensor) -> Tensor:
+    """Returns entropy and sum of squares of the others' distribution, 0 where there are none.
+
+    The entropy is a sum of numbers that are not negative, the logarithm of the mass made of what
+    lies below the largest, which 1 + rest would lose.
+    """
+    mass, rest = stats[:, OTHERS_SUM], stats[:, OTHERS_REST]
+    largest = (mass - rest).round().clamp(min=1)  # how many are as large as the largest
+    log_mass = largest.log() + (rest / largest).log1p()
+    entropy = log_mass - stats[:, OTHERS_WEIGHTED] / mass
+    both = torch.stack([entropy, stats[:, OTHERS_SQUARED] / mass.square()], 1)
+    return torch.where(mass[:, None] == 0, 0.0, both)
+
+
+def _gains(upstream: Upstream, stats: Tensor) -> Gains:
+    """Returns what the gradient of the other logits is made of, 0 where nothing comes from above.
+
+    d others / dz_j = q_j; d entropy / dz_j = -q_j (d_j - the mean of d under q);
+    d squares / dz_j = 2 q_j (q_j - squares).
+    """
+    mass, by = stats[:, OTHERS_SUM], upstream.others
+    nothing = upstream.others == 0
+    b = c = torch.zeros_like(mass)
+    if upstream.moments is not None:
+        by_entropy, by_squares = upstream.moments.unbind(1)
+        mean, squares = stats[:, OTHERS_WEIGHTED] / mass, stats[:, OTHERS_SQUARED] / mass.square()
+        by = by + by_entropy * mean - 2 * by_squares * squares
+        b, c = -by_entropy / mass, 2 * by_squares / mass.square()
+        nothing = nothing & (upstream.moments == 0).all(1)
+    abc = torch.stack([by / mass, b, c], 1)
+    none = (nothing | (mass == 0))[:, None]  # 0 times what may be NaN
+    return Gains(torch.where(none, 0.0, abc), upstream.moments is not None)
 
 
 def _rescaled(top: Tensor, before: Tensor) -> Tensor:
@@ -116,7 +196,8 @@ def _rescaled(top: Tensor, before: Tensor) -> Tensor:
 def backward(
     work: type[RowWork],
     problem: Problem,
-    dlog_odds: Tensor,
+    upstream: Upstream,
+    own: Tensor,
     stats: Tensor,
     kept: Tensor,
     wanted: list[bool],
@@ -127,11 +208,15 @@ def backward(
     must agree on the rows.
     """
     hidden, weight, used = problem.hidden, problem.weight, problem.used
-    gains = torch.where(stats[:, OTHERS_SUM] == 0, 0.0, dlog_odds.double())
-    head = Head.from_problem(problem, used if problem.group is not None else used & (gains != 0))
-    gains, stats = head.gather(gains).contiguous(), head.gather(stats)
-    label_gains = torch.where(head.has_label, gains * head.slope(stats[:, LABEL_LOGIT]), 0.0)
-    label_gains = label_gains.masked_fill(gains == 0, 0.0)  # 0 times what may be NaN
+    gains = _gains(upstream, stats)
+    takes = used
+    if problem.group is None:
+        takes = used & ((gains.abc != 0).any(1) | (upstream.own != 0).any(1))
+    head = Head.from_problem(problem, takes)
+    gains = Gains(head.gather(gains.abc).contiguous(), gains.moments)
+    by_own, stats = head.gather(upstream.own), head.gather(stats)
+    label_gains = torch.where(head.has_label, by_own * head.slope(head.gather(own)), 0.0)
+    label_gains = label_gains.masked_fill(by_own == 0, 0.0)  # 0 times what may be NaN
     row_work = work(head)
     (n, h), v = head.hidden.shape, weight.shape[0]
     n_kept = kept.shape[0] // max(1, hidden.shape[0])
@@ -151,7 +236,7 @@ def backward(
         if slot is not None and among is not None:
             slot = slot.index_select(0, among)
         row_work.gradient_tile(first, last, stats, gains, slot, out)
-        if wanted[0]:  # the label's share, still 0 here, is added in float32 below
+        if wanted[0]:  # the labels' share, still 0 here, is added in float32 below
             row_work.add_product(sums, out, weight[first:last])
         if wanted[1] or wanted[2]:
             row_work.set_labels(first, label_gains, out)
@@ -192,21 +277,44 @@ def empty_gradients(
 
 def frozen_head_backward(
     work: type[RowWork],
-    dlog_odds: Tensor,
-    labels: Tensor,
-    ignore_index: int,
+    problem: Problem,
+    upstream: Upstream,
+    own: Tensor,
     stats: Tensor,
     rows: Tensor,
-    dtype: torch.dtype,
+    apart: bool,
 ) -> Tensor:
-    """Returns dL/dhidden = dL/dm times the stored Jacobian rows, without a product."""
-    index: Tensor | None = (labels != ignore_index).nonzero()[:, 0]
-    gains = torch.where(stats[:, OTHERS_SUM] == 0, 0.0, dlog_odds.double())
-    nothing = gains == 0
-    if index is not None and index.shape == labels.shape:
-        index = None
-    if index is not None:
-        gains = gains.index_select(0, index)
-    out = rows.new_zeros(rows.shape, dtype=dtype)
-    work.scatter(rows[: gains.shape[0]], gains, index, out)
-    return out.masked_fill_(nothing[:, None], 0.0)  # 0 times what may be NaN
+    """Returns dL/dhidden from the stored Jacobian rows, without a product.
+
+    Args:
+        work: of the device.
+        problem: of its hidden states dtype and length are read; of its weight, where `apart`, the
+            labels' rows, else nothing.
+        upstream: gradients; unless `apart` those of `others` are those of the label, negated.
+        own: (N, K) float64, of the forward.
+        stats: of the forward.
+        rows: (N, H), of the forward: those of the rows that take part come first.
+        apart: as the forward was asked.
+    """
+    head = Head.from_problem(problem, problem.used)
+    by = upstream.others if apart else upstream.own[:, 0]
+    by = by.masked_fill(stats[:, OTHERS_SUM] == 0, 0.0)
+    nothing = (by == 0)[:, None]
+    by = head.gather(by).contiguous()
+    rows = rows[: by.shape[0]]
+    out = rows.new_zeros(stats.shape[0], rows.shape[1], dtype=problem.hidden.dtype)
+    if not apart:
+        work.scatter(rows, by, head.places, out)
+        return out.masked_fill_(nothing, 0.0)  # 0 times what may be NaN
+    sums = rows * by[:, None].to(rows.dtype)
+    sums.masked_fill_(head.gather(nothing), 0.0)
+    by_own = head.gather(upstream.own)
+    gains = torch.where(head.has_label, by_own * head.slope(head.gather(own)), 0.0)
+    gains = gains.masked_fill(by_own == 0, 0.0)
+    shares = sums if problem.group is None else torch.zeros_like(sums)
+    if problem.weight.shape[0] > 0:
+        work.add_rows(shares, problem.weight, head.label_rows, gains, None)
+    if problem.group is not None:
+        sums += sum_over_ranks(shares, problem.group)
+    work.scatter(sums, None, head.places, out)
+    return out

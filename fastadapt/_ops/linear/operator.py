@@ -1,5 +1,6 @@
 """The operator under `linear_log_odds`: its schema, fakes, autograd, autocast, and its plans."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +13,10 @@ from fastadapt._ops.linear.driver import (
     FORWARD_ONLY,
     FROZEN_HEAD,
     RECOMPUTE,
+    Asked,
+    Forward,
     Triple,
+    Upstream,
     backward,
     empty_gradients,
     empty_outputs,
@@ -22,6 +26,7 @@ from fastadapt._ops.linear.driver import (
 )
 from fastadapt._ops.linear.tiles import Problem, RowWork
 
+MOMENTS = ("entropy", "sum_of_squares")  # outputs that the moments of the others make
 KEPT_BYTES = 1 << 27  # logits kept for the backward where no budget is given and all fit
 
 _library = torch.library.Library("fastadapt", "FRAGMENT")
@@ -29,17 +34,20 @@ _PROBLEM = (
     "Tensor hidden, Tensor weight, Tensor labels, Tensor? bias, float softcap, float logit_scale,"
     " int ignore_index, Tensor? span, str? group"
 )  # the fields of a Problem
+_SHAPE = "float softcap, float logit_scale, int ignore_index, Tensor? span, str? group"
+_UPSTREAM = "Tensor down, Tensor dothers, Tensor? dmoments"  # the fields of an Upstream
+_ASKED = "int plan, int kept_bytes, bool moments, bool apart"
 _library.define(
-    f"linear_log_odds({_PROBLEM}, *, int plan, int kept_bytes, bool weighted)"
-    " -> (Tensor, Tensor, Tensor)"
+    f"linear_log_odds({_PROBLEM}, *, {_ASKED}, bool masked)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define(
-    f"linear_log_odds_backward(Tensor dlog_odds, Tensor stats, Tensor kept, {_PROBLEM}, *,"
+    f"linear_log_odds_backward({_UPSTREAM}, Tensor own, Tensor stats, Tensor kept, {_PROBLEM}, *,"
     " bool[] wanted) -> (Tensor, Tensor, Tensor)"
 )
 _library.define(
-    "frozen_head_backward(Tensor dlog_odds, Tensor labels, int ignore_index, Tensor stats,"
-    " Tensor rows, ScalarType dtype) -> Tensor"
+    f"frozen_head_backward({_UPSTREAM}, Tensor own, Tensor stats, Tensor rows, Tensor labels,"
+    f" Tensor? weight, {_SHAPE}, ScalarType dtype) -> Tensor"
 )
 _library.define("without_gradient(Tensor values, Tensor log_odds, str name) -> Tensor")
 _library.define("refused_gradient(Tensor gradient, str name) -> Tensor")
@@ -52,90 +60,107 @@ def work_of(hidden: Tensor) -> type[RowWork]:
     return DoubleCudaWork if hidden.dtype == torch.float64 else CudaWork
 
 
-def _forward(*inputs: Any, plan: int, kept_bytes: int, weighted: bool) -> Triple:
-    """Labels are checked before any work, but not on a GPU, which that would wait for."""
+def _forward(*inputs: Any, masked: bool, **asked: Any) -> Forward:
+    """Labels are checked before any work, but not on a GPU, which that would wait for.
+
+    With `masked` they are candidates, and those ignored were left out by their mask.
+    """
     problem = Problem(*inputs)
+    problem = problem._replace(labels=problem.labels.contiguous())
     if not problem.hidden.is_cuda:
         v = problem.weight.shape[0] if problem.span is None else int(problem.span[1])
-        check_ids("labels", problem.labels, v, problem.ignore_index)
+        name = "index" if masked else "labels"
+        check_ids(name, problem.labels, v, problem.ignore_index, masked=masked)
     with device_of(problem.hidden):
-        return forward(work_of(problem.hidden), problem, plan, kept_bytes, weighted)
+        return forward(work_of(problem.hidden), problem, Asked(**asked))
 
 
-def _backward(
-    dlog_odds: Tensor, stats: Tensor, kept: Tensor, *inputs: Any, wanted: list[bool]
-) -> Triple:
+def _backward(*given: Any, wanted: list[bool]) -> Triple:
     """The gradients that are wanted."""
-    problem = Problem(*inputs)
+    upstream, (own, stats, kept), problem = Upstream(*given[:3]), given[3:6], Problem(*given[6:])
     with device_of(problem.hidden):
-        return backward(work_of(problem.hidden), problem, dlog_odds, stats, kept, wanted)
+        work = work_of(problem.hidden)
+        return backward(work, problem, upstream, own, stats, kept, wanted)
 
 
-def _frozen_head_backward(
-    dlog_odds: Tensor,
-    labels: Tensor,
-    ignore_index: int,
-    stats: Tensor,
-    rows: Tensor,
-    dtype: torch.dtype,
-) -> Tensor:
+def _frozen_head_backward(*given: Any) -> Tensor:
     """The gradient of the hidden states."""
+    upstream, (own, stats, rows, labels, weight) = Upstream(*given[:3]), given[3:8]
+    *shape, dtype = given[8:]
+    nothing = rows.new_empty(0, rows.shape[1])
+    # neither hidden states nor a bias are read
+    problem = Problem(
+        rows.new_empty(rows.shape[0], 0, dtype=dtype),
+        nothing if weight is None else weight,
+        labels,
+        None,
+        *shape,
+    )
     with device_of(rows):
-        work = work_of(rows)
-        return frozen_head_backward(work, dlog_odds, labels, ignore_index, stats, rows, dtype)
+        apart = weight is not None
+        return frozen_head_backward(work_of(rows), problem, upstream, own, stats, rows, apart)
 
 
-def _empty_outputs(*inputs: Any, plan: int, kept_bytes: int, weighted: bool) -> Triple:
+def _empty_outputs(*inputs: Any, masked: bool, **asked: Any) -> Forward:
     """What the forward returns."""
-    hidden, weight, *_ = inputs
-    return empty_outputs(hidden, weight, work_of(hidden).tile, plan, kept_bytes)
-
-
-def _empty_gradients(
-    dlog_odds: Tensor, stats: Tensor, kept: Tensor, *inputs: Any, wanted: list[bool]
-) -> Triple:
-    """What the backward returns."""
     problem = Problem(*inputs)
+    return empty_outputs(problem, work_of(problem.hidden).tile, Asked(**asked))
+
+
+def _empty_gradients(*given: Any, wanted: list[bool]) -> Triple:
+    """What the backward returns."""
+    problem = Problem(*given[6:])
     return empty_gradients(problem.hidden, problem.weight, problem.bias, wanted)
 
 
+def _empty_hidden_gradient(*given: Any) -> Tensor:
+    """What the frozen head's backward returns."""
+    rows: Tensor = given[5]
+    return rows.new_empty(rows.shape, dtype=given[-1])
+
+
 def _save(
-    ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Triple
+    ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Forward
 ) -> None:
-    """The frozen head needs neither the head nor the hidden states again."""
-    problem, ctx.plan = Problem(*inputs), keyword_only_inputs["plan"]
-    _, stats, kept = output
-    ctx.mark_non_differentiable(stats, kept)
+    """The frozen head needs the hidden states never again, and the head only where `apart`."""
+    problem = Problem(*inputs)
+    ctx.asked = Asked(**{name: keyword_only_inputs[name] for name in Asked._fields})
+    own, _, moments, stats, kept = output
+    # a frozen head has Jacobian rows of the others alone
+    ctx.mark_non_differentiable(stats, kept, *([moments] if ctx.asked.plan == FROZEN_HEAD else []))
     ctx.set_materialize_grads(False)  # else the backward gets zeros as large as `kept`
     ctx.dtype = problem.hidden.dtype
     ctx.numbers = problem.softcap, problem.logit_scale, problem.ignore_index
     ctx.group = problem.group
-    if ctx.plan == FROZEN_HEAD:
-        ctx.save_for_backward(problem.labels, stats, kept)
+    if ctx.asked.plan == FROZEN_HEAD:
+        weight = problem.weight if ctx.asked.apart else None
+        ctx.save_for_backward(own, stats, kept, problem.labels, weight, problem.span)
     else:
-        ctx.save_for_backward(stats, kept, *problem[:4], problem.span)
+        ctx.save_for_backward(own, stats, kept, *problem[:4], problem.span)
 
 
-def _gradient(ctx: Any, dlog_odds: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+def _gradient(
+    ctx: Any, down: Tensor | None, dothers: Tensor | None, dmoments: Tensor | None, *_: None
+) -> tuple[Tensor | None, ...]:
     """Gradients of hidden, weight and bias, each only when wanted."""
     dhidden = dweight = dbias = None
     wanted = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
-    if dlog_odds is None:
-        pass
-    elif ctx.plan == RECOMPUTE:
-        stats, kept, *inputs, span = ctx.saved_tensors
+    own, stats, kept, *inputs, span = ctx.saved_tensors
+    down = torch.zeros_like(own) if down is None else down
+    dothers = torch.zeros_like(stats[:, 0]) if dothers is None else dothers
+    upstream = down, dothers, dmoments
+    if ctx.asked.plan == RECOMPUTE:
         gradients = torch.ops.fastadapt.linear_log_odds_backward(
-            dlog_odds, stats, kept, *inputs, *ctx.numbers, span, ctx.group, wanted=wanted
+            *upstream, own, stats, kept, *inputs, *ctx.numbers, span, ctx.group, wanted=wanted
         )
         dhidden, dweight, dbias = (g if w else None for g, w in zip(gradients, wanted, strict=True))
-    elif ctx.plan == FORWARD_ONLY:
+    elif ctx.asked.plan == FORWARD_ONLY:
         raise RuntimeError("linear_log_odds: the plan without a backward got one")
     elif wanted[1] or wanted[2]:
         raise RuntimeError("linear_log_odds: a frozen head has no gradient")
     else:
-        labels, stats, kept = ctx.saved_tensors
         dhidden = torch.ops.fastadapt.frozen_head_backward(
-            dlog_odds, labels, ctx.numbers[2], stats, kept, ctx.dtype
+            *upstream, own, stats, kept, *inputs, *ctx.numbers, span, ctx.group, ctx.dtype
         )
     return dhidden, dweight, None, dbias, None, None, None, None, None
 
@@ -186,12 +211,7 @@ def _register() -> None:
     implementations: Implementations = {
         "linear_log_odds": (_forward, _empty_outputs),
         "linear_log_odds_backward": (_backward, _empty_gradients),
-        "frozen_head_backward": (
-            _frozen_head_backward,
-            lambda dlog_odds, labels, ignored, stats, rows, dtype: rows.new_empty(
-                rows.shape, dtype=dtype
-            ),
-        ),
+        "frozen_head_backward": (_frozen_head_backward, _empty_hidden_gradient),
     }
     for name, (implementation, fake) in implementations.items():
         for device in ("CPU", "CUDA"):
@@ -243,7 +263,12 @@ class LinearPlan(NamedTuple):
 
 
 def plan_of(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None = None, *, memory_budget: int | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    memory_budget: int | None = None,
+    outputs: Sequence[str] = (),
 ) -> LinearPlan:
     """Returns the plan of `linear_log_odds` for these arguments, where gradients are wanted.
 
@@ -253,6 +278,8 @@ def plan_of(
         weight (Tensor): (V, H), with a group this rank's slice.
         bias (Tensor | None): (V,).
         memory_budget (int | None): bytes.
+        outputs (Sequence[str]): as for `linear_log_odds`, differentiable: those of `MOMENTS` take
+            one more product with a frozen head.
     """
     h, v = hidden.shape[-1], weight.shape[0]
     n = hidden.numel() // h
@@ -260,7 +287,7 @@ def plan_of(
     work = work_of(hidden)
     forward, backward = work.scratch_bytes(n, v, itemsize)
     wide = torch.promote_types(weight.dtype, torch.float32).itemsize
-    number = number_of(hidden, weight, bias)
+    number = number_of(hidden, weight, bias, any(name in MOMENTS for name in outputs))
     if number == FORWARD_ONLY:
         return LinearPlan("forward only", 1.0, 0, forward)
     if number == FROZEN_HEAD:
@@ -276,13 +303,15 @@ def plan_of(
     return LinearPlan(name, 1 + wanted + again, kept, kept + max(forward, sums + backward))
 
 
-def number_of(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> int:
-    """The operator's plan: what the backward will want."""
+def number_of(hidden: Tensor, weight: Tensor, bias: Tensor | None, moments: bool) -> int:
+    """The operator's plan: what the backward will want, gradients of moments among it."""
     if not torch.is_grad_enabled():
         return FORWARD_ONLY
     if weight.requires_grad or (bias is not None and bias.requires_grad):
         return RECOMPUTE
-    return FROZEN_HEAD if hidden.requires_grad else FORWARD_ONLY
+    if not hidden.requires_grad:
+        return FORWARD_ONLY
+    return RECOMPUTE if moments else FROZEN_HEAD
 
 
 def kept_bytes(logits: int, memory_budget: int | None) -> int:

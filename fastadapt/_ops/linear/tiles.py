@@ -15,7 +15,7 @@ class Problem(NamedTuple):
 
     hidden: Tensor  # (N, H)
     weight: Tensor  # (V, H), with a group this rank's slice of it
-    labels: Tensor  # (N,), ids of the whole vocabulary
+    labels: Tensor  # (N, K), ids of the whole vocabulary, each once a row, or ignored
     bias: Tensor | None  # (V,)
     softcap: float  # 0: none
     logit_scale: float
@@ -24,9 +24,14 @@ class Problem(NamedTuple):
     group: str | None  # its name
 
     @property
-    def used(self) -> Tensor:
-        """(N,), bool; the rows that are not ignored."""
+    def listed(self) -> Tensor:
+        """(N, K), bool; the labels that are not ignored."""
         return self.labels != self.ignore_index
+
+    @property
+    def used(self) -> Tensor:
+        """(N,), bool; the rows with a label."""
+        return self.listed.any(1)
 
 
 class Head(NamedTuple):
@@ -34,7 +39,8 @@ class Head(NamedTuple):
 
     hidden: Tensor  # (n, H), contiguous rows
     weight: Tensor
-    labels: Tensor  # (n,), rows of this weight, or ELSEWHERE
+    labels: Tensor  # (n, K), rows of this weight, or ELSEWHERE
+    listed: Tensor  # (n, K), bool; False where it is ignored
     places: Tensor | None  # (n,), their places among all rows; None: all of them
     bias: Tensor | None  # (V,), float32 or float64
     softcap: float
@@ -45,27 +51,28 @@ class Head(NamedTuple):
         """Selects the rows that take part; on a GPU this waits for the device."""
         hidden, labels, v = problem.hidden, problem.labels, problem.weight.shape[0]
         index: Tensor | None = takes.nonzero()[:, 0]
-        if index is not None and index.shape == labels.shape:
+        if index is not None and index.shape == takes.shape:
             index = None
         if index is not None:
             hidden, labels = hidden.index_select(0, index), labels.index_select(0, index)
+        listed = labels != problem.ignore_index
         if problem.span is not None:
             labels = labels - problem.span[0]
-        labels = torch.where((labels >= 0) & (labels < v), labels, ELSEWHERE)
+        here = listed & (labels >= 0) & (labels < v)
+        labels = torch.where(here, labels, ELSEWHERE).contiguous()
         bias, wide = problem.bias, torch.promote_types(hidden.dtype, torch.float32)
         bias = None if bias is None else bias.to(wide).contiguous()
-        return cls(
-            hidden, problem.weight, labels, index, bias, problem.softcap, problem.logit_scale
-        )
+        shape = problem.softcap, problem.logit_scale
+        return cls(hidden, problem.weight, labels, listed, index, bias, *shape)
 
     @property
     def has_label(self) -> Tensor:
-        """(n,), bool; whether this slice of the head has the label."""
+        """(n, K), bool; whether this slice of the head has the label."""
         return self.labels >= 0
 
     @property
     def label_rows(self) -> Tensor:
-        """(n,); the label's row of the weight, a valid row where the label is elsewhere."""
+        """(n, K); the label's row of the weight, a valid row where it is elsewhere."""
         return self.labels.clamp(min=0)
 
     def tiles(self, width: int) -> Iterator[tuple[int, int]]:
@@ -99,10 +106,20 @@ class Head(NamedTuple):
 class TileRequest(NamedTuple):
     """What the forward wants of a tile beside the maximum and the sum."""
 
-    weighted: bool  # whether the weighted sum is made
+    moments: bool  # whether the sums of e (z - OTHERS_MAX) and of e^2 are made
     kept: Tensor | None  # (n, last - first) in the dtype of hidden: the products, for the backward
     # (n, H), over ids the sums of e^(z - OTHERS_MAX) dz/dx / scale W_j: they take a second product
     sums: Tensor | None
+
+
+class Gains(NamedTuple):
+    """What the gradient of a row's other logits is made of: e (a + b d + c e).
+
+    With d = z - OTHERS_MAX and e = e^d.
+    """
+
+    abc: Tensor  # (n, 3) float64
+    moments: bool  # whether there are b and c
 
 
 class RowWork(ABC):
@@ -135,7 +152,7 @@ class RowWork(ABC):
 
     @abstractmethod
     def label_products(self) -> Tensor:
-        """(n,) float64; hidden times the label's row, undefined where the label is elsewhere."""
+        """(n, K) float64; hidden times each label's row, undefined where it is elsewhere."""
 
     @abstractmethod
     def sum_tile(self, first: int, last: int, stats: Tensor, request: TileRequest) -> None:
@@ -143,9 +160,9 @@ class RowWork(ABC):
 
     @abstractmethod
     def gradient_tile(
-        self, first: int, last: int, stats: Tensor, gains: Tensor, kept: Tensor | None, out: Tensor
+        self, first: int, last: int, stats: Tensor, gains: Gains, kept: Tensor | None, out: Tensor
     ) -> None:
-        """Returns dL/dx of a tile, 0 at the label, (n, last - first)."""
+        """Writes dL/dx of a tile, 0 at labels, (n, last - first)."""
 
     @abstractmethod
     def set_labels(self, first: int, label_gains: Tensor, out: Tensor) -> None:
@@ -155,13 +172,22 @@ class RowWork(ABC):
     def add_product(self, sums: Tensor, a: Tensor, b: Tensor) -> None:
         """Computes sums += a @ b."""
 
+    @staticmethod
     @abstractmethod
     def add_rows(
-        self, sums: Tensor, source: Tensor, index: Tensor, gain: Tensor, factor: Tensor | None
+        sums: Tensor, source: Tensor, index: Tensor, gain: Tensor, factor: Tensor | None
     ) -> None:
-        """Computes sums[r] = factor[r] sums[r] + gain[r] source[index[r]]."""
+        """Computes sums[r] = factor[r] sums[r] + the sum over K of gain[r] source[index[r]]."""
 
     @staticmethod
     @abstractmethod
     def scatter(sums: Tensor, gain: Tensor | None, index: Tensor | None, out: Tensor) -> None:
         """Computes out[index[r]] = gain[r] sums[r], rounded once."""
+
+
+def contiguous_rows(source: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns rows with contiguous entries, and the index (n, K) into them."""
+    if source.stride(1) == 1 or source.shape[1] == 1:
+        return source, index
+    picked = source.index_select(0, index.flatten()).contiguous()
+    return picked, torch.arange(index.numel(), device=index.device).view(index.shape)

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 import torch
 from torch import Tensor
 
+from fastadapt._C import OTHERS_MAX, OTHERS_REST, OTHERS_SQUARED, OTHERS_SUM, OTHERS_WEIGHTED
+
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
@@ -65,34 +67,45 @@ def split_head(
     return Slice(hidden, weight, labels, bias, group.group_name, torch.stack([first, sizes.sum()]))
 
 
-def merge_stats(stats: Tensor, own: Tensor, labels: Tensor, group: str) -> tuple[Tensor, Tensor]:
-    """Merges the ranks' statistics, and says whether a rank has the row's label.
+def merge_stats(
+    stats: Tensor, own: Tensor, has: Tensor, labels: Tensor, group: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Merges the ranks' statistics and logits of labels, and says whether a rank has the label.
 
     A label that the ranks do not agree on counts as nobody's; on the CPU it is an error.
 
     Args:
-        stats: (N, 4) float64, of this rank's slice; the label's logit 0 where it is elsewhere.
-        own: (N,) bool, the label is in this slice.
-        labels: (N,) int64.
+        stats: (N, NUM_TILE_STATS) float64, of this rank's slice.
+        own: (N, K) float64, 0 where the label is elsewhere.
+        has: (N, K) bool, the label is in this slice.
+        labels: (N, K) int64.
         group: its name.
     """
-    mine = torch.cat([stats, own[:, None].double(), labels[:, None].double()], 1)
-    # (ranks, N) each: statistics as in csrc/kernels.h, whether the label is there, the label
-    tops, mass, weighted, label, has_label, ids = _gather(mine, group).unbind(-1)
+    k = own.shape[1]
+    mine = torch.cat([stats, own, has.double(), labels.double()], 1)
+    of_stats, all_own, all_has, ids = _gather(mine, group).split([stats.shape[1], k, k, k], -1)
     agreed = (ids == ids[0]).all(0)
     if labels.device.type == "cpu" and not bool(agreed.all()):
-        row = int(agreed.logical_not().nonzero()[0])
-        got = [int(label) for label in ids[:, row]]
+        row, column = agreed.logical_not().nonzero()[0].tolist()
+        got = [int(label) for label in ids[:, row, column]]
         raise ValueError(
             f"labels: expected the same on all ranks of the group, got {got} in {row=}"
         )
+    tops, mass = of_stats[..., OTHERS_MAX], of_stats[..., OTHERS_SUM]  # (ranks, N)
     top = tops.amax(0)
     some = tops != float("-inf")
     shift = torch.where(some, tops - top, 0.0)
     factor = torch.where(some, shift.exp(), 0.0)
-    weighted = torch.where(some, weighted + mass * shift, 0.0)
-    merged = [top, (factor * mass).sum(0), (factor * weighted).sum(0), label.sum(0)]
-    return torch.stack(merged, 1), agreed & (has_label.sum(0) == 1)
+    weighted = torch.where(some, of_stats[..., OTHERS_WEIGHTED] + mass * shift, 0.0)
+    squared = factor.square() * of_stats[..., OTHERS_SQUARED]
+    rest = torch.where(tops == top, of_stats[..., OTHERS_REST], factor * mass)
+    merged = torch.empty_like(stats)
+    merged[:, OTHERS_MAX] = top
+    merged[:, OTHERS_SUM] = (factor * mass).sum(0)
+    merged[:, OTHERS_WEIGHTED] = (factor * weighted).sum(0)
+    merged[:, OTHERS_SQUARED] = squared.sum(0)
+    merged[:, OTHERS_REST] = rest.sum(0)
+    return merged, all_own.sum(0), agreed & (all_has.sum(0) == 1)
 
 
 def sum_over_ranks(x: Tensor, group: str) -> Tensor:

@@ -9,11 +9,14 @@ from fastadapt import _C
 
 # The statistics of a row, as csrc/kernels.h lays them out.
 NUM_STATS = tl.constexpr(_C.NUM_STATS)
+NUM_TILE_STATS = tl.constexpr(_C.NUM_TILE_STATS)
 OTHERS_MAX = tl.constexpr(_C.OTHERS_MAX)
 OTHERS_SUM = tl.constexpr(_C.OTHERS_SUM)
 OTHERS_WEIGHTED = tl.constexpr(_C.OTHERS_WEIGHTED)
 TOP_ID = tl.constexpr(_C.TOP_ID)
 LABEL_LOGIT = tl.constexpr(_C.LABEL_LOGIT)
+OTHERS_SQUARED = tl.constexpr(_C.OTHERS_SQUARED)
+OTHERS_REST = tl.constexpr(_C.OTHERS_REST)
 
 
 class Rows(NamedTuple):

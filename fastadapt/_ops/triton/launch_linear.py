@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastadapt._ops.linear.tiles import Gains
 from fastadapt._ops.triton import linear
 
 # 8 warps for a row of a tile have hardly the registers
@@ -21,10 +22,11 @@ class Rows(NamedTuple):
 
     products: Tensor  # (n, width), contiguous rows of any stride
     first: int
-    labels: Tensor  # (n,)
+    labels: Tensor  # (n, K)
     bias: Tensor | None  # (V,)
     numbers: Tensor  # (2,) float64: the scale, the softcap
     capped: bool
+    marked: bool = False  # whether products of labels are -inf; K > 1 asks for it
 
 
 def _tile(rows: Rows) -> linear.Tile:
@@ -34,14 +36,13 @@ def _tile(rows: Rows) -> linear.Tile:
     return linear.Tile(x, x.stride(0), rows.first, x.shape[1], rows.labels, bias, rows.numbers)
 
 
-def _kind(
-    rows: Rows, *, weighted: bool = False, exps: bool = False, keep: bool = False
-) -> linear.Kind:
+def _kind(rows: Rows, *, moments: bool, exps: bool = False, keep: bool = False) -> linear.Kind:
     """Returns the compile-time constants of a tile."""
     values = (
         rows.bias is not None,
         rows.capped,
-        weighted,
+        moments,
+        rows.marked,
         exps,
         keep,
         rows.products.dtype == torch.float64,
@@ -54,7 +55,7 @@ def sum_tile(
     rows: Rows,
     stats: Tensor,
     *,
-    weighted: bool,
+    moments: bool,
     shrinks: Tensor | None = None,
     exps: Tensor | None = None,
     kept: Tensor | None = None,
@@ -70,12 +71,12 @@ def sum_tile(
         rows.products if exps is None else exps,
         rows.products if kept is None else kept,
         0 if kept is None else kept.stride(0),
-        _kind(rows, weighted=weighted, exps=exps is not None, keep=kept is not None),
+        _kind(rows, moments=moments, exps=exps is not None, keep=kept is not None),
         **BY_TILE,
     )
 
 
-def gradient_tile(rows: Rows, stats: Tensor, gains: Tensor, out: Tensor) -> None:
+def gradient_tile(rows: Rows, stats: Tensor, gains: Gains, out: Tensor) -> None:
     """Computes the gradient of a tile's products."""
     n = rows.products.shape[0]
     if n == 0:
@@ -83,27 +84,30 @@ def gradient_tile(rows: Rows, stats: Tensor, gains: Tensor, out: Tensor) -> None
     linear.tile_gradient_kernel[(n,)](
         _tile(rows),
         stats,
-        gains,
+        gains.abc,
         out,
         out.stride(0),
-        _kind(rows),
+        _kind(rows, moments=gains.moments),
         **BY_TILE,
     )
 
 
-def set_labels(labels: Tensor, gains: Tensor, first: int, out: Tensor) -> None:
-    """Writes the labels' own entries of a tile's gradient."""
-    n, width = out.shape
-    if n == 0:
+def set_labels(labels: Tensor, gains: Tensor | None, first: int, out: Tensor) -> None:
+    """Writes the labels' own entries of a tile's gradient, or -inf where there are no gains."""
+    width = out.shape[1]
+    entries, number = labels.numel(), labels.shape[1]
+    if entries == 0:
         return
-    linear.label_entry_kernel[(triton.cdiv(n, LABEL_BLOCK),)](
+    linear.label_entry_kernel[(triton.cdiv(entries, LABEL_BLOCK),)](
         labels,
-        gains,
-        n,
+        labels if gains is None else gains,
+        entries,
+        number,
         first,
         out,
         out.stride(0),
         width,
+        MARK=gains is None,
         BLOCK=LABEL_BLOCK,
         **BY_ROW,
     )
@@ -119,7 +123,8 @@ def mix(
 ) -> None:
     """out[places[r]] = factors[r] sums[r] + gains[r] source[index[r]], of `source` in this order:
 
-    gains, source, index. Rows of `source` are contiguous.
+    gains, source, index; gains and index (n, K), of which the sum is taken. Rows of `source` are
+    contiguous.
     """
     n, h = sums.shape
     if n == 0:
@@ -136,6 +141,7 @@ def mix(
         rows.stride(0),
         index,
         gains,
+        index.shape[1],
         sums if places is None else places,
         out,
         linear.Mix(*(tl.constexpr(value) for value in constants)),
@@ -144,16 +150,17 @@ def mix(
 
 
 def dot(a: Tensor, b: Tensor, index: Tensor, out: Tensor) -> None:
-    """Computes out[r] = a[r] b[index[r]] in float64."""
-    n, h = a.shape
-    if n == 0:
+    """Computes out[r, k] = a[r] b[index[r, k]] in float64."""
+    h = a.shape[1]
+    if index.numel() == 0:
         return
-    linear.dot_kernel[(n,)](
+    linear.dot_kernel[(index.numel(),)](
         a,
         a.stride(0),
         b,
         b.stride(0),
         index,
+        index.shape[1],
         h,
         out,
         DOUBLE=a.dtype == torch.float64,

@@ -10,7 +10,14 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from fastadapt._ops.triton.bundles import NUM_STATS, OTHERS_MAX, OTHERS_SUM, OTHERS_WEIGHTED
+from fastadapt._ops.triton.bundles import (
+    NUM_TILE_STATS,
+    OTHERS_MAX,
+    OTHERS_REST,
+    OTHERS_SQUARED,
+    OTHERS_SUM,
+    OTHERS_WEIGHTED,
+)
 
 NOTHING = tl.constexpr(float("-inf"))
 LEAST_EXPONENT = tl.constexpr(-87.0)  # e^d times d is as good as 0 below, and never 0 times -inf
@@ -26,7 +33,7 @@ class Tile(NamedTuple):
     stride: object
     first: object
     width: object
-    labels: object  # (n,) int64, rows of the head; negative: elsewhere
+    labels: object  # (n,) int64, rows of the head; negative: elsewhere; not read if MARKED
     bias: object  # (V,) of the head
     numbers: object  # (2,) float64: the scale, the softcap
 
@@ -36,7 +43,8 @@ class Kind(NamedTuple):
 
     BIASED: object
     CAPPED: object
-    WEIGHTED: object  # whether the weighted sum is made
+    MOMENTS: object  # whether the sums of e d and of e^2, or their gradients, are made
+    MARKED: object  # whether products of labels are -inf already
     EXPS: object  # whether the exponentials are written
     KEEP: object  # whether the products are
     DOUBLE: object
@@ -65,7 +73,10 @@ def _tanh(x, DOUBLE: tl.constexpr):
 
 @triton.jit
 def _load_tile(tile, ids, kind):
-    """Returns a row's logits, -inf past the end, with z / cap (0 without a cap) and products."""
+    """Returns a row's logits, -inf at labels and past the end; z / cap, products, which are labels.
+
+    Without a cap z / cap is 0.
+    """
     row = tile.products + tl.program_id(0).to(tl.int64) * tile.stride
     inside = ids < tile.width
     x = tl.load(row + ids, mask=inside, other=0.0)
@@ -79,7 +90,11 @@ def _load_tile(tile, ids, kind):
         cap = tl.load(tile.numbers + 1).to(z.dtype)
         unit = _tanh(z / cap, kind.DOUBLE)
         z = unit * cap
-    return tl.where(inside, z, NOTHING), unit, x
+    if kind.MARKED:
+        out = x == NOTHING
+    else:
+        out = ids == tl.load(tile.labels + tl.program_id(0)) - tile.first
+    return tl.where(inside & (out == 0), z, NOTHING), unit, x, out
 
 
 @triton.jit
@@ -87,16 +102,15 @@ def tile_sum_kernel(tile, stats, shrinks, exps, kept, kept_stride, kind):
     """Adds a tile to the statistics of its rows.
 
     `shrinks` gets the factor of what was summed before; `exps`, (n, width), e^(z - largest so far)
-    dz/dx / scale, 0 at the label; `kept` the products, rounded.
+    dz/dx / scale, 0 at labels; `kept` the products, rounded.
     """
     at = tl.program_id(0).to(tl.int64)
     ids = tl.arange(0, kind.BLOCK)
-    z, unit, x = _load_tile(tile, ids, kind)
+    z, unit, x, out = _load_tile(tile, ids, kind)
     inside = ids < tile.width
     if kind.KEEP:
         tl.store(kept + at * kept_stride + ids, x.to(kept.dtype.element_ty), mask=inside)
-    z = tl.where(ids == tl.load(tile.labels + at) - tile.first, NOTHING, z)
-    stats += at * NUM_STATS
+    stats += at * NUM_TILE_STATS
     before, total = tl.load(stats + OTHERS_MAX), tl.load(stats + OTHERS_SUM)
     high = tl.max(_without_nan(z), 0)
     top = tl.maximum(before, high.to(tl.float64))
@@ -107,50 +121,71 @@ def tile_sum_kernel(tile, stats, shrinks, exps, kept, kept_stride, kind):
     e = tl.exp(d)
     tl.store(stats + OTHERS_MAX, top)
     tl.store(stats + OTHERS_SUM, total * shrink + tl.sum(e, 0).to(tl.float64))
-    if kind.WEIGHTED:
+    if kind.MOMENTS:
         weighted = tl.load(stats + OTHERS_WEIGHTED)
         # without anything before, the shift is -inf and the sum 0
         weighted = shrink * (weighted + total * tl.maximum(shift, -1e300))
         here = tl.sum(e * tl.maximum(d, LEAST_EXPONENT), 0)
         tl.store(stats + OTHERS_WEIGHTED, weighted + here.to(tl.float64))
+        squared = tl.load(stats + OTHERS_SQUARED) * shrink * shrink
+        tl.store(stats + OTHERS_SQUARED, squared + tl.sum(e * e, 0).to(tl.float64))
+        rest = tl.where(shift < 0, total * shrink, tl.load(stats + OTHERS_REST))
+        here = tl.sum(tl.where(d < 0, e, 0.0), 0)
+        tl.store(stats + OTHERS_REST, rest + here.to(tl.float64))
     if kind.EXPS:
         tl.store(shrinks + at, shrink)
-        e = e * (1.0 - unit * unit) if kind.CAPPED else e
+        e = tl.where(out, 0.0, e * (1.0 - unit * unit)) if kind.CAPPED else e
         tl.store(exps + at * tile.width + ids, e.to(exps.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def tile_gradient_kernel(tile, stats, gains, out, out_stride, kind):
-    """Computes dL/dx = -gain e^(z - m) dz/dx / sum, 0 at the label; skips rows without gain."""
+    """Computes dL/dx = e (a + b d + c e) dz/dx, e = e^d, d = z - m; 0 at labels.
+
+    `gains` has a, b, c of each row; rows whose are 0 are skipped.
+    """
     at = tl.program_id(0).to(tl.int64)
     ids = tl.arange(0, kind.BLOCK)
     inside = ids < tile.width
-    gain = tl.load(gains + at)
+    a = tl.load(gains + 3 * at)
+    nothing_comes = a == 0
+    if kind.MOMENTS:
+        b, c = tl.load(gains + 3 * at + 1), tl.load(gains + 3 * at + 2)
+        nothing_comes = nothing_comes & (b == 0) & (c == 0)
     out += at * out_stride
-    if gain == 0:
+    if nothing_comes:
         nothing = tl.zeros([kind.BLOCK], tl.float32)
         tl.store(out + ids, nothing.to(out.dtype.element_ty), mask=inside)
     else:
-        z, unit, _ = _load_tile(tile, ids, kind)
-        top = tl.load(stats + at * NUM_STATS + OTHERS_MAX)
-        total = tl.load(stats + at * NUM_STATS + OTHERS_SUM)
-        per_unit = (-gain / total * tl.load(tile.numbers)).to(z.dtype)
-        dx = per_unit * tl.exp(z - top.to(z.dtype))
+        z, unit, _, label = _load_tile(tile, ids, kind)
+        scale = tl.load(tile.numbers)
+        d = z - tl.load(stats + at * NUM_TILE_STATS + OTHERS_MAX).to(z.dtype)
+        e = tl.exp(d)
+        per_e = (a * scale).to(z.dtype)
+        if kind.MOMENTS:
+            per_e += (c * scale).to(z.dtype) * e
+            per_e += (b * scale).to(z.dtype) * tl.maximum(d, LEAST_EXPONENT)
+        dx = per_e * e
         dx = dx * (1.0 - unit * unit) if kind.CAPPED else dx
-        dx = tl.where(ids == tl.load(tile.labels + at) - tile.first, 0.0, dx)
+        dx = tl.where(label, 0.0, dx)
         tl.store(out + ids, dx.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def label_entry_kernel(labels, gains, rows, first, out, out_stride, width, BLOCK: tl.constexpr):
-    """Writes out[r, labels[r] - first] = gains[r] for labels in the tile."""
+def label_entry_kernel(
+    labels, gains, entries, labels_a_row, first, out, out_stride, width, MARK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Writes out[r, labels[r, k] - first] = gains[r, k], or -inf, for labels in the tile."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    column = tl.load(labels + at, mask=at < rows, other=-1) - first
-    here = (at < rows) & (column >= 0) & (column < width)
-    gain = tl.load(gains + at, mask=here, other=0.0)
+    column = tl.load(labels + at, mask=at < entries, other=-1) - first
+    here = (at < entries) & (column >= 0) & (column < width)
+    gain = tl.full([BLOCK], float("-inf"), tl.float64)
+    if not MARK:
+        gain = tl.load(gains + at, mask=here, other=0.0)
     if out.dtype.element_ty != tl.float64:
         gain = gain.to(tl.float32)  # half precision is rounded from there
-    place = out + at.to(tl.int64) * out_stride + column
+    place = out + (at // labels_a_row).to(tl.int64) * out_stride + column
     tl.store(place, gain.to(out.dtype.element_ty), mask=here)
 
 
@@ -165,8 +200,10 @@ class Mix(NamedTuple):
 
 
 @triton.jit
-def mix_kernel(sums, width, factors, source, source_stride, index, gains, places, out, mix):
+def mix_kernel(sums, width, factors, source, source_stride, index, gains, number, places, out, mix):
     """Computes out[places[r]] = factors[r] sums[r] + gains[r] source[index[r]], rounded once.
+
+    With several gains and indices a row, `number` of them, the sum over all.
 
     Without a source, rows whose factor is 1 stay as they are in place.
     """
@@ -183,18 +220,19 @@ def mix_kernel(sums, width, factors, source, source_stride, index, gains, places
         x = tl.load(sums + at * width + ids, mask=ids < width, other=0.0)
         y = x * factor.to(x.dtype)
         if mix.SOURCE:
-            row = source + tl.load(index + at) * source_stride
-            gain = tl.load(gains + at).to(x.dtype)
-            y += gain * tl.load(row + ids, mask=ids < width, other=0.0).to(x.dtype)
+            for k in range(number):
+                row = source + tl.load(index + at * number + k) * source_stride
+                gain = tl.load(gains + at * number + k).to(x.dtype)
+                y += gain * tl.load(row + ids, mask=ids < width, other=0.0).to(x.dtype)
         tl.store(out + to * width + ids, y.to(out.dtype.element_ty), mask=ids < width)
 
 
 @triton.jit
-def dot_kernel(a, a_stride, b, b_stride, index, width, out, DOUBLE: tl.constexpr,
+def dot_kernel(a, a_stride, b, b_stride, index, number, width, out, DOUBLE: tl.constexpr,
                BLOCK: tl.constexpr):  # fmt: skip
-    """Computes out[r] = a[r] b[index[r]]: float64 sums of float32 products of blocks."""
+    """Computes out[r, k] = a[r] b[index[r, k]]: float64 sums of float32 products of blocks."""
     at = tl.program_id(0).to(tl.int64)
-    a += at * a_stride
+    a += at // number * a_stride
     b += tl.load(index + at) * b_stride
     total = tl.full([], 0.0, tl.float64)
     for begin in range(0, width, BLOCK):
