@@ -50,8 +50,8 @@ def add_parser(commands: Any) -> None:
     cases.set_defaults(run=_run_cases, subparser=cases)
     for name, text, groups in (
         ("step", "one step on the head of a model, predicted and measured", (_STEPS,)),
-        ("train", "train a model briefly with each loss, under the tracker", (_TRAINING,)),
-        ("run", "step, train and report", (_STEPS, _TRAINING)),
+        ("train", "a brief training run with each loss, under the tracker", (_TRAINING,)),
+        ("run", "step, train and report, one after the other", (_STEPS, _TRAINING)),
     ):
         action = actions.add_parser(name, help=text, description=f"{text.capitalize()}.")
         action.set_defaults(run=_run_model, subparser=action, parts=_PARTS[name])

@@ -20,7 +20,7 @@ _LOSSES = ("loss", "stages", "coefficient", "norm", "level")
 # Of trl's flags those that most runs need, as a person would say them; --help_all has the rest.
 _TRLS = {
     "output_dir": "folder of the run (required)",
-    "max_length": "most tokens of a prompt with a response (default: 1024)",
+    "max_length": "most tokens of a prompt and its response (default: 1024)",
     "beta": "of DPO (default: 0.1)",
     "label_smoothing": "of DPO (default: 0)",
     "learning_rate": "of all stages (default: 1e-05)",
@@ -28,19 +28,19 @@ _TRLS = {
     "warmup_steps": "of each stage (default: 0)",
     "weight_decay": "of AdamW (default: 0)",
     "max_grad_norm": "clip the norm of the gradient to this (default: 1)",
-    "per_device_train_batch_size": "pairs in memory at once (default: 4)",
-    "gradient_accumulation_steps": "batches a step (default: 1)",
+    "per_device_train_batch_size": "pairs per batch (default: 4)",
+    "gradient_accumulation_steps": "batches per step (default: 1)",
     "num_train_epochs": "passes over the data in each stage (default: 1)",
     "max_steps": "of each stage, in place of epochs",
     "bf16": "compute in bfloat16 where that is safe",
     "gradient_checkpointing": "recompute activations in the backward, to save memory",
-    "use_cpu": "do not use a GPU",
+    "use_cpu": "train on the CPU, even where there is a GPU",
     "seed": "of the split, the order of the pairs and the adapters (default: 42)",
     "logging_steps": "steps between lines of metrics.jsonl (default: 1)",
-    "eval_strategy": "no, steps or epoch, beside the end of a stage (default: no)",
+    "eval_strategy": "no, steps or epoch: when, besides at each stage's end (default: no)",
     "eval_steps": "steps between evaluations",
     "save_steps": "steps between checkpoints (default: 50)",
-    "save_total_limit": "checkpoints to keep of a stage (default: 2)",
+    "save_total_limit": "checkpoints to keep per stage (default: 2)",
     "report_to": "also log to tensorboard, wandb, ... (default: none)",
     "config": "a YAML file of flags, as trl's commands read it",
 }
@@ -109,7 +109,7 @@ def short_help() -> str:
     ours = {field.name: field.metadata["help"] for field in fields(RunArguments)}
     parser = argparse.ArgumentParser(
         prog="fastadapt train",
-        usage="fastadapt train --data FILE --output_dir FOLDER --loss LOSSES [flags]",
+        usage="fastadapt train --data FILE --output_dir FOLDER (--loss | --stages) LOSSES [flags]",
         description=_DESCRIPTION,
         epilog="All flags of trl's DPOConfig are accepted too: --help_all lists them.",
         add_help=False,

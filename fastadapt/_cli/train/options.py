@@ -37,28 +37,28 @@ class RunArguments:
         "a causal language model: folder, .gguf or hub (default: the demo's)",
         aliases=["--model_name_or_path"],
     )
-    loss: str | None = _flag("one stage: losses joined by +, each with a weight: dpo+exmate=0.5")
+    loss: str | None = _flag("one stage: losses joined by +, weighted or not: dpo+exmate=0.5")
     stages: str | None = _flag("several, one after the other: exmate,dpo or mle,dpo=1+exmate=0.5")
-    learning_rates: list[float] | None = _flag("of each stage, in place of --learning_rate")
+    learning_rates: list[float] | None = _flag("one for each stage, in place of --learning_rate")
     coefficient: float | None = _flag("of the penalty inside a loss (default: 1)")
     norm: str | None = _flag("of ExMATE: sequence_mean, batch_token_mean, sequence_sum or token")
     level: str | None = _flag("of unlikelihood: token, sequence or sequence_mean")
-    split: str = _flag("split of a data set on the hub", "train")
+    split: str = _flag("split of --data, if it is a data set of the hub", "train")
     eval_data: list[str] | None = _flag("pairs to evaluate on")
-    eval_split: str = _flag("split of a data set on the hub in --eval_data", "test")
-    eval_fraction: float = _flag("share of --data to evaluate on instead", 0.0)
-    chat: bool = _flag("treat text prompts as a user's message in the chat template", False)
+    eval_split: str = _flag("split of --eval_data, if it is a data set of the hub", "test")
+    eval_fraction: float = _flag("share of --data to evaluate on, in place of --eval_data", 0.0)
+    chat: bool = _flag("treat text prompts as a user's messages, in the chat template", False)
     truncation: str = _flag(
         "what is cut from pairs of more than --max_length tokens: the prompt's beginning, the "
         "responses' ends, or nothing (an error)",
         "prompt",
         choices=TRUNCATIONS,
     )
-    lora_r: int | None = _flag("train adapters of this rank instead of all parameters")
+    lora_r: int | None = _flag("train LoRA adapters of this rank instead of all parameters")
     lora_alpha: int | None = _flag("scale of the adapters (default: twice the rank)")
     lora_target_modules: list[str] | None = _flag("the layers with adapters (default: all linear)")
-    threads: int | None = _flag("threads of torch (default: its own choice)")
-    resume: bool = _flag("go on from the folder's last checkpoint, if there is one", False)
+    threads: int | None = _flag("threads of torch (default: torch's own choice)")
+    resume: bool = _flag("continue from the newest complete checkpoint, if there is one", False)
 
     def __post_init__(self) -> None:
         """Checks ranges and options that exclude each other."""
