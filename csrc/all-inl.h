@@ -21,6 +21,7 @@
 
 #include "logits-inl.h"
 
+#include "divergence-inl.h"
 #include "label-inl.h"
 #include "tile-inl.h"
 

@@ -80,7 +80,8 @@ template <class Args>
 void read(py::handle tuple, Rows& out, Args&) {
   constexpr bool loss = !std::is_base_of_v<FilterArgs, Args> &&
                         !std::is_base_of_v<SampleArgs, Args> && !std::is_base_of_v<ScoreArgs, Args>;
-  constexpr int64_t widest = std::is_base_of_v<Tile, Args> ? kMaxTile : kMaxVocab;
+  constexpr bool tile = std::is_base_of_v<Tile, Args> || std::is_base_of_v<PairTile, Args>;
+  constexpr int64_t widest = tile ? kMaxTile : kMaxVocab;
   const auto [tensor, dtype, n, v, stride] = py::cast<RowsTuple>(tuple);
   if (v < 1 || v > widest)
     throw py::value_error("logits: expected 1 to " + text(widest) + " entries a row, got " +
@@ -265,6 +266,14 @@ void define_kernels(py::module_& m) {
   define(m, "tile_backward", &T::tile_backward, Needs::kNothing,
          {FIELD(rows), FIELD(first), FIELD(k), FIELD(labels), OPTIONAL(bias), FIELD(scale),
           FIELD(cap), FIELD(moments), FIELD(stats), FIELD(gains), FIELD(out)});
+  define(m, "pair_sum", &T::pair_sum, Needs::kNothing,
+         {FIELD(rows), OPTIONAL(bias), FIELD(scale), FIELD(cap), FIELD(teacher),
+          FIELD(teacher_stride), OPTIONAL(teacher_bias), FIELD(teacher_scale), FIELD(teacher_cap),
+          FIELD(kind), FIELD(beta), FIELD(stats), FIELD(mixing)});
+  define(m, "pair_backward", &T::pair_backward, Needs::kNothing,
+         {FIELD(rows), OPTIONAL(bias), FIELD(scale), FIELD(cap), FIELD(teacher),
+          FIELD(teacher_stride), OPTIONAL(teacher_bias), FIELD(teacher_scale), FIELD(teacher_cap),
+          FIELD(kind), FIELD(beta), FIELD(stats), FIELD(gains), FIELD(out)});
   define(m, "mix", &T::mix, Needs::kNothing,
          {FIELD(dtype), FIELD(n), FIELD(h), FIELD(k), FIELD(dst), OPTIONAL(factor), OPTIONAL(gain),
           OPTIONAL(index), FIELD(src), FIELD(src_stride)});
@@ -292,6 +301,16 @@ PYBIND11_MODULE(_C, m) {
   m.attr("OTHERS_REST") = static_cast<int>(kOthersRest);
   m.attr("NUM_STATS") = static_cast<int>(kNumStats);
   m.attr("NUM_TILE_STATS") = static_cast<int>(kNumTileStats);
+  m.attr("STUDENT_MAX") = static_cast<int>(kStudentMax);
+  m.attr("STUDENT_SUM") = static_cast<int>(kStudentSum);
+  m.attr("TEACHER_MAX") = static_cast<int>(kTeacherMax);
+  m.attr("TEACHER_SUM") = static_cast<int>(kTeacherSum);
+  m.attr("DIVERGENCE") = static_cast<int>(kDivergence);
+  m.attr("CENTRE") = static_cast<int>(kCentre);
+  m.attr("NUM_PAIR_STATS") = static_cast<int>(kNumPairStats);
+  m.attr("KL") = static_cast<int>(kKl);
+  m.attr("REVERSE_KL") = static_cast<int>(kReverseKl);
+  m.attr("JSD") = static_cast<int>(kJsd);
   m.def("prefer_huge_pages", &prefer_huge_pages);
   m.def("first_bad_token", &first_bad_token);
   m.def("cpu_capabilities", &capabilities, "Names this processor can run, worst first.");

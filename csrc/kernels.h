@@ -216,6 +216,45 @@ struct TileBackwardArgs : Tile {
   void* out;            // (N, V), dL/dx, 0 at labels; may be the tile itself
 };
 
+// Rows of a divergence between a student's and a teacher's logits. Python reads it from the module.
+enum PairStat : int {
+  kStudentMax = 0,  // the largest logit m
+  kStudentSum,      // sum of e^(z - m)
+  kTeacherMax,
+  kTeacherSum,
+  kDivergence,  // of kKl, kReverseKl: e^(z - m) of the expectation's law times the difference of
+                // both z - m, summed; of kJsd the divergence
+  kCentre,  // of the gradient: the mean, under the student, of what the divergence averages
+  kNumPairStats
+};
+
+// Which divergence: KL(teacher | student), KL(student | teacher), the generalised Jensen-Shannon
+// one: beta KL(teacher | m) + (1 - beta) KL(student | m), m = beta teacher + (1 - beta) student.
+enum DivergenceKind : int { kKl = 0, kReverseKl, kJsd, kNumDivergences };
+
+// A tile of two heads, V at most kMaxTile: logits are as those of a Tile.
+struct PairTile {
+  Rows rows;         // the student's products
+  const void* bias;  // (V,), the tile's; float32 or float64; or null
+  double scale, cap;
+  const void* teacher;  // (N, V), its products, dtype of rows
+  int64_t teacher_stride;
+  const void* teacher_bias;
+  double teacher_scale, teacher_cap;
+  int64_t kind;   // a DivergenceKind
+  double beta;    // of kJsd, in (0, 1)
+  double* stats;  // (N, kNumPairStats); the gradient only reads them
+};
+
+struct PairSumArgs : PairTile {
+  bool mixing;  // the second pass of kJsd, which needs both sums of whole rows
+};
+
+struct PairBackwardArgs : PairTile {
+  const double* gains;  // (N,), the gradients of the divergences
+  void* out;            // (N, V), dL/dx of the student's products x; may be these
+};
+
 // n vectors of h entries.
 struct Vectors {
   DType dtype;
@@ -267,6 +306,8 @@ struct KernelTable {
                                       int64_t);
   void (*tile)(const TileArgs&, const Scratch&, int64_t begin, int64_t end);
   void (*tile_backward)(const TileBackwardArgs&, const Scratch&, int64_t begin, int64_t end);
+  void (*pair_sum)(const PairSumArgs&, const Scratch&, int64_t begin, int64_t end);
+  void (*pair_backward)(const PairBackwardArgs&, const Scratch&, int64_t begin, int64_t end);
   void (*mix)(const MixArgs&, const Scratch&, int64_t begin, int64_t end);
   void (*scatter)(const ScatterArgs&, const Scratch&, int64_t begin, int64_t end);
   void (*dot)(const DotArgs&, const Scratch&, int64_t begin, int64_t end);

@@ -75,6 +75,11 @@ static inline double sub(double a, double b) { return a - b; }
 static inline double mul(double a, double b) { return a * b; }
 static inline double quotient(double a, double b) { return a / b; }
 static inline double maximum(double a, double b) { return a > b ? a : b; }
+static inline double neg(double a) { return -a; }
+static inline double absolute(double a) { return a < 0 ? -a : a; }
+static inline bool ge(double a, double b) { return a >= b; }
+static inline bool eq(double a, double b) { return a == b; }
+static inline double choose(bool m, double a, double b) { return m ? a : b; }
 static inline double max_lane(double a) { return a; }
 static inline double sum_lanes(double a) { return a; }
 static inline double wide(double x) { return x; }

@@ -38,6 +38,8 @@ const KernelTable kTable = {
     FASTADAPT_WITH_DOUBLE(CandidateBackwardArgs, rows.dtype, candidate_backward_row),
     FASTADAPT_WITH_DOUBLE(TileArgs, rows.dtype, tile_row),
     FASTADAPT_WITH_DOUBLE(TileBackwardArgs, rows.dtype, tile_backward_row),
+    FASTADAPT_WITH_DOUBLE(PairSumArgs, rows.dtype, pair_sum_row),
+    FASTADAPT_WITH_DOUBLE(PairBackwardArgs, rows.dtype, pair_backward_row),
     FASTADAPT_WITH_DOUBLE(MixArgs, dtype, mix_row),
     FASTADAPT_WITH_DOUBLE(ScatterArgs, dtype, scatter_row),
     FASTADAPT_WITH_DOUBLE(DotArgs, dtype, dot_row)};

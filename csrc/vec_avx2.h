@@ -79,6 +79,14 @@ static inline F scale_by(F p, F biased, int offset) {
   return _mm256_mul_ps(p, _mm256_castsi256_ps(exponent));
 }
 
+static inline F significand(F x, F* k) {
+  const __m256i b = _mm256_castps_si256(x);
+  const __m256i exponent =
+      _mm256_srai_epi32(_mm256_sub_epi32(b, _mm256_set1_epi32(kSqrtHalfBits)), 23);
+  *k = _mm256_cvtepi32_ps(exponent);
+  return _mm256_castsi256_ps(_mm256_sub_epi32(b, _mm256_slli_epi32(exponent, 23)));
+}
+
 // AVX2 has no conversion to int64: added to 2^52, an integer below that is the mantissa of the sum.
 static inline __m256i truncated(__m128 e) {
   const __m256d whole = _mm256_round_pd(_mm256_cvtps_pd(e), _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC);

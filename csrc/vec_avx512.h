@@ -67,6 +67,14 @@ static inline F scale_by(F p, F biased, int offset) {
   return _mm512_mul_ps(p, _mm512_castsi512_ps(exponent));
 }
 
+static inline F significand(F x, F* k) {
+  const __m512i b = _mm512_castps_si512(x);
+  const __m512i exponent =
+      _mm512_srai_epi32(_mm512_sub_epi32(b, _mm512_set1_epi32(kSqrtHalfBits)), 23);
+  *k = _mm512_cvtepi32_ps(exponent);
+  return _mm512_castsi512_ps(_mm512_sub_epi32(b, _mm512_slli_epi32(exponent, 23)));
+}
+
 struct Q {
   __m512i low, high;
 };

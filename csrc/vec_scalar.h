@@ -54,6 +54,14 @@ static inline F scale_by(F p, F biased, int offset) {
   return p * bits_float((float_bits(biased) << 23) + (static_cast<uint32_t>(offset + 127) << 23));
 }
 
+// x = f 2^k of a positive normal x, f in [sqrt(1/2), sqrt(2))
+static inline F significand(F x, F* k) {
+  const int32_t b = static_cast<int32_t>(float_bits(x));
+  const int32_t exponent = (b - kSqrtHalfBits) >> 23;
+  *k = static_cast<float>(exponent);
+  return bits_float(static_cast<uint32_t>(b) - (static_cast<uint32_t>(exponent) << 23));
+}
+
 static inline Q truncated(F e) { return static_cast<int64_t>(e); }
 static inline L add(L sum, Q q) { return sum + q; }
 static inline L add_if(M m, L sum, Q q) { return m ? sum + q : sum; }

@@ -65,6 +65,8 @@ static inline void from_float(float x, f16* out) {
   out->bits = static_cast<uint16_t>(sign | half);
 }
 
+constexpr int32_t kSqrtHalfBits = 0x3f3504f3;  // of the float sqrt(1/2)
+
 // The largest finite value of a type.
 static inline float largest_of(float) { return 0x1.fffffep127f; }
 static inline float largest_of(bf16) { return 0x1.fep127f; }

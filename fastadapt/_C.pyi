@@ -27,6 +27,18 @@ OTHERS_REST: int
 NUM_STATS: int
 NUM_TILE_STATS: int
 
+# the layout of the statistics of a row of two heads, and the kinds of divergence
+STUDENT_MAX: int
+STUDENT_SUM: int
+TEACHER_MAX: int
+TEACHER_SUM: int
+DIVERGENCE: int
+CENTRE: int
+NUM_PAIR_STATS: int
+KL: int
+REVERSE_KL: int
+JSD: int
+
 def filter(*, rows: Rows, knobs: Knobs, out: Tensor, num_threads: int) -> None: ...
 def sample(
     *,
@@ -139,6 +151,41 @@ def tile_backward(
     out: Tensor,
     num_threads: int,
     **tile: Unpack[Tile],
+) -> None: ...
+def pair_sum(
+    *,
+    rows: Rows,
+    bias: Tensor | None,
+    scale: float,
+    cap: float,
+    teacher: Tensor,
+    teacher_stride: int,
+    teacher_bias: Tensor | None,
+    teacher_scale: float,
+    teacher_cap: float,
+    kind: int,
+    beta: float,
+    stats: Tensor,
+    mixing: bool,
+    num_threads: int,
+) -> None: ...
+def pair_backward(
+    *,
+    rows: Rows,
+    bias: Tensor | None,
+    scale: float,
+    cap: float,
+    teacher: Tensor,
+    teacher_stride: int,
+    teacher_bias: Tensor | None,
+    teacher_scale: float,
+    teacher_cap: float,
+    kind: int,
+    beta: float,
+    stats: Tensor,
+    gains: Tensor,
+    out: Tensor,
+    num_threads: int,
 ) -> None: ...
 def mix(
     *,
