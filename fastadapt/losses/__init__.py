@@ -1,5 +1,6 @@
 """Losses that reward chosen responses and penalise rejected ones, as formulas on log-odds."""
 
+from fastadapt.losses.divergence import linear_divergence
 from fastadapt.losses.formulas import (
     candidate_unlikelihood_penalty,
     exmate_loss,
@@ -24,6 +25,7 @@ __all__ = [
     "exmate_loss",
     "exmate_penalty",
     "label_logps",
+    "linear_divergence",
     "mate_loss",
     "mate_penalty",
     "mle_loss",

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from fastadapt.reference.distribution import Distribution, Knobs
+from fastadapt.reference.divergence import linear_divergence
 from fastadapt.reference.log_odds import (
     candidate_log_odds,
     label_log_odds,
@@ -57,6 +58,7 @@ __all__ = [
     "label_logps",
     "label_log_odds",
     "linear_candidate_log_odds",
+    "linear_divergence",
     "linear_log_odds",
     "mate_loss",
     "mate_penalty",

@@ -1,0 +1,175 @@
+"""The operator under `linear_divergence`: its schema, fakes, autograd, autocast, and its plan."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastadapt._C import JSD, KL, REVERSE_KL
+from fastadapt._ops.common import Implementations, device_of, no_double_backward
+from fastadapt._ops.linear.divergence_driver import backward, empty_outputs, forward
+from fastadapt._ops.linear.driver import Triple, empty_gradients
+from fastadapt._ops.linear.pairs import PairProblem, PairWork
+from fastadapt._ops.linear.pairs_cpu import CpuPair
+from fastadapt._ops.linear.pairs_cuda import CudaPair, DoubleCudaPair
+
+KINDS = {"kl": KL, "reverse_kl": REVERSE_KL, "jsd": JSD}
+
+_library = torch.library.Library("fastadapt", "FRAGMENT")
+_PROBLEM = (
+    "Tensor hidden, Tensor weight, Tensor? bias, Tensor teacher_hidden, Tensor teacher_weight,"
+    " Tensor? teacher_bias, Tensor? mask, float softcap, float logit_scale, float teacher_softcap,"
+    " float teacher_logit_scale, int kind, float beta"
+)  # the fields of a PairProblem
+_library.define(f"linear_divergence({_PROBLEM}) -> (Tensor, Tensor)")
+_library.define(
+    f"linear_divergence_backward(Tensor ddivergence, Tensor stats, {_PROBLEM}, *, bool[] wanted)"
+    " -> (Tensor, Tensor, Tensor)"
+)
+
+
+def work_of(hidden: Tensor) -> type[PairWork]:
+    """The row work of a device."""
+    if not hidden.is_cuda:
+        return CpuPair
+    return DoubleCudaPair if hidden.dtype == torch.float64 else CudaPair
+
+
+def _forward(*inputs: Any) -> tuple[Tensor, Tensor]:
+    """Divergences and statistics."""
+    problem = PairProblem(*inputs)
+    with device_of(problem.hidden):
+        return forward(work_of(problem.hidden), problem)
+
+
+def _backward(ddivergence: Tensor, stats: Tensor, *inputs: Any, wanted: list[bool]) -> Triple:
+    """The student's gradients that are wanted."""
+    problem = PairProblem(*inputs)
+    with device_of(problem.hidden):
+        return backward(work_of(problem.hidden), problem, ddivergence, stats, wanted)
+
+
+def _empty_outputs(*inputs: Any) -> tuple[Tensor, Tensor]:
+    """What the forward returns."""
+    return empty_outputs(PairProblem(*inputs))
+
+
+def _empty_gradients(
+    ddivergence: Tensor, stats: Tensor, *inputs: Any, wanted: list[bool]
+) -> Triple:
+    """What the backward returns."""
+    problem = PairProblem(*inputs)
+    return empty_gradients(problem.hidden, problem.weight, problem.bias, wanted)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    """Keeps the inputs and a few numbers a row; no logits."""
+    stats = output[1]
+    ctx.mark_non_differentiable(stats)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(stats, *inputs[:7])
+    ctx.numbers = inputs[7:]
+
+
+def _gradient(ctx: Any, ddivergence: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    """Gradients of the student's hidden states, weight and bias, each only when wanted."""
+    gradients: list[Tensor | None] = [None] * len(PairProblem._fields)
+    if any(ctx.needs_input_grad[3:6]):
+        raise RuntimeError("linear_divergence: a teacher has no gradient")
+    wanted = list(ctx.needs_input_grad[:3])
+    if ddivergence is not None:
+        stats, *tensors = ctx.saved_tensors
+        made = torch.ops.fastadapt.linear_divergence_backward(
+            ddivergence, stats, *tensors, *ctx.numbers, wanted=wanted
+        )
+        gradients[:3] = [g if w else None for g, w in zip(made, wanted, strict=True)]
+    return tuple(gradients)
+
+
+def _autocast(*inputs: Any) -> Any:
+    """Runs in the type of autocast, as `torch.nn.functional.linear` does."""
+    problem = PairProblem(*inputs)
+    device = problem.hidden.device.type
+    if problem.hidden.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        cast = [None if x is None else x.to(dtype) for x in inputs[:6]]
+        inputs = (*cast, *inputs[6:])
+    with torch.autocast(device, enabled=False):
+        return torch.ops.fastadapt.linear_divergence(*inputs)
+
+
+def _register() -> None:
+    """Implementations, fakes, autograd and autocast; `work_of` tells devices apart."""
+    implementations: Implementations = {
+        "linear_divergence": (_forward, _empty_outputs),
+        "linear_divergence_backward": (_backward, _empty_gradients),
+    }
+    for name, (implementation, fake) in implementations.items():
+        for device in ("CPU", "CUDA"):
+            _library.impl(name, implementation, device)
+        torch.library.register_fake(f"fastadapt::{name}", fake, lib=_library)
+    torch.library.register_autograd(
+        "fastadapt::linear_divergence", _gradient, setup_context=_save, lib=_library
+    )
+    torch.library.register_autograd(
+        "fastadapt::linear_divergence_backward", no_double_backward("divergence"), lib=_library
+    )
+    for key in ("AutocastCPU", "AutocastCUDA"):
+        _library.impl("linear_divergence", _autocast, key)
+
+
+_register()
+linear_divergence = torch.ops.fastadapt.linear_divergence
+
+
+class DivergencePlan(NamedTuple):
+    """What `linear_divergence` will do.
+
+    Attributes:
+        products: of N * H * V, forward and backward together, those with the teacher's states in
+            the same unit; fewer where rows do not count.
+        peak_bytes: the most that is held over inputs and returned gradients, with every row counted
+            and but for what is a few numbers a row.
+    """
+
+    products: float
+    peak_bytes: int
+
+
+def plan_of(
+    hidden: Tensor,
+    weight: Tensor,
+    teacher_hidden: Tensor,
+    bias: Tensor | None = None,
+    *,
+    kind: str = "kl",
+) -> DivergencePlan:
+    """Returns what `linear_divergence` will do with these arguments, where gradients are wanted.
+
+    Examples:
+        >>> from fastadapt.losses.divergence import plan_of
+        >>> hidden, weight = torch.zeros(1024, 576, requires_grad=True), torch.zeros(49_152, 576)
+        >>> plan_of(hidden, weight, torch.zeros(1024, 576)).products
+        5.0
+
+    Args:
+        hidden (Tensor): (..., H), as for `linear_divergence`; only shape, dtype, device and
+            whether a gradient is wanted matter, of the others too.
+        weight (Tensor): (V, H).
+        teacher_hidden (Tensor): (..., H of the teacher).
+        bias (Tensor | None): (V,).
+        kind (str): "kl", "reverse_kl" or "jsd".
+    """
+    h, v = hidden.shape[-1], weight.shape[0]
+    n, itemsize = hidden.numel() // h, hidden.element_size()
+    work = work_of(hidden)
+    scratch, gradient = work.scratch_bytes(n, v, itemsize, KINDS[kind])
+    logits = 1 + teacher_hidden.shape[-1] / h
+    passes = 2 if kind == "jsd" and work.makes_again() else 1
+    inputs = (hidden, weight) if bias is None else (hidden, weight, bias)
+    if not torch.is_grad_enabled() or not any(x.requires_grad for x in inputs):
+        return DivergencePlan(passes * logits, scratch)
+    wide = torch.promote_types(hidden.dtype, torch.float32).itemsize
+    sums = n * h * wide if hidden.requires_grad and itemsize < wide else 0
+    wanted = hidden.requires_grad + weight.requires_grad
+    return DivergencePlan((passes + 1) * logits + wanted, max(scratch, sums + gradient))

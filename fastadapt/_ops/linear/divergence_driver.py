@@ -1,0 +1,107 @@
+"""Divergence of two linear heads, tile by tile of their vocabulary, on any device.
+
+With 1M = one product of N H V: KL and reverse KL take 2M forward, of sums that are rescaled as the
+maxima grow, and JSD the same where a device keeps the logits of a block of rows for its second
+pass, else 4M. The backward takes 2M for the logits and 1M for each of dhidden and dweight.
+"""
+
+import torch
+from torch import Tensor
+
+from fastadapt._C import (
+    CENTRE,
+    DIVERGENCE,
+    JSD,
+    KL,
+    NUM_PAIR_STATS,
+    STUDENT_MAX,
+    STUDENT_SUM,
+    TEACHER_MAX,
+    TEACHER_SUM,
+)
+from fastadapt._ops.linear.driver import Triple, empty_gradients
+from fastadapt._ops.linear.pairs import PairProblem, PairWork
+
+LAWS = {True: (TEACHER_SUM, STUDENT_SUM), False: (STUDENT_SUM, TEACHER_SUM)}  # of KL, reverse KL
+
+
+def empty_outputs(problem: PairProblem) -> tuple[Tensor, Tensor]:
+    """Allocates divergences and statistics."""
+    hidden = problem.hidden
+    n, wide = hidden.shape[0], torch.promote_types(hidden.dtype, torch.float32)
+    stats = hidden.new_empty(n, NUM_PAIR_STATS, dtype=torch.float64)
+    return hidden.new_empty(n, dtype=wide), stats
+
+
+def forward(work: type[PairWork], problem: PairProblem) -> tuple[Tensor, Tensor]:
+    """Computes divergences and the statistics that the backward needs."""
+    values, all_stats = out = empty_outputs(problem)
+    student, teacher = problem.heads(problem.mask)
+    pair = work(student, teacher, problem)
+    n, v = student.hidden.shape[0], problem.weight.shape[0]
+    stats = all_stats.new_zeros(n, NUM_PAIR_STATS)
+    stats[:, [STUDENT_MAX, TEACHER_MAX]] = float("-inf")
+    mixes = problem.kind == JSD
+    block = work.mixture_rows(n, v, student.hidden.element_size()) if mixes else n
+    for begin in range(0, n, max(1, block)):
+        rows = slice(begin, min(begin + block, n))
+        for mixing in (False, True) if mixes else (False,):
+            for first, last in student.tiles(work.tile):
+                pair.sum_tile(first, last, rows, stats[rows], mixing=mixing)
+    student.scatter(_finish(stats, problem.kind), values)
+    student.scatter(stats, all_stats)
+    return out
+
+
+def _finish(stats: Tensor, kind: int) -> Tensor:
+    """Returns the divergences of summed statistics, (n,) float64, and sets the centres.
+
+    A divergence is not negative; what rounding leaves below 0 is 0. NaN stays.
+    """
+    if kind == JSD:
+        return stats[:, DIVERGENCE].clamp(min=0)
+    first, second = LAWS[kind == KL]
+    mean = stats[:, DIVERGENCE] / stats[:, first]
+    if kind != KL:
+        stats[:, CENTRE] = mean
+    return (mean + (stats[:, second].log() - stats[:, first].log())).clamp(min=0)
+
+
+def backward(
+    work: type[PairWork],
+    problem: PairProblem,
+    ddivergence: Tensor,
+    stats: Tensor,
+    wanted: list[bool],
+) -> Triple:
+    """Computes the student's gradients; each block of its head's is written once.
+
+    Rows without an upstream gradient are dropped like those that do not count.
+    """
+    hidden, weight = problem.hidden, problem.weight
+    takes = ddivergence != 0
+    student, teacher = problem.heads(takes if problem.mask is None else takes & problem.mask)
+    gains, stats = student.gather(ddivergence.double()).contiguous(), student.gather(stats)
+    pair = work(student, teacher, problem)
+    (n, h), v = student.hidden.shape, weight.shape[0]
+    dhidden, dweight, dbias = empty_gradients(hidden, weight, problem.bias, wanted)
+    pair.student.will_write(dweight)
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    whole = hidden.dtype == wide and student.places is None
+    sums = dhidden if whole else hidden.new_empty(n if wanted[0] else 0, h, dtype=wide)
+    sums.zero_()
+    width = pair.backward_tile()
+    buffer = hidden.new_empty(n * min(width, v))
+    ones = hidden.new_ones(1, n)
+    for first, last in student.tiles(width):
+        out = buffer[: n * (last - first)].view(n, last - first)
+        pair.gradient_tile(first, last, stats, gains, out)
+        if wanted[0]:
+            pair.student.add_product(sums, out, weight[first:last])
+        if wanted[1]:
+            torch.mm(out.t(), student.hidden, out=dweight[first:last])
+        if wanted[2]:
+            dbias[first:last] = torch.mm(ones, out)[0]
+    if wanted[0] and not whole:
+        pair.student.scatter(sums, None, student.places, dhidden)
+    return dhidden, dweight, dbias

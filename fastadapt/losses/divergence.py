@@ -1,0 +1,176 @@
+"""Distillation: the divergence of a student's next-token law from a teacher's, without logits."""
+
+import torch
+from torch import Tensor
+
+from fastadapt._ops.checks import fold_rows, instance, number, one_of, per_row
+from fastadapt._ops.linear import divergence as divergence_ops
+from fastadapt._ops.linear.divergence import KINDS
+from fastadapt._ops.linear.divergence import plan_of as plan_of
+
+
+def linear_divergence(
+    hidden: Tensor,
+    weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    *,
+    bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    teacher_softcap: float | None = None,
+    teacher_logit_scale: float = 1.0,
+    temperature: float = 1.0,
+    kind: str = "kl",
+    beta: float = 0.5,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Returns a student's divergence from a teacher, one value a row, without their logits.
+
+    With `z = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap)` and its law
+    `p = softmax(z / temperature)`, the teacher's `q` alike, a row has, in nats,
+
+    - "kl": KL(q || p) = sum of q ln(q / p), which spreads the student over what the teacher does;
+    - "reverse_kl": KL(p || q), which keeps it to what the teacher finds likely;
+    - "jsd": beta KL(q || m) + (1 - beta) KL(p || m), m = beta q + (1 - beta) p, the generalised
+      Jensen-Shannon divergence of Agarwal et al. 2024 (arXiv 2306.13649, equation 1). As in trl's
+      GKD, beta = 0 is "kl" and beta = 1 is "reverse_kl", to which it tends when it is divided by
+      beta or by 1 - beta.
+
+    The temperature divides both logits, and nothing is multiplied by its square. 0 ln 0 is 0: an id
+    that both forbid (a bias of -inf) adds nothing. One that only the teacher allows with "kl", or
+    only the student with "reverse_kl", makes the value +inf, with the latter without a finite
+    gradient. What lies more than 87 nats below the largest logit of a tile counts as 0, except in
+    float64. A row whose logits are NaN, +inf or all -inf is NaN.
+
+    Logits are made tile by tile, 2048 ids at a time (8192 on CUDA), by torch's products: in the
+    dtype of the inputs on the CPU, in float32 on CUDA (TF32 of float32 inputs if torch is told to
+    use it; half precision needs torch 2.8). Sums are float32 over at most 1024 logits of a row
+    (a tile on CUDA) and float64 beyond; float64 inputs are float64 throughout. Equal laws give 0
+    where their logits are the same bits, else 2e-7 or so; no value is negative.
+
+    With 1M = one product of N * H * V the forward takes 2M and the backward 4M, 3M where the
+    student's head is frozen: logits are made again, not kept. On CUDA the forward of "jsd" makes
+    them twice. Beside inputs and gradients are held two tiles of logits, with "jsd" on the CPU the
+    logits of as many rows as fit 128 MiB, and in the backward N H numbers of float32;
+    `fastadapt.losses.divergence.plan_of` tells both. The gradient of each block of the head
+    is finished in one product and rounded once. Rows that do not count, and in the backward those
+    without an upstream gradient, are dropped before the first product; on CUDA that waits for the
+    device. A row depends on no other as far as torch's products compute equal rows alike.
+
+    Examples:
+        >>> hidden, teacher_hidden = torch.zeros(2, 4), torch.ones(2, 8)
+        >>> weight, teacher_weight = torch.zeros(3, 4), torch.eye(3, 8)
+        >>> mask = torch.tensor([True, False])
+        >>> linear_divergence(hidden, weight, teacher_hidden, 2 * teacher_weight, mask=mask)
+        tensor([0., 0.])
+        >>> teacher_weight[0] *= 3
+        >>> linear_divergence(hidden, weight, teacher_hidden, teacher_weight, kind="jsd")
+        tensor([0.1087, 0.1087])
+
+    Args:
+        hidden (Tensor): (..., H), float32, bfloat16, float16, or float64 (for checks). Under
+            autocast all of these and the next three are cast to its dtype.
+        weight (Tensor): (V, H), dtype of `hidden`.
+        teacher_hidden (Tensor): (..., H of the teacher), dtype and leading shape of `hidden`. The
+            teacher is a constant: an input of its that requires a gradient is refused.
+        teacher_weight (Tensor): (V, H of the teacher), dtype of `hidden`; `weight.detach()`
+            for a head of both.
+        bias (Tensor | None): (V,), dtype of `hidden`; -inf forbids an id.
+        teacher_bias (Tensor | None): (V,), dtype of `hidden`.
+        softcap (float | None): above 0, bounds the student's logits smoothly.
+        logit_scale (float): finite, multiplies the student's logits before the cap.
+        teacher_softcap (float | None): as `softcap`.
+        teacher_logit_scale (float): as `logit_scale`.
+        temperature (float): above 0, divides both logits after the caps.
+        kind (str): "kl", "reverse_kl" or "jsd".
+        beta (float): in [0, 1], the teacher's share in the mixture of "jsd"; else of no effect.
+        mask (Tensor | None): `hidden.shape[:-1]`, bool, the rows that count; the others are 0 and
+            have no gradient. None: all.
+
+    Returns:
+        Tensor: `hidden.shape[:-1]`, float32 (float64 for float64 inputs), nats, in [0, +inf], at
+        most ln 2 with "jsd". Differentiable in `hidden`, `weight` and `bias`; raises when
+        differentiated twice.
+
+    Raises:
+        TypeError: inputs of another dtype than `hidden`'s, a kind that is no string.
+        ValueError: shapes or devices that do not agree, a teacher that requires a gradient, an
+            unknown kind, a number out of its range.
+    """
+    rows, teacher_rows = fold_rows("hidden", hidden), fold_rows("teacher_hidden", teacher_hidden)
+    if hidden.shape[:-1] != teacher_hidden.shape[:-1]:
+        expected = (*hidden.shape[:-1], teacher_hidden.shape[-1])
+        raise ValueError(
+            f"teacher_hidden: expected shape {expected}, got {tuple(teacher_hidden.shape)}"
+        )
+    instance("weight", weight, Tensor, "a Tensor")
+    v = weight.shape[0] if weight.dim() == 2 else 0
+    _check_matrix("weight", weight, rows, "V", v)
+    _check_matrix("teacher_weight", teacher_weight, teacher_rows, v, v)
+    given = {"weight": weight, "teacher_hidden": teacher_hidden, "teacher_weight": teacher_weight}
+    for name, vector in (("bias", bias), ("teacher_bias", teacher_bias)):
+        if vector is not None:
+            instance(name, vector, Tensor, "a Tensor or None")
+            if vector.shape != (v,):
+                raise ValueError(f"{name}: expected shape ({v},), got {tuple(vector.shape)}")
+            given[name] = vector
+    _check_alike(rows, given)
+    flat = None if mask is None else per_row("mask", mask, torch.bool, hidden.shape[:-1], rows)
+    temperature = float(number("temperature", temperature, positive=True))
+    one_of("kind", kind, tuple(KINDS))
+    beta = float(number("beta", beta))
+    if beta > 1:
+        raise ValueError(f"beta: expected a value in [0, 1], got {beta}")
+    if kind == "jsd" and beta in (0.0, 1.0):
+        kind = "reverse_kl" if beta else "kl"
+    values: Tensor
+    values, _ = divergence_ops.linear_divergence(
+        rows,
+        weight,
+        bias,
+        teacher_rows,
+        teacher_weight,
+        teacher_bias,
+        flat,
+        _cap("softcap", softcap) / temperature,
+        float(number("logit_scale", logit_scale, signed=True)) / temperature,
+        _cap("teacher_softcap", teacher_softcap) / temperature,
+        float(number("teacher_logit_scale", teacher_logit_scale, signed=True)) / temperature,
+        KINDS[kind],
+        beta,
+    )
+    return values.view(hidden.shape[:-1])
+
+
+def _cap(name: str, softcap: float | None) -> float:
+    """Returns a cap as the operator has it, 0 for none."""
+    return 0.0 if softcap is None else float(number(name, softcap, positive=True))
+
+
+def _check_matrix(name: str, weight: Tensor, rows: Tensor, expected: str | int, v: int) -> None:
+    """Raises unless a head fits its states and has V >= 1 ids."""
+    instance(name, weight, Tensor, "a Tensor")
+    if v == 0 or weight.shape != (v, rows.shape[1]):
+        least = ", V >= 1" if expected == "V" else ""
+        raise ValueError(
+            f"{name}: expected shape ({expected}, {rows.shape[1]}){least}, "
+            f"got {tuple(weight.shape)}"
+        )
+
+
+def _check_alike(hidden: Tensor, given: dict[str, Tensor]) -> None:
+    """Checks devices, dtypes but for those that autocast makes equal, and the teacher."""
+    casts = torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64
+    for name, x in given.items():
+        if not x.is_floating_point():  # codes of a quantised head: autocast would cast them
+            raise TypeError(f"{name}: expected floating-point numbers, got {x.dtype}")
+        if x.dtype != hidden.dtype and not casts:
+            raise TypeError(f"{name}: expected {hidden.dtype} as hidden, got {x.dtype}")
+        if x.device != hidden.device:
+            raise ValueError(f"{name}: expected device {hidden.device}, got {x.device}")
+        if name.startswith("teacher") and x.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"{name}: expected a teacher without a gradient, got requires_grad=True; detach it"
+            )
