@@ -40,7 +40,7 @@ ERROR_ROWS = 256  # of the float64 truth
 WARM_UP_IDS = 8192
 
 
-def _shape(text: str) -> tuple[int, int, int]:
+def shape_of(text: str) -> tuple[int, int, int]:
     """N,H,V."""
     n, h, v = (int(part) for part in text.split(","))
     if min(n, h, v) < 1:
@@ -52,7 +52,7 @@ BENCHMARK = Benchmark(
     "losses",
     __doc__,
     {
-        "shapes": Axis(SHAPES, [SHAPES[1]], kind=_shape, metavar="N,H,V"),
+        "shapes": Axis(SHAPES, [SHAPES[1]], kind=shape_of, metavar="N,H,V"),
         "dtypes": Axis(tuple(DTYPES), ["bfloat16"]),
         "heads": Axis(("trainable", "frozen")),
         "peers": Axis(tuple(LOSS_PEERS), ["plain", "trl", "liger"], may_be_empty=True),

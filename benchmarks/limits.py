@@ -165,6 +165,16 @@ def losses_limits(record: Record) -> list[Limit]:
     ]
 
 
+def divergence_limits(record: Record) -> list[Limit]:
+    """The demands on `linear_divergence`."""
+    label = "time to that of its products, forward and backward, {} head, worst cell"
+    found = []
+    for head in ("trainable", "frozen"):
+        cells = [c for c in record["cells"] if c["head"] == head]
+        found.append(_worst(label.format(head), _medians(cells, "to_products"), 1.15))
+    return found
+
+
 def gpu_losses_limits(record: Record) -> list[Limit]:
     """The demands on `linear_log_odds` on a GPU: times of calls in turns, peaks over inputs."""
     few, many = ({c["task"]: c for c in record["cells"] if c["n"] == n} for n in GPU_ROWS)
@@ -293,6 +303,7 @@ LIMITS: dict[str, Callable[[Record], list[Limit]]] = {
     "gpu_sampling": gpu_sampling_limits,
     "score": score_limits,
     "losses": losses_limits,
+    "divergence": divergence_limits,
     "gpu_losses": gpu_losses_limits,
     "train_preferences": train_limits,
     "tradeoff": tradeoff_limits,

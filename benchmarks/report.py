@@ -196,7 +196,7 @@ TABLES: dict[str, Callable[..., str]] = {
     name: functools.partial(block, name)
     for name in (
         *("generation", "sampling", "gpu_redesign", "gpu_sampling", "score", "losses"),
-        *("gpu_losses", "train_preferences", "trainer", "tradeoff", "tracker"),
+        *("divergence", "gpu_losses", "train_preferences", "trainer", "tradeoff", "tracker"),
     )
 } | dict.fromkeys(
     ("gpu_sampling_earlier", "gpu_sampling_peers"), functools.partial(block, "gpu_sampling")
