@@ -576,16 +576,24 @@ def test_the_plan_is_carried_out(kind, wants, products):
         assert plan_of(*leaves, given["teacher_hidden"], kind=kind).products == 1.5
 
 
-@pytest.mark.parametrize(("kind", "logits"), [("kl", 2048), ("reverse_kl", 2048), ("jsd", 49_152)])
-def test_peaks_of_the_plan(kind, logits):
+@pytest.mark.parametrize("kind", KINDS)
+def test_peaks_of_the_plan(kind):
     """Two tiles, or both logits of the rows that fit 128 MiB; the sums of dhidden, two tiles."""
-    hidden = torch.zeros(1024, 576, dtype=torch.bfloat16, requires_grad=True)
-    weight = torch.zeros(49_152, 576, dtype=torch.bfloat16, device="meta", requires_grad=True)
-    rows = min(1024, (1 << 27) // (4 * logits)) if kind == "jsd" else 1024
-    tiles = 2 * 1024 * 2048 * 2
-    expected = max(2 * rows * logits * 2, 1024 * 576 * 4 + tiles)
-    assert plan_of(hidden, weight, hidden, kind=kind).peak_bytes == expected
-    assert rows == (682 if kind == "jsd" else 1024)
-    assert CpuPair.mixture_rows(1024, 1 << 22, 4) == 64
-    assert CpuPair.scratch_bytes(10, 100, 4, JSD) == (8000, 8000)
-    assert math.isclose(2 * 682 * 49_152 * 2 / 2**27, 1, rel_tol=2e-3)
+    n, h, v = 1024, 576, 49_152
+    hidden = torch.zeros(n, h, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.zeros(v, h, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    tiles = 2 * n * 2048 * 2
+    forward = 2 * (n // 2) * v * 2 if kind == "jsd" else tiles
+    assert plan_of(hidden, weight, hidden, kind=kind).peak_bytes == max(forward, n * h * 4 + tiles)
+    assert forward <= 1 << 27
+
+
+@pytest.mark.parametrize(
+    ("n", "v", "rows"),
+    [(0, 100, 0), (10, 100, 10), (682, 49_152, 682), (683, 49_152, 342), (1024, 49_152, 512),
+     (4096, 49_152, 586), (1000, 1 << 22, 63), (64, 1 << 22, 64)],
+)  # fmt: skip
+def test_rows_of_a_mixture(n, v, rows):
+    """As many as fit, in blocks of equal size; no block is left with a few rows."""
+    assert CpuPair.mixture_rows(n, v, 2) == rows
+    assert CpuPair.scratch_bytes(n, v, 2, JSD)[0] == 2 * rows * v * 2

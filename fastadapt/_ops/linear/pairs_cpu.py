@@ -28,8 +28,10 @@ class CpuPair(PairWork):
 
     @classmethod
     def mixture_rows(cls, n: int, v: int, itemsize: int) -> int:
-        """Returns the rows whose logits take 128 MiB, at least 64."""
-        return min(n, max(LEAST_ROWS, MIXTURE_BYTES // (2 * v * itemsize)))
+        """Returns the rows of equal blocks whose logits fit 128 MiB, or of 64 rows."""
+        most = max(LEAST_ROWS, MIXTURE_BYTES // (2 * v * itemsize))
+        blocks = max(1, -(-n // most))
+        return -(-n // blocks)
 
     @classmethod
     def makes_again(cls) -> bool:
