@@ -1,7 +1,8 @@
 """Divergence of two heads between the products of two tiles of their vocabulary.
 
-One program has one row of a tile. Statistics of a row are those of csrc/kernels.h, from tile to
-tile float64; arithmetic within a tile is float32, of float64 heads float64.
+One program has one row of a tile, in the gradient a part of it. Statistics of a row are those of
+csrc/kernels.h, from tile to tile float64; arithmetic within a tile is float32, of float64 heads
+float64.
 """
 
 from typing import Any, NamedTuple
@@ -193,7 +194,7 @@ def pair_gradient_kernel(sides, stats, gains, out, out_stride, KIND: tl.constexp
     distances to both maxima for reverse KL and (1 - beta) ln(p / m) for JSD.
     """
     at = tl.program_id(0).to(tl.int64)
-    ids = tl.arange(0, sides.student_kind.BLOCK)
+    ids = tl.program_id(1) * sides.student_kind.BLOCK + tl.arange(0, sides.student_kind.BLOCK)
     s, t, unit = _load_pair(sides, ids)
     stats += at * NUM_PAIR_STATS
     gain = tl.load(gains + at) * tl.load(sides.student.numbers)

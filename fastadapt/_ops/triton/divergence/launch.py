@@ -11,6 +11,8 @@ from fastadapt._ops.triton import linear
 from fastadapt._ops.triton.divergence import kernels
 from fastadapt._ops.triton.launch_linear import BY_TILE
 
+GRADIENT_BLOCK = 4096  # ids of a program; with 8192 that of JSD and a cap spills on sm_80
+
 
 class Side(NamedTuple):
     """Products of some rows with a tile of one head, and how to make logits of them."""
@@ -38,20 +40,18 @@ def _tile(side: Side) -> linear.Tile:
     return linear.Tile(x, x.stride(0), side.first, x.shape[1], x, bias, side.numbers)
 
 
-def _kind(side: Side) -> linear.Kind:
-    """Returns the compile-time constants of a tile."""
-    x = side.products
-    values = (
-        *(side.bias is not None, side.capped, False, False, False),
-        *(x.dtype == torch.float64, triton.next_power_of_2(x.shape[1])),
-    )
+def _kind(side: Side, block: int) -> linear.Kind:
+    """Returns the compile-time constants of a tile, of which a program has a block."""
+    double = side.products.dtype == torch.float64
+    values = side.bias is not None, side.capped, False, False, False, double, block
     return linear.Kind(*(tl.constexpr(value) for value in values))
 
 
-def _sides(pair: Pair) -> kernels.Sides:
+def _sides(pair: Pair, block: int) -> kernels.Sides:
     """Bundles both tiles."""
     student, teacher = pair.student, pair.teacher
-    return kernels.Sides(_tile(student), _tile(teacher), _kind(student), _kind(teacher), pair.beta)
+    kinds = _kind(student, block), _kind(teacher, block)
+    return kernels.Sides(_tile(student), _tile(teacher), *kinds, pair.beta)
 
 
 def sum_tile(pair: Pair, stats: Tensor, *, mixing: bool) -> None:
@@ -59,17 +59,19 @@ def sum_tile(pair: Pair, stats: Tensor, *, mixing: bool) -> None:
     n = stats.shape[0]
     if n == 0:
         return
+    sides = _sides(pair, triton.next_power_of_2(pair.student.products.shape[1]))
     if mixing:
-        kernels.pair_mixing_kernel[(n,)](_sides(pair), stats, **BY_TILE)
+        kernels.pair_mixing_kernel[(n,)](sides, stats, **BY_TILE)
     else:
-        kernels.pair_sum_kernel[(n,)](_sides(pair), stats, KIND=pair.kind, **BY_TILE)
+        kernels.pair_sum_kernel[(n,)](sides, stats, KIND=pair.kind, **BY_TILE)
 
 
 def gradient_tile(pair: Pair, stats: Tensor, gains: Tensor, out: Tensor) -> None:
     """Computes the gradient of a tile of the student's products."""
-    n = out.shape[0]
+    n, width = out.shape
     if n == 0:
         return
-    kernels.pair_gradient_kernel[(n,)](
-        _sides(pair), stats, gains, out, out.stride(0), KIND=pair.kind, **BY_TILE
+    block = min(GRADIENT_BLOCK, triton.next_power_of_2(width))
+    kernels.pair_gradient_kernel[(n, triton.cdiv(width, block))](
+        _sides(pair, block), stats, gains, out, out.stride(0), KIND=pair.kind, **BY_TILE
     )
