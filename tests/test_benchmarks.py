@@ -170,8 +170,8 @@ def test_figure_of_the_readme_is_of_its_result():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--shapes", "3,4"], "invalid _shape value: '3,4'"),
-        (["--shapes", "3,0,5"], "invalid _shape value: '3,0,5'"),
+        (["--shapes", "3,4"], "invalid shape_of value: '3,4'"),
+        (["--shapes", "3,0,5"], "invalid shape_of value: '3,0,5'"),
         (["--heads", "none"], "invalid choice: 'none'"),
     ],
 )
