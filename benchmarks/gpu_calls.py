@@ -20,6 +20,7 @@ from fastadapt import (
     sample,
     score,
 )
+from fastadapt._ops.linear.divergence import KINDS
 from fastadapt._ops.linear.driver import RECOMPUTE
 
 DTYPES = {
@@ -81,7 +82,7 @@ def calls(dtype: str, thorough: bool, ones: bool) -> Iterator[Call]:
                 yield Call(f"{name}, {dtype}{size}", run)
         for name, run in _adapted(rows).items():
             yield Call(f"{name}, {dtype}{size}", run)
-        for name, run in {**_losses(rows), **_linear(rows)}.items():
+        for name, run in {**_losses(rows), **_linear(rows), **_pairs(rows)}.items():
             yield Call(f"{name}, {dtype}{size}", run, exact=False)
 
 
@@ -144,6 +145,29 @@ def _linear(rows: Tensor) -> dict[str, Callable[[], object]]:
         for kept, budget in (("", 0), (", logits kept", 1 << 30)):
             found[f"trained {name}{kept}"] = partial(_train_head, problem, budget)
     return found
+
+
+def _pairs(rows: Tensor) -> dict[str, Callable[[], object]]:
+    """Divergences of two heads, and their gradients."""
+    n, v = min(len(rows), 8), min(rows.shape[1], HEAD)
+    width = WIDTH if v > 1 else 1
+    hidden, weight, bias = rows.new_zeros(n, width), rows.new_zeros(v, width), rows.new_zeros(v)
+    found: dict[str, Callable[[], object]] = {}
+    for name, number in KINDS.items():
+        for words, some, cap in (("heads", None, 0.0), ("capped heads", bias, 30.0)):
+            side = hidden, weight, some
+            problem = *side, *side, None, cap, 1.0, cap, 1.0, number, 0.5
+            found[f"{name} of {words}"] = partial(_train_pair, problem)
+    return found
+
+
+def _train_pair(problem: tuple[Any, ...]) -> object:
+    """A forward and a backward with all gradients."""
+    values, stats = torch.ops.fastadapt.linear_divergence(*problem)
+    wanted = [True, True, problem[2] is not None]
+    return torch.ops.fastadapt.linear_divergence_backward(
+        torch.ones_like(values), stats, *problem, wanted=wanted
+    )
 
 
 def _train_head(problem: tuple[Any, ...], kept_bytes: int) -> object:

@@ -152,7 +152,7 @@ def never_met(work: Sequence[Work]) -> list[str]:
     """The kernels of the package that no call launches: functions of Triton's named *_kernel."""
     met = {(one.source.module, one.source.kernel) for one in work}
     found = []
-    for module in pkgutil.iter_modules(kernels.__path__, f"{kernels.__name__}."):
+    for module in pkgutil.walk_packages(kernels.__path__, f"{kernels.__name__}."):
         for name, value in vars(import_module(module.name)).items():
             own = isinstance(value, JITFunction) and value.fn.__module__ == module.name
             if own and name.endswith("_kernel") and (module.name, name) not in met:

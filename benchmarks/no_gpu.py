@@ -23,8 +23,10 @@ from triton.compiler import ASTSource
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from fastadapt._ops.linear import divergence
 from fastadapt._ops.linear import operator as linear
 from fastadapt._ops.linear.cuda import CudaWork, DoubleCudaWork
+from fastadapt._ops.linear.pairs_cuda import CudaPair, DoubleCudaPair
 
 WARP = 32
 
@@ -150,12 +152,16 @@ def recorded(target: int) -> Iterator[Calls]:
     def work_of(hidden: torch.Tensor) -> type[CudaWork]:
         return DoubleCudaWork if hidden.dtype == torch.float64 else CudaWork
 
+    def pairs_of(hidden: torch.Tensor) -> type[CudaPair]:
+        return DoubleCudaPair if hidden.dtype == torch.float64 else CudaPair
+
     before = driver._active
     driver.set_active(_Driver(target, calls.launches))
     try:
         with (
             mock.patch.object(JITFunction, "_do_compile", _do_not_compile),
             mock.patch.object(linear, "work_of", work_of),
+            mock.patch.object(divergence, "work_of", pairs_of),
             AsOnCuda(calls.operators),
         ):
             yield calls
