@@ -224,7 +224,7 @@ enum PairStat : int {
   kTeacherSum,
   kDivergence,  // of kKl, kReverseKl: e^(z - m) of the expectation's law times the difference of
                 // both z - m, summed; of kJsd the divergence
-  kCentre,  // of the gradient: the mean, under the student, of what the divergence averages
+  kCentre,      // of the gradient: the mean, under the student, of what the divergence averages
   kNumPairStats
 };
 
