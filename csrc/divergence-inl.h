@@ -76,8 +76,8 @@ struct PairStretch {
         teacher_map{static_cast<const Real*>(a.teacher_bias), a.teacher_scale, a.teacher_cap} {
     const T* x = static_cast<const T*>(a.rows.data) + r * a.rows.stride;
     const T* y = static_cast<const T*>(a.teacher) + r * a.teacher_stride;
-    student_high = student.fill(x, student_map, a.rows.v, -1);
-    teacher_high = teacher.fill(y, teacher_map, a.rows.v, -1);
+    student_high = student.fill(x, student_map, a.rows.v, {nullptr, 0, 0});
+    teacher_high = teacher.fill(y, teacher_map, a.rows.v, {nullptr, 0, 0});
   }
 
   // Calls f(i, z - m of the student, z - m of the teacher) for each vector from `begin` to `end`.

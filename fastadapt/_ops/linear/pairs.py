@@ -54,10 +54,10 @@ def _head(
     """One head with the rows at `index`."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
     bias = None if bias is None else bias.to(wide).contiguous()
-    labels = hidden.new_empty(0, dtype=torch.int64)
     if index is not None:
         hidden = hidden.index_select(0, index)
-    return Head(hidden, weight, labels, index, bias, softcap, scale)
+    labels = hidden.new_empty(hidden.shape[0], 0, dtype=torch.int64)
+    return Head(hidden, weight, labels, labels >= 0, index, bias, softcap, scale)
 
 
 class PairWork(ABC):

@@ -73,10 +73,7 @@ def _tanh(x, DOUBLE: tl.constexpr):
 
 @triton.jit
 def _load_tile(tile, ids, kind):
-    """Returns a row's logits, -inf at labels and past the end; z / cap, products, which are labels.
-
-    Without a cap z / cap is 0.
-    """
+    """Returns a row's logits, -inf past the end, with z / cap (0 without a cap) and products."""
     row = tile.products + tl.program_id(0).to(tl.int64) * tile.stride
     inside = ids < tile.width
     x = tl.load(row + ids, mask=inside, other=0.0)
@@ -90,11 +87,17 @@ def _load_tile(tile, ids, kind):
         cap = tl.load(tile.numbers + 1).to(z.dtype)
         unit = _tanh(z / cap, kind.DOUBLE)
         z = unit * cap
+    return tl.where(inside, z, NOTHING), unit, x
+
+
+@triton.jit
+def _is_label(tile, ids, x, kind):
+    """Returns which entries of a tile are labels, from its products."""
     if kind.MARKED:
-        out = x == NOTHING
+        found = x == NOTHING
     else:
-        out = ids == tl.load(tile.labels + tl.program_id(0)) - tile.first
-    return tl.where(inside & (out == 0), z, NOTHING), unit, x, out
+        found = ids == tl.load(tile.labels + tl.program_id(0)) - tile.first
+    return found
 
 
 @triton.jit
@@ -106,8 +109,10 @@ def tile_sum_kernel(tile, stats, shrinks, exps, kept, kept_stride, kind):
     """
     at = tl.program_id(0).to(tl.int64)
     ids = tl.arange(0, kind.BLOCK)
-    z, unit, x, out = _load_tile(tile, ids, kind)
+    z, unit, x = _load_tile(tile, ids, kind)
     inside = ids < tile.width
+    label = _is_label(tile, ids, x, kind)
+    z = tl.where(label, NOTHING, z)
     if kind.KEEP:
         tl.store(kept + at * kept_stride + ids, x.to(kept.dtype.element_ty), mask=inside)
     stats += at * NUM_TILE_STATS
@@ -134,7 +139,7 @@ def tile_sum_kernel(tile, stats, shrinks, exps, kept, kept_stride, kind):
         tl.store(stats + OTHERS_REST, rest + here.to(tl.float64))
     if kind.EXPS:
         tl.store(shrinks + at, shrink)
-        e = tl.where(out, 0.0, e * (1.0 - unit * unit)) if kind.CAPPED else e
+        e = tl.where(label, 0.0, e * (1.0 - unit * unit)) if kind.CAPPED else e
         tl.store(exps + at * tile.width + ids, e.to(exps.dtype.element_ty), mask=inside)
 
 
@@ -157,7 +162,8 @@ def tile_gradient_kernel(tile, stats, gains, out, out_stride, kind):
         nothing = tl.zeros([kind.BLOCK], tl.float32)
         tl.store(out + ids, nothing.to(out.dtype.element_ty), mask=inside)
     else:
-        z, unit, _, label = _load_tile(tile, ids, kind)
+        z, unit, x = _load_tile(tile, ids, kind)
+        label = _is_label(tile, ids, x, kind)
         scale = tl.load(tile.numbers)
         d = z - tl.load(stats + at * NUM_TILE_STATS + OTHERS_MAX).to(z.dtype)
         e = tl.exp(d)

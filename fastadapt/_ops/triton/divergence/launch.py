@@ -43,7 +43,8 @@ def _tile(side: Side) -> linear.Tile:
 def _kind(side: Side, block: int) -> linear.Kind:
     """Returns the compile-time constants of a tile, of which a program has a block."""
     double = side.products.dtype == torch.float64
-    values = side.bias is not None, side.capped, False, False, False, double, block
+    flags = side.bias is not None, side.capped, *[False] * 4
+    values = *flags, double, block
     return linear.Kind(*(tl.constexpr(value) for value in values))
 
 
