@@ -6,7 +6,8 @@
 Every kernel is specialised by Triton's just-in-time path for the arguments that the launches give
 it, and compiled for GPUs of three kinds. Whatever spills, has a stack or local memory, fuses
 multiplications with additions or takes more shared memory than the GPU has fails, and so does a
-kernel that no call launches. `--check` compares with a record: registers, stack, barriers,
+kernel that no call launches. With a record, more specialisations or calls of PyTorch than a server
+should meet fail, too. `--check` compares with a record: registers, stack, barriers,
 specialisations and launches must be the same, instructions within 3 %; a line for each difference.
 It needs the version of Triton that made the record.
 
@@ -45,7 +46,7 @@ from fastadapt import Adaptor
 from fastadapt._ops import triton as kernels
 from gpu_calls import DTYPES, OUTPUTS, calls, draw, per_row
 from gpu_predictions import NOTES, predictions
-from gpu_static_check import differences, refuse_another
+from gpu_static_check import ALL, differences, refuse_another, too_many
 from harness import Axis, Benchmark, Flag, Option, progress
 from machine_code import SHARED_KIB, Demand, code_of, demand_of
 from no_gpu import Launch, Source, compiled, recorded
@@ -58,7 +59,7 @@ VOCABULARIES = (50_257, 128_256, 151_936, 262_144)
 CALL = 64, 128_256  # N and V of the calls whose launches are counted
 BYTES = {"*fp64": 8, "*fp32": 4, "*bf16": 2, "*fp16": 2}
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
-PER_ROW, ALL = "per row", "all of these"
+PER_ROW = "per row"
 Cell = dict[str, Any]
 Item, Result = TypeVar("Item"), TypeVar("Result")
 BENCHMARK = Benchmark(
@@ -109,6 +110,7 @@ def main(options: argparse.Namespace, record: dict[str, Any]) -> bool:
         for complaint in demand.complaints(one.source.target, one.exact)
     ]
     wrong += [f"{name}: expected a launch, got none" for name in never_met(work)]
+    wrong += too_many(record)
     if before is not None:
         wrong += differences(before, record)
     lines = [*most_of(record["kernels"]), *wrong]
@@ -208,23 +210,28 @@ def specialisations(
     outputs: Sequence[str] = tuple(OUTPUTS),
     adaptors: Sequence[str] = (*GPU_ADAPTORS, PER_ROW),
 ) -> list[Cell]:
-    """How many of each kernel all batches together meet: by V, type, outputs and adaptor."""
-    cells = []
+    """How many of each kernel all batches together meet: by V, type, outputs and adaptor.
+
+    The last cells are of all adaptors and outputs for one V, what a server can meet, and of all V
+    and outputs for one adaptor.
+    """
+    met: dict[tuple[Any, ...], list[Launch]] = {}
     for v, dtype in itertools.product(vocabularies, dtypes):
         rows = torch.empty(max(batches), v, dtype=DTYPES[dtype])
-        together: list[Launch] = []
         for asked, name in itertools.product(outputs, adaptors):
-            met: list[Launch] = []
+            launches = []
             for n in batches:
                 with recorded(COUNTED_FOR) as got:
                     draw(rows[:n], _adaptor(name, n), OUTPUTS[asked])
-                met += got.launches
-            case = {"vocabulary": v, "dtype": dtype, "outputs": asked, "adaptor": name}
-            cells.append({**case, "kernels": _distinct(met)})
-            together += met
-        case = {"vocabulary": v, "dtype": dtype, "outputs": ALL, "adaptor": ALL}
-        cells.append({**case, "kernels": _distinct(together)})
-    return cells
+                launches += got.launches
+            for case in ((v, asked, name), (v, ALL, ALL), (ALL, ALL, name)):
+                met.setdefault((case[0], dtype, *case[1:]), []).extend(launches)
+    names = "vocabulary", "dtype", "outputs", "adaptor"
+    in_order = sorted(met, key=lambda case: case.count(ALL))
+    return [
+        {**dict(zip(names, case, strict=True)), "kernels": _distinct(met[case])}
+        for case in in_order
+    ]
 
 
 def _adaptor(name: str, n: int) -> Adaptor:

@@ -14,6 +14,10 @@ PARTS: dict[str, tuple[Sequence[str], Sequence[str]]] = {
     "specialisations": (("vocabulary", "dtype", "outputs", "adaptor"), ("kernels",)),
     "calls": (("batch", "vocabulary", "outputs", "adaptor"), ("launches", "kernels")),
 }
+ALL = "all of these"  # in the place of a vocabulary, of outputs, of an adaptor
+# of a kernel by all batches, vocabularies and outputs for one adaptor; of all kernels by all
+# batches, adaptors and outputs for one vocabulary; calls of PyTorch for one of `sample`
+MOST_OF_A_KERNEL, MOST_OF_A_SERVER, MOST_ATEN_CALLS = 3, 12, 8
 Record = Mapping[str, Any]
 
 
@@ -49,3 +53,20 @@ def _changes(old: Record, new: Record, fields: Sequence[str]) -> Iterator[str]:
     were, are = old.get("instructions", 0), new.get("instructions", 0)
     if abs(are - were) > INSTRUCTIONS_WITHIN * were:
         yield f"instructions {were} before, {are} now"
+
+
+def too_many(record: Record) -> Iterator[str]:
+    """A line for each count that is larger than it should be."""
+    for cell in record.get("specialisations", ()):
+        where = f"{cell['vocabulary']} {cell['dtype']} {cell['adaptor']}"
+        numbers = cell["kernels"]
+        if cell["vocabulary"] == ALL:
+            for name, number in numbers.items():
+                if number > MOST_OF_A_KERNEL:
+                    yield f"{where}: {number} of {name}, expected at most {MOST_OF_A_KERNEL}"
+        elif (total := sum(numbers.values())) > MOST_OF_A_SERVER:
+            yield f"{where}: {total} specialisations, expected at most {MOST_OF_A_SERVER}"
+    for cell in record.get("calls", ()):
+        if cell["aten_calls"] > MOST_ATEN_CALLS:
+            where = f"{cell['outputs']} {cell['adaptor']}"
+            yield f"{where}: {cell['aten_calls']} aten calls, expected at most {MOST_ATEN_CALLS}"

@@ -50,7 +50,7 @@ with recorded(90) as again:
     launch(x, 3)
 """
 TOLD = """
-from gpu_static import BATCHES, specialisations
+from gpu_static import BATCHES, VOCABULARIES, calls_of, specialisations
 from machine_code import code_of, demand_of
 
 limited = [50_257], ["float32"], ["all outputs"], ["T+p"]
@@ -68,6 +68,8 @@ print(json.dumps({
     "demand": demand_of(binary, code_of(binary.asm["cubin"]), 4)._asdict(),
     "some": some,
     "every": every,
+    "vocabularies": specialisations(VOCABULARIES, (1, 64), ["float32"]),
+    "calls": calls_of(64, 128_256),
 }))
 """
 
@@ -222,7 +224,27 @@ def test_a_kernel_is_compiled_and_read(told):
 
 def test_batches_cover_all_specialisations(told):
     """Those that are counted for the record meet what 1 to 512 rows meet."""
-    assert told["some"] == told["every"] and len(told["some"]) == 2
+    assert told["some"] == told["every"] and len(told["some"]) == 3
+
+
+def test_a_server_meets_few_specialisations_and_few_calls_of_pytorch(told):
+    """12 with one vocabulary and dtype; of a kernel one for each size to which V is padded."""
+    cells, calls = told["vocabularies"], told["calls"]
+    assert list(gpu_static_check.too_many({"specialisations": cells, "calls": calls})) == []
+    servers = [x for x in cells if x["adaptor"] == gpu_static_check.ALL]
+    assert [sum(x["kernels"].values()) for x in servers] == [12] * 4
+    assert {x["aten_calls"] for x in calls if x["outputs"] == "no outputs"} == {5}
+    over = [{**servers[0], "kernels": {"a": 4, "b": 9}}]
+    over.append({**over[0], "vocabulary": gpu_static_check.ALL, "adaptor": "T"})
+    found = gpu_static_check.too_many(
+        {"specialisations": over, "calls": [{**calls[0], "aten_calls": 9}]}
+    )
+    assert [line.partition(": ")[2] for line in found] == [
+        "13 specialisations, expected at most 12",
+        "4 of a, expected at most 3",
+        "9 of b, expected at most 3",
+        "9 aten calls, expected at most 8",
+    ]
 
 
 def test_blocks_of_code_run_as_often_as_their_statements(monkeypatch):

@@ -64,7 +64,7 @@ def stages(monkeypatch):
         def __getitem__(self, grid):
             def run(*arguments, **rest):
                 kernel[grid](*arguments, **rest)
-                marks = arguments[3].marks[0]
+                marks = arguments[3].memory
                 seen.append((marks[rows.MARK_STAGE.value], bool(marks[rows.MARK_SPLIT.value])))
 
             return run

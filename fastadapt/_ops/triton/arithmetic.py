@@ -1,4 +1,4 @@
-"""The arithmetic of the sampling rule: masses, ranks, logarithm, exponential, random numbers.
+"""The arithmetic of the sampling rule: masses, ranks, bounds, logarithm, random numbers.
 
 Every operation is rounded separately: kernels that make masses are launched with
 `enable_fp_fusion=False`. Constants are those of `reference.arithmetic`.
@@ -8,6 +8,8 @@ import math
 
 import triton
 import triton.language as tl
+
+from fastadapt._ops.triton.bundles import Bounds
 
 LOG2E = tl.constexpr(1.4426950216)
 ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds to the nearest integer
@@ -132,3 +134,52 @@ def ceil64(value):
     """Returns the smallest integer above a non-negative float64 under 2^63."""
     whole = value.to(tl.int64)
     return whole + (whole.to(tl.float64) < value).to(tl.int64)
+
+
+@triton.jit
+def typicality(d, centre):
+    """Returns -kappa = -|d + U / Z|."""
+    return -tl.abs(d + centre)
+
+
+@triton.jit
+def survives(s, ids, m, bounds):
+    """Whether tokens survive under bounds."""
+    d = s - m
+    rank = ranks(keys(s), ids)
+    mass = exponentials(d).to(tl.int64)
+    alive = rank >= bounds.cut
+    alive &= (mass >= bounds.mass) | (rank >= bounds.guard)
+    alive &= (mass >= bounds.cutoff) | (rank >= bounds.cutoff_guard)
+    return alive & (ranks(keys(typicality(d, bounds.centre)), ids) >= bounds.band)
+
+
+@triton.jit
+def only_cut(bounds):
+    """Whether the survivors are exactly those from a rank up."""
+    free = ((bounds.mass == 0) | (bounds.guard == ANY_RANK)) & (bounds.band == ANY_RANK)
+    return free & ((bounds.cutoff == 0) | (bounds.cutoff_guard == ANY_RANK))
+
+
+@triton.jit
+def bounds_from(rank):
+    """Returns the bounds under which all tokens from a rank up survive."""
+    none = tl.full([], 0, tl.int64)
+    any_rank = none + ANY_RANK
+    return Bounds(none + rank, none, any_rank, none, any_rank, any_rank, none.to(tl.float32))
+
+
+@triton.jit
+def mass_target(part_of_z):
+    """Returns the mass up to which a nucleus takes tokens."""
+    return tl.maximum(ceil64(part_of_z * ALMOST), 1)
+
+
+@triton.jit
+def cutoff_of(by_eta, value, z, u):
+    """Returns the probability below which epsilon or eta drops a token."""
+    p = value
+    if by_eta:
+        entropy = log_mass(z) + u.to(tl.float64) / z.to(tl.float64)
+        p = tl.minimum(p, tl.sqrt(p) * exp64(-entropy))
+    return p

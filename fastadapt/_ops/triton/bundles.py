@@ -33,80 +33,61 @@ def row_at(rows, at):
     return rows.logits + at.to(tl.int64) * rows.stride
 
 
-class Adaptors(NamedTuple):
-    """Packed knobs. A virtual row is a row of logits under one adaptor; adaptors vary fastest."""
+class Scratch(NamedTuple):
+    """Memory of a call: a record for each virtual row, and where its parts lie, in int64.
 
-    knobs: Any  # (A, 8, R) float64, R = 1 or N
-    number: Any  # A
-    step: Any  # R, from a knob to the next
-    row_step: Any  # 1 where R is N, else 0
-    vllm: Any  # 1 where the order is vLLM's
+    A virtual row is a row of logits under one adaptor; adaptors vary fastest. What is of the row
+    whatever the adaptor is in the record of its first one. All but `memory` and `words` follow from
+    V and are known at compile time.
+    """
+
+    memory: Any  # (N A, RECORD) int64
+    words: Any  # counters, then histograms, that a call uses
+    RECORD: Any
+    BOUNDS: Any  # what the filters come to
+    SUMS: Any  # masses of blocks, the first of five such parts and one of int32
+    LARGEST: Any  # of tiles
+    SUPERS: Any  # of super-groups
+    GROUPS: Any  # of groups
+    LISTS: Any  # the first of two lists, each of scaled logits and ids
 
 
 class Parts(NamedTuple):
     """The largest logit of each tile, super-group and group of a row; NaN if one entry is NaN."""
 
-    largest: Any  # (N, splits) float32
-    supers: Any  # (N, number of them) float32
-    groups: Any  # (N, splits COLUMNS) float32
+    largest: Any  # (splits,) float32
+    supers: Any  # (number of them,) float32
+    groups: Any  # (splits COLUMNS,) float32
     splits: Any  # tiles of a row
 
 
-class Lists(NamedTuple):
-    """The tokens of each virtual row from a floor up, in no order."""
-
-    marks: Any  # (N A, step) int64, 0 before they count: what `rows` names, then masses by bin
-    floors: Any  # (N A,) float32
-    listed: Any  # (N A, ROOM) float32 and int32: scaled logits and ids
-    listed_ids: Any
-    spare: Any  # room for another list
-    spare_ids: Any
-    step: Any
-
-
 class Weights(NamedTuple):
-    """Integer masses by block of each virtual row; once it is decided, of its survivors."""
+    """Integer masses by block of a virtual row; once it is decided, of its survivors."""
 
-    sums: Any  # (N A, blocks) int64: masses, and masses times -d
+    sums: Any  # (blocks,) int64: masses, and masses times -d
     surprisal_sums: Any
-    base_sums: Any  # (N, blocks): the same at temperature 1
+    base_sums: Any  # (blocks,) int64: the same at temperature 1, of the row's first adaptor
     base_surprisal_sums: Any
-    kept_sums: Any  # (N A, blocks) int64: what is known of the survivors' masses
-    finite: Any  # (N A, blocks) int32: finite logits, or survivors
+    kept_sums: Any  # (blocks,) int64: what is known of the survivors' masses
+    finite: Any  # (blocks,) int32: finite logits, or survivors
     blocks: Any
 
 
 class Sizes(NamedTuple):
-    """Sizes of the deciding kernels, powers of two."""
-
-    BLOCK: Any  # logits that are looked at together
-    STEP: Any  # where a cut is searched
-    ROOM: Any  # tokens that a list has room for in memory
-    LIST: Any  # that a program holds at once
-    BINS: Any  # of a histogram
-    SPLITS: Any  # at least Parts.splits
-    BLOCKS: Any  # at least Weights.blocks
-    ALONE: Any  # whether a program looks at its list alone, put in order, and never at a row
-
-
-class Tiling(NamedTuple):
-    """Sizes of the passes over groups of logits, powers of two."""
+    """Sizes that follow from a plan and V, known at compile time; powers of two."""
 
     COLUMNS: Any  # groups of a tile
     GROUP: Any  # logits of a group
     PER_TILE: Any  # super-groups of a tile
-    SUPERS: Any  # at least those of a row
     AHEAD: Any  # logits of a group that a thread loads before it looks at them
-
-
-class Asked(NamedTuple):
-    """Which outputs and steps a draw needs, known at compile time."""
-
-    POSITIONS: Any
-    BASE: Any  # log-probabilities under the base distribution
-    LOG_MASS: Any
-    ALL_WEIGHED: Any  # whether all rows are weighed
-    SUM_LATER: Any  # whether survivors that no list holds are summed by another kernel
+    BLOCK: Any  # logits that are looked at together
+    STEP: Any  # where a cut is searched
+    ROOM: Any  # tokens that a list has room for in memory
+    BINS: Any  # of a histogram
+    SPLITS: Any  # at least Parts.splits
+    BLOCKS: Any  # at least Weights.blocks
+    LIST: Any  # tokens that a program holds at once
+    ALONE: Any  # whether a program looks at its list alone, put in order, and never at a row
     PLAIN: Any  # whether no filter but top-k and top-p may act
 
 

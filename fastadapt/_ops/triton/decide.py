@@ -9,17 +9,22 @@ from fastadapt._ops.triton.arithmetic import (
     NEARLY,
     NO_RANK,
     ONE_KEY,
+    bounds_from,
     ceil64,
+    cutoff_of,
     exponentials,
     keys,
+    mass_target,
     masses,
     ranks,
     surprisals,
+    survives,
     values,
     with_ties,
 )
 from fastadapt._ops.triton.bundles import Bounds, Decision, Progress, Row, Tokens, row_at
 from fastadapt._ops.triton.rows import (
+    ALL_WEIGHED,
     DECIDED,
     EPSILON,
     ETA,
@@ -27,29 +32,26 @@ from fastadapt._ops.triton.rows import (
     MAX_KEEP,
     MIN_P,
     OK,
+    SUM_LATER,
     TEMPERATURE,
     TOP_K,
     TOP_P,
     TYPICAL_P,
     UNDECIDED,
     UNSUMMED,
-    bounds_from,
-    cutoff_of,
     filter_at,
     first_filter,
+    has,
     inverse_of,
     is_neutral,
-    knobs_of,
     largest_of,
     length_of,
     load_knob,
     load_scaled,
     load_tokens,
-    mass_target,
     needs_masses,
     needs_surprisal,
     status_of,
-    survives,
 )
 from fastadapt._ops.triton.select import cut_of, is_held, look, tokens_of
 
@@ -71,7 +73,7 @@ def _first_largest(row, found, sizes):
 
 
 @triton.jit
-def _sums_of(tokens, bounds, sums, kept_sums, blocks, WITH_U: tl.constexpr, sizes):
+def _sums_of(tokens, bounds, weights, WITH_U: tl.constexpr, sizes):
     """Sums mass, surprisal mass or else blocks, and number of survivors; of a list into its own."""
     row = tokens.row
     z = tl.full([], 0, tl.int64)
@@ -80,7 +82,8 @@ def _sums_of(tokens, bounds, sums, kept_sums, blocks, WITH_U: tl.constexpr, size
     listed = tokens.number >= 0
     if WITH_U == 0:
         j = tl.arange(0, sizes.BLOCKS)
-        tl.store(kept_sums + j, j.to(tl.int64) * 0, mask=j < tl.where(listed, blocks, 0))
+        there = j < tl.where(listed, weights.blocks, 0)
+        tl.store(weights.kept_sums + j, j.to(tl.int64) * 0, mask=there)
         tl.debug_barrier()
     for block in range(tl.cdiv(length_of(tokens), sizes.BLOCK)):
         s, ids = load_tokens(tokens, block, sizes.BLOCK)
@@ -92,14 +95,14 @@ def _sums_of(tokens, bounds, sums, kept_sums, blocks, WITH_U: tl.constexpr, size
         if WITH_U:
             all_u += tl.where(alive, surprisals(s - row.m), 0)
         elif listed:
-            tl.atomic_add(kept_sums + ids // sizes.BLOCK, mass, mask=alive, sem="relaxed")
+            tl.atomic_add(weights.kept_sums + ids // sizes.BLOCK, mass, mask=alive, sem="relaxed")
         else:
-            tl.store(sums + block, here)
+            tl.store(weights.sums + block, here)
     return z, tl.sum(all_u, 0), tl.sum(all_n, 0)
 
 
 @triton.jit
-def _sums(row, bounds, found, inside, weights, virtual, WITH_U: tl.constexpr, sizes):
+def _sums(row, bounds, found, inside, weights, WITH_U: tl.constexpr, sizes):
     """Sums the same over a list if that holds all survivors, and says whether it does."""
     z = tl.full([], 0, tl.int64)
     u = tl.full([], 0, tl.int64)
@@ -114,10 +117,8 @@ def _sums(row, bounds, found, inside, weights, virtual, WITH_U: tl.constexpr, si
             u = tl.sum(tl.where(alive, surprisals(d), 0), 0)
         n = tl.sum(alive.to(tl.int32), 0)
     elif inside | (sizes.ALONE == 0):
-        of_row = virtual.to(tl.int64) * weights.blocks
-        sums, kept_sums = weights.sums + of_row, weights.kept_sums + of_row
         tokens = Tokens(row, found.listed, tl.where(inside, found.held.whole, -1))
-        z, u, n = _sums_of(tokens, bounds, sums, kept_sums, weights.blocks, WITH_U, sizes)
+        z, u, n = _sums_of(tokens, bounds, weights, WITH_U, sizes)
     return z, u, n, inside == 0
 
 
@@ -154,7 +155,7 @@ def _at_cut(row, bounds, by_kappa, cut, found, inside, partial, sizes):
 
 
 @triton.jit
-def _filtered(knob, knobs, keep, row, found, weights, virtual, listed_from, state, asked, sizes):
+def _filtered(knob, knobs, keep, row, found, weights, listed_from, state, sizes):
     """Runs one filter, if it is to act, on the survivors of those before."""
     cut, mass, guard, cutoff, cutoff_guard, band, centre = state.bounds
     z, u, known, known_u = state.z, state.u, state.known, state.known_u
@@ -169,7 +170,7 @@ def _filtered(knob, knobs, keep, row, found, weights, virtual, listed_from, stat
         is_cutoff = (knob == EPSILON) | is_eta
         with_u = is_typical | is_eta
         if ((is_p | is_typical | is_cutoff) & (known == 0)) | (with_u & (known_u == 0)):
-            z, u, _, lost = _sums(row, bounds, found, inside, weights, virtual, True, sizes)
+            z, u, _, lost = _sums(row, bounds, found, inside, weights, True, sizes)
             undecided = undecided | (lost & sizes.ALONE)
         total = z.to(tl.float64)
         if is_typical:
@@ -237,15 +238,14 @@ def _filtered(knob, knobs, keep, row, found, weights, virtual, listed_from, stat
 
 
 @triton.jit
-def decide(rows, adaptors, parts, lists, weights, virtual, found, asked, sizes):
+def decide(rows, knobs, asked, parts, weights, at, found, sizes):
     """Runs the filters of a virtual row, each on the survivors of the one before.
 
     Where T is 0 no filter runs, and the bounds leave the lowest id of the largest logit.
     """
-    at, knobs = knobs_of(adaptors, virtual)
     temperature = load_knob(knobs, TEMPERATURE)
     inverse = inverse_of(temperature)
-    m = largest_of(parts, at, sizes.SPLITS) * inverse + 0.0
+    m = largest_of(parts, sizes.SPLITS) * inverse + 0.0
     row = Row(row_at(rows, at), rows.v, inverse, m)
     status = status_of(knobs, m)
     greedy = (status == OK) & (temperature == 0)
@@ -259,40 +259,24 @@ def decide(rows, adaptors, parts, lists, weights, virtual, found, asked, sizes):
 
     j = tl.arange(0, sizes.BLOCKS)
     blocks = weights.blocks
-    of_row = virtual.to(tl.int64) * blocks
-    sums = weights.sums + of_row
-    known = needs_masses(first) | asked.ALL_WEIGHED
-    known_u = known & (asked.PLAIN == 0)
-    if asked.PLAIN == 0:
+    known = needs_masses(first) | has(asked, ALL_WEIGHED)
+    known_u = known & (sizes.PLAIN == 0)
+    if sizes.PLAIN == 0:
         known_u = known & needs_surprisal(knobs)
-    z = tl.sum(tl.load(sums + j, mask=j < tl.where(known, blocks, 0), other=0), 0)
-    u = weights.surprisal_sums + of_row + j
+    z = tl.sum(tl.load(weights.sums + j, mask=j < tl.where(known, blocks, 0), other=0), 0)
+    u = weights.surprisal_sums + j
     u = tl.sum(tl.load(u, mask=j < tl.where(known_u, blocks, 0), other=0), 0)
     never = first < 0
     bounds = bounds_from(FINITE_RANK)
     state = Progress(bounds, z, u, known, known_u, partial, inside, never, never, never)
     if filters:
-        if asked.PLAIN:  # what other filters need is left out of the kernel
+        if sizes.PLAIN:  # what other filters need is left out of the kernel
             for knob in tl.static_range(TOP_K, TOP_P + 1):
-                state = _filtered(
-                    knob,
-                    knobs,
-                    keep,
-                    row,
-                    found,
-                    weights,
-                    virtual,
-                    listed_from,
-                    state,
-                    asked,
-                    sizes,
-                )
+                state = _filtered(knob, knobs, keep, row, found, weights, listed_from, state, sizes)
         else:
             for i in range(6):
-                state = _filtered(
-                    filter_at(knobs, i), knobs, keep, row, found, weights, virtual, listed_from,
-                    state, asked, sizes,
-                )  # fmt: skip
+                knob = filter_at(knobs, i)
+                state = _filtered(knob, knobs, keep, row, found, weights, listed_from, state, sizes)
     cut, mass, guard, cutoff, cutoff_guard, band, centre = state.bounds
     z, inside, undecided = state.z, state.inside, state.undecided
     if greedy:
@@ -304,12 +288,12 @@ def decide(rows, adaptors, parts, lists, weights, virtual, found, asked, sizes):
     kept = tl.full([], 0, tl.int32)
     left = tl.where(undecided, UNDECIDED, DECIDED)
     if filters & (first == 0):
-        kept = tl.sum(tl.load(weights.finite + of_row + j, mask=j < blocks, other=0), 0)
+        kept = tl.sum(tl.load(weights.finite + j, mask=j < blocks, other=0), 0)
         inside = first < 0  # the masses of the blocks are there
     elif (filters | greedy) & (undecided == 0):
-        if asked.SUM_LATER & (inside == 0):
+        if has(asked, SUM_LATER) & (inside == 0):
             left = tl.full([], UNSUMMED, tl.int32)
         else:
-            z, u, kept, lost = _sums(row, bounds, found, inside, weights, virtual, False, sizes)
+            z, u, kept, lost = _sums(row, bounds, found, inside, weights, False, sizes)
             left = tl.where(lost & sizes.ALONE, UNDECIDED, left)
     return Decision(row, bounds, status, greedy, inside, left, kept, z)

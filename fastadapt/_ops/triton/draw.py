@@ -11,37 +11,43 @@ import triton.language as tl
 from fastadapt._ops.triton.arithmetic import (
     ANY_RANK,
     LAST_ID,
+    bounds_from,
     draw_target,
     keys,
     log_mass,
     masses,
+    only_cut,
     ranks,
+    survives,
 )
-from fastadapt._ops.triton.bundles import List, Outcome, Row, Tokens, row_at
+from fastadapt._ops.triton.bundles import Chance, Outcome, Row, Tokens, row_at
 from fastadapt._ops.triton.decide import decide
 from fastadapt._ops.triton.rows import (
-    BOUNDS_SIZE,
+    BASE_LOGPROBS,
     BOUNDS_STATUS,
     DECIDED,
+    LOG_MASS,
     MARK_ALL_MASS,
     MARK_STATE,
     MARK_SUMMED,
     OK,
+    POSITIONS,
     TEMPERATURE,
     UNDECIDED,
     UNSUMMED,
-    bounds_from,
     follow,
+    has,
     inverse_of,
     knobs_of,
     largest_of,
+    lists_of,
     load_bounds,
     load_knob,
     load_scaled,
     marks_of,
-    only_cut,
+    parts_of,
     store_bounds,
-    survives,
+    weights_of,
 )
 from fastadapt._ops.triton.select import cut_among, found_of, held_of, is_held, tokens_of
 
@@ -92,9 +98,7 @@ def _first_by_blocks(row, bounds, sums, blocks, target, BLOCK: tl.constexpr, BLO
 @triton.jit
 def _target(chance, at, total, asked):
     """Returns the value that the running mass must exceed."""
-    position = tl.full([], 0, tl.int64)
-    if asked.POSITIONS:
-        position = tl.load(chance.positions + at)
+    position = tl.load(chance.positions + at, mask=has(asked, POSITIONS), other=0)
     return draw_target(tl.load(chance.seeds + at), position, total)
 
 
@@ -109,48 +113,48 @@ def _store_drawn(parts, weights, out, at, row, outcome, asked, sizes):
         of_kept = log_mass(outcome.total)
         logprob = x * row.inverse
         logprob = (logprob.to(tl.float64) - row.m.to(tl.float64) - of_kept).to(tl.float32)
-        if asked.LOG_MASS:
+        if has(asked, LOG_MASS):
             log_kept = (of_kept - log_mass(outcome.all_mass)).to(tl.float32)
             log_kept = tl.where(outcome.greedy, 0.0, log_kept)
-        if asked.BASE:
-            m1 = largest_of(parts, at, sizes.SPLITS)
+        if has(asked, BASE_LOGPROBS):
+            m1 = largest_of(parts, sizes.SPLITS)
             j = tl.arange(0, sizes.BLOCKS)
-            masses1 = weights.base_sums + at.to(tl.int64) * weights.blocks + j
-            of_all = log_mass(tl.sum(tl.load(masses1, mask=j < weights.blocks, other=0), 0))
+            masses1 = tl.load(weights.base_sums + j, mask=j < weights.blocks, other=0)
+            of_all = log_mass(tl.sum(masses1, 0))
             base = (x.to(tl.float64) - m1.to(tl.float64) - of_all).to(tl.float32)
     tl.store(out.tokens + at, token.to(tl.int64))
     tl.store(out.logprobs + at, logprob)
     tl.store(out.kept + at, tl.where(outcome.status == OK, outcome.kept, 0))
     tl.store(out.status + at, outcome.status.to(tl.uint8))
-    if asked.BASE:
+    if has(asked, BASE_LOGPROBS):
         tl.store(out.base_logprobs + at, base)
-    if asked.LOG_MASS:
+    if has(asked, LOG_MASS):
         tl.store(out.log_masses + at, log_kept)
 
 
 @triton.jit
-def _try_row(
-    rows, adaptors, parts, lists, weights, all_bounds, chance, out, at, held, asked, sizes
-):
+def _try_row(rows, packed, asked, scratch, sizes, chance, out, at, held):
     """Decides a row and draws from it if its list allows; returns the row's state."""
+    _, knobs = knobs_of(packed, asked, at)
+    parts = parts_of(scratch, asked, at, rows.v, sizes)
+    weights = weights_of(scratch, asked, at, at, rows.v, sizes)
     j = tl.arange(0, sizes.BLOCKS)
-    here = weights.sums + at.to(tl.int64) * weights.blocks
-    all_mass = tl.full([], 0, tl.int64)
-    if asked.LOG_MASS:  # before the blocks become those of the survivors
-        all_mass = tl.sum(tl.load(here + j, mask=j < weights.blocks, other=0), 0)
-    found = found_of(lists, at, held, sizes)
-    decided = decide(rows, adaptors, parts, lists, weights, at, found, asked, sizes)
+    here = weights.sums
+    # before the blocks become those of the survivors
+    there = j < tl.where(has(asked, LOG_MASS), weights.blocks, 0)
+    all_mass = tl.sum(tl.load(here + j, mask=there, other=0), 0)
+    found = found_of(scratch, at, held, sizes)
+    decided = decide(rows, knobs, asked, parts, weights, at, found, sizes)
     row, status, state = decided.row, decided.status, decided.state
     total, kept = decided.total, decided.kept
-    kept_sums = weights.kept_sums + at.to(tl.int64) * weights.blocks
+    kept_sums = weights.kept_sums
     if (state == UNSUMMED) & held.counted:  # but for the kept of the bracket
         here = kept_sums
-        number = weights.finite + at.to(tl.int64) * weights.blocks
         s, ids = tokens_of(found, sizes)
         alive = survives(s, ids, row.m, decided.bounds)
         mass = masses(s - row.m)
         tl.atomic_add(here + ids // sizes.BLOCK, mass, mask=alive, sem="relaxed")
-        kept = tl.sum(tl.load(number + j, mask=j < weights.blocks, other=0), 0)
+        kept = tl.sum(tl.load(weights.finite + j, mask=j < weights.blocks, other=0), 0)
         kept += tl.sum(alive.to(tl.int32), 0)
         tl.debug_barrier()
         total = tl.load(here + j, mask=j < weights.blocks, other=0, cache_modifier=".cg")
@@ -171,63 +175,58 @@ def _try_row(
         outcome = Outcome(status, decided.greedy, kept, total, all_mass, token)
         _store_drawn(parts, weights, out, at, row, outcome, asked, sizes)
     if state == UNSUMMED:
-        store_bounds(all_bounds + at.to(tl.int64) * BOUNDS_SIZE, decided.bounds, status)
-        tl.store(marks_of(lists, at) + MARK_ALL_MASS, all_mass)
+        marks = marks_of(scratch, at)
+        store_bounds(marks + scratch.BOUNDS, decided.bounds, status)
+        tl.store(marks + MARK_ALL_MASS, all_mass)
     return state
 
 
-@triton.jit
-def short_kernel(
-    rows, adaptors, parts, lists, weights, all_bounds, chance, out, asked, sizes, PDL: tl.constexpr
-):
+@triton.jit(do_not_specialize=["packed", "asked", "seeds", "positions"])
+def short_kernel(rows, packed, asked, scratch, sizes, seeds, positions, out, PDL: tl.constexpr):
     """Decides the rows whose lists are short, and draws from them."""
     follow(PDL)
     at = tl.program_id(0)
-    _, knobs = knobs_of(adaptors, at)
-    held = held_of(lists, at, knobs, sizes)
+    _, knobs = knobs_of(packed, asked, at)
+    held = held_of(scratch, at, knobs, sizes)
     state = tl.full([], 0, tl.int32) + UNDECIDED
     if held.number <= sizes.LIST:
-        state = _try_row(
-            rows, adaptors, parts, lists, weights, all_bounds, chance, out, at, held, asked, sizes
-        )
-    tl.store(marks_of(lists, at) + MARK_STATE, state.to(tl.int64))
+        chance = Chance(seeds, positions)
+        state = _try_row(rows, packed, asked, scratch, sizes, chance, out, at, held)
+    tl.store(marks_of(scratch, at) + MARK_STATE, state.to(tl.int64))
 
 
-@triton.jit
-def long_kernel(
-    rows, adaptors, parts, lists, weights, all_bounds, chance, out, asked, sizes, PDL: tl.constexpr
-):
+@triton.jit(do_not_specialize=["packed", "asked", "seeds", "positions"])
+def long_kernel(rows, packed, asked, scratch, sizes, seeds, positions, out, PDL: tl.constexpr):
     """Decides the remaining rows, by longer lists or, where none is enough, the whole row."""
     follow(PDL)
     at = tl.program_id(0)
-    marks = marks_of(lists, at)
+    marks = marks_of(scratch, at)
     if tl.load(marks + MARK_STATE) == UNDECIDED:
-        _, knobs = knobs_of(adaptors, at)
-        held = held_of(lists, at, knobs, sizes)
-        state = _try_row(
-            rows, adaptors, parts, lists, weights, all_bounds, chance, out, at, held, asked, sizes
-        )
+        _, knobs = knobs_of(packed, asked, at)
+        held = held_of(scratch, at, knobs, sizes)
+        chance = Chance(seeds, positions)
+        state = _try_row(rows, packed, asked, scratch, sizes, chance, out, at, held)
         tl.store(marks + MARK_STATE, state.to(tl.int64))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["packed", "asked", "seeds", "positions"])
 def sum_kernel(
-    rows, adaptors, parts, lists, weights,
-    all_bounds, chance, out, asked, sizes, TOGETHER: tl.constexpr, PDL: tl.constexpr,
+    rows, packed, asked, scratch, sizes, seeds, positions, out,
+    TOGETHER: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Sums the survivors of a decided row by block; the last program of a row draws."""
     follow(PDL)
     at, some = tl.program_id(0), tl.program_id(1)
-    marks = marks_of(lists, at)
+    marks = marks_of(scratch, at)
     if tl.load(marks + MARK_STATE) == UNSUMMED:
-        _, knobs = knobs_of(adaptors, at)
+        _, knobs = knobs_of(packed, asked, at)
         temperature = load_knob(knobs, TEMPERATURE)
         inverse = inverse_of(temperature)
-        m = largest_of(parts, at, sizes.SPLITS) * inverse + 0.0
+        parts = parts_of(scratch, asked, at, rows.v, sizes)
+        weights = weights_of(scratch, asked, at, at, rows.v, sizes)
+        m = largest_of(parts, sizes.SPLITS) * inverse + 0.0
         row = Row(row_at(rows, at), rows.v, inverse, m)
-        all_bounds += at.to(tl.int64) * BOUNDS_SIZE
-        bounds = load_bounds(all_bounds)
-        first = at.to(tl.int64) * weights.blocks
+        bounds = load_bounds(marks + scratch.BOUNDS)
         block = some * TOGETHER + tl.arange(0, TOGETHER)
         there = block < weights.blocks
         ids = block[:, None] * sizes.BLOCK + tl.arange(0, sizes.BLOCK)[None, :]
@@ -236,39 +235,37 @@ def sum_kernel(
             alive = ranks(keys(s), ids) >= bounds.cut
         else:
             alive = survives(s, ids, m, bounds)
-        tl.store(
-            weights.sums + first + block, tl.sum(tl.where(alive, masses(s - m), 0), 1), mask=there
-        )
-        tl.store(weights.finite + first + block, tl.sum(alive.to(tl.int32), 1), mask=there)
+        mass = tl.sum(tl.where(alive, masses(s - m), 0), 1)
+        tl.store(weights.sums + block, mass, mask=there)
+        tl.store(weights.finite + block, tl.sum(alive.to(tl.int32), 1), mask=there)
         tl.debug_barrier()
         if tl.atomic_add(marks + MARK_SUMMED, 1, sem="acq_rel") == tl.num_programs(1) - 1:
             j = tl.arange(0, sizes.BLOCKS)
             here = j < weights.blocks
-            total = tl.sum(tl.load(weights.sums + first + j, mask=here, other=0), 0)
-            kept = tl.sum(tl.load(weights.finite + first + j, mask=here, other=0), 0)
-            status = tl.load(all_bounds + BOUNDS_STATUS).to(tl.int32)
-            target = _target(chance, at, total, asked)
+            total = tl.sum(tl.load(weights.sums + j, mask=here, other=0), 0)
+            kept = tl.sum(tl.load(weights.finite + j, mask=here, other=0), 0)
+            status = tl.load(marks + scratch.BOUNDS + BOUNDS_STATUS).to(tl.int32)
+            target = _target(Chance(seeds, positions), at, total, asked)
             token = _first_by_blocks(
-                row, bounds, weights.sums + first, weights.blocks, target, sizes.BLOCK, sizes.BLOCKS
+                row, bounds, weights.sums, weights.blocks, target, sizes.BLOCK, sizes.BLOCKS
             )
             all_mass = tl.load(marks + MARK_ALL_MASS)
             outcome = Outcome(status, temperature == 0, kept, total, all_mass, token)
             _store_drawn(parts, weights, out, at, row, outcome, asked, sizes)
 
 
-@triton.jit
-def top_kernel(rows, parts, drawn, number, lists, token_ranks, sizes, PDL: tl.constexpr):
+@triton.jit(do_not_specialize=["asked", "number"])
+def top_kernel(rows, asked, scratch, sizes, number, drawn, token_ranks, PDL: tl.constexpr):
     """A cut by count, and a pass that collects what is above it in the spare list, in no order."""
     follow(PDL)
     at = tl.program_id(0)
-    spare = List(
-        lists.spare + at.to(tl.int64) * sizes.ROOM, lists.spare_ids + at.to(tl.int64) * sizes.ROOM
-    )
+    spare = lists_of(scratch, at, sizes)[1]
     token = tl.load(drawn.tokens + at)
     above = tl.zeros([sizes.BLOCK], tl.int32)
     if tl.load(drawn.status + at) == OK:
         one = tl.full([], 1.0, tl.float32)
-        row = Row(row_at(rows, at), rows.v, one, largest_of(parts, at, sizes.SPLITS))
+        parts = parts_of(scratch, asked, at, rows.v, sizes)
+        row = Row(row_at(rows, at), rows.v, one, largest_of(parts, sizes.SPLITS))
         no = token < 0
         wanted = tl.full([], 0, tl.int64) + number
         tokens = Tokens(row, spare, tl.full([], -1, tl.int32))
@@ -297,11 +294,11 @@ def top_kernel(rows, parts, drawn, number, lists, token_ranks, sizes, PDL: tl.co
     tl.store(token_ranks + at, tl.sum(above, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["asked", "number"])
 def sort_kernel(
-    rows, parts, weights, drawn, number, lists,
+    rows, asked, scratch, sizes, number, drawn,
     top_ids,  # (rows, number)
-    top_logprobs, sizes, TOP: tl.constexpr, PDL: tl.constexpr,
+    top_logprobs, TOP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Puts them in the order of their ranks, and scores them."""
     follow(PDL)
@@ -311,15 +308,16 @@ def sort_kernel(
     there = place < number
     out = at.to(tl.int64) * number + place
     if tl.load(drawn.status + at) == OK:
-        m = largest_of(parts, at, sizes.SPLITS)
-        collected = lists.spare_ids + at.to(tl.int64) * sizes.ROOM + place
-        collected = tl.load(collected, mask=there, other=0)
+        m = largest_of(parts_of(scratch, asked, at, rows.v, sizes), sizes.SPLITS)
+        weights = weights_of(scratch, asked, at, at, rows.v, sizes)
+        spare = lists_of(scratch, at, sizes)[1]
+        collected = tl.load(spare.ids + place, mask=there, other=0)
         x = tl.load(row + collected, mask=there, other=float("-inf")).to(tl.float32)
         rank = tl.sort(tl.where(there, ranks(keys(x), collected), ANY_RANK), descending=True)
         ids = LAST_ID - (rank & 0xFFFFFFFF)
         x = tl.load(row + ids, mask=there, other=float("-inf")).to(tl.float32)
         j = tl.arange(0, sizes.BLOCKS)
-        base = weights.base_sums + at.to(tl.int64) * weights.blocks + j
+        base = weights.base_sums + j
         log_z = log_mass(tl.sum(tl.load(base, mask=j < weights.blocks, other=0), 0))
         value = (x.to(tl.float64) - m.to(tl.float64) - log_z).to(tl.float32)
         tl.store(top_ids + out, ids, mask=there)

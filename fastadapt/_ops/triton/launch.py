@@ -10,25 +10,32 @@ from torch import Tensor
 from fastadapt._ops.filter_code import joined, order_of
 from fastadapt._ops.outputs import LogOdds, Scores, sample_fields, score_outputs
 from fastadapt._ops.triton import draw, write
-from fastadapt._ops.triton.bundles import Chance, Drawn, Labels, Rows, Scored, Sizes, Support
+from fastadapt._ops.triton.bundles import Drawn, Labels, Rows, Scored, Support
 from fastadapt._ops.triton.launch_scan import (
     MOST_REGISTERS,
     PLAN,
-    Options,
+    Launch,
     Plan,
     Scan,
     Steps,
-    adaptors_of,
     asked_of,
     knobs_of_rows,
-    options_of,
+    launch_on,
     scan_rows,
     slices,
     some,
     steps_of,
     up,
 )
-from fastadapt._ops.triton.rows import BOUNDS_SIZE
+from fastadapt._ops.triton.rows import (
+    ALL_WEIGHED,
+    BASE,
+    BASE_LOGPROBS,
+    LOG_MASS,
+    POSITIONS,
+    SUM_LATER,
+    SURPRISAL,
+)
 
 
 def sample(
@@ -42,91 +49,64 @@ def sample(
     top_n: int,
     out: list[Tensor],
     plan: Plan = PLAN,
+    launch: Launch | None = None,
 ) -> None:
     """Draws; only what was asked for is computed."""
-    options = Options(log_mass, base_logprobs or top_n > 0)
+    launch = launch or launch_on(logits.device)
     steps = steps_of(order, knobs.shape[1])
+    bits = {
+        POSITIONS: positions is not None,
+        BASE_LOGPROBS: base_logprobs,
+        LOG_MASS: log_mass,
+        ALL_WEIGHED: log_mass or base_logprobs or top_n > 0,
+        BASE: base_logprobs or top_n > 0,
+        SUM_LATER: steps.sums,
+    }
+    asked = asked_of(knobs, steps.order, *(bit.value for bit, wanted in bits.items() if wanted))
     for at in slices(logits, 1, plan):
-        scanned, sizes = scan_rows(
-            some(logits, at), knobs_of_rows(knobs[None], at), steps, plan, options
-        )
+        here = some(logits, at)
+        scanned = scan_rows(here, knobs_of_rows(knobs, at), asked, steps, plan, launch)
+        layout, n = scanned.layout, scanned.virtual
         part = [some(t, at) for t in out]
         base, mass, *_ = sample_fields(part, base_logprobs, log_mass, top_n)[4:]
         # a field that is not asked for is not written
         drawn = Drawn(*part[:4], *(part[1] if t is None else t for t in (base, mass)))
-        n = len(drawn.tokens)
-        all_bounds = logits.new_empty(n, BOUNDS_SIZE.value, dtype=torch.int64)
-        chance = Chance(some(seeds, at), some(seeds if positions is None else positions, at))
-        asked = asked_of(options, steps, positions is not None, base_logprobs, later=True)
-        arguments = *scanned, all_bounds, chance, drawn
-        draw.short_kernel[(n,)](
-            *arguments,
-            asked=asked,
-            sizes=sizes.short,
-            **options_of(logits.device, 4, MOST_REGISTERS),
-        )
+        own = some(seeds, at), some(seeds if positions is None else positions, at), drawn
+        short = scanned.given(layout.short_plain if steps.plain else layout.short)
+        long = scanned.given(layout.long)
+        launch(draw.short_kernel, (n,), *short, *own, warps=4, registers=MOST_REGISTERS)
         if steps.filters:
-            draw.long_kernel[(n,)](
-                *arguments,
-                asked=asked,
-                sizes=sizes.long,
-                **options_of(logits.device, 8, MOST_REGISTERS),
-            )
+            launch(draw.long_kernel, (n,), *long, *own, warps=8, registers=MOST_REGISTERS)
         if steps.sums:
-            draw.sum_kernel[(n, sizes.weighing)](
-                *arguments,
-                asked=asked,
-                sizes=sizes.long,
-                TOGETHER=plan.together,
-                **options_of(logits.device, 4),
-            )
+            grid = n, layout.weighing
+            launch(draw.sum_kernel, grid, *long, *own, TOGETHER=plan.together, warps=4)
         if top_n:
-            _top(scanned, sizes.long, drawn, part[-3:])
+            _top(scanned, drawn, part[-3:])
 
 
-def _top(scanned: Scan, sizes: Sizes, drawn: Drawn, out: list[Tensor]) -> None:
+def _top(scanned: Scan, drawn: Drawn, out: list[Tensor]) -> None:
     """Finds the most probable tokens and the rank of the drawn one."""
-    rows, parts, lists = scanned.rows, scanned.parts, scanned.lists
     n, number = out[0].shape
-    draw.top_kernel[(n,)](
-        rows,
-        parts,
-        drawn,
-        number,
-        lists,
-        out[2],
-        sizes=sizes,
-        **options_of(out[0].device, 4, MOST_REGISTERS),
-    )
-    draw.sort_kernel[(n,)](
-        rows,
-        parts,
-        scanned.weights,
-        drawn,
-        number,
-        lists,
-        *out[:2],
-        sizes=sizes,
-        TOP=up(max(number, 2)),  # Triton 3.4 does not sort one entry
-        **options_of(out[0].device, 4),
-    )
+    sizes = scanned.layout.long
+    given = scanned.rows, scanned.asked, scanned.scratch, sizes, number, drawn
+    launch = scanned.launch
+    launch(draw.top_kernel, (n,), *given, out[2], warps=4, registers=MOST_REGISTERS)
+    # Triton 3.4 does not sort one entry
+    launch(draw.sort_kernel, (n,), *given, *out[:2], TOP=up(max(number, 2)), warps=4)
 
 
-def _decided_bounds(
-    logits: Tensor, knobs: Tensor, steps: Steps, plan: Plan, options: Options
-) -> tuple[Scan, Sizes, Tensor]:
-    """Decides every virtual row; returns what its filters come to, (N A, BOUNDS_SIZE)."""
-    scanned, layout = scan_rows(logits, knobs, steps, plan, options)
-    n = len(logits) * scanned.adaptors.number
-    all_bounds = logits.new_empty(n, BOUNDS_SIZE.value, dtype=torch.int64)
-    write.bounds_kernel[(n,)](
-        *scanned,
-        all_bounds,
-        asked=asked_of(options, steps),
-        sizes=layout.long,
-        **options_of(logits.device, 8, MOST_REGISTERS),
+def _decided(logits: Tensor, knobs: Tensor, asked: int, steps: Steps, plan: Plan) -> Scan:
+    """Decides every virtual row: what its filters come to is in its record."""
+    scanned = scan_rows(logits, knobs, asked, steps, plan, launch_on(logits.device))
+    layout = scanned.layout
+    scanned.launch(
+        write.bounds_kernel,
+        (scanned.virtual,),
+        *scanned.given(layout.long_plain if steps.plain else layout.long),
+        warps=8,
+        registers=MOST_REGISTERS,
     )
-    return scanned, layout.long, all_bounds
+    return scanned
 
 
 def filter_logits(
@@ -134,18 +114,11 @@ def filter_logits(
 ) -> None:
     """Writes the filtered logits."""
     steps = steps_of(order, knobs.shape[1])
+    asked = asked_of(knobs, steps.order)
     for at in slices(logits, 1, plan):
-        scanned, sizes, all_bounds = _decided_bounds(
-            some(logits, at), knobs_of_rows(knobs[None], at), steps, plan, Options()
-        )
-        write.filter_kernel[(len(all_bounds), scanned.weights.blocks)](
-            *scanned[:3],
-            all_bounds,
-            some(out, at),
-            BLOCK=plan.block,
-            SPLITS=sizes.SPLITS.value,
-            **options_of(logits.device, 4),
-        )
+        scanned = _decided(some(logits, at), knobs_of_rows(knobs, at), asked, steps, plan)
+        grid, given = (scanned.virtual, scanned.layout.blocks), scanned.given(scanned.layout.long)
+        scanned.launch(write.filter_kernel, grid, *given, some(out, at), warps=4)
 
 
 def score(
@@ -183,21 +156,14 @@ def _score(
     plan: Plan,
 ) -> None:
     """Under adaptors of one order; knobs (A, 8, R), outputs (N, A) and (N,)."""
-    adaptors = knobs.shape[0]
-    options, steps = Options(base=True, entropy=True), steps_of(order, 0)
-    for at in slices(logits, adaptors, plan):
-        scanned, sizes, all_bounds = _decided_bounds(
-            some(logits, at), knobs_of_rows(knobs, at), steps, plan, options
-        )
-        write.score_kernel[(len(all_bounds),)](
-            *scanned[:3],
-            scanned.weights,
-            all_bounds,
-            Labels(some(tokens, at), ignore_index),
-            Scored(*(some(t, at) for t in out)),
-            sizes=sizes,
-            **options_of(logits.device, 4),
-        )
+    steps = steps_of(order, 0)
+    asked = asked_of(knobs, steps.order, ALL_WEIGHED.value, BASE.value, SURPRISAL.value)
+    for at in slices(logits, len(knobs), plan):
+        scanned = _decided(some(logits, at), knobs_of_rows(knobs, at), asked, steps, plan)
+        labels = Labels(some(tokens, at), ignore_index)
+        scored = Scored(*(some(t, at) for t in out))
+        given = scanned.given(scanned.layout.long)
+        scanned.launch(write.score_kernel, (scanned.virtual,), *given, labels, scored, warps=4)
 
 
 def adapted_log_odds(
@@ -211,36 +177,16 @@ def adapted_log_odds(
 ) -> None:
     """Computes log-odds, support and statistics."""
     double, steps = logits.dtype == torch.float64, steps_of(order, knobs.shape[1])
+    asked = asked_of(knobs, steps.order)
     for at in slices(logits, 1, plan):
         log_odds, support, stats = (some(t, at) for t in out)
-        scanned, sizes, all_bounds = _decided_bounds(
-            some(logits, at), knobs_of_rows(knobs[None], at), steps, plan, Options()
-        )
-        n, blocks = len(all_bounds), scanned.weights.blocks
+        scanned = _decided(some(logits, at), knobs_of_rows(knobs, at), asked, steps, plan)
+        n, blocks, launch = scanned.virtual, scanned.layout.blocks, scanned.launch
         largest = logits.new_empty(n, blocks, dtype=torch.float64)
         labels, kept = Labels(some(tokens, at), ignore_index), Support(support, largest, blocks)
-        write.support_kernel[(n, blocks)](
-            *scanned[:3],
-            all_bounds,
-            labels,
-            kept,
-            DOUBLE=double,
-            BLOCK=plan.block,
-            SPLITS=sizes.SPLITS.value,
-            **options_of(logits.device, 4),
-        )
-        write.log_odds_kernel[(n,)](
-            *scanned[:2],
-            all_bounds,
-            labels,
-            kept,
-            log_odds,
-            stats,
-            DOUBLE=double,
-            BLOCK=plan.block,
-            BLOCKS=sizes.BLOCKS.value,
-            **options_of(logits.device, 4),
-        )
+        given = *scanned.given(scanned.layout.long), labels, kept
+        launch(write.support_kernel, (n, blocks), *given, DOUBLE=double, warps=4)
+        launch(write.log_odds_kernel, (n,), *given, log_odds, stats, DOUBLE=double, warps=4)
 
 
 def adapted_log_odds_backward(
@@ -257,15 +203,18 @@ def adapted_log_odds_backward(
 ) -> None:
     """Computes the gradient in one read of the logits and one write."""
     n, v = logits.shape
-    write.log_odds_backward_kernel[(n, -(-v // plan.block))](
+    launch_on(logits.device)(
+        write.log_odds_backward_kernel,
+        (n, -(-v // plan.block)),
         dlog_odds.contiguous(),
         Rows(logits, logits.stride(0), v),
-        adaptors_of(knobs[None], 0),
+        knobs,
+        asked_of(knobs, 0),
         Labels(tokens, ignore_index),
         support,
         stats,
         out,
         DOUBLE=logits.dtype == torch.float64,
         BLOCK=plan.block,
-        **options_of(logits.device, 4),
+        warps=4,
     )

@@ -2,10 +2,12 @@
 
 A call takes the maxima of groups of logits (one read), weighs the rows whose first filter asks for
 it (one more), lists the tokens from a floor up, and finds where a nucleus ends. What is launched
-follows from the adaptor, never from logits.
+follows from the adaptor, never from logits, and what is compiled from V, the type of the logits and
+which filters there are: not from the number of rows, nor from what else is asked for.
 """
 
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -14,21 +16,17 @@ from torch import Tensor
 
 from fastadapt._ops.filter_code import is_known, may_act, order_of
 from fastadapt._ops.triton import nucleus, scan
-from fastadapt._ops.triton.bundles import (
-    Adaptors,
-    Asked,
-    Lists,
-    Parts,
-    Rows,
-    Sizes,
-    Tiling,
-    Weights,
-)
+from fastadapt._ops.triton.bundles import Rows, Scratch, Sizes
 from fastadapt._ops.triton.rows import (
+    ADAPTORS_SHIFT,
+    ALL_WEIGHED,
+    BASE,
+    BOUNDS_SIZE,
     EPSILON,
     ETA,
     MARKS,
     MIN_P,
+    PER_ROW,
     TEMPERATURE,
     TOP_K,
     TOP_P,
@@ -78,23 +76,49 @@ def steps_of(code: int, rows: int) -> Steps:
 
 # Without a limit, assemblers for sm_80 stop at 128 or 168 registers and spill.
 MOST_REGISTERS = 255
+# Launches a kernel on a grid, with its arguments, warps and constants.
+Launch = Callable[..., None]
 
 
 @lru_cache
-def options_of(device: torch.device, warps: int, registers: int | None = None) -> dict[str, Any]:
+def options_of(early: bool, warps: int, registers: int | None) -> dict[str, Any]:
     """Options of a launch.
 
-    From compute capability 9 on, programs of a kernel take their places while the one before ends
+    Where it is early, programs of a kernel take their places while the one before ends
     (programmatic dependent launch), and wait there for its results.
     """
-    early = device.type == "cuda" and not torch.version.hip
-    early = early and torch.cuda.get_device_capability(device) >= (9, 0)
     options: dict[str, Any] = {"num_warps": warps, "enable_fp_fusion": False, "PDL": early}
     if registers:
         options["maxnreg"] = registers
     if early:
         options["launch_pdl"] = True
     return options
+
+
+def _launch(
+    early: bool,
+    kernel: Any,
+    grid: tuple[int, ...],
+    *arguments: Any,
+    warps: int,
+    registers: int | None = None,
+    **constants: Any,
+) -> None:
+    """Launches a kernel on the current device."""
+    kernel[grid](*arguments, **constants, **options_of(early, warps, registers))
+
+
+@lru_cache
+def is_early(device: torch.device) -> bool:
+    """Whether kernels are launched early on a device: from compute capability 9 on."""
+    nvidia = device.type == "cuda" and not torch.version.hip
+    return nvidia and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@lru_cache
+def launch_on(device: torch.device) -> Launch:
+    """Returns what launches kernels on a device."""
+    return partial(_launch, is_early(device))
 
 
 class Plan(NamedTuple):
@@ -117,62 +141,22 @@ class Plan(NamedTuple):
     short_size: int = 128  # of a list that is put in order
     scratch_bytes: int = 1 << 28  # of virtual rows at a time
 
-    def row_bytes(self, v: int) -> int:
-        """Returns the scratch of a virtual row: lists, histograms, block masses, group maxima."""
-        blocks, groups = -(-v // self.block), -(-v // self.group)
-        return 16 * self.room + 24 * self.bins + 44 * blocks + 5 * groups
-
 
 PLAN = Plan()
 
 
-class Scan(NamedTuple):
-    """Scanned and weighed rows: the arguments of the deciding kernels, in their order."""
-
-    rows: Rows
-    adaptors: Adaptors
-    parts: Parts
-    lists: Lists
-    weights: Weights
-
-
-class Options(NamedTuple):
-    """What a scan should compute."""
-
-    all_weighed: bool = False  # weigh also the rows whose first filter does not ask for it
-    base: bool = False  # weigh at temperature 1 too
-    entropy: bool = False  # with `base`, surprisals of it too
-
-
-def adaptors_of(knobs: Tensor, order: int) -> Adaptors:
-    """Bundles knobs (A, 8, R) and the order of their filters, 0 or 1."""
-    return Adaptors(knobs, knobs.shape[0], knobs.shape[2], int(knobs.shape[2] > 1), order)
-
-
 class Layout(NamedTuple):
-    """Sizes that follow from a plan and V; compile-time constants by name."""
+    """Sizes that follow from a plan and V, and compile-time constants."""
 
     tiles: int
-    blocks: int
-    groups: int  # padded, as are the next
-    tiling: Tiling
-    padded: dict[str, Any]
     weighing: int  # programs that weigh a row
-    long: Sizes  # of deciding kernels
+    blocks: int
+    words: int  # of a record, in int64
+    record: tuple[Any, ...]  # the constants of `Scratch`
+    long: Sizes  # of kernels that look at rows, or at long lists
+    long_plain: Sizes  # where no filter but top-k and top-p may act
     short: Sizes
-
-
-@lru_cache
-def asked_of(
-    options: Options, steps: Steps, positions: bool = False, base: bool = False, later: bool = False
-) -> Asked:
-    """Returns the constants of the deciding kernels.
-
-    `base`: also score the base distribution; `later`: another kernel may sum survivors.
-    """
-    log_mass, weighed = options.all_weighed, options.all_weighed or options.base
-    sum_later = later and steps.sums
-    return Asked(*map(tl.constexpr, (positions, base, log_mass, weighed, sum_later, steps.plain)))
+    short_plain: Sizes
 
 
 def up(number: int) -> int:
@@ -184,150 +168,123 @@ def up(number: int) -> int:
 def layout_of(plan: Plan, v: int) -> Layout:
     """Returns the layout for rows of V entries."""
     tiles, blocks = -(-v // (plan.columns * plan.group)), -(-v // plan.block)
-    splits = up(tiles)
-    tiling = plan.columns, plan.group, plan.supers, up(tiles * plan.supers), plan.ahead
+    # padded, so that vocabularies of much the same size share kernels
+    splits, most_blocks = up(tiles), up(blocks)
+    starts, end = [], 0
+    for words in (
+        MARKS.value + 3 * plan.bins,
+        BOUNDS_SIZE.value,
+        5 * most_blocks + (most_blocks + 1) // 2,
+        (splits + 1) // 2,
+        (splits * plan.supers + 1) // 2,
+        (splits * plan.columns + 1) // 2,
+        2 * plan.room,
+    ):
+        starts.append(end)
+        end += -(-words // 16) * 16  # parts begin at multiples of 128 bytes
 
-    def sizes(alone: int) -> Sizes:
-        size = alone or plan.list_size
+    def sizes(list_size: int, alone: bool, plain: bool) -> Sizes:
         step = plan.block // 2  # the registers of a search for a cut spill where it is a block
-        places = plan.room, size, plan.bins, splits, up(blocks)
-        return Sizes(*map(tl.constexpr, (plan.block, step, *places, alone > 0)))
+        of_tile = plan.columns, plan.group, plan.supers, plan.ahead
+        padded = plan.block, step, plan.room, plan.bins, splits, most_blocks
+        return Sizes(*map(tl.constexpr, (*of_tile, *padded, list_size, alone, plain)))
 
     return Layout(
         tiles,
-        blocks,
-        up(tiles * plan.columns),
-        Tiling(*map(tl.constexpr, tiling)),
-        {"SPLITS": splits, "BLOCKS": up(blocks)},
         -(-blocks // plan.together),
-        sizes(0),
-        sizes(plan.short_size),
-    )
-
-
-def _scratch(logits: Tensor, virtual: int, bins: bool, plan: Plan, sizes: Layout) -> Any:
-    """Allocates parts, lists and weights of rows."""
-    n, tiles, blocks = len(logits), sizes.tiles, sizes.blocks
-    new, real, word = logits.new_empty, torch.float32, torch.int64
-    parts = Parts(
-        new(n, tiles, dtype=real),
-        new(n, tiles * plan.supers, dtype=real),
-        new(n, tiles * plan.columns, dtype=real),
-        tiles,
-    )
-    step = MARKS.value + 3 * plan.bins * bins
-    lists = Lists(
-        new(virtual, step, dtype=word),
-        new(virtual, dtype=real),
-        new(virtual, plan.room, dtype=real),
-        new(virtual, plan.room, dtype=torch.int32),
-        new(virtual, plan.room, dtype=real),
-        new(virtual, plan.room, dtype=torch.int32),
-        step,
-    )
-    weights = Weights(
-        new(virtual, blocks, dtype=word),
-        new(virtual, blocks, dtype=word),
-        new(virtual, blocks, dtype=word),
-        new(virtual, blocks, dtype=word),
-        new(virtual, blocks, dtype=word),
-        new(virtual, blocks, dtype=torch.int32),
         blocks,
+        end,
+        tuple(map(tl.constexpr, (end, *starts[1:]))),
+        sizes(plan.list_size, False, False),
+        sizes(plan.list_size, False, True),
+        sizes(plan.short_size, True, False),
+        sizes(plan.short_size, True, True),
     )
-    return parts, lists, weights
+
+
+class Scan(NamedTuple):
+    """Scanned and weighed rows."""
+
+    launch: Launch
+    rows: Rows
+    knobs: Tensor  # (A, 8, R), or (8, R) for one adaptor
+    asked: int
+    scratch: Scratch
+    layout: Layout
+    virtual: int  # rows times adaptors
+
+    def given(self, sizes: Sizes) -> tuple[Any, ...]:
+        """The first arguments of most kernels."""
+        return self.rows, self.knobs, self.asked, self.scratch, sizes
+
+
+def asked_of(knobs: Tensor, order: int, *bits: int) -> int:
+    """Packs the number of adaptors, how knobs (..., 8, R) lie, their order, and what is asked for.
+
+    Bits are constants of `rows`, or 0.
+    """
+    adaptors = knobs.shape[0] if knobs.dim() > 2 else 1
+    per_row = PER_ROW.value if knobs.shape[-1] > 1 else 0
+    return sum(bits, (adaptors << ADAPTORS_SHIFT.value) | per_row | order)
 
 
 def scan_rows(
-    logits: Tensor, knobs: Tensor, steps: Steps, plan: Plan, options: Options
-) -> tuple[Scan, Layout]:
+    logits: Tensor, knobs: Tensor, asked: int, steps: Steps, plan: Plan, launch: Launch
+) -> Scan:
     """Scans rows of logits (N, V), N > 0, each once for each of the adaptors."""
     n, v = logits.shape
-    device, sizes = logits.device, layout_of(plan, v)
-    rows, adaptors = Rows(logits, logits.stride(0), v), adaptors_of(knobs, steps.order)
-    virtual = n * adaptors.number
-    scanned = Scan(rows, adaptors, *_scratch(logits, virtual, steps.bins, plan, sizes))
-    parts, lists, weights = scanned[2:]
-    scan.maxima_kernel[(n, sizes.tiles)](
-        rows,
-        adaptors,
-        parts,
-        lists,
-        COLUMNS=plan.columns,
-        GROUP=plan.group,
-        AHEAD=plan.ahead,
-        SUPERS=plan.supers,
-        **options_of(device, 1),
+    layout = layout_of(plan, v)
+    virtual = n * (asked >> ADAPTORS_SHIFT.value)
+    memory = logits.new_empty(virtual * layout.words, dtype=torch.int64)
+    words = MARKS.value + 3 * plan.bins * steps.bins
+    scratch = Scratch(memory, words, *layout.record)
+    scanned = Scan(
+        launch, Rows(logits, logits.stride(0), v), knobs, asked, scratch, layout, virtual
     )
-    if steps.weighs or options.all_weighed or options.base:
-        scan.weigh_kernel[(virtual, sizes.weighing)](
-            rows,
-            adaptors,
-            parts,
-            weights,
-            ALWAYS=options.all_weighed or options.base,
-            BASE=options.base,
-            BASE_SURPRISAL=options.entropy,
-            BLOCK=plan.block,
-            TOGETHER=plan.together,
-            SPLITS=sizes.padded["SPLITS"],
-            **options_of(device, 4),
-        )
+    given = scanned.given(layout.long)
+    launch(
+        scan.maxima_kernel,
+        (n, layout.tiles),
+        *(scanned.rows, asked, scratch, layout.long),
+        warps=1,
+    )
+    if steps.weighs or asked & (ALL_WEIGHED.value | BASE.value):
+        grid = virtual, layout.weighing
+        launch(scan.weigh_kernel, grid, *given, TOGETHER=plan.together, warps=4)
     if steps.bins:
-        scan.sketch_kernel[(virtual,)](
-            *scanned,
-            COLUMNS=plan.columns,
-            GROUPS=sizes.groups,
-            ROOM=plan.room,
-            **sizes.padded,
-            **options_of(device, 8),
-        )
-    if steps.ranks:
-        few = max(4, -(-plan.programs // virtual))
-        scan.collect_kernel[(virtual, min(sizes.tiles, few))](
-            *scanned, tiling=sizes.tiling, sizes=sizes.long, **options_of(device, 1)
-        )
-    if steps.lists:
-        scan.list_kernel[(virtual, sizes.tiles)](
-            *scanned,
-            tiling=sizes.tiling,
-            sizes=sizes.long,
-            **options_of(device, 1),
-        )
-    shared = {"BINS": plan.bins, "ROOM": plan.room}
+        launch(scan.sketch_kernel, (virtual,), *given, warps=8)
+    if steps.ranks or steps.lists:
+        programs = max(4, -(-plan.programs // virtual)) if steps.ranks else layout.tiles
+        launch(scan.list_kernel, (virtual, min(layout.tiles, programs)), *given, warps=1)
     if steps.sketches:
-        nucleus.bracket_kernel[(virtual,)](
-            *scanned,
-            STEP=plan.bracket_step,
-            SHORT=plan.short_size,
-            **shared,
-            **options_of(device, 8),
-        )
+        sizes = {"STEP": plan.bracket_step, "SHORT": plan.short_size}
+        launch(nucleus.bracket_kernel, (virtual,), *given, **sizes, warps=8)
     if steps.bins:
-        few = min(sizes.tiles, max(4, -(-plan.seldom // virtual)))
-        nucleus.bins_kernel[(virtual, few)](
-            *scanned,
-            COLUMNS=plan.columns,
-            GROUP=plan.group,
-            STEP=min(plan.columns * plan.group, plan.bins_step),
-            **shared,
-            **options_of(device, 4, MOST_REGISTERS),
-        )
-        scan.split_kernel[(virtual, few)](
-            *scanned, tiling=sizes.tiling, sizes=sizes.long, **options_of(device, 1)
-        )
-        for _ in range(plan.rounds):
-            nucleus.narrow_kernel[(virtual, few)](
-                *scanned, STEP=plan.bins_step, **shared, **options_of(device, 4, MOST_REGISTERS)
-            )
-    return scanned, sizes
+        _search(scanned, plan)
+    return scanned
+
+
+def _search(scanned: Scan, plan: Plan) -> None:
+    """Finds the brackets of rows that have no list."""
+    launch, layout = scanned.launch, scanned.layout
+    given = scanned.given(layout.long)
+    grid = scanned.virtual, min(layout.tiles, max(4, -(-plan.seldom // scanned.virtual)))
+    step = min(plan.columns * plan.group, plan.bins_step)
+    launch(nucleus.bins_kernel, grid, *given, STEP=step, warps=4, registers=MOST_REGISTERS)
+    launch(scan.split_kernel, grid, *given, warps=1)
+    options: dict[str, Any] = {"STEP": plan.bins_step, "warps": 4, "registers": MOST_REGISTERS}
+    for _ in range(plan.rounds):
+        launch(nucleus.narrow_kernel, grid, *given, **options)
 
 
 def slices(logits: Tensor, adaptors: int, plan: Plan) -> list[slice | None]:
     """Returns slices of rows whose scratch stays within its limit; None stands for all rows."""
     n, v = logits.shape
-    step = max(1, plan.scratch_bytes // (adaptors * plan.row_bytes(v)))
+    step = max(1, plan.scratch_bytes // (adaptors * 8 * layout_of(plan, v).words))
     if 0 < n <= step:
         return [None]
+    # of 16 rows each begins as well aligned as the first
+    step = max(step // 16 * 16, min(step, 15))
     return [slice(i, min(i + step, n)) for i in range(0, n, step)]
 
 
@@ -337,5 +294,5 @@ def some(tensor: Tensor, at: slice | None) -> Tensor:
 
 
 def knobs_of_rows(knobs: Tensor, at: slice | None) -> Tensor:
-    """Returns the knobs (A, 8, R) of some rows."""
-    return knobs if at is None or knobs.shape[2] == 1 else knobs[:, :, at].contiguous()
+    """Returns the knobs (..., 8, R) of some rows."""
+    return knobs if at is None or knobs.shape[-1] == 1 else knobs[..., at].contiguous()

@@ -8,7 +8,7 @@ finer bins narrow it, by their keys and then by their ids.
 import triton
 import triton.language as tl
 
-from fastadapt._ops.triton.arithmetic import exponentials, keys, log64, masses
+from fastadapt._ops.triton.arithmetic import exponentials, keys, log64, masses, typicality
 from fastadapt._ops.triton.bundles import Bracket, Row, row_at
 from fastadapt._ops.triton.rows import (
     BINNED,
@@ -19,6 +19,7 @@ from fastadapt._ops.triton.rows import (
     MARK_BRACKETED,
     MARK_CENTRE,
     MARK_END,
+    MARK_FLOOR,
     MARK_HIGH,
     MARK_LARGEST,
     MARK_LISTED,
@@ -43,11 +44,14 @@ from fastadapt._ops.triton.rows import (
     hits_of,
     inverse_of,
     knobs_of,
+    lists_of,
+    load_float,
     load_knob,
     load_scaled,
     marks_of,
+    parts_of,
     push,
-    typicality,
+    store_float,
 )
 
 UNIT = tl.constexpr(1.099511627776e12)  # 2^40
@@ -69,27 +73,15 @@ def reach_of(value, z, v, centre, by_kappa):
 
 
 @triton.jit
-def _load_float(mark):
-    """Loads a float32 from its counter."""
-    return tl.load(mark).to(tl.int32).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def store_float(mark, value):
-    """Stores a float32 in its counter."""
-    tl.store(mark, value.to(tl.int32, bitcast=True).to(tl.int64))
-
-
-@triton.jit
-def nucleus_of(lists, virtual, knobs):
+def nucleus_of(scratch, virtual, knobs):
     """Returns what top-p or typical needs: 1 / T, m, the target, and the bracket so far."""
-    marks = marks_of(lists, virtual)
+    marks = marks_of(scratch, virtual)
     stage, end = tl.load(marks + MARK_STAGE).to(tl.int32), tl.load(marks + MARK_END).to(tl.int32)
     by_kappa = first_filter(knobs) == TYPICAL_P
-    centre, reach = _load_float(marks + MARK_CENTRE), _load_float(marks + MARK_REACH)
+    centre, reach = load_float(marks + MARK_CENTRE), load_float(marks + MARK_REACH)
     bracket = Bracket(stage, by_kappa, centre, reach, end)
     inverse = inverse_of(load_knob(knobs, TEMPERATURE))
-    return inverse, _load_float(marks + MARK_LARGEST), tl.load(marks + MARK_TARGET), bracket
+    return inverse, load_float(marks + MARK_LARGEST), tl.load(marks + MARK_TARGET), bracket
 
 
 @triton.jit
@@ -172,14 +164,14 @@ def _store_bracket(marks, target, bracket, BINS: tl.constexpr):
 
 
 @triton.jit
-def _end_bins(lists, virtual, marks, v, m, target, bracket, BINS: tl.constexpr, ROOM: tl.constexpr):
+def _end_bins(marks, v, m, target, bracket, BINS: tl.constexpr, ROOM: tl.constexpr):
     """Finds the bracket of a row from its bins, and the floor under it."""
     bracket = _store_bracket(marks, target, bracket, BINS)
     end = bracket.end
     width = bracket.reach / BINS
     edge = (end + 1).to(tl.float32) * width * 1.00001 + tl.abs(m) * 3e-7
     floor = tl.where((end < BINS) & (v > ROOM), m - edge - bracket.centre, float("-inf"))
-    tl.store(lists.floors + virtual, floor)
+    store_float(marks + MARK_FLOOR, floor)
     # a bin with the mass of more tokens than a list has room for
     least = exponentials(end.to(tl.float32) * width * -0.9999 + 1e-4).to(tl.float64) * ROOM
     here = tl.load(marks + MARK_WITHIN).to(tl.float64)
@@ -191,82 +183,81 @@ def _end_bins(lists, virtual, marks, v, m, target, bracket, BINS: tl.constexpr, 
     tl.store(marks + MARK_BRACKETED, tl.where(again, nothing, nothing + UNLISTED))
 
 
-@triton.jit
-def bins_kernel(
-    rows, adaptors, parts, lists, weights,
-    COLUMNS: tl.constexpr, GROUP: tl.constexpr, STEP: tl.constexpr,
-    BINS: tl.constexpr, ROOM: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
+@triton.jit(do_not_specialize=["packed", "asked"])
+def bins_kernel(rows, packed, asked, scratch, sizes, STEP: tl.constexpr, PDL: tl.constexpr):
     """Sums masses by bins for rows that begin with top-p or typical and have no list.
 
     Whoever is last of a row finds its bracket, and a floor for its list.
     """
     follow(PDL)
     virtual, part = tl.program_id(0), tl.program_id(1)
-    at, knobs = knobs_of(adaptors, virtual)
+    at, knobs = knobs_of(packed, asked, virtual)
     first = first_filter(knobs)
-    marks = marks_of(lists, virtual)
-    lost = (first == TOP_P) & (tl.load(marks + MARK_LISTED) > ROOM)
+    marks = marks_of(scratch, virtual)
+    lost = (first == TOP_P) & (tl.load(marks + MARK_LISTED) > sizes.ROOM)
     if (load_knob(knobs, TEMPERATURE) > 0) & ((first == TYPICAL_P) | lost):
-        inverse, m, target, bracket = nucleus_of(lists, virtual, knobs)
+        inverse, m, target, bracket = nucleus_of(scratch, virtual, knobs)
         lowest = m - bracket.reach - bracket.centre - 1e-4 - tl.abs(m) * 3e-7
         row = Row(row_at(rows, at), rows.v, inverse, m)
         run = tl.full([], -1, tl.int32)
         total, number = tl.zeros([STEP], tl.int64), tl.zeros([STEP], tl.int32)
+        parts = parts_of(scratch, asked, at, rows.v, sizes)
+        TILE: tl.constexpr = sizes.COLUMNS * sizes.GROUP
         for tile in range(part, parts.splits, tl.num_programs(1)):
-            hit_groups = hits_of(parts, at, tile, inverse, lowest, COLUMNS)
+            hit_groups = hits_of(parts, tile, inverse, lowest, sizes.COLUMNS)
             if tl.max(hit_groups.to(tl.int32), 0) > 0:
-                for i in range(0, COLUMNS * GROUP, STEP):
-                    ids = tile * (COLUMNS * GROUP) + i + tl.arange(0, STEP)
+                for i in range(0, TILE, STEP):
+                    ids = tile * TILE + i + tl.arange(0, STEP)
                     d = load_scaled(row, ids) - m
                     mass = masses(d)
-                    b, hit = _bin_of(d, bracket, BINS)
+                    b, hit = _bin_of(d, bracket, sizes.BINS)
                     run, total, number = _add_in_runs(
                         marks + MARKS, marks, b, mass, hit & (mass > 0), run, total, number,
-                        BINS, False,
+                        sizes.BINS, False,
                     )  # fmt: skip
         _flush(marks + MARKS, marks, run, total, number, False)
         tl.debug_barrier()
         if tl.atomic_add(marks + MARK_BINNED, 1, sem="acq_rel") == tl.num_programs(1) - 1:
-            _end_bins(lists, virtual, marks, rows.v, m, target, bracket, BINS, ROOM)
+            _end_bins(marks, rows.v, m, target, bracket, sizes.BINS, sizes.ROOM)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["packed", "asked"])
 def bracket_kernel(
-    rows, adaptors, parts, lists, weights,
-    STEP: tl.constexpr, BINS: tl.constexpr,
+    rows, packed, asked, scratch, sizes,
+    STEP: tl.constexpr,
     SHORT: tl.constexpr,  # a list that needs none
-    ROOM: tl.constexpr, PDL: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Finds the bracket of a row that begins with top-p and has a list, and lists it apart."""
     follow(PDL)
     virtual = tl.program_id(0)
-    at, knobs = knobs_of(adaptors, virtual)
-    marks = marks_of(lists, virtual)
-    listed = tl.load(marks + MARK_LISTED)
-    many = (listed > SHORT) & (listed <= ROOM) & (load_knob(knobs, TEMPERATURE) > 0)
+    at, knobs = knobs_of(packed, asked, virtual)
+    marks = marks_of(scratch, virtual)
+    length = tl.load(marks + MARK_LISTED)
+    many = (length > SHORT) & (length <= sizes.ROOM) & (load_knob(knobs, TEMPERATURE) > 0)
     if many & (first_filter(knobs) == TOP_P):
-        inverse, m, target, bracket = nucleus_of(lists, virtual, knobs)
-        list_at, number = virtual.to(tl.int64) * ROOM, listed.to(tl.int32)
+        inverse, m, target, bracket = nucleus_of(scratch, virtual, knobs)
+        number = length.to(tl.int32)
+        listed, spare = lists_of(scratch, virtual, sizes)
         for i in range(0, number, STEP):
             j = i + tl.arange(0, STEP)
-            d = tl.load(lists.listed + list_at + j, mask=j < number, other=float("-inf")) - m
+            d = tl.load(listed.s + j, mask=j < number, other=float("-inf")) - m
             mass = masses(d)
-            b, hit = _bin_of(d, bracket, BINS)
+            b, hit = _bin_of(d, bracket, sizes.BINS)
             tl.atomic_add(marks + MARKS + b, mass, mask=hit & (mass > 0), sem="relaxed")
         tl.debug_barrier()
-        bracket = _store_bracket(marks, target, bracket, BINS)
-        if bracket.end < BINS:
+        bracket = _store_bracket(marks, target, bracket, sizes.BINS)
+        if bracket.end < sizes.BINS:
             filled = tl.full([], 0, tl.int32)
             for i in range(0, number, STEP):
                 j = i + tl.arange(0, STEP)
-                s = tl.load(lists.listed + list_at + j, mask=j < number, other=float("-inf"))
-                ids = tl.load(lists.listed_ids + list_at + j, mask=j < number, other=0)
-                _, within = around(s - m, bracket, BINS)
-                place = list_at + filled + tl.cumsum(within.to(tl.int32), 0) - 1
+                s = tl.load(listed.s + j, mask=j < number, other=float("-inf"))
+                ids = tl.load(listed.ids + j, mask=j < number, other=0)
+                _, within = around(s - m, bracket, sizes.BINS)
+                place = filled + tl.cumsum(within.to(tl.int32), 0) - 1
                 filled += tl.sum(within.to(tl.int32), 0)
-                tl.store(lists.spare + place, s, mask=within)
-                tl.store(lists.spare_ids + place, ids, mask=within)
+                tl.store(spare.s + place, s, mask=within)
+                tl.store(spare.ids + place, ids, mask=within)
             tl.store(marks + MARK_BRACKETED, filled.to(tl.int64))
 
 
@@ -277,26 +268,24 @@ def _places(q, ids, by_kappa):
     return (keys(q).to(tl.int64) << ID_BITS) + own
 
 
-@triton.jit
-def narrow_kernel(
-    rows, adaptors, parts, lists, weights,
-    STEP: tl.constexpr, BINS: tl.constexpr, ROOM: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
+@triton.jit(do_not_specialize=["packed", "asked"])
+def narrow_kernel(rows, packed, asked, scratch, sizes, STEP: tl.constexpr, PDL: tl.constexpr):
     """Narrows a bracket too large for a list: finer bins, or in the end the list."""
     follow(PDL)
     virtual, part = tl.program_id(0), tl.program_id(1)
-    marks = marks_of(lists, virtual)
+    marks = marks_of(scratch, virtual)
     stage = tl.load(marks + MARK_STAGE).to(tl.int32)
     bracketed = tl.load(marks + MARK_BRACKETED)
     active = (stage == NARROWED) | (stage == FEW_ENOUGH)
-    active |= (stage == BINNED) & (bracketed > ROOM) & (tl.load(marks + MARK_LISTED) > ROOM)
+    listed = tl.load(marks + MARK_LISTED)
+    active |= (stage == BINNED) & (bracketed > sizes.ROOM) & (listed > sizes.ROOM)
     if active:
-        at, knobs = knobs_of(adaptors, virtual)
-        inverse, m, target, bracket = nucleus_of(lists, virtual, knobs)
+        at, knobs = knobs_of(packed, asked, virtual)
+        inverse, m, target, bracket = nucleus_of(scratch, virtual, knobs)
         row = Row(row_at(rows, at), rows.v, inverse, m)
         low, high = tl.load(marks + MARK_LOW), tl.load(marks + MARK_HIGH)
         if stage == BINNED:  # about where the bin is; which tokens are in it, `around` says
-            width = bracket.reach / BINS
+            width = bracket.reach / sizes.BINS
             origin = tl.where(bracket.by_kappa, 0.0, m)
             slack = tl.where(bracket.by_kappa, 1e-6, tl.abs(m) * 3e-7)
             top = origin - bracket.end.to(tl.float32) * width * 0.99999 + slack
@@ -304,10 +293,10 @@ def narrow_kernel(
             high = (keys(tl.minimum(top, origin)).to(tl.int64) << ID_BITS) + LAST_PLACE
             low = keys(bottom).to(tl.int64) << ID_BITS
         shift = tl.full([], 0, tl.int64)
-        while ((high - low) >> shift) >= BINS:
+        while ((high - low) >> shift) >= sizes.BINS:
             shift += 1
-        in_mass, in_count = marks + MARKS + BINS, marks + MARKS + 2 * BINS
-        list_at = virtual.to(tl.int64) * ROOM
+        in_mass, in_count = marks + MARKS + sizes.BINS, marks + MARKS + 2 * sizes.BINS
+        spare = lists_of(scratch, virtual, sizes)[1]
         under, over = high * 0, high * 0
         run = tl.full([], -1, tl.int32)
         total, number = tl.zeros([STEP], tl.int64), tl.zeros([STEP], tl.int32)
@@ -320,15 +309,14 @@ def narrow_kernel(
             place = _places(q, ids, bracket.by_kappa)
             hit = (place >= low) & (place <= high) & (mass > 0)
             if stage == BINNED:
-                _, within = around(d, bracket, BINS)
+                _, within = around(d, bracket, sizes.BINS)
                 hit &= within
             if stage == FEW_ENOUGH:
-                spare = lists.spare + list_at
-                push(spare, lists.spare_ids + list_at, marks + MARK_BRACKETED, s, ids, hit, ROOM)
+                push(spare, marks + MARK_BRACKETED, s, ids, hit, sizes.ROOM)
             else:
-                b = tl.minimum(tl.maximum((high - place) >> shift, 0), BINS - 1).to(tl.int32)
+                b = tl.minimum(tl.maximum((high - place) >> shift, 0), sizes.BINS - 1).to(tl.int32)
                 run, total, number = _add_in_runs(
-                    in_mass, in_count, b, mass, hit, run, total, number, BINS, True
+                    in_mass, in_count, b, mass, hit, run, total, number, sizes.BINS, True
                 )
                 under = tl.maximum(under, tl.max(tl.where(hit, high - place, 0), 0))
                 over = tl.maximum(over, tl.max(tl.where(hit, place - low, 0), 0))
@@ -340,7 +328,7 @@ def narrow_kernel(
         if tl.atomic_add(marks + MARK_NARROWED, 1, sem="acq_rel") == tl.num_programs(1) - 1:
             next_stage = tl.full([], 0, tl.int32) + BRACKET_LISTED
             if stage != FEW_ENOUGH:
-                j = tl.arange(0, BINS)
+                j = tl.arange(0, sizes.BINS)
                 mass, count = tl.load(in_mass + j), tl.load(in_count + j)
                 above = tl.load(marks + MARK_ABOVE)
                 running = above + tl.cumsum(mass, 0)
@@ -357,7 +345,7 @@ def narrow_kernel(
                 tl.store(marks + MARK_HIGH, new_high)
                 tl.store(marks + MARK_LOW, new_low)
                 one = bracket.by_kappa & ((new_high >> ID_BITS) == (new_low >> ID_BITS))
-                next_stage = tl.where(here <= ROOM, FEW_ENOUGH, NARROWED)
+                next_stage = tl.where(here <= sizes.ROOM, FEW_ENOUGH, NARROWED)
                 next_stage = tl.where(one, ONE_KAPPA, next_stage)
                 zero = j.to(tl.int64) * 0
                 tl.store(in_mass + j, zero)

@@ -1,20 +1,10 @@
-"""A row, its knobs and its bounds: shared by the kernels that decide and those that write."""
+"""A row, its knobs and its record in memory, for all kernels of sampling."""
 
 import triton
 import triton.language as tl
 from triton.language.extra import cuda
 
-from fastadapt._ops.triton.arithmetic import (
-    ALMOST,
-    ANY_RANK,
-    ceil64,
-    exp64,
-    exponentials,
-    keys,
-    log_mass,
-    ranks,
-)
-from fastadapt._ops.triton.bundles import Bounds, Knobs
+from fastadapt._ops.triton.bundles import Bounds, Knobs, List, Parts, Weights
 
 OK = tl.constexpr(0)
 NAN = tl.constexpr(1)
@@ -33,6 +23,19 @@ ETA = tl.constexpr(6)
 KEEP = tl.constexpr(7)
 NUM_KNOBS = tl.constexpr(8)
 MAX_KEEP = tl.constexpr(1 << 22)  # the longest row
+
+# What a call asks for, in one integer, which kernels do not specialise: the number of adaptors, and
+# below it these bits.
+VLLM = tl.constexpr(1)  # the order of the filters
+PER_ROW = tl.constexpr(2)  # knobs have a value for each row
+POSITIONS = tl.constexpr(4)
+BASE_LOGPROBS = tl.constexpr(8)  # log-probabilities under the base distribution
+LOG_MASS = tl.constexpr(16)
+ALL_WEIGHED = tl.constexpr(32)  # masses of all rows
+BASE = tl.constexpr(64)  # also at temperature 1
+SURPRISAL = tl.constexpr(128)  # with its entropy
+SUM_LATER = tl.constexpr(256)  # survivors that no list holds are summed by another kernel
+ADAPTORS_SHIFT = tl.constexpr(9)
 
 # Where bounds lie in memory, in int64.
 BOUNDS_CUT = tl.constexpr(0)
@@ -68,6 +71,7 @@ MARK_SPLIT = tl.constexpr(17)  # whether its list is made anew after its bins
 MARK_TARGET = tl.constexpr(18)  # the mass up to which its nucleus takes tokens
 MARK_LARGEST = tl.constexpr(19)  # its largest scaled logit, and U / Z for typical: float32 bits
 MARK_CENTRE = tl.constexpr(20)
+MARK_FLOOR = tl.constexpr(21)  # of its list: float32 bits
 MARKS = tl.constexpr(32)
 UNLISTED = tl.constexpr(1 << 40)  # tokens of a list that was not made
 
@@ -94,12 +98,26 @@ def follow(PDL: tl.constexpr):
 
 
 @triton.jit
-def knobs_of(adaptors, virtual):
-    """Returns the row of logits and the knobs of a virtual row."""
-    at, adaptor = virtual // adaptors.number, virtual % adaptors.number
-    first = adaptors.knobs + adaptor.to(tl.int64) * NUM_KNOBS * adaptors.step
-    first += at.to(tl.int64) * adaptors.row_step
-    return at, Knobs(first, adaptors.step, adaptors.vllm)
+def has(asked, bit):
+    """Whether a call asks for something."""
+    return (asked & bit) > 0
+
+
+@triton.jit
+def knobs_of(packed, asked, virtual):
+    """Returns the row of logits and the knobs, of (A, 8, 1 or N), of a virtual row.
+
+    The first axis of a grid is of virtual rows.
+    """
+    number = asked >> ADAPTORS_SHIFT
+    at, adaptor, rows = virtual, virtual * 0, tl.num_programs(0)
+    if number > 1:
+        at, rows = virtual // number, rows // number
+        adaptor = virtual - at * number
+    step = tl.where(has(asked, PER_ROW), rows, 1)
+    first = packed + adaptor.to(tl.int64) * NUM_KNOBS * step
+    first += tl.where(has(asked, PER_ROW), at, 0)
+    return at, Knobs(first, step, asked & VLLM)
 
 
 @triton.jit
@@ -181,11 +199,10 @@ def needs_surprisal(knobs):
 
 
 @triton.jit
-def largest_of(parts, at, SPLITS: tl.constexpr):
+def largest_of(parts, SPLITS: tl.constexpr):
     """Returns the largest logit of a row from its parts, -0 as 0; NaN if one is."""
     j = tl.arange(0, SPLITS)
-    part = parts.largest + at * parts.splits + j
-    part = tl.load(part, mask=j < parts.splits, other=float("-inf"))
+    part = tl.load(parts.largest + j, mask=j < parts.splits, other=float("-inf"))
     nan = tl.max((part != part).to(tl.int32), 0) > 0
     return tl.where(nan, float("nan"), tl.max(tl.where(part != part, float("-inf"), part), 0)) + 0.0
 
@@ -197,39 +214,6 @@ def status_of(knobs, m):
     status = tl.where(m == float("inf"), POSITIVE_INF, status)
     status = tl.where(m != m, NAN, status)
     return tl.where(knobs_in_range(knobs), status, BAD_KNOB)
-
-
-@triton.jit
-def typicality(d, centre):
-    """Returns -kappa = -|d + U / Z|."""
-    return -tl.abs(d + centre)
-
-
-@triton.jit
-def survives(s, ids, m, bounds):
-    """Whether tokens survive under bounds."""
-    d = s - m
-    rank = ranks(keys(s), ids)
-    mass = exponentials(d).to(tl.int64)
-    alive = rank >= bounds.cut
-    alive &= (mass >= bounds.mass) | (rank >= bounds.guard)
-    alive &= (mass >= bounds.cutoff) | (rank >= bounds.cutoff_guard)
-    return alive & (ranks(keys(typicality(d, bounds.centre)), ids) >= bounds.band)
-
-
-@triton.jit
-def only_cut(bounds):
-    """Whether the survivors are exactly those from a rank up."""
-    free = ((bounds.mass == 0) | (bounds.guard == ANY_RANK)) & (bounds.band == ANY_RANK)
-    return free & ((bounds.cutoff == 0) | (bounds.cutoff_guard == ANY_RANK))
-
-
-@triton.jit
-def bounds_from(rank):
-    """Returns the bounds under which all tokens from a rank up survive."""
-    none = tl.full([], 0, tl.int64)
-    any_rank = none + ANY_RANK
-    return Bounds(none + rank, none, any_rank, none, any_rank, any_rank, none.to(tl.float32))
 
 
 @triton.jit
@@ -296,35 +280,84 @@ def load_list(held, number, LIST: tl.constexpr):
 
 
 @triton.jit
-def marks_of(lists, virtual):
-    """Returns the address of the counters of a virtual row."""
-    return lists.marks + virtual.to(tl.int64) * lists.step
+def marks_of(scratch, virtual):
+    """Returns the address of the record of a virtual row, which begins with its counters."""
+    return scratch.memory + virtual.to(tl.int64) * scratch.RECORD
 
 
 @triton.jit
-def hits_of(parts, at, tile, inverse, floor, COLUMNS: tl.constexpr):
+def parts_of(scratch, asked, at, v, sizes):
+    """Returns the maxima of a row of logits."""
+    record = marks_of(scratch, at * (asked >> ADAPTORS_SHIFT))
+    real: tl.constexpr = tl.pointer_type(tl.float32)
+    return Parts(
+        (record + scratch.LARGEST).to(real),
+        (record + scratch.SUPERS).to(real),
+        (record + scratch.GROUPS).to(real),
+        tl.cdiv(v, sizes.COLUMNS * sizes.GROUP),
+    )
+
+
+@triton.jit
+def weights_of(scratch, asked, at, virtual, v, sizes):
+    """Returns the masses of blocks of a virtual row, and those at temperature 1 of its row."""
+    sums = marks_of(scratch, virtual) + scratch.SUMS
+    base_sums = marks_of(scratch, at * (asked >> ADAPTORS_SHIFT)) + scratch.SUMS
+    return Weights(
+        sums,
+        sums + sizes.BLOCKS,
+        base_sums + 2 * sizes.BLOCKS,
+        base_sums + 3 * sizes.BLOCKS,
+        sums + 4 * sizes.BLOCKS,
+        (sums + 5 * sizes.BLOCKS).to(tl.pointer_type(tl.int32)),
+        tl.cdiv(v, sizes.BLOCK),
+    )
+
+
+@triton.jit
+def lists_of(scratch, virtual, sizes):
+    """Returns the list of a virtual row's tokens from a floor up, and a spare one."""
+    first = marks_of(scratch, virtual) + scratch.LISTS
+    half: tl.constexpr = sizes.ROOM // 2  # of a list's int64, for logits and for ids
+    real: tl.constexpr = tl.pointer_type(tl.float32)
+    whole: tl.constexpr = tl.pointer_type(tl.int32)
+    listed = List(first.to(real), (first + half).to(whole))
+    return listed, List((first + 2 * half).to(real), (first + 3 * half).to(whole))
+
+
+@triton.jit
+def load_float(mark):
+    """Loads a float32 from its counter."""
+    return tl.load(mark).to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def store_float(mark, value):
+    """Stores a float32 in its counter."""
+    tl.store(mark, value.to(tl.int32, bitcast=True).to(tl.int64))
+
+
+@triton.jit
+def hits_of(parts, tile, inverse, floor, COLUMNS: tl.constexpr):
     """Returns which groups of a tile reach a floor."""
-    groups = parts.groups + (at.to(tl.int64) * parts.splits + tile) * COLUMNS
-    largest = tl.load(groups + tl.arange(0, COLUMNS)) * inverse
+    largest = tl.load(parts.groups + tile * COLUMNS + tl.arange(0, COLUMNS)) * inverse
     return (largest >= floor) & (largest > float("-inf"))
 
 
 @triton.jit
-def push(s_out, ids_out, count, s, ids, good, ROOM: tl.constexpr):
+def push(out, count, s, ids, good, ROOM: tl.constexpr):
     """Appends tokens to a list as far as there is room, and counts all of them."""
     many = tl.sum(good.to(tl.int32), 0)
     if many > 0:
         place = tl.cumsum(good.to(tl.int32), 0) - 1
         place += tl.atomic_add(count, many.to(tl.int64), sem="relaxed")
         good &= place < ROOM
-        tl.store(s_out + place, s, mask=good)
-        tl.store(ids_out + place, ids, mask=good)
+        tl.store(out.s + place, s, mask=good)
+        tl.store(out.ids + place, ids, mask=good)
 
 
 @triton.jit
-def append(
-    s_out, ids_out, count, row, ids, bits, number, COLUMNS: tl.constexpr, ROOM: tl.constexpr
-):
+def append(out, count, row, ids, bits, number, COLUMNS: tl.constexpr, ROOM: tl.constexpr):
     """Appends the tokens of a tile that have a bit, one for each logit of a group, to a list."""
     many = tl.sum(number, 0)
     if many > 0:
@@ -337,34 +370,17 @@ def append(
             here = ids + tl.where(number > 0, (exponent & 255) - 127, 0) * COLUMNS
             s = load_scaled(row, here)
             there = (number > 0) & (place < ROOM)
-            tl.store(s_out + place, s, mask=there)
-            tl.store(ids_out + place, here, mask=there)
+            tl.store(out.s + place, s, mask=there)
+            tl.store(out.ids + place, here, mask=there)
             bits ^= lowest
             place += 1
             number -= 1
 
 
 @triton.jit
-def sums_of(weights, virtual, BLOCKS: tl.constexpr):
+def sums_of(weights, BLOCKS: tl.constexpr):
     """Returns mass and, if a filter needs it, surprisal mass of a weighed row."""
     j = tl.arange(0, BLOCKS)
-    at = virtual.to(tl.int64) * weights.blocks + j
     there = j < weights.blocks
-    z = tl.sum(tl.load(weights.sums + at, mask=there, other=0), 0)
-    return z, tl.sum(tl.load(weights.surprisal_sums + at, mask=there, other=0), 0)
-
-
-@triton.jit
-def mass_target(part_of_z):
-    """Returns the mass up to which a nucleus takes tokens."""
-    return tl.maximum(ceil64(part_of_z * ALMOST), 1)
-
-
-@triton.jit
-def cutoff_of(by_eta, value, z, u):
-    """Returns the probability below which epsilon or eta drops a token."""
-    p = value
-    if by_eta:
-        entropy = log_mass(z) + u.to(tl.float64) / z.to(tl.float64)
-        p = tl.minimum(p, tl.sqrt(p) * exp64(-entropy))
-    return p
+    z = tl.sum(tl.load(weights.sums + j, mask=there, other=0), 0)
+    return z, tl.sum(tl.load(weights.surprisal_sums + j, mask=there, other=0), 0)

@@ -9,21 +9,27 @@ import triton.language as tl
 
 from fastadapt._ops.triton.arithmetic import (
     MIN_INT32,
+    cutoff_of,
     exponentials,
     keys,
     log64,
+    mass_target,
     masses,
     surprisals,
     values,
 )
 from fastadapt._ops.triton.bundles import Row, row_at
-from fastadapt._ops.triton.nucleus import UNIT, around, nucleus_of, reach_of, store_float
+from fastadapt._ops.triton.nucleus import UNIT, around, nucleus_of, reach_of
 from fastadapt._ops.triton.rows import (
+    ADAPTORS_SHIFT,
+    ALL_WEIGHED,
+    BASE,
     EPSILON,
     ETA,
     KEEP,
     MARK_BRACKETED,
     MARK_CENTRE,
+    MARK_FLOOR,
     MARK_LARGEST,
     MARK_LISTED,
     MARK_REACH,
@@ -31,39 +37,40 @@ from fastadapt._ops.triton.rows import (
     MARK_TARGET,
     MAX_KEEP,
     MIN_P,
+    SURPRISAL,
     TEMPERATURE,
     TOP_K,
     TOP_P,
     TYPICAL_P,
     UNLISTED,
     append,
-    cutoff_of,
     first_filter,
     follow,
+    has,
     has_one_filter,
     hits_of,
     inverse_of,
     knobs_of,
     largest_of,
+    lists_of,
+    load_float,
     load_knob,
     load_scaled,
     marks_of,
-    mass_target,
     needs_masses,
     needs_surprisal,
+    parts_of,
     push,
+    store_float,
     sums_of,
+    weights_of,
 )
 
 FEW = tl.constexpr(8)  # groups of a tile that are read one by one
 
 
-@triton.jit
-def maxima_kernel(
-    rows, adaptors, parts, lists,
-    COLUMNS: tl.constexpr, GROUP: tl.constexpr, AHEAD: tl.constexpr, SUPERS: tl.constexpr,
-    PDL: tl.constexpr,
-):  # fmt: skip
+@triton.jit(do_not_specialize=["asked"])
+def maxima_kernel(rows, asked, scratch, sizes, PDL: tl.constexpr):
     """Finds the largest logit of groups, super-groups and tiles; zeroes the row's counters.
 
     A tile is GROUP times COLUMNS logits, a group one of its columns: loads are contiguous, and
@@ -71,13 +78,15 @@ def maxima_kernel(
     """
     follow(PDL)
     at, tile = tl.program_id(0), tl.program_id(1)
-    row = row_at(rows, at) + tile * (COLUMNS * GROUP)
-    left = rows.v - tile * (COLUMNS * GROUP)
+    COLUMNS: tl.constexpr = sizes.COLUMNS
+    TILE: tl.constexpr = COLUMNS * sizes.GROUP
+    row = row_at(rows, at) + tile * TILE
+    left = rows.v - tile * TILE
     c = tl.arange(0, COLUMNS)
     best = tl.full([COLUMNS], float("-inf"), tl.float32)
-    if left >= COLUMNS * GROUP:
-        for r in range(0, GROUP, AHEAD):
-            for i in tl.static_range(AHEAD):
+    if left >= TILE:
+        for r in range(0, sizes.GROUP, sizes.AHEAD):
+            for i in tl.static_range(sizes.AHEAD):
                 x = tl.load(row + (r + i) * COLUMNS + c).to(tl.float32)
                 best = tl.maximum(best, x, propagate_nan=tl.PropagateNan.ALL)
     else:
@@ -85,71 +94,61 @@ def maxima_kernel(
             j = r * COLUMNS + c
             x = tl.load(row + j, mask=j < left, other=float("-inf")).to(tl.float32)
             best = tl.maximum(best, x, propagate_nan=tl.PropagateNan.ALL)
-    part = at.to(tl.int64) * parts.splits + tile
-    tl.store(parts.groups + part * COLUMNS + c, best)
+    parts = parts_of(scratch, asked, at, rows.v, sizes)
+    tl.store(parts.groups + tile * COLUMNS + c, best)
+    SUPERS: tl.constexpr = sizes.PER_TILE
     of_supers = tl.max(tl.reshape(best, (COLUMNS // SUPERS, SUPERS)), 0)
-    tl.store(parts.supers + part * SUPERS + tl.arange(0, SUPERS), of_supers)
+    tl.store(parts.supers + tile * SUPERS + tl.arange(0, SUPERS), of_supers)
     nan = tl.max((best != best).to(tl.int32), 0) > 0
-    tl.store(parts.largest + part, tl.where(nan, float("nan"), tl.max(best, 0)))
-    words = lists.step * adaptors.number
-    marks = lists.marks + at.to(tl.int64) * words
-    for some in range(tile, tl.cdiv(words, COLUMNS), tl.num_programs(1)):
-        j = some * COLUMNS + c
-        tl.store(marks + j, j.to(tl.int64) * 0, mask=j < words)
+    tl.store(parts.largest + tile, tl.where(nan, float("nan"), tl.max(best, 0)))
+    number = asked >> ADAPTORS_SHIFT
+    for adaptor in range(number):
+        marks = marks_of(scratch, at * number + adaptor)
+        for some in range(tile, tl.cdiv(scratch.words, COLUMNS), tl.num_programs(1)):
+            j = some * COLUMNS + c
+            tl.store(marks + j, j.to(tl.int64) * 0, mask=j < scratch.words)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["packed", "asked"])
 def weigh_kernel(
-    rows, adaptors, parts, weights,
-    ALWAYS: tl.constexpr, BASE: tl.constexpr, BASE_SURPRISAL: tl.constexpr, BLOCK: tl.constexpr,
+    rows, packed, asked, scratch, sizes,
     TOGETHER: tl.constexpr,  # blocks a program looks at at once
-    SPLITS: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """Sums integer masses by block, for rows whose first filter needs them, or for all."""
     follow(PDL)
     virtual, some = tl.program_id(0), tl.program_id(1)
-    at, knobs = knobs_of(adaptors, virtual)
+    at, knobs = knobs_of(packed, asked, virtual)
     first = first_filter(knobs)
-    needed = needs_masses(first) | ALWAYS
     with_surprisal = needs_surprisal(knobs)
-    with_base = virtual % adaptors.number == 0
-    if needed:
+    if needs_masses(first) | has(asked, ALL_WEIGHED):
         inverse = inverse_of(load_knob(knobs, TEMPERATURE))
-        largest = largest_of(parts, at, SPLITS)
+        largest = largest_of(parts_of(scratch, asked, at, rows.v, sizes), sizes.SPLITS)
         m = largest * inverse + 0.0
         row = Row(row_at(rows, at), rows.v, inverse, m)
         base_row = Row(row.logits, rows.v, 1.0, largest)
-        out = virtual.to(tl.int64) * weights.blocks
-        base_out = at.to(tl.int64) * weights.blocks
+        weights = weights_of(scratch, asked, at, virtual, rows.v, sizes)
         block = some * TOGETHER + tl.arange(0, TOGETHER)
         there = block < weights.blocks
-        ids = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+        ids = block[:, None] * sizes.BLOCK + tl.arange(0, sizes.BLOCK)[None, :]
         s = load_scaled(row, ids)
         d = s - m
-        tl.store(weights.sums + out + block, tl.sum(masses(d), 1), mask=there)
+        tl.store(weights.sums + block, tl.sum(masses(d), 1), mask=there)
         if first == 0:
             number = tl.sum((s > float("-inf")).to(tl.int32), 1)
-            tl.store(weights.finite + out + block, number, mask=there)
+            tl.store(weights.finite + block, number, mask=there)
         if with_surprisal:
-            u = tl.sum(surprisals(d), 1)
-            tl.store(weights.surprisal_sums + out + block, u, mask=there)
-        if BASE:
-            if with_base:
-                d1 = load_scaled(base_row, ids) - largest
-                z1 = tl.sum(masses(d1), 1)
-                tl.store(weights.base_sums + base_out + block, z1, mask=there)
-                if BASE_SURPRISAL:
-                    u1 = tl.sum(surprisals(d1), 1)
-                    tl.store(weights.base_surprisal_sums + base_out + block, u1, mask=there)
+            tl.store(weights.surprisal_sums + block, tl.sum(surprisals(d), 1), mask=there)
+        if has(asked, BASE) & (virtual == at * (asked >> ADAPTORS_SHIFT)):
+            d1 = load_scaled(base_row, ids) - largest
+            tl.store(weights.base_sums + block, tl.sum(masses(d1), 1), mask=there)
+            if has(asked, SURPRISAL):
+                u1 = tl.sum(surprisals(d1), 1)
+                tl.store(weights.base_surprisal_sums + block, u1, mask=there)
 
 
-@triton.jit
-def sketch_kernel(
-    rows, adaptors, parts, lists, weights,
-    COLUMNS: tl.constexpr, GROUPS: tl.constexpr, ROOM: tl.constexpr,
-    SPLITS: tl.constexpr, BLOCKS: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
+@triton.jit(do_not_specialize=["packed", "asked"])
+def sketch_kernel(rows, packed, asked, scratch, sizes, PDL: tl.constexpr):
     """Says what a nucleus is; for top-p bounds how far down it reaches, by the best of groups.
 
     That helps where few tokens have most of the mass: they become the row's list. Other rows have
@@ -157,25 +156,26 @@ def sketch_kernel(
     """
     follow(PDL)
     virtual = tl.program_id(0)
-    at, knobs = knobs_of(adaptors, virtual)
+    at, knobs = knobs_of(packed, asked, virtual)
     first = first_filter(knobs)
     by_kappa = first == TYPICAL_P
     if (load_knob(knobs, TEMPERATURE) > 0) & (by_kappa | (first == TOP_P)):
         inverse = inverse_of(load_knob(knobs, TEMPERATURE))
-        m = largest_of(parts, at, SPLITS) * inverse + 0.0
-        z, u = sums_of(weights, virtual, BLOCKS)
+        parts = parts_of(scratch, asked, at, rows.v, sizes)
+        m = largest_of(parts, sizes.SPLITS) * inverse + 0.0
+        weights = weights_of(scratch, asked, at, virtual, rows.v, sizes)
+        z, u = sums_of(weights, sizes.BLOCKS)
         z = tl.maximum(z, 1)
         centre = (u.to(tl.float64) / z.to(tl.float64)).to(tl.float32)
         centre = tl.where(by_kappa, centre, 0.0)
         value = load_knob(knobs, first)
         target = mass_target(value * z.to(tl.float64))
         reach = reach_of(value, z, rows.v, centre, by_kappa)
-        marks = marks_of(lists, virtual)
+        marks = marks_of(scratch, virtual)
         if first == TOP_P:
-            number = parts.splits * COLUMNS
-            j = tl.arange(0, GROUPS)
-            groups = parts.groups + at.to(tl.int64) * number
-            d = tl.load(groups + j, mask=j < number, other=float("-inf")) * inverse - m
+            number = parts.splits * sizes.COLUMNS
+            j = tl.arange(0, sizes.SPLITS * sizes.COLUMNS)
+            d = tl.load(parts.groups + j, mask=j < number, other=float("-inf")) * inverse - m
             mass = exponentials(d)
             wanted = target.to(tl.float32) * 1.0001
             low, high = -reach, reach * 0.0
@@ -184,14 +184,14 @@ def sketch_kernel(
                 enough = tl.sum(tl.where(d >= middle, mass, 0.0), 0) >= wanted
                 low = tl.where(enough, middle, low)
                 high = tl.where(enough, high, middle)
-            floor = tl.where(rows.v <= ROOM, float("-inf"), float("inf"))
+            floor = tl.where(rows.v <= sizes.ROOM, float("-inf"), float("inf"))
             if tl.sum(tl.where(d >= low, mass, 0.0), 0) >= wanted:
                 slack = 1e-4 + tl.abs(m) * 3e-7
                 reach = tl.minimum(reach, slack - low)
                 # of a group, mostly one or two tokens are as good as the largest of the last one
-                few = tl.sum((d >= low).to(tl.int32), 0) <= ROOM * 3 // 8
+                few = tl.sum((d >= low).to(tl.int32), 0) <= sizes.ROOM * 3 // 8
                 floor = tl.where(few, tl.minimum(floor, m + low - slack), floor)
-            tl.store(lists.floors + virtual, floor)
+            store_float(marks + MARK_FLOOR, floor)
             if floor == float("inf"):
                 tl.store(marks + MARK_LISTED, tl.full([], 0, tl.int64) + UNLISTED)
         store_float(marks + MARK_REACH, reach)
@@ -219,23 +219,23 @@ def _kth_largest(supers, number, k, SUPERS: tl.constexpr):
 
 
 @triton.jit
-def _top_k_floor(parts, at, v, knobs, inverse, tiling, sizes):
+def _top_k_floor(parts, v, knobs, inverse, sizes):
     """Returns a scaled logit that as many tokens reach as top-k keeps."""
     k = tl.maximum(load_knob(knobs, TOP_K), load_knob(knobs, KEEP))
     k = tl.minimum(k, MAX_KEEP).to(tl.int32)
-    number = parts.splits * tiling.PER_TILE
-    supers = parts.supers + at.to(tl.int64) * number
-    floor = _kth_largest(supers, number, k, tiling.SUPERS) * inverse
+    number = parts.splits * sizes.PER_TILE
+    SUPERS: tl.constexpr = sizes.SPLITS * sizes.PER_TILE
+    floor = _kth_largest(parts.supers, number, k, SUPERS) * inverse
     return tl.where(v <= sizes.LIST, float("-inf"), floor)
 
 
 @triton.jit
-def _mass_floor(weights, virtual, v, knobs, first, m, sizes):
+def _mass_floor(weights, v, knobs, first, m, sizes):
     """Returns the scaled logit from which min-p, epsilon or eta keeps tokens, or one below."""
     value = load_knob(knobs, first)
     share = tl.minimum(value, 1.0)
     if first != MIN_P:
-        z, u = sums_of(weights, virtual, sizes.BLOCKS)
+        z, u = sums_of(weights, sizes.BLOCKS)
         p = cutoff_of(first == ETA, value, tl.maximum(z, 1), u)
         # the most probable stay, however high the cutoff
         share = tl.minimum(p * z.to(tl.float64) / UNIT, 1.0)
@@ -244,97 +244,87 @@ def _mass_floor(weights, virtual, v, knobs, first, m, sizes):
 
 
 @triton.jit
-def _list_columns(lists, virtual, row, tile, hit, floor, tiling, sizes, AT_ONCE: tl.constexpr):
+def _list_columns(scratch, virtual, row, tile, hit, floor, sizes, AT_ONCE: tl.constexpr):
     """Lists the tokens of some groups of a tile from the floor up, so many groups at a time."""
-    marks, list_at = marks_of(lists, virtual), virtual.to(tl.int64) * sizes.ROOM
-    c = tl.arange(0, tiling.COLUMNS)
+    listed = lists_of(scratch, virtual, sizes)[0]
+    count = marks_of(scratch, virtual) + MARK_LISTED
+    c = tl.arange(0, sizes.COLUMNS)
     turn = tl.cumsum(hit.to(tl.int32), 0) - 1
     left = tl.sum(hit.to(tl.int32), 0)
     for done in range(0, left, AT_ONCE):
         wanted = done + tl.arange(0, AT_ONCE)
         here = hit[None, :] & (turn[None, :] == wanted[:, None])
         column = tl.sum(tl.where(here, c[None, :], 0), 1)
-        r = tl.arange(0, tiling.GROUP)[:, None]
-        ids = tile * (tiling.COLUMNS * tiling.GROUP) + column[None, :] + r * tiling.COLUMNS
-        there = tl.reshape((wanted < left)[None, :] & (r >= 0), (tiling.GROUP * AT_ONCE,))
-        ids = tl.reshape(ids, (tiling.GROUP * AT_ONCE,))
+        r = tl.arange(0, sizes.GROUP)[:, None]
+        ids = tile * (sizes.COLUMNS * sizes.GROUP) + column[None, :] + r * sizes.COLUMNS
+        there = tl.reshape((wanted < left)[None, :] & (r >= 0), (sizes.GROUP * AT_ONCE,))
+        ids = tl.reshape(ids, (sizes.GROUP * AT_ONCE,))
         s = tl.where(there, load_scaled(row, ids), float("-inf"))
         good = (s >= floor) & (s > float("-inf"))
-        listed, count = lists.listed + list_at, marks + MARK_LISTED
-        push(listed, lists.listed_ids + list_at, count, s, ids, good, sizes.ROOM)
+        push(listed, count, s, ids, good, sizes.ROOM)
 
 
 @triton.jit
-def _list_tile(lists, virtual, row, tile, floor, tiling, sizes):
+def _list_tile(scratch, virtual, row, tile, floor, sizes):
     """Lists the tokens of a tile from the floor up."""
-    COLUMNS: tl.constexpr = tiling.COLUMNS
-    tl.static_assert(tiling.GROUP <= 32)
-    ids = tile * (COLUMNS * tiling.GROUP) + tl.arange(0, COLUMNS)
+    COLUMNS: tl.constexpr = sizes.COLUMNS
+    tl.static_assert(sizes.GROUP <= 32)
+    ids = tile * (COLUMNS * sizes.GROUP) + tl.arange(0, COLUMNS)
     bits, number = tl.zeros([COLUMNS], tl.int32), tl.zeros([COLUMNS], tl.int32)
-    for r in range(0, tiling.GROUP, tiling.AHEAD):
-        for i in tl.static_range(tiling.AHEAD):
+    for r in range(0, sizes.GROUP, sizes.AHEAD):
+        for i in tl.static_range(sizes.AHEAD):
             s = load_scaled(row, ids + (r + i) * COLUMNS)
             good = ((s >= floor) & (s > float("-inf"))).to(tl.int32)
             bits |= good << (r + i)
             number += good
-    list_at = virtual.to(tl.int64) * sizes.ROOM
-    listed, count = lists.listed + list_at, marks_of(lists, virtual) + MARK_LISTED
-    append(listed, lists.listed_ids + list_at, count, row, ids, bits, number, COLUMNS, sizes.ROOM)
+    listed = lists_of(scratch, virtual, sizes)[0]
+    count = marks_of(scratch, virtual) + MARK_LISTED
+    append(listed, count, row, ids, bits, number, COLUMNS, sizes.ROOM)
 
 
-@triton.jit
-def collect_kernel(rows, adaptors, parts, lists, weights, tiling, sizes, PDL: tl.constexpr):
-    """Lists the largest tokens of rows that begin with top-k or are greedy, from few groups."""
+@triton.jit(do_not_specialize=["packed", "asked"])
+def list_kernel(rows, packed, asked, scratch, sizes, PDL: tl.constexpr):
+    """Lists the tokens from a floor up, from the groups that reach it.
+
+    It is set by rank for rows that begin with top-k or are greedy, by mass for those that begin
+    with another filter but typical.
+    """
     follow(PDL)
     virtual, part = tl.program_id(0), tl.program_id(1)
-    at, knobs = knobs_of(adaptors, virtual)
-    greedy = load_knob(knobs, TEMPERATURE) == 0
-    if (first_filter(knobs) == TOP_K) | greedy:
-        inverse = inverse_of(load_knob(knobs, TEMPERATURE))
-        m = largest_of(parts, at, sizes.SPLITS) * inverse + 0.0
+    at, knobs = knobs_of(packed, asked, virtual)
+    temperature, first = load_knob(knobs, TEMPERATURE), first_filter(knobs)
+    greedy = temperature == 0
+    by_rank = greedy | (first == TOP_K)
+    by_mass = (first == TOP_P) | (first == MIN_P) | (first == EPSILON) | (first == ETA)
+    by_mass &= temperature > 0
+    if by_rank | by_mass:
+        inverse = inverse_of(temperature)
+        parts = parts_of(scratch, asked, at, rows.v, sizes)
+        m = largest_of(parts, sizes.SPLITS) * inverse + 0.0
+        mark = marks_of(scratch, virtual) + MARK_FLOOR
         floor = m
-        if greedy == 0:
-            floor = _top_k_floor(parts, at, rows.v, knobs, inverse, tiling, sizes)
+        if by_mass:
+            if first == TOP_P:
+                floor = load_float(mark)
+            else:
+                weights = weights_of(scratch, asked, at, virtual, rows.v, sizes)
+                floor = _mass_floor(weights, rows.v, knobs, first, m, sizes)
+        elif greedy == 0:
+            floor = _top_k_floor(parts, rows.v, knobs, inverse, sizes)
         row = Row(row_at(rows, at), rows.v, inverse, m)
         for tile in range(part, parts.splits, tl.num_programs(1)):
-            hit = hits_of(parts, at, tile, inverse, floor, tiling.COLUMNS)
+            hit = hits_of(parts, tile, inverse, floor, sizes.COLUMNS)
             left = tl.sum(hit.to(tl.int32), 0)
             if left > FEW:
-                _list_tile(lists, virtual, row, tile, floor, tiling, sizes)
+                _list_tile(scratch, virtual, row, tile, floor, sizes)
             elif left > 0:
-                _list_columns(lists, virtual, row, tile, hit, floor, tiling, sizes, FEW // 2)
-        if part == 0:
-            tl.store(lists.floors + virtual, floor)
+                _list_columns(scratch, virtual, row, tile, hit, floor, sizes, FEW // 2)
+        if (part == 0) & (by_rank | (first != TOP_P)):
+            store_float(mark, floor)
 
 
-@triton.jit
-def list_kernel(rows, adaptors, parts, lists, weights, tiling, sizes, PDL: tl.constexpr):
-    """Lists the tokens from a floor up of rows whose first filter sets one by masses."""
-    follow(PDL)
-    virtual, tile = tl.program_id(0), tl.program_id(1)
-    at, knobs = knobs_of(adaptors, virtual)
-    first = first_filter(knobs)
-    asked = (first == TOP_P) | (first == MIN_P) | (first == EPSILON) | (first == ETA)
-    if asked & (load_knob(knobs, TEMPERATURE) > 0):
-        inverse = inverse_of(load_knob(knobs, TEMPERATURE))
-        m = largest_of(parts, at, sizes.SPLITS) * inverse + 0.0
-        if first == TOP_P:
-            floor = tl.load(lists.floors + virtual)
-        else:
-            floor = _mass_floor(weights, virtual, rows.v, knobs, first, m, sizes)
-        hit = hits_of(parts, at, tile, inverse, floor, tiling.COLUMNS)
-        left = tl.sum(hit.to(tl.int32), 0)
-        row = Row(row_at(rows, at), rows.v, inverse, m)
-        if left > FEW:
-            _list_tile(lists, virtual, row, tile, floor, tiling, sizes)
-        elif left > 0:
-            _list_columns(lists, virtual, row, tile, hit, floor, tiling, sizes, FEW // 2)
-        if (tile == 0) & (first != TOP_P):
-            tl.store(lists.floors + virtual, floor)
-
-
-@triton.jit
-def split_kernel(rows, adaptors, parts, lists, weights, tiling, sizes, PDL: tl.constexpr):
+@triton.jit(do_not_specialize=["packed", "asked"])
+def split_kernel(rows, packed, asked, scratch, sizes, PDL: tl.constexpr):
     """Lists the bracket of a row with bins that has no list.
 
     With it, the tokens from the floor up or, where one filter is all, the masses of what is above
@@ -342,23 +332,25 @@ def split_kernel(rows, adaptors, parts, lists, weights, tiling, sizes, PDL: tl.c
     """
     follow(PDL)
     virtual, part = tl.program_id(0), tl.program_id(1)
-    marks = marks_of(lists, virtual)
+    marks = marks_of(scratch, virtual)
     if tl.load(marks + MARK_SPLIT) == 1:
-        at, knobs = knobs_of(adaptors, virtual)
-        inverse, m, target, bracket = nucleus_of(lists, virtual, knobs)
+        at, knobs = knobs_of(packed, asked, virtual)
+        inverse, m, target, bracket = nucleus_of(scratch, virtual, knobs)
         row = Row(row_at(rows, at), rows.v, inverse, m)
-        floor = tl.load(lists.floors + virtual)
+        parts = parts_of(scratch, asked, at, rows.v, sizes)
+        weights = weights_of(scratch, asked, at, virtual, rows.v, sizes)
+        floor = load_float(marks + MARK_FLOOR)
         alone = has_one_filter(knobs)
-        list_at = virtual.to(tl.int64) * sizes.ROOM
-        COLUMNS: tl.constexpr = tiling.COLUMNS
-        BY_BLOCK: tl.constexpr = sizes.BLOCK // tiling.COLUMNS  # logits of a group
+        listed, spare = lists_of(scratch, virtual, sizes)
+        COLUMNS: tl.constexpr = sizes.COLUMNS
+        BY_BLOCK: tl.constexpr = sizes.BLOCK // sizes.COLUMNS  # logits of a group
         for tile in range(part, parts.splits, tl.num_programs(1)):
-            ids = tile * (COLUMNS * tiling.GROUP) + tl.arange(0, COLUMNS)
+            ids = tile * (COLUMNS * sizes.GROUP) + tl.arange(0, COLUMNS)
             bits, number = tl.zeros([COLUMNS], tl.int32), tl.zeros([COLUMNS], tl.int32)
             all_bits, all_number = bits, number
-            hit = hits_of(parts, at, tile, inverse, floor, tiling.COLUMNS)
+            hit = hits_of(parts, tile, inverse, floor, sizes.COLUMNS)
             reached = tl.max(hit.to(tl.int32), 0) > 0
-            for r in range(0, tiling.GROUP, BY_BLOCK):
+            for r in range(0, sizes.GROUP, BY_BLOCK):
                 mass, better = tl.zeros([COLUMNS], tl.int64), tl.zeros([COLUMNS], tl.int32)
                 if reached:
                     for i in tl.static_range(BY_BLOCK):
@@ -373,16 +365,13 @@ def split_kernel(rows, adaptors, parts, lists, weights, tiling, sizes, PDL: tl.c
                             good = ((s >= floor) & (s > float("-inf"))).to(tl.int32)
                             all_bits |= good << (r + i)
                             all_number += good
-                block = tile * (tiling.GROUP // BY_BLOCK) + r // BY_BLOCK
+                block = tile * (sizes.GROUP // BY_BLOCK) + r // BY_BLOCK
                 if alone & (block < weights.blocks):
-                    out = virtual.to(tl.int64) * weights.blocks + block
-                    tl.store(weights.kept_sums + out, tl.sum(mass, 0))
-                    tl.store(weights.finite + out, tl.sum(better, 0))
-            spare, spare_ids = lists.spare + list_at, lists.spare_ids + list_at
+                    tl.store(weights.kept_sums + block, tl.sum(mass, 0))
+                    tl.store(weights.finite + block, tl.sum(better, 0))
             count = marks + MARK_BRACKETED
-            append(spare, spare_ids, count, row, ids, bits, number, COLUMNS, sizes.ROOM)
-            listed, listed_ids = lists.listed + list_at, lists.listed_ids + list_at
+            append(spare, count, row, ids, bits, number, COLUMNS, sizes.ROOM)
             count = marks + MARK_LISTED
-            append(listed, listed_ids, count, row, ids, all_bits, all_number, COLUMNS, sizes.ROOM)
+            append(listed, count, row, ids, all_bits, all_number, COLUMNS, sizes.ROOM)
         if (part == 0) & alone:
             tl.atomic_add(marks + MARK_LISTED, tl.full([], 0, tl.int64) + UNLISTED, sem="relaxed")

@@ -19,9 +19,11 @@ from fastadapt._ops.triton.arithmetic import (
     keys,
     masses,
     ranks,
+    survives,
+    typicality,
     values,
 )
-from fastadapt._ops.triton.bundles import Found, Held, List, Tokens
+from fastadapt._ops.triton.bundles import Found, Held, Tokens
 from fastadapt._ops.triton.nucleus import ID_BITS
 from fastadapt._ops.triton.rows import (
     BINNED,
@@ -29,6 +31,7 @@ from fastadapt._ops.triton.rows import (
     KEEP,
     MARK_ABOVE,
     MARK_BRACKETED,
+    MARK_FLOOR,
     MARK_LISTED,
     MARK_LOW,
     MARK_STAGE,
@@ -36,13 +39,13 @@ from fastadapt._ops.triton.rows import (
     ONE_KAPPA,
     UNLISTED,
     length_of,
+    lists_of,
+    load_float,
     load_knob,
     load_list,
     load_scaled,
     load_tokens,
     marks_of,
-    survives,
-    typicality,
 )
 
 SLACK = tl.constexpr(1e-3)  # of masses told from counts, over 1e-4 that rounding takes
@@ -235,13 +238,13 @@ def cut_among(
 
 
 @triton.jit
-def held_of(lists, virtual, knobs, sizes):
+def held_of(scratch, virtual, knobs, sizes):
     """Chooses the list of a virtual row to work on, and says whether it fits one program.
 
     The list from its floor up, or where a program cannot hold that, the list of its bracket, which
     decides its first filter.
     """
-    marks = marks_of(lists, virtual)
+    marks = marks_of(scratch, virtual)
     counted = tl.load(marks + MARK_LISTED)
     listed = tl.minimum(counted, 2**31 - 1).to(tl.int32)
     stage = tl.load(marks + MARK_STAGE).to(tl.int32)
@@ -275,12 +278,10 @@ def load_held(held, listed, spare, sizes):
 
 
 @triton.jit
-def found_of(lists, virtual, held, sizes):
+def found_of(scratch, virtual, held, sizes):
     """Loads the list of a virtual row, with the address of a spare one."""
-    at = virtual.to(tl.int64) * sizes.ROOM
-    listed = List(lists.listed + at, lists.listed_ids + at)
-    spare = List(lists.spare + at, lists.spare_ids + at)
-    floor = tl.load(lists.floors + virtual)
+    listed, spare = lists_of(scratch, virtual, sizes)
+    floor = load_float(marks_of(scratch, virtual) + MARK_FLOOR)
     s, ids = floor, held.number
     if sizes.ALONE:
         s = tl.full([sizes.LIST], float("-inf"), tl.float32)

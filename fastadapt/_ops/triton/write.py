@@ -6,12 +6,19 @@ Bounds are written to memory once a row; passes over whole rows, shared by many 
 import triton
 import triton.language as tl
 
-from fastadapt._ops.triton.arithmetic import exp64, exponentials, log64, log_mass, masses
+from fastadapt._ops.triton.arithmetic import (
+    exp64,
+    exponentials,
+    log64,
+    log_mass,
+    masses,
+    survives,
+)
 from fastadapt._ops.triton.bundles import OTHERS_MAX, OTHERS_SUM, Row, row_at
 from fastadapt._ops.triton.decide import decide
 from fastadapt._ops.triton.rows import (
+    ADAPTORS_SHIFT,
     BOUNDS_KEPT,
-    BOUNDS_SIZE,
     BOUNDS_STATUS,
     BOUNDS_TOTAL,
     OK,
@@ -23,40 +30,43 @@ from fastadapt._ops.triton.rows import (
     load_bounds,
     load_knob,
     load_scaled,
+    marks_of,
+    parts_of,
     store_bounds,
-    survives,
+    weights_of,
 )
 from fastadapt._ops.triton.select import found_of, held_of
 
 
-@triton.jit
-def bounds_kernel(
-    rows, adaptors, parts, lists, weights, all_bounds, asked, sizes, PDL: tl.constexpr
-):
-    """Stores what a virtual row's filters come to, (rows, BOUNDS_SIZE) int64."""
+@triton.jit(do_not_specialize=["packed", "asked"])
+def bounds_kernel(rows, packed, asked, scratch, sizes, PDL: tl.constexpr):
+    """Stores in its record what a virtual row's filters come to."""
     follow(PDL)
     virtual = tl.program_id(0)
-    _, knobs = knobs_of(adaptors, virtual)
-    found = found_of(lists, virtual, held_of(lists, virtual, knobs, sizes), sizes)
-    decided = decide(rows, adaptors, parts, lists, weights, virtual, found, asked, sizes)
-    all_bounds += virtual.to(tl.int64) * BOUNDS_SIZE
-    store_bounds(all_bounds, decided.bounds, decided.status)
-    tl.store(all_bounds + BOUNDS_TOTAL, decided.total)
-    tl.store(all_bounds + BOUNDS_KEPT, decided.kept.to(tl.int64))
+    at, knobs = knobs_of(packed, asked, virtual)
+    found = found_of(scratch, virtual, held_of(scratch, virtual, knobs, sizes), sizes)
+    parts = parts_of(scratch, asked, at, rows.v, sizes)
+    weights = weights_of(scratch, asked, at, virtual, rows.v, sizes)
+    decided = decide(rows, knobs, asked, parts, weights, at, found, sizes)
+    bounds = marks_of(scratch, virtual) + scratch.BOUNDS
+    store_bounds(bounds, decided.bounds, decided.status)
+    tl.store(bounds + BOUNDS_TOTAL, decided.total)
+    tl.store(bounds + BOUNDS_KEPT, decided.kept.to(tl.int64))
 
 
-@triton.jit
-def score_kernel(rows, adaptors, parts, weights, all_bounds, labels, out, sizes, PDL: tl.constexpr):
+@triton.jit(do_not_specialize=["packed", "asked"])
+def score_kernel(rows, packed, asked, scratch, sizes, labels, out, PDL: tl.constexpr):
     """Scores a token under an adaptor, the first program of a row also the base distribution."""
     follow(PDL)
     virtual = tl.program_id(0)
-    at, knobs = knobs_of(adaptors, virtual)
+    at, knobs = knobs_of(packed, asked, virtual)
     temperature = load_knob(knobs, TEMPERATURE)
-    all_bounds += virtual.to(tl.int64) * BOUNDS_SIZE
-    status, total = tl.load(all_bounds + BOUNDS_STATUS), tl.load(all_bounds + BOUNDS_TOTAL)
-    kept = tl.load(all_bounds + BOUNDS_KEPT).to(tl.int32)
+    bounds = marks_of(scratch, virtual) + scratch.BOUNDS
+    status, total = tl.load(bounds + BOUNDS_STATUS), tl.load(bounds + BOUNDS_TOTAL)
+    kept = tl.load(bounds + BOUNDS_KEPT).to(tl.int32)
     inverse = inverse_of(temperature)
-    m1 = largest_of(parts, at, sizes.SPLITS)
+    m1 = largest_of(parts_of(scratch, asked, at, rows.v, sizes), sizes.SPLITS)
+    weights = weights_of(scratch, asked, at, virtual, rows.v, sizes)
     row = Row(row_at(rows, at), rows.v, inverse, m1 * inverse + 0.0)
     token = tl.load(labels.ids + at)
     ignored = token == labels.ignore_index
@@ -66,15 +76,14 @@ def score_kernel(rows, adaptors, parts, weights, all_bounds, labels, out, sizes,
     bad = tl.where(ignored, 0.0, float("nan"))
     j = tl.arange(0, sizes.BLOCKS)
     there = j < weights.blocks
-    base_at = at.to(tl.int64) * weights.blocks + j
-    z = tl.sum(tl.load(weights.base_sums + base_at, mask=there, other=0), 0)
+    z = tl.sum(tl.load(weights.base_sums + j, mask=there, other=0), 0)
     log_z = log_mass(tl.where(usable, z, 1))
     base = (x.to(tl.float64) - m1.to(tl.float64) - log_z).to(tl.float32)
     scored = usable & (status == OK) & (temperature != 0)
     s = x * row.inverse
     log_s = log_mass(tl.where(scored, total, 1))
     logprob = (s.to(tl.float64) - row.m.to(tl.float64) - log_s).to(tl.float32)
-    alive = survives(s, token.to(tl.int32), row.m, load_bounds(all_bounds))
+    alive = survives(s, token.to(tl.int32), row.m, load_bounds(bounds))
     logprob = tl.where(alive, logprob, float("-inf"))
     inverse = inverse.to(tl.float64)
     shift = row.m.to(tl.float64) - m1.to(tl.float64) * inverse
@@ -82,8 +91,8 @@ def score_kernel(rows, adaptors, parts, weights, all_bounds, labels, out, sizes,
     tl.store(out.logprobs + virtual, tl.where(scored, logprob, bad))
     tl.store(out.log_norms + virtual, tl.where(scored, log_norm, bad))
     tl.store(out.kept + virtual, tl.where(scored, kept, 0))
-    if virtual % adaptors.number == 0:
-        u = tl.load(weights.base_surprisal_sums + base_at, mask=there, other=0)
+    if virtual == at * (asked >> ADAPTORS_SHIFT):
+        u = tl.load(weights.base_surprisal_sums + j, mask=there, other=0)
         u = tl.sum(u, 0)
         entropy = (log_z + u.to(tl.float64) / tl.where(usable, z, 1).to(tl.float64)).to(tl.float32)
         tl.store(out.base_logprobs + at, tl.where(usable, base, bad))
@@ -97,9 +106,9 @@ def _exponential(x):
 
 
 @triton.jit
-def _temperature(adaptors, at):
+def _temperature(packed, asked, at):
     """Returns the temperature of a row under the only adaptor."""
-    _, knobs = knobs_of(adaptors, at)
+    _, knobs = knobs_of(packed, asked, at)
     return load_knob(knobs, TEMPERATURE)
 
 
@@ -113,23 +122,20 @@ def _fitted(s, m, inverse, TYPE: tl.constexpr):
     return s
 
 
-@triton.jit
-def filter_kernel(
-    rows, adaptors, parts, all_bounds, out, BLOCK: tl.constexpr, SPLITS: tl.constexpr,
-    PDL: tl.constexpr,
-):  # fmt: skip
+@triton.jit(do_not_specialize=["packed", "asked"])
+def filter_kernel(rows, packed, asked, scratch, sizes, out, PDL: tl.constexpr):
     """Writes scaled survivors and -inf for the rest; a bad row is copied."""
     follow(PDL)
     at, block = tl.program_id(0), tl.program_id(1)
-    all_bounds += at.to(tl.int64) * BOUNDS_SIZE
-    inverse = inverse_of(_temperature(adaptors, at))
-    m = largest_of(parts, at, SPLITS) * inverse + 0.0
-    ids = block * BLOCK + tl.arange(0, BLOCK)
+    bounds = marks_of(scratch, at) + scratch.BOUNDS
+    inverse = inverse_of(_temperature(packed, asked, at))
+    m = largest_of(parts_of(scratch, asked, at, rows.v, sizes), sizes.SPLITS) * inverse + 0.0
+    ids = block * sizes.BLOCK + tl.arange(0, sizes.BLOCK)
     x = tl.load(row_at(rows, at) + ids, mask=ids < rows.v, other=float("-inf")).to(tl.float32)
     s = x * inverse
-    alive = survives(s, ids, m, load_bounds(all_bounds))
+    alive = survives(s, ids, m, load_bounds(bounds))
     kept = tl.where(alive, _fitted(s, m, inverse, out.dtype.element_ty), float("-inf"))
-    kept = tl.where(tl.load(all_bounds + BOUNDS_STATUS) == OK, kept, x)
+    kept = tl.where(tl.load(bounds + BOUNDS_STATUS) == OK, kept, x)
     out += at.to(tl.int64) * rows.v + ids
     tl.store(out, kept.to(out.dtype.element_ty), mask=ids < rows.v)
 
@@ -141,27 +147,25 @@ def _has_log_odds(labels, token, temperature, status, v):
     return good & (token >= 0) & (token < v) & (token != labels.ignore_index)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["packed", "asked"])
 def support_kernel(
-    rows, adaptors, parts, all_bounds, labels, kept,
-    DOUBLE: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr,
-    PDL: tl.constexpr,
-):  # fmt: skip
+    rows, packed, asked, scratch, sizes, labels, kept, DOUBLE: tl.constexpr, PDL: tl.constexpr
+):
     """Writes one bit per token, and per block the largest scaled logit of the other survivors."""
     follow(PDL)
     at, block = tl.program_id(0), tl.program_id(1)
-    all_bounds += at.to(tl.int64) * BOUNDS_SIZE
-    token, temperature = tl.load(labels.ids + at), _temperature(adaptors, at)
-    good = _has_log_odds(labels, token, temperature, tl.load(all_bounds + BOUNDS_STATUS), rows.v)
+    bounds = marks_of(scratch, at) + scratch.BOUNDS
+    token, temperature = tl.load(labels.ids + at), _temperature(packed, asked, at)
+    good = _has_log_odds(labels, token, temperature, tl.load(bounds + BOUNDS_STATUS), rows.v)
     inverse = inverse_of(temperature)
-    m = largest_of(parts, at, SPLITS) * inverse + 0.0
+    m = largest_of(parts_of(scratch, asked, at, rows.v, sizes), sizes.SPLITS) * inverse + 0.0
     row = Row(row_at(rows, at), rows.v, inverse, m)
-    ids = block * BLOCK + tl.arange(0, BLOCK)
+    ids = block * sizes.BLOCK + tl.arange(0, sizes.BLOCK)
     s = load_scaled(row, ids)
-    alive = survives(s, ids, m, load_bounds(all_bounds)).to(tl.int32) * good.to(tl.int32)
-    bits = tl.reshape(alive, (BLOCK // 8, 8)) << tl.arange(0, 8)[None, :]
+    alive = survives(s, ids, m, load_bounds(bounds)).to(tl.int32) * good.to(tl.int32)
+    bits = tl.reshape(alive, (sizes.BLOCK // 8, 8)) << tl.arange(0, 8)[None, :]
     bytes_ = (rows.v + 7) // 8
-    place = block * (BLOCK // 8) + tl.arange(0, BLOCK // 8)
+    place = block * (sizes.BLOCK // 8) + tl.arange(0, sizes.BLOCK // 8)
     here = kept.support + at.to(tl.int64) * bytes_ + place
     tl.store(here, tl.sum(bits, 1).to(tl.uint8), mask=place < bytes_)
     others = (alive > 0) & (ids != token)
@@ -181,20 +185,19 @@ def _others(support, ids, v, token):
     return (((byte >> (ids & 7)) & 1) > 0) & (ids != token)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["packed", "asked"])
 def log_odds_kernel(
-    rows, adaptors, all_bounds, labels, kept, log_odds, stats,
-    DOUBLE: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
-    PDL: tl.constexpr,
+    rows, packed, asked, scratch, sizes, labels, kept, log_odds, stats,
+    DOUBLE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Computes a row's log-odds, and the maximum and mass of the other survivors."""
     follow(PDL)
     at = tl.program_id(0)
-    token, temperature = tl.load(labels.ids + at), _temperature(adaptors, at)
-    status = tl.load(all_bounds + at.to(tl.int64) * BOUNDS_SIZE + BOUNDS_STATUS)
+    token, temperature = tl.load(labels.ids + at), _temperature(packed, asked, at)
+    status = tl.load(marks_of(scratch, at) + scratch.BOUNDS + BOUNDS_STATUS)
     good = _has_log_odds(labels, token, temperature, status, rows.v)
     support = kept.support + at.to(tl.int64) * ((rows.v + 7) // 8)
-    j = tl.arange(0, BLOCKS)
+    j = tl.arange(0, sizes.BLOCKS)
     largest = kept.largest_others + at.to(tl.int64) * kept.blocks + j
     m = tl.max(tl.load(largest, mask=j < kept.blocks, other=float("-inf")), 0) + 0.0
     row = Row(row_at(rows, at), rows.v, inverse_of(temperature), m.to(tl.float32))
@@ -204,7 +207,7 @@ def log_odds_kernel(
     units = tl.full([], 0, tl.int64)
     if inside & (m > float("-inf")):
         for block in range(kept.blocks):
-            ids = block * BLOCK + tl.arange(0, BLOCK)
+            ids = block * sizes.BLOCK + tl.arange(0, sizes.BLOCK)
             others = _others(support, ids, rows.v, token)
             if DOUBLE:
                 x = tl.load(row.logits + ids, mask=others, other=float("-inf"))
@@ -226,16 +229,16 @@ def log_odds_kernel(
     tl.store(stats + 2 * at + OTHERS_SUM, tl.where(good & inside, total, 0.0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["packed", "asked"])
 def log_odds_backward_kernel(
-    dlog_odds, rows, adaptors, labels, support, stats, out,
+    dlog_odds, rows, packed, asked, labels, support, stats, out,
     DOUBLE: tl.constexpr, BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """Computes dL/dlogits = dL/dm / T (onehot(y) - q), q over the other survivors."""
     follow(PDL)
     at, block = tl.program_id(0), tl.program_id(1)
-    token, temperature = tl.load(labels.ids + at), _temperature(adaptors, at)
+    token, temperature = tl.load(labels.ids + at), _temperature(packed, asked, at)
     m, total = tl.load(stats + 2 * at + OTHERS_MAX), tl.load(stats + 2 * at + OTHERS_SUM)
     row = Row(row_at(rows, at), rows.v, inverse_of(temperature), m.to(tl.float32))
     used = (token != labels.ignore_index) & (total > 0)
