@@ -56,6 +56,7 @@ class Calls(NamedTuple):
 
     launches: list[Launch]
     operators: Counter[str]  # of PyTorch's
+    compiled: list[Source]  # what was not compiled before for the same target
 
     def sources(self) -> dict[str, Source]:
         """Every specialised kernel once, by its name and key."""
@@ -65,9 +66,9 @@ class Calls(NamedTuple):
 class _Driver:
     """What Triton asks a driver for before it compiles."""
 
-    def __init__(self, target: int, launches: list[Launch]) -> None:
+    def __init__(self, target: int, calls: Calls) -> None:
         self.target = target
-        self.launches = launches
+        self.launches, self.compiled = calls.launches, calls.compiled
 
     def get_current_device(self) -> int:
         """A device of its own for each target: what is bound for one does not serve another."""
@@ -113,6 +114,7 @@ def _do_not_compile(
     kernel, target, name = self.fn, driver.active.target, self.fn.__qualname__
     given = signature, constants, attributes, dict(options.__dict__)
     made = _NotCompiled(key, Source(target, kernel.__module__, name, *given))
+    driver.active.compiled.append(made.source)
     self.device_caches[device][0][key] = made
     return made
 
@@ -147,7 +149,7 @@ def recorded(target: int) -> Iterator[Calls]:
     """
     if triton.knobs.runtime.interpret:
         raise RuntimeError("expected Triton's compiler, got its interpreter")
-    calls = Calls([], Counter())
+    calls = Calls([], Counter(), [])
 
     def work_of(hidden: torch.Tensor) -> type[CudaWork]:
         return DoubleCudaWork if hidden.dtype == torch.float64 else CudaWork
@@ -156,7 +158,7 @@ def recorded(target: int) -> Iterator[Calls]:
         return DoubleCudaPair if hidden.dtype == torch.float64 else CudaPair
 
     before = driver._active
-    driver.set_active(_Driver(target, calls.launches))
+    driver.set_active(_Driver(target, calls))
     try:
         with (
             mock.patch.object(JITFunction, "_do_compile", _do_not_compile),

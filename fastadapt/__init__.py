@@ -22,6 +22,7 @@ import torch  # noqa: F401  before the extension, which runs on the OpenMP runti
 
 import fastadapt._C as _C  # noqa: F401
 from fastadapt._ops.config import show_config
+from fastadapt._ops.warm_up import WarmUp, warm_up
 from fastadapt.adaptor import Adaptor
 from fastadapt.linear import linear_candidate_log_odds, linear_log_odds
 from fastadapt.log_odds import candidate_log_odds, label_log_odds
@@ -50,6 +51,7 @@ __all__ = [
     "RewardPenalizeLoss",
     "Sample",
     "Score",
+    "WarmUp",
     "adapted_logps",
     "adapted_log_odds",
     "candidate_log_odds",
@@ -72,6 +74,7 @@ __all__ = [
     "show_config",
     "unlikelihood_loss",
     "unlikelihood_penalty",
+    "warm_up",
 ]
 
 _SUBMODULES = ("hf", "losses", "reference", "study", "tracking", "training", "trl")

@@ -50,13 +50,31 @@ with recorded(90) as again:
     launch(x, 3)
 """
 TOLD = """
-from gpu_static import BATCHES, VOCABULARIES, calls_of, specialisations
+from cases import GPU_ADAPTORS
+from fastadapt._ops.triton.launch import compile_draws
+from gpu_calls import DTYPES, OUTPUTS, draw
+from gpu_static import BATCHES, PER_ROW, VOCABULARIES, _adaptor, calls_of, specialisations
 from machine_code import code_of, demand_of
 
 limited = [50_257], ["float32"], ["all outputs"], ["T+p"]
 some, every = (
     specialisations(limited[0], batches, *limited[1:]) for batches in (BATCHES, range(1, 513))
 )
+warm, dtypes = [], [torch.float32, torch.bfloat16]
+with recorded(100) as warmed:
+    warm.append(compile_draws(torch.device("cpu"), 50_257, dtypes, 20, 2))
+    warm.append(compile_draws(torch.device("cpu"), 50_257, dtypes, 20, 2))
+with recorded(100) as after:
+    for dtype in dtypes:
+        rows = torch.empty(max(BATCHES), 50_257, dtype=dtype)
+        for n in BATCHES:
+            for name in (*GPU_ADAPTORS, PER_ROW):
+                for asked in OUTPUTS.values():
+                    draw(rows[:n], _adaptor(name, n), {**asked, "top_logprobs": 20})
+                draw(rows[:n], _adaptor(name, n), {})
+                draw(rows[:n], _adaptor(name, n), {}, torch.arange(n + 1)[1:])
+    met = len(after.compiled)
+    draw(torch.empty(2, 128_256), GPU_ADAPTORS["T"], {})
 binary = compiled(got.launches[1].source)
 print(json.dumps({
     "grids": [x.grid for x in got.launches],
@@ -68,6 +86,10 @@ print(json.dumps({
     "demand": demand_of(binary, code_of(binary.asm["cubin"]), 4)._asdict(),
     "some": some,
     "every": every,
+    "warm": warm,
+    "warmed": [x.kernel for x in warmed.compiled],
+    "warmed_launches": len(warmed.launches),
+    "after": [met, len(after.compiled)],
     "vocabularies": specialisations(VOCABULARIES, (1, 64), ["float32"]),
     "calls": calls_of(64, 128_256),
 }))
@@ -245,6 +267,15 @@ def test_a_server_meets_few_specialisations_and_few_calls_of_pytorch(told):
         "9 of b, expected at most 3",
         "9 aten calls, expected at most 8",
     ]
+
+
+def test_nothing_is_compiled_after_a_warm_up(told):
+    """By any batch, adaptor, outputs and alignment of seeds; another vocabulary compiles."""
+    assert told["warm"] == [2 * 14] * 2 == [len(told["warmed"])] * 2
+    assert told["warmed_launches"] == 0
+    assert told["warmed"].count("short_kernel") == 4 and told["warmed"].count("top_kernel") == 2
+    met, with_another = told["after"]
+    assert met == 0 and with_another > 0
 
 
 def test_blocks_of_code_run_as_often_as_their_statements(monkeypatch):

@@ -82,6 +82,12 @@ def on_cuda(
 
 def device_of(x: Tensor) -> AbstractContextManager[Any]:
     """Makes a tensor's device the current one."""
-    if x.device.type != "cuda" or x.device.index == torch.cuda.current_device():
+    return current(x.device)
+
+
+def current(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes a device the current one; a CUDA device without an index is."""
+    without = device.type != "cuda" or device.index is None
+    if without or device.index == torch.cuda.current_device():
         return nullcontext()
-    return torch.cuda.device(x.device)
+    return torch.cuda.device(device)

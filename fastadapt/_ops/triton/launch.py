@@ -4,11 +4,19 @@ Nothing here synchronises. One program a row decides, mostly from the list; the 
 list holds are summed by many.
 """
 
+import itertools
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
+from functools import partial
+from typing import Any
+
 import torch
+import triton
 from torch import Tensor
 
-from fastadapt._ops.filter_code import joined, order_of
-from fastadapt._ops.outputs import LogOdds, Scores, sample_fields, score_outputs
+from fastadapt._ops.filter_code import filter_code, joined, order_of
+from fastadapt._ops.outputs import LogOdds, Scores, sample_fields, sample_outputs, score_outputs
 from fastadapt._ops.triton import draw, write
 from fastadapt._ops.triton.bundles import Drawn, Labels, Rows, Scored, Support
 from fastadapt._ops.triton.launch_scan import (
@@ -19,8 +27,10 @@ from fastadapt._ops.triton.launch_scan import (
     Scan,
     Steps,
     asked_of,
+    is_early,
     knobs_of_rows,
     launch_on,
+    options_of,
     scan_rows,
     slices,
     some,
@@ -32,9 +42,12 @@ from fastadapt._ops.triton.rows import (
     BASE,
     BASE_LOGPROBS,
     LOG_MASS,
+    NUM_KNOBS,
     POSITIONS,
     SUM_LATER,
     SURPRISAL,
+    TOP_K,
+    TOP_P,
 )
 
 
@@ -54,15 +67,16 @@ def sample(
     """Draws; only what was asked for is computed."""
     launch = launch or launch_on(logits.device)
     steps = steps_of(order, knobs.shape[1])
-    bits = {
-        POSITIONS: positions is not None,
-        BASE_LOGPROBS: base_logprobs,
-        LOG_MASS: log_mass,
-        ALL_WEIGHED: log_mass or base_logprobs or top_n > 0,
-        BASE: base_logprobs or top_n > 0,
-        SUM_LATER: steps.sums,
-    }
-    asked = asked_of(knobs, steps.order, *(bit.value for bit, wanted in bits.items() if wanted))
+    with_base = base_logprobs or top_n > 0
+    bits = (
+        (POSITIONS, positions is not None),
+        (BASE_LOGPROBS, base_logprobs),
+        (LOG_MASS, log_mass),
+        (ALL_WEIGHED, log_mass or with_base),
+        (BASE, with_base),
+        (SUM_LATER, steps.sums),
+    )
+    asked = asked_of(knobs, steps.order, *(bit.value for bit, wanted in bits if wanted))
     for at in slices(logits, 1, plan):
         here = some(logits, at)
         scanned = scan_rows(here, knobs_of_rows(knobs, at), asked, steps, plan, launch)
@@ -107,6 +121,42 @@ def _decided(logits: Tensor, knobs: Tensor, asked: int, steps: Steps, plan: Plan
         registers=MOST_REGISTERS,
     )
     return scanned
+
+
+def compile_draws(
+    device: torch.device, v: int, dtypes: Sequence[torch.dtype], top_n: int, threads: int
+) -> int:
+    """Compiles what any draw from rows of V logits launches; returns how many kernels that are."""
+    wanted: list[Callable[[], Any]] = []
+
+    def note(
+        kernel: Any,
+        grid: tuple[int, ...],
+        *arguments: Any,
+        warps: int,
+        registers: int | None = None,
+        **constants: Any,
+    ) -> None:
+        options = options_of(is_early(device), warps, registers)
+        wanted.append(partial(kernel.warmup, *arguments, grid=grid, **constants, **options))
+
+    # knobs that may all act in any row, and those that make a kernel of its own
+    plain = filter_code(
+        0, (knob in (TOP_K.value, TOP_P.value) for knob in range(NUM_KNOBS.value - 1))
+    )
+    for dtype, code in itertools.product(dtypes, (0, plain)):
+        logits = torch.empty(1, v, dtype=dtype, device=device)
+        knobs = torch.empty(8, 1, dtype=torch.float64, device=device)
+        seeds = torch.empty(1, dtype=torch.int64, device=device)
+        out = sample_outputs(logits, False, False, top_n)
+        sample(logits, knobs, code, seeds, None, False, False, top_n, out, launch=note)
+
+    def compile_all() -> int:
+        # those that decide come last and take longest
+        with ThreadPoolExecutor(threads) as pool, triton.AsyncCompileMode(pool):
+            return len({id(made): made for made in (one() for one in reversed(wanted))})
+
+    return copy_context().run(compile_all)  # Triton leaves its mode on where one fails
 
 
 def filter_logits(

@@ -221,7 +221,7 @@ class Scan(NamedTuple):
 def asked_of(knobs: Tensor, order: int, *bits: int) -> int:
     """Packs the number of adaptors, how knobs (..., 8, R) lie, their order, and what is asked for.
 
-    Bits are constants of `rows`, or 0.
+    Bits are constants of `rows`, each once.
     """
     adaptors = knobs.shape[0] if knobs.dim() > 2 else 1
     per_row = PER_ROW.value if knobs.shape[-1] > 1 else 0
@@ -242,12 +242,8 @@ def scan_rows(
         launch, Rows(logits, logits.stride(0), v), knobs, asked, scratch, layout, virtual
     )
     given = scanned.given(layout.long)
-    launch(
-        scan.maxima_kernel,
-        (n, layout.tiles),
-        *(scanned.rows, asked, scratch, layout.long),
-        warps=1,
-    )
+    own = scanned.rows, asked, scratch, layout.long
+    launch(scan.maxima_kernel, (n, layout.tiles), *own, warps=1)
     if steps.weighs or asked & (ALL_WEIGHED.value | BASE.value):
         grid = virtual, layout.weighing
         launch(scan.weigh_kernel, grid, *given, TOGETHER=plan.together, warps=4)
