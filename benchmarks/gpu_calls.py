@@ -101,6 +101,9 @@ def _sampling(rows: Tensor, thorough: bool) -> dict[str, Callable[[], object]]:
                 found[f"{name}, {asked}"] = partial(draw, rows, adaptor, OUTPUTS[asked])
         knobs = per_row(GPU_ADAPTORS["everything"], n)
         found["per row, no outputs"] = partial(draw, rows, knobs, OUTPUTS["no outputs"])
+    elif v > 1:  # filters that T+p leaves out of the kernel for short lists
+        everything = GPU_ADAPTORS["everything"]
+        found["everything, all outputs"] = partial(draw, rows, everything, OUTPUTS["all outputs"])
     found["filter"] = partial(filter_logits, rows, chosen)
     several = [chosen, *([GPU_ADAPTORS["everything"]] if n > 1 else [])]
     tokens = torch.zeros(n, dtype=torch.int64)

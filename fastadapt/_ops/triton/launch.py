@@ -236,7 +236,8 @@ def adapted_log_odds(
         labels, kept = Labels(some(tokens, at), ignore_index), Support(support, largest, blocks)
         given = *scanned.given(scanned.layout.long), labels, kept
         launch(write.support_kernel, (n, blocks), *given, DOUBLE=double, warps=4)
-        launch(write.log_odds_kernel, (n,), *given, log_odds, stats, DOUBLE=double, warps=4)
+        own = {"DOUBLE": double, "warps": 4, "registers": MOST_REGISTERS}
+        launch(write.log_odds_kernel, (n,), *given, log_odds, stats, **own)
 
 
 def adapted_log_odds_backward(

@@ -74,7 +74,7 @@ def steps_of(code: int, rows: int) -> Steps:
     )
 
 
-# Without a limit, assemblers for sm_80 stop at 128 or 168 registers and spill.
+# Without a limit, assemblers stop at 128 or 168 registers for sm_80, at 55 for sm_100, and spill.
 MOST_REGISTERS = 255
 # Launches a kernel on a grid, with its arguments, warps and constants.
 Launch = Callable[..., None]
