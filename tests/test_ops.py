@@ -162,3 +162,18 @@ def test_bad_temperature_in_the_operator_scores_nan(rows, device, temperature):
     assert logprobs.isnan().all()
     assert log_norm.isnan().all()
     assert kept.tolist() == [[0], [0]]
+
+
+@pytest.mark.parametrize(
+    ("name", "waits"),
+    [
+        ("linear_log_odds", True),
+        ("linear_log_odds_backward", True),
+        ("frozen_head_backward", True),
+        ("refused_gradient", True),
+        ("without_gradient", False),
+    ],
+)
+def test_what_waits_for_the_device_is_in_no_cuda_graph(name, waits):
+    tags = getattr(OPS, name).default.tags
+    assert (torch.Tag.cudagraph_unsafe in tags) == waits

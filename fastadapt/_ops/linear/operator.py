@@ -29,6 +29,10 @@ from fastadapt._ops.linear.tiles import Problem, RowWork
 MOMENTS = ("entropy", "sum_of_squares")  # outputs that the moments of the others make
 KEPT_BYTES = 1 << 27  # logits kept for the backward where no budget is given and all fit
 
+# Each waits for the device, to learn how many rows take part or whether a gradient is 0; without
+# the tag `torch.compile(mode="reduce-overhead")` would capture them in a CUDA graph.
+_WAITS = (torch.Tag.cudagraph_unsafe,)
+
 _library = torch.library.Library("fastadapt", "FRAGMENT")
 _PROBLEM = (
     "Tensor hidden, Tensor weight, Tensor labels, Tensor? bias, float softcap, float logit_scale,"
@@ -39,18 +43,21 @@ _UPSTREAM = "Tensor down, Tensor dothers, Tensor? dmoments"  # the fields of an 
 _ASKED = "int plan, int kept_bytes, bool moments, bool apart"
 _library.define(
     f"linear_log_odds({_PROBLEM}, *, {_ASKED}, bool masked)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    tags=_WAITS,
 )
 _library.define(
     f"linear_log_odds_backward({_UPSTREAM}, Tensor own, Tensor stats, Tensor kept, {_PROBLEM}, *,"
-    " bool[] wanted) -> (Tensor, Tensor, Tensor)"
+    " bool[] wanted) -> (Tensor, Tensor, Tensor)",
+    tags=_WAITS,
 )
 _library.define(
     f"frozen_head_backward({_UPSTREAM}, Tensor own, Tensor stats, Tensor rows, Tensor labels,"
-    f" Tensor? weight, {_SHAPE}, ScalarType dtype) -> Tensor"
+    f" Tensor? weight, {_SHAPE}, ScalarType dtype) -> Tensor",
+    tags=_WAITS,
 )
 _library.define("without_gradient(Tensor values, Tensor log_odds, str name) -> Tensor")
-_library.define("refused_gradient(Tensor gradient, str name) -> Tensor")
+_library.define("refused_gradient(Tensor gradient, str name) -> Tensor", tags=_WAITS)
 
 
 def work_of(hidden: Tensor) -> type[RowWork]:
