@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fastadapt._ops.checks import instance
 from fastadapt.linear import linear_log_odds
+from fastadapt.training.quantised import dequantiser_of, is_quantised
 
 INSTEAD = "fastadapt.training.logits_log_odds is right for any model"
 
@@ -70,64 +70,99 @@ def head_log_odds(head: Head, states: Tensor, labels: Tensor) -> Tensor:
 
 
 def causal_of(model: Any) -> Any:
-    """Returns the causal language model inside DDP, FSDP, an engine or peft.
+    """Returns the causal language model inside DDP, FSDP, an engine, torch.compile or peft.
 
     Raises:
         TypeError: no module.
-        ValueError: a compiled model; its graph would not see the hooks that score the head's
-            states.
+    """
+    *_, causal = wrappers_of(model)
+    return causal
+
+
+def wrappers_of(model: Any) -> Iterator[Any]:
+    """Yields a model, what it wraps, and so on; the causal language model is the last.
+
+    Raises:
+        TypeError: no module.
     """
     instance("model", model, torch.nn.Module, "a language model of transformers")
-    inner = model
-    for _ in range(2):
-        if hasattr(inner, "_orig_mod") or getattr(inner, "_compiled_call_impl", None) is not None:
-            raise HeadError(
-                "model: expected one that is not compiled, got one of torch.compile; compile its "
-                "layers instead, `layer.compile()`"
-            )
-        inner = getattr(inner, "module", inner)
-    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+    inner: Any = None
+    while inner is not model:
+        inner, model = model, _inside(model)
+        yield inner
+
+
+def _inside(model: Any) -> Any:
+    """Returns what a wrapper wraps, the module itself if it is none."""
+    if "_orig_mod" in model._modules:
+        return model._orig_mod
+    inner = getattr(model, "module", None)
+    if isinstance(inner, torch.nn.Module):
+        return inner
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def layer_of(model: Any) -> Any:
-    """Returns the head of a model, a module with a floating-point weight.
+    """Returns the head of a model, a module with one matrix as its weight.
+
+    That of an adapter that trains and saves the whole head (peft's `modules_to_save`) is its copy
+    while the adapter is active, else the original.
 
     Raises:
         ValueError: there is none; one with an adapter of its own, which a product with its matrix
-            alone would leave out; a quantised one, whose numbers are codes.
+            alone would leave out; a quantised one that is trained, or of which nothing makes the
+            matrix.
     """
     causal = causal_of(model)
     if not hasattr(causal, "get_output_embeddings"):
         got = type(causal).__name__
         raise ValueError(f"model: expected a language model of transformers, got {got}")
-    layer = causal.get_output_embeddings()
+    layer = _saved(causal.get_output_embeddings())
     weight, kind = getattr(layer, "weight", None), type(layer).__name__
     if hasattr(layer, "base_layer") or hasattr(layer, "original_module"):
         raise HeadError(f"model: expected a head without an adapter, got {kind}; {INSTEAD}")
     if not isinstance(weight, Tensor):
         raise HeadError(f"model: expected one with a linear head, got {kind}; {INSTEAD}")
-    wrapped = not isinstance(weight, DTensor) and _is_wrapped(weight)
-    if wrapped or not weight.is_floating_point():
+    if is_quantised(weight):
         got = f"{type(weight).__name__} of {weight.dtype} in {kind}"
-        raise HeadError(f"model: expected a head that is not quantised, got {got}; {INSTEAD}")
-    if weight.dim() != 2 and not hasattr(weight, "ds_id"):
+        if dequantiser_of(weight) is None:
+            raise HeadError(
+                f"model: expected a head that is not quantised, or whose weight can be "
+                f"dequantised, got {got}; {INSTEAD}"
+            )
+        if weight.requires_grad:
+            raise HeadError(f"model: expected a quantised head that is frozen, got {got}")
+    elif weight.dim() != 2 and not hasattr(weight, "ds_id"):
         raise HeadError(f"model: expected one with a linear head, got {kind}; {INSTEAD}")
     return layer
 
 
-def check_sharding(layer: Any) -> None:
-    """Raises if sharded training frees a trained head before its backward."""
+def _saved(layer: Any) -> Any:
+    """Returns the module that a wrapper of peft's `modules_to_save` calls, or what is none."""
+    copies = getattr(layer, "modules_to_save", None)
+    if not isinstance(copies, torch.nn.ModuleDict):
+        return layer
+    active = list(layer.active_adapters)
+    if layer.disable_adapters or not active or active[0] not in copies:
+        return layer.original_module
+    return copies[active[0]]
+
+
+def matrix_of(layer: Any, dtype: torch.dtype | None = None) -> Tensor:
+    """Returns the matrix of a head, (V, H); a quantised one is made anew, in a dtype if given."""
+    weight: Tensor = layer.weight
+    make = dequantiser_of(weight) if is_quantised(weight) else None
+    if make is None:
+        return weight
+    matrix = make().detach()
+    return matrix if dtype is None else matrix.to(dtype)
+
+
+def is_gathered(layer: Any) -> bool:
+    """Whether hooks gather a head for its own forward and backward alone (FSDP2, ZeRO-3)."""
     from torch.distributed.fsdp import FSDPModule
 
-    if not layer.weight.requires_grad or not torch.is_grad_enabled():
-        return
-    if hasattr(layer.weight, "ds_id"):
-        raise HeadError("model: expected a frozen head under ZeRO-3, got one that is trained")
-    if isinstance(layer, FSDPModule):
-        raise HeadError(
-            "model: expected a head that is sharded with the model (FSDP2) or frozen, got a "
-            "trained one with fully_shard of its own"
-        )
+    return isinstance(layer, FSDPModule) or hasattr(layer.weight, "ds_id")
 
 
 def accepted(model: Any, **named: Any) -> dict[str, Any]:
@@ -168,6 +203,41 @@ def before_head(layer: Any, meet: Callable[[Tensor], Tensor]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def scoring(layer: Any, score: Callable[[Tensor], Tensor]) -> Iterator[list[Tensor]]:
+    """Has a function score the states that reach a head, which then makes no logits.
+
+    Where hooks gather a trained head for its own forward and backward alone, the scores leave the
+    head's module beside its output. So these hooks gather it again before the backward of the
+    scores, as before that of logits, and reduce its gradient after; between the two passes this
+    process holds no more than its shard.
+
+    Yields:
+        list[Tensor]: the scores, one tensor for each call of the head.
+    """
+    scores: list[Tensor] = []
+
+    def on_states(states: Tensor) -> Tensor:
+        scores.append(score(states))
+        return without_positions(states, layer.weight)
+
+    def show(_: Any, arguments: Any, output: Any) -> tuple[Any, Tensor]:
+        return output, scores[-1]
+
+    def hide(_: Any, arguments: Any, output: tuple[Any, Tensor]) -> Any:
+        logits, seen = output
+        if seen.dtype == scores[-1].dtype:  # else rounded on the way; those before are watched too
+            scores[-1] = seen
+        return logits
+
+    trained = torch.is_grad_enabled() and any(p.requires_grad for p in layer.parameters())
+    with before_head(layer, on_states), contextlib.ExitStack() as stack:
+        if trained and is_gathered(layer):
+            for hook, first in ((show, True), (hide, False)):
+                stack.callback(layer.register_forward_hook(hook, prepend=first).remove)
+        yield scores
+
+
+@contextlib.contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
     """Puts a model into evaluation mode; modes and generators are restored afterwards."""
     modes = {module: module.training for module in model.modules()}
@@ -195,8 +265,3 @@ def beside(states: Tensor, weight: Tensor) -> Tensor:
         return states
     mesh = weight.device_mesh
     return DTensor.from_local(states, mesh, [Replicate()] * mesh.ndim)
-
-
-def _is_wrapped(weight: object) -> bool:
-    """Whether a tensor is made of others, such as codes and scales."""
-    return is_traceable_wrapper_subclass(weight)

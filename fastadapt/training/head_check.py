@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from fastadapt.training.compiled import head_outside_graphs
 from fastadapt.training.head import (
     INSTEAD,
     Head,
@@ -26,9 +27,9 @@ from fastadapt.training.head import (
     before_head,
     beside,
     causal_of,
-    check_sharding,
     evaluating,
     layer_of,
+    matrix_of,
     one_row,
 )
 from fastadapt.training.head_shape import fitted_shape, numbers_of, tolerance_of
@@ -110,17 +111,19 @@ def ask(model: Any, inputs: Mapping[str, Any] | None = None) -> Answer:
         ValueError: as `head_of`.
     """
     causal, layer = causal_of(model), layer_of(model)
-    check_sharding(layer)
     return remembered(
         causal, _RECORD, (), lambda: _answer(causal, layer, _forward(model, causal, layer, inputs))
     )
 
 
-def read_head(model: Any, answer: Answer) -> Head:
-    """Returns a head with its present weight, which sharded training changes."""
+def read_head(model: Any, answer: Answer, dtype: torch.dtype | None = None) -> Head:
+    """Returns a head with its present weight, which sharded training changes.
+
+    A quantised head's is its whole matrix, in a dtype if given; it is made in each call.
+    """
     causal = causal_of(model)
-    layer, width = causal.get_output_embeddings(), answer.width
-    weight, bias = layer.weight, getattr(layer, "bias", None)
+    layer, width = layer_of(causal), answer.width
+    weight, bias = matrix_of(layer, dtype), getattr(layer, "bias", None)
     if answer.offset is not None:
         offset = attrgetter(answer.offset)(causal).flatten()
         bias = offset if bias is None else bias + offset
@@ -130,12 +133,20 @@ def read_head(model: Any, answer: Answer) -> Head:
 
 
 def remembered(causal: Any, name: str, more: tuple[Any, ...], make: Callable[[], Answer]) -> Answer:
-    """Returns an answer stored on the model, made again if its key has changed."""
-    key = (_key(causal, causal.get_output_embeddings()), *more)
-    record = causal.__dict__.get(name)
+    """Returns an answer stored on the model, made again if its key has changed.
+
+    One for each head that the model has: a reference is often the original head where the policy
+    is its trained copy, turn by turn.
+    """
+    layer = layer_of(causal)
+    key = (_key(causal, layer), *more)
+    records = causal.__dict__.get(name, {})
+    record = records.get(layer)
     if record is None or record[0] != key:
         record = key, make()
-        object.__setattr__(causal, name, record)
+        present = set(causal.get_output_embeddings().modules())
+        kept = {head: old for head, old in records.items() if head in present}
+        object.__setattr__(causal, name, {**kept, layer: record})
     answer: Answer = record[1]
     return answer
 
@@ -192,7 +203,7 @@ def _forward(model: Any, causal: Any, layer: Any, inputs: Mapping[str, Any] | No
     seen = _Seen([], [], [], [], {})
 
     def put(states: Tensor) -> Tensor:
-        weight, bias = layer.weight, getattr(layer, "bias", None)
+        weight, bias = matrix_of(layer, states.dtype), getattr(layer, "bias", None)
         if states.shape[-1] != weight.shape[-1] or not states.is_floating_point():
             got = f"{tuple(states.shape)} states and a matrix of {tuple(weight.shape)}"
             raise HeadError(f"model: expected a head that reads its states, got {got}")
@@ -219,7 +230,13 @@ def _forward(model: Any, causal: Any, layer: Any, inputs: Mapping[str, Any] | No
     ]
     given = _a_few_tokens(causal) if inputs is None else one_row(inputs)
     try:
-        with torch.no_grad(), evaluating(model), before_head(layer, put), _visible(offsets):
+        with (
+            torch.no_grad(),
+            evaluating(model),
+            head_outside_graphs(model, others=False),
+            before_head(layer, put),
+            _visible(offsets),
+        ):
             seen.offsets.update({name: x.flatten().clone() for name, x in offsets.items()})
             model(**given, **accepted(model, use_cache=False))
     finally:
@@ -252,7 +269,8 @@ def _answer(causal: Any, layer: Any, seen: _Seen) -> Answer:
 
 def _offsets_of(causal: Any, layer: Any) -> dict[str, Tensor]:
     """Returns vectors of vocabulary size that a model may add to its head's products."""
-    size, own = layer.weight.shape[0], getattr(layer, "bias", None)
+    weight, own = matrix_of(layer), getattr(layer, "bias", None)
+    size = getattr(weight, "ds_shape", weight.shape)[0]
     return {
         name: x
         for name, x in (*causal.named_parameters(), *causal.named_buffers())

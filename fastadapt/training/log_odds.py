@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastadapt._ops.checks import instance
 from fastadapt.log_odds import label_log_odds
+from fastadapt.training.compiled import head_outside_graphs
 from fastadapt.training.head import (
     HeadError,
     accepted,
@@ -21,6 +22,7 @@ from fastadapt.training.head import (
     causal_of,
     head_log_odds,
     layer_of,
+    scoring,
     without_positions,
 )
 from fastadapt.training.head_check import ask, read_head
@@ -94,7 +96,7 @@ def states_at_head(model: Any, inputs: Mapping[str, Any]) -> tuple[Tensor, Any]:
         met.append(states)
         return without_positions(states, layer.weight)
 
-    with before_head(layer, keep):
+    with head_outside_graphs(model), before_head(layer, keep):
         output = model(**(accepted(model, use_cache=False) | dict(inputs)))
     if len(met) != 1:
         raise HeadError(f"model: expected a forward that calls its head once, got {len(met)}")
@@ -183,29 +185,27 @@ def forward_log_odds(model: Any, inputs: Mapping[str, Any], labels: Tensor) -> T
         raise ValueError("inputs: expected no labels among them, got labels")
     causal, layer = causal_of(model), layer_of(model)
     answer = ask(model, inputs)
-    log_odds: list[Tensor] = []
 
     def score(states: Tensor) -> Tensor:
         if states.shape[:-1] != labels.shape:
             want, got = tuple(states.shape[:-1]), tuple(labels.shape)
             raise ValueError(f"labels: expected one for each position, {want}, got {got}")
-        head = read_head(causal, answer)
-        log_odds.append(head_log_odds(head, states, labels))
-        return without_positions(states, layer.weight)
+        return head_log_odds(read_head(causal, answer, states.dtype), states, labels)
 
-    def give(*_: Any) -> dict[str, Tensor]:
-        if len(log_odds) != 1:
-            name = type(causal).__name__
-            raise HeadError(f"model: expected a forward that calls its head once, got {name}")
-        return {"log_odds": log_odds.pop()}
+    with head_outside_graphs(model), scoring(layer, score) as log_odds:
 
-    # before the hooks of wrappers, which look at what the forward returned
-    handle = causal.register_forward_hook(give, prepend=True)
-    try:
-        with before_head(layer, score):
+        def give(*_: Any) -> dict[str, Tensor]:
+            if len(log_odds) != 1:
+                name = type(causal).__name__
+                raise HeadError(f"model: expected a forward that calls its head once, got {name}")
+            return {"log_odds": log_odds.pop()}
+
+        # before the hooks of wrappers, which look at what the forward returned
+        handle = causal.register_forward_hook(give, prepend=True)
+        try:
             result: Tensor = model(**inputs, **accepted(model, use_cache=False))["log_odds"]
-    finally:
-        handle.remove()
+        finally:
+            handle.remove()
     return result
 
 
