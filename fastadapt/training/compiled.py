@@ -47,7 +47,7 @@ def head_outside_graphs(model: Any, *, others: bool = True) -> Iterator[None]:
         for (above, _), own in zip(pairwise(way), compilers[:-1], strict=True):
             compiler = own or compiler
             if others and compiler is not None:
-                for module in _beside(above, way):
+                for module in [*_beside(above, way), *_decoder_of(above, way)]:
                     _put(module, "forward", compiler(module.forward), stack)
         yield
 
@@ -83,6 +83,15 @@ def _beside(module: nn.Module, way: list[Any]) -> Iterator[nn.Module]:
             yield from _beside(child, way)
         elif any(True for _ in child.parameters()):
             yield child
+
+
+def _decoder_of(module: Any, way: list[Any]) -> Iterator[nn.Module]:
+    """Yields the decoder that a model may call in place of the body that holds it, as OPT does."""
+    decoder = module.get_decoder() if hasattr(module, "get_decoder") else None
+    if not isinstance(decoder, nn.Module) or any(decoder is each for each in module.children()):
+        return
+    if _compiler_of(decoder) is None and all(each is not way[-1] for each in decoder.modules()):
+        yield decoder
 
 
 def _compiler_of(module: nn.Module) -> Any | None:
