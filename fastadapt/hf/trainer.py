@@ -13,6 +13,7 @@ from transformers import Trainer
 
 from fastadapt.log_odds import label_log_odds
 from fastadapt.losses import Responses, mle_loss
+from fastadapt.training.compiled import head_outside_graphs
 from fastadapt.training.head import causal_of, evaluating, one_row
 from fastadapt.training.head_shape import HALF_TOLERANCE, configurations
 from fastadapt.training.log_odds import forward_log_odds
@@ -79,9 +80,6 @@ class LogitsFreeTrainer(Trainer):
                 "expected neither compute_loss_func nor label_smoothing_factor, which need logits; "
                 "objective= has the loss"
             )
-        if self.args.torch_compile:
-            raise ValueError("args.torch_compile: expected False, got True; compile the layers")
-        causal_of(self.model)
         parts = configurations(getattr(self.model, "config", None))
         if any(getattr(part, "output_router_logits", False) for part in parts):
             raise ValueError("model.config: expected output_router_logits=False, got True")
@@ -130,7 +128,7 @@ class LogitsFreeTrainer(Trainer):
         few = _few(inputs)
         given = few["labels"]
         items = given.ne(IGNORED).sum() * 3 if counted else None
-        with evaluating(model):
+        with evaluating(model), head_outside_graphs(model, others=False):
             loss, output = super().compute_loss(model, dict(few), True, items)
             own, logits = float(loss) / self._share(items), output.get("logits")
             if not isinstance(logits, Tensor) or logits.shape[:-1] != given.shape:

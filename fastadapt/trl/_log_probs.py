@@ -14,8 +14,18 @@ from torch import Tensor
 
 from fastadapt.linear import linear_log_odds
 from fastadapt.losses.responses import label_logps
-from fastadapt.training.head import HeadError, causal_of, evaluating, layer_of
+from fastadapt.training.compiled import head_outside_graphs
+from fastadapt.training.head import (
+    HeadError,
+    causal_of,
+    evaluating,
+    is_gathered,
+    layer_of,
+    matrix_of,
+    scoring,
+)
 from fastadapt.training.head_check import Answer, fitted, known_states, remembered
+from fastadapt.training.quantised import is_quantised
 
 # What the forward of trl 1.16 passes, in this order.
 ARGUMENTS = (
@@ -46,6 +56,7 @@ class LogProbs:
     """Replaces trl's autograd function: log-probabilities of labels."""
 
     @staticmethod
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def apply(*arguments: Any) -> Outputs:
         """Returns log-probabilities (N,), and the other outputs of trl's function."""
         scored = score(*arguments)
@@ -56,6 +67,7 @@ class LogOdds:
     """Replaces it by one that returns log-odds, for `RewardPenalizeTrainer`."""
 
     @staticmethod
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def apply(*arguments: Any) -> Outputs:
         """Returns log-odds (N,), and the other outputs of trl's function."""
         return score(*arguments)
@@ -76,49 +88,62 @@ def score(
 
     That is the entropy, the logarithm of the sum of all squared probabilities (for WPO), the mean
     logit, and whether the label is largest. The entropy has a gradient where the head has one; that
-    of a frozen head, which would cost a product more in every step, is refused.
+    of a frozen head, which would cost a product more in every step, and of one that is gathered for
+    the call is refused.
     """
     missing = sorted(set(outputs) - _NAMES)
     if missing:
         raise ValueError(f"outputs: expected some of {sorted(_NAMES)}, got {missing}")
-    if hasattr(weight, "ds_id") and weight.requires_grad:
-        raise HeadError("lm_head: expected a frozen one under ZeRO-3, got one that is trained")
-    caller = _forward_of_trl()
+    caller, layer, width = _forward_of_trl(), None, None
     if caller is not None:
+        layer = layer_of(causal_of(caller["self"]))
+        if is_quantised(weight):
+            weight = matrix_of(layer, hidden.dtype)
         answer = _ask(caller, weight, bias)
-        softcap, logit_scale = answer.softcap, answer.logit_scale
-        if answer.width != weight.shape[0]:
-            weight, bias = weight[: answer.width], None if bias is None else bias[: answer.width]
-    if not torch.is_autocast_enabled(hidden.device.type):
-        weight = weight.to(hidden.dtype)
-        bias = None if bias is None else bias.to(hidden.dtype)
+        softcap, logit_scale, width = answer.softcap, answer.logit_scale, answer.width
     # a temperature divides the capped logits: both the cap and what is below it shrink
     scale = logit_scale / temperature
     cap = None if softcap is None else softcap / temperature
     names = [name for name in outputs if name in _OURS]
-    log_odds, *found = linear_log_odds(
-        hidden,
-        weight,
-        targets,
-        bias,
-        softcap=cap,
-        logit_scale=scale,
-        outputs=["hit", *(_OURS[name] for name in names)],
-        differentiable=weight.requires_grad,
-    )
-    made = dict(zip(names, found[1:], strict=True))
+    gathered = layer is not None and is_gathered(layer)
+    made: dict[str, Tensor] = {}  # outputs beside the log-odds
+
+    def scored(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if width is not None and width != weight.shape[0]:
+            weight, bias = weight[:width], None if bias is None else bias[:width]
+        if not torch.is_autocast_enabled(hidden.device.type):
+            weight = weight.to(hidden.dtype)
+            bias = None if bias is None else bias.to(hidden.dtype)
+        log_odds, *found = linear_log_odds(
+            hidden,
+            weight,
+            targets,
+            bias,
+            softcap=cap,
+            logit_scale=scale,
+            outputs=["hit", *(_OURS[name] for name in names)],
+            differentiable=weight.requires_grad and not gathered,
+        )
+        made.update(zip(names, found[1:], strict=True))
+        if "mean_logits" in outputs:
+            with torch.no_grad():
+                made["mean_logits"] = _mean_logits(hidden, weight, bias, cap, scale)
+        return log_odds
+
+    if gathered:  # the weight that trl gathered is gone before the backward, or no mean of ranks
+        with scoring(layer, lambda x: scored(x, layer.weight, layer.bias)) as found:
+            layer(hidden)
+        (log_odds,) = found
+    else:
+        log_odds = scored(hidden, weight, bias)
     squares = made.get("log_sum_sq_probs")
     if squares is not None:  # 0 in rows that are ignored
         squares = torch.where(squares == 0, 0.0, squares.log()).detach()
-    mean = None
-    if "mean_logits" in outputs:
-        with torch.no_grad():
-            mean = _mean_logits(hidden, weight, bias, cap, scale)
     return (
         log_odds,
         made.get("entropy"),
         squares,
-        mean,
+        made.get("mean_logits"),
         made.get("is_top1"),
     )
 
@@ -126,17 +151,27 @@ def score(
 def _forward_of_trl() -> Mapping[str, Any] | None:
     """Returns the variables of the calling forward of trl, which passes no model on.
 
+    Where torch.compile has cut that forward in parts, the caller is one of them, with the variables
+    that are used from there on.
+
     Raises:
-        ValueError: torch.compile has cut that forward in parts.
+        ValueError: what asks the model is not among them.
     """
     frame = inspect.currentframe()
     while frame is not None and _FORWARD not in frame.f_code.co_name:
         frame = frame.f_back
     if frame is None:
         return None
-    if frame.f_code.co_name != _FORWARD or torch.compiler.is_compiling():
-        raise HeadError("model: expected one that is not compiled, got one of torch.compile")
-    return frame.f_locals
+    found = dict(frame.f_locals)
+    if frame.f_code.co_name == _FORWARD:
+        return found
+    if not {"self", "backbone_outputs", "kwargs"} <= found.keys():
+        raise HeadError(
+            f"model: expected a forward of trl that torch.compile cuts where its head is scored, "
+            f"got one with {sorted(found)}; compile the model's layers instead"
+        )
+    original = inspect.getclosurevars(found["self"].forward.__func__).nonlocals["original_forward"]
+    return {"args": (), "original_forward": original, **found}
 
 
 def _ask(caller: Mapping[str, Any], weight: Tensor, bias: Tensor | None) -> Answer:
@@ -150,7 +185,6 @@ def _ask(caller: Mapping[str, Any], weight: Tensor, bias: Tensor | None) -> Answ
         ValueError: a head that is no matrix, or logits that are no products of it.
     """
     causal = causal_of(caller["self"])
-    layer_of(causal)
     return remembered(causal, _RECORD, (), lambda: _look(causal, caller, weight, bias))
 
 
@@ -164,7 +198,11 @@ def _look(causal: Any, caller: Mapping[str, Any], weight: Tensor, bias: Tensor |
     known = known_states(states, weight)
     products = F.linear(known, weight, bias)
     given.last_hidden_state = known.expand(*states.shape[:-2], *known.shape)
-    with evaluating(causal), contextlib.ExitStack() as stack:
+    with (
+        evaluating(causal),
+        head_outside_graphs(causal, others=False),
+        contextlib.ExitStack() as stack,
+    ):
         for module in {body, causal.get_decoder()} - {causal, None}:  # some call the inner one
             stack.enter_context(_returning(module, given))
         output = caller["original_forward"](*caller["args"], **caller["kwargs"])

@@ -23,6 +23,7 @@ from trl.trainer.dpo_trainer import DPOTrainer
 
 from fastadapt._ops.checks import instance
 from fastadapt.losses import Responses, RewardPenalizeLoss
+from fastadapt.training.compiled import head_outside_graphs
 from fastadapt.trl._log_probs import ARGUMENTS, LogOdds, LogProbs
 
 # What the forward of trl 1.16 looks up.
@@ -199,7 +200,7 @@ class RewardPenalizeTrainer(DPOTrainer):
         extra = {"output_router_logits": True} if self.aux_loss_enabled else {}
         mask = inputs["completion_mask"][:, 1:].bool()
         labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
-        with _served(LogOdds):
+        with _served(LogOdds), head_outside_graphs(model):
             outputs = model(**keep, **extra, labels=labels, fused_lm_head=True)
         # prompt-learning adapters put their own positions before those of the tokens
         log_odds = outputs.log_probs[:, -mask.shape[1] :]
@@ -241,8 +242,9 @@ class RewardPenalizeTrainer(DPOTrainer):
         if self.precompute_ref_logps:
             return inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
         reference_of: Any = self.compute_ref_log_probs  # trl has no types
-        with _served(LogProbs):
-            chosen, rejected = reference_of(self.ref_model or self.model, inputs)
+        reference = self.model if self.ref_model is None else self.ref_model
+        with _served(LogProbs), head_outside_graphs(reference):
+            chosen, rejected = reference_of(reference, inputs)
         return chosen, rejected
 
     def _averages(self, counts: Tensor | int | None) -> bool:
@@ -346,9 +348,7 @@ def _check_hook() -> None:
 
 
 def _check_config(args: DPOConfig) -> None:
-    """Raises if the arguments ask for another loss than the mixture, or for compilation."""
-    if args.torch_compile:
-        raise ValueError("args.torch_compile: expected False, got True; compile the model's layers")
+    """Raises if the arguments ask for another loss than the mixture."""
     for name, instead in _UNSUPPORTED.items():
         default = DPOConfig.__dataclass_fields__[name]
         usual = default.default_factory() if callable(default.default_factory) else default.default
