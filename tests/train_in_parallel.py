@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, LlamaForCausalLM, TrainingArguments
 from trl import DPOConfig
@@ -107,14 +107,22 @@ def train_texts(folder: Path, model: str, size: int) -> list[dict[str, float]]:
     return curve(trainer, ("loss", "grad_norm"))
 
 
-def train_sharded(folder: str, rank: int, world: int) -> list[float]:
-    """ExMATE on log-odds out of the forward, parameters sharded (FSDP2) where there are ranks."""
+def train_sharded(folder: str, rank: int, world: int, head: str = "") -> list[float]:
+    """ExMATE on log-odds out of the forward, parameters sharded (FSDP2) where there are ranks.
+
+    A head that is "trained" or "frozen" has a group of its own and is resharded after its forward.
+    """
     model, factor = LlamaForCausalLM.from_pretrained(folder), 1.0
+    if head:
+        weight = model.lm_head.weight.detach().clone()
+        model.lm_head.weight = torch.nn.Parameter(weight, requires_grad=head == "trained")
     if world > 1:
         mesh = init_device_mesh("cpu", (world,))
         factor = times_too_large(mesh)
         for layer in model.model.layers:
             fully_shard(layer, mesh=mesh)
+        if head:
+            fully_shard(model.lm_head, mesh=mesh)
         fully_shard(model, mesh=mesh)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1 / factor)
     objective = RewardPenalizeLoss({"exmate": 1.0})
@@ -125,6 +133,7 @@ def train_sharded(folder: str, rank: int, world: int) -> list[float]:
         own = tokens[:, rank::world].flatten(0, 1)
         labels = torch.nn.functional.pad(own[:, 1:], (0, 1), value=IGNORED)
         log_odds = forward_log_odds(model, {"input_ids": own}, labels)[:, :-1]
+        assert not head or world == 1 or isinstance(model.lm_head.weight, DTensor), "not resharded"
         mask = torch.ones_like(log_odds, dtype=torch.bool)
         chosen, rejected = (
             Responses(m, k) for m, k in zip(log_odds.chunk(2), mask.chunk(2), strict=True)
@@ -137,7 +146,9 @@ def train_sharded(folder: str, rank: int, world: int) -> list[float]:
         if world > 1:
             dist.all_reduce(mean)
         losses.append(float(mean) / world)
-    return losses
+    weight = model.lm_head.weight.detach()
+    weight = weight.full_tensor() if isinstance(weight, DTensor) else weight
+    return [*losses, float(weight.norm())]
 
 
 def train_split_head(folder: str, world: int) -> list[float]:
@@ -166,27 +177,6 @@ def train_split_head(folder: str, world: int) -> list[float]:
     return losses
 
 
-def refused(folder: str, world: int) -> list[str]:
-    """What is said of a trained head with a group of its own, which is gone before the backward."""
-    said = []
-    for trained in (True, False):
-        model = LlamaForCausalLM.from_pretrained(folder)
-        weight = model.lm_head.weight.detach().clone()
-        model.lm_head.weight = torch.nn.Parameter(weight, requires_grad=trained)
-        if world > 1:
-            mesh = init_device_mesh("cpu", (world,))
-            fully_shard(model.lm_head, mesh=mesh)
-            fully_shard(model, mesh=mesh)
-        tokens = torch.arange(3, 9)[None]
-        try:
-            log_odds = forward_log_odds(model, {"input_ids": tokens}, tokens.roll(-1, 1))
-            log_odds.sum().backward()
-            said.append("")
-        except ValueError as error:
-            said.append(str(error))
-    return said
-
-
 def everything(folder: Path, model: str, rank: int = 0, world: int = 1) -> dict[str, object]:
     """The curves of all ways of training."""
     size = BATCH // world
@@ -194,8 +184,9 @@ def everything(folder: Path, model: str, rank: int = 0, world: int = 1) -> dict[
         "pairs": train_pairs(folder, model, size),
         "texts": train_texts(folder, model, size),
         "sharded": train_sharded(model, rank, world),
+        "trained head alone": train_sharded(model, rank, world, "trained"),
+        "frozen head alone": train_sharded(model, rank, world, "frozen"),
         "split head": train_split_head(model, world),
-        "refused": refused(model, world),
     }
 
 
