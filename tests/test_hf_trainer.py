@@ -161,12 +161,37 @@ def test_objective_is_the_loss(tmp_path):
 def test_what_needs_logits_is_refused(tmp_path):
     with pytest.raises(ValueError, match="objective= has the loss"):
         LogitsFreeTrainer(_model(), _arguments(tmp_path, label_smoothing_factor=0.1))
-    for changes in ({}, {"torch_compile_mode": "reduce-overhead"}):
-        arguments = _arguments(tmp_path, torch_compile=True, **changes)
-        with pytest.raises(ValueError, match="args.torch_compile: expected False, got True"):
-            LogitsFreeTrainer(_model(), arguments)
-    with pytest.raises(ValueError, match="expected one that is not compiled"):
-        LogitsFreeTrainer(torch.compile(_model(), backend="eager"), _arguments(tmp_path))
+
+
+COMPILED = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
+
+
+@pytest.mark.parametrize("way", ["arguments", "model"])
+def test_compiled(tmp_path, way):
+    """Steps and evaluation are those of the eager model, and graphs ran."""
+    torch._dynamo.reset()
+    logs, losses = [], []
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for compiled in (False, True):
+        changes = COMPILED if compiled and way == "arguments" else {}
+        model = _model()
+        if compiled and way == "model":
+            model = torch.compile(model, backend="aot_eager")
+        trainer = LogitsFreeTrainer(
+            model,
+            _arguments(tmp_path, max_steps=2, **changes),
+            train_dataset=_rows(60),
+            eval_dataset=_rows(4),
+            data_collator=_collate,
+        )
+        logs.append(_log(trainer))
+        losses.append(trainer.evaluate()["eval_loss"])
+        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"] - before
+        assert (graphs > 0) == compiled
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    for eager, other in zip(*logs, strict=True):
+        for name in ("loss", "grad_norm"):
+            assert other[name] == pytest.approx(eager[name], rel=1e-5)
 
 
 def _first_losses(make, arguments, collate=_collate):

@@ -1,5 +1,6 @@
 """`fastadapt.trl` beside trl's own trainers: losses, gradients and metrics, step by step."""
 
+import contextlib
 import random
 
 import pytest
@@ -263,7 +264,6 @@ def test_without_dpo_there_is_no_reference(folder, tokenizer, tmp_path):
         ({"loss_type": ["ipo"]}, {}, r"args.loss_type: expected \['sigmoid'\] \(loss= here\)"),
         ({"ld_alpha": 0.5}, {}, "args.ld_alpha: expected None"),
         ({"use_weighting": True}, {}, "args.use_weighting: expected False"),
-        ({"torch_compile": True}, {}, "args.torch_compile: expected False, got True"),
         ({}, {"loss": {"sigmoid": 1.0}}, "weights: expected some of"),
         ({}, {"loss_options": {"beta": 0.3}}, "expected args.beta for beta"),
         (
@@ -457,9 +457,58 @@ def test_heads_that_trl_takes_for_a_matrix_are_refused():
     for model in (_with_head(_Scaled), hooked):
         with pytest.raises(ValueError, match="expected logits that are products of the states"):
             _served_and_own(model)
-    with pytest.raises(ValueError, match="expected one that is not compiled"):
-        compiled = torch.compile(_with_head(torch.nn.Linear), backend="eager")
-        trl_utils.add_fused_lm_head(compiled._orig_mod)
-        ids = torch.randint(3, 35, (2, 6))
-        with fused_log_probs():
-            compiled(input_ids=ids, labels=ids, fused_lm_head=True)
+
+
+COMPILED = {"torch_compile": True, "torch_compile_backend": "aot_eager", "max_steps": 2}
+
+
+def test_a_mixture_is_compiled(folder, tokenizer, tmp_path):
+    """With a reference model, which is compiled too; graphs ran."""
+    torch._dynamo.reset()
+    logs, before = [], torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for changes in ({"max_steps": 2}, COMPILED):
+        logs.append(_train(_mixed(folder, tokenizer, _settings(tmp_path, **changes))))
+        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"] - before
+        assert (graphs > 0) == (changes is COMPILED)
+    for eager, other in zip(*logs, strict=True):
+        for name in ("loss", "grad_norm", "logps/chosen", "entropy"):
+            assert other[name] == pytest.approx(eager[name], rel=1e-5), name
+
+
+def test_trls_own_trainers_are_compiled(folder, tokenizer, tmp_path):
+    """Their forward is cut where the head is scored; also after steps with trl's own function."""
+    torch._dynamo.reset()
+    rows = [{"prompt": r["prompt"], "completion": r["chosen"]} for r in _pairs(40)]
+    logs, before = [], torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for fused, changes in ((True, {"max_steps": 2}), (False, COMPILED), (True, COMPILED)):
+        trainer = SFTTrainer(
+            folder,
+            args=SFTConfig(**_settings(tmp_path, **changes)),
+            train_dataset=datasets.Dataset.from_list(rows),
+            processing_class=tokenizer,
+        )
+        with fused_log_probs() if fused else contextlib.nullcontext():
+            logs.append(_train(trainer))
+        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"] - before
+        assert (graphs > 0) == (changes is COMPILED)
+    for each in logs[1:]:
+        for eager, other in zip(logs[0], each, strict=True):
+            for name in ("loss", "grad_norm", "entropy"):
+                assert other[name] == pytest.approx(eager[name], rel=1e-5), name
+
+
+def test_compiled_models_whose_logits_are_something_else():
+    model = _with_head(_Cut)
+    ids = torch.randint(3, 35, (2, 6))
+    own = model(input_ids=ids).logits[:, :-1].float().log_softmax(-1)
+    own = own.gather(-1, ids[:, 1:, None])[..., 0]
+    trl_utils.add_fused_lm_head(model)
+    compiled = torch.compile(model, backend="eager")
+    with fused_log_probs():
+        for _ in range(2):
+            served = compiled(input_ids=ids, labels=ids, fused_lm_head=True).log_probs
+    torch.testing.assert_close(served, own, rtol=1e-4, atol=1e-4)
+    scaled = _with_head(_Scaled)
+    trl_utils.add_fused_lm_head(scaled)
+    with fused_log_probs(), pytest.raises(ValueError, match="expected logits that are products"):
+        torch.compile(scaled, backend="eager")(input_ids=ids, labels=ids, fused_lm_head=True)

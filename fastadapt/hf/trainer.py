@@ -30,7 +30,8 @@ class LogitsFreeTrainer(Trainer):
     Its loss is that of the model's own forward, the cross-entropy of the next tokens (of an
     encoder–decoder or a masked model: of the labels as they stand), with `num_items_in_batch` and
     `average_tokens_across_devices` as transformers has them; the head's rows of ignored labels are
-    not computed. A frozen head (LoRA) takes two products a step. Before the first step the model's
+    not computed. A frozen head (LoRA) takes two products a step. With `torch_compile=True` the body
+    is compiled, and the head runs outside of its graphs. Before the first step the model's
     own loss of one short text is compared with ours, so that nothing is left out without a word.
     Predictions, as `compute_metrics` sees them, are log-odds (B, T-1), (B, T) of labels that are
     aligned, instead of logits.
@@ -57,8 +58,8 @@ class LogitsFreeTrainer(Trainer):
         **named: as for `Trainer`; batches have "labels", not shifted, as usual.
 
     Raises:
-        ValueError: what needs logits: `compute_loss_func`, `label_smoothing_factor`; a compiled
-            model; router logits, whose loss would be left out; at the first batch, a model whose
+        ValueError: what needs logits: `compute_loss_func`, `label_smoothing_factor`;
+            router logits, whose loss would be left out; at the first batch, a model whose
             own loss is another one, or as `fastadapt.training.forward_log_odds`; a batch without
             labels.
     """

@@ -144,7 +144,7 @@ def remembered(causal: Any, name: str, more: tuple[Any, ...], make: Callable[[],
     record = records.get(layer)
     if record is None or record[0] != key:
         record = key, make()
-        present = set(causal.get_output_embeddings().modules())
+        present = set(causal.modules())
         kept = {head: old for head, old in records.items() if head in present}
         object.__setattr__(causal, name, {**kept, layer: record})
     answer: Answer = record[1]

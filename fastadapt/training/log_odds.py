@@ -164,8 +164,9 @@ def forward_log_odds(model: Any, inputs: Mapping[str, Any], labels: Tensor) -> T
 
     Args:
         model: a language model of transformers whose head is a module that its forward calls; as it
-            is, or within DDP, FSDP2 (`fully_shard`) or peft. A head split over ranks by vocabulary,
-            a `DTensor` placed as (Shard(0),), is met in its parts.
+            is, or within DDP, FSDP2 (`fully_shard`), ZeRO-3, torch.compile or peft. A compiled
+            one's head runs outside of its graphs, what its forward calls beside it inside. A head
+            split over ranks by vocabulary, a `DTensor` placed as (Shard(0),), is met in its parts.
         inputs: keyword arguments of its forward, no labels among them.
         labels (Tensor): (B, T), int64, at each position the token to score there (of a decoder
             without an encoder the next one), or -100, `training.pairs.IGNORED`.
@@ -175,8 +176,8 @@ def forward_log_odds(model: Any, inputs: Mapping[str, Any], labels: Tensor) -> T
 
     Raises:
         ValueError: as `fastadapt.training.head_check.head_of`, among which a model that makes
-            something else of its head's products, a quantised or compiled one; positions that are
-            not those of `labels`; labels among the inputs.
+            something else of its head's products, or a quantised head that offers no matrix;
+            positions that are not those of `labels`; labels among the inputs.
         TypeError: inputs that are no mapping, labels that are no tensor, a model that is no module.
     """
     instance("inputs", inputs, Mapping, _ARGUMENTS)

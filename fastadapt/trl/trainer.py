@@ -47,10 +47,11 @@ def fused_log_probs() -> Iterator[None]:
     SFT, DPO, KTO, GRPO and RLOO take their log-probabilities, their entropy, mean logit and token
     accuracy from it; the same losses and gradients, to rounding. Blocks may nest. Cap, factor and
     vocabulary of a head are those of the model's own logits, asked once a model, where trl reads
-    its configuration; a model whose logits are no products with its head's matrix, or that is
-    compiled, is refused (ValueError) by its first forward. The entropy has a
-    gradient where the head is trained; with a frozen one, for which it would cost a product more
-    in every step, a loss that contains it (GRPO's `entropy_coef`) fails in its backward.
+    its configuration; a model whose logits are no products with its head's matrix is refused
+    (ValueError) by its first forward. With `torch_compile=True` its graph breaks where the head is
+    scored. The entropy has a gradient where the head is trained; with a frozen one, for which it
+    would cost a product more in every step, and with one that FSDP2 or ZeRO-3 gathers, a loss that
+    contains it (GRPO's `entropy_coef`) fails in its backward.
 
     Examples:
         >>> import datasets, tokenizers, transformers, trl
@@ -85,7 +86,8 @@ class RewardPenalizeTrainer(DPOTrainer):
     are split over micro-batches and, with `average_tokens_across_devices`, processes: token means
     divide by all the tokens and sequence means by all the pairs of the step. With `{"dpo": 1.0}` it
     follows trl's loss. Steps of a mixture of the chosen responses alone (`{"mle": 1.0}`) leave the
-    rejected ones out, and so do their metrics; evaluation looks at both.
+    rejected ones out, and so do their metrics; evaluation looks at both. With `torch_compile=True`
+    the bodies of model and reference are compiled, and their heads run outside of the graphs.
 
     Logged are trl's metrics of DPO and, of `RewardPenalizeLoss`, "loss/NAME", "pairs/margins",
     "pairs/accuracies", "gradients/chosen" and "gradients/rejected"; "rewards/..." only with "dpo".

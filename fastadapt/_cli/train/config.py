@@ -45,7 +45,7 @@ _INSTEAD = {
     "load_best_model_at_end": "a stage goes on from where it is",
     "push_to_hub": "upload the run's model folder when it is done",
     "save_only_model": "a checkpoint without its optimizer cannot be resumed",
-    "torch_compile": "a model whose forward is compiled has no log-odds",
+    "torch_compile": "a run resumes to the same bits, which graphs do not promise",
     "use_liger_kernel": "log-odds are made without logits already",
 }
 _DECIDE_NOTHING = (
