@@ -221,6 +221,7 @@ def scoring(layer: Any, score: Callable[[Tensor], Tensor]) -> Iterator[list[Tens
         return without_positions(states, layer.weight)
 
     def show(_: Any, arguments: Any, output: Any) -> tuple[Any, Tensor]:
+        scores[-1] = scores[-1].clone()  # a view would lose their hooks where it is written to
         return output, scores[-1]
 
     def hide(_: Any, arguments: Any, output: tuple[Any, Tensor]) -> Any:
