@@ -130,7 +130,8 @@ def score(
                 made["mean_logits"] = _mean_logits(hidden, weight, bias, cap, scale)
         return log_odds
 
-    if gathered:  # the weight that trl gathered is gone before the backward, or no mean of ranks
+    # the weight that trl gathered is gone before the backward, or its gradient is no mean of ranks
+    if layer is not None and gathered:
         with scoring(layer, lambda x: scored(x, layer.weight, layer.bias)) as found:
             layer(hidden)
         (log_odds,) = found
