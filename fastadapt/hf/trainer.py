@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Trainer
+from transformers.utils.generic import find_labels
 
 from fastadapt.log_odds import label_log_odds
 from fastadapt.losses import Responses, mle_loss
@@ -75,6 +76,8 @@ class LogitsFreeTrainer(Trainer):
         if model is not None:  # a model_init has it then
             causal_of(model)
         super().__init__(*rest, **named)
+        if self.args.label_names is None:  # a compiled model has no signature to find them in
+            self.label_names = find_labels(type(causal_of(self.model)))
         self.objective = objective
         if self.compute_loss_func is not None or self.args.label_smoothing_factor:
             raise ValueError(
