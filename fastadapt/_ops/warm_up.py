@@ -46,7 +46,7 @@ def warm_up(
 
     Triton compiles as for a launch, in a thread for each core of this process (it releases the
     interpreter's lock meanwhile), and keeps the result on disk: another process that finds it there
-    is ready within seconds. Nothing runs on the GPU.
+    is ready within seconds. Nothing runs on the GPU. Triton 3.4 compiles one kernel after another.
 
     Examples:
         >>> warm_up("cuda", 128_256, [torch.bfloat16])  # doctest: +SKIP

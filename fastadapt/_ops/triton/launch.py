@@ -7,6 +7,7 @@ list holds are summed by many.
 import itertools
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from contextvars import copy_context
 from functools import partial
 from typing import Any
@@ -153,7 +154,8 @@ def compile_draws(
 
     def compile_all() -> int:
         # those that decide come last and take longest
-        with ThreadPoolExecutor(threads) as pool, triton.AsyncCompileMode(pool):
+        together = getattr(triton, "AsyncCompileMode", None)  # Triton 3.4 has none
+        with ThreadPoolExecutor(threads) as pool, together(pool) if together else nullcontext():
             return len({id(made): made for made in (one() for one in reversed(wanted))})
 
     return copy_context().run(compile_all)  # Triton leaves its mode on where one fails
