@@ -16,7 +16,7 @@ SIZES = {
     "vocab_size": V,
     "hidden_size": 16,
     "intermediate_size": 24,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
     "max_position_embeddings": 32,
