@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from fastadapt._ops.checks import flag, fold_rows, instance, integer, number, per_row
+from fastadapt._ops.checks import alike, flag, fold_rows, instance, integer, number, per_row
 from fastadapt._ops.linear import operator as linear_ops
 from fastadapt._ops.linear.operator import plan_of as plan_of
 from fastadapt._ops.linear.values import Listed, is_largest
@@ -163,7 +163,7 @@ def linear_log_odds(
         "hit": lambda: is_largest(listed.own, stats),
         **_of_all(listed),
     }
-    return _results(made, "log_odds", used, options, labels.shape, rows.dtype)
+    return _results(made, used, options, labels.shape, rows.dtype)
 
 
 def linear_candidate_log_odds(
@@ -244,7 +244,7 @@ def linear_candidate_log_odds(
         "set_log_odds": listed.set_log_odds,
         **_of_all(listed),
     }
-    return _results(made, "log_odds", used, options, shape[:-1], rows.dtype)
+    return _results(made, used, options, shape[:-1], rows.dtype)
 
 
 def _first_places(ids: Tensor) -> Tensor:
@@ -304,8 +304,7 @@ def _listed(
 ) -> tuple[Listed, Tensor]:
     """Calls the operator for labels (N, K); returns its results and statistics."""
     moments = any(name in linear_ops.MOMENTS for name in options.outputs)
-    differentiable = moments and options.differentiable
-    shares = options.differentiable and {"logsumexp", *linear_ops.MOMENTS} & set(options.outputs)
+    shares = moments or "logsumexp" in options.outputs  # own and others not as their difference
     logits = rows.shape[0] * part.weight.shape[0] * rows.element_size()
     own, others, of_others, stats, _ = linear_ops.linear_log_odds(
         rows,
@@ -317,10 +316,10 @@ def _listed(
         ignore_index,
         part.span,
         part.group,
-        plan=linear_ops.number_of(rows, part.weight, part.bias, differentiable),
+        plan=linear_ops.number_of(rows, part.weight, part.bias, moments and options.differentiable),
         kept_bytes=linear_ops.kept_bytes(logits, options.memory_budget),
         moments=moments,
-        apart=labels.shape[1] > 1 or bool(shares),
+        apart=labels.shape[1] > 1 or (shares and options.differentiable),
         masked=masked,
     )
     return Listed(own, others, of_others), stats
@@ -337,16 +336,15 @@ def _of_all(listed: Listed) -> dict[str, Callable[[], Tensor]]:
 
 def _results(
     made: dict[str, Callable[[], Tensor]],
-    main: str,
     used: Tensor,
     options: _Options,
     shape: torch.Size,
     dtype: torch.dtype,
 ) -> Tensor | tuple[Tensor, ...]:
-    """Returns the main result and the outputs, 0 in rows that do not count."""
+    """Returns the log-odds and the outputs, 0 in rows that do not count."""
     wide = torch.promote_types(dtype, torch.float32)
     found: list[Tensor] = []
-    for name in (main, *options.outputs):
+    for name in ("log_odds", *options.outputs):
         values = made[name]()
         rows = used.view(-1, *[1] * (values.dim() - 1))
         values = torch.where(rows, values, torch.zeros_like(values))
@@ -375,16 +373,7 @@ def _check_head(hidden: Tensor, part: Slice) -> None:
         raise ValueError(f"weight: expected shape (V, {h}), V >= 1, got {tuple(weight.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias: expected shape ({weight.shape[0]},), got {tuple(bias.shape)}")
-    casts = torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is None:
-            continue
-        if not tensor.is_floating_point():  # codes of a quantised head: autocast would cast them
-            raise TypeError(f"{name}: expected floating-point numbers, got {tensor.dtype}")
-        if tensor.dtype != hidden.dtype and not casts:
-            raise TypeError(f"{name}: expected {hidden.dtype} as hidden, got {tensor.dtype}")
-        if tensor.device != hidden.device:
-            raise ValueError(f"{name}: expected device {hidden.device}, got {tensor.device}")
+    alike(hidden, {"weight": weight, "bias": bias})
 
 
 def _tied(values: Tensor, log_odds: Tensor, name: str) -> Tensor:

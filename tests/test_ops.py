@@ -171,6 +171,8 @@ def test_bad_temperature_in_the_operator_scores_nan(rows, device, temperature):
         ("linear_log_odds_backward", True),
         ("frozen_head_backward", True),
         ("refused_gradient", True),
+        ("linear_divergence", True),
+        ("linear_divergence_backward", True),
         ("without_gradient", False),
     ],
 )

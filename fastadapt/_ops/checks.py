@@ -1,6 +1,6 @@
 """Argument checks and reshaping shared by all public functions; each message names the argument."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from math import inf
 from numbers import Integral, Real
@@ -58,6 +58,27 @@ def per_row(
         raise ValueError(f"{name}: expected device {like.device}, got {value.device}")
     flat = value.dim() == 1 and value.is_contiguous()
     return value if flat else value.reshape(-1).contiguous()
+
+
+def alike(hidden: Tensor, others: Mapping[str, Tensor | None]) -> None:
+    """Checks tensors by name against hidden states: floats of their dtype, on their device.
+
+    Another dtype is allowed where autocast makes it equal.
+
+    Raises:
+        TypeError: another dtype.
+        ValueError: another device.
+    """
+    casts = torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64
+    for name, x in others.items():
+        if x is None:
+            continue
+        if not x.is_floating_point():  # codes of a quantised head: autocast would cast them
+            raise TypeError(f"{name}: expected floating-point numbers, got {x.dtype}")
+        if x.dtype != hidden.dtype and not casts:
+            raise TypeError(f"{name}: expected {hidden.dtype} as hidden, got {x.dtype}")
+        if x.device != hidden.device:
+            raise ValueError(f"{name}: expected device {hidden.device}, got {x.device}")
 
 
 def instance(name: str, value: object, kind: Any, expected: str) -> None:

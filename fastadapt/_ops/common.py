@@ -12,7 +12,11 @@ from fastadapt import _C
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
-# of each operator, for the CPU, and what makes its empty outputs
+# Tags of operators that wait for the device, to learn how many rows take part or whether a gradient
+# is 0; without it `torch.compile(mode="reduce-overhead")` would capture them in a CUDA graph.
+WAITS = (torch.Tag.cudagraph_unsafe,)
+
+# of each operator, its implementation, and what makes its empty outputs
 Implementations = dict[str, tuple[Callable[..., object], Callable[..., object]]]
 Out = TypeVar("Out")
 
@@ -63,6 +67,14 @@ def register(
     for name, (cpu, empty) in implementations.items():
         library.impl(name, cpu, "CPU")
         library.impl(name, on_cuda(name, empty, launches), "CUDA")
+        torch.library.register_fake(f"fastadapt::{name}", empty, lib=library)
+
+
+def register_everywhere(library: torch.library.Library, implementations: Implementations) -> None:
+    """Registers operators whose one implementation tells devices apart, and their fakes."""
+    for name, (implementation, empty) in implementations.items():
+        for device in ("CPU", "CUDA"):
+            library.impl(name, implementation, device)
         torch.library.register_fake(f"fastadapt::{name}", empty, lib=library)
 
 

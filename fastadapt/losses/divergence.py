@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fastadapt._ops.checks import fold_rows, instance, number, one_of, per_row
+from fastadapt._ops.checks import alike, fold_rows, instance, number, one_of, per_row
 from fastadapt._ops.linear import divergence as divergence_ops
 from fastadapt._ops.linear.divergence import KINDS
 from fastadapt._ops.linear.divergence import plan_of as plan_of
@@ -162,14 +162,8 @@ def _check_matrix(name: str, weight: Tensor, rows: Tensor, expected: str | int, 
 
 def _check_alike(hidden: Tensor, given: dict[str, Tensor]) -> None:
     """Checks devices, dtypes but for those that autocast makes equal, and the teacher."""
-    casts = torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64
+    alike(hidden, given)
     for name, x in given.items():
-        if not x.is_floating_point():  # codes of a quantised head: autocast would cast them
-            raise TypeError(f"{name}: expected floating-point numbers, got {x.dtype}")
-        if x.dtype != hidden.dtype and not casts:
-            raise TypeError(f"{name}: expected {hidden.dtype} as hidden, got {x.dtype}")
-        if x.device != hidden.device:
-            raise ValueError(f"{name}: expected device {hidden.device}, got {x.device}")
         if name.startswith("teacher") and x.requires_grad and torch.is_grad_enabled():
             raise ValueError(
                 f"{name}: expected a teacher without a gradient, got requires_grad=True; detach it"

@@ -6,9 +6,15 @@ import torch
 from torch import Tensor
 
 from fastadapt._C import JSD, KL, REVERSE_KL
-from fastadapt._ops.common import Implementations, device_of, no_double_backward
+from fastadapt._ops.common import (
+    WAITS,
+    Implementations,
+    device_of,
+    no_double_backward,
+    register_everywhere,
+)
 from fastadapt._ops.linear.divergence_driver import backward, empty_outputs, forward
-from fastadapt._ops.linear.driver import Triple, empty_gradients
+from fastadapt._ops.linear.gradients import Triple, empty_gradients
 from fastadapt._ops.linear.pairs import PairProblem, PairWork
 from fastadapt._ops.linear.pairs_cpu import CpuPair
 from fastadapt._ops.linear.pairs_cuda import CudaPair, DoubleCudaPair
@@ -21,10 +27,11 @@ _PROBLEM = (
     " Tensor? teacher_bias, Tensor? mask, float softcap, float logit_scale, float teacher_softcap,"
     " float teacher_logit_scale, int kind, float beta"
 )  # the fields of a PairProblem
-_library.define(f"linear_divergence({_PROBLEM}) -> (Tensor, Tensor)")
+_library.define(f"linear_divergence({_PROBLEM}) -> (Tensor, Tensor)", tags=WAITS)
 _library.define(
     f"linear_divergence_backward(Tensor ddivergence, Tensor stats, {_PROBLEM}, *, bool[] wanted)"
-    " -> (Tensor, Tensor, Tensor)"
+    " -> (Tensor, Tensor, Tensor)",
+    tags=WAITS,
 )
 
 
@@ -104,10 +111,7 @@ def _register() -> None:
         "linear_divergence": (_forward, _empty_outputs),
         "linear_divergence_backward": (_backward, _empty_gradients),
     }
-    for name, (implementation, fake) in implementations.items():
-        for device in ("CPU", "CUDA"):
-            _library.impl(name, implementation, device)
-        torch.library.register_fake(f"fastadapt::{name}", fake, lib=_library)
+    register_everywhere(_library, implementations)
     torch.library.register_autograd(
         "fastadapt::linear_divergence", _gradient, setup_context=_save, lib=_library
     )

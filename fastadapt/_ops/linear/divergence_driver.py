@@ -19,7 +19,7 @@ from fastadapt._C import (
     TEACHER_MAX,
     TEACHER_SUM,
 )
-from fastadapt._ops.linear.driver import Triple, empty_gradients
+from fastadapt._ops.linear.gradients import HeadGradients, Triple
 from fastadapt._ops.linear.pairs import PairProblem, PairWork
 
 LAWS = {True: (TEACHER_SUM, STUDENT_SUM), False: (STUDENT_SUM, TEACHER_SUM)}  # of KL, reverse KL
@@ -78,30 +78,12 @@ def backward(
 
     Rows without an upstream gradient are dropped like those that do not count.
     """
-    hidden, weight = problem.hidden, problem.weight
     takes = ddivergence != 0
     student, teacher = problem.heads(takes if problem.mask is None else takes & problem.mask)
     gains, stats = student.gather(ddivergence.double()).contiguous(), student.gather(stats)
     pair = work(student, teacher, problem)
-    (n, h), v = student.hidden.shape, weight.shape[0]
-    dhidden, dweight, dbias = empty_gradients(hidden, weight, problem.bias, wanted)
-    pair.student.will_write(dweight)
-    wide = torch.promote_types(hidden.dtype, torch.float32)
-    whole = hidden.dtype == wide and student.places is None
-    sums = dhidden if whole else hidden.new_empty(n if wanted[0] else 0, h, dtype=wide)
-    sums.zero_()
-    width = pair.backward_tile()
-    buffer = hidden.new_empty(n * min(width, v))
-    ones = hidden.new_ones(1, n)
-    for first, last in student.tiles(width):
-        out = buffer[: n * (last - first)].view(n, last - first)
+    gradients = HeadGradients(pair.student, problem.hidden, problem.weight, problem.bias, wanted)
+    for first, last, out in gradients.tiles(pair.backward_tile()):
         pair.gradient_tile(first, last, stats, gains, out)
-        if wanted[0]:
-            pair.student.add_product(sums, out, weight[first:last])
-        if wanted[1]:
-            torch.mm(out.t(), student.hidden, out=dweight[first:last])
-        if wanted[2]:
-            dbias[first:last] = torch.mm(ones, out)[0]
-    if wanted[0] and not whole:
-        pair.student.scatter(sums, None, student.places, dhidden)
-    return dhidden, dweight, dbias
+        gradients.add(first, last, out)
+    return gradients.finished()

@@ -28,12 +28,11 @@ from fastadapt._C import (
     OTHERS_SUM,
     OTHERS_WEIGHTED,
 )
+from fastadapt._ops.linear.gradients import HeadGradients, Triple
 from fastadapt._ops.linear.tiles import Gains, Head, Problem, RowWork, TileRequest
 from fastadapt._ops.linear.vocab_parallel import merge_stats, sum_over_ranks
 
 FORWARD_ONLY, RECOMPUTE, FROZEN_HEAD = 0, 1, 2  # plans
-
-Triple = tuple[Tensor, Tensor, Tensor]
 
 
 class Forward(NamedTuple):
@@ -218,40 +217,23 @@ def backward(
     label_gains = torch.where(head.has_label, by_own * head.slope(head.gather(own)), 0.0)
     label_gains = label_gains.masked_fill(by_own == 0, 0.0)  # 0 times what may be NaN
     row_work = work(head)
-    (n, h), v = head.hidden.shape, weight.shape[0]
+    n = head.hidden.shape[0]
     n_kept = kept.shape[0] // max(1, hidden.shape[0])
     before, among = _rows_of_forward(head, used, n) if n_kept else (n, None)
-    dhidden, dweight, dbias = empty_gradients(hidden, weight, problem.bias, wanted)
-    row_work.will_write(dweight)
-    wide = torch.promote_types(hidden.dtype, torch.float32)
-    whole = hidden.dtype == wide and head.places is None
-    sums = dhidden if whole else hidden.new_empty(n if wanted[0] else 0, h, dtype=wide)
-    sums.zero_()
-    width = row_work.backward_tile()
-    buffer = hidden.new_empty(n * min(width, v))
-    ones = hidden.new_ones(1, n)
-    for first, last in head.tiles(width):
-        out = buffer[: n * (last - first)].view(n, last - first)
+    gradients = HeadGradients(row_work, hidden, weight, problem.bias, wanted)
+    for first, last, out in gradients.tiles(row_work.backward_tile()):
         slot = _kept_tile(kept, before, work.tile, n_kept, first, last)
         if slot is not None and among is not None:
             slot = slot.index_select(0, among)
         row_work.gradient_tile(first, last, stats, gains, slot, out)
-        if wanted[0]:  # the labels' share, still 0 here, is added in float32 below
-            row_work.add_product(sums, out, weight[first:last])
-        if wanted[1] or wanted[2]:
-            row_work.set_labels(first, label_gains, out)
-        if wanted[1]:
-            torch.mm(out.t(), head.hidden, out=dweight[first:last])
-        if wanted[2]:
-            dbias[first:last] = torch.mm(ones, out)[0]
-    if wanted[0]:
-        if v > 0:
+        gradients.add(first, last, out, label_gains)
+    if wanted[0]:  # the labels' share, in float32
+        sums = gradients.sums
+        if weight.shape[0] > 0:
             row_work.add_rows(sums, weight, head.label_rows, label_gains, None)
         if problem.group is not None:
             sums.copy_(sum_over_ranks(sums, problem.group))
-        if not whole:
-            row_work.scatter(sums, None, head.places, dhidden)
-    return dhidden, dweight, dbias
+    return gradients.finished()
 
 
 def _rows_of_forward(head: Head, used: Tensor, n: int) -> tuple[int, Tensor | None]:
@@ -262,17 +244,6 @@ def _rows_of_forward(head: Head, used: Tensor, n: int) -> tuple[int, Tensor | No
     if before == n:
         return n, None
     return before, (used.cumsum(0) - 1).index_select(0, head.places)
-
-
-def empty_gradients(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: list[bool]
-) -> Triple:
-    """Allocates the wanted gradients, as zeros because ignored rows have none."""
-    return (
-        hidden.new_zeros(hidden.shape if wanted[0] else (0, hidden.shape[1])),
-        weight.new_empty(weight.shape if wanted[1] else (0, weight.shape[1])),
-        weight.new_empty(weight.shape[0] if wanted[2] and bias is not None else 0),
-    )
 
 
 def frozen_head_backward(

@@ -6,7 +6,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastadapt._ops.common import Implementations, check_ids, device_of, no_double_backward
+from fastadapt._ops.common import (
+    WAITS,
+    Implementations,
+    check_ids,
+    device_of,
+    no_double_backward,
+    register_everywhere,
+)
 from fastadapt._ops.linear.cpu import CpuWork
 from fastadapt._ops.linear.cuda import CudaWork, DoubleCudaWork
 from fastadapt._ops.linear.driver import (
@@ -15,23 +22,18 @@ from fastadapt._ops.linear.driver import (
     RECOMPUTE,
     Asked,
     Forward,
-    Triple,
     Upstream,
     backward,
-    empty_gradients,
     empty_outputs,
     forward,
     frozen_head_backward,
     kept_ids,
 )
+from fastadapt._ops.linear.gradients import Triple, empty_gradients
 from fastadapt._ops.linear.tiles import Problem, RowWork
 
 MOMENTS = ("entropy", "sum_of_squares")  # outputs that the moments of the others make
 KEPT_BYTES = 1 << 27  # logits kept for the backward where no budget is given and all fit
-
-# Each waits for the device, to learn how many rows take part or whether a gradient is 0; without
-# the tag `torch.compile(mode="reduce-overhead")` would capture them in a CUDA graph.
-_WAITS = (torch.Tag.cudagraph_unsafe,)
 
 _library = torch.library.Library("fastadapt", "FRAGMENT")
 _PROBLEM = (
@@ -44,20 +46,20 @@ _ASKED = "int plan, int kept_bytes, bool moments, bool apart"
 _library.define(
     f"linear_log_odds({_PROBLEM}, *, {_ASKED}, bool masked)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    tags=_WAITS,
+    tags=WAITS,
 )
 _library.define(
     f"linear_log_odds_backward({_UPSTREAM}, Tensor own, Tensor stats, Tensor kept, {_PROBLEM}, *,"
     " bool[] wanted) -> (Tensor, Tensor, Tensor)",
-    tags=_WAITS,
+    tags=WAITS,
 )
 _library.define(
     f"frozen_head_backward({_UPSTREAM}, Tensor own, Tensor stats, Tensor rows, Tensor labels,"
     f" Tensor? weight, {_SHAPE}, ScalarType dtype) -> Tensor",
-    tags=_WAITS,
+    tags=WAITS,
 )
 _library.define("without_gradient(Tensor values, Tensor log_odds, str name) -> Tensor")
-_library.define("refused_gradient(Tensor gradient, str name) -> Tensor", tags=_WAITS)
+_library.define("refused_gradient(Tensor gradient, str name) -> Tensor", tags=WAITS)
 
 
 def work_of(hidden: Tensor) -> type[RowWork]:
@@ -220,10 +222,7 @@ def _register() -> None:
         "linear_log_odds_backward": (_backward, _empty_gradients),
         "frozen_head_backward": (_frozen_head_backward, _empty_hidden_gradient),
     }
-    for name, (implementation, fake) in implementations.items():
-        for device in ("CPU", "CUDA"):
-            _library.impl(name, implementation, device)
-        torch.library.register_fake(f"fastadapt::{name}", fake, lib=_library)
+    register_everywhere(_library, implementations)
     torch.library.register_autograd(
         "fastadapt::linear_log_odds", _gradient, setup_context=_save, lib=_library
     )

@@ -3,10 +3,9 @@
 from abc import ABC, abstractmethod
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from fastadapt._ops.linear.tiles import Head, RowWork
+from fastadapt._ops.linear.tiles import Head, RowWork, places_of
 
 
 class PairProblem(NamedTuple):
@@ -32,32 +31,13 @@ class PairProblem(NamedTuple):
         Returns:
             Those of the student and of the teacher; they have no labels.
         """
-        index = None if takes is None else takes.nonzero()[:, 0]
-        if index is not None and index.shape[0] == self.hidden.shape[0]:
-            index = None
+        index = None if takes is None else places_of(takes)
         student = self.hidden, self.weight, self.bias, self.softcap, self.logit_scale
         teacher = (
             *(self.teacher_hidden, self.teacher_weight, self.teacher_bias),
             *(self.teacher_softcap, self.teacher_logit_scale),
         )
-        return _head(*student, index), _head(*teacher, index)
-
-
-def _head(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    softcap: float,
-    scale: float,
-    index: Tensor | None,
-) -> Head:
-    """One head with the rows at `index`."""
-    wide = torch.promote_types(hidden.dtype, torch.float32)
-    bias = None if bias is None else bias.to(wide).contiguous()
-    if index is not None:
-        hidden = hidden.index_select(0, index)
-    labels = hidden.new_empty(hidden.shape[0], 0, dtype=torch.int64)
-    return Head(hidden, weight, labels, labels >= 0, index, bias, softcap, scale)
+        return Head.of_rows(index, *student), Head.of_rows(index, *teacher)
 
 
 class PairWork(ABC):

@@ -49,21 +49,35 @@ class Head(NamedTuple):
     @classmethod
     def from_problem(cls, problem: Problem, takes: Tensor) -> "Head":
         """Selects the rows that take part; on a GPU this waits for the device."""
-        hidden, labels, v = problem.hidden, problem.labels, problem.weight.shape[0]
-        index: Tensor | None = takes.nonzero()[:, 0]
-        if index is not None and index.shape == takes.shape:
-            index = None
+        labels, v, index = problem.labels, problem.weight.shape[0], places_of(takes)
         if index is not None:
-            hidden, labels = hidden.index_select(0, index), labels.index_select(0, index)
+            labels = labels.index_select(0, index)
         listed = labels != problem.ignore_index
         if problem.span is not None:
             labels = labels - problem.span[0]
         here = listed & (labels >= 0) & (labels < v)
         labels = torch.where(here, labels, ELSEWHERE).contiguous()
-        bias, wide = problem.bias, torch.promote_types(hidden.dtype, torch.float32)
-        bias = None if bias is None else bias.to(wide).contiguous()
         shape = problem.softcap, problem.logit_scale
-        return cls(hidden, problem.weight, labels, listed, index, bias, *shape)
+        matrix = problem.hidden, problem.weight, problem.bias
+        return cls.of_rows(index, *matrix, *shape)._replace(labels=labels, listed=listed)
+
+    @classmethod
+    def of_rows(
+        cls,
+        index: Tensor | None,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        softcap: float,
+        scale: float,
+    ) -> "Head":
+        """Selects the rows at places, None for all of them, without labels."""
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        bias = None if bias is None else bias.to(wide).contiguous()
+        if index is not None:
+            hidden = hidden.index_select(0, index)
+        labels = hidden.new_empty(hidden.shape[0], 0, dtype=torch.int64)
+        return cls(hidden, weight, labels, labels >= 0, index, bias, softcap, scale)
 
     @property
     def has_label(self) -> Tensor:
@@ -183,6 +197,12 @@ class RowWork(ABC):
     @abstractmethod
     def scatter(sums: Tensor, gain: Tensor | None, index: Tensor | None, out: Tensor) -> None:
         """Computes out[index[r]] = gain[r] sums[r], rounded once."""
+
+
+def places_of(takes: Tensor) -> Tensor | None:
+    """Returns the places of rows that take part, None if all do; on a GPU this waits for it."""
+    index: Tensor = takes.nonzero()[:, 0]
+    return None if index.shape == takes.shape else index
 
 
 def contiguous_rows(source: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:

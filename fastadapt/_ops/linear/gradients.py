@@ -1,0 +1,74 @@
+"""The gradients of a linear head, summed tile by tile of its vocabulary."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from fastadapt._ops.linear.tiles import RowWork
+
+Triple = tuple[Tensor, Tensor, Tensor]
+
+
+def empty_gradients(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: list[bool]
+) -> Triple:
+    """Allocates the wanted gradients, as zeros because ignored rows have none."""
+    return (
+        hidden.new_zeros(hidden.shape if wanted[0] else (0, hidden.shape[1])),
+        weight.new_empty(weight.shape if wanted[1] else (0, weight.shape[1])),
+        weight.new_empty(weight.shape[0] if wanted[2] and bias is not None else 0),
+    )
+
+
+class HeadGradients:
+    """Those of hidden states, weight and bias; each block of the weight's is written once.
+
+    Attributes:
+        sums: (n, H), that of the hidden states of the rows that take part, in float32 (float64);
+            complete once all tiles are added.
+    """
+
+    def __init__(
+        self,
+        work: RowWork,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        wanted: list[bool],
+    ) -> None:
+        """Allocates them for all rows; the head of `work` has those that take part."""
+        self._work, self._weight, self._wanted = work, weight, wanted
+        n, h = work.head.hidden.shape
+        self.dhidden, self.dweight, self.dbias = empty_gradients(hidden, weight, bias, wanted)
+        work.will_write(self.dweight)
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        self._whole = hidden.dtype == wide and work.head.places is None
+        rows = n if wanted[0] else 0
+        self.sums = self.dhidden if self._whole else hidden.new_empty(rows, h, dtype=wide)
+        self.sums.zero_()
+        self._ones = hidden.new_ones(1, n)
+
+    def tiles(self, width: int) -> Iterator[tuple[int, int, Tensor]]:
+        """Yields the first and the last id (exclusive) of each tile, and a buffer for dL/dx."""
+        n = self._work.head.hidden.shape[0]
+        buffer = self._ones.new_empty(n * min(width, self._weight.shape[0]))
+        for first, last in self._work.head.tiles(width):
+            yield first, last, buffer[: n * (last - first)].view(n, last - first)
+
+    def add(self, first: int, last: int, out: Tensor, label_gains: Tensor | None = None) -> None:
+        """Adds dL/dx of a tile; labels' own entries, 0 there, reach weight and bias alone."""
+        if self._wanted[0]:
+            self._work.add_product(self.sums, out, self._weight[first:last])
+        if label_gains is not None and (self._wanted[1] or self._wanted[2]):
+            self._work.set_labels(first, label_gains, out)
+        if self._wanted[1]:
+            torch.mm(out.t(), self._work.head.hidden, out=self.dweight[first:last])
+        if self._wanted[2]:
+            self.dbias[first:last] = torch.mm(self._ones, out)[0]
+
+    def finished(self) -> Triple:
+        """Spreads the sums over all rows, rounded once; returns the three gradients."""
+        if self._wanted[0] and not self._whole:
+            self._work.scatter(self.sums, None, self._work.head.places, self.dhidden)
+        return self.dhidden, self.dweight, self.dbias
