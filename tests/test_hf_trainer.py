@@ -163,7 +163,7 @@ def test_what_needs_logits_is_refused(tmp_path):
         LogitsFreeTrainer(_model(), _arguments(tmp_path, label_smoothing_factor=0.1))
 
 
-COMPILED = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
+COMPILED = {"torch_compile": True, "torch_compile_backend": "eager"}
 
 
 @pytest.mark.parametrize("way", ["arguments", "model"])
@@ -178,7 +178,7 @@ def test_compiled(tmp_path, way):
         changes = COMPILED if compiled and way == "arguments" else {}
         model = _model()
         if compiled and way == "model":
-            model = torch.compile(model, backend="aot_eager")
+            model = torch.compile(model, backend="eager")
         trainer = LogitsFreeTrainer(
             model,
             _arguments(tmp_path, max_steps=2, **changes),
@@ -189,7 +189,8 @@ def test_compiled(tmp_path, way):
         logs.append(_log(trainer))
         losses.append(trainer.evaluate()["eval_loss"])
         graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"] - before
-        assert (graphs > 0) == compiled
+        # with gradients, and without unless Trainer drops its wrapper; none to ask the model
+        assert graphs == compiled * {"arguments": 1, "model": 2}[way]
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
     for eager, other in zip(*logs, strict=True):
         for name in ("loss", "grad_norm"):

@@ -2,9 +2,10 @@
 
 Sizes are those of a GPU, where `test_kernels.py` shrinks them. Each kind of rows is drawn from with
 each adaptor in each dtype once, at one of the vocabularies; with --every-vocabulary at all, with
-two seeds.
+two seeds. Half types, which differ in their loads alone, are looked at in wider blocks then.
 """
 
+import itertools
 import os
 
 import pytest
@@ -17,13 +18,15 @@ triton = pytest.importorskip("triton", reason="triton is not installed: it has w
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("a GPU is there: the tests marked gpu run these kernels", allow_module_level=True)
 
-from fastadapt._ops.triton import launch  # noqa: E402  (the interpreter is chosen before)
+from fastadapt._ops.triton import launch, launch_scan  # noqa: E402  (the interpreter is chosen)
 
 # of rows that hold NaN or infinities, where the interpreter is NumPy
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
 INF = float("inf")
 VOCABULARIES = (50_257, 128_256, 262_144)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+PLAN = launch_scan.PLAN
+WIDE = PLAN._replace(block=4 * PLAN.block)  # the interpreter's time goes by blocks
 KINDS = {
     "normal": lambda v: torch.randn(1, v) * 3,
     "narrow": lambda v: torch.randn(1, v),
@@ -34,6 +37,7 @@ KINDS = {
     "ties": lambda v: (torch.randn(1, v) * 3).bfloat16().float(),
     "NaN": lambda v: torch.randn(1, v).index_fill_(1, torch.tensor([v - 1]), float("nan")),
 }
+LONG = {"all equal", "two levels", "one for all"}  # no list decides: the row is searched, often
 KNOBS = {
     "T+k+p": {"temperature": 0.8, "top_k": 50, "top_p": 0.9},
     "T": {"temperature": 0.8},
@@ -49,13 +53,15 @@ KNOBS = {
 }
 
 
-def assert_drawn(kind: str, name: str, dtype: torch.dtype, v: int, seed: int) -> None:
+def assert_drawn(
+    kind: str, name: str, dtype: torch.dtype, v: int, seed: int, plan: launch_scan.Plan = PLAN
+) -> None:
     """The four fields, to the last bit."""
     torch.manual_seed(seed)
     x, adaptor, seeds = KINDS[kind](v).to(dtype), Adaptor(**KNOBS[name]), torch.tensor([seed])
     arguments = x, adaptor.packed, adaptor.filter_code, seeds, None, False, False, 0
     ours = OPERATORS["sample"][1](*arguments)
-    launch.sample(*arguments, ours)
+    launch.sample(*arguments, ours, plan)
     for a, b in zip(ours, sample(x, adaptor, seeds=seeds)[:4], strict=True):
         assert torch.equal(a.nan_to_num(-9), b.nan_to_num(-9)), (kind, name, dtype, v, seed, a, b)
 
@@ -64,10 +70,11 @@ def assert_drawn(kind: str, name: str, dtype: torch.dtype, v: int, seed: int) ->
 @pytest.mark.parametrize("name", KNOBS)
 def test_rows_of_a_model_are_drawn_from_as_on_a_cpu(request, kind, name):
     place = list(KINDS).index(kind) + list(KNOBS).index(name)
-    for i, dtype in enumerate(DTYPES):
-        if request.config.getoption("--every-vocabulary"):
-            for v in VOCABULARIES:
-                assert_drawn(kind, name, dtype, v, 5)
-                assert_drawn(kind, name, dtype, v, 6)
-        else:  # most at the least, which takes a fifth of the time of the largest one
-            assert_drawn(kind, name, dtype, VOCABULARIES[max(0, (place + i) % 8 - 5)], 5)
+    if request.config.getoption("--every-vocabulary"):
+        for dtype, v, seed in itertools.product(DTYPES, VOCABULARIES, (5, 6)):
+            assert_drawn(kind, name, dtype, v, seed)
+        return
+    assert_drawn(kind, name, DTYPES[0], VOCABULARIES[0], 5)
+    for i, dtype in enumerate(DTYPES[1:]):
+        larger = 0 if kind in LONG else max(0, (place + i) % 4 - 1)
+        assert_drawn(kind, name, dtype, VOCABULARIES[larger], 5, WIDE)

@@ -97,6 +97,8 @@ def _decoder_of(module: Any, way: list[Any]) -> Iterator[nn.Module]:
 def _compiler_of(module: nn.Module) -> Any | None:
     """Returns the decorator of torch that compiles a module's calls, None if none does."""
     if "_orig_mod" in module._modules:
+        if module.__dict__.get("forward") is module._modules["_orig_mod"]:
+            return None  # a block around this one has taken it out
         compiler: Any = module.dynamo_ctx
     else:
         calls = (module.__dict__.get(name) for name in ("_compiled_call_impl", "forward"))

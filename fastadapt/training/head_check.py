@@ -101,6 +101,8 @@ def head_of(model: Any, inputs: Mapping[str, Any] | None = None) -> Head:
     return read_head(model, answer)
 
 
+# A caller's compiled step would make graphs of it, of a hundred frames.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def ask(model: Any, inputs: Mapping[str, Any] | None = None) -> Answer:
     """Finds what a model does to its head's products, from the model's own forward.
 
