@@ -3,10 +3,10 @@
 from importlib import import_module
 from typing import Any
 
-from fastadapt.training.head import head_log_odds
 from fastadapt.training.log_odds import (
     LogOddsOf,
     forward_log_odds,
+    head_log_odds,
     hidden_states,
     inputs_of,
     logits_log_odds,

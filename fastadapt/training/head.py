@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
 from fastadapt._ops.checks import instance
-from fastadapt.linear import linear_log_odds
 from fastadapt.training.quantised import dequantiser_of, is_quantised
 
 INSTEAD = "fastadapt.training.logits_log_odds is right for any model"
@@ -36,37 +35,6 @@ class Head(NamedTuple):
     bias: Tensor | None
     softcap: float | None
     logit_scale: float
-
-
-def head_log_odds(head: Head, states: Tensor, labels: Tensor) -> Tensor:
-    """Returns the log-odds of labels under a head.
-
-    Examples:
-        >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> from fastadapt import training
-        >>> from fastadapt.training.head_check import head_of
-        >>> sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
-        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=32, **sizes))
-        >>> head = head_of(model)
-        >>> training.head_log_odds(head, torch.zeros(2, 64), torch.tensor([3, -100])).detach()
-        tensor([-3.4340,  0.0000])
-
-    Args:
-        head (Head): from `fastadapt.training.head_check.head_of`.
-        states (Tensor): (..., H), what the head reads.
-        labels (Tensor): `states.shape[:-1]`, int64; -100, `training.pairs.IGNORED`, gives 0.
-
-    Returns:
-        Tensor: as `linear_log_odds`.
-    """
-    return linear_log_odds(
-        states,
-        head.weight,
-        labels,
-        head.bias,
-        softcap=head.softcap,
-        logit_scale=head.logit_scale,
-    )
 
 
 def causal_of(model: Any) -> Any:

@@ -19,9 +19,9 @@ from fastadapt.losses import Responses, RewardPenalizeLoss
 from fastadapt.tracking.displacement import token_products
 from fastadapt.tracking.gradients import analytic_gradients, loss_value
 from fastadapt.tracking.pair_contexts import ContextPair, encode_contexts
-from fastadapt.training.head import Head, head_log_odds
+from fastadapt.training.head import Head
 from fastadapt.training.head_check import head_of
-from fastadapt.training.log_odds import hidden_states
+from fastadapt.training.log_odds import head_log_odds, hidden_states
 from fastadapt.training.pairs import IGNORED
 
 FORWARD_BATCH = 4  # pairs

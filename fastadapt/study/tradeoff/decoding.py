@@ -15,9 +15,8 @@ from torch import Tensor
 
 from fastadapt import Adaptor, label_logps, sample, score
 from fastadapt.adaptor import KNOBS
-from fastadapt.training.head import head_log_odds
 from fastadapt.training.head_check import head_of
-from fastadapt.training.log_odds import states_at_head
+from fastadapt.training.log_odds import head_log_odds, states_at_head
 from fastadapt.training.pairs import IGNORED
 
 
