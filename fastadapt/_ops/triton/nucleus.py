@@ -14,6 +14,7 @@ from fastadapt._ops.triton.rows import (
     BINNED,
     BRACKET_LISTED,
     FEW_ENOUGH,
+    ID_BITS,
     MARK_ABOVE,
     MARK_BINNED,
     MARK_BRACKETED,
@@ -55,7 +56,6 @@ from fastadapt._ops.triton.rows import (
 )
 
 UNIT = tl.constexpr(1.099511627776e12)  # 2^40
-ID_BITS = tl.constexpr(22)  # the longest row has 2^22 ids
 LAST_PLACE = tl.constexpr((1 << 22) - 1)
 FEW_HITS = tl.constexpr(32)  # tokens that are added to their bins one by one
 

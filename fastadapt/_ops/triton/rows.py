@@ -73,6 +73,7 @@ MARK_LARGEST = tl.constexpr(19)  # its largest scaled logit, and U / Z for typic
 MARK_CENTRE = tl.constexpr(20)
 MARK_FLOOR = tl.constexpr(21)  # of its list: float32 bits
 MARKS = tl.constexpr(32)
+ID_BITS = tl.constexpr(22)  # of a place, below its key: the longest row has 2^22 ids
 UNLISTED = tl.constexpr(1 << 40)  # tokens of a list that was not made
 
 # Stages of a bracket, the tokens among which a nucleus ends.

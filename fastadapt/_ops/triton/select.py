@@ -24,10 +24,10 @@ from fastadapt._ops.triton.arithmetic import (
     values,
 )
 from fastadapt._ops.triton.bundles import Found, Held, Tokens
-from fastadapt._ops.triton.nucleus import ID_BITS
 from fastadapt._ops.triton.rows import (
     BINNED,
     BRACKET_LISTED,
+    ID_BITS,
     KEEP,
     MARK_ABOVE,
     MARK_BRACKETED,
