@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shlex
 import signal
 import sys
 import textwrap
@@ -27,7 +28,7 @@ from transformers import (
 
 from fastadapt import Adaptor, score
 from fastadapt._cli import main as cli
-from fastadapt.study import files
+from fastadapt.study import files, markdown
 from fastadapt.study.tradeoff import command as tradeoff_command
 from fastadapt.study.tradeoff import (
     contexts,
@@ -641,6 +642,20 @@ def test_reward_functions_and_models(tmp_path):
         rewards.reward_model(str(tmp_path / "none"))
 
 
+@pytest.mark.parametrize(("system", "count"), [("Be brief.", 2), ("Don't say --no, " * 8, 3)])
+def test_commands_are_broken_before_options(system, count):
+    """So that a page shows them, and never within quotes."""
+    words = ["fastadapt", "tradeoff", "--out", "x" * 40, "--system", system, "--seed", "0"]
+    words += ["--prompts", "y" * 40, "--quick"]
+    start, *lines, end = markdown.shell(shlex.join(words)).split("\n")
+    assert start == end == "```" and len(lines) == count
+    assert all(len(line) <= 92 for line in lines if "no," not in line)
+    assert all(line.startswith("    --") for line in lines[1:])
+    assert [line.endswith(" \\") for line in lines] == [True] * (count - 1) + [False]
+    assert [word for line in lines for word in shlex.split(line.removesuffix("\\"))] == words
+    assert markdown.shell("study --x") == "```\nstudy --x\n```"
+
+
 @pytest.fixture
 def plain_layout(monkeypatch):
     """Pictures as they are before axes are moved apart, which takes half of their time."""
@@ -660,7 +675,7 @@ def test_command(folder, tmp_path, capsys):
     assert cli.main(["tradeoff", "--out", str(out), *words]) == 0
     assert "report.md" in capsys.readouterr().out
     report = (out / "report.md").read_text()
-    command = re.search(r"^fastadapt tradeoff .*$", report, re.MULTILINE)[0]
+    command = re.search(r"^fastadapt tradeoff (.*\\\n)*.*$", report, re.MULTILINE)[0]
     assert "--prompts prompts.txt" in command and "--quick" in command
     assert len(list((out / "corpora" / "parts").glob("*.parquet"))) == 4
     assert cli.main(["tradeoff", "--out", str(out), *words, "--seed", "4"]) == 2
@@ -821,7 +836,8 @@ def test_report_is_about_the_reward_that_was_given(judged):
     rows = [line for line in text.splitlines() if line.startswith("| Strings, RLHF pair")]
     assert len(rows) == 1 and name in rows[0]
     of_second = [line for line in text.splitlines() if line.startswith("| top-k 5, T=1 |")]
-    assert of_second[0].endswith("| – | – |")
+    assert len(of_second) == 2 and of_second[0].endswith("| – | – |")
+    assert max(line.count("|") for line in text.splitlines()) == 1 + 9  # columns that a page shows
     assert text.index("user reward") < text.index("strings and corpora")
     assert tradeoff_plots.reward_label(found, "user") == f"reward, {name}"
     assert tradeoff_plots.reward_label(found, "implicit").startswith("implicit reward")

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Sequence
+from itertools import pairwise
 
 Estimate = Sequence[float | None]
+
+_CODE = 92  # characters of code that a page of the documents shows; docs/site.css
+_WORD = re.compile(r"""(?:'[^']*'|"(?:[^"\\]|\\.)*"|\\.|\S)+""")  # of a shell, quotes and all
 
 
 def sign(found: Estimate) -> str:
@@ -37,6 +42,19 @@ def flow(text: str) -> str:
 def listed(items: Sequence[str]) -> str:
     """Formats paragraphs as a list."""
     return "\n".join("- " + flow(item).replace("\n", "\n  ") for item in items)
+
+
+def shell(command: str) -> str:
+    """Formats a shell command as code, broken before options where a page would not show it."""
+    options = [word.start() for word in _WORD.finditer(command) if word[0].startswith("--")]
+    lines: list[str] = []
+    for first, last in pairwise([0, *options, len(command)]):
+        part = command[first:last].rstrip()
+        if lines and len(f"{lines[-1]} {part} \\") <= _CODE:
+            lines[-1] += f" {part}"
+        else:
+            lines.append(f"    {part}" if lines else part)
+    return "\n".join(["```", " \\\n".join(lines), "```"])
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

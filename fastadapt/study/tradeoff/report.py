@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fastadapt.study.files import write_whole
-from fastadapt.study.markdown import Estimate, flow, listed, number, shown, sign, table
+from fastadapt.study.markdown import Estimate, flow, listed, number, shell, shown, sign, table
 from fastadapt.study.tradeoff.correlations import CORPUS
 from fastadapt.study.tradeoff.plots import USER, is_reliable
 
@@ -98,7 +98,7 @@ def _head(results: Results) -> str:
         {names["transformers"]}. Made by"""
     title = f"# The probability–quality trade-off: {names['model']}"
     remarks = [flow(remark) for remark in results.get("remarks", ())]
-    made_by = f"```\n{results['command']}\n```"
+    made_by = shell(results["command"])
     return "\n\n".join([title, flow(sampled), flow(reward), made_by, *remarks])
 
 
@@ -357,35 +357,34 @@ def _unknown(results: Results) -> str:
 
 
 def _adaptors(results: Results) -> str:
-    """Tabulates the adaptors."""
+    """Tabulates the adaptors under their own distributions, then under the global ones."""
     correlations = results["correlations"]
     within = correlations["implicit"]["string"]["within_adaptors"]
     has_user = "user" in correlations
     judged = iter(correlations["user"]["string"]["within_adaptors"] if has_user else ())
-    rows = []
+    local, globalised = [], []
     for one, r in zip(results["adaptors"], within, strict=True):
-        known = one["global"] if is_reliable(one) else [None, None]
         row = [one["name"], str(one["strings"]), number(one["length"], 1), number(-one["log_q"], 1)]
-        row += [number(one["own"][0], 1), number(one["own"][1]), shown(r), number(known[0], 1)]
-        row += [number(known[1]), number(one["effective"], 1), number(one["own_acceptance"])]
+        row += [number(one["own"][0], 1), number(one["own"][1]), shown(r)]
         if has_user:
             row += (
                 ["–", "–"] if one["user"] is None else [number(one["user"][1]), shown(next(judged))]
             )
-        rows.append(row)
-    head = [
-        *("adaptor", "strings", "tokens", "−log q", "log p", "reward", "r within"),
-        *("global log p", "global reward", "effective", "acceptance"),
-    ]
-    which = ""
+        local.append(row)
+        known = one["global"] if is_reliable(one) else [None, None]
+        row = [one["name"], number(known[0], 1), number(known[1]), number(one["effective"], 1)]
+        globalised.append([*row, number(one["own_acceptance"])])
+    head, which = ["adaptor", "strings", "tokens", "−log q", "log p", "reward", "r within"], ""
     if has_user:
         reward = _label(results, "user")
         head += [reward, "r of it within"]
         which = f" Reward is the implicit one; the last two columns are of {reward}."
-    text = f"""Means of strings, in nats. Effective: strings of a prompt that count for the global
-        distribution, median; below 5 no global mean is given. Acceptance: of Metropolis–Hastings
-        with the adaptor as proposal.{which}"""
-    return "\n\n".join(["## The adaptors", flow(text), table(head, rows)])
+    rest = """Under the global distributions. Effective: strings of a prompt that count for it,
+        median; below 5 no mean is given. Acceptance: of Metropolis–Hastings with the adaptor as
+        proposal."""
+    tables = [flow(f"Means of strings, in nats.{which}"), table(head, local)]
+    head = ["adaptor", "log p", "reward", "effective", "acceptance"]
+    return "\n\n".join(["## The adaptors", *tables, flow(rest), table(head, globalised)])
 
 
 def _percentages(adaptors: Sequence[Results], key: str) -> str:
