@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from fastadapt._ops.checks import alike, flag, fold_rows, instance, integer, number, per_row
+from fastadapt._ops.checks import flag, head_rows, instance, integer, number, per_row
 from fastadapt._ops.linear import operator as linear_ops
 from fastadapt._ops.linear.operator import plan_of as plan_of
 from fastadapt._ops.linear.values import Listed, is_largest
@@ -288,8 +288,8 @@ def _rows_of_head(
     if bias is not None:
         instance("bias", bias, Tensor, "a Tensor or None")
     part = split_head(hidden, weight, labels, bias, group)
-    rows = _in_type_of_head(fold_rows("hidden", part.hidden), part.weight)
-    _check_head(rows, part)
+    empty = part.group is not None  # a slice may be
+    rows = head_rows(part.hidden, part.weight, part.bias, empty=empty)
     return part, rows
 
 
@@ -356,24 +356,6 @@ def _results(
             _tied(x.detach(), first, name) for x, name in zip(rest, options.outputs, strict=True)
         ]
     return (first, *rest) if options.outputs else first
-
-
-def _in_type_of_head(hidden: Tensor, weight: Tensor) -> Tensor:
-    """Converts half-precision states to float32 for a float32 head, except under autocast."""
-    half = hidden.dtype in (torch.bfloat16, torch.float16)
-    casts = torch.is_autocast_enabled(hidden.device.type)
-    return hidden.float() if half and weight.dtype == torch.float32 and not casts else hidden
-
-
-def _check_head(hidden: Tensor, part: Slice) -> None:
-    """Checks shapes, devices and dtypes, except dtypes that autocast makes equal."""
-    h, weight, bias = hidden.shape[1], part.weight, part.bias
-    empty = part.group is None and weight.shape[:1] == (0,)  # a slice may be
-    if weight.dim() != 2 or weight.shape[1] != h or empty:
-        raise ValueError(f"weight: expected shape (V, {h}), V >= 1, got {tuple(weight.shape)}")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias: expected shape ({weight.shape[0]},), got {tuple(bias.shape)}")
-    alike(hidden, {"weight": weight, "bias": bias})
 
 
 def _tied(values: Tensor, log_odds: Tensor, name: str) -> Tensor:

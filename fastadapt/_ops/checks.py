@@ -81,6 +81,36 @@ def alike(hidden: Tensor, others: Mapping[str, Tensor | None]) -> None:
             raise ValueError(f"{name}: expected device {hidden.device}, got {x.device}")
 
 
+def head_rows(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, empty: bool) -> Tensor:
+    """Returns hidden states (..., H) as rows (N, H), after checks of a head against them.
+
+    Those of half precision become float32 for a float32 head, except under autocast, which makes
+    other dtypes equal too.
+
+    Args:
+        hidden (Tensor): (..., H).
+        weight (Tensor): (V, H).
+        bias (Tensor | None): (V,).
+        empty (bool): whether V may be 0.
+
+    Raises:
+        TypeError: another dtype.
+        ValueError: another shape or device.
+    """
+    rows = fold_rows("hidden", hidden)
+    half = rows.dtype in (torch.bfloat16, torch.float16)
+    casts = torch.is_autocast_enabled(rows.device.type)
+    rows = rows.float() if half and weight.dtype == torch.float32 and not casts else rows
+    h = rows.shape[1]
+    none = weight.shape[:1] == (0,) and not empty
+    if weight.dim() != 2 or weight.shape[1] != h or none:
+        raise ValueError(f"weight: expected shape (V, {h}), V >= 1, got {tuple(weight.shape)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias: expected shape ({weight.shape[0]},), got {tuple(bias.shape)}")
+    alike(rows, {"weight": weight, "bias": bias})
+    return rows
+
+
 def instance(name: str, value: object, kind: Any, expected: str) -> None:
     """Raises unless a value is of a class or of one of several.
 

@@ -8,6 +8,7 @@ from fastadapt._ops.common import DTYPE_CODES, rows_of
 from fastadapt._ops.linear.tiles import Gains, Head, RowWork, TileRequest, contiguous_rows
 
 TILE = 2048  # ids a tile; csrc/kernels.h: at most 4096
+ROWS = 64  # that read a head from memory once
 _PRODUCT_ELEMENTS = 1 << 20  # of a bfloat16 product that is added to float32 sums
 
 
@@ -15,6 +16,7 @@ class CpuWork(RowWork):
     """Tiles on the CPU, with products in the dtype of the inputs."""
 
     tile = TILE
+    rows = ROWS
 
     def __init__(self, head: Head) -> None:
         super().__init__(head)

@@ -200,8 +200,11 @@ def backward(
     stats: Tensor,
     kept: Tensor,
     wanted: list[bool],
+    totals: Triple | None = None,
 ) -> Triple:
     """Computes the gradients; each block of the head's gradient is written once.
+
+    With `totals` those of weight and bias are added there, as `HeadGradients` says.
 
     Rows without an upstream gradient are dropped like those ignored; not with a group, whose ranks
     must agree on the rows.
@@ -220,7 +223,7 @@ def backward(
     n = head.hidden.shape[0]
     n_kept = kept.shape[0] // max(1, hidden.shape[0])
     before, among = _rows_of_forward(head, used, n) if n_kept else (n, None)
-    gradients = HeadGradients(row_work, hidden, weight, problem.bias, wanted)
+    gradients = HeadGradients(row_work, hidden, weight, problem.bias, wanted, totals)
     for first, last, out in gradients.tiles(row_work.backward_tile()):
         slot = _kept_tile(kept, before, work.tile, n_kept, first, last)
         if slot is not None and among is not None:

@@ -24,6 +24,9 @@ def empty_gradients(
 class HeadGradients:
     """Those of hidden states, weight and bias; each block of the weight's is written once.
 
+    With `totals`, float32 (float64) gradients, those of hidden states are written there, and those
+    of weight and bias are added: the call's rows are a block of all that the head is given.
+
     Attributes:
         sums: (n, H), that of the hidden states of the rows that take part, in float32 (float64);
             complete once all tiles are added.
@@ -36,14 +39,18 @@ class HeadGradients:
         weight: Tensor,
         bias: Tensor | None,
         wanted: list[bool],
+        totals: Triple | None = None,
     ) -> None:
         """Allocates them for all rows; the head of `work` has those that take part."""
         self._work, self._weight, self._wanted = work, weight, wanted
+        self._adds = totals is not None
         n, h = work.head.hidden.shape
-        self.dhidden, self.dweight, self.dbias = empty_gradients(hidden, weight, bias, wanted)
-        work.will_write(self.dweight)
+        made = empty_gradients(hidden, weight, bias, wanted) if totals is None else totals
+        self.dhidden, self.dweight, self.dbias = made
+        if not self._adds:
+            work.will_write(self.dweight)
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        self._whole = hidden.dtype == wide and work.head.places is None
+        self._whole = self.dhidden.dtype == wide and work.head.places is None
         rows = n if wanted[0] else 0
         self.sums = self.dhidden if self._whole else hidden.new_empty(rows, h, dtype=wide)
         self.sums.zero_()
@@ -63,9 +70,16 @@ class HeadGradients:
         if label_gains is not None and (self._wanted[1] or self._wanted[2]):
             self._work.set_labels(first, label_gains, out)
         if self._wanted[1]:
-            torch.mm(out.t(), self._work.head.hidden, out=self.dweight[first:last])
+            block = self.dweight[first:last]
+            if self._adds:
+                self._work.add_product(block, out.t(), self._work.head.hidden)
+            else:
+                torch.mm(out.t(), self._work.head.hidden, out=block)
         if self._wanted[2]:
-            self.dbias[first:last] = torch.mm(self._ones, out)[0]
+            if self._adds:
+                self._work.add_product(self.dbias[None, first:last], self._ones, out)
+            else:
+                self.dbias[first:last] = torch.mm(self._ones, out)[0]
 
     def finished(self) -> Triple:
         """Spreads the sums over all rows, rounded once; returns the three gradients."""

@@ -1,6 +1,6 @@
 """The operator under `linear_log_odds`: its schema, fakes, autograd, autocast, and its plans."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -36,7 +36,7 @@ MOMENTS = ("entropy", "sum_of_squares")  # outputs that the moments of the other
 KEPT_BYTES = 1 << 27  # logits kept for the backward where no budget is given and all fit
 
 _library = torch.library.Library("fastadapt", "FRAGMENT")
-_PROBLEM = (
+PROBLEM = (
     "Tensor hidden, Tensor weight, Tensor labels, Tensor? bias, float softcap, float logit_scale,"
     " int ignore_index, Tensor? span, str? group"
 )  # the fields of a Problem
@@ -44,12 +44,12 @@ _SHAPE = "float softcap, float logit_scale, int ignore_index, Tensor? span, str?
 _UPSTREAM = "Tensor down, Tensor dothers, Tensor? dmoments"  # the fields of an Upstream
 _ASKED = "int plan, int kept_bytes, bool moments, bool apart"
 _library.define(
-    f"linear_log_odds({_PROBLEM}, *, {_ASKED}, bool masked)"
+    f"linear_log_odds({PROBLEM}, *, {_ASKED}, bool masked)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=WAITS,
 )
 _library.define(
-    f"linear_log_odds_backward({_UPSTREAM}, Tensor own, Tensor stats, Tensor kept, {_PROBLEM}, *,"
+    f"linear_log_odds_backward({_UPSTREAM}, Tensor own, Tensor stats, Tensor kept, {PROBLEM}, *,"
     " bool[] wanted) -> (Tensor, Tensor, Tensor)",
     tags=WAITS,
 )
@@ -202,17 +202,21 @@ def _refuse(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, ...]:
     return None, torch.ops.fastadapt.refused_gradient(gradient, ctx.name), None
 
 
-def _autocast(*inputs: Any, **options: Any) -> Any:
-    """Runs in the type of autocast, as `torch.nn.functional.linear` does."""
-    problem = Problem(*inputs)
-    device = problem.hidden.device.type
-    dtype = torch.get_autocast_dtype(device)
-    if problem.hidden.dtype != torch.float64:
-        bias = None if problem.bias is None else problem.bias.to(dtype)
-        hidden, weight = problem.hidden.to(dtype), problem.weight.to(dtype)
-        problem = problem._replace(hidden=hidden, weight=weight, bias=bias)
-    with torch.autocast(device, enabled=False):
-        return torch.ops.fastadapt.linear_log_odds(*problem, **options)
+def autocast_of(name: str) -> Callable[..., Any]:
+    """An operator of a `Problem` in the type of autocast, as `torch.nn.functional.linear` is."""
+
+    def cast(*inputs: Any, **options: Any) -> Any:
+        problem = Problem(*inputs)
+        device = problem.hidden.device.type
+        dtype = torch.get_autocast_dtype(device)
+        if problem.hidden.dtype != torch.float64:
+            bias = None if problem.bias is None else problem.bias.to(dtype)
+            hidden, weight = problem.hidden.to(dtype), problem.weight.to(dtype)
+            problem = problem._replace(hidden=hidden, weight=weight, bias=bias)
+        with torch.autocast(device, enabled=False):
+            return getattr(torch.ops.fastadapt, name)(*problem, **options)
+
+    return cast
 
 
 def _register() -> None:
@@ -242,7 +246,7 @@ def _register() -> None:
         "fastadapt::without_gradient", _refuse, setup_context=_keep_name, lib=_library
     )
     for key in ("AutocastCPU", "AutocastCUDA"):
-        _library.impl("linear_log_odds", _autocast, key)
+        _library.impl("linear_log_odds", autocast_of("linear_log_odds"), key)
 
 
 _register()

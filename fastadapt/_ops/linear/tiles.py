@@ -143,6 +143,7 @@ class RowWork(ABC):
     """
 
     tile: int  # ids a tile
+    rows: int  # fewer at once would waste products
 
     def __init__(self, head: Head) -> None:
         self.head = head
