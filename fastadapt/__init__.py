@@ -31,6 +31,7 @@ from fastadapt.losses import (
     RewardPenalizeLoss,
     candidate_unlikelihood_penalty,
     dpo_loss,
+    entropy_bonus,
     exmate_loss,
     exmate_penalty,
     label_logps,
@@ -38,9 +39,13 @@ from fastadapt.losses import (
     mate_loss,
     mate_penalty,
     mle_loss,
+    previous_tokens,
     sequence_logps,
+    smoothed_mle_loss,
+    top_k_divergence,
     unlikelihood_loss,
     unlikelihood_penalty,
+    z_loss,
 )
 from fastadapt.results import Sample, Score
 from fastadapt.sampling import adapted_log_odds, adapted_logps, filter_logits, sample, score
@@ -57,6 +62,7 @@ __all__ = [
     "candidate_log_odds",
     "candidate_unlikelihood_penalty",
     "dpo_loss",
+    "entropy_bonus",
     "exmate_loss",
     "exmate_penalty",
     "filter_logits",
@@ -68,13 +74,17 @@ __all__ = [
     "mate_loss",
     "mate_penalty",
     "mle_loss",
+    "previous_tokens",
     "sample",
     "score",
     "sequence_logps",
     "show_config",
+    "smoothed_mle_loss",
+    "top_k_divergence",
     "unlikelihood_loss",
     "unlikelihood_penalty",
     "warm_up",
+    "z_loss",
 ]
 
 _SUBMODULES = ("hf", "losses", "reference", "study", "tracking", "training", "trl")

@@ -1,5 +1,6 @@
 """Losses that reward chosen responses and penalise rejected ones, as formulas on log-odds."""
 
+from fastadapt.losses.candidates import previous_tokens, top_k_divergence
 from fastadapt.losses.divergence import linear_divergence
 from fastadapt.losses.formulas import (
     candidate_unlikelihood_penalty,
@@ -13,6 +14,7 @@ from fastadapt.losses.formulas import (
 )
 from fastadapt.losses.mixture import CONTAIN_MLE, FORMULAS, RewardPenalizeLoss
 from fastadapt.losses.preference import dpo_loss
+from fastadapt.losses.regularisers import entropy_bonus, smoothed_mle_loss, z_loss
 from fastadapt.losses.responses import Responses, label_logps, sequence_logps
 
 __all__ = [
@@ -22,6 +24,7 @@ __all__ = [
     "RewardPenalizeLoss",
     "candidate_unlikelihood_penalty",
     "dpo_loss",
+    "entropy_bonus",
     "exmate_loss",
     "exmate_penalty",
     "label_logps",
@@ -29,8 +32,12 @@ __all__ = [
     "mate_loss",
     "mate_penalty",
     "mle_loss",
+    "previous_tokens",
     "sequence_logps",
+    "smoothed_mle_loss",
+    "top_k_divergence",
     "unlikelihood_loss",
     "unlikelihood_penalty",
+    "z_loss",
 ]
 __dir__ = __all__.copy  # what is not public is not listed

@@ -17,10 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastadapt._ops.checks import instance, number, one_of
-from fastadapt.losses.responses import Responses, Rows, accumulated, checked
+from fastadapt._ops.checks import number, one_of
+from fastadapt.losses.responses import REDUCTIONS, Responses, Rows, accumulated, beside, checked
 
-MLE_REDUCTIONS = ("token_mean", "sequence_sum")
 UNLIKELIHOOD_LEVELS = ("token", "sequence", "sequence_mean")
 EXMATE_NORMS = ("sequence_mean", "batch_token_mean", "sequence_sum", "token")
 
@@ -48,11 +47,9 @@ def mle_loss(chosen: Responses, *, reduction: str = "token_mean") -> Tensor:
     Raises:
         TypeError, ValueError: wrong dtypes, shapes or devices in a `Responses`, unknown option.
     """
-    one_of("reduction", reduction, MLE_REDUCTIONS)
+    one_of("reduction", reduction, REDUCTIONS)
     rows = checked("chosen", chosen)
-    if reduction == "token_mean":
-        return -rows.token_mean(F.logsigmoid(rows.log_odds))
-    return -rows.sequence_mean(rows.logps())
+    return -rows.reduced(F.logsigmoid(rows.log_odds), reduction)
 
 
 def unlikelihood_penalty(rejected: Responses, *, level: str = "token") -> Tensor:
@@ -123,20 +120,7 @@ def candidate_unlikelihood_penalty(
         TypeError, ValueError: as `mle_loss`; candidates that do not fit the rows.
     """
     rows = checked("chosen", chosen)
-    shape = ", ".join(map(str, chosen.log_odds.shape))
-    for name, value in (("candidates", candidates), ("candidate_mask", candidate_mask)):
-        instance(name, value, Tensor, "a Tensor")
-        if value.shape[:-1] != chosen.log_odds.shape:
-            raise ValueError(f"{name}: expected shape ({shape}, K), got {tuple(value.shape)}")
-        if value.device != chosen.log_odds.device:
-            raise ValueError(
-                f"{name}: expected device {chosen.log_odds.device}, got {value.device}"
-            )
-    accumulated("candidates", candidates)
-    if candidate_mask.dtype != torch.bool or candidate_mask.shape != candidates.shape:
-        expected = f"torch.bool {tuple(candidates.shape)}"
-        found = f"{candidate_mask.dtype} {tuple(candidate_mask.shape)}"
-        raise ValueError(f"candidate_mask: expected {expected}, got {found}")
+    check_candidates(chosen, candidates, candidate_mask)
     # each row of candidates as one padded response, so that the same checks serve
     flat = Responses(candidates.flatten(0, -2), candidate_mask.flatten(0, -2))
     columns = checked("candidates", flat)
@@ -258,6 +242,17 @@ def mate_loss(chosen: Responses, rejected: Responses, *, coefficient: float = 1.
     """
     coefficient = number("coefficient", coefficient)
     return mle_loss(chosen) + coefficient * mate_penalty(rejected)
+
+
+def check_candidates(chosen: Responses, candidates: Tensor, candidate_mask: Tensor) -> None:
+    """Raises unless candidates and their mask fit the rows of checked responses."""
+    beside("candidates", candidates, chosen, columns=True)
+    beside("candidate_mask", candidate_mask, chosen, columns=True)
+    accumulated("candidates", candidates)
+    if candidate_mask.dtype != torch.bool or candidate_mask.shape != candidates.shape:
+        expected = f"torch.bool {tuple(candidates.shape)}"
+        found = f"{candidate_mask.dtype} {tuple(candidate_mask.shape)}"
+        raise ValueError(f"candidate_mask: expected {expected}, got {found}")
 
 
 def _sequence_log_odds(rows: Rows, *, mean: bool) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 from fastadapt._ops.checks import instance, integer, shown
 from fastadapt.log_odds import label_log_odds
 
+REDUCTIONS = ("token_mean", "sequence_sum")
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # what is meant where a tensor of another dtype comes
 _OTHER_WAY = {
@@ -181,6 +182,10 @@ class Rows(NamedTuple):
         """Returns the mean of per-response values over the responses that have tokens."""
         return torch.where(self.lengths > 0, x, 0).sum() / self.sequences
 
+    def reduced(self, x: Tensor, reduction: str) -> Tensor:
+        """Returns a mean of per-token values: "token_mean", or "sequence_sum" of their sums."""
+        return self.token_mean(x) if reduction == "token_mean" else self.sequence_mean(self.sum(x))
+
     def logps(self, *, mean: bool = False) -> Tensor:
         """Returns S = log P of each response, (B,), or S / T on request."""
         sums = self.sum(F.logsigmoid(self.log_odds))
@@ -275,9 +280,26 @@ def checked(name: str, responses: Responses) -> Rows:
         got = "neither" if mask is None else "both"
         raise ValueError(f"{name}: expected a mask (B, T) or segments (N,), got {got}")
     m = torch.where(kept, m, 0)
-    tokens = _divisor(f"{name}.total_tokens", tokens, kept)
-    sequences = _divisor(f"{name}.total_sequences", sequences, lengths > 0)
+    tokens = divisor(f"{name}.total_tokens", tokens, kept)
+    sequences = divisor(f"{name}.total_sequences", sequences, lengths > 0)
     return Rows(m, kept, segments, size, tokens, sequences, lengths)
+
+
+def beside(name: str, value: Tensor, responses: Responses, *, columns: bool = False) -> None:
+    """Raises unless a tensor has the shape of the log-odds, with `columns` (..., K), and device."""
+    instance(name, value, Tensor, "a Tensor")
+    like = responses.log_odds
+    if (value.shape[:-1] if columns else value.shape) != like.shape:
+        shape = ", ".join([*map(str, like.shape), *(["K"] if columns else [])])
+        raise ValueError(f"{name}: expected shape ({shape}), got {tuple(value.shape)}")
+    if value.device != like.device:
+        raise ValueError(f"{name}: expected device {like.device}, got {value.device}")
+
+
+def per_token(name: str, value: Tensor, chosen: Responses, rows: Rows) -> Tensor:
+    """Returns one number a token in the dtype of sums, 0 where nothing counts, after checks."""
+    beside(name, value, chosen)
+    return torch.where(rows.kept, accumulated(name, value), 0)
 
 
 def accumulated(name: str, log_odds: Tensor) -> Tensor:
@@ -304,16 +326,16 @@ def _like(name: str, value: Tensor, dtype: torch.dtype, log_odds: Tensor, dim: i
         raise ValueError(f"{name}: expected device {log_odds.device}, got {value.device}")
 
 
-def _divisor(name: str, total: int | Tensor | None, counted: Tensor) -> int | Tensor:
+def divisor(name: str, total: int | Tensor | None, counted: Tensor) -> int | Tensor:
     """Returns the divisor of a mean, at least 1, so that nothing counted gives 0 and not NaN."""
     if total is None:
         return counted.sum().clamp(min=1)
-    divisor = _checked_divisor(name, total, counted)
+    found = _checked_divisor(name, total, counted)
     on_cpu = counted.device.type == "cpu" and not torch.compiler.is_compiling()
     # nothing may depend on a tensor's value: it may be traced, mapped over or on a GPU
     if not isinstance(total, Tensor) and total == 0 and on_cpu and bool(counted.any()):
         raise ValueError(f"{name}: expected at least 1 where some count, got 0")
-    return divisor
+    return found
 
 
 def _checked_divisor(name: str, total: int | Tensor, counted: Tensor) -> int | Tensor:

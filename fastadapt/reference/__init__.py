@@ -25,6 +25,13 @@ from torch import Tensor
 
 from fastadapt.reference.distribution import Distribution, Knobs
 from fastadapt.reference.divergence import linear_divergence
+from fastadapt.reference.laws import (
+    entropy_bonus,
+    previous_tokens,
+    smoothed_mle_loss,
+    top_k_divergence,
+    z_loss,
+)
 from fastadapt.reference.log_odds import (
     candidate_log_odds,
     label_log_odds,
@@ -52,6 +59,7 @@ __all__ = [
     "candidate_log_odds",
     "candidate_unlikelihood_penalty",
     "dpo_loss",
+    "entropy_bonus",
     "exmate_loss",
     "exmate_penalty",
     "filter_logits",
@@ -63,11 +71,15 @@ __all__ = [
     "mate_loss",
     "mate_penalty",
     "mle_loss",
+    "previous_tokens",
     "sample",
     "score",
     "sequence_logps",
+    "smoothed_mle_loss",
+    "top_k_divergence",
     "unlikelihood_loss",
     "unlikelihood_penalty",
+    "z_loss",
 ]
 __dir__ = __all__.copy  # what is not public is not listed
 
