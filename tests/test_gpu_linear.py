@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastadapt import linear_log_odds
+from fastadapt import linear_log_odds, linear_mle_loss
 from fastadapt._ops.linear.operator import plan_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("device")]
@@ -106,6 +106,23 @@ def test_peaks_of_linear_heads_are_those_of_the_plan(device, frozen, budget):
         peak = torch.cuda.max_memory_allocated() - before
     returned = sum(x.grad.nbytes for x in (hidden, weight) if x.grad is not None)
     assert peak <= plan_of(hidden, weight, memory_budget=budget).peak_bytes + returned + (8 << 20)
+
+
+def mle_results(hidden, weight, labels, bias, _):
+    """The loss and its gradients, of blocks of 1024 rows."""
+    leaves = [x.detach().requires_grad_() for x in (hidden, weight, bias)]
+    loss = linear_mle_loss(*leaves[:2], labels, leaves[2], z_loss=0.01, memory_budget=0)
+    return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
+def test_a_loss_with_its_gradients_equals_the_cpu(on_device, dtype):
+    inputs = linear_head(2500, 96, 17_000, dtype)
+    ours, again = (on_device(mle_results, *inputs) for _ in range(2))
+    tolerance = 2e-5 if dtype == torch.float32 else 1e-11
+    for a, b, wanted in zip(ours, again, mle_results(*inputs), strict=True):
+        assert torch.equal(a, b)
+        torch.testing.assert_close(a, wanted, rtol=tolerance, atol=tolerance)
 
 
 def test_labels_out_of_range_spoil_their_own_rows_of_a_linear_head(device):

@@ -24,6 +24,7 @@ from fastadapt._ops.linear.driver import (
     forward,
     frozen_head_backward,
 )
+from fastadapt._ops.linear.mle import Terms, sum_of_losses
 from fastadapt._ops.linear.tiles import Gains, Problem
 from fastadapt._ops.linear.values import Listed
 
@@ -251,6 +252,58 @@ def test_several_labels_and_moments_equal_the_cpu(plan, shape):
         found.append([own, others, moments, stats, *gradients])
     for ours, cpu in zip(*found, strict=True):
         torch.testing.assert_close(ours, cpu, rtol=1e-5, atol=4e-6)
+
+
+MLE_WANTED = {"all": [True] * 3, "frozen": [True, False, False], "none": [False] * 3}
+
+
+def mle_results(work: type, given: Problem, wanted: list[bool], terms: Terms) -> dict[str, Tensor]:
+    """The sum of losses and its gradients, with blocks of as few rows as there may be."""
+    names = ("loss", "dhidden", "dweight", "dbias")
+    return dict(zip(names, sum_of_losses(work, given, terms, wanted, 0), strict=True))
+
+
+@pytest.mark.parametrize("wanted", MLE_WANTED)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_sums_of_losses_equal_those_of_the_cpu(shape, wanted):
+    """Three blocks of rows here, one there; the driver is the same."""
+    terms = Terms(0.01, 0.0 if shape == "capped" else 0.1)
+    for dtype, rtol in ((torch.float32, 1e-5), (torch.float64, 1e-12)):
+        given = problem(11, 12, V, dtype, **SHAPES[shape])
+        ours, again, cpu = (
+            mle_results(work, given, MLE_WANTED[wanted], terms)
+            for work in (Interpreted, Interpreted, CpuWork)
+        )
+        for name, x in ours.items():
+            assert x.dtype == cpu[name].dtype
+            torch.testing.assert_close(x, cpu[name], rtol=rtol, atol=rtol, msg=name)
+            assert torch.equal(x, again[name])
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+def test_sums_of_half_losses_are_not_rounded(dtype):
+    """The loss has float32's error alone; gradients that of logits kept in half precision.
+
+    A kept logit is off by |z| eps / 2 at most, so an entry p of the gradient by p |z| eps / 2, and
+    by eps / 2 of itself where it is rounded; norms of the factors carry that on. Products are added
+    in float32.
+    """
+    given = problem(11, 32, V, dtype)
+    ours = mle_results(Interpreted, given, [True] * 3, Terms(0.0, 0.0))
+    h, w, b = (x.double() for x in (given.hidden, given.weight, given.bias))
+    leaves, labels = [x.requires_grad_() for x in (h, w, b)], given.labels[:, 0]
+    loss = reference.linear_mle_loss(h, w, labels, b, reduction="sum")
+    exact = torch.autograd.grad(loss, leaves)
+    torch.testing.assert_close(ours["loss"].double(), loss.detach(), rtol=1e-5, atol=0)
+    h, w, b = (x.detach() for x in (h[given.used], w, b))
+    z = h @ w.t() + b
+    p, at = z.softmax(-1), torch.nn.functional.one_hot(labels[given.used], V)
+    off = torch.finfo(dtype).eps / 2 * (z.abs().max() * p.norm() + (p - at).norm())
+    factors = (torch.linalg.matrix_norm(w, 2), torch.linalg.matrix_norm(h, 2), len(h) ** 0.5)
+    names = ("dhidden", "dweight", "dbias")
+    for name, truth, factor in zip(names, exact, factors, strict=True):
+        assert ours[name].dtype == torch.float32
+        assert (ours[name].double() - truth).norm() <= off * factor, name
 
 
 def test_plans_agree_and_runs_are_the_same():

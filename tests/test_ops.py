@@ -173,6 +173,8 @@ def test_bad_temperature_in_the_operator_scores_nan(rows, device, temperature):
         ("refused_gradient", True),
         ("linear_divergence", True),
         ("linear_divergence_backward", True),
+        ("linear_mle", True),
+        ("scaled_gradient", False),
         ("without_gradient", False),
     ],
 )

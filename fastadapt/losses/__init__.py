@@ -12,6 +12,7 @@ from fastadapt.losses.formulas import (
     unlikelihood_loss,
     unlikelihood_penalty,
 )
+from fastadapt.losses.linear_mle import linear_mle_loss
 from fastadapt.losses.mixture import CONTAIN_MLE, FORMULAS, RewardPenalizeLoss
 from fastadapt.losses.preference import dpo_loss
 from fastadapt.losses.regularisers import entropy_bonus, smoothed_mle_loss, z_loss
@@ -29,6 +30,7 @@ __all__ = [
     "exmate_penalty",
     "label_logps",
     "linear_divergence",
+    "linear_mle_loss",
     "mate_loss",
     "mate_penalty",
     "mle_loss",

@@ -37,6 +37,7 @@ from fastadapt.reference.log_odds import (
     label_log_odds,
     linear_candidate_log_odds,
     linear_log_odds,
+    linear_mle_loss,
 )
 from fastadapt.reference.losses import (
     candidate_unlikelihood_penalty,
@@ -68,6 +69,7 @@ __all__ = [
     "linear_candidate_log_odds",
     "linear_divergence",
     "linear_log_odds",
+    "linear_mle_loss",
     "mate_loss",
     "mate_penalty",
     "mle_loss",

@@ -1,7 +1,7 @@
-"""References of the log-odds operators: full logits, masked logsumexp, autograd."""
+"""References of the operators of a head: full logits, masked logsumexp, autograd."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -115,6 +115,46 @@ def linear_candidate_log_odds(
     extra = _of_all(z, used) | {"set_log_odds": _set_log_odds(z, inside, used)}
     found = [extra[name] for name in outputs]
     return (log_odds, *(found if differentiable else (x.detach() for x in found)))
+
+
+def linear_mle_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    *,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    num_items: int | Tensor | None = None,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+    memory_budget: int | None = None,
+) -> Tensor:
+    """Reference of `fastadapt.linear_mle_loss`; holds all logits whatever `memory_budget` says.
+
+    Examples:
+        >>> from fastadapt import reference
+        >>> hidden, weight = torch.ones(2, 4), torch.zeros(3, 4)
+        >>> reference.linear_mle_loss(hidden, weight, torch.tensor([1, -100]))
+        tensor(1.0986)
+    """
+    options: dict[str, Any] = {
+        "softcap": softcap,
+        "logit_scale": logit_scale,
+        "ignore_index": ignore_index,
+    }
+    m, lse = linear_log_odds(hidden, weight, labels, bias, outputs=["logsumexp"], **options)
+    losses = (1 - label_smoothing) * -torch.nn.functional.logsigmoid(m) + z_loss * lse.square()
+    if label_smoothing:
+        z = torch.nn.functional.linear(hidden, weight, bias) * logit_scale
+        losses = losses + label_smoothing * (lse - z.to(lse.dtype).mean(-1))
+    total = torch.where(labels == ignore_index, 0.0, losses).sum()
+    if reduction == "sum":
+        return total
+    counted = (labels != ignore_index).sum().clamp(min=1)
+    return total / (counted if num_items is None else num_items)
 
 
 def _logits(
