@@ -1,8 +1,8 @@
 """Terms beside a likelihood that look at a whole law: its log-sum-exp, its entropy, its mean.
 
 Each takes one number a label token from `linear_log_odds(..., outputs=...)`, or from logits, and
-reduces as `mle_loss` does. Notation as in `formulas.py`; Z_t is the log-sum-exp of a row's logits z
-and V their number.
+reduces as `mle_loss` does. Notation as in `formulas.py`; lse_t is the log-sum-exp of a row's logits
+z, V their number and p = softmax(z).
 """
 
 import torch.nn.functional as F
@@ -15,8 +15,8 @@ from fastadapt.losses.responses import REDUCTIONS, Responses, checked, per_token
 def z_loss(chosen: Responses, logsumexp: Tensor, *, reduction: str = "token_mean") -> Tensor:
     """Returns the square of the logits' log-sum-exp, which keeps their normaliser near 1.
 
-    `(1/N) Σ_t Z_t²` (PaLM, Chowdhery et al. 2022, arXiv 2204.02311, section 5, with a coefficient
-    of 1e-4; `lse_square_scale` in Liger). ∂/∂z = 2 Z softmax(z) / N.
+    `(1/N) Σ_t lse_t²` (PaLM, Chowdhery et al. 2022, arXiv 2204.02311, section 5, with a coefficient
+    of 1e-4; `lse_square_scale` in Liger). ∂/∂z = 2 lse p / N.
 
     Examples:
         >>> hidden, head = torch.ones(1, 2, 4), torch.zeros(3, 4)
@@ -30,7 +30,7 @@ def z_loss(chosen: Responses, logsumexp: Tensor, *, reduction: str = "token_mean
     Args:
         chosen (Responses): says which rows count and what the mean divides by; its log-odds are not
             read.
-        logsumexp (Tensor): Z_t, the shape of the log-odds, float32, float64, bfloat16 or float16,
+        logsumexp (Tensor): lse_t, the shape of the log-odds, float32, float64, bfloat16 or float16,
             nats; that of `linear_log_odds(..., outputs=("logsumexp",))` has a gradient.
         reduction (str): "token_mean", or "sequence_sum": the mean over responses of their sums.
 
@@ -90,7 +90,7 @@ def smoothed_mle_loss(
 ) -> Tensor:
     """Returns the likelihood loss with a share of every label spread over all ids.
 
-    `(1/N) Σ_t [-(1-ε) l_t + ε (Z_t - mean_j z_tj)]` with ε the label smoothing (Szegedy et al.
+    `(1/N) Σ_t [-(1-ε) l_t + ε (lse_t - mean_j z_tj)]` with ε the label smoothing (Szegedy et al.
     2016, arXiv 1512.00567, section 7); equals torch's `cross_entropy(label_smoothing=ε)`.
     ∂/∂z = (p - (1-ε) onehot(y) - ε/V) / N. The mean logit of a head without a cap needs no logits:
     `logit_scale * (hidden @ weight.mean(0) + bias.mean())`.

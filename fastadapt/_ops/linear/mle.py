@@ -225,7 +225,9 @@ def _gradient(ctx: Any, dloss: Tensor | None, *_: None) -> tuple[Tensor | None, 
             continue
         if not made:
             name = Problem._fields[place]
-            raise RuntimeError(f"linear_mle_loss: expected no gradient of {name}, which none made")
+            raise RuntimeError(
+                f"linear_mle_loss: expected no gradient of {name}, got one; the forward made none"
+            )
         gradients[place] = torch.ops.fastadapt.scaled_gradient(sums, dloss, ctx.dtype)
     return tuple(gradients)
 
