@@ -28,9 +28,9 @@ def previous_tokens(
 ) -> tuple[Tensor, Tensor]:
     """Returns the earlier tokens of each position: what token unlikelihood makes less likely.
 
-    C_t = {y_1, ..., y_{t-1}} \\ {y_t}, the previous context of Welleck et al. 2020 (arXiv 1908.04319):
-    each earlier token of the same sequence once, and never the label. Their code takes those of
-    earlier sequences of the batch too. The objective is `mle_loss(chosen) + α
+    C_t = {y_1, ..., y_{t-1}} without y_t, the previous context of Welleck et al. 2020 (arXiv
+    1908.04319): each earlier token of the same sequence once, and never the label. Their code takes
+    those of earlier sequences of the batch too. The objective is `mle_loss(chosen) + α
     candidate_unlikelihood_penalty(chosen, candidates, mask)`, with the candidates' log-odds from
     `linear_candidate_log_odds` or `candidate_log_odds`.
 
