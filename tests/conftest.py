@@ -449,7 +449,7 @@ def letter_model(tmp_path_factory: pytest.TempPathFactory) -> str:
         vocab_size=len(ids),
         hidden_size=32,
         intermediate_size=48,
-        num_hidden_layers=1,
+        num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=64,

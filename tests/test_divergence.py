@@ -155,7 +155,7 @@ def test_biases_are_added_without_rounding(cpu_capability, dtype):
 
 
 @pytest.mark.parametrize("kind", KIND)
-def test_equal_laws_have_no_divergence(cpu_capability, kind):
+def test_equal_distributions_have_no_divergence(cpu_capability, kind):
     """The same bits give exactly 0, and no gradient but for the rounding of a probability."""
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         given = heads(33, 24, 24, V, dtype)
@@ -192,7 +192,7 @@ def test_a_constant_changes_nothing(cpu_capability, kind):
 
 
 @pytest.mark.parametrize("kind", KIND)
-def test_laws_on_one_id(cpu_capability, kind):
+def test_distributions_on_one_id(cpu_capability, kind):
     """Teachers, and students, with all their mass on one id, up to 80 nats above the others.
 
     A value and the mean in a gradient are float sums that hold a term of the gap and up to 63 terms

@@ -182,7 +182,7 @@ def test_a_row_depends_on_no_other(kind):
 
 
 @pytest.mark.parametrize("kind", KIND)
-def test_equal_laws_have_no_divergence(kind):
+def test_equal_distributions_have_no_divergence(kind):
     """The same bits give exactly 0, and no gradient."""
     given = problem(N, 12, V, torch.float32, kind)
     given = given._replace(
@@ -195,7 +195,7 @@ def test_equal_laws_have_no_divergence(kind):
 
 @pytest.mark.parametrize("kind", KIND)
 def test_edges(kind):
-    """Biases that forbid ids and whole tiles, in one law or in both; NaN in its own row; one id."""
+    """Biases that forbid ids and whole tiles, of one head or both; NaN in its own row; one id."""
     for forbidden in (slice(0, 2 * TILE), slice(3, 4), slice(TILE, V)):
         given = problem(9, 8, V, torch.float32, kind)
         given.bias[forbidden] = given.teacher_bias[forbidden] = -INF

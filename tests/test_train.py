@@ -323,7 +323,7 @@ def _broken_model(model, folder):
     """The same model with one NaN."""
     found = LlamaForCausalLM.from_pretrained(model)
     with torch.no_grad():
-        found.model.layers[0].mlp.up_proj.weight[3, 4] = float("nan")
+        found.model.layers[1].mlp.up_proj.weight[3, 4] = float("nan")
     found.save_pretrained(folder)
     AutoTokenizer.from_pretrained(model).save_pretrained(folder)
     return str(folder)
@@ -335,7 +335,7 @@ def test_numbers_that_are_not_finite_stop_a_run(train, model, tmp_path, capsys):
     capsys.readouterr()
     assert train(tmp_path / "0", "--loss", "mle", "--model", broken) == 2
     line = "stage 1/1 (mle), before its first step: expected finite parameters, got NaN or inf in"
-    assert f"{line} model.layers.0.mlp.up_proj.weight" in _one_line(capsys)
+    assert f"{line} model.layers.1.mlp.up_proj.weight" in _one_line(capsys)
 
     far = ["--learning_rate", 1e25, "--save_steps", 1]
     assert train(tmp_path / "1", "--loss", "mle", *far) == 2

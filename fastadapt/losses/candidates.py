@@ -89,7 +89,7 @@ def top_k_divergence(
 ) -> Tensor:
     """Returns a student's divergence from a teacher of which K log-probabilities a row are known.
 
-    Laws over K + 1 events, the K ids and the tail, all other ids together: with q_c the teacher's
+    Of K + 1 events, the K ids and the tail, all other ids together: with q_c the teacher's
     probabilities, Q their sum, and P that of the student's p_c,
 
     - "kl": KL(q || p) = Σ_c q_c ln(q_c / p_c) + (1-Q) ln((1-Q) / (1-P)). ∂/∂z = p - q on the ids,
@@ -131,7 +131,7 @@ def top_k_divergence(
 
     Returns:
         Tensor: a scalar, float32 (float64 for float64 inputs), nats, not negative but for rounding;
-        0 with a graph if no token counts. +inf where an event has probability 0 in the second law
+        0 with a graph if no token counts. +inf where an event has probability 0 in the second
         alone, with "reverse_kl" so where the teacher's tail is 0 and the student's is not.
 
     Raises:

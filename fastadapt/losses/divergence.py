@@ -1,4 +1,4 @@
-"""Distillation: the divergence of a student's next-token law from a teacher's, without logits."""
+"""Distillation: the divergence of a student's next tokens from a teacher's, without logits."""
 
 import torch
 from torch import Tensor
@@ -28,8 +28,8 @@ def linear_divergence(
 ) -> Tensor:
     """Returns a student's divergence from a teacher, one value a row, without their logits.
 
-    With `z = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap)` and its law
-    `p = softmax(z / temperature)`, the teacher's `q` alike, a row has, in nats,
+    With `z = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap)`, its distribution
+    `p = softmax(z / temperature)` and the teacher's `q` alike, a row has, in nats,
 
     - "kl": KL(q || p) = sum of q ln(q / p), which spreads the student over what the teacher does;
     - "reverse_kl": KL(p || q), which keeps it to what the teacher finds likely;
@@ -47,7 +47,7 @@ def linear_divergence(
     Logits are made tile by tile, 2048 ids at a time (8192 on CUDA), by torch's products: in the
     dtype of the inputs on the CPU, in float32 on CUDA (TF32 of float32 inputs if torch is told to
     use it; half precision needs torch 2.8). Sums are float32 over at most 1024 logits of a row
-    (a tile on CUDA) and float64 beyond; float64 inputs are float64 throughout. Equal laws give 0
+    (a tile on CUDA) and float64 beyond; float64 inputs are float64 throughout. Equal heads give 0
     where their logits are the same bits, else 2e-7 or so; no value is negative.
 
     With 1M = one product of N * H * V the forward takes 2M and the backward 4M, 3M where the

@@ -1,4 +1,4 @@
-"""Terms beside a likelihood that look at a whole law: its log-sum-exp, its entropy, its mean.
+"""Terms beside a likelihood that look at all logits: log-sum-exp, entropy, mean.
 
 Each takes one number a label token from `linear_log_odds(..., outputs=...)`, or from logits, and
 reduces as `mle_loss` does. Notation as in `formulas.py`; lse_t is the log-sum-exp of a row's logits
@@ -47,7 +47,7 @@ def z_loss(chosen: Responses, logsumexp: Tensor, *, reduction: str = "token_mean
 
 
 def entropy_bonus(chosen: Responses, entropy: Tensor, *, reduction: str = "token_mean") -> Tensor:
-    """Returns minus the entropy of the next-token laws: a loss that rewards uncertainty.
+    """Returns minus the entropy of the next-token distributions: a loss that rewards uncertainty.
 
     `-(1/N) Σ_t H_t`, the bonus of policy gradients (Williams & Peng 1991; Mnih et al. 2016, arXiv
     1602.01783, section 4), also beside GRPO: add it with a positive coefficient.

@@ -24,14 +24,14 @@ import torch
 from torch import Tensor
 
 from fastadapt.reference.distribution import Distribution, Knobs
-from fastadapt.reference.divergence import linear_divergence
-from fastadapt.reference.laws import (
+from fastadapt.reference.distribution_losses import (
     entropy_bonus,
     previous_tokens,
     smoothed_mle_loss,
     top_k_divergence,
     z_loss,
 )
+from fastadapt.reference.divergence import linear_divergence
 from fastadapt.reference.log_odds import (
     candidate_log_odds,
     label_log_odds,

@@ -22,7 +22,7 @@ from fastadapt._C import (
 from fastadapt._ops.linear.gradients import HeadGradients, Triple
 from fastadapt._ops.linear.pairs import PairProblem, PairWork
 
-LAWS = {True: (TEACHER_SUM, STUDENT_SUM), False: (STUDENT_SUM, TEACHER_SUM)}  # of KL, reverse KL
+SUMS = {True: (TEACHER_SUM, STUDENT_SUM), False: (STUDENT_SUM, TEACHER_SUM)}  # of KL, reverse KL
 
 
 def empty_outputs(problem: PairProblem) -> tuple[Tensor, Tensor]:
@@ -60,7 +60,7 @@ def _finish(stats: Tensor, kind: int) -> Tensor:
     """
     if kind == JSD:
         return stats[:, DIVERGENCE].clamp(min=0)
-    first, second = LAWS[kind == KL]
+    first, second = SUMS[kind == KL]
     mean = stats[:, DIVERGENCE] / stats[:, first]
     if kind != KL:
         stats[:, CENTRE] = mean

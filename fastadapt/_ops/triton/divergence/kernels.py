@@ -145,7 +145,7 @@ def _logarithms(s, t, stats):
 
 @triton.jit
 def pair_sum_kernel(sides, stats, KIND: tl.constexpr):
-    """Adds a tile to the sums of its rows: both laws', and the difference of their distances."""
+    """Adds a tile to the sums of its rows: those of both, and the difference of their distances."""
     ids = tl.arange(0, sides.student_kind.BLOCK)
     s, t, _ = _load_pair(sides, ids)
     stats += tl.program_id(0).to(tl.int64) * NUM_PAIR_STATS

@@ -1,4 +1,4 @@
-"""Losses that look at a whole law or at several ids of it: float64 formulas, references, edges.
+"""Losses that look at a whole distribution or at several of its ids: formulas, edges.
 
 Logits are the hidden states of a head that is the identity, so that a formula on probabilities is
 the truth of values and gradients.
@@ -340,7 +340,7 @@ def test_a_teacher_without_a_tail(stated):
 
 
 def test_events_of_probability_zero():
-    """0 ln 0 is 0; what the second law alone forbids is +inf, and no gradient is NaN."""
+    """0 ln 0 is 0; what the second distribution alone forbids is +inf, and no gradient is NaN."""
     index = torch.tensor([[[0, 1]]])
     mask = torch.ones_like(index, dtype=torch.bool)
     bias = torch.tensor([-INF, 0.0, 0.0, 0.0]).double()
@@ -376,7 +376,7 @@ def test_entropies_near_zero(gap):
         p = [w / sum(weights) for w in weights]
         h = -sum(x * mpmath.log(x) for x in p)
         slope = p[0] * (mpmath.log(p[0]) + h)
-    # laws that are flat have a slope of 0 from terms near 2; float32 flushes what is below 1e-37
+    # flat rows have a slope of 0 from terms near 2; float32 flushes what is below 1e-37
     abs_error = 1e-7 if gap == 0 else 1e-37
     assert float(loss.detach()) == pytest.approx(-float(h), rel=1e-5, abs=1e-37)
     assert float(gradient[0, 0, 0]) == pytest.approx(float(slope), rel=1e-5, abs=abs_error)

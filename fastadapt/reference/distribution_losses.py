@@ -1,4 +1,4 @@
-"""References of the losses that look at whole laws: float64 probabilities, row after row.
+"""References of the losses that look at whole distributions: float64, row after row.
 
 Those of labels' log-odds are in `losses.py`.
 """
@@ -116,8 +116,8 @@ def top_k_divergence(
             q_tail = (1 - q.sum()).clamp(min=0)
         else:
             q_tail = _odds_to_p(-teacher_set_log_odds[i])
-        laws = torch.cat([q, q_tail[None]]), torch.cat([p, p_tail[None]])
-        first, second = laws if kind == "kl" else laws[::-1]
+        distributions = torch.cat([q, q_tail[None]]), torch.cat([p, p_tail[None]])
+        first, second = distributions if kind == "kl" else distributions[::-1]
         some = first > 0
         return (first[some] * (first[some].log() - second[some].log())).sum()
 
