@@ -12,7 +12,7 @@ from fastadapt import Adaptor, filter_logits, sample
 
 pytestmark = pytest.mark.usefixtures("device")
 
-DRAWS = 400_000
+DRAWS = 250_000
 SIGNIFICANCE = 1e-5
 ADAPTORS = {
     "neutral": Adaptor(),

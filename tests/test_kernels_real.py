@@ -26,7 +26,9 @@ INF = float("inf")
 VOCABULARIES = (50_257, 128_256, 262_144)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PLAN = launch_scan.PLAN
-WIDE = PLAN._replace(block=4 * PLAN.block)  # the interpreter's time goes by blocks
+WIDE = PLAN._replace(
+    columns=512, block=8192, bins_step=4096
+)  # the interpreter's time goes by blocks
 KINDS = {
     "normal": lambda v: torch.randn(1, v) * 3,
     "narrow": lambda v: torch.randn(1, v),

@@ -312,7 +312,7 @@ def main(rank: int, ranks: int, store: str, device: str = "cpu") -> None:
         for dtype in CLOSE:
             for plan in PLANS:
                 # how logits are capped and how they are split know nothing of each other
-                for shape in SHAPES if number == 0 else ("capped",):
+                for shape in SHAPES if number == 0 and ranks == 2 else ("capped",):
                     assert_whole(split, plan, shape, dtype)
                     say("whole", split, dtype, plan, shape)
     split = SPLITS[ranks][0]
