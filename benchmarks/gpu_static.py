@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import multiprocessing
 import os
 import pkgutil
@@ -46,7 +45,7 @@ from fastadapt import Adaptor
 from fastadapt._ops import triton as kernels
 from gpu_calls import DTYPES, OUTPUTS, calls, draw, per_row
 from gpu_predictions import NOTES, predictions
-from gpu_static_check import ALL, differences, refuse_another, too_many
+from gpu_static_check import ALL, differences, read_record, refuse_another, too_many
 from harness import Axis, Benchmark, Flag, Option, progress
 from machine_code import SHARED_KIB, Demand, code_of, demand_of
 from no_gpu import Launch, Source, compiled, recorded
@@ -91,7 +90,7 @@ class Work(NamedTuple):
 @BENCHMARK
 def main(options: argparse.Namespace, record: dict[str, Any]) -> bool:
     """Compile and count, compare if asked to, and say whether something must not be so."""
-    before = json.loads(options.check.read_text(encoding="utf-8")) if options.check else None
+    before = read_record(options.check) if options.check else None
     record["triton"] = triton.__version__
     targets = list(map(int, options.targets))
     record["settings"] = {"targets": targets, "scope": options.scope}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 EXACT = ("registers", "stack", "local", "spills", "shared", "barriers", "fused", "fused_double")
@@ -19,6 +21,17 @@ ALL = "all of these"  # in the place of a vocabulary, of outputs, of an adaptor
 # batches, adaptors and outputs for one vocabulary; calls of PyTorch for one of `sample`
 MOST_OF_A_KERNEL, MOST_OF_A_SERVER, MOST_ATEN_CALLS = 3, 12, 8
 Record = Mapping[str, Any]
+
+
+def read_record(path: Path) -> Record:
+    """Reads a record; ends with a sentence where a file is none."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        sys.exit(f"check: expected a record of gpu_static.py, got {path} ({error})")
+    if not isinstance(record, dict) or any(part not in record for part in PARTS):
+        sys.exit(f"check: expected a record of gpu_static.py with {', '.join(PARTS)}, got {path}")
+    return record
 
 
 def refuse_another(before: Record, now: Record) -> None:

@@ -6,7 +6,15 @@ from typing import TYPE_CHECKING, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from fastadapt._ops.checks import flag, head_rows, instance, integer, number, per_row
+from fastadapt._ops.checks import (
+    flag,
+    head_rows,
+    instance,
+    integer,
+    listed_shape,
+    number,
+    per_row,
+)
 from fastadapt._ops.linear import operator as linear_ops
 from fastadapt._ops.linear.operator import plan_of as plan_of
 from fastadapt._ops.linear.values import Listed, is_largest
@@ -227,9 +235,9 @@ def linear_candidate_log_odds(
     _check_options(options, CANDIDATE_OUTPUTS)
     instance("index", index, Tensor, "a Tensor")
     part, rows = _rows_of_head(hidden, weight, index, bias, group)
-    if not index.dim() or index.shape[-1] == 0:
-        raise ValueError(f"index: expected K >= 1 ids a row, got shape {tuple(index.shape)}")
-    shape = torch.Size((*part.hidden.shape[:-1], index.shape[-1]))
+    shape = listed_shape(part.labels, part.hidden.shape[:-1])
+    if shape[-1] == 0:
+        raise ValueError(f"index: expected K >= 1 ids a row, got shape {tuple(shape)}")
     ids = per_row("index", part.labels, torch.int64, shape, rows).view(-1, shape[-1])
     meant = torch.ones_like(ids, dtype=torch.bool)
     if mask is not None:

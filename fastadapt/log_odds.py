@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastadapt._ops import log_odds as ops
-from fastadapt._ops.checks import fold_rows, instance, integer, per_row
+from fastadapt._ops.checks import fold_rows, instance, integer, listed_shape, per_row
 
 
 def label_log_odds(logits: Tensor, labels: Tensor, *, ignore_index: int = -100) -> Tensor:
@@ -72,7 +72,7 @@ def candidate_log_odds(logits: Tensor, index: Tensor, mask: Tensor | None = None
     """
     rows = fold_rows("logits", logits)
     instance("index", index, Tensor, "a Tensor")
-    shape = torch.Size((*logits.shape[:-1], index.shape[-1] if index.dim() else 0))
+    shape = listed_shape(index, logits.shape[:-1])
     flat = per_row("index", index, torch.int64, shape, rows).view(rows.shape[0], shape[-1])
     if mask is not None:
         mask = per_row("mask", mask, torch.bool, shape, rows).view(rows.shape[0], shape[-1])

@@ -84,7 +84,7 @@ def sample(
             from `generator`, or from torch's default one, so that `torch.manual_seed` works.
         positions (Tensor | None): `logits.shape[:-1]`, int64, the Philox counter of each row (the
             number of tokens generated so far, say). None: 0.
-        generator (torch.Generator | None): where seeds come from if none are given.
+        generator (torch.Generator | None): where seeds come from; none beside seeds.
         base_logprobs (bool): also return log-probabilities at temperature 1, unfiltered.
         log_mass (bool): also return the log of the kept mass at the adaptor's temperature.
         top_logprobs (int): n > 0: also return the n most probable ids with their base
@@ -95,8 +95,8 @@ def sample(
 
     Raises:
         TypeError, ValueError: as `filter_logits`, and for seeds or positions that are no tensor or
-            of the wrong dtype, shape or device, a generator of another device, `top_logprobs` out
-            of range, a flag that is not a bool.
+            of the wrong dtype, shape or device, a generator of another device or beside seeds,
+            `top_logprobs` out of range, a flag that is not a bool.
     """
     rows = fold_rows("logits", logits, double=False)
     knobs = _knobs_for(rows, adaptor)
@@ -111,6 +111,8 @@ def sample(
         _check_generator(generator, rows)
         seeds = torch.randint(2**63 - 1, (rows.shape[0],), generator=generator, device=rows.device)
     else:
+        if generator is not None:
+            raise ValueError("generator: expected None beside seeds, which decide the draws")
         seeds = per_row("seeds", seeds, torch.int64, shape, rows)
     out = torch.ops.fastadapt.sample(
         rows, knobs, adaptor.filter_code, seeds, positions, base_logprobs, log_mass, top_logprobs

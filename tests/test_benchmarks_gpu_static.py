@@ -182,6 +182,17 @@ def test_missing_and_new_kernels_are_found():
     ]
 
 
+def test_files_that_are_no_record_are_refused(tmp_path):
+    path = tmp_path / "record.json"
+    for text in (None, "# not JSON", "[]", '{"kernels": []}'):
+        if text is not None:
+            path.write_text(text, encoding="utf-8")
+        with pytest.raises(SystemExit, match="check: expected a record of gpu_static.py"):
+            gpu_static_check.read_record(path)
+    path.write_text(json.dumps(RECORD), encoding="utf-8")
+    assert gpu_static_check.read_record(path) == RECORD
+
+
 @pytest.mark.parametrize(("name", "other"), [("triton", "3.6.0"), ("settings", {"targets": [80]})])
 def test_records_of_another_version_are_refused(name, other):
     gpu_static_check.refuse_another(RECORD, RECORD)

@@ -538,6 +538,24 @@ def test_opcheck(kind):
     )
 
 
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+def test_float32_heads_over_half_states(dtype):
+    """As of states that were float32: the bits, and gradients in the dtypes of the inputs."""
+    given, upstream = heads(9, 16, 6, V, torch.float32), torch.randn(9)
+    half = {n: x.to(dtype) if n.endswith("hidden") else x for n, x in given.items()}
+    results = []
+    for inputs in (half, {n: x.float() for n, x in half.items()}):
+        leaves = [inputs[n].detach().requires_grad_() for n in ("hidden", "weight", "bias")]
+        inputs = {**inputs, **dict(zip(("hidden", "weight", "bias"), leaves, strict=True))}
+        values = linear_divergence(**inputs)
+        results.append((values.detach(), *torch.autograd.grad(values, leaves, upstream)))
+    assert [x.dtype for x in results[0]] == [torch.float32, dtype, torch.float32, torch.float32]
+    for ours, wide in zip(*results, strict=True):
+        assert torch.equal(ours, wide.to(ours.dtype))
+    with pytest.raises(TypeError, match="teacher_weight: expected torch.float32 as hidden"):
+        linear_divergence(**{**half, "teacher_weight": half["teacher_weight"].to(dtype)})
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_compiled_without_graph_breaks(kind):
     given = heads(6, 16, 8, V, torch.float32)

@@ -76,9 +76,11 @@ def test_seeds_of_another_dtype(dtype):
         sample(X, Adaptor(), seeds=Y.to(dtype))
 
 
-def test_generator():
+def test_generator(generator):
     with pytest.raises(TypeError, match="generator: expected a torch.Generator, got int"):
         sample(X, Adaptor(), generator=7)
+    with pytest.raises(ValueError, match="generator: expected None beside seeds"):
+        sample(X, Adaptor(), seeds=torch.zeros(len(X), dtype=torch.int64), generator=generator)
 
 
 @pytest.mark.parametrize("verb", ["score", "adapted_log_odds"])

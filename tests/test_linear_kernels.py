@@ -434,7 +434,7 @@ def test_half_types_need_products_in_float32(monkeypatch):
     given = problem(3, 8, V, torch.bfloat16)
     scored(Interpreted, given, FORWARD_ONLY)
     monkeypatch.setattr("fastadapt._ops.linear.cuda._has_wide_products", lambda: False)
-    with pytest.raises(RuntimeError, match=r"expected torch 2.8 or later .* got 2\."):
+    with pytest.raises(RuntimeError, match=r"torch: expected 2.8 or later .* got 2\."):
         scored(Interpreted, given, FORWARD_ONLY)
     scored(Interpreted, problem(3, 8, V, torch.float32), FORWARD_ONLY)
 

@@ -1,5 +1,6 @@
 """Wrong types where a loss, a model, a batch or a pair is expected: one sentence, of one kind."""
 
+import functools
 import re
 from typing import NamedTuple
 
@@ -108,6 +109,8 @@ def test_other_arguments_of_training(model):
     ):
         steps = training.training_steps(model, batches, OBJECTIVE, optimizer_or_not)
         _refused(message, lambda steps=steps: next(steps))
+    with pytest.raises(ValueError, match="batches: expected tuples .* reference or None, got 3 in"):
+        next(training.training_steps(model, [(BATCH, None, None)], OBJECTIVE, optimizer))
     _refused("inputs: expected a mapping", lambda: training.states_at_head(model, "ids"))
     inputs = training.inputs_of(BATCH)
     _refused("labels: expected a Tensor", lambda: training.forward_log_odds(model, inputs, [[1]]))
@@ -178,6 +181,11 @@ def test_arguments_of_rows():
     log_odds = fastadapt.label_log_odds
     _refused("ignore_index: expected an int", lambda: log_odds(ROWS, LABELS, ignore_index=1.5))
     _refused("index: expected a Tensor", lambda: fastadapt.candidate_log_odds(ROWS, [[1], [0]]))
+    flat = torch.zeros(len(ROWS), dtype=torch.int64)
+    of_head = functools.partial(fastadapt.linear_candidate_log_odds, weight=HEAD)
+    for call in (fastadapt.candidate_log_odds, of_head):
+        with pytest.raises(ValueError, match=rf"index: expected shape \({len(ROWS)}, K\), got"):
+            call(ROWS, index=flat)
     for name in ("base_logprobs", "log_mass"):
         expected = f"{name}: expected True or False, got 3"
         _refused(expected, lambda name=name: fastadapt.sample(ROWS, Adaptor(), **{name: 3}))

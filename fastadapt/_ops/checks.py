@@ -60,6 +60,18 @@ def per_row(
     return value if flat else value.reshape(-1).contiguous()
 
 
+def listed_shape(index: Tensor, leading: torch.Size) -> torch.Size:
+    """Returns the shape (*leading, K) of several ids a row, as `per_row` takes it.
+
+    Raises:
+        ValueError: an index without the dimension of K.
+    """
+    if index.dim() != len(leading) + 1:
+        shape = ", ".join([*map(str, leading), "K"])
+        raise ValueError(f"index: expected shape ({shape}), got {tuple(index.shape)}")
+    return torch.Size((*leading, index.shape[-1]))
+
+
 def alike(hidden: Tensor, others: Mapping[str, Tensor | None]) -> None:
     """Checks tensors by name against hidden states: floats of their dtype, on their device.
 
@@ -81,11 +93,19 @@ def alike(hidden: Tensor, others: Mapping[str, Tensor | None]) -> None:
             raise ValueError(f"{name}: expected device {hidden.device}, got {x.device}")
 
 
-def head_rows(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, empty: bool) -> Tensor:
-    """Returns hidden states (..., H) as rows (N, H), after checks of a head against them.
+def rows_of_head(name: str, hidden: Tensor, weight: Tensor) -> Tensor:
+    """Returns hidden states (..., H) as rows (N, H), in float32 for a float32 head.
 
-    Those of half precision become float32 for a float32 head, except under autocast, which makes
-    other dtypes equal too.
+    Those of half precision are, except under autocast, which makes other dtypes equal too.
+    """
+    rows = fold_rows(name, hidden)
+    half = rows.dtype in (torch.bfloat16, torch.float16)
+    casts = torch.is_autocast_enabled(rows.device.type)
+    return rows.float() if half and weight.dtype == torch.float32 and not casts else rows
+
+
+def head_rows(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, empty: bool) -> Tensor:
+    """Returns hidden states (..., H) as `rows_of_head`, after checks of a head against them.
 
     Args:
         hidden (Tensor): (..., H).
@@ -97,10 +117,7 @@ def head_rows(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, empty: boo
         TypeError: another dtype.
         ValueError: another shape or device.
     """
-    rows = fold_rows("hidden", hidden)
-    half = rows.dtype in (torch.bfloat16, torch.float16)
-    casts = torch.is_autocast_enabled(rows.device.type)
-    rows = rows.float() if half and weight.dtype == torch.float32 and not casts else rows
+    rows = rows_of_head("hidden", hidden, weight)
     h = rows.shape[1]
     none = weight.shape[:1] == (0,) and not empty
     if weight.dim() != 2 or weight.shape[1] != h or none:

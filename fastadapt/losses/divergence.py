@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fastadapt._ops.checks import alike, fold_rows, instance, number, one_of, per_row
+from fastadapt._ops.checks import alike, instance, number, one_of, per_row, rows_of_head
 from fastadapt._ops.linear import divergence as divergence_ops
 from fastadapt._ops.linear.divergence import KINDS
 from fastadapt._ops.linear.divergence import plan_of as plan_of
@@ -72,7 +72,8 @@ def linear_divergence(
     Args:
         hidden (Tensor): (..., H), float32, bfloat16, float16, or float64 (for checks). Under
             autocast all of these and the next three are cast to its dtype.
-        weight (Tensor): (V, H), dtype of `hidden`.
+        weight (Tensor): (V, H), dtype of `hidden`; or float32 over half hidden states, which are
+            then taken as float32, products too. The same of the teacher's.
         teacher_hidden (Tensor): (..., H of the teacher), dtype and leading shape of `hidden`. The
             teacher is a constant: an input of its that requires a gradient is refused.
         teacher_weight (Tensor): (V, H of the teacher), dtype of `hidden`; `weight.detach()`
@@ -99,17 +100,19 @@ def linear_divergence(
         ValueError: shapes or devices that do not agree, a teacher that requires a gradient, an
             unknown kind, a number out of its range.
     """
-    rows, teacher_rows = fold_rows("hidden", hidden), fold_rows("teacher_hidden", teacher_hidden)
+    for name, given_weight in (("weight", weight), ("teacher_weight", teacher_weight)):
+        instance(name, given_weight, Tensor, "a Tensor")
+    rows = rows_of_head("hidden", hidden, weight)
+    teacher_rows = rows_of_head("teacher_hidden", teacher_hidden, teacher_weight)
     if hidden.shape[:-1] != teacher_hidden.shape[:-1]:
         expected = (*hidden.shape[:-1], teacher_hidden.shape[-1])
         raise ValueError(
             f"teacher_hidden: expected shape {expected}, got {tuple(teacher_hidden.shape)}"
         )
-    instance("weight", weight, Tensor, "a Tensor")
     v = weight.shape[0] if weight.dim() == 2 else 0
     _check_matrix("weight", weight, rows, "V", v)
     _check_matrix("teacher_weight", teacher_weight, teacher_rows, v, v)
-    given = {"weight": weight, "teacher_hidden": teacher_hidden, "teacher_weight": teacher_weight}
+    given = {"weight": weight, "teacher_weight": teacher_weight, "teacher_hidden": teacher_rows}
     for name, vector in (("bias", bias), ("teacher_bias", teacher_bias)):
         if vector is not None:
             instance(name, vector, Tensor, "a Tensor or None")
@@ -151,7 +154,6 @@ def _cap(name: str, softcap: float | None) -> float:
 
 def _check_matrix(name: str, weight: Tensor, rows: Tensor, expected: str | int, v: int) -> None:
     """Raises unless a head fits its states and has V >= 1 ids."""
-    instance(name, weight, Tensor, "a Tensor")
     if v == 0 or weight.shape != (v, rows.shape[1]):
         least = ", V >= 1" if expected == "V" else ""
         raise ValueError(

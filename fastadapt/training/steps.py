@@ -160,6 +160,8 @@ def training_steps(
     for item in batches:
         instance("batches", item, tuple | list, _WITH_REFERENCE)
         _check_batch("batches", item[0], _WITH_REFERENCE)
+        if len(item) != 2:
+            raise ValueError(f"batches: expected {_WITH_REFERENCE}, got {len(item)} in one")
         batch, reference = item
         optimizer.zero_grad()
         loss, metrics = pair_loss(model, batch, objective, reference, log_odds_of=log_odds_of)

@@ -41,7 +41,7 @@ class CudaWork(RowWork):
         hidden = head.hidden
         if hidden.element_size() == 2 and not _has_wide_products():
             raise RuntimeError(
-                "linear_log_odds: expected torch 2.8 or later for half precision on CUDA, "
+                "torch: expected 2.8 or later for a linear head of half precision on CUDA, "
                 f"got {torch.__version__}"
             )
         self._wide = torch.promote_types(hidden.dtype, torch.float32)

@@ -165,7 +165,7 @@ def plan_of(
         kind (str): "kl", "reverse_kl" or "jsd".
     """
     h, v = hidden.shape[-1], weight.shape[0]
-    n, itemsize = hidden.numel() // h, hidden.element_size()
+    n, itemsize = hidden.numel() // h, max(hidden.element_size(), weight.element_size())
     work = work_of(hidden)
     scratch, gradient = work.scratch_bytes(n, v, itemsize, KINDS[kind])
     logits = 1 + teacher_hidden.shape[-1] / h
@@ -173,7 +173,7 @@ def plan_of(
     inputs = (hidden, weight) if bias is None else (hidden, weight, bias)
     if not torch.is_grad_enabled() or not any(x.requires_grad for x in inputs):
         return DivergencePlan(passes * logits, scratch)
-    wide = torch.promote_types(hidden.dtype, torch.float32).itemsize
+    wide = torch.promote_types(weight.dtype, torch.float32).itemsize
     sums = n * h * wide if hidden.requires_grad and itemsize < wide else 0
     wanted = hidden.requires_grad + weight.requires_grad
     return DivergencePlan((passes + 1) * logits + wanted, max(scratch, sums + gradient))
