@@ -156,7 +156,7 @@ def test_fewer_rows_than_threads(rows, num_threads, n, v, name, dtype):
     for part in x.split(n):
         num_threads(1)
         one = everything(part, ADAPTORS[name], seeds, seeds)
-        for threads in (2, 3, 7):
+        for threads in (2, 3, 7) if dtype == torch.float32 else (3,):
             num_threads(threads)
             assert_all_equal(one, everything(part, ADAPTORS[name], seeds, seeds))
 
