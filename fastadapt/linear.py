@@ -123,7 +123,9 @@ def linear_log_odds(
             autocast hidden, weight and bias are cast to its dtype.
         weight (Tensor): (V, H), dtype of `hidden`; or float32 over half hidden states, which are
             then taken as float32, products too.
-        labels (Tensor): `hidden.shape[:-1]`, int64, ids in [0, V) or `ignore_index`.
+        labels (Tensor): `hidden.shape[:-1]`, int64, the id to score at each position, in [0, V), or
+            `ignore_index`. Nothing is shifted: of a causal model it is the next token's, as in
+            `hidden[:, :-1]` with `labels[:, 1:]`.
         bias (Tensor | None): (V,), dtype of `weight`.
         softcap (float | None): above 0, bounds the logits smoothly.
         logit_scale (float): finite, multiplies the logits before the cap.

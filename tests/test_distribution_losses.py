@@ -305,7 +305,10 @@ def one_row(dtype=torch.float64):
 
 @pytest.mark.parametrize("stated", (True, False))
 def test_a_teacher_without_a_tail(stated):
-    """Q = 1: the tail adds nothing to "kl"; "reverse_kl" is +inf unless the student has none."""
+    """Q = 1: the tail adds nothing to "kl"; "reverse_kl" is +inf unless the student has none.
+
+    Where it is not stated, a tail below the rounding of the sum counts as that in "reverse_kl".
+    """
     z = torch.randn(1, 1, V).double().requires_grad_()
     index = torch.tensor([[[2, 5]]])
     mask = torch.ones_like(index, dtype=torch.bool)
@@ -323,7 +326,18 @@ def test_a_teacher_without_a_tail(stated):
     if not stated:  # a sum that is more than 1 by its rounding leaves nothing
         more = top_k_divergence(*given[:-1], q.log() + 1e-14)
         torch.testing.assert_close(more, truth, rtol=1e-12, atol=1e-12)
-    assert top_k_divergence(*given, teacher_set_log_odds=tail, kind="reverse_kl") == INF
+    reverse = top_k_divergence(*given, teacher_set_log_odds=tail, kind="reverse_kl")
+    if stated:
+        assert reverse == INF
+    else:
+        known = (
+            4 * torch.finfo(torch.float64).eps
+            - torch.finfo(torch.float64).eps * (q * q.log()).sum()
+        )
+        rest = 1 - p[..., [2, 5]].sum()
+        of_ids = (p[..., [2, 5]] * (p[..., [2, 5]].log() - q.log())).sum()
+        truth = of_ids + rest * (rest.log() - known.log())
+        torch.testing.assert_close(reverse, truth, rtol=1e-12, atol=0)
     both = torch.randn(1, 1, 2).double().requires_grad_()
     index = torch.tensor([[[0, 1]]])
     student = linear_candidate_log_odds(
@@ -337,6 +351,51 @@ def test_a_teacher_without_a_tail(stated):
         torch.testing.assert_close(loss, truth, rtol=1e-12, atol=1e-12)
         found, wanted = (torch.autograd.grad(v, both, retain_graph=True)[0] for v in (loss, truth))
         torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("way", ("all ids", "forbidden ids"))
+def test_a_tail_below_the_rounding_of_the_teacher_is_none(way, dtype):
+    """Of all ids, or of those that a bias leaves: the sum of q is 1 but for its rounding."""
+    k = 31 if way == "all ids" else 6
+    hidden, weight = torch.randn(1, 5, 8), torch.randn(31, 8)
+    bias = torch.zeros(31).index_fill_(0, torch.arange(k, 31), -INF)
+    teacher = (torch.randn(1, 5, k) * 3).log_softmax(-1).to(dtype)
+    index = torch.arange(k).expand(1, 5, k).contiguous()
+    mask = torch.ones_like(index, dtype=torch.bool)
+    student = linear_candidate_log_odds(
+        hidden, weight, index, mask, bias, outputs=("set_log_odds",)
+    )
+    rows = Responses(torch.zeros(1, 5), torch.ones(1, 5, dtype=torch.bool))
+    logps = torch.nn.functional.linear(hidden, weight, bias).double().log_softmax(-1)[..., :k]
+    q = teacher.double()
+    for kind, terms in (("kl", q.exp() * (q - logps)), ("reverse_kl", logps.exp() * (logps - q))):
+        for package in (fastadapt, reference):
+            loss = package.top_k_divergence(rows, student[0], mask, student[1], teacher, kind=kind)
+            torch.testing.assert_close(
+                loss.double(), terms.sum(-1).mean(), rtol=2e-6, atol=2e-6, msg=f"{kind} {package}"
+            )
+
+
+def test_reverse_kl_of_confident_teachers_is_no_noise():
+    """Tails of 1e-9 to 1e-7 in float32, of which log-probabilities know nothing: much the same."""
+    student = torch.zeros(1, 1, 2), torch.zeros(1, 1)
+    mask = torch.ones(1, 1, 2, dtype=torch.bool)
+    values = []
+    for teacher in ([-1e-9, -22.0], [-3e-8, -17.3], [-6e-8, -17.3], [-1.2e-7, -17.3]):
+        given = one_row(torch.float32), student[0], mask, student[1], torch.tensor([[teacher]])
+        assert top_k_divergence(*given).isfinite()
+        values.append(float(top_k_divergence(*given, kind="reverse_kl")))
+        terms = [0.5 * (math.log(0.5) - x) for x in (*teacher, math.log(4 * 2**-23))]
+        assert values[-1] == pytest.approx(sum(terms), rel=1e-5)
+
+
+def test_probabilities_without_a_logarithm_are_no_number():
+    student = torch.zeros(1, 1, 2), torch.zeros(1, 1)
+    mask = torch.ones(1, 1, 2, dtype=torch.bool)
+    for package in (fastadapt, reference):
+        given = one_row(torch.float32), student[0], mask, student[1], torch.tensor([[[0.5, 0.25]]])
+        assert package.top_k_divergence(*given).isnan()
 
 
 def test_events_of_probability_zero():

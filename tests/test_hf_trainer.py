@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
@@ -159,7 +160,7 @@ def test_objective_is_the_loss(tmp_path):
 
 
 def test_what_needs_logits_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="objective= has the loss"):
+    with pytest.raises(ValueError, match="objective= has a loss of log-odds"):
         LogitsFreeTrainer(_model(), _arguments(tmp_path, label_smoothing_factor=0.1))
 
 
@@ -195,6 +196,41 @@ def test_compiled(tmp_path, way):
     for eager, other in zip(*logs, strict=True):
         for name in ("loss", "grad_norm"):
             assert other[name] == pytest.approx(eager[name], rel=1e-5)
+
+
+def test_columns_of_a_compiled_model(tmp_path):
+    """Its wrapper takes any; those that the model does not take are removed, and no others."""
+    model = torch.compile(_model(), backend="eager")
+    rows = [{"input_ids": [3, 4], "labels": [3, 4], "text": "a"}] * 4
+    arguments = _arguments(tmp_path, remove_unused_columns=True)
+    trainer = LogitsFreeTrainer(model, arguments, train_dataset=Dataset.from_list(rows))
+    assert set(next(iter(trainer.get_train_dataloader()))) == {"input_ids", "labels"}
+    assert trainer.model is model
+
+
+@pytest.mark.parametrize(
+    ("objective", "message"),
+    [
+        ("mle", "objective: expected a function of Responses, got 'mle'"),
+        (lambda chosen: 1.0, "objective: expected a function that returns a Tensor, got float"),
+    ],
+)
+def test_objectives_that_are_none(tmp_path, objective, message):
+    with pytest.raises(TypeError, match=message):
+        LogitsFreeTrainer(
+            _model(),
+            _arguments(tmp_path),
+            train_dataset=_rows(6),
+            data_collator=_collate,
+            objective=objective,
+        ).train()
+
+
+def test_labels_out_of_range_are_named(tmp_path):
+    rows = [{"input_ids": torch.tensor([3, 3]), "labels": torch.tensor([3, 70])}] * 4
+    trainer = LogitsFreeTrainer(_model(), _arguments(tmp_path), train_dataset=rows)
+    with pytest.raises(ValueError, match=r"labels: expected ids in \[0, 30\) or -100, got 70"):
+        trainer.train()
 
 
 def _first_losses(make, arguments, collate=_collate):

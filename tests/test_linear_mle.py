@@ -399,9 +399,14 @@ def test_what_autograd_may_do(frozen):
     assert torch.equal(hidden.grad, once * 2)
     assert torch.equal(torch.autograd.grad(loss, hidden)[0], once)
     loss = linear_mle_loss(hidden, weight, labels)
-    (gradient,) = torch.autograd.grad(loss.square(), hidden, create_graph=True)
+    for upstream in (loss, loss.square()):  # with a graph to the second derivative, and without
+        (gradient,) = torch.autograd.grad(upstream, hidden, create_graph=True)
+        with pytest.raises(RuntimeError, match="linear_mle_loss: expected a first-order gradient"):
+            (upstream + gradient.pow(2).sum()).backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="linear_mle_loss: expected a first-order gradient"):
-        gradient.sum().backward()
+        torch.autograd.functional.hessian(
+            lambda h: linear_mle_loss(h, weight.detach(), labels), hidden.detach()
+        )
 
 
 @pytest.mark.parametrize("wanted", ([True, True, True], [True, False, False], [False] * 3))
@@ -413,7 +418,7 @@ def test_opcheck(wanted):
     terms = {"z_loss": 0.1, "label_smoothing": 0.1, "memory_budget": 0}
     torch.library.opcheck(OPS.linear_mle.default, problem, {**terms, "wanted": wanted})
     for sums in (torch.randn(5, 3), torch.randn(7), torch.randn(0, 3)):
-        arguments = sums, torch.tensor(0.3), torch.bfloat16
+        arguments = sums, torch.tensor(0.3), torch.tensor(7.0), torch.bfloat16
         torch.library.opcheck(OPS.scaled_gradient.default, arguments)
         assert torch.equal(OPS.scaled_gradient(*arguments), (sums * 0.3).bfloat16())
 

@@ -2,9 +2,19 @@
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 import fastadapt
-from fastadapt import Adaptor
+from fastadapt import (
+    Adaptor,
+    adapted_log_odds,
+    candidate_log_odds,
+    label_log_odds,
+    linear_candidate_log_odds,
+    linear_divergence,
+    linear_log_odds,
+    linear_mle_loss,
+)
 
 ADAPTOR = Adaptor(temperature=0.8, top_k=20, top_p=0.9)
 OPS = torch.ops.fastadapt
@@ -74,6 +84,53 @@ def test_compiled_with_default_generator(rows, device):
     torch.manual_seed(3)
     assert torch.equal(first, compiled(x))
     assert not torch.equal(first, second)
+
+
+def _calls():
+    """A call of each operator with its differentiable inputs, by name."""
+    hidden, head, logits = torch.randn(3, 8), torch.randn(11, 8), torch.randn(3, 11)
+    labels, index = torch.tensor([1, 2, 3]), torch.tensor([[1, 2]] * 3)
+    return {
+        "label_log_odds": (lambda x: label_log_odds(x, labels), (logits,)),
+        "candidate_log_odds": (lambda x: candidate_log_odds(x, index), (logits,)),
+        "adapted_log_odds": (lambda x: adapted_log_odds(x, labels, Adaptor(top_k=4)), (logits,)),
+        "linear_log_odds": (lambda h, w: linear_log_odds(h, w, labels), (hidden, head)),
+        "linear_candidate_log_odds": (
+            lambda h, w: linear_candidate_log_odds(h, w, index),
+            (hidden, head),
+        ),
+        "linear_mle_loss": (lambda h, w: linear_mle_loss(h, w, labels), (hidden, head)),
+        "linear_divergence": (
+            lambda h, w: linear_divergence(h, w, torch.ones(3, 8), torch.ones(11, 8)),
+            (hidden, head),
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", _calls())
+def test_forward_mode_is_refused(name):
+    """Each input alone, by `jvp` and by dual numbers: its tangent would be dropped."""
+    call, inputs = _calls()[name]
+    for i in range(len(inputs)):
+
+        def of_one(x, i=i):
+            return call(*inputs[:i], x, *inputs[i + 1 :])
+
+        with pytest.raises(RuntimeError, match="expected no tangent, got forward-mode AD"):
+            torch.func.jvp(of_one, (inputs[i],), (inputs[i],))
+        with forward_ad.dual_level():
+            with pytest.raises(RuntimeError, match="expected no tangent, got forward-mode AD"):
+                of_one(forward_ad.make_dual(inputs[i], inputs[i]))
+            call(*inputs)  # others may go on
+
+
+def test_linear_operators_on_meta():
+    hidden, head = (torch.zeros(*s, device="meta", requires_grad=True) for s in ((3, 8), (11, 8)))
+    labels = torch.zeros(3, dtype=torch.int64, device="meta")
+    for loss in (linear_log_odds(hidden, head, labels), linear_mle_loss(hidden, head, labels)):
+        gradients = torch.autograd.grad(loss.sum(), (hidden, head))
+        assert [x.shape for x in gradients] == [(3, 8), (11, 8)]
+        assert {x.device.type for x in gradients} == {"meta"}
 
 
 def test_compiled_by_inductor(rows, device):

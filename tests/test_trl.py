@@ -24,6 +24,7 @@ from trl import (  # noqa: E402
 )
 from trl.trainer import utils as trl_utils  # noqa: E402
 
+from fastadapt.training.compiled import head_outside_graphs  # noqa: E402
 from fastadapt.trl import RewardPenalizeTrainer, fused_log_probs  # noqa: E402
 from fastadapt.trl import _log_probs as trl_head  # noqa: E402
 
@@ -496,6 +497,21 @@ def test_trls_own_trainers_are_compiled(folder, tokenizer, tmp_path):
         for eager, other in zip(logs[0], each, strict=True):
             for name in ("loss", "grad_norm", "entropy"):
                 assert other[name] == pytest.approx(eager[name], rel=1e-5), name
+
+
+def test_a_compiled_model_that_trl_changes():
+    """trl puts its forward on the wrapper: what that calls beside the head is compiled still."""
+    torch._dynamo.reset()
+    model, ids = _tiny("Llama"), torch.randint(3, 35, (2, 6))
+    own = model(input_ids=ids).logits[:, :-1].float().log_softmax(-1)
+    own = own.gather(-1, ids[:, 1:, None])[..., 0]
+    compiled = torch.compile(model, backend="eager")
+    trl_utils.add_fused_lm_head(compiled)
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    with fused_log_probs(), head_outside_graphs(compiled):
+        served = compiled(input_ids=ids, labels=ids, fused_lm_head=True).log_probs
+    torch.testing.assert_close(served, own, rtol=1e-4, atol=1e-4)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > before
 
 
 def test_compiled_models_whose_logits_are_something_else():

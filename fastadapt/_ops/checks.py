@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 INT64 = torch.iinfo(torch.int64)
 
@@ -36,6 +37,7 @@ def fold_rows(name: str, x: Tensor, *, double: bool = True) -> Tensor:
         raise TypeError(f"{name}: expected {expected}, got {x.dtype}{hint}")
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(f"{name}: expected (..., V) with V >= 1, got shape {tuple(x.shape)}")
+    no_tangent(name, x)
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 
@@ -72,6 +74,17 @@ def listed_shape(index: Tensor, leading: torch.Size) -> torch.Size:
     return torch.Size((*leading, index.shape[-1]))
 
 
+def autocasts(device: torch.device) -> bool:
+    """Whether autocast is on for tensors of a device; it knows no meta tensors."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
+def no_tangent(name: str, x: Tensor) -> None:
+    """Raises for a tensor of forward-mode AD, whose tangent an operator of ours would drop."""
+    if not torch.compiler.is_compiling() and forward_ad.unpack_dual(x).tangent is not None:
+        raise RuntimeError(f"{name}: expected no tangent, got forward-mode AD, which is not there")
+
+
 def alike(hidden: Tensor, others: Mapping[str, Tensor | None]) -> None:
     """Checks tensors by name against hidden states: floats of their dtype, on their device.
 
@@ -81,10 +94,11 @@ def alike(hidden: Tensor, others: Mapping[str, Tensor | None]) -> None:
         TypeError: another dtype.
         ValueError: another device.
     """
-    casts = torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64
+    casts = autocasts(hidden.device) and hidden.dtype != torch.float64
     for name, x in others.items():
         if x is None:
             continue
+        no_tangent(name, x)
         if not x.is_floating_point():  # codes of a quantised head: autocast would cast them
             raise TypeError(f"{name}: expected floating-point numbers, got {x.dtype}")
         if x.dtype != hidden.dtype and not casts:
@@ -100,8 +114,8 @@ def rows_of_head(name: str, hidden: Tensor, weight: Tensor) -> Tensor:
     """
     rows = fold_rows(name, hidden)
     half = rows.dtype in (torch.bfloat16, torch.float16)
-    casts = torch.is_autocast_enabled(rows.device.type)
-    return rows.float() if half and weight.dtype == torch.float32 and not casts else rows
+    wide = half and weight.dtype == torch.float32 and not autocasts(rows.device)
+    return rows.float() if wide else rows
 
 
 def head_rows(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, empty: bool) -> Tensor:

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.utils.generic import find_labels
 
+from fastadapt._ops.checks import instance
+from fastadapt._ops.common import check_ids
 from fastadapt.log_odds import label_log_odds
 from fastadapt.losses import Responses, mle_loss
 from fastadapt.training.compiled import head_outside_graphs
-from fastadapt.training.head import causal_of, evaluating, one_row
+from fastadapt.training.head import causal_of, evaluating, layer_of, one_row
 from fastadapt.training.head_shape import HALF_TOLERANCE, configurations
 from fastadapt.training.log_odds import forward_log_odds
 from fastadapt.training.pairs import IGNORED
@@ -78,11 +80,13 @@ class LogitsFreeTrainer(Trainer):
         super().__init__(*rest, **named)
         if self.args.label_names is None:  # a compiled model has no signature to find them in
             self.label_names = find_labels(type(causal_of(self.model)))
+        if not callable(objective) or isinstance(objective, type):
+            raise TypeError(f"objective: expected a function of Responses, got {objective!r}")
         self.objective = objective
         if self.compute_loss_func is not None or self.args.label_smoothing_factor:
             raise ValueError(
                 "expected neither compute_loss_func nor label_smoothing_factor, which need logits; "
-                "objective= has the loss"
+                "objective= has a loss of log-odds, and fastadapt.linear_mle_loss smooths labels"
             )
         parts = configurations(getattr(self.model, "config", None))
         if any(getattr(part, "output_router_logits", False) for part in parts):
@@ -103,8 +107,18 @@ class LogitsFreeTrainer(Trainer):
         log_odds, mask = self._log_odds(model, inputs, shift=self._shifts)
         items = num_items_in_batch if self._divides else None
         loss = self.objective(Responses(log_odds, mask, total_tokens=items))
+        instance("objective", loss, Tensor, "a function that returns a Tensor")
         loss = loss * self._share(num_items_in_batch)
         return (loss, {"loss": loss, "log_odds": log_odds}) if return_outputs else loss
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """Reads which columns the model takes; a compiled one's wrapper does not say."""
+        given = self.model
+        self.model = getattr(given, "_orig_mod", given)
+        try:
+            super()._set_signature_columns_if_needed()
+        finally:
+            self.model = given
 
     def _share(self, items: Tensor | int | None) -> int:
         """Returns the factor by which a process scales its loss, so that their mean is the sum."""
@@ -131,6 +145,9 @@ class LogitsFreeTrainer(Trainer):
         """
         few = _few(inputs)
         given = few["labels"]
+        ids = getattr(layer_of(causal_of(model)), "out_features", None)
+        if ids is not None and given.device.type == "cpu":  # else the model's loss ends in torch's
+            check_ids("labels", given, ids, IGNORED)
         items = given.ne(IGNORED).sum() * 3 if counted else None
         with evaluating(model), head_outside_graphs(model, others=False):
             loss, output = super().compute_loss(model, dict(few), True, items)

@@ -47,10 +47,11 @@ def previous_tokens(
         labels (Tensor): (B, T), int64, the token to score at each position. Those of a prompt are
             candidates too if they are there; whether their rows count is said by `Responses`.
         ignore_index (int): labels that are no candidates and have none, such as padding.
-        window (int | None): how many positions to look back, K. None: all, K = T.
+        window (int | None): how many positions to look back. None: all.
 
     Returns:
-        tuple[Tensor, Tensor]: (B, T, K): ids, int64, and which of them are candidates, bool.
+        tuple[Tensor, Tensor]: (B, T, K), K the lesser of `window` and T: ids, int64, and which of
+        them are candidates, bool; 0 in the place of `ignore_index`.
 
     Raises:
         TypeError: labels that are no int64, a window that is no integer.
@@ -73,7 +74,8 @@ def previous_tokens(
     # an earlier token counts where it was last, and no longer where it is the label
     last = _next_places(labels)[:, places.flatten()].view(index.shape) > at[:, None]
     ignored = labels == ignore_index
-    return index, there & last & (index != ignore_index) & ~ignored[..., None]
+    known = index != ignore_index
+    return torch.where(known, index, 0), there & last & known & ~ignored[..., None]
 
 
 def top_k_divergence(
@@ -121,18 +123,24 @@ def top_k_divergence(
         candidate_mask (Tensor): the same shape, bool; the candidates there are, no id twice in a
             row. A row without any adds 0.
         set_log_odds (Tensor): m_S of the student, the shape of the rows.
-        teacher_logps (Tensor): ln q_c, the shape of the candidates, <= 0; -inf for 0. The teacher
-            is a constant: one that requires a gradient is refused.
+        teacher_logps (Tensor): ln q_c, the shape of the candidates; -inf for 0. Above 0 by more
+            than rounding makes the loss NaN: probabilities without their logarithm, say. The
+            teacher is a constant: one that requires a gradient is refused. Of another temperature
+            are the student's log-odds by `logit_scale=1 / temperature`.
         teacher_set_log_odds (Tensor | None): those of the teacher, the shape of the rows, +inf for
-            a tail of 0. None: 1 - Q is the difference from 1 of the sum of q_c, made in float64, 0
-            where the sum is more; its digits are those that this difference leaves.
+            a tail of 0. None: 1 - Q is the difference from 1 of the sum of q_c, made in float64,
+            whose digits are those that this difference leaves. Below the rounding of the q_c,
+            `4 ε + ε' Σ_c -q_c ln q_c` with ε of float32 (float64) and ε' of `teacher_logps`,
+            nothing is known of it: "kl" takes it as 0, and "reverse_kl", which is large for small
+            tails, as that much. Give it to "reverse_kl" where teachers are confident.
         kind (str): as above.
         reduction (str): as in `z_loss`.
 
     Returns:
         Tensor: a scalar, float32 (float64 for float64 inputs), nats, not negative but for rounding;
         0 with a graph if no token counts. +inf where an event has probability 0 in the second
-        alone, with "reverse_kl" so where the teacher's tail is 0 and the student's is not.
+        alone, with "reverse_kl" so where the teacher's tail is given as 0 and the student's is
+        not.
 
     Raises:
         TypeError, ValueError: as `mle_loss`; an unknown kind, numbers that do not fit the rows, a
@@ -147,7 +155,7 @@ def top_k_divergence(
     of_each = torch.where(there, accumulated("candidates", candidates), 0)
     of_set = torch.where(some, per_token("set_log_odds", set_log_odds, chosen, rows), 0)
     student = torch.cat([F.logsigmoid(of_each), F.logsigmoid(-of_set)[..., None]], -1)
-    teacher = _teacher(chosen, teacher_logps, teacher_set_log_odds, there)
+    teacher = _teacher(chosen, teacher_logps, teacher_set_log_odds, there, kind)
     events = torch.cat([there, some[..., None]], -1)
     first, second = (teacher, student) if kind == "kl" else (student, teacher)
     return rows.reduced(torch.where(events, _terms(first, second), 0).sum(-1), reduction)
@@ -164,7 +172,7 @@ def _next_places(ids: Tensor) -> Tensor:
 
 
 def _teacher(
-    chosen: Responses, logps: Tensor, set_log_odds: Tensor | None, there: Tensor
+    chosen: Responses, logps: Tensor, set_log_odds: Tensor | None, there: Tensor, kind: str
 ) -> Tensor:
     """Returns the teacher's log-probabilities, (..., K + 1), that of the tail last."""
     named = {"teacher_logps": logps}
@@ -180,11 +188,18 @@ def _teacher(
         raise ValueError(
             f"teacher_logps: expected shape {tuple(there.shape)}, got {tuple(logps.shape)}"
         )
+    own = torch.finfo(logps.dtype).eps
     logps = torch.where(there, accumulated("teacher_logps", logps), float("-inf"))
+    least = 4 * torch.finfo(logps.dtype).eps
+    logps = torch.where(logps > max(own, least), float("nan"), logps)
     if set_log_odds is not None:
         tail = F.logsigmoid(-accumulated("teacher_set_log_odds", set_log_odds))
     else:
-        tail = (1 - logps.double().exp().sum(-1)).clamp(min=0).log()
+        q = logps.double().exp()
+        mass = 1 - q.sum(-1)
+        rounding = least + own * torch.where(q > 0, q * logps.double().abs(), 0).sum(-1)
+        unknown = 0.0 if kind == "kl" else rounding
+        tail = torch.where(mass > rounding, mass, torch.where(mass.isnan(), mass, unknown)).log()
     return torch.cat([logps, tail.to(logps.dtype)[..., None]], -1)
 
 

@@ -7,6 +7,7 @@ from fastadapt._ops.checks import alike, instance, number, one_of, per_row, rows
 from fastadapt._ops.linear import divergence as divergence_ops
 from fastadapt._ops.linear.divergence import KINDS
 from fastadapt._ops.linear.divergence import plan_of as plan_of
+from fastadapt._ops.linear.vocab_parallel import is_distributed
 
 
 def linear_divergence(
@@ -163,7 +164,10 @@ def _check_matrix(name: str, weight: Tensor, rows: Tensor, expected: str | int, 
 
 
 def _check_alike(hidden: Tensor, given: dict[str, Tensor]) -> None:
-    """Checks devices, dtypes but for those that autocast makes equal, and the teacher."""
+    """Checks devices, dtypes but for those that autocast makes equal, whole heads, the teacher."""
+    for name in ("weight", "teacher_weight"):
+        if is_distributed(given[name]):
+            raise ValueError(f"{name}: expected a whole head, got a DTensor; gather it first")
     alike(hidden, given)
     for name, x in given.items():
         if name.startswith("teacher") and x.requires_grad and torch.is_grad_enabled():

@@ -111,14 +111,20 @@ def top_k_divergence(
             return set_log_odds[i].double() * 0
         p = _odds_to_p(candidates[i][there])
         q = teacher_logps[i][there].double().exp()
+        q = torch.where(q > 1 + 1e-2, float("nan"), q)
         p_tail = _odds_to_p(-set_log_odds[i])
         if teacher_set_log_odds is None:
-            q_tail = (1 - q.sum()).clamp(min=0)
+            own = torch.finfo(teacher_logps.dtype).eps
+            wide = torch.finfo(torch.promote_types(teacher_logps.dtype, torch.float32)).eps
+            known = 4 * wide - own * (q[q > 0] * q[q > 0].log()).sum()  # to so much
+            q_tail = 1 - q.sum()
+            if q_tail <= known:
+                q_tail = known if kind == "reverse_kl" else q_tail * 0
         else:
             q_tail = _odds_to_p(-teacher_set_log_odds[i])
         distributions = torch.cat([q, q_tail[None]]), torch.cat([p, p_tail[None]])
         first, second = distributions if kind == "kl" else distributions[::-1]
-        some = first > 0
+        some = first != 0
         return (first[some] * (first[some].log() - second[some].log())).sum()
 
     return _reduced(chosen, set_log_odds, row, reduction)

@@ -117,7 +117,8 @@ def _compiler_of(module: nn.Module) -> Any | None:
 def _uncompile(module: nn.Module, stack: contextlib.ExitStack) -> None:
     """Makes a module run as its own forward says, until the stack is left."""
     if "_orig_mod" in module._modules:
-        _put(module, "forward", module._modules["_orig_mod"], stack)
+        if hasattr(module.__dict__.get("forward"), _ORIGINAL):  # and not one that trl has put there
+            _put(module, "forward", module._modules["_orig_mod"], stack)
         return
     _put(module, "_compiled_call_impl", None, stack)
     forward = module.__dict__.get("forward")

@@ -46,7 +46,9 @@ _library.define(
     " bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor)",
     tags=WAITS,
 )
-_library.define("scaled_gradient(Tensor sums, Tensor factor, ScalarType dtype) -> Tensor")
+_library.define(
+    "scaled_gradient(Tensor sums, Tensor factor, Tensor loss, ScalarType dtype) -> Tensor"
+)
 
 
 class Terms(NamedTuple):
@@ -189,9 +191,13 @@ def _empty_outputs(
     return _empty_sums(Problem(*inputs), wanted)
 
 
-def _scaled(sums: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Returns factor times the sums, rounded once."""
-    out = _empty_scaled(sums, factor, dtype)
+def _scaled(sums: Tensor, factor: Tensor, loss: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns factor times the sums, rounded once.
+
+    Of the loss nothing is read: it ties the gradient to what it is the gradient of, so that another
+    backward through it is refused and does not end here, in zeros.
+    """
+    out = _empty_scaled(sums, factor, loss, dtype)
     rows = sums.view(-1, sums.shape[-1])
     gain = factor.double().expand(rows.shape[0]).contiguous()
     with device_of(sums):
@@ -199,7 +205,7 @@ def _scaled(sums: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     return out
 
 
-def _empty_scaled(sums: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+def _empty_scaled(sums: Tensor, factor: Tensor, loss: Tensor, dtype: torch.dtype) -> Tensor:
     """What that returns."""
     return sums.new_empty(sums.shape, dtype=dtype)
 
@@ -210,17 +216,18 @@ def _save(
     keyword_only_inputs: dict[str, Any],
     output: tuple[Tensor, Tensor, Tensor, Tensor],
 ) -> None:
-    """Of the inputs nothing is needed again, but their dtype."""
+    """Of the inputs nothing is needed again, but their dtype; the loss is for `_scaled`."""
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output[1:])
+    ctx.save_for_backward(*output)
     ctx.wanted, ctx.dtype = keyword_only_inputs["wanted"], inputs[0].dtype
 
 
 def _gradient(ctx: Any, dloss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     """Gradients of hidden, weight and bias, each only when wanted."""
     gradients: list[Tensor | None] = [None] * len(Problem._fields)
-    for place, sums, made in zip((0, 1, 3), ctx.saved_tensors, ctx.wanted, strict=True):
+    loss, *found = ctx.saved_tensors
+    for place, sums, made in zip((0, 1, 3), found, ctx.wanted, strict=True):
         if not ctx.needs_input_grad[place] or dloss is None:
             continue
         if not made:
@@ -228,7 +235,7 @@ def _gradient(ctx: Any, dloss: Tensor | None, *_: None) -> tuple[Tensor | None, 
             raise RuntimeError(
                 f"linear_mle_loss: expected no gradient of {name}, got one; the forward made none"
             )
-        gradients[place] = torch.ops.fastadapt.scaled_gradient(sums, dloss, ctx.dtype)
+        gradients[place] = torch.ops.fastadapt.scaled_gradient(sums, dloss, loss, ctx.dtype)
     return tuple(gradients)
 
 

@@ -43,7 +43,7 @@ def split_head(
         ValueError: a DTensor of another placement or mesh, a group that this rank is not in.
     """
     mesh = None
-    if _is_distributed(weight):
+    if is_distributed(weight):
         mesh = weight.device_mesh
     hidden, labels = (
         _local(name, x, mesh, "Replicate") for name, x in (("hidden", hidden), ("labels", labels))
@@ -142,7 +142,7 @@ def _check_group(group: object) -> None:
         raise ValueError("group: expected one that this rank is a member of")
 
 
-def _is_distributed(x: object) -> "TypeGuard[DTensor]":
+def is_distributed(x: object) -> "TypeGuard[DTensor]":
     """Whether a tensor is a DTensor, without importing that class needlessly."""
     if not isinstance(x, Tensor) or type(x) in (Tensor, torch.nn.Parameter):
         return False
@@ -155,7 +155,7 @@ def _is_distributed(x: object) -> "TypeGuard[DTensor]":
 
 def _local(name: str, x: Tensor, mesh: "DeviceMesh | None", placement: str) -> Tensor:
     """Returns this rank's part of a DTensor; its gradient is a DTensor placed alike."""
-    if not _is_distributed(x):
+    if not is_distributed(x):
         return x
     from torch.distributed.tensor import Replicate, Shard
 
