@@ -414,6 +414,7 @@ def test_model_that_is_not_there(train, tmp_path, capsys):
         (["--loss", "dpo+dpo"], "loss: expected each loss once in a stage, got 'dpo' twice"),
         (["--loss", "dpo,exmate"], "sum is --loss dpo+exmate, one after the other --stages dpo,"),
         (["--loss", "exmat"], "got 'exmat'; did you mean exmate?"),
+        (["--loss", "dpo+candidate_unlikelihood_penalty"], "got 'candidate_unlikelihood_penalty'"),
         (["--stages", "mle,dpoo"], "got 'dpoo'; did you mean dpo?"),
         (["--stages", "mle,"], "stages: expected some of mle"),
         (["--loss", "mle+exmate"], "expected one loss that contains MLE"),
@@ -471,6 +472,11 @@ def test_wrong_arguments(arguments, message, capsys, tmp_path, monkeypatch):
         main(["train", "--data", "p.jsonl", "--output_dir", "run", *arguments])
     assert stopped.value.code == 2 and message in (line := _one_line(capsys)), line
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_chat_needs_a_template(train, tmp_path, capsys):
+    assert train(tmp_path, "--loss", "mle", "--chat") == 2
+    assert "chat: expected a tokenizer with a chat template, " in _one_line(capsys)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="that GPU may have it")

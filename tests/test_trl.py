@@ -266,6 +266,7 @@ def test_without_dpo_there_is_no_reference(folder, tokenizer, tmp_path):
         ({"ld_alpha": 0.5}, {}, "args.ld_alpha: expected None"),
         ({"use_weighting": True}, {}, "args.use_weighting: expected False"),
         ({}, {"loss": {"sigmoid": 1.0}}, "weights: expected some of"),
+        ({}, {"loss": {"candidate_unlikelihood_penalty": 1.0}}, "expected losses of labels, got"),
         ({}, {"loss_options": {"beta": 0.3}}, "expected args.beta for beta"),
         (
             {"gradient_accumulation_steps": 2},

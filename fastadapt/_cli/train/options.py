@@ -14,6 +14,12 @@ from fastadapt._cli.errors import did_you_mean
 from fastadapt.losses import FORMULAS, Responses, RewardPenalizeLoss
 
 Stages = tuple[dict[str, float], ...]
+# whose numbers a batch of pairs has; candidates are other ids
+OFFERED = [
+    name
+    for name, loss in FORMULAS.items()
+    if "candidates" not in inspect.signature(loss).parameters
+]
 TRUNCATIONS = ("prompt", "response", "error")
 _OF_THE_LOSSES = ("coefficient", "norm", "level")
 
@@ -155,9 +161,9 @@ def _mixture(flag: str, text: str) -> dict[str, float]:
     mixture: dict[str, float] = {}
     for part in text.split("+"):
         name, equals, written = part.strip().partition("=")
-        if name not in FORMULAS:
-            known = ", ".join(FORMULAS)
-            hint = did_you_mean(name, FORMULAS)
+        if name not in OFFERED:
+            known = ", ".join(OFFERED)
+            hint = did_you_mean(name, OFFERED)
             raise ValueError(f"{flag}: expected some of {known}, got {name!r}{hint}")
         if name in mixture:
             raise ValueError(f"{flag}: expected each loss once in a stage, got {name!r} twice")

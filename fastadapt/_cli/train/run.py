@@ -145,6 +145,11 @@ class Job:
         """Tokenises the pairs, and reports how many were cut."""
         if not pairs:
             return None
+        if self.arguments.chat and not getattr(self.tokenizer, "chat_template", None):
+            raise CommandError(
+                "chat: expected a tokenizer with a chat template, got none of "
+                f"{self.arguments.model or 'the default model'}"
+            )
         limit = self._max_length(model)
         kept = []
         for number, pair in enumerate(pairs, start=1):
