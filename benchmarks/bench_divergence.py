@@ -24,7 +24,7 @@ from bench_losses import WARM_UP_IDS, shape_of
 from cases import DTYPES, make_loss_inputs
 from fastadapt import linear_divergence, reference
 from fastadapt._ops.linear.cpu import TILE
-from fastadapt._ops.linear.memory import PeakMemory, is_measurable
+from fastadapt._ops.linear.memory import PeakMemory, is_measurable, return_freed_blocks
 from fastadapt.losses.divergence import plan_of
 from fresh import in_fresh_process
 from harness import SEED, Axis, Benchmark, Flag, Option, progress, settings_of
@@ -175,6 +175,7 @@ def measure_times(cell: Cell, names: list[str], options: argparse.Namespace) -> 
 
 def extra_mb(cell: Cell, name: str, options: argparse.Namespace) -> Iterator[float]:
     """Yields the peak of a forward and backward over inputs and gradients; for a process alone."""
+    return_freed_blocks()
     if options.threads:
         torch.set_num_threads(options.threads)
     inputs = make_inputs(cell, options.seed)

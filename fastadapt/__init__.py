@@ -5,11 +5,13 @@
 from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
+from os.path import dirname
 from typing import Any
 
 try:
     __version__ = version("fastadapt")
-    if find_spec("fastadapt._C") is None:
+    # A finder of an editable installation offers its own checkout's to the sources of another.
+    if (_spec := find_spec("fastadapt._C")) is None or dirname(_spec.origin or "") != __path__[0]:
         raise ModuleNotFoundError("No module named 'fastadapt._C'")
 except ModuleNotFoundError as error:
     raise ImportError(

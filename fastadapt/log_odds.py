@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 
 from fastadapt._ops import log_odds as ops
-from fastadapt._ops.checks import fold_rows, instance, integer, listed_shape, per_row
+from fastadapt._ops.checks import (
+    fold_rows,
+    instance,
+    integer,
+    listed_shape,
+    no_tangent,
+    per_row,
+)
 
 
 def label_log_odds(logits: Tensor, labels: Tensor, *, ignore_index: int = -100) -> Tensor:
@@ -40,6 +47,7 @@ def label_log_odds(logits: Tensor, labels: Tensor, *, ignore_index: int = -100) 
         ValueError: another shape or device; on the CPU a label out of range, before any work.
     """
     rows = fold_rows("logits", logits)
+    no_tangent("logits", logits)
     flat = per_row("labels", labels, torch.int64, logits.shape[:-1], rows)
     ignore_index = integer("ignore_index", ignore_index)
     log_odds: Tensor = ops.label_log_odds(rows, flat, ignore_index)[0]
@@ -71,6 +79,7 @@ def candidate_log_odds(logits: Tensor, index: Tensor, mask: Tensor | None = None
         TypeError, ValueError: as `label_log_odds`.
     """
     rows = fold_rows("logits", logits)
+    no_tangent("logits", logits)
     instance("index", index, Tensor, "a Tensor")
     shape = listed_shape(index, logits.shape[:-1])
     flat = per_row("index", index, torch.int64, shape, rows).view(rows.shape[0], shape[-1])

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastadapt._ops import sampling as ops
-from fastadapt._ops.checks import flag, fold_rows, instance, integer, per_row
+from fastadapt._ops.checks import flag, fold_rows, instance, integer, no_tangent, per_row
 from fastadapt._ops.outputs import sample_fields
 from fastadapt.adaptor import Adaptor
 from fastadapt.results import Sample, Score
@@ -197,6 +197,7 @@ def adapted_log_odds(
         TypeError, ValueError: as `score`.
     """
     rows = fold_rows("logits", logits)
+    no_tangent("logits", logits)
     flat = per_row("tokens", tokens, torch.int64, logits.shape[:-1], rows)
     ignore_index = integer("ignore_index", ignore_index)
     knobs = _knobs_for(rows, adaptor)

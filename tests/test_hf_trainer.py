@@ -226,10 +226,21 @@ def test_objectives_that_are_none(tmp_path, objective, message):
         ).train()
 
 
-def test_labels_out_of_range_are_named(tmp_path):
-    rows = [{"input_ids": torch.tensor([3, 3]), "labels": torch.tensor([3, 70])}] * 4
+@pytest.mark.parametrize(
+    ("labels", "error", "message"),
+    [
+        ([3, 70], ValueError, r"labels: expected ids in \[0, 30\) or -100, got 70"),
+        (
+            torch.tensor([3, 4], dtype=torch.int32),
+            TypeError,
+            "labels: expected a tensor of torch.int64, got torch.int32",
+        ),
+    ],
+)
+def test_labels_that_are_none_are_named(tmp_path, labels, error, message):
+    rows = [{"input_ids": torch.tensor([3, 3]), "labels": torch.as_tensor(labels)}] * 4
     trainer = LogitsFreeTrainer(_model(), _arguments(tmp_path), train_dataset=rows)
-    with pytest.raises(ValueError, match=r"labels: expected ids in \[0, 30\) or -100, got 70"):
+    with pytest.raises(error, match=message):
         trainer.train()
 
 

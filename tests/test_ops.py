@@ -124,6 +124,18 @@ def test_forward_mode_is_refused(name):
             call(*inputs)  # others may go on
 
 
+def test_what_is_detached_takes_tangents():
+    """Samples and filtered rows have no gradient in either mode."""
+    logits, seeds = torch.randn(3, 11), torch.arange(3)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(logits, logits)
+        assert torch.equal(
+            fastadapt.sample(dual, Adaptor(), seeds=seeds).tokens,
+            fastadapt.sample(logits, Adaptor(), seeds=seeds).tokens,
+        )
+        assert forward_ad.unpack_dual(fastadapt.filter_logits(dual, Adaptor())).tangent is None
+
+
 def test_linear_operators_on_meta():
     hidden, head = (torch.zeros(*s, device="meta", requires_grad=True) for s in ((3, 8), (11, 8)))
     labels = torch.zeros(3, dtype=torch.int64, device="meta")

@@ -37,7 +37,6 @@ def fold_rows(name: str, x: Tensor, *, double: bool = True) -> Tensor:
         raise TypeError(f"{name}: expected {expected}, got {x.dtype}{hint}")
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(f"{name}: expected (..., V) with V >= 1, got shape {tuple(x.shape)}")
-    no_tangent(name, x)
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 
@@ -113,6 +112,7 @@ def rows_of_head(name: str, hidden: Tensor, weight: Tensor) -> Tensor:
     Those of half precision are, except under autocast, which makes other dtypes equal too.
     """
     rows = fold_rows(name, hidden)
+    no_tangent(name, hidden)
     half = rows.dtype in (torch.bfloat16, torch.float16)
     wide = half and weight.dtype == torch.float32 and not autocasts(rows.device)
     return rows.float() if wide else rows

@@ -1,6 +1,6 @@
 """What operators of every family share: rows, checks, registration, launches on a device."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any, TypeVar
@@ -76,6 +76,35 @@ def register_everywhere(library: torch.library.Library, implementations: Impleme
         for device in ("CPU", "CUDA"):
             library.impl(name, implementation, device)
         torch.library.register_fake(f"fastadapt::{name}", empty, lib=library)
+
+
+def register_autocast(
+    library: torch.library.Library, name: str, problem: Callable[..., Any], casts: Sequence[str]
+) -> None:
+    """Registers an operator in the type of autocast, as `torch.nn.functional.linear` is.
+
+    Args:
+        library: that defines it.
+        name: of the operator.
+        problem: the named tuple of its positional arguments, `hidden` among them; in float64
+            nothing is cast.
+        casts: the tensors that are.
+    """
+
+    def cast(*inputs: Any, **options: Any) -> Any:
+        given = problem(*inputs)
+        device = given.hidden.device.type
+        if given.hidden.dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(device)
+            tensors = {field: getattr(given, field) for field in casts}
+            given = given._replace(
+                **{field: None if x is None else x.to(dtype) for field, x in tensors.items()}
+            )
+        with torch.autocast(device, enabled=False):
+            return getattr(torch.ops.fastadapt, name)(*given, **options)
+
+    for key in ("AutocastCPU", "AutocastCUDA"):
+        library.impl(name, cast, key)
 
 
 def on_cuda(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.utils.generic import find_labels
 
-from fastadapt._ops.checks import instance
+from fastadapt._ops.checks import instance, per_row
 from fastadapt._ops.common import check_ids
 from fastadapt.log_odds import label_log_odds
 from fastadapt.losses import Responses, mle_loss
@@ -147,7 +147,8 @@ class LogitsFreeTrainer(Trainer):
         given = few["labels"]
         ids = getattr(layer_of(causal_of(model)), "out_features", None)
         if ids is not None and given.device.type == "cpu":  # else the model's loss ends in torch's
-            check_ids("labels", given, ids, IGNORED)
+            flat = per_row("labels", given, torch.int64, given.shape, given)
+            check_ids("labels", flat, ids, IGNORED)
         items = given.ne(IGNORED).sum() * 3 if counted else None
         with evaluating(model), head_outside_graphs(model, others=False):
             loss, output = super().compute_loss(model, dict(few), True, items)

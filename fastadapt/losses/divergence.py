@@ -3,7 +3,15 @@
 import torch
 from torch import Tensor
 
-from fastadapt._ops.checks import alike, instance, number, one_of, per_row, rows_of_head
+from fastadapt._ops.checks import (
+    alike,
+    head_rows,
+    instance,
+    number,
+    one_of,
+    per_row,
+    rows_of_head,
+)
 from fastadapt._ops.linear import divergence as divergence_ops
 from fastadapt._ops.linear.divergence import KINDS
 from fastadapt._ops.linear.divergence import plan_of as plan_of
@@ -101,26 +109,21 @@ def linear_divergence(
         ValueError: shapes or devices that do not agree, a teacher that requires a gradient, an
             unknown kind, a number out of its range.
     """
-    for name, given_weight in (("weight", weight), ("teacher_weight", teacher_weight)):
-        instance(name, given_weight, Tensor, "a Tensor")
-    rows = rows_of_head("hidden", hidden, weight)
+    for name, given in (("weight", weight), ("teacher_weight", teacher_weight)):
+        instance(name, given, Tensor, "a Tensor")
+        if is_distributed(given):
+            raise ValueError(f"{name}: expected a whole head, got a DTensor; gather it first")
+    for name, vector in (("bias", bias), ("teacher_bias", teacher_bias)):
+        if vector is not None:
+            instance(name, vector, Tensor, "a Tensor or None")
+    rows = head_rows(hidden, weight, bias, empty=False)
     teacher_rows = rows_of_head("teacher_hidden", teacher_hidden, teacher_weight)
     if hidden.shape[:-1] != teacher_hidden.shape[:-1]:
         expected = (*hidden.shape[:-1], teacher_hidden.shape[-1])
         raise ValueError(
             f"teacher_hidden: expected shape {expected}, got {tuple(teacher_hidden.shape)}"
         )
-    v = weight.shape[0] if weight.dim() == 2 else 0
-    _check_matrix("weight", weight, rows, "V", v)
-    _check_matrix("teacher_weight", teacher_weight, teacher_rows, v, v)
-    given = {"weight": weight, "teacher_weight": teacher_weight, "teacher_hidden": teacher_rows}
-    for name, vector in (("bias", bias), ("teacher_bias", teacher_bias)):
-        if vector is not None:
-            instance(name, vector, Tensor, "a Tensor or None")
-            if vector.shape != (v,):
-                raise ValueError(f"{name}: expected shape ({v},), got {tuple(vector.shape)}")
-            given[name] = vector
-    _check_alike(rows, given)
+    _check_teacher(rows, weight.shape[0], teacher_rows, teacher_weight, teacher_bias)
     flat = None if mask is None else per_row("mask", mask, torch.bool, hidden.shape[:-1], rows)
     temperature = float(number("temperature", temperature, positive=True))
     one_of("kind", kind, tuple(KINDS))
@@ -153,24 +156,19 @@ def _cap(name: str, softcap: float | None) -> float:
     return 0.0 if softcap is None else float(number(name, softcap, positive=True))
 
 
-def _check_matrix(name: str, weight: Tensor, rows: Tensor, expected: str | int, v: int) -> None:
-    """Raises unless a head fits its states and has V >= 1 ids."""
-    if v == 0 or weight.shape != (v, rows.shape[1]):
-        least = ", V >= 1" if expected == "V" else ""
-        raise ValueError(
-            f"{name}: expected shape ({expected}, {rows.shape[1]}){least}, "
-            f"got {tuple(weight.shape)}"
-        )
-
-
-def _check_alike(hidden: Tensor, given: dict[str, Tensor]) -> None:
-    """Checks devices, dtypes but for those that autocast makes equal, whole heads, the teacher."""
-    for name in ("weight", "teacher_weight"):
-        if is_distributed(given[name]):
-            raise ValueError(f"{name}: expected a whole head, got a DTensor; gather it first")
-    alike(hidden, given)
+def _check_teacher(
+    rows: Tensor, v: int, teacher_rows: Tensor, weight: Tensor, bias: Tensor | None
+) -> None:
+    """Checks a teacher against the student's rows and number of ids; it has no gradient."""
+    h = teacher_rows.shape[1]
+    if weight.shape != (v, h):
+        raise ValueError(f"teacher_weight: expected shape ({v}, {h}), got {tuple(weight.shape)}")
+    if bias is not None and bias.shape != (v,):
+        raise ValueError(f"teacher_bias: expected shape ({v},), got {tuple(bias.shape)}")
+    given = {"teacher_weight": weight, "teacher_hidden": teacher_rows, "teacher_bias": bias}
+    alike(rows, given)
     for name, x in given.items():
-        if name.startswith("teacher") and x.requires_grad and torch.is_grad_enabled():
+        if x is not None and x.requires_grad and torch.is_grad_enabled():
             raise ValueError(
                 f"{name}: expected a teacher without a gradient, got requires_grad=True; detach it"
             )

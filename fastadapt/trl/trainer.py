@@ -158,8 +158,8 @@ class RewardPenalizeTrainer(DPOTrainer):
         elif ref_model is None:
             args.precompute_ref_log_probs = True  # trl then loads no reference
         self.objective = RewardPenalizeLoss(loss, **options)
-        if (candidates := "candidate_unlikelihood_penalty") in self.objective.weights:
-            raise ValueError(f"loss: expected losses of labels, got {candidates}, of other ids")
+        if self.objective.needs("candidates"):
+            raise ValueError(f"loss: expected losses of labels, got {list(self.objective.weights)}")
         self._splits = options.get("norm") != "batch_token_mean"
         super().__init__(model, ref_model, args, **rest)
         parts = self.args.gradient_accumulation_steps * self.accelerator.num_processes

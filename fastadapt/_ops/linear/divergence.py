@@ -11,6 +11,7 @@ from fastadapt._ops.common import (
     Implementations,
     device_of,
     no_double_backward,
+    register_autocast,
     register_everywhere,
 )
 from fastadapt._ops.linear.divergence_driver import backward, empty_outputs, forward
@@ -93,18 +94,6 @@ def _gradient(ctx: Any, ddivergence: Tensor | None, _: None) -> tuple[Tensor | N
     return tuple(gradients)
 
 
-def _autocast(*inputs: Any) -> Any:
-    """Runs in the type of autocast, as `torch.nn.functional.linear` does."""
-    problem = PairProblem(*inputs)
-    device = problem.hidden.device.type
-    if problem.hidden.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
-        cast = [None if x is None else x.to(dtype) for x in inputs[:6]]
-        inputs = (*cast, *inputs[6:])
-    with torch.autocast(device, enabled=False):
-        return torch.ops.fastadapt.linear_divergence(*inputs)
-
-
 def _register() -> None:
     """Implementations, fakes, autograd and autocast; `work_of` tells devices apart."""
     implementations: Implementations = {
@@ -118,8 +107,7 @@ def _register() -> None:
     torch.library.register_autograd(
         "fastadapt::linear_divergence_backward", no_double_backward("divergence"), lib=_library
     )
-    for key in ("AutocastCPU", "AutocastCUDA"):
-        _library.impl("linear_divergence", _autocast, key)
+    register_autocast(_library, "linear_divergence", PairProblem, PairProblem._fields[:6])
 
 
 _register()

@@ -11,13 +11,22 @@ Triple = tuple[Tensor, Tensor, Tensor]
 
 
 def empty_gradients(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: list[bool]
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    wanted: list[bool],
+    *,
+    dtype: torch.dtype | None = None,
 ) -> Triple:
-    """Allocates the wanted gradients, as zeros because ignored rows have none."""
+    """Allocates the wanted gradients; that of hidden states is 0, as ignored rows have none.
+
+    Their dtype is that of the inputs if none is given.
+    """
+    ids = weight.shape[0] if wanted[2] and bias is not None else 0
     return (
-        hidden.new_zeros(hidden.shape if wanted[0] else (0, hidden.shape[1])),
-        weight.new_empty(weight.shape if wanted[1] else (0, weight.shape[1])),
-        weight.new_empty(weight.shape[0] if wanted[2] and bias is not None else 0),
+        hidden.new_zeros(hidden.shape if wanted[0] else (0, hidden.shape[1]), dtype=dtype),
+        weight.new_empty(weight.shape if wanted[1] else (0, weight.shape[1]), dtype=dtype),
+        weight.new_empty(ids, dtype=dtype),
     )
 
 

@@ -19,6 +19,7 @@ from fastadapt._ops.common import (
     check_ids,
     device_of,
     no_double_backward,
+    register_autocast,
     register_everywhere,
 )
 from fastadapt._ops.linear.driver import (
@@ -29,12 +30,12 @@ from fastadapt._ops.linear.driver import (
     backward,
     forward,
 )
-from fastadapt._ops.linear.gradients import Triple
+from fastadapt._ops.linear.gradients import Triple, empty_gradients
 from fastadapt._ops.linear.operator import (
+    CASTS,
     KEPT_BYTES,
     PROBLEM,
     LinearPlan,
-    autocast_of,
     work_of,
 )
 from fastadapt._ops.linear.tiles import Problem, RowWork, places_of
@@ -82,7 +83,7 @@ def sum_of_losses(
     Rows that are ignored are dropped first; on a GPU that waits for the device.
     """
     out, dhidden, dweight, dbias = _empty_sums(problem, wanted)
-    for x in (out, dhidden, dweight, dbias):
+    for x in (dweight, dbias):
         x.zero_()
     index = places_of(problem.used)
     if index is not None:
@@ -156,15 +157,9 @@ def _smooth(work: type[RowWork], problem: Problem, share: float, totals: Triple)
 
 def _empty_sums(problem: Problem, wanted: list[bool]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Allocates the loss and the gradients, those that are not wanted without numbers."""
-    hidden, weight, bias = problem.hidden, problem.weight, problem.bias
-    wide = torch.promote_types(hidden.dtype, torch.float32)
-    (n, h), v = hidden.shape, weight.shape[0]
-    return (
-        hidden.new_empty((), dtype=wide),
-        hidden.new_empty(n if wanted[0] else 0, h, dtype=wide),
-        hidden.new_empty(v if wanted[1] else 0, h, dtype=wide),
-        hidden.new_empty(v if wanted[2] and bias is not None else 0, dtype=wide),
-    )
+    wide = torch.promote_types(problem.hidden.dtype, torch.float32)
+    made = empty_gradients(problem.hidden, problem.weight, problem.bias, wanted, dtype=wide)
+    return problem.hidden.new_empty((), dtype=wide), *made
 
 
 def _forward(
@@ -252,8 +247,7 @@ def _register() -> None:
     torch.library.register_autograd(
         "fastadapt::scaled_gradient", no_double_backward("linear_mle_loss"), lib=_library
     )
-    for key in ("AutocastCPU", "AutocastCUDA"):
-        _library.impl("linear_mle", autocast_of("linear_mle"), key)
+    register_autocast(_library, "linear_mle", Problem, CASTS)
 
 
 _register()

@@ -1,6 +1,6 @@
 """The operator under `linear_log_odds`: its schema, fakes, autograd, autocast, and its plans."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +12,7 @@ from fastadapt._ops.common import (
     check_ids,
     device_of,
     no_double_backward,
+    register_autocast,
     register_everywhere,
 )
 from fastadapt._ops.linear.cpu import CpuWork
@@ -33,6 +34,7 @@ from fastadapt._ops.linear.gradients import Triple, empty_gradients
 from fastadapt._ops.linear.tiles import Problem, RowWork
 
 MOMENTS = ("entropy", "sum_of_squares")  # outputs that the moments of the others make
+CASTS = ("hidden", "weight", "bias")  # to the type of autocast
 KEPT_BYTES = 1 << 27  # logits kept for the backward where no budget is given and all fit
 
 _library = torch.library.Library("fastadapt", "FRAGMENT")
@@ -202,23 +204,6 @@ def _refuse(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, ...]:
     return None, torch.ops.fastadapt.refused_gradient(gradient, ctx.name), None
 
 
-def autocast_of(name: str) -> Callable[..., Any]:
-    """An operator of a `Problem` in the type of autocast, as `torch.nn.functional.linear` is."""
-
-    def cast(*inputs: Any, **options: Any) -> Any:
-        problem = Problem(*inputs)
-        device = problem.hidden.device.type
-        dtype = torch.get_autocast_dtype(device)
-        if problem.hidden.dtype != torch.float64:
-            bias = None if problem.bias is None else problem.bias.to(dtype)
-            hidden, weight = problem.hidden.to(dtype), problem.weight.to(dtype)
-            problem = problem._replace(hidden=hidden, weight=weight, bias=bias)
-        with torch.autocast(device, enabled=False):
-            return getattr(torch.ops.fastadapt, name)(*problem, **options)
-
-    return cast
-
-
 def _register() -> None:
     """Implementations, fakes, autograd and autocast; `work_of` tells devices apart."""
     implementations: Implementations = {
@@ -245,8 +230,7 @@ def _register() -> None:
     torch.library.register_autograd(
         "fastadapt::without_gradient", _refuse, setup_context=_keep_name, lib=_library
     )
-    for key in ("AutocastCPU", "AutocastCUDA"):
-        _library.impl("linear_log_odds", autocast_of("linear_log_odds"), key)
+    register_autocast(_library, "linear_log_odds", Problem, CASTS)
 
 
 _register()
