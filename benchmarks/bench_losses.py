@@ -3,15 +3,17 @@
     python benchmarks/bench_losses.py --threads 1 --out benchmarks/results/losses.json
 
 In each cell every round runs all calls, forward and then backward with a random signed upstream, so
-ratios compare times of the same moments. Peak memory is that of the resident set, in a process of
-its own for each call, over inputs and gradients, after one forward and backward of the same N and H
-on a slice of the vocabulary. `pip install trl liger-kernel` for those two. Above a size only plain
-PyTorch runs beside ours: the others take minutes for a round.
+ratios compare times of the same moments; among them the bare products, three, or two with a frozen
+head. Peak memory is that of the resident set, in a process of its own for each call, over inputs
+and gradients, after one forward and backward of the same N and H on a slice of the vocabulary.
+`pip install trl liger-kernel` for those two. Above a size only plain PyTorch runs beside ours: the
+others take minutes for a round.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import math
 import sys
@@ -23,18 +25,21 @@ import torch
 from torch import Tensor
 
 from cases import DTYPES, LossInputs, make_loss_inputs
-from fastadapt import linear_log_odds
-from fastadapt._ops.linear.cpu import TILE
-from fastadapt._ops.linear.memory import PeakMemory, is_measurable
-from fastadapt._ops.linear.operator import KEPT_BYTES
+from fastadapt import linear_candidate_log_odds, linear_log_odds
+from fastadapt._ops.linear.memory import PeakMemory, is_measurable, return_freed_blocks
+from fastadapt.linear import plan_of
 from fresh import in_fresh_process
 from harness import SEED, Axis, Benchmark, Flag, Option, progress, settings_of
 from loss_peers import LOSS_PEERS, Logps, plain_log_odds
 from missing import MissingPeer
 from timing import in_turns, milliseconds, ratios
 
-SHAPES = ((1024, 576, 49_152), (1024, 896, 32_768), (2048, 2048, 128_256), (512, 4096, 151_936))
-OURS = "fastadapt"
+SHAPES = (
+    *((1024, 576, 49_152), (1024, 896, 32_768), (4096, 896, 32_768)),
+    *((2048, 2048, 128_256), (512, 4096, 151_936)),
+)
+OURS, LEAN, BOUND = "fastadapt", "nothing kept", "products"
+CANDIDATES = 8  # ids a row of the calls that score several
 SLOW_PRODUCT = 1 << 36  # N H V from which only plain PyTorch runs beside ours
 ERROR_ROWS = 256  # of the float64 truth
 WARM_UP_IDS = 8192
@@ -66,7 +71,50 @@ BENCHMARK = Benchmark(
 )
 
 
-CALLS: dict[str, Callable[[], Logps]] = {OURS: lambda: linear_log_odds, **LOSS_PEERS}
+class Products(torch.autograd.Function):
+    """The products of a head with full logits, which stand for their own gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        """Returns a number a row."""
+        logits = hidden @ weight.t()
+        ctx.save_for_backward(hidden, weight, logits)
+        return logits[:, 0].float()
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        """Makes as many as gradients are wanted."""
+        hidden, weight, logits = ctx.saved_tensors
+        dweight = logits.t() @ hidden if ctx.needs_input_grad[1] else None
+        return logits @ weight, dweight, None
+
+
+def candidates(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """(N,): the sum of the log-odds of the label and of other ids, spread over the vocabulary."""
+    log_odds: Tensor = linear_candidate_log_odds(hidden, weight, _index(labels, len(weight)))
+    return log_odds.sum(-1)
+
+
+def sets(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """(N,): the log-odds of the set of these ids."""
+    index = _index(labels, len(weight))
+    found: Tensor = linear_candidate_log_odds(hidden, weight, index, outputs=["set_log_odds"])[1]
+    return found
+
+
+def _index(labels: Tensor, v: int) -> Tensor:
+    """(N, CANDIDATES)."""
+    return (labels[:, None] + torch.arange(CANDIDATES) * (v // CANDIDATES)) % v
+
+
+SEVERAL: dict[str, Callable[[], Logps]] = {"candidates": lambda: candidates, "set": lambda: sets}
+CALLS: dict[str, Callable[[], Logps]] = {
+    OURS: lambda: linear_log_odds,
+    **SEVERAL,
+    LEAN: lambda: functools.partial(linear_log_odds, memory_budget=0),
+    BOUND: lambda: Products.apply,
+    **LOSS_PEERS,
+}
 
 
 class Cell(NamedTuple):
@@ -118,14 +166,15 @@ def main(options: argparse.Namespace, record: dict[str, Any]) -> None:
     grid, record["cells"] = list(cells(options)), []
     with progress("timing", len(grid)) as step:
         for cell in grid:
-            names = [OURS, *peers_of(cell, options.peers)]
+            peers = peers_of(cell, options.peers)
+            names = [OURS, BOUND, *(SEVERAL if is_small(cell) else ()), *peers]
             entry = {**cell._asdict(), **measure_times(cell, names, options)}
             if options.memory:
                 entry["memory_mb"] = {}
-                for name in names:
+                for name in (OURS, LEAN, *peers):
                     (extra,) = in_fresh_process(extra_mb, cell, name, options)
                     entry["memory_mb"][name] = extra
-                entry["memory_formula_mb"] = round(formula(cell) / 1e6, 1)
+            entry["plan_mb"] = round(plan_bytes(cell) / 1e6, 1)
             record["cells"].append(entry)
             step()
 
@@ -133,14 +182,19 @@ def main(options: argparse.Namespace, record: dict[str, Any]) -> None:
 def cells(options: argparse.Namespace) -> Iterator[Cell]:
     """The grid that was asked for."""
     for shape, dtype, head in itertools.product(options.shapes, options.dtypes, options.heads):
-        if options.large_float32 or dtype != "float32" or math.prod(shape) < SLOW_PRODUCT:
-            yield Cell(*shape, dtype, head)
+        cell = Cell(*shape, dtype, head)
+        if options.large_float32 or dtype != "float32" or is_small(cell):
+            yield cell
 
 
 def peers_of(cell: Cell, peers: list[str]) -> list[str]:
     """The peers that run in a cell: all, or where a round would take minutes plain PyTorch."""
-    small = cell.n * cell.h * cell.v < SLOW_PRODUCT
-    return [name for name in peers if small or name == "plain"]
+    return [name for name in peers if is_small(cell) or name == "plain"]
+
+
+def is_small(cell: Cell) -> bool:
+    """Whether a round takes seconds."""
+    return cell.n * cell.h * cell.v < SLOW_PRODUCT
 
 
 def measure_times(cell: Cell, names: list[str], options: argparse.Namespace) -> dict[str, Any]:
@@ -158,7 +212,8 @@ def measure_times(cell: Cell, names: list[str], options: argparse.Namespace) -> 
             }
             for name, step in steps.items()
         },
-        "to_fastadapt": ratios(both, OURS, names[1:], 3),
+        "to_products": ratios(both, BOUND, [OURS], 3)[OURS],
+        "to_fastadapt": ratios(both, OURS, names[2:], 3),
         "rms_error": rms_errors(inputs),
     }
 
@@ -183,16 +238,17 @@ def true_log_odds(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return logits.gather(-1, own)[:, 0] - others
 
 
-def formula(cell: Cell) -> int:
+def plan_bytes(cell: Cell) -> int:
     """Bytes that `linear_log_odds` says it holds beside inputs and gradients."""
-    itemsize = DTYPES[cell.dtype].itemsize
-    logits = cell.n * cell.v * itemsize
-    kept = logits if cell.head == "trainable" and logits <= KEPT_BYTES else 0
-    return 8 * cell.n * cell.h + cell.n * min(TILE, cell.v) * itemsize + kept
+    dtype = DTYPES[cell.dtype]
+    hidden = torch.empty(cell.n, cell.h, dtype=dtype, device="meta", requires_grad=True)
+    weight = torch.empty(cell.v, cell.h, dtype=dtype, device="meta")
+    return plan_of(hidden, weight.requires_grad_(cell.head == "trainable")).peak_bytes
 
 
 def extra_mb(cell: Cell, name: str, options: argparse.Namespace) -> Iterator[float]:
     """Yields the peak of a forward and backward over inputs and gradients; for a process alone."""
+    return_freed_blocks()
     if options.threads:
         torch.set_num_threads(options.threads)
     inputs, call = cell.make_inputs(options.seed), CALLS[name]()

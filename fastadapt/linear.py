@@ -138,8 +138,9 @@ def linear_log_odds(
             placed as (Shard(0),) brings the group of its mesh along, and its gradient is such a
             DTensor; so do hidden states and labels that are replicated ones.
         memory_budget (int | None): bytes of logits to keep from the forward to the backward of a
-            head that needs gradients; fewer are kept if fewer are needed. None: all of them where
-            they take 128 MiB at most, else none.
+            head that needs gradients, in whole tiles; fewer are kept if fewer are needed. None: as
+            many as the head's gradient has, of a small head twice as many up to 128 MiB, and never
+            so many that more is held than all logits would take.
         outputs (Sequence[str]): of "entropy" (nats), "logsumexp" (of all logits, nats),
             "sum_of_squares" (of all probabilities) and "hit" (bool, no logit is larger than the
             label's), from the same pass, with gradients: free for a head that needs gradients, and
@@ -315,7 +316,6 @@ def _listed(
     """Calls the operator for labels (N, K); returns its results and statistics."""
     moments = any(name in linear_ops.MOMENTS for name in options.outputs)
     shares = moments or "logsumexp" in options.outputs  # own and others not as their difference
-    logits = rows.shape[0] * part.weight.shape[0] * rows.element_size()
     own, others, of_others, stats, _ = linear_ops.linear_log_odds(
         rows,
         part.weight,
@@ -327,7 +327,7 @@ def _listed(
         part.span,
         part.group,
         plan=linear_ops.number_of(rows, part.weight, part.bias, moments and options.differentiable),
-        kept_bytes=linear_ops.kept_bytes(logits, options.memory_budget),
+        kept_bytes=linear_ops.kept_bytes(rows, part.weight, options.memory_budget),
         moments=moments,
         apart=labels.shape[1] > 1 or (shares and options.differentiable),
         masked=masked,

@@ -5,6 +5,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import bench_gpu_losses
 import bench_losses
@@ -35,14 +36,14 @@ def losses_record(run_benchmark):
 def test_grid_of_losses():
     options = bench_losses.BENCHMARK.parse([])
     grid = list(bench_losses.cells(options))
-    assert len(grid) == len(set(grid)) == 4 * 2 * 2
-    assert limits.LOSS_SHAPE in bench_losses.SHAPES and options.memory
+    assert len(grid) == len(set(grid)) == 5 * 2 * 2
+    assert set(limits.LOSS_SHAPES) < set(bench_losses.SHAPES) and options.memory
     with_all = {c[:3] for c in grid if len(bench_losses.peers_of(c, options.peers)) > 1}
     assert with_all == {(1024, 576, 49_152), (1024, 896, 32_768)}
     assert all("plain" in bench_losses.peers_of(c, options.peers) for c in grid)
     quick = bench_losses.BENCHMARK.parse(["--quick", "--peers", "--dtypes", "float32"])
     assert quick.peers == []
-    assert {c[:4] for c in bench_losses.cells(quick)} == {(*limits.LOSS_SHAPE, "float32")}
+    assert {c[:4] for c in bench_losses.cells(quick)} == {(*limits.LOSS_SHAPES[1], "float32")}
 
 
 @pytest.mark.parametrize("name", ["plain", "torch", "trl", "liger"])
@@ -102,13 +103,27 @@ def test_errors_are_measured_from_the_truth(dtype):
         assert errors["fastadapt"] < 0.2 * errors["plain"]
 
 
-def test_formula_of_memory():
+def test_plan_of_a_cell():
     trainable = bench_losses.Cell(1024, 896, 32_768, "bfloat16", "trainable")
-    tile, rows = 1024 * 2048 * 2, 2 * 1024 * 896 * 4
-    assert bench_losses.formula(trainable) == rows + tile + 1024 * 32_768 * 2
-    assert bench_losses.formula(trainable._replace(head="frozen")) == rows + tile
-    wide = trainable._replace(dtype="float32", v=65_536)  # too many logits to keep
-    assert bench_losses.formula(wide) == rows + 2 * tile
+    tile, rows = 1024 * 2048 * 2, 1024 * 896 * 4
+    assert bench_losses.plan_bytes(trainable) == rows + tile + 1024 * 32_768 * 2
+    assert bench_losses.plan_bytes(trainable._replace(head="frozen")) == rows + tile
+    wide = trainable._replace(dtype="float32", n=4096)  # kept are 128 MiB, in whole tiles
+    assert bench_losses.plan_bytes(wide) == 8 * tile + (128 << 20)
+
+
+def test_bare_products_are_those_of_full_logits():
+    hidden, weight = torch.randn(5, 4, requires_grad=True), torch.randn(7, 4, requires_grad=True)
+    labels = torch.zeros(5, dtype=torch.int64)
+    with FlopCounterMode(display=False) as flops:
+        out = bench_losses.CALLS[bench_losses.BOUND]()(hidden, weight, labels)
+        dhidden, dweight = torch.autograd.grad(out.sum(), (hidden, weight))
+    assert flops.get_total_flops() == 3 * 2 * 5 * 4 * 7
+    assert (dhidden.shape, dweight.shape) == (hidden.shape, weight.shape)
+    with FlopCounterMode(display=False) as flops:
+        out = bench_losses.CALLS[bench_losses.BOUND]()(hidden, weight.detach(), labels)
+        torch.autograd.grad(out.sum(), hidden)
+    assert flops.get_total_flops() == 2 * 2 * 5 * 4 * 7
 
 
 @needs_peak
@@ -128,45 +143,57 @@ def test_memory_is_measured_in_its_own_process(monkeypatch, preloaded):
 def test_losses_result_and_table(losses_record):
     assert len(losses_record["cells"]) == 2 * 2 * 2
     for cell in losses_record["cells"]:
-        assert set(cell["ms"]) == {"fastadapt", "plain"} and "memory_mb" not in cell
+        ours = {"fastadapt", "candidates", "set"}
+        assert set(cell["ms"]) == {*ours, "products", "plain"} and "memory_mb" not in cell
+        assert len(cell["to_products"]) == 3 and "plan_mb" in cell
         for times in cell["ms"].values():
             assert set(times) == {"forward", "backward", "both"}
     table = report.TABLES["losses"](losses_record)
     assert "| 6, 16, 300, float32, trainable |" in table and "not measured" in table
     cell = losses_record["cells"][0]
-    cell["memory_mb"] = {"fastadapt": 3.2, "plain": 99.6}
-    cell["memory_formula_mb"] = 4.4
-    cell["ms"]["fastadapt"]["both"], cell["ms"]["plain"]["both"] = [0, 1234.0, 0], [0, 7.0, 0]
-    row = "| 6, 16, 300, float32, trainable | 1,234 (3) | 7 (100) | (4) |"
+    cell["memory_mb"] = {"fastadapt": 3.2, "nothing kept": 2.2, "plain": 99.6}
+    cell["plan_mb"], cell["to_products"] = 4.4, [0, 1.06, 2]
+    for name, both in (("fastadapt", 1234.0), ("products", 5.0), ("plain", 7.0)):
+        cell["ms"][name]["both"] = [0, both, 0]
+    row = "| 6, 16, 300, float32, trainable | 1,234 (3) | 7 (100) | 5 | 1.06 x | (2) | (4) |"
     assert row in report.TABLES["losses"](losses_record)
 
 
-def _loss_cell(shape, dtype, head, plain, memory_mb=None, **peers_of_it):
+def _loss_cell(shape, dtype, head, to_plain, to_products, peaks=None, **peers_of_it):
+    """`peaks` are those of ours, with nothing kept, of the plan and of plain PyTorch."""
     n, h, v = shape
     cell = {"n": n, "h": h, "v": v, "dtype": dtype, "head": head}
     cell["to_fastadapt"] = {
-        name: [0, ratio, 9] for name, ratio in {"plain": plain, **peers_of_it}.items()
+        name: [0, ratio, 9] for name, ratio in {"plain": to_plain, **peers_of_it}.items()
     }
+    cell["to_products"] = [0, to_products, 9]
     cell["rms_error"] = {"fastadapt": 1e-4, "plain": 4e-4 if head == "frozen" else 1e-3}
-    return cell | ({"memory_mb": {"fastadapt": memory_mb}} if memory_mb else {})
+    if peaks:
+        own, lean, cell["plan_mb"], plain = peaks
+        cell["memory_mb"] = {"fastadapt": own, "nothing kept": lean, "plain": plain}
+    return cell
 
 
 def test_losses_limits_are_computed():
-    here, wide = limits.LOSS_SHAPE, (100, 8, 250_000)
+    (first, second), wide = limits.LOSS_SHAPES, (100, 8, 250_000)
     cells = [
-        _loss_cell(here, "bfloat16", "trainable", 1.5, memory_mb=1e6, trl=2.4),
-        _loss_cell(here, "bfloat16", "frozen", 1.6),
-        _loss_cell(here, "float32", "trainable", 0.9),
-        _loss_cell(wide, "bfloat16", "frozen", 0.1, memory_mb=4),
-        _loss_cell(wide, "float32", "frozen", 0.1, memory_mb=6),
+        _loss_cell(first, "bfloat16", "trainable", 1.7, 2.0, candidates=1.04),
+        _loss_cell(second, "bfloat16", "trainable", 1.5, 2.0, trl=2.4),
+        _loss_cell(second, "bfloat16", "frozen", 1.5, 2.0),
+        _loss_cell(second, "float32", "trainable", 0.9, 1.05),
+        _loss_cell(wide, "bfloat16", "trainable", 1.0, 1.1, (30, 4, 25, 60)),
+        _loss_cell(wide, "float32", "frozen", 1.1, 1.09, (6, 6, 6, 60)),
     ]
     found = limits.losses_limits({"cells": cells})
     figures = [x.figure and round(x.figure, 6) for x in found]
-    assert figures == [1.5, 2.4, 1.6, 0.9, None, 6.0, 0.25]
-    assert [x.met for x in found] == ["yes", "no", "no", "no", "not measured", "no", "no"]
-    assert found[5].where == "N = 100, H = 8, V = 250,000, float32, frozen head"
+    assert figures == [1.5, 1.5, 2.4, 0.9, 1.1, 1.09, 1.2, 0.5, 0.5, 1.04, None, 6.0, 0.25]
+    assert [x.met for x in found] == [
+        *("yes", "no", "no", "no", "no", "no", "no", "yes", "no"),
+        *("yes", "not measured", "no", "no"),
+    ]
+    assert found[11].where == "N = 100, H = 8, V = 250,000, float32, frozen head"
     nothing = limits.losses_limits({"cells": []})
-    assert {x.met for x in nothing} == {"not measured"}
+    assert {x.met for x in nothing} == {"not measured"} and len(nothing) == len(found)
 
 
 @pytest.fixture

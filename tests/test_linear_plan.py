@@ -43,7 +43,7 @@ def test_the_products_are_counted(name):
     plan = plan_of(hidden, weight, bias, memory_budget=budget)
     assert (plan.name, plan.products) == (name, pytest.approx(products))
     wanted = [x.requires_grad for x in (hidden, weight, bias)]
-    number, allowed = number_of(hidden, weight, bias, False), kept_bytes(N * V * 4, budget)
+    number, allowed = number_of(hidden, weight, bias, False), kept_bytes(hidden, weight, budget)
     labels = torch.zeros(N, 1, dtype=torch.int64)
     upstream = Upstream(torch.ones(N, 1).double(), -torch.ones(N).double(), None)
     problem = Problem(
@@ -64,7 +64,7 @@ def test_what_is_kept_is_what_the_operator_keeps():
         hidden, weight, bias = arguments(wants, torch.bfloat16)
         budget = budget and budget // 2
         plan = plan_of(hidden, weight, bias, memory_budget=budget)
-        number, allowed = number_of(hidden, weight, bias, False), kept_bytes(N * V * 2, budget)
+        number, allowed = number_of(hidden, weight, bias, False), kept_bytes(hidden, weight, budget)
         kept = torch.ops.fastadapt.linear_log_odds(
             hidden, weight, torch.zeros(N, 1, dtype=torch.int64), bias, 0.0, 1.0, -100, None, None,
             plan=number, kept_bytes=allowed, moments=False, apart=False, masked=False,
@@ -75,6 +75,28 @@ def test_what_is_kept_is_what_the_operator_keeps():
 def test_one_product_less_where_the_hidden_states_want_no_gradient():
     for wants, products in (((False, True, True), 3.0), ((False, False, True), 2.0)):
         assert plan_of(*arguments(wants), memory_budget=0).products == products
+
+
+@pytest.mark.parametrize(
+    ("n", "h", "v", "dtype", "kept", "products"),
+    [
+        (1024, 576, 49_152, torch.bfloat16, 1, 3),  # twice the bytes of the small head
+        (1024, 576, 49_152, torch.float32, 128 * MIB / (4 * 1024 * 49_152), None),
+        (4096, 896, 32_768, torch.float32, 0.25, None),  # 128 MiB, more than the gradient has
+        (4096, 896, 32_768, torch.bfloat16, 2 * 896 / 4096, None),
+        (512, 4096, 151_936, torch.float32, 1, None),  # but for what is held beside them
+    ],
+)
+def test_left_to_us_as_many_logits_are_kept_as_the_gradient_has_weights(
+    n, h, v, dtype, kept, products
+):
+    hidden, weight, _ = arguments((True, True, False), dtype, n, h, v, "meta")
+    plan, logits, tile = plan_of(hidden, weight), n * v * dtype.itemsize, n * 2048 * dtype.itemsize
+    beside = plan.peak_bytes - plan.kept_bytes
+    assert kept * logits - beside - tile <= plan.kept_bytes <= kept * logits
+    assert plan.products == products or plan.products == 4 - plan.kept_bytes / logits
+    if logits > 128 * MIB:
+        assert plan.peak_bytes <= logits
 
 
 @pytest.mark.parametrize(

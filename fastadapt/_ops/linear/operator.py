@@ -35,7 +35,7 @@ from fastadapt._ops.linear.tiles import Problem, RowWork
 
 MOMENTS = ("entropy", "sum_of_squares")  # outputs that the moments of the others make
 CASTS = ("hidden", "weight", "bias")  # to the type of autocast
-KEPT_BYTES = 1 << 27  # logits kept for the backward where no budget is given and all fit
+KEPT_BYTES = 1 << 27  # of logits, so many are kept for the backward of a small head
 
 _library = torch.library.Library("fastadapt", "FRAGMENT")
 PROBLEM = (
@@ -275,26 +275,24 @@ def plan_of(
         outputs (Sequence[str]): as for `linear_log_odds`, differentiable: those of `MOMENTS` take
             one more product with a frozen head.
     """
-    h, v = hidden.shape[-1], weight.shape[0]
-    n = hidden.numel() // h
+    hidden = hidden.reshape(-1, hidden.shape[-1])
+    (n, h), v = hidden.shape, weight.shape[0]
     itemsize = max(hidden.element_size(), weight.element_size())
     work = work_of(hidden)
-    forward, backward = work.scratch_bytes(n, v, itemsize)
-    wide = torch.promote_types(weight.dtype, torch.float32).itemsize
     number = number_of(hidden, weight, bias, any(name in MOMENTS for name in outputs))
-    if number == FORWARD_ONLY:
-        return LinearPlan("forward only", 1.0, 0, forward)
-    if number == FROZEN_HEAD:
-        rows = n * h * wide
+    if number != RECOMPUTE:
+        forward, _ = work.scratch_bytes(n, v, itemsize)
+        if number == FORWARD_ONLY:
+            return LinearPlan("forward only", 1.0, 0, forward)
+        rows = n * h * torch.promote_types(weight.dtype, torch.float32).itemsize
         forward += work.exps_bytes(n, v, itemsize)
         return LinearPlan("frozen head", 2.0, rows, rows + forward)
-    ids = kept_ids(n, v, itemsize, work.tile, kept_bytes(n * v * itemsize, memory_budget))
+    ids = kept_ids(n, v, itemsize, work.tile, kept_bytes(hidden, weight, memory_budget))
     kept = n * ids * itemsize
-    sums = n * h * wide if hidden.requires_grad and itemsize < wide else 0
     name = "grouped" if ids == v else "partly grouped" if ids else "recompute"
     wanted = hidden.requires_grad + weight.requires_grad  # a bias costs no product
     again = 1 - ids / v if v else 0.0
-    return LinearPlan(name, 1 + wanted + again, kept, kept + max(forward, sums + backward))
+    return LinearPlan(name, 1 + wanted + again, kept, kept + _beside(hidden, weight))
 
 
 def number_of(hidden: Tensor, weight: Tensor, bias: Tensor | None, moments: bool) -> int:
@@ -308,8 +306,26 @@ def number_of(hidden: Tensor, weight: Tensor, bias: Tensor | None, moments: bool
     return RECOMPUTE if moments else FROZEN_HEAD
 
 
-def kept_bytes(logits: int, memory_budget: int | None) -> int:
-    """Of the bytes of all logits: all or none where the budget is left to us."""
+def kept_bytes(hidden: Tensor, weight: Tensor, memory_budget: int | None) -> int:
+    """Returns how many bytes of logits are kept for the backward of a trained head.
+
+    Left to us, as many as the head's gradient has, or twice that of a small head; and of many
+    logits not the last, so that no more is held in all than full logits would take.
+    """
     if memory_budget is not None:
         return memory_budget
-    return KEPT_BYTES if logits <= KEPT_BYTES else 0
+    (n, h), v = hidden.shape, weight.shape[0]
+    itemsize = max(hidden.element_size(), weight.element_size())
+    head, logits = v * h * itemsize, n * v * itemsize
+    kept = max(head, min(2 * head, KEPT_BYTES))
+    return kept if logits <= KEPT_BYTES else min(kept, logits - _beside(hidden, weight))
+
+
+def _beside(hidden: Tensor, weight: Tensor) -> int:
+    """Returns the bytes that forward and backward hold at most beside what is kept."""
+    (n, h), v = hidden.shape, weight.shape[0]
+    itemsize = max(hidden.element_size(), weight.element_size())
+    forward, backward = work_of(hidden).scratch_bytes(n, v, itemsize)
+    wide = torch.promote_types(weight.dtype, torch.float32).itemsize
+    sums = n * h * wide if hidden.requires_grad and itemsize < wide else 0
+    return max(forward, sums + backward)

@@ -1,0 +1,75 @@
+"""The peaks of linear heads on the CPU: those that the plans tell, in a process of its own."""
+
+import subprocess
+import sys
+
+import pytest
+
+from fastadapt._ops.linear import memory
+
+MIB = 1 << 20
+# Steps of each plan: its name, what it needed, what the plan tells with the gradients that are
+# returned, what the libraries' products of a tile need for themselves, and the bytes of all logits.
+STEPS = """
+import torch
+from fastadapt import linear_log_odds, linear_mle_loss
+from fastadapt._ops.linear import memory
+from fastadapt._ops.linear.cpu import TILE
+from fastadapt.linear import plan_of
+from fastadapt.losses.linear_mle import plan_of as plan_of_loss
+
+N, H, V = 2048, 16, 16_000
+
+def step(function, plan_of, dtype, frozen, budget):
+    hidden = torch.randn(N, H).to(dtype).requires_grad_()
+    weight = torch.randn(V, H).to(dtype).requires_grad_(not frozen)
+    labels = torch.randint(V, (N,))
+    with memory.PeakMemory() as peak:
+        function(hidden, weight, labels, memory_budget=budget).sum().backward()
+    returned = sum(x.grad.nbytes for x in (hidden, weight) if x.grad is not None)
+    plan = plan_of(hidden, weight, memory_budget=budget)
+    return plan.name, peak.extra, plan.peak_bytes + returned, N * V * hidden.element_size()
+
+def of_libraries(rows, dtype):
+    shapes = ((rows, H), (TILE, H), (rows, TILE))
+    hidden, weight, tile = (torch.ones(shape, dtype=dtype) for shape in shapes)
+    extra = 0
+    for a, b in ((hidden, weight.t()), (tile, weight), (tile.t(), hidden)):
+        out = a.new_empty(a.shape[0], b.shape[1])
+        torch.mm(a, b, out=out)
+        with memory.PeakMemory() as peak:
+            torch.mm(a, b, out=out)
+        extra += peak.extra
+    return extra
+
+memory.return_freed_blocks()
+for dtype in (torch.float32, torch.bfloat16):
+    few = 8 << 20
+    for function, plan, frozen, budget, rows in (
+        (linear_mle_loss, plan_of_loss, False, few, few // (V * dtype.itemsize)),
+        (linear_mle_loss, plan_of_loss, True, few, few // (V * dtype.itemsize)),
+        (linear_log_odds, plan_of, True, None, N),
+        (linear_log_odds, plan_of, False, 0, N),
+        (linear_log_odds, plan_of, False, 24 << 20, N),
+        (linear_log_odds, plan_of, False, 1 << 30, N),
+    ):
+        step(function, plan, dtype, frozen, budget)  # libraries compile their products, to keep
+        name, *bytes_, logits = step(function, plan, dtype, frozen, budget)
+        print(name, *bytes_, of_libraries(rows, dtype), logits, sep=";")
+"""
+
+
+@pytest.mark.skipif(
+    not memory.is_measurable(), reason="this system does not tell the peak of a process"
+)
+def test_peaks_are_those_of_the_plans(tmp_path):
+    """To 3 MiB: pages counted late, and blocks of half a product."""
+    run = [sys.executable, "-P", "-c", STEPS]
+    done = subprocess.run(run, cwd=tmp_path, check=True, capture_output=True, text=True)
+    lines = [line.split(";") for line in done.stdout.splitlines()]
+    names = ["gradients in the forward"] * 2 + ["frozen head", "recompute", "partly grouped"]
+    assert [name for name, *_ in lines] == [*names, "grouped"] * 2
+    for name, *numbers in lines:
+        measured, told, of_libraries, logits = map(int, numbers)
+        assert told - 3 * MIB <= measured <= told + of_libraries + 3 * MIB, name
+        assert name == "grouped" or measured < 0.6 * logits
