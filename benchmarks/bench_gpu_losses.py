@@ -7,14 +7,16 @@ products), a random signed upstream for every token with nothing kept (four), th
 head (two), DPO, and DPO+ExMATE. The bound are so many products of the same shape, of all rows and
 the whole vocabulary at once, through cuBLAS. Times are those between two CUDA events with the L2
 cache cold, all calls in turns; peaks are those of torch's allocator over inputs and returned
-gradients, of a call after a warm-up. Where logits are kept, ours runs once more without. `pip
-install trl liger-kernel cut-cross-entropy` for those. `--device cpu` tries the script where there
-is no GPU, without peaks; nothing of that is a result.
+gradients, of a call after a warm-up. Where logits are kept, ours runs once more without, and of the
+cross entropy `linear_mle_loss` too. `pip install trl liger-kernel quack-kernels cut-cross-entropy`
+for those. `--device cpu` tries the script where there is no GPU, without peaks; nothing of that is
+a result.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 import time
 from collections.abc import Callable
@@ -27,15 +29,17 @@ from torch import Tensor
 
 from cases import LossInputs, make_loss_inputs
 from device_timing import DeviceCall, DeviceTimer
-from fastadapt import label_logps, linear_log_odds
-from fastadapt._ops.linear.operator import plan_of
+from fastadapt import label_logps, linear_log_odds, linear_mle_loss
+from fastadapt.linear import plan_of
 from harness import OF_A_DEVICE, SEED, Axis, Benchmark, Option, measure_until, settings_of
 from host import write_record
 from loss_peers import GPU_LOSS_PEERS, Logps
 from missing import MissingPeer, first_line
 from timing import clock, in_turns, milliseconds, ratios
 
-OURS, LEAN, BOUND = "fastadapt", "nothing kept", "products"
+OURS, LEAN, MEAN, BOUND = "fastadapt", "nothing kept", "linear_mle_loss", "products"
+HEADS = ((4096, 128_256), (2048, 151_936), (896, 151_936))
+SHOWN = "H = {}, V = {}, N = {}, {}".format
 BUDGET = 5 << 28  # bytes of logits, 1.25 GiB
 BETA, COEFFICIENT = 0.1, 0.05
 LEAST_ROUNDS = 5  # whatever the budget
@@ -57,23 +61,41 @@ TASKS = {
     "dpo": Task(3),
     "dpo+exmate": Task(3),
 }
+
+
+class Cell(NamedTuple):
+    """One place of the grid."""
+
+    h: int
+    v: int
+    n: int
+    task: str
+
+
+def head_of(text: str) -> tuple[int, int]:
+    """H,V."""
+    h, v = (int(part) for part in text.split(","))
+    if min(h, v) < 1:
+        raise ValueError(text)
+    return h, v
+
+
 BENCHMARK = Benchmark(
     "gpu_losses",
     __doc__,
     {
-        "batch": Axis((4096, 16_384), [4096], kind=int),
+        "heads": Axis(HEADS, [HEADS[0]], kind=head_of, metavar="H,V"),
+        "batch": Axis((4096, 512, 16_384), [4096], kind=int),
         "tasks": Axis(tuple(TASKS), ["ce", "tokens", "frozen"]),
         "peers": Axis(tuple(GPU_LOSS_PEERS), may_be_empty=True),
         "rounds": Option(30, "at most", least=2),
         "seconds": Option(8.0, "per cell, about"),
         "seed": SEED,
-        "hidden": Option(4096, metavar="H"),
-        "vocabulary": Option(128_256, metavar="V"),
-        "tokens": Option(512, "of a sequence"),
+        "tokens": Option(512, "of a sequence, or half of a smaller batch"),
         "minutes": Option(5.0, "then cells are left out"),
         **OF_A_DEVICE,
     },
-    ("triton", "trl", "liger-kernel", "cut-cross-entropy"),
+    ("triton", "trl", "liger-kernel", "quack-kernels", "cut-cross-entropy"),
 )
 
 
@@ -82,10 +104,10 @@ def main(options: argparse.Namespace, record: dict[str, Any]) -> bool:
     """Measure cells until time is over, and say whether one failed."""
     end = time.monotonic() + 60 * options.minutes
     for n in options.batch:
-        if n % (2 * options.tokens):
+        if n % (2 * tokens_of(n, options)):
             sys.exit(f"batch: expected pairs of sequences of {options.tokens} tokens, got {n}")
     record["settings"] = {
-        **settings_of(options, "rounds", "minutes", "seed", "hidden", "vocabulary"),
+        **settings_of(options, "rounds", "minutes", "seed"),
         "seconds_per_cell": options.seconds,
         "tokens_per_sequence": options.tokens,
         "budget": BUDGET,
@@ -93,27 +115,33 @@ def main(options: argparse.Namespace, record: dict[str, Any]) -> bool:
     }
     record["notes"], record["cells"] = [], []
 
-    def measure_next(cell: tuple[int, str]) -> None:
-        record["cells"].append(measure_cell(*cell, options, record["notes"]))
-        Console(stderr=True).print("N = {:,}, {}".format(*cell))
+    def measure_next(cell: Cell) -> None:
+        record["cells"].append(measure_cell(cell, options, record["notes"]))
+        Console(stderr=True).print(SHOWN(*cell))
         if options.out:
             write_record(options.out, record)
 
-    grid = [(n, task) for n in options.batch for task in options.tasks]
-    return measure_until(end, grid, measure_next, record["notes"].append, "N = {}, {}".format)
+    axes = options.heads, options.batch, options.tasks
+    grid = [Cell(*head, n, task) for head, n, task in itertools.product(*axes)]
+    return measure_until(end, grid, measure_next, record["notes"].append, SHOWN)
 
 
-def make_inputs(n: int, task: Task, options: argparse.Namespace) -> LossInputs:
+def tokens_of(n: int, options: argparse.Namespace) -> int:
+    """The tokens of a sequence; there is a pair at least."""
+    return min(options.tokens, n // 2)
+
+
+def make_inputs(cell: Cell, options: argparse.Namespace) -> LossInputs:
     """What a cell computes on; as many chosen as rejected sequences."""
     return make_loss_inputs(
-        n,
-        options.hidden,
-        options.vocabulary,
+        cell.n,
+        cell.h,
+        cell.v,
         torch.bfloat16,
-        frozen=task.frozen,
+        frozen=TASKS[cell.task].frozen,
         seed=options.seed,
         device=options.device,
-        pairs=n // options.tokens // 2,
+        pairs=cell.n // tokens_of(cell.n, options) // 2,
     )
 
 
@@ -133,24 +161,26 @@ def loss_of(name: str, logps: Tensor, inputs: LossInputs, tokens: int) -> Tensor
 
 
 def losses(
-    name: str, inputs: LossInputs, options: argparse.Namespace
+    cell: Cell, inputs: LossInputs, options: argparse.Namespace
 ) -> dict[str, Loss | MissingPeer]:
     """Ours and the others', or why there is none."""
-    task = TASKS[name]
+    task, tokens = TASKS[cell.task], tokens_of(cell.n, options)
 
     def own(budget: int) -> Loss:
         return from_logps(lambda *rows: label_logps(linear_log_odds(*rows, memory_budget=budget)))
 
     def from_logps(logps: Logps) -> Loss:
-        return lambda *rows: loss_of(name, logps(*rows), inputs, options.tokens)
+        return lambda *rows: loss_of(cell.task, logps(*rows), inputs, tokens)
 
     made: dict[str, Loss | MissingPeer] = {OURS: own(task.budget)}
     if task.budget and not task.frozen:
         made[LEAN] = own(0)
+    if cell.task == "ce":
+        made[MEAN] = linear_mle_loss
     for peer in options.peers:
         make = GPU_LOSS_PEERS[peer]
         try:
-            if name == "ce" and make.cross_entropy is not None:
+            if cell.task == "ce" and make.cross_entropy is not None:
                 made[peer] = make.cross_entropy()
             else:
                 made[peer] = from_logps(make.logps())
@@ -177,14 +207,12 @@ def products(count: int, inputs: LossInputs) -> Callable[[int], object]:
     return run
 
 
-def measure_cell(
-    n: int, name: str, options: argparse.Namespace, notes: list[str]
-) -> dict[str, Any]:
+def measure_cell(cell: Cell, options: argparse.Namespace, notes: list[str]) -> dict[str, Any]:
     """Time one cell, in milliseconds, and take the peaks."""
-    inputs, task = make_inputs(n, TASKS[name], options), TASKS[name]
+    inputs, task = make_inputs(cell, options), TASKS[cell.task]
     calls: dict[str, DeviceCall] = {}
     peaks: dict[str, float] = {}
-    for who, loss in losses(name, inputs, options).items():
+    for who, loss in losses(cell, inputs, options).items():
         if isinstance(loss, MissingPeer):
             if str(loss) not in notes:
                 notes.append(str(loss))
@@ -197,7 +225,7 @@ def measure_cell(
         except Exception as error:
             if who == OURS:
                 raise
-            notes.append(f"N = {n}, {name}, {who}, not measured: {first_line(error)}")
+            notes.append(f"{SHOWN(*cell)}, {who}, not measured: {first_line(error)}")
         else:
             calls[who] = call
     calls[BOUND] = DeviceCall(products(task.products, inputs))
@@ -211,8 +239,7 @@ def measure_cell(
     )
     plan = plan_of(inputs.hidden, inputs.weight, memory_budget=task.budget)
     return {
-        "n": n,
-        "task": name,
+        **cell._asdict(),
         "products": task.products,
         "plan": plan.name,
         "plan_mib": round(plan.peak_bytes / 2**20, 1),

@@ -4,8 +4,8 @@
 #   bash benchmarks/gpu.sh FOLDER [--commit HASH] [STAGE]...
 #
 # Stages, in this order unless some are named: smoke (the CPU's bits), key (the README's table),
-# peers, losses, profile (counters of the kernels by ncu), wide (the whole grid), tests (pytest). The
-# first two take under 4 minutes with the build. Each has a limit of its own and writes as it
+# peers, losses (of the head of the demands), profile (counters of the kernels by ncu), heads (losses
+# of narrower ones), wide (the sampler's whole grid), tests (pytest). The first two take under 4 minutes with the build. Each has a limit of its own and writes as it
 # measures, so that a run that is cut short keeps what it has; one that fails makes the exit code 1,
 # and those after it still run. FOLDER is outside of the tree, which would count as changed
 # otherwise; HASH is the commit that this tree is a copy of, for a tree without git. It needs a CUDA
@@ -23,7 +23,7 @@ if [[ ${1:-} == --commit ]]; then
   commit=$2
   shift 2
 fi
-known=" smoke key peers losses profile wide tests "
+known=" smoke key peers losses profile heads wide tests "
 for stage in "$@"; do [[ $known == *" $stage "* ]] || usage; done
 wanted=" ${*:-$known} "
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
@@ -68,12 +68,19 @@ sampling key 110 --vocab 128256 --batch 64 512 1 --rows normal3 flat --dtypes fl
 sampling peers 150 --vocab 128256 --batch 64 512 1 --rows normal3 --dtypes float32 \
   --adaptors T+k+p T+p --peers flashinfer vllm stock --modes "cold" "cold, graph" \
   --rounds 40 --seconds 0.3 --peer-seconds 1
-stage losses 150 "$python" benchmarks/bench_gpu_losses.py --minutes 1.8 --seconds 3 \
-  ${commit:+--commit "$commit"} --out "$out/gpu_losses.json"
+losses() {
+  local name=$1 limit=$2
+  shift 2
+  stage "$name" "$limit" "$python" benchmarks/bench_gpu_losses.py --seconds 3 \
+    --minutes "$(awk "BEGIN { print ($limit - 42) / 60 }")" \
+    ${commit:+--commit "$commit"} --out "$out/gpu_$name.json" --heads "$@"
+}
+losses losses 150 4096,128256
 stage profile 90 ncu --clock-control none --section SpeedOfLight --section LaunchStats \
   --section Occupancy --section SchedulerStats --section WarpStateStats --csv --page raw \
   --log-file "$out/profile.csv" --kernel-name-base function --profile-from-start off \
   "$python" benchmarks/gpu_profile.py
+losses heads 150 2048,151936 896,151936
 sampling wide 240
 stage tests 300 "$python" -m pytest -q -m gpu -n 16 -p no:cacheprovider \
   --override-ini="addopts=--import-mode=importlib --strict-markers -ra" \

@@ -9,8 +9,12 @@ from typing import Any, NamedTuple
 # N, H, V of the demands on time: of heads as small models have them; trl's and errors at the second
 LOSS_SHAPES = ((1024, 576, 49_152), (1024, 896, 32_768))
 GPU_CELL = {"vocabulary": 128_256, "rows": "normal3", "adaptor": "T+k+p", "dtype": "float32"}
-GPU_ROWS = (4096, 16_384)  # N of the demands on losses on a GPU, H = 4096, V = 128,256, bfloat16
-GPU_LOSS_PEERS = {"plain": "plain PyTorch", "trl": "trl", "liger": "Liger", "cce": "CCE"}
+GPU_ROWS = (4096, 16_384)  # N of the demands on losses on a GPU, bfloat16
+GPU_HEAD = (4096, 128_256)  # H, V of them
+GPU_LOSS_PEERS = {
+    **{"plain": "plain PyTorch", "trl": "trl", "liger": "Liger", "scaled": "Liger, scaled"},
+    **{"quack": "QuACK", "cce": "CCE"},
+}
 FAST_US = 60  # a call as short as this may cost any multiple of a softmax
 Record = dict[str, Any]
 Figures = list[tuple[float, Record]]  # of cells, each with its cell
@@ -211,7 +215,8 @@ def divergence_limits(record: Record) -> list[Limit]:
 
 def gpu_losses_limits(record: Record) -> list[Limit]:
     """The demands on `linear_log_odds` on a GPU: times of calls in turns, peaks over inputs."""
-    few, many = ({c["task"]: c for c in record["cells"] if c["n"] == n} for n in GPU_ROWS)
+    here = [c for c in record["cells"] if (c["h"], c["v"]) == GPU_HEAD]
+    few, many = ({c["task"]: c for c in here if c["n"] == n} for n in GPU_ROWS)
 
     def to_products(task: str, label: str, bound: float) -> Limit:
         times = few.get(task, {}).get("to_products", [None, None])

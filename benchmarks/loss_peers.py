@@ -88,6 +88,27 @@ def liger_mean() -> Logps:
     return lambda hidden, weight, labels: function.apply(hidden, weight, labels)[0]
 
 
+def liger_scaled() -> Logps:
+    """Liger's fused scaled cross entropy, one value a token."""
+    function = found(
+        "liger_kernel.ops.fused_linear_scaled_cross_entropy:"
+        "LigerFusedLinearScaledCrossEntropyFunction",
+        "liger-kernel with its scaled cross entropy",
+    )
+    return lambda hidden, weight, labels: -function.apply(hidden, weight, labels)
+
+
+def quack_mean() -> Logps:
+    """QuACK's chunked linear cross entropy, the pipeline of its own choice."""
+    function: Logps = found("quack.linear_cross_entropy:chunked_linear_cross_entropy", "quack")
+    return function
+
+
+def quack() -> Logps:
+    """QuACK has no value a token."""
+    raise MissingPeer("quack: only the mean and the sum of a cross entropy")
+
+
 def cce_mean() -> Logps:
     """Apple's cut-cross-entropy."""
     function: Logps = found("cut_cross_entropy:linear_cross_entropy", "cut-cross-entropy")
@@ -111,5 +132,7 @@ GPU_LOSS_PEERS = {
     "plain": LossPeer(LOSS_PEERS["plain"]),
     "trl": LossPeer(trl),
     "liger": LossPeer(liger, liger_mean),
+    "scaled": LossPeer(liger_scaled),
+    "quack": LossPeer(quack, quack_mean),
     "cce": LossPeer(cce, cce_mean),
 }

@@ -23,7 +23,7 @@ needs_peak = pytest.mark.skipif(
 )
 
 
-TINY_PAIRS = ("--batch", "16", "--hidden", "8", "--vocabulary", "50", "--tokens", "4")
+TINY_PAIRS = ("--heads", "8,50", "--batch", "16", "--tokens", "4")
 TINY = ("--shapes", "6,16,300", "2,16,50", "--rounds", 2, "--seconds", 0)
 
 
@@ -212,6 +212,7 @@ def test_gpu_losses_on_the_cpu(gpu_losses_record):
     }
     for name, cell in found.items():
         lean = {"nothing kept"} if cell["plan"] == "grouped" else set()
+        lean |= {"linear_mle_loss"} if name == "ce" else set()
         assert set(cell["ms"]) == {"fastadapt", "products", "plain"} | lean
         assert set(cell["to_fastadapt"]) == {"plain"} and cell["peak_mib"] == {}
         assert cell["products"] == bench_gpu_losses.TASKS[name].products
@@ -222,14 +223,15 @@ def test_gpu_losses_are_those_of_the_peers(task):
     """What is timed as the same task has the same gradients."""
     words = ["--device", "cpu", *TINY_PAIRS, "--peers", "plain"]
     options = bench_gpu_losses.BENCHMARK.parse(words)
-    inputs = bench_gpu_losses.make_inputs(16, bench_gpu_losses.TASKS[task], options)
+    cell = bench_gpu_losses.Cell(8, 50, 16, task)
+    inputs = bench_gpu_losses.make_inputs(cell, options)
     inputs = inputs._replace(
         hidden=inputs.hidden.detach().double().requires_grad_(),
         weight=inputs.weight.detach().double().requires_grad_(task != "frozen"),
         upstream=inputs.upstream.double(),
         reference=inputs.reference.double(),
     )
-    made = bench_gpu_losses.losses(task, inputs, options)
+    made = bench_gpu_losses.losses(cell, inputs, options)
     found = [
         bench_gpu_losses.step(loss, inputs)(0) for name, loss in made.items() if name != "plain"
     ]
@@ -255,7 +257,7 @@ def test_gpu_losses_that_fail_or_have_no_time_are_noted(monkeypatch, run_benchma
 
 def _gpu_losses_cell(n, task, ms, peaks, products=10.0):
     return {
-        **{"n": n, "task": task, "plan": "grouped", "peak_mib": peaks},
+        **{"h": 4096, "v": 128_256, "n": n, "task": task, "plan": "grouped", "peak_mib": peaks},
         "ms": {name: [0, value, 0] for name, value in (ms | {"products": products}).items()},
         "to_products": [0, ms["fastadapt"] / products, 0],
     }
@@ -280,7 +282,7 @@ def test_gpu_losses_limits_are_computed():
     found = limits.gpu_losses_limits(record)
     figures = [x.figure and round(x.figure, 6) for x in found]
     # trl: DPO without logits kept; CCE: CE without, at ten times its peak
-    assert figures == [1.1, 1.3, 0.25, None, None, 1.5, 2.0, None, None, 0.75, 0.5, None, None,
+    assert figures == [1.1, 1.3, 0.25, None, None, 1.5, 2.0, None, None, 0.75, 0.5, *[None] * 6,
                        1.5, 10.0]  # fmt: skip
     assert [x.met for x in found if x.figure] == [
         *("yes", "no", "yes", "no", "yes"), *("no", "yes"), *("yes", "no"),
@@ -295,7 +297,7 @@ def test_gpu_losses_table(gpu_losses_record, tmp_path, monkeypatch):
     table = report.TABLES["gpu_losses"](gpu_losses_record)
     for limit in limits.gpu_losses_limits(gpu_losses_record):
         assert f"| {limit.label} | {limit.shown} | {limit.demanded} | {limit.met} |" in table
-    assert "| 16, ce, grouped | " in table and " | 2.2 (1,234) | - | - | - |" in table
+    assert "| 16, 8, 50, ce, grouped | " in table and " | 2.2 (1,234) | - | - | - |" in table
     assert "\nSome GPU, driver 1.2, CUDA 13.0, up to 2 rounds" in table
     monkeypatch.setattr(report, "RESULTS", tmp_path / "none")
     block = "<!-- gpu_losses -->\n<!-- /gpu_losses -->\n"
