@@ -84,6 +84,9 @@ def calls(dtype: str, thorough: bool, ones: bool) -> Iterator[Call]:
             yield Call(f"{name}, {dtype}{size}", run)
         for name, run in {**_losses(rows), **_linear(rows), **_pairs(rows)}.items():
             yield Call(f"{name}, {dtype}{size}", run, exact=False)
+        if dtype == "float32" and v > 1:  # the product that sums reads half precision alone
+            for name, run in _products(rows.bfloat16()).items():
+                yield Call(f"{name}, bfloat16", run, exact=False)
 
 
 def _sampling(rows: Tensor, thorough: bool) -> dict[str, Callable[[], object]]:
@@ -147,6 +150,21 @@ def _linear(rows: Tensor) -> dict[str, Callable[[], object]]:
         problem = hidden, weight, some[:, None], bias, cap or 0.0, 1.0, -100, None, None
         for kept, budget in (("", 0), (", logits kept", 1 << 30)):
             found[f"trained {name}{kept}"] = partial(_train_head, problem, budget)
+    return found
+
+
+def _products(rows: Tensor) -> dict[str, Callable[[], object]]:
+    """Log-odds of a head of half precision that is trained, or needs no gradient."""
+    hidden, weight = rows.new_zeros(8, WIDTH), rows.new_zeros(HEAD, WIDTH)
+    labels = torch.zeros(8, dtype=torch.int64)
+    found: dict[str, Callable[[], object]] = {}
+    for name, bias, cap in (("head", None, None), ("capped head", rows.new_zeros(HEAD), 30.0)):
+        for outputs in ((), ("entropy",)):
+            kind = " and ".join((name, *outputs))
+            given: dict[str, Any] = {"bias": bias, "softcap": cap, "outputs": outputs}
+            found[kind] = partial(linear_log_odds, hidden, weight, labels, **given)
+        problem = hidden, weight, labels[:, None], bias, cap or 0.0, 1.0, -100, None, None
+        found[f"trained {name}, logits kept"] = partial(_train_head, problem, 1 << 30)
     return found
 
 

@@ -47,7 +47,7 @@ from gpu_calls import DTYPES, OUTPUTS, calls, draw, per_row
 from gpu_predictions import NOTES, predictions
 from gpu_static_check import ALL, differences, read_record, refuse_another, too_many
 from harness import Axis, Benchmark, Flag, Option, progress
-from machine_code import SHARED_KIB, Demand, code_of, demand_of
+from machine_code import SHARED_KIB, Demand, code_of, demand_of, loads_through_descriptors
 from no_gpu import Launch, Source, compiled, recorded
 
 COUNTED_FOR = 90  # what is specialised and launched does not depend on the target
@@ -178,12 +178,14 @@ def in_processes(
 
 
 def demand_of_work(one: Work) -> Demand:
-    """Compiles a kernel and reads its machine code, the instructions where all of it is specified.
+    """Compiles a kernel and reads its machine code.
 
-    A disassembler takes 0.8 seconds for the smallest kernel, as long as its compilation.
+    Its instructions where all of it is specified, or a unit of the GPU loads: a disassembler takes
+    0.8 seconds for the smallest kernel, as long as its compilation.
     """
     binary = compiled(one.source)
-    code = code_of(binary.asm["cubin"]) if one.exact else None
+    read = one.exact or loads_through_descriptors(binary)
+    code = code_of(binary.asm["cubin"]) if read else None
     return demand_of(binary, code, logit_bytes(one.source))
 
 

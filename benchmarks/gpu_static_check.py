@@ -8,7 +8,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-EXACT = ("registers", "stack", "local", "spills", "shared", "barriers", "fused", "fused_double")
+EXACT = (
+    *("registers", "stack", "local", "spills", "shared", "barriers", "fused", "fused_double"),
+    *("copies", "products"),
+)
 INSTRUCTIONS_WITHIN = 0.03
 # What is compared: the fields that say what a line is of, and those that must be the same.
 PARTS: dict[str, tuple[Sequence[str], Sequence[str]]] = {

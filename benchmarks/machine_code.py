@@ -85,6 +85,9 @@ class Demand(NamedTuple):
     barriers: int | None = None  # that wait for the other warps of the block
     instructions: int | None = None
     per_logit: float | None = None  # a logit, in the loop that loads most, if one does
+    # of a kernel that loads through descriptors
+    copies: int | None = None  # instructions that load so
+    products: int | None = None  # of a warp group, or of a multiprocessor, by tensor cores
 
     def complaints(self, target: int, exact: bool) -> Iterator[str]:
         """What must not be: memory of a thread's own, fused arithmetic, too much shared memory.
@@ -99,6 +102,9 @@ class Demand(NamedTuple):
         most = SHARED_KIB[target] * 1024
         if self.shared > most:
             yield f"shared {self.shared}, expected at most {most}"
+        for name in ("copies", "products"):
+            if getattr(self, name) == 0:
+                yield f"no {name} of the kind that this GPU has"
         if fused := self.fused + exact * self.fused_double:
             yield f"{fused} fused multiply-adds, expected none"
 
@@ -145,12 +151,20 @@ def demand_of(kernel: Any, code: Code | None = None, logit_bytes: int | None = N
     if code is None:
         return demand
     names = [x.name for x in code.instructions]
+    if loads_through_descriptors(kernel):
+        products = sum(name in ("HGMMA", "UTCHMMA") for name in names)
+        demand = demand._replace(copies=names.count("UTMALDG"), products=products)
     return demand._replace(
         spills=sum(name in ("LDL", "STL") for name in names),
         barriers=names.count("BAR"),
         instructions=len(names),
         per_logit=logit_bytes and _per_logit(code, logit_bytes),
     )
+
+
+def loads_through_descriptors(kernel: Any) -> bool:
+    """Whether a compiled kernel has tensors loaded by the unit for that."""
+    return "cp.async.bulk.tensor" in kernel.asm["ptx"]
 
 
 def _per_logit(code: Code, logit_bytes: int) -> float | None:

@@ -23,7 +23,7 @@ from triton.compiler import ASTSource
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from fastadapt._ops.linear import divergence
+from fastadapt._ops.linear import cuda, divergence
 from fastadapt._ops.linear import operator as linear
 from fastadapt._ops.linear.cuda import CudaWork, DoubleCudaWork
 from fastadapt._ops.linear.pairs_cuda import CudaPair, DoubleCudaPair
@@ -163,6 +163,7 @@ def recorded(target: int) -> Iterator[Calls]:
         with (
             mock.patch.object(JITFunction, "_do_compile", _do_not_compile),
             mock.patch.object(linear, "work_of", work_of),
+            mock.patch.object(cuda, "capability_of", lambda x: target),
             mock.patch.object(divergence, "work_of", pairs_of),
             AsOnCuda(calls.operators),
         ):

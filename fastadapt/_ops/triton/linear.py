@@ -52,13 +52,13 @@ class Kind(NamedTuple):
 
 
 @triton.jit
-def _without_nan(x):
+def without_nan(x):
     """Replaces NaN for a maximum; the sums still meet it."""
     return tl.where(x != x, NOTHING, x)
 
 
 @triton.jit
-def _tanh(x, DOUBLE: tl.constexpr):
+def tanh(x, DOUBLE: tl.constexpr):
     """Returns tanh to the rounding of the type, from e^-2|x|."""
     a = tl.abs(x)
     e = tl.exp(-2.0 * a)
@@ -85,7 +85,7 @@ def _load_tile(tile, ids, kind):
     unit = z * 0.0
     if kind.CAPPED:
         cap = tl.load(tile.numbers + 1).to(z.dtype)
-        unit = _tanh(z / cap, kind.DOUBLE)
+        unit = tanh(z / cap, kind.DOUBLE)
         z = unit * cap
     return tl.where(inside, z, NOTHING), unit, x
 
@@ -117,7 +117,7 @@ def tile_sum_kernel(tile, stats, shrinks, exps, kept, kept_stride, kind):
         tl.store(kept + at * kept_stride + ids, x.to(kept.dtype.element_ty), mask=inside)
     stats += at * NUM_TILE_STATS
     before, total = tl.load(stats + OTHERS_MAX), tl.load(stats + OTHERS_SUM)
-    high = tl.max(_without_nan(z), 0)
+    high = tl.max(without_nan(z), 0)
     top = tl.maximum(before, high.to(tl.float64))
     # 0 where there was nothing before, 1 where there is still nothing
     shift = tl.where(top == NOTHING, 0.0, before - tl.where(top == NOTHING, 0.0, top))

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from fastadapt import _C
-from fastadapt._ops.triton.linear import LEAST_EXPONENT, NOTHING, _load_tile, _without_nan
+from fastadapt._ops.triton.linear import LEAST_EXPONENT, NOTHING, _load_tile, without_nan
 
 NUM_PAIR_STATS = tl.constexpr(_C.NUM_PAIR_STATS)
 STUDENT_MAX = tl.constexpr(_C.STUDENT_MAX)
@@ -58,7 +58,7 @@ def _rescaled(z, top, total):
 
     Returns it, the sum rescaled to it, its factor, and by how much distances to it moved.
     """
-    high = tl.maximum(top, tl.max(_without_nan(z), 0).to(tl.float64))
+    high = tl.maximum(top, tl.max(without_nan(z), 0).to(tl.float64))
     shift = _origin(top) - _origin(high)
     shrink = tl.where(top == NOTHING, 0.0, tl.exp(shift))
     return high, tl.where(total == 0, 0.0, total * shrink), shrink, shift

@@ -1,0 +1,1 @@
+"""A head's product whose logits are summed where they are made."""
