@@ -154,18 +154,8 @@ def _linear(rows: Tensor) -> dict[str, Callable[[], object]]:
 
 
 def _products(rows: Tensor) -> dict[str, Callable[[], object]]:
-    """Log-odds of a head of half precision that is trained, or needs no gradient."""
-    hidden, weight = rows.new_zeros(8, WIDTH), rows.new_zeros(HEAD, WIDTH)
-    labels = torch.zeros(8, dtype=torch.int64)
-    found: dict[str, Callable[[], object]] = {}
-    for name, bias, cap in (("head", None, None), ("capped head", rows.new_zeros(HEAD), 30.0)):
-        for outputs in ((), ("entropy",)):
-            kind = " and ".join((name, *outputs))
-            given: dict[str, Any] = {"bias": bias, "softcap": cap, "outputs": outputs}
-            found[kind] = partial(linear_log_odds, hidden, weight, labels, **given)
-        problem = hidden, weight, labels[:, None], bias, cap or 0.0, 1.0, -100, None, None
-        found[f"trained {name}, logits kept"] = partial(_train_head, problem, 1 << 30)
-    return found
+    """Log-odds of a head that is trained, or needs no gradient."""
+    return {name: run for name, run in _linear(rows).items() if "frozen" not in name}
 
 
 def _pairs(rows: Tensor) -> dict[str, Callable[[], object]]:
