@@ -7,18 +7,22 @@ import torch
 from torch import Tensor
 
 from fastadapt._ops.checks import (
+    autocasts,
     flag,
     head_rows,
     instance,
     integer,
     listed_shape,
+    lora_fits,
+    lora_parts,
     number,
     per_row,
 )
 from fastadapt._ops.linear import operator as linear_ops
 from fastadapt._ops.linear.operator import plan_of as plan_of
-from fastadapt._ops.linear.values import Listed, is_largest
-from fastadapt._ops.linear.vocab_parallel import Slice, split_head
+from fastadapt._ops.linear.tiles import LowRank
+from fastadapt._ops.linear.values import Listed, first_places, is_largest
+from fastadapt._ops.linear.vocab_parallel import Lora, Slice, split_head
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -50,6 +54,7 @@ def linear_log_odds(
     logit_scale: float = 1.0,
     ignore_index: int = -100,
     group: "ProcessGroup | None" = None,
+    lora: tuple[Tensor, Tensor, float] | None = None,
     memory_budget: int | None = None,
     outputs: Sequence[str],
     differentiable: bool = True,
@@ -65,6 +70,7 @@ def linear_log_odds(
     logit_scale: float = 1.0,
     ignore_index: int = -100,
     group: "ProcessGroup | None" = None,
+    lora: tuple[Tensor, Tensor, float] | None = None,
     memory_budget: int | None = None,
     outputs: tuple[()] = (),
     differentiable: bool = True,
@@ -79,6 +85,7 @@ def linear_log_odds(
     logit_scale: float = 1.0,
     ignore_index: int = -100,
     group: "ProcessGroup | None" = None,
+    lora: tuple[Tensor, Tensor, float] | None = None,
     memory_budget: int | None = None,
     outputs: Sequence[str] = (),
     differentiable: bool = True,
@@ -96,20 +103,21 @@ def linear_log_odds(
     With 1M = one product of N * H * V: a head that needs gradients costs 4M, forward and backward,
     or 3M for the logits that `memory_budget` lets the forward keep; a head that needs none 2M, with
     no product in the backward, which then holds N * H numbers of float32 and not the head; without
-    gradients 1M. Ignored rows are dropped before the first product. The gradient of each block of
-    the head is finished in one product and rounded once. Rows whose upstream gradient is 0 are
-    dropped from the backward (not with a group). Beside inputs and gradients, forward and backward
-    hold 2 N H numbers of float32 at most, one tile and what `memory_budget` allows;
-    `fastadapt.linear.plan_of` tells which plan it will be and what it holds.
+    gradients 1M. Of a head that needs none but has an adapter whose B does, 3M or 2M. Ignored rows
+    are dropped before the first product. The gradient of each block of the head is finished in one
+    product and rounded once. Rows whose upstream gradient is 0 are dropped from the backward (not
+    with a group). Beside inputs and gradients, forward and backward hold 2 N H numbers of float32
+    at most, one tile and what `memory_budget` allows; `fastadapt.linear.plan_of` tells which plan
+    it will be and what it holds.
 
     On CUDA, forward and backward each wait for the device, to learn how many rows take part, so
     that neither can be captured in a CUDA graph. Products are of blocks of 1024 rows, the last
     filled up with zeros, and tiles in one order, so that the log-odds of a row do not depend on the
     other rows as far as cuBLAS computes equal shapes alike. From sm_90 on, a head of half precision
-    that is trained or needs no gradient sums the logits of up to 512 rows, and with H < 4096 of any
-    number, inside a product of our own, and writes none but those kept. Logits that `memory_budget` lets the
-    forward keep are rounded to the dtype of the inputs, after their logsumexp. The gradient of a
-    tile takes 128 MiB at most up to 65,536 rows of half precision.
+    that is trained or needs no gradient, without an adapter, sums the logits of up to 512 rows, and
+    with H < 4096 of any number, inside a product of our own, and writes none but those kept. Logits
+    that `memory_budget` lets the forward keep are rounded to the dtype of the inputs, after their
+    logsumexp. The gradient of a tile takes 128 MiB at most up to 65,536 rows of half precision.
 
     Examples:
         >>> hidden, weight = torch.ones(2, 4), torch.zeros(3, 4)
@@ -139,6 +147,12 @@ def linear_log_odds(
             the hidden states; those of weight and bias are the slice's. A weight that is a DTensor
             placed as (Shard(0),) brings the group of its mesh along, and its gradient is such a
             DTensor; so do hidden states and labels that are replicated ones.
+        lora (tuple[Tensor, Tensor, float] | None): (A, B, scale) of a LoRA adapter, A (r, H), B
+            (V, r), with a group the rows of its slice: `scale * (hidden @ A.T) @ B.T` is added to
+            the products, before the bias; the merged head is never made. Their dtypes are their
+            own, float32, bfloat16 or float16 (float64 with float64): as in peft, hidden states are
+            cast to that of A for the product with it, under autocast all to its type; from there on
+            the adapter's part is float32 (float64), and gradients are rounded once.
         memory_budget (int | None): bytes of logits to keep from the forward to the backward of a
             head that needs gradients, in whole tiles; fewer are kept if fewer are needed. None: as
             many as the head's gradient has, of a small head twice as many up to 128 MiB, and never
@@ -167,14 +181,14 @@ def linear_log_odds(
     _check_options(options, OUTPUTS)
     ignore_index = integer("ignore_index", ignore_index)
     instance("labels", labels, Tensor, "a Tensor")
-    part, rows = _rows_of_head(hidden, weight, labels, bias, group)
+    part, rows = _rows_of_head(hidden, weight, labels, bias, group, lora)
     flat = per_row("labels", part.labels, torch.int64, part.hidden.shape[:-1], rows)
     listed, stats = _listed(rows, part, flat[:, None], ignore_index, options, masked=False)
     used = flat != ignore_index
     made = {
         "log_odds": listed.set_log_odds,
         "hit": lambda: is_largest(listed.own, stats),
-        **_of_all(listed),
+        **listed.of_all(),
     }
     return _results(made, used, options, labels.shape, rows.dtype)
 
@@ -189,6 +203,7 @@ def linear_candidate_log_odds(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     group: "ProcessGroup | None" = None,
+    lora: tuple[Tensor, Tensor, float] | None = None,
     memory_budget: int | None = None,
     outputs: Sequence[str] = (),
     differentiable: bool = True,
@@ -222,6 +237,7 @@ def linear_candidate_log_odds(
         logit_scale (float): as there.
         group (torch.distributed.ProcessGroup | None): as there; `index` and `mask` are the same on
             all ranks.
+        lora (tuple[Tensor, Tensor, float] | None): as there.
         memory_budget (int | None): as there.
         outputs (Sequence[str]): of "set_log_odds" (of the candidates of a row together, nats),
             "logsumexp", "entropy" and "sum_of_squares", as there.
@@ -239,7 +255,7 @@ def linear_candidate_log_odds(
     options = _Options(softcap, logit_scale, group, memory_budget, outputs, differentiable)
     _check_options(options, CANDIDATE_OUTPUTS)
     instance("index", index, Tensor, "a Tensor")
-    part, rows = _rows_of_head(hidden, weight, index, bias, group)
+    part, rows = _rows_of_head(hidden, weight, index, bias, group, lora)
     shape = listed_shape(part.labels, part.hidden.shape[:-1])
     if shape[-1] == 0:
         raise ValueError(f"index: expected K >= 1 ids a row, got shape {tuple(shape)}")
@@ -248,26 +264,16 @@ def linear_candidate_log_odds(
     if mask is not None:
         meant = per_row("mask", mask, torch.bool, shape, rows).view(ids.shape)
     ids = torch.where(meant, torch.where(ids == _ABSENT, _NO_ID, ids), _ABSENT)
-    first = _first_places(ids)
+    first = first_places(ids)
     once = first == torch.arange(ids.shape[1], device=ids.device)
     listed, _ = _listed(rows, part, torch.where(once, ids, _ABSENT), _ABSENT, options, masked=True)
     used = meant.any(1)
     made = {
         "log_odds": lambda: torch.where(meant, listed.label_log_odds().gather(1, first), 0.0),
         "set_log_odds": listed.set_log_odds,
-        **_of_all(listed),
+        **listed.of_all(),
     }
     return _results(made, used, options, shape[:-1], rows.dtype)
-
-
-def _first_places(ids: Tensor) -> Tensor:
-    """(N, K); of each id the first place in its row at which it stands."""
-    values, order = ids.sort(dim=1, stable=True)
-    places = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-    new = torch.ones_like(ids, dtype=torch.bool)
-    new[:, 1:] = values[:, 1:] != values[:, :-1]
-    begin = torch.where(new, places, 0).cummax(1).values  # of each run of equal ids
-    return torch.empty_like(ids).scatter_(1, order, order.gather(1, begin))
 
 
 def _check_options(options: _Options, names: Sequence[str]) -> None:
@@ -294,16 +300,31 @@ def _rows_of_head(
     labels: Tensor,
     bias: Tensor | None,
     group: "ProcessGroup | None",
+    lora: Lora | None,
 ) -> tuple[Slice, Tensor]:
     """Checks the head; returns the local parts, and the hidden states (N, H)."""
     for name, given in (("hidden", hidden), ("weight", weight)):
         instance(name, given, Tensor, "a Tensor")
     if bias is not None:
         instance("bias", bias, Tensor, "a Tensor or None")
-    part = split_head(hidden, weight, labels, bias, group)
+    if lora is not None:
+        lora_parts(lora)
+    part = split_head(hidden, weight, labels, bias, group, lora)
     empty = part.group is not None  # a slice may be
     rows = head_rows(part.hidden, part.weight, part.bias, empty=empty)
+    if part.lora is not None:
+        lora_fits(rows, part.weight, *part.lora[:2])
     return part, rows
+
+
+def _low_rank(rows: Tensor, lora: Lora | None) -> LowRank | None:
+    """Returns the low-rank states (N, r) of an adapter, float32 or float64, and its B."""
+    if lora is None:
+        return None
+    a, b, scale = lora
+    states = rows if autocasts(rows.device) else rows.to(a.dtype)
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    return LowRank(torch.nn.functional.linear(states, a).to(wide) * float(scale), b)
 
 
 def _listed(
@@ -318,6 +339,7 @@ def _listed(
     """Calls the operator for labels (N, K); returns its results and statistics."""
     moments = any(name in linear_ops.MOMENTS for name in options.outputs)
     shares = moments or "logsumexp" in options.outputs  # own and others not as their difference
+    low, differentiable = _low_rank(rows, part.lora), moments and options.differentiable
     own, others, of_others, stats, _ = linear_ops.linear_log_odds(
         rows,
         part.weight,
@@ -328,22 +350,14 @@ def _listed(
         ignore_index,
         part.span,
         part.group,
-        plan=linear_ops.number_of(rows, part.weight, part.bias, moments and options.differentiable),
+        *(low or ()),
+        plan=linear_ops.number_of(rows, part.weight, part.bias, differentiable, low),
         kept_bytes=linear_ops.kept_bytes(rows, part.weight, options.memory_budget),
         moments=moments,
         apart=labels.shape[1] > 1 or (shares and options.differentiable),
         masked=masked,
     )
     return Listed(own, others, of_others), stats
-
-
-def _of_all(listed: Listed) -> dict[str, Callable[[], Tensor]]:
-    """Returns the outputs that are about all entries."""
-    return {
-        "entropy": listed.entropy,
-        "logsumexp": listed.logsumexp,
-        "sum_of_squares": listed.sum_of_squares,
-    }
 
 
 def _results(

@@ -23,6 +23,7 @@ from fastadapt._ops.linear.driver import (
     backward,
     forward,
     frozen_head_backward,
+    jacobian_rows,
 )
 from fastadapt._ops.linear.mle import Terms, sum_of_losses
 from fastadapt._ops.linear.tiles import Gains, Problem
@@ -130,6 +131,13 @@ def problem(n: int, h: int, v: int, dtype: torch.dtype, bias: bool = True, **sha
     )
 
 
+def with_adapter(given: Problem, dtype: torch.dtype, r: int = 3) -> Problem:
+    """The same with an adapter, whose logits are a few nats too."""
+    states = torch.randn(len(given.hidden), r) * 2 / r**0.5
+    weight = torch.randn(len(given.weight), r)
+    return given._replace(low_states=states.to(dtype), low_weight=weight.to(dtype))
+
+
 def exact_problem(n: int, h: int, v: int, dtype: torch.dtype) -> Problem:
     """Small multiples of a power of two: products have the same bits in whatever order they add."""
     given = problem(n, h, v, dtype)
@@ -155,22 +163,27 @@ def results(work: type, given: Problem, plan: str, upstream: Tensor) -> dict[str
     of_leaves = torch.where(given.used, Listed(*leaves, moments).set_log_odds(), 0.0)
     by = Upstream(*torch.autograd.grad(of_leaves, leaves, upstream.double()), None)
     if plan == "frozen":
-        out["dhidden"] = frozen_head_backward(work, given, by, own, stats, kept, False)
+        for name, rows in zip(("dhidden", "dlow"), jacobian_rows(kept, *given.sizes), strict=False):
+            out[name] = frozen_head_backward(work, given, by, own, stats, rows, False)
         return out
     wanted = [True, True, given.bias is not None]
     gradients = backward(work, given, by, own, stats, kept, wanted)
-    return out | dict(zip(("dhidden", "dweight", "dbias"), gradients, strict=True))
+    names = ("dhidden", "dweight", "dbias", "dlow", "dlow_weight")[: 3 if given.low is None else 5]
+    return out | dict(zip(names, gradients, strict=False))
 
 
 def truth(given: Problem, upstream: Tensor) -> dict[str, Tensor]:
     """In float64."""
-    leaves = [x.double().requires_grad_() for x in (given.hidden, given.weight, given.bias)]
+    tensors = (given.hidden, given.weight, given.bias, *(given.low or ()))
+    hidden, weight, bias, *low = leaves = [x.double().requires_grad_() for x in tensors]
+    if low:  # as further columns of states and weight
+        hidden, weight = torch.cat([hidden, low[0]], 1), torch.cat([weight, low[1]], 1)
     log_odds = reference.linear_log_odds(
-        leaves[0], leaves[1], given.labels[:, 0], leaves[2], softcap=given.softcap or None,
+        hidden, weight, given.labels[:, 0], bias, softcap=given.softcap or None,
         logit_scale=given.logit_scale,
     )  # fmt: skip
     gradients = torch.autograd.grad(log_odds, leaves, upstream.double())
-    names = ("log_odds", "dhidden", "dweight", "dbias")
+    names = ("log_odds", "dhidden", "dweight", "dbias", "dlow", "dlow_weight")[: 1 + len(leaves)]
     return dict(zip(names, (log_odds.detach(), *gradients), strict=True))
 
 
@@ -202,7 +215,12 @@ def test_errors_of_half_types_are_no_more_than_those_of_the_cpu(plan, shape, dty
 
     Gradients have that of rounded exponentials, as on the CPU; of so few entries it varies.
     """
-    given, upstream = problem(N, 32, V, dtype, **SHAPES[shape]), torch.randn(N)
+    assert_errors_are_no_more(problem(N, 32, V, dtype, **SHAPES[shape]), plan)
+
+
+def assert_errors_are_no_more(given: Problem, plan: str) -> None:
+    """Than the CPU's, in half precision."""
+    upstream = torch.randn(N)
     ours, cpu = (results(work, given, plan, upstream) for work in (Interpreted, CpuWork))
     exact = truth(given, upstream)
     torch.testing.assert_close(ours["log_odds"].double(), exact["log_odds"], rtol=1e-5, atol=2e-6)
@@ -213,16 +231,46 @@ def test_errors_of_half_types_are_no_more_than_those_of_the_cpu(plan, shape, dty
         assert error <= 1.3 * allowed, name
 
 
+@pytest.mark.parametrize(("plan", "shape", "work"), CASES)
+def test_adapters_equal_the_cpu(plan, shape, work):
+    """In float32 and float64, with a head's blocks of rows and tiles."""
+    for dtype, rtol in ((torch.float32, 1e-5), (torch.float64, 1e-12)):
+        given = with_adapter(problem(N, 12, V, dtype, **SHAPES[shape]), dtype)
+        upstream = torch.randn(N)
+        ours, wanted = (results(w, given, plan, upstream) for w in (work, CpuWork))
+        exact = truth(given, upstream)
+        assert ours.keys() == wanted.keys() and "dlow" in ours
+        for name, x in ours.items():
+            assert x.dtype == wanted[name].dtype
+            torch.testing.assert_close(x, wanted[name], rtol=rtol, atol=rtol, msg=name)
+            if dtype == torch.float64 and name in exact:
+                torch.testing.assert_close(x, exact[name], rtol=1e-11, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize("plan", KEPT)
+@pytest.mark.parametrize("lora_dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_adapters_of_half_heads(plan, lora_dtype):
+    """Nothing is rounded before a log-sum-exp, and no error is larger than the CPU's."""
+    given = problem(N, 32, V, torch.bfloat16, softcap=5.0)
+    assert_errors_are_no_more(with_adapter(given, lora_dtype, 32), plan)
+
+
+@pytest.mark.parametrize("adapter", (False, True), ids=("plain", "adapter"))
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
-def test_a_row_depends_on_no_other(dtype):
+def test_a_row_depends_on_no_other(dtype, adapter):
     """Log-odds to the last bit: alone, among others, in another block of rows, and again.
 
     Of the same logits, that is: torch's products of other rows may round otherwise.
     """
     given = exact_problem(11, 16, V, dtype)
+    if adapter:
+        states, weight = torch.randint(-8, 9, (11, 2)) / 8, torch.randint(-8, 9, (V, 2)) / 8
+        given = given._replace(low_states=states, low_weight=weight)
     whole, (*_, stats, _) = scored(Interpreted, given, FORWARD_ONLY)
     for rows in ([5], [0, 5, 10, 6, 2], list(range(10, 3, -1)), list(range(11))):
         part = given._replace(hidden=given.hidden[rows], labels=given.labels[rows])
+        if adapter:
+            part = part._replace(low_states=given.low_states[rows])
         log_odds, (*_, some, _) = scored(Interpreted, part, FORWARD_ONLY)
         assert torch.equal(log_odds, whole[rows])
         assert torch.equal(some, stats[rows])

@@ -147,6 +147,56 @@ def assert_whole(split: list[int], plan: str, shape: str, dtype: torch.dtype) ->
         assert not ours["dhidden"][nothing].any()
 
 
+def adapter(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A and B of rank 3, the same on every rank."""
+    torch.manual_seed(1)
+    a, b = torch.randn(3, H) / H**0.5, torch.randn(V, 3)
+    return a.to(dtype), b.to(dtype)
+
+
+def adapters(split: list[int]) -> None:
+    """B is split like the weight; the gradients of A and of the hidden states are whole ones."""
+    frozen, trained, whole = ("hidden",), ("hidden", "a", "b"), ("hidden", "weight", "a", "b")
+    for dtype, outputs, wanted in (
+        (torch.float64, ("logsumexp", "hit"), frozen),
+        (torch.float64, ALL_OUTPUTS, trained),
+        (torch.float64, ALL_OUTPUTS, whole),
+        (torch.float64, (), ("hidden", "a")),
+        (torch.float32, (), trained),
+        (torch.bfloat16, (), trained),  # beside a float32 adapter
+    ):
+        hidden, weight, labels, bias, upstream = head(dtype)
+        a, b = adapter(torch.promote_types(dtype, torch.float32))
+        (_, mine, _, my_bias, _), part = own((hidden, weight, labels, bias, upstream), split)
+        found = []
+        for slices in ((weight, bias, b, None), (mine, my_bias, b[part], dist.group.WORLD)):
+            tensors = {"hidden": hidden, "weight": slices[0], "a": a, "b": slices[2]}
+            leaves = {k: x.clone().requires_grad_(k in wanted) for k, x in tensors.items()}
+            given = leaves["hidden"], leaves["weight"], labels, slices[1]
+            options = {"lora": (leaves["a"], leaves["b"], 0.7), "softcap": 5.0, "outputs": outputs}
+            made = linear_log_odds(*given, **options, group=slices[3])
+            made = made if isinstance(made, tuple) else (made,)
+            gradients = torch.autograd.grad(total(made, upstream), [leaves[k] for k in wanted])
+            found.append(
+                ({str(i): x for i, x in enumerate(made)}, dict(zip(wanted, gradients, strict=True)))
+            )
+        rtol, atol = CLOSE[dtype] if dtype != torch.bfloat16 else (2**-6, 2**-7)
+        (outs, expected), (our_outs, ours) = found
+        for name, got in {**our_outs, **ours}.items():
+            whole_one = {**outs, **expected}[name]
+            if name in ("weight", "b"):
+                whole_one = whole_one[part]
+            else:
+                assert_same_everywhere(got.detach())
+            torch.testing.assert_close(got, whole_one, rtol=rtol, atol=atol)
+    a, b = adapter(torch.float32)
+    hidden, mine, labels, *_ = own(head(torch.float32), split)[0]
+    import pytest
+
+    with pytest.raises(ValueError, match=rf"lora.1.: expected shape .{len(mine)}, 3., got"):
+        linear_log_odds(hidden, mine, labels, group=dist.group.WORLD, lora=(a, b, 1.0))
+
+
 def reference_has_the_same_results(split: list[int]) -> None:
     """The reference with a group."""
     inputs = head(torch.float64)
@@ -194,6 +244,28 @@ def dtensor_heads() -> None:
     assert_raises(ValueError, "hidden: expected a DTensor placed as .Replicate", sharded, right)
     ranks = dist.new_group([dist.get_rank()], use_local_synchronization=True)
     assert_raises(ValueError, "group: expected that of the weight's mesh", hidden, right, ranks)
+
+
+def dtensor_adapters() -> None:
+    """A is replicated, B placed like the weight; their gradients too."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    mesh = init_device_mesh(torch.get_default_device().type, (dist.get_world_size(),))
+    hidden, weight, labels, _, upstream = head(torch.float64)
+    plain = [x.requires_grad_() for x in adapter(torch.float64)]
+    split = [
+        torch.nn.Parameter(distribute_tensor(x.detach(), mesh, [placement]))
+        for x, placement in zip(plain, (Replicate(), Shard(0)), strict=True)
+    ]
+    found = []
+    for matrix, (a, b) in ((weight, plain), (distribute_tensor(weight, mesh, [Shard(0)]), split)):
+        log_odds = linear_log_odds(hidden, matrix, labels, lora=(a, b, 0.7))
+        (log_odds @ upstream.double()).backward()
+        found.append(log_odds.detach())
+    torch.testing.assert_close(*found, rtol=1e-11, atol=1e-12)
+    for leaf, x in zip(split, plain, strict=True):
+        torch.testing.assert_close(leaf.grad.full_tensor(), x.grad, rtol=1e-11, atol=1e-12)
 
 
 def assert_raises(
@@ -318,13 +390,15 @@ def main(rank: int, ranks: int, store: str, device: str = "cpu") -> None:
     split = SPLITS[ranks][0]
     reference_has_the_same_results(split)
     say("reference_has_the_same_results")
+    adapters(split)
+    say("adapters")
     if device == "cpu":  # a GPU does not check labels
         arguments_are_checked(split)
         say("arguments_are_checked")
     if ranks == 2:  # for the time it takes
         compiled_without_graph_breaks(split)
         say("compiled_without_graph_breaks")
-    for alone in (dtensor_heads, fsdp_sharded_heads):
+    for alone in (dtensor_heads, dtensor_adapters, fsdp_sharded_heads):
         alone()
         say(alone.__name__)
     dist.destroy_process_group()

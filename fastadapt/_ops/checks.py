@@ -142,6 +142,45 @@ def head_rows(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, empty: boo
     return rows
 
 
+def lora_parts(lora: object) -> None:
+    """Raises unless a LoRA adapter is (A, B, scale), two tensors and a number.
+
+    Raises:
+        TypeError: it is something else.
+        ValueError: a scale that is not finite.
+    """
+    if not isinstance(lora, tuple | list) or len(lora) != 3:
+        got = f"{len(lora)} of them" if isinstance(lora, tuple | list) else type(lora).__name__
+        raise TypeError(f"lora: expected (A, B, scale) or None, got {got}")
+    for name, x in (("lora[0]", lora[0]), ("lora[1]", lora[1])):
+        instance(name, x, Tensor, "a Tensor")
+    number("lora[2]", lora[2], signed=True)
+
+
+def lora_fits(rows: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> None:
+    """Checks a LoRA adapter against hidden states (N, H) and a head (V, H).
+
+    Its dtype is one of its own: float64 beside float64, else any other.
+
+    Raises:
+        TypeError: another dtype.
+        ValueError: another shape or device.
+    """
+    (v, h), r = weight.shape, a.shape[0] if a.dim() == 2 else 0
+    if r == 0 or a.shape[1] != h:
+        raise ValueError(f"lora[0]: expected shape (r, {h}), r >= 1, got {tuple(a.shape)}")
+    if b.shape != (v, r):
+        raise ValueError(f"lora[1]: expected shape ({v}, {r}), got {tuple(b.shape)}")
+    allowed = (torch.float64,) if rows.dtype == torch.float64 else FLOATS
+    for name, x in (("lora[0]", a), ("lora[1]", b)):
+        no_tangent(name, x)
+        if x.dtype not in allowed:
+            expected = " or ".join(map(str, allowed))
+            raise TypeError(f"{name}: expected {expected} beside {rows.dtype}, got {x.dtype}")
+        if x.device != rows.device:
+            raise ValueError(f"{name}: expected device {rows.device}, got {x.device}")
+
+
 def instance(name: str, value: object, kind: Any, expected: str) -> None:
     """Raises unless a value is of a class or of one of several.
 

@@ -101,7 +101,7 @@ def register_autocast(
                 **{field: None if x is None else x.to(dtype) for field, x in tensors.items()}
             )
         with torch.autocast(device, enabled=False):
-            return getattr(torch.ops.fastadapt, name)(*given, **options)
+            return getattr(torch.ops.fastadapt, name)(*given[: len(inputs)], **options)
 
     for key in ("AutocastCPU", "AutocastCUDA"):
         library.impl(name, cast, key)

@@ -55,6 +55,7 @@ def linear_log_odds(
     logit_scale: float = 1.0,
     ignore_index: int = -100,
     group: "ProcessGroup | None" = None,
+    lora: tuple[Tensor, Tensor, float] | None = None,
     memory_budget: int | None = None,
     outputs: Sequence[str] = (),
     differentiable: bool = True,
@@ -69,7 +70,7 @@ def linear_log_odds(
         >>> reference.linear_log_odds(hidden, weight, torch.tensor([1, -100]))
         tensor([-0.6931,  0.0000])
     """
-    z = _logits(hidden, weight, bias, softcap, logit_scale, group)
+    z = _logits(hidden, weight, bias, softcap, logit_scale, group, lora)
     log_odds = label_log_odds(z, labels, ignore_index=ignore_index)
     if not outputs:
         return log_odds
@@ -90,6 +91,7 @@ def linear_candidate_log_odds(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     group: "ProcessGroup | None" = None,
+    lora: tuple[Tensor, Tensor, float] | None = None,
     memory_budget: int | None = None,
     outputs: Sequence[str] = (),
     differentiable: bool = True,
@@ -102,7 +104,7 @@ def linear_candidate_log_odds(
         >>> reference.linear_candidate_log_odds(hidden, weight, torch.tensor([[0, 2]]))
         tensor([[-0.6931, -0.6931]])
     """
-    z = _logits(hidden, weight, bias, softcap, logit_scale, group)
+    z = _logits(hidden, weight, bias, softcap, logit_scale, group, lora)
     log_odds = candidate_log_odds(z, index, mask)
     if not outputs:
         return log_odds
@@ -164,14 +166,22 @@ def _logits(
     softcap: float | None,
     logit_scale: float,
     group: "ProcessGroup | None",
+    lora: tuple[Tensor, Tensor, float] | None,
 ) -> Tensor:
     """All logits; with a group every rank gathers the whole head."""
+    if lora is not None and group is not None:
+        lora = lora[0], _gathered(lora[1], group), lora[2]
     if group is not None:
         weight = _gathered(weight, group)
         bias = None if bias is None else _gathered(bias, group)
     if weight.dtype == torch.float32 and hidden.dtype in (torch.bfloat16, torch.float16):
         hidden = hidden.float()
-    z = torch.nn.functional.linear(hidden, weight, bias) * logit_scale
+    z = torch.nn.functional.linear(hidden, weight, bias)
+    if lora is not None:  # as in peft
+        a, b, scale = lora
+        low = torch.nn.functional.linear(hidden.to(a.dtype), a)
+        z = (z + torch.nn.functional.linear(low.to(b.dtype), b) * scale).to(z.dtype)
+    z = z * logit_scale
     return z if softcap is None else softcap * (z / softcap).tanh()
 
 

@@ -17,6 +17,7 @@ class CpuWork(RowWork):
 
     tile = TILE
     rows = ROWS
+    wide_numbers = _PRODUCT_ELEMENTS
 
     def __init__(self, head: Head) -> None:
         super().__init__(head)
@@ -36,25 +37,14 @@ class CpuWork(RowWork):
     def label_products(self) -> Tensor:
         """Computes the labels' products as float32 dot products."""
         head = self.head
-        n, h = head.hidden.shape
-        index = head.label_rows
-        out = head.hidden.new_zeros(index.shape, dtype=torch.float64)
+        out = head.hidden.new_zeros(head.labels.shape, dtype=torch.float64)
         if head.weight.shape[0] == 0:
             return out
-        source, index = contiguous_rows(head.weight, index)
-        _C.dot(
-            dtype=DTYPE_CODES[source.dtype],
-            n=n,
-            h=h,
-            k=index.shape[1],
-            a=head.hidden,
-            a_stride=head.hidden.stride(0),
-            b=source,
-            b_stride=source.stride(0),
-            index=index,
-            out=out,
-            num_threads=torch.get_num_threads(),
-        )
+        _dot(head.hidden, head.weight, head.label_rows, out)
+        if head.low is not None:
+            share = torch.empty_like(out)
+            _dot(*head.low, head.label_rows, share)
+            out += share
         return out
 
     def sum_tile(self, first: int, last: int, stats: Tensor, request: TileRequest) -> None:
@@ -70,6 +60,9 @@ class CpuWork(RowWork):
         )
         if request.sums is not None:
             self.add_product(request.sums, tile, self.head.weight[first:last], self._shrinks)
+        if request.low_sums is not None and self.head.low is not None:
+            request.low_sums.mul_(self._shrinks[:, None].to(request.low_sums.dtype))
+            self.add_low_product(request.low_sums, tile, self.head.low.weight[first:last])
 
     def gradient_tile(
         self, first: int, last: int, stats: Tensor, gains: Gains, kept: Tensor | None, out: Tensor
@@ -143,13 +136,48 @@ class CpuWork(RowWork):
         }
 
     def _products(self, first: int, last: int, out: Tensor | None) -> Tensor:
-        """Returns hidden @ weight.T over a tile."""
-        n, v = self.head.hidden.shape[0], self.head.weight.shape[0]
+        """Returns hidden @ weight.T over a tile, added to an adapter's product."""
+        head = self.head
+        n, v = head.hidden.shape[0], head.weight.shape[0]
         if out is None:
             if self._buffer is None:
-                self._buffer = self.head.hidden.new_empty(n * min(self.tile, v))
+                self._buffer = head.hidden.new_empty(n * min(self.tile, v))
             out = self._buffer[: n * (last - first)].view(n, last - first)
-        return torch.mm(self.head.hidden, self.head.weight[first:last].t(), out=out)
+        weight = head.weight[first:last].t()
+        if head.low is None:
+            return torch.mm(head.hidden, weight, out=out)
+        # the smaller one first: in half precision it is rounded, and their sum once more
+        _write_product(out, head.low.states, head.low.weight[first:last].t())
+        return torch.addmm(out, head.hidden, weight, out=out)
+
+
+def _write_product(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """Computes out = a @ b; in half precision it is rounded once, by blocks of rows."""
+    if out.dtype == a.dtype:
+        torch.mm(a, b, out=out)
+        return
+    block = max(1, _PRODUCT_ELEMENTS // out.shape[1])
+    for begin in range(0, out.shape[0], block):
+        rows = slice(begin, begin + block)
+        out[rows] = a[rows] @ b
+
+
+def _dot(a: Tensor, b: Tensor, index: Tensor, out: Tensor) -> None:
+    """Computes out[r, k] = a[r] b[index[r, k]] in float64 of float32 sums."""
+    source, index = contiguous_rows(b, index)
+    _C.dot(
+        dtype=DTYPE_CODES[source.dtype],
+        n=a.shape[0],
+        h=a.shape[1],
+        k=index.shape[1],
+        a=a,
+        a_stride=a.stride(0),
+        b=source,
+        b_stride=source.stride(0),
+        index=index,
+        out=out,
+        num_threads=torch.get_num_threads(),
+    )
 
 
 def _mix(

@@ -43,6 +43,7 @@ class CudaWork(RowWork):
 
     tile = TILE
     rows = ROWS
+    wide_numbers = ROWS * TILE
 
     def __init__(self, head: Head) -> None:
         """Checks the version of torch; buffers are allocated when they are needed."""
@@ -61,6 +62,10 @@ class CudaWork(RowWork):
             [hidden.new_full((1,), number, dtype=torch.float64) for number in numbers]
         )
         self._last: Tensor | None = None  # of the blocks of rows, filled up
+        self._low_states: Tensor | None = None  # of an adapter, whose blocks are all filled up
+        if head.low is not None:
+            states, missing = head.low.states, -hidden.shape[0] % self.rows
+            self._low_states = torch.nn.functional.pad(states, (0, 0, 0, missing))
         self._exps: Tensor | None = None
         self._sums_in_products = self._may_sum_in_products()
 
@@ -68,8 +73,10 @@ class CudaWork(RowWork):
         """Whether our own product can read this head, and is predicted to be faster."""
         hidden, weight = self.head.hidden, self.head.weight
         n, h = hidden.shape
-        half = hidden.element_size() == 2 and n > 0 and weight.shape[0] > 0
-        if not half or capability_of(hidden) < HOPPER or self.head.labels.shape[1] > PRODUCT_LABELS:
+        plain = hidden.element_size() == 2 and self.head.low is None
+        if not plain or n == 0 or weight.shape[0] == 0:
+            return False
+        if capability_of(hidden) < HOPPER or self.head.labels.shape[1] > PRODUCT_LABELS:
             return False
         from fastadapt._ops.triton.product import launch
 
@@ -102,6 +109,10 @@ class CudaWork(RowWork):
         if head.weight.shape[0] > 0:
             weight, index = contiguous_rows(head.weight, head.label_rows)
             launch_linear.dot(head.hidden, weight, index, out)
+        if head.weight.shape[0] > 0 and head.low is not None:
+            share = torch.empty_like(out)
+            launch_linear.dot(*head.low, head.label_rows, share)
+            out += share
         return out
 
     def sum_tile(self, first: int, last: int, stats: Tensor, request: TileRequest) -> None:
@@ -114,7 +125,7 @@ class CudaWork(RowWork):
         weight, v = self.head.weight[first:last], self.head.weight.shape[0]
         for begin, end in self._blocks():
             part = slice(begin, end)
-            rows = self._rows(self._products(begin, end, weight), part, first)
+            rows = self._rows(self._products(begin, end, first, last), part, first)
             if request.sums is None:
                 launch_linear.sum_tile(
                     rows,
@@ -132,6 +143,10 @@ class CudaWork(RowWork):
             )
             launch_linear.mix(request.sums[part], request.sums[part], factors=shrinks)
             self.add_product(request.sums[part], exps, weight)
+            if request.low_sums is not None and self.head.low is not None:
+                sums = request.low_sums[part]
+                launch_linear.mix(sums, sums, factors=shrinks)
+                self.add_low_product(sums, exps, self.head.low.weight[first:last])
 
     def _add_sums_of_products(
         self, first: int, last: int, stats: Tensor, request: TileRequest
@@ -158,10 +173,9 @@ class CudaWork(RowWork):
             rows = self._rows(kept, everything, first, kept=True)
             launch_linear.gradient_tile(rows, stats, gains, out)
             return
-        weight = self.head.weight[first:last]
         for begin, end in self._blocks():
             part = slice(begin, end)
-            rows = self._rows(self._products(begin, end, weight), part, first)
+            rows = self._rows(self._products(begin, end, first, last), part, first)
             some = Gains(gains.abc[part], gains.moments)
             launch_linear.gradient_tile(rows, stats[part], some, out[part])
 
@@ -209,9 +223,12 @@ class CudaWork(RowWork):
         n = self.head.hidden.shape[0]
         return [(begin, min(begin + self.rows, n)) for begin in range(0, n, self.rows)]
 
-    def _products(self, begin: int, end: int, weight: Tensor) -> Tensor:
-        """Computes hidden @ weight.T for a block of rows, padded to a fixed shape."""
-        hidden = self.head.hidden[begin:end]
+    def _products(self, begin: int, end: int, first: int, last: int) -> Tensor:
+        """Computes hidden @ weight.T for a block of rows, padded to a fixed shape.
+
+        An adapter's product is added to it.
+        """
+        hidden, weight = self.head.hidden[begin:end], self.head.weight[first:last]
         if end - begin < self.rows:
             if self._last is None:
                 self._last = hidden.new_zeros(self.rows, hidden.shape[1])
@@ -221,6 +238,9 @@ class CudaWork(RowWork):
             self._block = hidden.new_empty(self.rows * weight.shape[0], dtype=self._wide)
         out = self._block[: self.rows * weight.shape[0]].view(self.rows, weight.shape[0])
         self.product(hidden, weight.t(), out)
+        if self._low_states is not None and self.head.low is not None:
+            states = self._low_states[begin : begin + self.rows]
+            torch.addmm(out, states, self.head.low.weight[first:last].t(), out=out)
         return out[: end - begin]
 
     def _rows(self, products: Tensor, part: slice, first: int, kept: bool = False) -> Any:

@@ -10,9 +10,12 @@ of q_j W_j, or of one label's log-odds, W_y - sum of q_j W_j). With 1M = one pro
 forward, and backward 3M (plan 1; 2M for the tiles whose logits were kept), or with plan 2 2M
 forward and no product backward.
 
+An adapter's product of r columns, low-rank states times a weight of their own, is added to each
+tile's. Its gradients, Jacobian rows included, are those of further columns of states and weight.
+
 With a group every rank has a slice of the vocabulary and the same rows. The statistics of the rows
 are exchanged once in the forward; the frozen head's Jacobian rows, or else the gradient of the
-hidden states, are summed over the ranks in the dtype of the sums.
+hidden states, are summed over the ranks in the dtype of the sums, and so are an adapter's.
 """
 
 from typing import NamedTuple
@@ -28,7 +31,7 @@ from fastadapt._C import (
     OTHERS_SUM,
     OTHERS_WEIGHTED,
 )
-from fastadapt._ops.linear.gradients import HeadGradients, Triple
+from fastadapt._ops.linear.gradients import HeadGradients, Quintuple, Triple
 from fastadapt._ops.linear.tiles import Gains, Head, Problem, RowWork, TileRequest
 from fastadapt._ops.linear.vocab_parallel import merge_stats, sum_over_ranks
 
@@ -42,7 +45,7 @@ class Forward(NamedTuple):
     others: Tensor  # (N,) float64, the log-sum-exp of all other logits; -inf where there are none
     moments: Tensor  # (N, 2) float64: entropy of the others' distribution, sum of its squares
     stats: Tensor  # (N, NUM_TILE_STATS) float64
-    kept: Tensor  # Jacobian rows, logits or nothing
+    kept: Tensor  # Jacobian rows (as `jacobian_rows` takes them apart), logits or nothing
 
 
 class Asked(NamedTuple):
@@ -71,10 +74,10 @@ def kept_ids(n: int, v: int, itemsize: int, tile: int, kept_bytes: int) -> int:
 
 def empty_outputs(problem: Problem, tile: int, asked: Asked) -> Forward:
     """Allocates the results."""
-    hidden, (n, h) = problem.hidden, problem.hidden.shape
+    hidden, (n, h, r) = problem.hidden, problem.sizes
     v, wide = problem.weight.shape[0], torch.promote_types(hidden.dtype, torch.float32)
     if asked.plan == FROZEN_HEAD:
-        kept = hidden.new_empty(n, h, dtype=wide)
+        kept = hidden.new_empty((n, h) if r == 0 else n * (h + r), dtype=wide)
     else:
         ids = 0
         if asked.plan == RECOMPUTE:
@@ -83,6 +86,11 @@ def empty_outputs(problem: Problem, tile: int, asked: Asked) -> Forward:
     shapes = problem.labels.shape, (n,), (n, 2), (n, NUM_TILE_STATS)
     few = [hidden.new_empty(shape, dtype=torch.float64) for shape in shapes]
     return Forward(few[0], few[1], few[2], few[3], kept)
+
+
+def jacobian_rows(kept: Tensor, n: int, h: int, r: int) -> list[Tensor]:
+    """Returns a frozen head's (N, H) rows and, where there is an adapter, its (N, r) ones."""
+    return [kept] if r == 0 else [kept[: n * h].view(n, h), kept[n * h :].view(n, r)]
 
 
 def _kept_tile(
@@ -111,12 +119,13 @@ def forward(work: type[RowWork], problem: Problem, asked: Asked) -> Forward:
         products += head.bias[head.label_rows]
     own = torch.where(head.has_label, head.mapped(products), 0.0)
     frozen = asked.plan == FROZEN_HEAD
-    sums = out.kept[:n].zero_() if frozen else None
+    rows = jacobian_rows(out.kept, *problem.sizes) if frozen else []
+    sums = [x[:n].zero_() for x in rows]
     n_kept = 0 if frozen else out.kept.shape[0] // max(1, hidden.shape[0])  # ids that are kept
     row_work.will_write(out.kept)
     for first, last in head.tiles(work.tile):
         slot = None if frozen else _kept_tile(out.kept, n, work.tile, n_kept, first, last)
-        row_work.sum_tile(first, last, stats, TileRequest(asked.moments, slot, sums))
+        row_work.sum_tile(first, last, stats, TileRequest(asked.moments, slot, *sums))
     top, found = stats[:, OTHERS_MAX], head.has_label
     if problem.group is not None:
         for x, everywhere in ((stats, out.stats), (own, out.own)):
@@ -132,18 +141,19 @@ def forward(work: type[RowWork], problem: Problem, asked: Asked) -> Forward:
     stats[:, OTHERS_SUM].masked_fill_(missing.any(1), 0.0)
     mass = stats[:, OTHERS_SUM]
     alone = mass == 0
-    if sums is not None:
+    if frozen:
         if problem.group is not None:
             mass = mass * _rescaled(stats[:, OTHERS_MAX], top)
         factor = torch.where(alone, 0.0, problem.logit_scale / mass)
-        if asked.apart:
-            sums.mul_(factor[:, None].to(sums.dtype))
-        elif weight.shape[0] > 0:
-            mine = head.has_label & ~alone[:, None]
-            gain = torch.where(mine, head.slope(own), 0.0)
-            row_work.add_rows(sums, weight, head.label_rows, gain, -factor)
-        if problem.group is not None:
-            sums.copy_(sum_over_ranks(sums, problem.group))
+        mine = head.has_label & ~alone[:, None]
+        gain = torch.where(mine, head.slope(own), 0.0)
+        for total, source in zip(sums, head.weights, strict=True):
+            if asked.apart:
+                total.mul_(factor[:, None].to(total.dtype))
+            elif weight.shape[0] > 0:
+                row_work.add_rows(total, source, head.label_rows, gain, -factor)
+            if problem.group is not None:
+                total.copy_(sum_over_ranks(total, problem.group))
     mass = stats[:, OTHERS_SUM]
     log_mass = mass.log()
     parts = [own, torch.where(alone, float("-inf"), stats[:, OTHERS_MAX] + log_mass)]
@@ -201,8 +211,8 @@ def backward(
     kept: Tensor,
     wanted: list[bool],
     totals: Triple | None = None,
-) -> Triple:
-    """Computes the gradients; each block of the head's gradient is written once.
+) -> Quintuple:
+    """Computes the gradients, and an adapter's; each block of the head's is written once.
 
     With `totals` those of weight and bias are added there, as `HeadGradients` says.
 
@@ -223,20 +233,20 @@ def backward(
     n = head.hidden.shape[0]
     n_kept = kept.shape[0] // max(1, hidden.shape[0])
     before, among = _rows_of_forward(head, used, n) if n_kept else (n, None)
-    gradients = HeadGradients(row_work, hidden, weight, problem.bias, wanted, totals)
+    gradients = HeadGradients(row_work, hidden, weight, problem.bias, wanted, totals, problem.low)
     for first, last, out in gradients.tiles(row_work.backward_tile()):
         slot = _kept_tile(kept, before, work.tile, n_kept, first, last)
         if slot is not None and among is not None:
             slot = slot.index_select(0, among)
         row_work.gradient_tile(first, last, stats, gains, slot, out)
         gradients.add(first, last, out, label_gains)
-    if wanted[0]:  # the labels' share, in float32
-        sums = gradients.sums
-        if weight.shape[0] > 0:
-            row_work.add_rows(sums, weight, head.label_rows, label_gains, None)
+    sums = [gradients.sums, gradients.low_sums][: len(head.weights)]
+    for total, source in list(zip(sums, head.weights, strict=True))[not wanted[0] :]:
+        if weight.shape[0] > 0:  # the labels' share, in float32
+            row_work.add_rows(total, source, head.label_rows, label_gains, None)
         if problem.group is not None:
-            sums.copy_(sum_over_ranks(sums, problem.group))
-    return gradients.finished()
+            total.copy_(sum_over_ranks(total, problem.group))
+    return *gradients.finished(), *gradients.dlow
 
 
 def _rows_of_forward(head: Head, used: Tensor, n: int) -> tuple[int, Tensor | None]:

@@ -5,9 +5,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fastadapt._ops.linear.tiles import RowWork
+from fastadapt._ops.linear.tiles import LowRank, RowWork
 
 Triple = tuple[Tensor, Tensor, Tensor]
+Quintuple = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # with both of an adapter
 
 
 def empty_gradients(
@@ -30,15 +31,26 @@ def empty_gradients(
     )
 
 
+def empty_low_gradients(low: LowRank | None, like: Tensor) -> LowRank:
+    """Allocates those of an adapter, that of its states 0; without one, nothing."""
+    if low is None:
+        return LowRank(like.new_empty(0, 0), like.new_empty(0, 0))
+    return LowRank(low.states.new_zeros(low.states.shape), low.weight.new_empty(low.weight.shape))
+
+
 class HeadGradients:
     """Those of hidden states, weight and bias; each block of the weight's is written once.
 
     With `totals`, float32 (float64) gradients, those of hidden states are written there, and those
     of weight and bias are added: the call's rows are a block of all that the head is given.
 
+    Where there is an adapter, its two gradients are always made: together a product of N * r * V
+    each. They are summed in float32 (float64) and rounded once.
+
     Attributes:
         sums: (n, H), that of the hidden states of the rows that take part, in float32 (float64);
             complete once all tiles are added.
+        low_sums: (n, r), the same of an adapter's states.
     """
 
     def __init__(
@@ -49,6 +61,7 @@ class HeadGradients:
         bias: Tensor | None,
         wanted: list[bool],
         totals: Triple | None = None,
+        low: LowRank | None = None,
     ) -> None:
         """Allocates them for all rows; the head of `work` has those that take part."""
         self._work, self._weight, self._wanted = work, weight, wanted
@@ -64,6 +77,8 @@ class HeadGradients:
         self.sums = self.dhidden if self._whole else hidden.new_empty(rows, h, dtype=wide)
         self.sums.zero_()
         self._ones = hidden.new_ones(1, n)
+        self.dlow = empty_low_gradients(low, hidden)
+        self.low_sums = self.sums.new_zeros(n, self.dlow.states.shape[1])
 
     def tiles(self, width: int) -> Iterator[tuple[int, int, Tensor]]:
         """Yields the first and the last id (exclusive) of each tile, and a buffer for dL/dx."""
@@ -76,8 +91,15 @@ class HeadGradients:
         """Adds dL/dx of a tile; labels' own entries, 0 there, reach weight and bias alone."""
         if self._wanted[0]:
             self._work.add_product(self.sums, out, self._weight[first:last])
-        if label_gains is not None and (self._wanted[1] or self._wanted[2]):
+        low = self._work.head.low
+        if low is not None:
+            self._work.add_low_product(self.low_sums, out, low.weight[first:last])
+        if label_gains is not None and (self._wanted[1] or self._wanted[2] or low is not None):
             self._work.set_labels(first, label_gains, out)
+        if low is not None:
+            block = low.weight.new_zeros(last - first, low.weight.shape[1])
+            self._work.add_low_product(block, out.t(), low.states)
+            self.dlow.weight[first:last] = block
         if self._wanted[1]:
             block = self.dweight[first:last]
             if self._adds:
@@ -94,4 +116,6 @@ class HeadGradients:
         """Spreads the sums over all rows, rounded once; returns the three gradients."""
         if self._wanted[0] and not self._whole:
             self._work.scatter(self.sums, None, self._work.head.places, self.dhidden)
+        if self._work.head.low is not None:
+            self._work.scatter(self.low_sums, None, self._work.head.places, self.dlow.states)
         return self.dhidden, self.dweight, self.dbias

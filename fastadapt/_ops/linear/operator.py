@@ -28,13 +28,15 @@ from fastadapt._ops.linear.driver import (
     empty_outputs,
     forward,
     frozen_head_backward,
+    jacobian_rows,
     kept_ids,
 )
-from fastadapt._ops.linear.gradients import Triple, empty_gradients
-from fastadapt._ops.linear.tiles import Problem, RowWork
+from fastadapt._ops.linear.gradients import Quintuple, empty_gradients, empty_low_gradients
+from fastadapt._ops.linear.tiles import LowRank, Problem, RowWork
 
 MOMENTS = ("entropy", "sum_of_squares")  # outputs that the moments of the others make
 CASTS = ("hidden", "weight", "bias")  # to the type of autocast
+_PLACES = (0, 1, 3, 9, 10)  # of what has gradients, in a Problem
 KEPT_BYTES = 1 << 27  # of logits, so many are kept for the backward of a small head
 
 _library = torch.library.Library("fastadapt", "FRAGMENT")
@@ -42,17 +44,18 @@ PROBLEM = (
     "Tensor hidden, Tensor weight, Tensor labels, Tensor? bias, float softcap, float logit_scale,"
     " int ignore_index, Tensor? span, str? group"
 )  # the fields of a Problem
+_LOW = "Tensor? low_states=None, Tensor? low_weight=None"  # the last ones, of an adapter
 _SHAPE = "float softcap, float logit_scale, int ignore_index, Tensor? span, str? group"
 _UPSTREAM = "Tensor down, Tensor dothers, Tensor? dmoments"  # the fields of an Upstream
 _ASKED = "int plan, int kept_bytes, bool moments, bool apart"
 _library.define(
-    f"linear_log_odds({PROBLEM}, *, {_ASKED}, bool masked)"
+    f"linear_log_odds({PROBLEM}, {_LOW}, *, {_ASKED}, bool masked)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=WAITS,
 )
 _library.define(
-    f"linear_log_odds_backward({_UPSTREAM}, Tensor own, Tensor stats, Tensor kept, {PROBLEM}, *,"
-    " bool[] wanted) -> (Tensor, Tensor, Tensor)",
+    f"linear_log_odds_backward({_UPSTREAM}, Tensor own, Tensor stats, Tensor kept, {PROBLEM},"
+    f" {_LOW}, *, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=WAITS,
 )
 _library.define(
@@ -86,8 +89,8 @@ def _forward(*inputs: Any, masked: bool, **asked: Any) -> Forward:
         return forward(work_of(problem.hidden), problem, Asked(**asked))
 
 
-def _backward(*given: Any, wanted: list[bool]) -> Triple:
-    """The gradients that are wanted."""
+def _backward(*given: Any, wanted: list[bool]) -> Quintuple:
+    """The gradients that are wanted, and those of an adapter."""
     upstream, (own, stats, kept), problem = Upstream(*given[:3]), given[3:6], Problem(*given[6:])
     with device_of(problem.hidden):
         work = work_of(problem.hidden)
@@ -95,7 +98,7 @@ def _backward(*given: Any, wanted: list[bool]) -> Triple:
 
 
 def _frozen_head_backward(*given: Any) -> Tensor:
-    """The gradient of the hidden states."""
+    """The gradient of the hidden states, or of an adapter's with its rows and weight."""
     upstream, (own, stats, rows, labels, weight) = Upstream(*given[:3]), given[3:8]
     *shape, dtype = given[8:]
     nothing = rows.new_empty(0, rows.shape[1])
@@ -118,10 +121,11 @@ def _empty_outputs(*inputs: Any, masked: bool, **asked: Any) -> Forward:
     return empty_outputs(problem, work_of(problem.hidden).tile, Asked(**asked))
 
 
-def _empty_gradients(*given: Any, wanted: list[bool]) -> Triple:
+def _empty_gradients(*given: Any, wanted: list[bool]) -> Quintuple:
     """What the backward returns."""
     problem = Problem(*given[6:])
-    return empty_gradients(problem.hidden, problem.weight, problem.bias, wanted)
+    of_head = empty_gradients(problem.hidden, problem.weight, problem.bias, wanted)
+    return *of_head, *empty_low_gradients(problem.low, problem.hidden)
 
 
 def _empty_hidden_gradient(*given: Any) -> Tensor:
@@ -143,37 +147,51 @@ def _save(
     ctx.dtype = problem.hidden.dtype
     ctx.numbers = problem.softcap, problem.logit_scale, problem.ignore_index
     ctx.group = problem.group
+    low = problem.low
+    ctx.low_dtype = None if low is None else low.states.dtype
     if ctx.asked.plan == FROZEN_HEAD:
-        weight = problem.weight if ctx.asked.apart else None
-        ctx.save_for_backward(own, stats, kept, problem.labels, weight, problem.span)
+        ctx.sizes = problem.sizes
+        weights = (problem.weight, problem.low_weight) if ctx.asked.apart else (None, None)
+        ctx.save_for_backward(own, stats, kept, problem.labels, problem.span, *weights)
     else:
-        ctx.save_for_backward(own, stats, kept, *problem[:4], problem.span)
+        ctx.save_for_backward(own, stats, kept, *problem[:4], problem.span, *(low or (None, None)))
 
 
 def _gradient(
     ctx: Any, down: Tensor | None, dothers: Tensor | None, dmoments: Tensor | None, *_: None
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of hidden, weight and bias, each only when wanted."""
-    dhidden = dweight = dbias = None
-    wanted = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
-    own, stats, kept, *inputs, span = ctx.saved_tensors
+    """Gradients of hidden, weight, bias and an adapter's two tensors, each only when wanted."""
+    gradients: list[Tensor | None] = [None] * len(Problem._fields)
+    # an adapter that is not there is not among the inputs, which the dispatcher cuts
+    places = _PLACES[: 3 if ctx.low_dtype is None else 5]
+    wanted = [ctx.needs_input_grad[i] for i in places]
+    own, stats, kept, *inputs = ctx.saved_tensors
     down = torch.zeros_like(own) if down is None else down
     dothers = torch.zeros_like(stats[:, 0]) if dothers is None else dothers
     upstream = down, dothers, dmoments
     if ctx.asked.plan == RECOMPUTE:
-        gradients = torch.ops.fastadapt.linear_log_odds_backward(
-            *upstream, own, stats, kept, *inputs, *ctx.numbers, span, ctx.group, wanted=wanted
+        *tensors, span, low_states, low_weight = inputs
+        problem = (*tensors, *ctx.numbers, span, ctx.group, low_states, low_weight)
+        made = torch.ops.fastadapt.linear_log_odds_backward(
+            *upstream, own, stats, kept, *problem, wanted=wanted[:3]
         )
-        dhidden, dweight, dbias = (g if w else None for g, w in zip(gradients, wanted, strict=True))
+        for place, gradient, is_wanted in zip(places, made, wanted, strict=False):
+            gradients[place] = gradient if is_wanted else None
     elif ctx.asked.plan == FORWARD_ONLY:
         raise RuntimeError("linear_log_odds: the plan without a backward got one")
-    elif wanted[1] or wanted[2]:
+    elif any(wanted[1:3]) or any(wanted[4:]):
         raise RuntimeError("linear_log_odds: a frozen head has no gradient")
     else:
-        dhidden = torch.ops.fastadapt.frozen_head_backward(
-            *upstream, own, stats, kept, *inputs, *ctx.numbers, span, ctx.group, ctx.dtype
-        )
-    return dhidden, dweight, None, dbias, None, None, None, None, None
+        labels, span, *weights = inputs
+        rest = (*ctx.numbers, span, ctx.group)
+        rows = jacobian_rows(kept, *ctx.sizes)
+        parts = zip((0, 9), rows, weights, (ctx.dtype, ctx.low_dtype), strict=False)
+        for place, of_rows, weight, dtype in parts:
+            if ctx.needs_input_grad[place]:
+                gradients[place] = torch.ops.fastadapt.frozen_head_backward(
+                    *upstream, own, stats, of_rows, labels, weight, *rest, dtype
+                )
+    return tuple(gradients)
 
 
 def _without_gradient(values: Tensor, log_odds: Tensor, name: str) -> Tensor:
@@ -263,6 +281,7 @@ def plan_of(
     *,
     memory_budget: int | None = None,
     outputs: Sequence[str] = (),
+    lora: tuple[Tensor, Tensor, float] | None = None,
 ) -> LinearPlan:
     """Returns the plan of `linear_log_odds` for these arguments, where gradients are wanted.
 
@@ -274,42 +293,69 @@ def plan_of(
         memory_budget (int | None): bytes.
         outputs (Sequence[str]): as for `linear_log_odds`, differentiable: those of `MOMENTS` take
             one more product with a frozen head.
+        lora (tuple[Tensor, Tensor, float] | None): (A, B, scale), as for `linear_log_odds`.
     """
     hidden = hidden.reshape(-1, hidden.shape[-1])
     (n, h), v = hidden.shape, weight.shape[0]
     itemsize = max(hidden.element_size(), weight.element_size())
     work = work_of(hidden)
-    number = number_of(hidden, weight, bias, any(name in MOMENTS for name in outputs))
+    low, r, held = None, 0, 0  # of an adapter: bytes that are held throughout
+    if lora is not None:
+        a, b, _ = lora
+        r, held = a.shape[0], _low_bytes(work, hidden, itemsize, a, b)
+        states = hidden.new_empty(0, r, requires_grad=hidden.requires_grad or a.requires_grad)
+        low = LowRank(states, b)
+    one = 1 + r / h  # its products with a column of states and weight for each of H
+    number = number_of(hidden, weight, bias, any(name in MOMENTS for name in outputs), low)
     if number != RECOMPUTE:
         forward, _ = work.scratch_bytes(n, v, itemsize)
         if number == FORWARD_ONLY:
-            return LinearPlan("forward only", 1.0, 0, forward)
-        rows = n * h * torch.promote_types(weight.dtype, torch.float32).itemsize
+            return LinearPlan("forward only", one, 0, held + forward)
+        rows = n * (h + r) * torch.promote_types(weight.dtype, torch.float32).itemsize
         forward += work.exps_bytes(n, v, itemsize)
-        return LinearPlan("frozen head", 2.0, rows, rows + forward)
+        return LinearPlan("frozen head", 2 * one, rows, held + rows + forward)
     ids = kept_ids(n, v, itemsize, work.tile, kept_bytes(hidden, weight, memory_budget))
     kept = n * ids * itemsize
     name = "grouped" if ids == v else "partly grouped" if ids else "recompute"
     wanted = hidden.requires_grad + weight.requires_grad  # a bias costs no product
     again = 1 - ids / v if v else 0.0
-    return LinearPlan(name, 1 + wanted + again, kept, kept + _beside(hidden, weight))
+    products = (1 + again) * one + wanted + 2 * r / h
+    return LinearPlan(name, products, kept, held + kept + _beside(hidden, weight, r))
 
 
-def number_of(hidden: Tensor, weight: Tensor, bias: Tensor | None, moments: bool) -> int:
+def _low_bytes(work: type[RowWork], hidden: Tensor, itemsize: int, a: Tensor, b: Tensor) -> int:
+    """The bytes that an adapter takes: states, what is made wide for it, at once or by blocks."""
+    (v, r), h, n = b.shape, a.shape[1], hidden.numel() // hidden.shape[-1]
+    wide = max(itemsize, 4)
+    states = n * r * (wide + (a.element_size() if a.element_size() < wide else 0))
+    cast = n * h * a.element_size() if a.element_size() != itemsize else 0
+    weight = v * r * wide if b.element_size() < wide else 0
+    block = min(work.wide_numbers, n * min(work.tile, v)) * wide if itemsize < wide else 0
+    return states + cast + weight + block
+
+
+def number_of(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    moments: bool,
+    low: LowRank | None = None,
+) -> int:
     """The operator's plan: what the backward will want, gradients of moments among it."""
     if not torch.is_grad_enabled():
         return FORWARD_ONLY
-    if weight.requires_grad or (bias is not None and bias.requires_grad):
+    of_head = (weight, bias, None if low is None else low.weight)
+    if any(x is not None and x.requires_grad for x in of_head):
         return RECOMPUTE
-    if not hidden.requires_grad:
-        return FORWARD_ONLY
+    if not hidden.requires_grad:  # an adapter's A alone is trained: a frozen head costs the same
+        return RECOMPUTE if low is not None and low.states.requires_grad else FORWARD_ONLY
     return RECOMPUTE if moments else FROZEN_HEAD
 
 
 def kept_bytes(hidden: Tensor, weight: Tensor, memory_budget: int | None) -> int:
     """Returns how many bytes of logits are kept for the backward of a trained head.
 
-    Left to us, as many as the head's gradient has, or twice that of a small head; and of many
+    Left to us, as many as the head's gradient has, or twice what a small head has; and of many
     logits not the last, so that no more is held in all than full logits would take.
     """
     if memory_budget is not None:
@@ -317,15 +363,18 @@ def kept_bytes(hidden: Tensor, weight: Tensor, memory_budget: int | None) -> int
     (n, h), v = hidden.shape, weight.shape[0]
     itemsize = max(hidden.element_size(), weight.element_size())
     head, logits = v * h * itemsize, n * v * itemsize
-    kept = max(head, min(2 * head, KEPT_BYTES))
+    kept = max(head if weight.requires_grad else 0, min(2 * head, KEPT_BYTES))
     return kept if logits <= KEPT_BYTES else min(kept, logits - _beside(hidden, weight))
 
 
-def _beside(hidden: Tensor, weight: Tensor) -> int:
-    """Returns the bytes that forward and backward hold at most beside what is kept."""
+def _beside(hidden: Tensor, weight: Tensor, r: int = 0) -> int:
+    """Returns the bytes that forward and backward hold at most beside what is kept.
+
+    With the sums of r columns of an adapter's states.
+    """
     (n, h), v = hidden.shape, weight.shape[0]
     itemsize = max(hidden.element_size(), weight.element_size())
     forward, backward = work_of(hidden).scratch_bytes(n, v, itemsize)
     wide = torch.promote_types(weight.dtype, torch.float32).itemsize
     sums = n * h * wide if hidden.requires_grad and itemsize < wide else 0
-    return max(forward, sums + backward)
+    return max(forward, sums + n * r * wide + backward)

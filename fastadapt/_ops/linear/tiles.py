@@ -10,6 +10,13 @@ from torch import Tensor
 ELSEWHERE = -1  # the place of a label that this head does not have
 
 
+class LowRank(NamedTuple):
+    """An adapter beside a head: the product of the two is added to that of states and weight."""
+
+    states: Tensor  # (N, r)
+    weight: Tensor  # (V, r), with a group this rank's slice of it
+
+
 class Problem(NamedTuple):
     """The arguments that the operators of a linear head share, in the order of their schemas."""
 
@@ -22,6 +29,21 @@ class Problem(NamedTuple):
     ignore_index: int
     span: Tensor | None  # with a group: the first id of the slice, and the size of the whole
     group: str | None  # its name
+    low_states: Tensor | None = None  # (N, r), of an adapter, in a dtype of their own
+    low_weight: Tensor | None = None  # (V, r), the same
+
+    @property
+    def low(self) -> LowRank | None:
+        """The adapter."""
+        if self.low_states is None or self.low_weight is None:
+            return None
+        return LowRank(self.low_states, self.low_weight)
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """N, H and r, 0 without an adapter."""
+        n, h = self.hidden.shape
+        return n, h, 0 if self.low_weight is None else self.low_weight.shape[1]
 
     @property
     def listed(self) -> Tensor:
@@ -45,6 +67,7 @@ class Head(NamedTuple):
     bias: Tensor | None  # (V,), float32 or float64
     softcap: float
     scale: float
+    low: LowRank | None = None  # of these rows, both float32 or float64, weight contiguous
 
     @classmethod
     def from_problem(cls, problem: Problem, takes: Tensor) -> "Head":
@@ -59,7 +82,13 @@ class Head(NamedTuple):
         labels = torch.where(here, labels, ELSEWHERE).contiguous()
         shape = problem.softcap, problem.logit_scale
         matrix = problem.hidden, problem.weight, problem.bias
-        return cls.of_rows(index, *matrix, *shape)._replace(labels=labels, listed=listed)
+        head = cls.of_rows(index, *matrix, *shape)
+        low = problem.low
+        if low is not None:
+            states = low.states if index is None else low.states.index_select(0, index)
+            wide = torch.promote_types(head.hidden.dtype, torch.float32)
+            low = LowRank(*(x.to(wide).contiguous() for x in (states, low.weight)))
+        return head._replace(labels=labels, listed=listed, low=low)
 
     @classmethod
     def of_rows(
@@ -78,6 +107,11 @@ class Head(NamedTuple):
             hidden = hidden.index_select(0, index)
         labels = hidden.new_empty(hidden.shape[0], 0, dtype=torch.int64)
         return cls(hidden, weight, labels, labels >= 0, index, bias, softcap, scale)
+
+    @property
+    def weights(self) -> list[Tensor]:
+        """The weight, and an adapter's."""
+        return [self.weight] if self.low is None else [self.weight, self.low.weight]
 
     @property
     def has_label(self) -> Tensor:
@@ -123,7 +157,8 @@ class TileRequest(NamedTuple):
     moments: bool  # whether the sums of e (z - OTHERS_MAX) and of e^2 are made
     kept: Tensor | None  # (n, last - first) in the dtype of hidden: the products, for the backward
     # (n, H), over ids the sums of e^(z - OTHERS_MAX) dz/dx / scale W_j: they take a second product
-    sums: Tensor | None
+    sums: Tensor | None = None
+    low_sums: Tensor | None = None  # (n, r), with `sums` where there is an adapter, of its rows
 
 
 class Gains(NamedTuple):
@@ -144,6 +179,7 @@ class RowWork(ABC):
 
     tile: int  # ids a tile
     rows: int  # fewer at once would waste products
+    wide_numbers: int  # of half precision that are made wide at once
 
     def __init__(self, head: Head) -> None:
         self.head = head
@@ -182,6 +218,16 @@ class RowWork(ABC):
     @abstractmethod
     def set_labels(self, first: int, label_gains: Tensor, out: Tensor) -> None:
         """Writes the labels' own entries of a tile's gradient."""
+
+    def add_low_product(self, sums: Tensor, a: Tensor, b: Tensor) -> None:
+        """Computes sums += a @ b; `a` is made as wide as `b` and the sums by blocks of its rows."""
+        if a.dtype == sums.dtype:
+            torch.addmm(sums, a, b, out=sums)
+            return
+        block = max(1, self.wide_numbers // max(1, a.shape[1]))
+        for begin in range(0, a.shape[0], block):
+            part = sums[begin : begin + block]
+            torch.addmm(part, a[begin : begin + block].to(sums.dtype), b, out=part)
 
     @abstractmethod
     def add_product(self, sums: Tensor, a: Tensor, b: Tensor) -> None:

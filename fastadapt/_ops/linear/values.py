@@ -5,6 +5,7 @@ and a few numbers a row. Only numbers of one sign are added, so nothing cancels;
 are all -inf has log-odds of +inf and no gradient.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -64,6 +65,14 @@ class Listed(NamedTuple):
         own = self._within().exp().square().sum(1)
         return inside.square() * own + outside.square() * self.moments[:, 1]
 
+    def of_all(self) -> dict[str, Callable[[], Tensor]]:
+        """Returns what makes the outputs that are about all entries, by their names."""
+        return {
+            "entropy": self.entropy,
+            "logsumexp": self.logsumexp,
+            "sum_of_squares": self.sum_of_squares,
+        }
+
     def _within(self) -> Tensor:
         """(N, K); log-probabilities among the listed."""
         total = _logsumexp(self.own)[:, None]
@@ -80,6 +89,16 @@ class Listed(NamedTuple):
 def is_largest(own: Tensor, stats: Tensor) -> Tensor:
     """(N,), bool; whether no other logit is larger than the first that is listed."""
     return own.detach()[:, 0] >= stats[:, OTHERS_MAX]
+
+
+def first_places(ids: Tensor) -> Tensor:
+    """(N, K); of each id the first place in its row at which it stands."""
+    values, order = ids.sort(dim=1, stable=True)
+    places = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    new = torch.ones_like(ids, dtype=torch.bool)
+    new[:, 1:] = values[:, 1:] != values[:, :-1]
+    begin = torch.where(new, places, 0).cummax(1).values  # of each run of equal ids
+    return torch.empty_like(ids).scatter_(1, order, order.gather(1, begin))
 
 
 def _finite(x: Tensor) -> Tensor:

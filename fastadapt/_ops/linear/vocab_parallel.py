@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 
+Lora = tuple[Tensor, Tensor, float]  # A (r, H), B (V, r) and the scale of their product
+
+
 class Slice(NamedTuple):
     """This rank's part of a head."""
 
@@ -26,6 +29,7 @@ class Slice(NamedTuple):
     bias: Tensor | None
     group: str | None  # its name; None: the head is whole
     span: Tensor | None  # (2,) int64: the first id of the slice, and the size of the whole
+    lora: Lora | None  # B is the slice's
 
 
 def split_head(
@@ -34,6 +38,7 @@ def split_head(
     labels: Tensor,
     bias: Tensor | None,
     group: "ProcessGroup | None",
+    lora: Lora | None = None,
 ) -> Slice:
     """Returns the local parts of the inputs and, for a split head, the position of its slice.
 
@@ -50,6 +55,10 @@ def split_head(
     )
     weight = _local("weight", weight, mesh, "Shard(0)")
     bias = None if bias is None else _local("bias", bias, mesh, "Shard(0)")
+    if lora is not None:
+        a, b, scale = lora
+        a, b = _local("lora[0]", a, mesh, "Replicate"), _local("lora[1]", b, mesh, "Shard(0)")
+        lora = a, b, scale
     if group is not None:
         _check_group(group)
     if mesh is not None:
@@ -61,10 +70,11 @@ def split_head(
             )
         group = of_mesh
     if group is None:
-        return Slice(hidden, weight, labels, bias, None, None)
+        return Slice(hidden, weight, labels, bias, None, None, lora)
     sizes = _gather(labels.new_full((1,), weight.shape[0]), group.group_name)[:, 0]
     first = sizes[: group.rank()].sum()
-    return Slice(hidden, weight, labels, bias, group.group_name, torch.stack([first, sizes.sum()]))
+    span = torch.stack([first, sizes.sum()])
+    return Slice(hidden, weight, labels, bias, group.group_name, span, lora)
 
 
 def merge_stats(
