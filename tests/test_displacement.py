@@ -68,6 +68,25 @@ def test_products_are_those_of_dense_gradients(name, tile, monkeypatch):
     assert torch.equal(found.flagged, (g * b).sum(-1) > (g * g).sum(-1))
 
 
+@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("tile", [4, 2048])
+def test_products_of_a_head_with_lora_are_those_of_its_adapter(name, tile, monkeypatch):
+    monkeypatch.setattr(module, "TILE", tile)
+    head, hidden, labels = make(name)
+    a, b = torch.randn(3, H).double(), torch.randn(V, 3).double()
+    found = displacement(hidden, labels, head._replace(lora=(a, b, 0.6)))
+    leaves = [a.requires_grad_(), b.requires_grad_()]
+    merged = head.weight + 0.6 * (b @ a)
+    rows = []
+    for s in logps_of(merged, head.bias, head, hidden, labels).sum(-1):
+        grads = torch.autograd.grad(s, leaves, retain_graph=True)
+        rows.append(torch.cat([g.flatten() for g in grads]))
+    g, r = torch.stack(rows).chunk(2)
+    torch.testing.assert_close(found.chosen, (g * g).sum(-1), rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(found.rejected, (r * r).sum(-1), rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(found.cross, (g * r).sum(-1), rtol=1e-11, atol=1e-11)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_lower_precisions_are_near(dtype):
     head, hidden, labels = make("plain")

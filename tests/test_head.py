@@ -471,6 +471,20 @@ def test_a_tensor_that_dequantises_itself():
         head_of(model)
 
 
+def test_a_tensor_that_dequantises_itself_below_lora():
+    """The frozen matrix is made of its codes, and the adapter's product is beside it."""
+    model = get_peft_model(make(), LoraConfig(r=2, target_modules=["lm_head"]))
+    layer = model.get_output_embeddings()
+    with torch.no_grad():
+        layer.lora_B["default"].weight.normal_()
+    weight = layer.base_layer.weight.detach()
+    scale = weight.abs().amax(1, keepdim=True) / 127
+    codes = Scales((weight / scale).round().to(torch.int8), scale)
+    layer.base_layer.weight = nn.Parameter(codes, requires_grad=False)
+    check(model)
+    assert head_of(model).lora is not None
+
+
 def test_a_tensor_of_tensors_is_refused():
     """As of torchao: a dtype of floats, made of codes."""
     model = make()
@@ -507,16 +521,12 @@ def test_heads_are_called_once(kind, times):
         forward_log_odds(model, inputs, labels_of(inputs))
 
 
-def test_adapters_on_the_head_are_refused():
+def test_trained_tokens_of_the_head_are_refused():
     inputs = inputs_of(make())
-    labels = labels_of(inputs)
-    for changes in (
-        {"target_modules": ["lm_head"]},
-        {"target_modules": ["q_proj"], "trainable_token_indices": {"lm_head": [1, 2]}},
-    ):
-        model = get_peft_model(make(), LoraConfig(r=2, **changes))
-        with pytest.raises(ValueError, match="a head without an adapter, got .*logits_log_odds"):
-            forward_log_odds(model, inputs, labels)
+    changes = {"target_modules": ["q_proj"], "trainable_token_indices": {"lm_head": [1, 2]}}
+    model = get_peft_model(make(), LoraConfig(r=2, **changes))
+    with pytest.raises(ValueError, match="a head without an adapter.*, got .*logits_log_odds"):
+        forward_log_odds(model, inputs, labels_of(inputs))
 
 
 SAVED = [

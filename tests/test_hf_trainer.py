@@ -398,11 +398,3 @@ def test_log_odds_of_a_forward(name):
     )
     assert (log_odds[~used] == 0).all()
     assert not model._forward_hooks and not model.get_output_embeddings()._forward_pre_hooks
-
-
-def test_an_adapter_on_the_head_is_refused():
-    model = get_peft_model(_model(), LoraConfig(r=2, target_modules=["lm_head", "q_proj"]))
-    batch = _collate(_rows(2))
-    labels = batch.pop("labels")
-    with pytest.raises(ValueError, match="a head without an adapter"):
-        forward_log_odds(model, batch, labels)

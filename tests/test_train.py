@@ -141,6 +141,25 @@ def test_adapters_alone_are_trained(train, tmp_path):
     _assert_same(folder, whole, "adapter_model.safetensors")
 
 
+@pytest.mark.filterwarnings("ignore:Model .*tie_word_embeddings:UserWarning")
+def test_adapters_of_the_head_are_trained(train, tmp_path):
+    """The second stage's reference is the adapter that the first one left on the head."""
+    flags = ["--stages", "mle,dpo", "--lora_r", 2, "--lora_target_modules", "lm_head", "q_proj"]
+    flags += ["--max_steps", 2, "--learning_rate", 1e-2]
+    whole, folder = tmp_path / "whole", tmp_path / "stopped"
+    assert train(whole, *flags) == 0
+    saved = _weights(whole, "adapter_model.safetensors")
+    trained = [value for name, value in saved.items() if "lm_head.lora_B" in name]
+    assert len(trained) == 1 and bool(trained[0].any())
+    margins = [entry["rewards/margins"] for entry in _metrics(whole) if entry["stage"] == 2]
+    assert abs(margins[0]) < 1e-5 < abs(margins[1])
+    with pytest.MonkeyPatch.context() as patch:
+        _stop_at(patch, "reference", after=0)
+        assert train(folder, *flags) == 130
+    assert train(folder, *flags, "--resume") == 0
+    _assert_same(folder, whole, "adapter_model.safetensors")
+
+
 def test_accumulated_batches_are_one(train, tmp_path):
     """Losses of token means and of pairs, over batches of different numbers of tokens."""
     curves = []

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 datasets = pytest.importorskip("datasets", reason="needs trl")
 pytest.importorskip("trl")
 
-from peft import LoraConfig  # noqa: E402
+from peft import LoraConfig, get_peft_model  # noqa: E402
 from trl import (  # noqa: E402
     DPOConfig,
     DPOTrainer,
@@ -138,6 +138,98 @@ def test_dpo_follows_trl(folder, tokenizer, tmp_path, lora, precompute):
     assert abs(logs[1][-1]["rewards/margins"]) > DECIDED
     _assert_accuracies_follow(*reversed(trainers))
     assert {"loss/dpo", "pairs/accuracies", "gradients/chosen"} <= set(logs[1][0])
+
+
+class OfLogits(RewardPenalizeTrainer):
+    """DPO from the logits of peft's own forward, and the reference with the adapters disabled."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        keep = {k: inputs[k] for k in ("input_ids", "attention_mask")}
+        mask = inputs["completion_mask"][:, 1:].bool()
+        sums = []
+        for context in (contextlib.nullcontext(), model.disable_adapter()):
+            with context:
+                logits = model(**keep).logits[:, :-1].float()
+            logps = logits.log_softmax(-1).gather(-1, keep["input_ids"][:, 1:, None])[..., 0]
+            sums.append((logps * mask).sum(-1))
+        rewards = self.beta * (sums[0] - sums[1].detach())
+        chosen, rejected = rewards.chunk(2)
+        return -torch.nn.functional.logsigmoid(chosen - rejected).mean()
+
+
+@pytest.mark.filterwarnings("ignore:Model .*tie_word_embeddings:UserWarning")
+@pytest.mark.parametrize("given", ["a config", "a model of peft", "precomputed"])
+def test_dpo_with_lora_on_the_head_follows_its_logits(folder, tokenizer, tmp_path, given):
+    """trl's own trainer refuses it. The head here is tied to the embedding."""
+    adapters = LoraConfig(**{**LORA, "target_modules": ["lm_head", "q_proj"]})
+    logs, weights = [], []
+    for kind in (OfLogits, RewardPenalizeTrainer):
+        torch.manual_seed(4)
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        if given == "a model of peft":
+            model = get_peft_model(model, adapters)
+        precompute = given == "precomputed" and kind is RewardPenalizeTrainer
+        settings = _settings(tmp_path, max_steps=3, learning_rate=2e-2)
+        trainer = kind(
+            model,
+            args=DPOConfig(**settings, precompute_ref_log_probs=precompute),
+            train_dataset=_pairs(40),
+            processing_class=tokenizer,
+            peft_config=None if given == "a model of peft" else adapters,
+            loss={"dpo": 1.0},
+        )
+        logs.append(_train(trainer))
+        named = trainer.model.named_parameters()
+        weights.append({name: x.detach().clone() for name, x in named if x.requires_grad})
+        causal = trainer.model.get_base_model()
+        assert causal.get_output_embeddings() is causal.lm_head and hasattr(
+            causal.lm_head, "base_layer"
+        )
+    assert len(logs[0]) == len(logs[1]) == 3
+    for theirs, ours in zip(*logs, strict=True):
+        for name in ("loss", "grad_norm"):
+            assert ours[name] == pytest.approx(theirs[name], rel=2e-4)
+    assert abs(logs[1][0]["rewards/margins"]) <= 1e-6
+    assert abs(logs[1][-1]["rewards/margins"]) > DECIDED
+    assert sum("lm_head.lora_" in name for name in weights[0]) == 2
+    for name, x in weights[1].items():
+        torch.testing.assert_close(x, weights[0][name], rtol=1e-3, atol=2e-4, msg=name)
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_outputs_of_a_head_with_lora(softcap):
+    """Those that trl logs, by a forward that trl gives a model after its trainers have looked."""
+    sizes = {"vocab_size": 30, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    options = {"head_dim": 8, "num_attention_heads": 4, "num_key_value_heads": 4}
+    config = transformers.Gemma2Config(**sizes, **options, final_logit_softcapping=softcap)
+    torch.manual_seed(0)
+    bare = transformers.Gemma2ForCausalLM(config)
+    model = get_peft_model(bare, LoraConfig(r=3, target_modules=["lm_head"])).eval()
+    with torch.no_grad():
+        bare.lm_head.lora_B["default"].weight.normal_()
+    tokens = torch.randint(30, (2, 9))
+    logits = model(input_ids=tokens).logits[:, :-1].float()
+    outputs = ("log_probs", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
+    trl_utils.add_fused_lm_head(bare, outputs=outputs)
+    with fused_log_probs():
+        found = model(input_ids=tokens, labels=tokens, fused_lm_head=True)
+    logps = logits.log_softmax(-1)
+    mine = logps.gather(-1, tokens[:, 1:, None])[..., 0]
+    expected = (
+        (found.log_probs, mine),
+        (found.entropy, -(logps.exp() * logps).sum(-1)),
+        (found.mean_logits, logits.mean(-1)),
+        (found.log_sum_sq_probs, (2 * logps).logsumexp(-1)),
+    )
+    for got, wanted in expected:
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+    assert torch.equal(found.is_top1.bool(), logits.argmax(-1) == tokens[:, 1:])
+    b = bare.lm_head.lora_B["default"].weight
+    gradients = [
+        torch.autograd.grad(x.sum(), b, retain_graph=True)[0]
+        for x in (found.log_probs + found.entropy, mine - (logps.exp() * logps).sum(-1))
+    ]
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])

@@ -33,11 +33,11 @@ class LogitsFreeTrainer(Trainer):
     Its loss is that of the model's own forward, the cross-entropy of the next tokens (of an
     encoder–decoder or a masked model: of the labels as they stand), with `num_items_in_batch` and
     `average_tokens_across_devices` as transformers has them; the head's rows of ignored labels are
-    not computed. A frozen head (LoRA) takes two products a step. With `torch_compile=True` the body
-    is compiled, and the head runs outside of its graphs. Before the first step the model's
-    own loss of one short text is compared with ours, so that nothing is left out without a word.
-    Predictions, as `compute_metrics` sees them, are log-odds (B, T-1), (B, T) of labels that are
-    aligned, instead of logits.
+    not computed. A frozen head (LoRA) takes two products a step, one with LoRA on it three. With
+    `torch_compile=True` the body is compiled, and the head runs outside of its graphs. Before the
+    first step the model's own loss of one short text is compared with ours, so that nothing is left
+    out without a word. Predictions, as `compute_metrics` sees them, are log-odds (B, T-1), (B, T)
+    of labels that are aligned, instead of logits.
 
     Examples:
         >>> from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments

@@ -5,7 +5,12 @@ The gradients of a head's label log-probabilities are outer products,
 
     ⟨∇l_t, ∇l_u⟩ = (d_t·d_u) (h_t·h_u),
 
-plus d_t·d_u for a bias. The first factor is added up over tiles of the vocabulary: logits (N, V)
+plus d_t·d_u for a bias. Of a head with LoRA, z = W h + s B A h, they are those of the adapter,
+which is what is trained: with u_t = s Bᵀ d_t
+
+    ⟨∇l_t, ∇l_u⟩ = (d_t·d_u) (s A h_t · s A h_u) + (u_t·u_u) (h_t·h_u).
+
+The factor d_t·d_u is added up over tiles of the vocabulary: logits (N, V)
 are never held. From the matrix of these products over the tokens of a pair follows, to first order
 in the step size, the change of log P of each response under any loss of `fastadapt.losses`.
 """
@@ -58,6 +63,8 @@ def token_products(
 ) -> list[Tensor]:
     """Returns ⟨∇l_t, ∇l_u⟩ over the tokens of each group, in the parameters of the head.
 
+    Of a head with LoRA they are those of A and B.
+
     Two products of N * H * V, as a forward pass that makes the logits twice, and of each group
     n² * V; beside them N tiles of 2048 logits and of each group n² numbers are held.
 
@@ -89,12 +96,18 @@ def _products(hidden: Tensor, labels: Tensor, head: Head, groups: list[Tensor]) 
         softcap=head.softcap,
         logit_scale=head.logit_scale,
         ignore_index=IGNORED,
+        lora=head.lora,
         outputs=("logsumexp",),
     )
     wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     found = [hidden.new_zeros(len(g), len(g), dtype=torch.float64) for g in groups]
+    none = hidden.new_empty(0, hidden.shape[1]), hidden.new_empty(head.weight.shape[0], 0), 1.0
+    a, b, scale = none if head.lora is None else head.lora
+    low = scale * torch.nn.functional.linear(hidden.to(a.dtype), a).to(wide)
+    through = torch.zeros_like(low)  # s Bᵀ d
     for first in range(0, head.weight.shape[0], TILE):
-        z = (hidden @ head.weight[first : first + TILE].t()).to(wide)
+        part = b[first : first + TILE].to(wide)
+        z = (hidden @ head.weight[first : first + TILE].t()).to(wide) + low @ part.t()
         if head.bias is not None:
             z += head.bias[first : first + TILE]
         z *= head.logit_scale
@@ -109,12 +122,16 @@ def _products(hidden: Tensor, labels: Tensor, head: Head, groups: list[Tensor]) 
         d *= head.logit_scale
         if slope is not None:
             d *= slope
+        through += scale * (d @ part)
         for group, products in zip(groups, found, strict=True):
             own = d[group]
             products += own @ own.t()
     for group, products in zip(groups, found, strict=True):
-        h = hidden[group].to(wide)
-        products *= h @ h.t() + (head.bias is not None)
+        h, of_low, u = hidden[group].to(wide), low[group], through[group]
+        if head.lora is None:
+            products *= h @ h.t() + (head.bias is not None)
+        else:
+            products.mul_(of_low @ of_low.t()).add_((u @ u.t()) * (h @ h.t()))
     return found
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
 from fastadapt._ops.checks import instance
+from fastadapt.training.lora import has_adapter, refusal_of
 from fastadapt.training.quantised import dequantiser_of, is_quantised
 
 INSTEAD = "fastadapt.training.logits_log_odds is right for any model"
@@ -29,12 +30,14 @@ class Head(NamedTuple):
         bias: (V,) or None.
         softcap: as in `linear_log_odds`.
         logit_scale: as in `linear_log_odds`.
+        lora: (A, B, scale) of an adapter in force, as in `linear_log_odds`, or None.
     """
 
     weight: Tensor
     bias: Tensor | None
     softcap: float | None
     logit_scale: float
+    lora: tuple[Tensor, Tensor, float] | None = None
 
 
 def causal_of(model: Any) -> Any:
@@ -74,12 +77,13 @@ def layer_of(model: Any) -> Any:
     """Returns the head of a model, a module with one matrix as its weight.
 
     That of an adapter that trains and saves the whole head (peft's `modules_to_save`) is its copy
-    while the adapter is active, else the original.
+    while the adapter is active, else the original. That of LoRA on the head is the adapter's layer,
+    whose weight is that below it.
 
     Raises:
-        ValueError: there is none; one with an adapter of its own, which a product with its matrix
-            alone would leave out; a quantised one that is trained, or of which nothing makes the
-            matrix.
+        ValueError: there is none; one with another adapter, or with LoRA that does more than add
+            its product (`fastadapt.training.lora.refusal_of`) or is gathered for the call alone; a
+            quantised one that is trained, or of which nothing makes the matrix.
     """
     causal = causal_of(model)
     if not hasattr(causal, "get_output_embeddings"):
@@ -87,8 +91,11 @@ def layer_of(model: Any) -> Any:
         raise ValueError(f"model: expected a language model of transformers, got {got}")
     layer = _saved(causal.get_output_embeddings())
     weight, kind = getattr(layer, "weight", None), type(layer).__name__
-    if hasattr(layer, "base_layer") or hasattr(layer, "original_module"):
-        raise HeadError(f"model: expected a head without an adapter, got {kind}; {INSTEAD}")
+    refusal = refusal_of(layer)
+    if hasattr(layer, "original_module"):
+        refusal = f"a head without an adapter, got {kind}"
+    if refusal is not None:
+        raise HeadError(f"model: expected {refusal}; {INSTEAD}")
     if not isinstance(weight, Tensor):
         raise HeadError(f"model: expected one with a linear head, got {kind}; {INSTEAD}")
     if is_quantised(weight):
@@ -102,6 +109,11 @@ def layer_of(model: Any) -> Any:
             raise HeadError(f"model: expected a quantised head that is frozen, got {got}")
     elif weight.dim() != 2 and not hasattr(weight, "ds_id"):
         raise HeadError(f"model: expected one with a linear head, got {kind}; {INSTEAD}")
+    if has_adapter(layer) and is_gathered(layer):
+        raise HeadError(
+            f"model: expected a head with LoRA that is not gathered for its own forward alone "
+            f"(fully_shard of the head, ZeRO-3), got {kind}; {INSTEAD}"
+        )
     return layer
 
 
@@ -130,7 +142,8 @@ def is_gathered(layer: Any) -> bool:
     """Whether hooks gather a head for its own forward and backward alone (FSDP2, ZeRO-3)."""
     from torch.distributed.fsdp import FSDPModule
 
-    return isinstance(layer, FSDPModule) or hasattr(layer.weight, "ds_id")
+    shards = any(isinstance(module, FSDPModule) for module in layer.modules())
+    return shards or any(hasattr(x, "ds_id") for x in (layer.weight, *layer.parameters()))
 
 
 def accepted(model: Any, **named: Any) -> dict[str, Any]:

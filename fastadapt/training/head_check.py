@@ -33,6 +33,7 @@ from fastadapt.training.head import (
     one_row,
 )
 from fastadapt.training.head_shape import fitted_shape, numbers_of, tolerance_of
+from fastadapt.training.lora import Lora, lora_of
 
 # Largest |product| of the states that are put before the head, one position each: the small ones
 # show a factor, the large ones any cap.
@@ -65,6 +66,7 @@ class _Key(NamedTuple):
     forwards: tuple[Any, ...]
     hooks: tuple[int, ...]
     weight: tuple[Any, ...]
+    lora: tuple[Any, ...]
     autocast: torch.dtype | None
     numbers: tuple[float, ...]
 
@@ -125,30 +127,36 @@ def read_head(model: Any, answer: Answer, dtype: torch.dtype | None = None) -> H
     """
     causal = causal_of(model)
     layer, width = layer_of(causal), answer.width
-    weight, bias = matrix_of(layer, dtype), getattr(layer, "bias", None)
+    weight, bias, lora = matrix_of(layer, dtype), getattr(layer, "bias", None), lora_of(layer)
     if answer.offset is not None:
         offset = attrgetter(answer.offset)(causal).flatten()
         bias = offset if bias is None else bias + offset
+    adapter = None
+    if lora is not None:
+        bias = lora.with_bias(bias, weight.dtype)
+        adapter = lora.a, lora.b if width == weight.shape[0] else lora.b[:width], lora.scale
     if width != weight.shape[0]:
         weight, bias = weight[:width], None if bias is None else bias[:width]
-    return Head(weight, bias, answer.softcap, answer.logit_scale)
+    return Head(weight, bias, answer.softcap, answer.logit_scale, adapter)
 
 
 def remembered(causal: Any, name: str, more: tuple[Any, ...], make: Callable[[], Answer]) -> Answer:
     """Returns an answer stored on the model, made again if its key has changed.
 
-    One for each head that the model has: a reference is often the original head where the policy
-    is its trained copy, turn by turn.
+    One for each head that the model has, and each adapter on it: a reference is often the original
+    head where the policy is its trained copy or has an adapter, turn by turn.
     """
     layer = layer_of(causal)
+    lora = lora_of(layer)
+    place = layer, None if lora is None else lora.name
     key = (_key(causal, layer), *more)
     records = causal.__dict__.get(name, {})
-    record = records.get(layer)
+    record = records.get(place)
     if record is None or record[0] != key:
         record = key, make()
         present = set(causal.modules())
-        kept = {head: old for head, old in records.items() if head in present}
-        object.__setattr__(causal, name, {**kept, layer: record})
+        kept = {place: old for place, old in records.items() if place[0] in present}
+        object.__setattr__(causal, name, {**kept, place: record})
     answer: Answer = record[1]
     return answer
 
@@ -165,11 +173,25 @@ def fitted(
     return fitted_shape(x[:, :width], logits, numbers_of(causal), tolerance)
 
 
-def known_states(states: Tensor, weight: Tensor) -> Tensor:
+def products_of(states: Tensor, weight: Tensor, bias: Tensor | None, lora: Lora | None) -> Tensor:
+    """Returns the products of a head and its adapter, (..., V), whole, added as peft adds them."""
+    products = whole(F.linear(beside(states, weight), weight, bias))
+    if lora is None:
+        return products
+    if isinstance(weight, DTensor) or isinstance(lora.b, DTensor):
+        raise HeadError(
+            f"model: expected a head with LoRA that is whole, got one split over ranks; {INSTEAD}"
+        )
+    low = F.linear(states.to(lora.a.dtype), lora.a)
+    return (products + F.linear(low, lora.b, lora.bias) * lora.scale).to(products.dtype)
+
+
+def known_states(states: Tensor, weight: Tensor, lora: Lora | None) -> Tensor:
     """Returns states (levels, H) that are equal on all processes."""
     generator = torch.Generator().manual_seed(0)
     directions = torch.randn(len(LEVELS), weight.shape[1], generator=generator).to(states)
-    sizes = whole(F.linear(beside(directions, weight), weight)).abs().amax(-1).double()
+    plain = None if lora is None else lora._replace(bias=None)
+    sizes = products_of(directions, weight, None, plain).abs().amax(-1).double()
     levels = sizes.new_tensor(LEVELS)
     return (directions.double() * (levels / sizes.clamp(min=1e-30))[:, None]).to(states.dtype)
 
@@ -182,18 +204,23 @@ def whole(x: Tensor) -> Tensor:
 
 def _key(causal: Any, layer: Any) -> _Key:
     """Returns the key of the present call."""
-    weight = layer.weight
+    weight, lora = layer.weight, lora_of(layer)
     device = weight.device.type
+    within = list(layer.modules())  # of an adapter's layer, those below it and its own
     hooks = (
-        *layer._forward_pre_hooks,
-        *layer._forward_hooks,
+        *(
+            hook
+            for module in within
+            for hook in (*module._forward_pre_hooks, *module._forward_hooks)
+        ),
         *causal._forward_hooks,
     )
     return _Key(
         layer,
-        (layer.__dict__.get("forward"), causal.__dict__.get("forward")),
+        (*(module.__dict__.get("forward") for module in within), causal.__dict__.get("forward")),
         hooks,
         (weight.dtype, getattr(layer, "bias", None) is None),
+        () if lora is None else (lora.scale, lora.a.dtype, lora.b.dtype, lora.bias is None),
         torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None,
         tuple(numbers_of(causal)),
     )
@@ -206,12 +233,13 @@ def _forward(model: Any, causal: Any, layer: Any, inputs: Mapping[str, Any] | No
 
     def put(states: Tensor) -> Tensor:
         weight, bias = matrix_of(layer, states.dtype), getattr(layer, "bias", None)
+        lora = lora_of(layer)
         if states.shape[-1] != weight.shape[-1] or not states.is_floating_point():
             got = f"{tuple(states.shape)} states and a matrix of {tuple(weight.shape)}"
             raise HeadError(f"model: expected a head that reads its states, got {got}")
-        known = known_states(states, weight)
+        known = known_states(states, weight, lora)
         seen.states.append(states.reshape(-1, *states.shape[-2:])[0])
-        seen.products.append(whole(F.linear(beside(known, weight), weight, bias)))
+        seen.products.append(products_of(known, weight, bias, lora))
         shape = (*states.shape[:-2], *known.shape)
         return beside(known.expand(shape), weight)
 
@@ -271,12 +299,12 @@ def _answer(causal: Any, layer: Any, seen: _Seen) -> Answer:
 
 def _offsets_of(causal: Any, layer: Any) -> dict[str, Tensor]:
     """Returns vectors of vocabulary size that a model may add to its head's products."""
-    weight, own = matrix_of(layer), getattr(layer, "bias", None)
+    weight, own = matrix_of(layer), [*layer.parameters(), *layer.buffers()]
     size = getattr(weight, "ds_shape", weight.shape)[0]
     return {
         name: x
         for name, x in (*causal.named_parameters(), *causal.named_buffers())
-        if name.endswith("bias") and x.numel() == size and x is not own
+        if name.endswith("bias") and x.numel() == size and all(x is not each for each in own)
         if x.is_floating_point() and not isinstance(x, DTensor)
     }
 

@@ -77,6 +77,7 @@ def head_log_odds(head: Head, states: Tensor, labels: Tensor) -> Tensor:
         head.bias,
         softcap=head.softcap,
         logit_scale=head.logit_scale,
+        lora=head.lora,
     )
 
 
@@ -199,6 +200,7 @@ def forward_log_odds(model: Any, inputs: Mapping[str, Any], labels: Tensor) -> T
             is, or within DDP, FSDP2 (`fully_shard`), ZeRO-3, torch.compile or peft. A compiled
             one's head runs outside of its graphs, what its forward calls beside it inside. A head
             split over ranks by vocabulary, a `DTensor` placed as (Shard(0),), is met in its parts.
+            LoRA on the head counts as it is in force in this call.
         inputs: keyword arguments of its forward, no labels among them.
         labels (Tensor): (B, T), int64, at each position the token to score there (of a decoder
             without an encoder the next one), or -100, `training.pairs.IGNORED`.
@@ -208,7 +210,8 @@ def forward_log_odds(model: Any, inputs: Mapping[str, Any], labels: Tensor) -> T
 
     Raises:
         ValueError: as `fastadapt.training.head_check.head_of`, among which a model that makes
-            something else of its head's products, or a quantised head that offers no matrix;
+            something else of its head's products, a quantised head that offers no matrix, or an
+            adapter on the head that does more than add its product;
             positions that are not those of `labels`; labels among the inputs.
         TypeError: inputs that are no mapping, labels that are no tensor, a model that is no module.
     """

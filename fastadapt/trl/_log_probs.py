@@ -24,7 +24,8 @@ from fastadapt.training.head import (
     matrix_of,
     scoring,
 )
-from fastadapt.training.head_check import Answer, fitted, known_states, remembered
+from fastadapt.training.head_check import Answer, fitted, known_states, products_of, remembered
+from fastadapt.training.lora import Lora, lora_of
 from fastadapt.training.quantised import is_quantised
 
 # What the forward of trl 1.16 passes, in this order.
@@ -94,12 +95,13 @@ def score(
     missing = sorted(set(outputs) - _NAMES)
     if missing:
         raise ValueError(f"outputs: expected some of {sorted(_NAMES)}, got {missing}")
-    caller, layer, width = _forward_of_trl(), None, None
+    caller, layer, width, lora = _forward_of_trl(), None, None, None
     if caller is not None:
         layer = layer_of(causal_of(caller["self"]))
         if is_quantised(weight):
             weight = matrix_of(layer, hidden.dtype)
-        answer = _ask(caller, weight, bias)
+        lora = lora_of(layer)
+        answer = _ask(caller, weight, bias, lora)
         softcap, logit_scale, width = answer.softcap, answer.logit_scale, answer.width
     # a temperature divides the capped logits: both the cap and what is below it shrink
     scale = logit_scale / temperature
@@ -107,8 +109,14 @@ def score(
     names = [name for name in outputs if name in _OURS]
     gathered = layer is not None and is_gathered(layer)
     made: dict[str, Tensor] = {}  # outputs beside the log-odds
+    # whether the entropy's gradient costs no product more
+    trained = weight.requires_grad or (lora is not None and lora.b.requires_grad)
 
     def scored(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        adapter = None
+        if lora is not None:
+            bias = lora.with_bias(bias, weight.dtype)
+            adapter = lora.a, lora.b[:width], lora.scale
         if width is not None and width != weight.shape[0]:
             weight, bias = weight[:width], None if bias is None else bias[:width]
         if not torch.is_autocast_enabled(hidden.device.type):
@@ -121,13 +129,14 @@ def score(
             bias,
             softcap=cap,
             logit_scale=scale,
+            lora=adapter,
             outputs=["hit", *(_OURS[name] for name in names)],
-            differentiable=weight.requires_grad and not gathered,
+            differentiable=trained and not gathered,
         )
         made.update(zip(names, found[1:], strict=True))
         if "mean_logits" in outputs:
             with torch.no_grad():
-                made["mean_logits"] = _mean_logits(hidden, weight, bias, cap, scale)
+                made["mean_logits"] = _mean_logits(hidden, weight, bias, cap, scale, adapter)
         return log_odds
 
     # the weight that trl gathered is gone before the backward, or its gradient is no mean of ranks
@@ -175,7 +184,9 @@ def _forward_of_trl() -> Mapping[str, Any] | None:
     return {"args": (), "original_forward": original, **found}
 
 
-def _ask(caller: Mapping[str, Any], weight: Tensor, bias: Tensor | None) -> Answer:
+def _ask(
+    caller: Mapping[str, Any], weight: Tensor, bias: Tensor | None, lora: Lora | None
+) -> Answer:
     """Finds what the model does to the products of its head with the states of its body.
 
     trl scores those states by what it reads in the configuration. The model's own forward says what
@@ -186,18 +197,24 @@ def _ask(caller: Mapping[str, Any], weight: Tensor, bias: Tensor | None) -> Answ
         ValueError: a head that is no matrix, or logits that are no products of it.
     """
     causal = causal_of(caller["self"])
-    return remembered(causal, _RECORD, (), lambda: _look(causal, caller, weight, bias))
+    return remembered(causal, _RECORD, (), lambda: _look(causal, caller, weight, bias, lora))
 
 
 @torch.no_grad()
-def _look(causal: Any, caller: Mapping[str, Any], weight: Tensor, bias: Tensor | None) -> Answer:
+def _look(
+    causal: Any,
+    caller: Mapping[str, Any],
+    weight: Tensor,
+    bias: Tensor | None,
+    lora: Lora | None,
+) -> Answer:
     """Finds the same by running the model's forward."""
     body, given = causal.base_model, copy.copy(caller["backbone_outputs"])
     states = given.last_hidden_state
     if not torch.is_autocast_enabled(states.device.type):
         states = states.to(weight.dtype)
-    known = known_states(states, weight)
-    products = F.linear(known, weight, bias)
+    known = known_states(states, weight, lora)
+    products = products_of(known, weight, bias, lora)
     given.last_hidden_state = known.expand(*states.shape[:-2], *known.shape)
     with (
         evaluating(causal),
@@ -232,16 +249,25 @@ def _returning(module: torch.nn.Module, output: Any) -> Iterator[None]:
 
 
 def _mean_logits(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, scale: float
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    scale: float,
+    adapter: tuple[Tensor, Tensor, float] | None,
 ) -> Tensor:
     """Returns the mean over the vocabulary, (N,) float32; a product unless logits are capped."""
+    none = hidden.new_empty(0, hidden.shape[1]), weight.new_empty(weight.shape[0], 0), 1.0
+    a, b, factor = none if adapter is None else adapter
+    low = F.linear(hidden.to(a.dtype), a).float() * factor
     if softcap is None:
         mean = hidden.float() @ weight.mean(0, dtype=torch.float32)
+        mean += low @ b.mean(0, dtype=torch.float32)
         return scale * (mean if bias is None else mean + bias.float().mean())
     sums = hidden.new_zeros(hidden.shape[0], dtype=torch.float32)
     for first in range(0, weight.shape[0], _MEAN_ROWS):
         ids = slice(first, first + _MEAN_ROWS)
-        x = (hidden @ weight[ids].t()).float()
+        x = (hidden @ weight[ids].t()).float() + low @ b[ids].float().t()
         x = x if bias is None else x + bias[ids].float()
         sums += softcap * torch.tanh(scale * x / softcap).sum(-1)
     return sums / weight.shape[0]

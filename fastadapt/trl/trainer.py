@@ -24,6 +24,8 @@ from trl.trainer.dpo_trainer import DPOTrainer
 from fastadapt._ops.checks import instance
 from fastadapt.losses import Responses, RewardPenalizeLoss
 from fastadapt.training.compiled import head_outside_graphs
+from fastadapt.training.head import causal_of
+from fastadapt.training.lora import has_adapter
 from fastadapt.trl._log_probs import ARGUMENTS, LogOdds, LogProbs
 
 # What the forward of trl 1.16 looks up.
@@ -48,10 +50,11 @@ def fused_log_probs() -> Iterator[None]:
     accuracy from it; the same losses and gradients, to rounding. Blocks may nest. Cap, factor and
     vocabulary of a head are those of the model's own logits, asked once a model, where trl reads
     its configuration; a model whose logits are no products with its head's matrix is refused
-    (ValueError) by its first forward. With `torch_compile=True` its graph breaks where the head is
-    scored. The entropy has a gradient where the head is trained; with a frozen one, for which it
-    would cost a product more in every step, and with one that FSDP2 or ZeRO-3 gathers, a loss that
-    contains it (GRPO's `entropy_coef`) fails in its backward.
+    (ValueError) by its first forward; so is a head with an adapter when one of trl's trainers is
+    made. With `torch_compile=True` its graph breaks where the head is scored. The entropy has a
+    gradient where the head is trained; with a frozen one, for which it would cost a product more in
+    every step, and with one that FSDP2 or ZeRO-3 gathers, a loss that contains it (GRPO's
+    `entropy_coef`) fails in its backward.
 
     Examples:
         >>> import datasets, tokenizers, transformers, trl
@@ -82,12 +85,13 @@ class RewardPenalizeTrainer(DPOTrainer):
     """trl's `DPOTrainer` with any mixture of this package's losses.
 
     Data, reference (precomputed, the adapter switched off, or a model), PEFT, evaluation,
-    checkpoints and resuming are trl's. A step's loss is that of all pairs it takes, however they
-    are split over micro-batches and, with `average_tokens_across_devices`, processes: token means
-    divide by all the tokens and sequence means by all the pairs of the step. With `{"dpo": 1.0}` it
-    follows trl's loss. Steps of a mixture of the chosen responses alone (`{"mle": 1.0}`) leave the
-    rejected ones out, and so do their metrics; evaluation looks at both. With `torch_compile=True`
-    the bodies of model and reference are compiled, and their heads run outside of the graphs.
+    checkpoints and resuming are trl's. LoRA may be on the head too, where trl refuses it. A step's
+    loss is that of all pairs it takes, however they are split over micro-batches and, with
+    `average_tokens_across_devices`, processes: token means divide by all the tokens and sequence
+    means by all the pairs of the step. With `{"dpo": 1.0}` it follows trl's loss. Steps of a
+    mixture of the chosen responses alone (`{"mle": 1.0}`) leave the rejected ones out, and so do
+    their metrics; evaluation looks at both. With `torch_compile=True` the bodies of model and
+    reference are compiled, and their heads run outside of the graphs.
 
     Logged are trl's metrics of DPO and, of `RewardPenalizeLoss`, "loss/NAME", "pairs/margins",
     "pairs/accuracies", "gradients/chosen" and "gradients/rejected"; "rewards/..." only with "dpo".
@@ -112,7 +116,7 @@ class RewardPenalizeTrainer(DPOTrainer):
         1
 
     Args:
-        model: as for `DPOTrainer`.
+        model: as for `DPOTrainer`; a model and not its name where LoRA is on the head.
         ref_model: the same; without "dpo" in the mixture none is loaded.
         args (DPOConfig | None): the same; `beta` and `label_smoothing` go to "dpo". What says
             another loss (`loss_type`, `loss_weights`, `f_divergence_type`, `ld_alpha`,
@@ -161,12 +165,19 @@ class RewardPenalizeTrainer(DPOTrainer):
         if self.objective.needs("candidates"):
             raise ValueError(f"loss: expected losses of labels, got {list(self.objective.weights)}")
         self._splits = options.get("norm") != "batch_token_mean"
-        super().__init__(model, ref_model, args, **rest)
+        with contextlib.ExitStack() as self._until_checked:
+            self._until_checked.enter_context(_without_adapter_on_its_head(model))
+            super().__init__(model, ref_model, args, **rest)
         parts = self.args.gradient_accumulation_steps * self.accelerator.num_processes
         if not self._splits and parts > 1:
             raise ValueError(
                 f"norm: expected one that splits over {parts} micro-batches, got batch_token_mean"
             )
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Also shows again what was hidden from trl, which has looked by now and scores next."""
+        self._until_checked.close()
+        super().create_accelerator_and_postprocess()
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         """Computes the reference by our operator, equal to the policy's first step to the bit."""
@@ -334,6 +345,30 @@ def _served(function: type) -> Iterator[None]:
     finally:
         for name, value in before.items():
             setattr(trl_utils, name, value)
+
+
+@contextlib.contextmanager
+def _without_adapter_on_its_head(model: Any) -> Iterator[None]:
+    """Makes a model name the layer below an adapter as its head, within the block.
+
+    trl's trainers look for an adapter there when they are made and refuse it: their own scoring
+    would leave it out.
+    """
+    causal: Any = causal_of(model) if isinstance(model, torch.nn.Module) else None
+    if not hasattr(causal, "get_output_embeddings"):
+        yield
+        return
+    own = causal.get_output_embeddings
+
+    def below() -> Any:
+        layer = own()
+        return layer.base_layer if has_adapter(layer) else layer
+
+    object.__setattr__(causal, "get_output_embeddings", below)
+    try:
+        yield
+    finally:
+        object.__delattr__(causal, "get_output_embeddings")
 
 
 def _check_hook() -> None:

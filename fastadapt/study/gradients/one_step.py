@@ -207,9 +207,13 @@ def exmate_threshold(record: Mapping[str, Any], coefficient: float = 1.0) -> flo
 
 
 def head_copy(model: Any) -> Head:
-    """Returns the head of a model with a matrix of its own."""
+    """Returns the head of a model with a matrix of its own, in which an adapter is merged."""
     head = head_of(model)
-    return head._replace(weight=head.weight.detach().clone())
+    weight = head.weight.detach().clone()
+    if head.lora is not None:
+        a, b, scale = head.lora
+        weight += (scale * (b.detach() @ a.detach())).to(weight.dtype)
+    return head._replace(weight=weight, lora=None)
 
 
 def _side(pair: PairFeatures, side: str) -> tuple[Tensor, Tensor]:
