@@ -46,7 +46,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.mark.parametrize("way", ["pairs", "texts"])
+@pytest.mark.parametrize("way", ["pairs", "pairs with LoRA on the head", "texts"])
 def test_data_parallel(curves, way):
     one, two = (seen[way] for seen in curves)
     assert len(one) == len(two) == 4
@@ -55,7 +55,7 @@ def test_data_parallel(curves, way):
     assert one[0]["loss"] != one[-1]["loss"]
 
 
-SHARDED = ["sharded", "trained head alone", "frozen head alone", "split head"]
+SHARDED = ["sharded", "trained head alone", "frozen head alone", "LoRA on the head", "split head"]
 
 
 @pytest.mark.parametrize("way", SHARDED)

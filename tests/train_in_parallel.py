@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 2 tests/train_in_parallel.py FOLDER MODEL
 
-writes FOLDER/parallel.json: the curves of the four ways of training, from the first process.
+writes FOLDER/parallel.json: the curves of all ways of training, from the first process.
 """
 
 import json
@@ -12,8 +12,10 @@ import sys
 from pathlib import Path
 
 import datasets
+import pytest
 import torch
 import torch.distributed as dist
+from peft import LoraConfig, get_peft_model
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
@@ -79,12 +81,21 @@ def curve(trainer, names: tuple[str, ...]) -> list[dict[str, float]]:
     return [{name: entry[name] for name in names} for entry in log]
 
 
-def train_pairs(folder: Path, model: str, size: int) -> list[dict[str, float]]:
+def adapted(model: LlamaForCausalLM) -> torch.nn.Module:
+    """The model with LoRA on its head and in its body."""
+    torch.manual_seed(3)
+    return get_peft_model(model, LoraConfig(r=4, target_modules=["lm_head", "q_proj"]))
+
+
+def train_pairs(
+    folder: Path, model: str, size: int, adapters: bool = False
+) -> list[dict[str, float]]:
     """DPO with ExMATE by `RewardPenalizeTrainer`, two micro-batches a step."""
     arguments = settings(folder, size // 2) | {"gradient_accumulation_steps": 2}
+    policy = LlamaForCausalLM.from_pretrained(model)
     trainer = RewardPenalizeTrainer(
-        LlamaForCausalLM.from_pretrained(model),
-        LlamaForCausalLM.from_pretrained(model),
+        adapted(policy) if adapters else policy,
+        None if adapters else LlamaForCausalLM.from_pretrained(model),
         DPOConfig(**arguments),
         train_dataset=datasets.Dataset.from_list(make_pairs(STEPS * BATCH)),
         processing_class=AutoTokenizer.from_pretrained(model),
@@ -110,21 +121,24 @@ def train_texts(folder: Path, model: str, size: int) -> list[dict[str, float]]:
 def train_sharded(folder: str, rank: int, world: int, head: str = "") -> list[float]:
     """ExMATE on log-odds out of the forward, parameters sharded (FSDP2) where there are ranks.
 
-    A head that is "trained" or "frozen" has a group of its own and is resharded after its forward.
+    A head that is "trained" or "frozen" has a group of its own and is resharded after its forward;
+    one that is "adapted" has LoRA and belongs to the model's group.
     """
-    model, factor = LlamaForCausalLM.from_pretrained(folder), 1.0
+    causal, factor = LlamaForCausalLM.from_pretrained(folder), 1.0
+    model, head = (adapted(causal), "") if head == "adapted" else (causal, head)
     if head:
         weight = model.lm_head.weight.detach().clone()
         model.lm_head.weight = torch.nn.Parameter(weight, requires_grad=head == "trained")
     if world > 1:
         mesh = init_device_mesh("cpu", (world,))
         factor = times_too_large(mesh)
-        for layer in model.model.layers:
+        for layer in causal.model.layers:
             fully_shard(layer, mesh=mesh)
         if head:
             fully_shard(model.lm_head, mesh=mesh)
         fully_shard(model, mesh=mesh)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1 / factor)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=0.1 / factor)
     objective = RewardPenalizeLoss({"exmate": 1.0})
     generator = torch.Generator().manual_seed(2)
     losses = []
@@ -146,9 +160,21 @@ def train_sharded(folder: str, rank: int, world: int, head: str = "") -> list[fl
         if world > 1:
             dist.all_reduce(mean)
         losses.append(float(mean) / world)
-    weight = model.lm_head.weight.detach()
+    layer = causal.lm_head
+    weight = (layer.lora_B["default"] if hasattr(layer, "lora_B") else layer).weight.detach()
     weight = weight.full_tensor() if isinstance(weight, DTensor) else weight
     return [*losses, float(weight.norm())]
+
+
+def refuse_gathered_adapters(folder: str, world: int) -> None:
+    """LoRA on a head with a group of its own is named."""
+    if world == 1:
+        return
+    model = adapted(LlamaForCausalLM.from_pretrained(folder))
+    fully_shard(model.get_base_model().lm_head, mesh=init_device_mesh("cpu", (world,)))
+    tokens = torch.ones(1, 3, dtype=torch.long)
+    with pytest.raises(ValueError, match="LoRA that is not gathered for its own forward alone"):
+        forward_log_odds(model, {"input_ids": tokens}, tokens)
 
 
 def train_split_head(folder: str, world: int) -> list[float]:
@@ -180,12 +206,15 @@ def train_split_head(folder: str, world: int) -> list[float]:
 def everything(folder: Path, model: str, rank: int = 0, world: int = 1) -> dict[str, object]:
     """The curves of all ways of training."""
     size = BATCH // world
+    refuse_gathered_adapters(model, world)
     return {
         "pairs": train_pairs(folder, model, size),
+        "pairs with LoRA on the head": train_pairs(folder, model, size, adapters=True),
         "texts": train_texts(folder, model, size),
         "sharded": train_sharded(model, rank, world),
         "trained head alone": train_sharded(model, rank, world, "trained"),
         "frozen head alone": train_sharded(model, rank, world, "frozen"),
+        "LoRA on the head": train_sharded(model, rank, world, "adapted"),
         "split head": train_split_head(model, world),
     }
 
