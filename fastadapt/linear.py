@@ -152,7 +152,8 @@ def linear_log_odds(
             the products, before the bias; the merged head is never made. Their dtypes are their
             own, float32, bfloat16 or float16 (float64 with float64): as in peft, hidden states are
             cast to that of A for the product with it, under autocast all to its type; from there on
-            the adapter's part is float32 (float64), and gradients are rounded once.
+            the adapter's part is float32 (float64), and gradients are rounded once. A trained A
+            takes hidden states that are finite, in ignored rows too.
         memory_budget (int | None): bytes of logits to keep from the forward to the backward of a
             head that needs gradients, in whole tiles; fewer are kept if fewer are needed. None: as
             many as the head's gradient has, of a small head twice as many up to 128 MiB, and never

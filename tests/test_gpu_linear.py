@@ -108,6 +108,68 @@ def test_peaks_of_linear_heads_are_those_of_the_plan(device, frozen, budget):
     assert peak <= plan_of(hidden, weight, memory_budget=budget).peak_bytes + returned + (8 << 20)
 
 
+def adapter_results(hidden, weight, labels, bias, upstream, a, b, *, frozen=False, **options):
+    """Log-odds of a frozen head with a LoRA adapter, trained or frozen too, and gradients."""
+    leaves = [x.detach().requires_grad_(not frozen or x is hidden) for x in (hidden, a, b)]
+    lora = leaves[1], leaves[2], 0.7
+    log_odds = linear_log_odds(leaves[0], weight, labels, bias, lora=lora, **options)
+    wanted = [x for x in leaves if x.requires_grad]
+    return [log_odds.detach(), *torch.autograd.grad(log_odds, wanted, upstream.to(log_odds.dtype))]
+
+
+def adapter(h, v, r, dtype):
+    """A and B, of logits of a nat or so."""
+    return (torch.randn(r, h) / h**0.5).to(dtype), (torch.randn(v, r) / r**0.5).to(dtype)
+
+
+@pytest.mark.parametrize("r", (1, 3, 16))
+@pytest.mark.parametrize("plan", LINEAR_PLANS)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
+def test_adapters_equal_the_cpu(on_device, dtype, plan, r):
+    inputs = [*linear_head(1100, 96, 17_000, dtype), *adapter(96, 17_000, r, dtype)]
+    ours = on_device(adapter_results, *inputs, **LINEAR_PLANS[plan])
+    wanted = adapter_results(*inputs, **LINEAR_PLANS[plan])
+    tolerance = 2e-5 if dtype == torch.float32 else 1e-11
+    for a, b in zip(ours, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("lora_dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("plan", LINEAR_PLANS)
+def test_errors_of_half_adapters_are_no_more_than_those_of_the_cpu(on_device, plan, lora_dtype):
+    """Log-odds have float32's error, and that of low-rank states where A is of half precision."""
+    inputs = [*linear_head(1100, 96, 17_000, torch.bfloat16), *adapter(96, 17_000, 8, lora_dtype)]
+    double = [x.double() if x.is_floating_point() else x for x in inputs]
+    exact, cpu = (adapter_results(*given, **LINEAR_PLANS[plan]) for given in (double, inputs))
+    ours = on_device(adapter_results, *inputs, **LINEAR_PLANS[plan])
+    if lora_dtype == torch.float32:
+        torch.testing.assert_close(ours[0].double(), exact[0], rtol=1e-5, atol=1e-5)
+    for a, b, c in zip(ours, cpu, exact, strict=True):
+        error, allowed = ((x.double() - c).norm() / c.norm() for x in (a, b))
+        assert error <= 1.3 * allowed
+    again = on_device(adapter_results, *inputs, **LINEAR_PLANS[plan])
+    assert all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))
+
+
+@pytest.mark.parametrize("trained", (False, True))
+def test_peaks_of_adapters_are_those_of_the_plan(device, trained):
+    n, h, v, r = 4096, 1024, 32_768, 16
+    hidden = torch.randn(n, h, device=device, dtype=torch.bfloat16).requires_grad_()
+    weight = torch.randn(v, h, device=device, dtype=torch.bfloat16)
+    a, b = (x.to(device).requires_grad_(trained) for x in adapter(h, v, r, torch.float32))
+    labels, leaves = torch.randint(v, (n,), device=device), (hidden, a, b)
+    for _ in range(2):  # cuBLAS takes its workspace in the first
+        for leaf in leaves:
+            leaf.grad = None
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        linear_log_odds(hidden, weight, labels, lora=(a, b, 1.0), memory_budget=0).sum().backward()
+        peak = torch.cuda.max_memory_allocated() - before
+    returned = sum(x.grad.nbytes for x in leaves if x.grad is not None)
+    told = plan_of(hidden, weight, lora=(a, b, 1.0), memory_budget=0).peak_bytes
+    assert peak <= told + returned + (8 << 20)
+
+
 def mle_results(hidden, weight, labels, bias, _):
     """The loss and its gradients, of blocks of 1024 rows."""
     leaves = [x.detach().requires_grad_() for x in (hidden, weight, bias)]

@@ -180,6 +180,22 @@ def test_under_autocast():
         check(adapted(), 3e-2)
 
 
+def test_compiled():
+    """The head and its adapter run outside of the graphs, turn by turn with logits."""
+    model = adapted()
+    inputs = inputs_of()
+    expected = forward_log_odds(model, inputs, labels_of(inputs))
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="aot_eager")
+    for _ in range(2):
+        torch.testing.assert_close(
+            forward_log_odds(compiled, inputs, labels_of(inputs)), expected, rtol=1e-5, atol=1e-5
+        )
+        logits = compiled(**inputs).logits
+        from_logits = label_log_odds(logits.float(), labels_of(inputs))
+        torch.testing.assert_close(from_logits, expected, rtol=1e-4, atol=1e-3)
+
+
 def test_the_head_is_asked_for_with_its_adapter():
     """`head_of` has what `linear_log_odds` takes; a trained matrix below is trained too."""
     model = adapted()

@@ -327,7 +327,7 @@ def _low_bytes(work: type[RowWork], hidden: Tensor, itemsize: int, a: Tensor, b:
     """The bytes that an adapter takes: states, what is made wide for it, at once or by blocks."""
     (v, r), h, n = b.shape, a.shape[1], hidden.numel() // hidden.shape[-1]
     wide = max(itemsize, 4)
-    states = n * r * (wide + (a.element_size() if a.element_size() < wide else 0))
+    states = 2 * n * r * wide  # as they are made, and filled up or selected
     cast = n * h * a.element_size() if a.element_size() != itemsize else 0
     weight = v * r * wide if b.element_size() < wide else 0
     block = min(work.wide_numbers, n * min(work.tile, v)) * wide if itemsize < wide else 0
