@@ -82,12 +82,14 @@ def _rounded_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
     def rounded_sum_tile(rows: Any, stats: Tensor, **given: Any) -> None:
-        halves = {name: given.get(name) for name in ("exps", "kept")}
-        wide = {k: x if x is None else x.to(rows.products.dtype) for k, x in halves.items()}
-        sum_tile(rows, stats, **(given | wide))
-        for name, x in halves.items():
-            if x is not None:
-                x.copy_(wide[name])
+        kept, mass, dtype = given.get("kept"), given.get("mass"), rows.products.dtype
+        wide_kept = None if kept is None else kept.to(dtype)
+        wide_mass = None if mass is None else (mass[0], mass[1].to(dtype), mass[2])
+        sum_tile(rows, stats, **(given | {"kept": wide_kept, "mass": wide_mass}))
+        if kept is not None and wide_kept is not None:
+            kept.copy_(wide_kept)
+        if mass is not None and wide_mass is not None:
+            mass[1].copy_(wide_mass[1])
 
     def rounded_gradient_tile(rows: Any, stats: Tensor, gains: Gains, out: Tensor) -> None:
         wide = torch.empty(out.shape, dtype=torch.promote_types(out.dtype, torch.float32))

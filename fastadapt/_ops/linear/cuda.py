@@ -21,6 +21,7 @@ from fastadapt._ops.linear.tiles import Gains, Head, RowWork, TileRequest, conti
 TILE = 8192  # ids a tile
 DOUBLE_TILE = 2048  # of float64, as many as a program has registers for
 ROWS = 1024  # of a product: with a tile of ids 32 MiB of float32
+MASS_BLOCKS = 4  # of so many rows in a frozen head's second product
 GRADIENT_BYTES = 128 << 20  # of one tile's gradient, where there are so many rows
 LEAST_TILE = 1024
 # Our product has 600 TFLOP/s where cuBLAS has 700, but what that writes is read again, 8 bytes a
@@ -97,8 +98,8 @@ class CudaWork(RowWork):
 
     @classmethod
     def exps_bytes(cls, n: int, v: int, itemsize: int) -> int:
-        """Returns the bytes of one block's exponentials."""
-        return cls.rows * min(cls.tile, v) * itemsize
+        """Returns the bytes of the exponentials of as many blocks as a second product has."""
+        return min(n, cls.rows * MASS_BLOCKS) * min(cls.tile, v) * itemsize
 
     def label_products(self) -> Tensor:
         """Computes the labels' products as float32 dot products, float64 across blocks."""
@@ -122,31 +123,46 @@ class CudaWork(RowWork):
         if request.sums is None and self._sums_in_products:
             self._add_sums_of_products(first, last, stats, request)
             return
-        weight, v = self.head.weight[first:last], self.head.weight.shape[0]
+        if request.sums is not None:
+            self._add_mass(first, last, stats, request)
+            return
         for begin, end in self._blocks():
             part = slice(begin, end)
-            rows = self._rows(self._products(begin, end, first, last), part, first)
-            if request.sums is None:
-                launch_linear.sum_tile(
-                    rows,
-                    stats[part],
-                    moments=request.moments,
-                    kept=None if request.kept is None else request.kept[part],
-                )
-                continue
-            if self._exps is None:
-                self._exps = self.head.hidden.new_empty(self.rows * min(self.tile, v))
-            exps = self._exps[: (end - begin) * (last - first)].view(end - begin, last - first)
-            shrinks = stats.new_empty(end - begin)
             launch_linear.sum_tile(
-                rows, stats[part], moments=request.moments, shrinks=shrinks, exps=exps
+                self._rows(self._products(begin, end, first, last), part, first),
+                stats[part],
+                moments=request.moments,
+                kept=None if request.kept is None else request.kept[part],
             )
-            launch_linear.mix(request.sums[part], request.sums[part], factors=shrinks)
-            self.add_product(request.sums[part], exps, weight)
+
+    def _add_mass(self, first: int, last: int, stats: Tensor, request: TileRequest) -> None:
+        """Adds a tile to the statistics and to a frozen head's sums, whose product has more rows.
+
+        Of H <= 2048 and one block of rows it would have fewer programs than a GPU has
+        multiprocessors.
+        """
+        from fastadapt._ops.triton import launch_linear
+
+        n, width, sums = stats.shape[0], last - first, request.sums
+        assert sums is not None
+        most = max(1, min(n, self.rows * MASS_BLOCKS))
+        if self._exps is None:
+            self._exps = self.head.hidden.new_empty(most * width)  # the first tile is the widest
+        shrinks = stats.new_empty(n)
+        for top in range(0, n, most):
+            bottom = min(top + most, n)
+            exps = self._exps[: (bottom - top) * width].view(bottom - top, width)
+            for begin in range(top, bottom, self.rows):
+                part = slice(begin, min(begin + self.rows, bottom))
+                rows = self._rows(self._products(begin, part.stop, first, last), part, first)
+                mass = sums[part], exps[begin - top : part.stop - top], shrinks[part]
+                launch_linear.sum_tile(rows, stats[part], moments=request.moments, mass=mass)
+            part = slice(top, bottom)
+            self.add_product(sums[part], exps, self.head.weight[first:last])
             if request.low_sums is not None and self.head.low is not None:
-                sums = request.low_sums[part]
-                launch_linear.mix(sums, sums, factors=shrinks)
-                self.add_low_product(sums, exps, self.head.low.weight[first:last])
+                low_sums = request.low_sums[part]
+                launch_linear.mix(low_sums, low_sums, factors=shrinks[part])
+                self.add_low_product(low_sums, exps, self.head.low.weight[first:last])
 
     def _add_sums_of_products(
         self, first: int, last: int, stats: Tensor, request: TileRequest

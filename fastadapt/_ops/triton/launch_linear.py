@@ -56,22 +56,21 @@ def sum_tile(
     stats: Tensor,
     *,
     moments: bool,
-    shrinks: Tensor | None = None,
-    exps: Tensor | None = None,
+    mass: tuple[Tensor, Tensor, Tensor] | None = None,
     kept: Tensor | None = None,
 ) -> None:
-    """Adds a tile to the statistics; `shrinks` and `exps` go together."""
-    n = rows.products.shape[0]
+    """Adds a tile to the statistics; `mass` is a frozen head's sums, exponentials, and shrinks."""
+    n, x = rows.products.shape[0], rows.products
     if n == 0:
         return
+    sums, exps, shrinks = (x, x, stats) if mass is None else mass
     linear.tile_sum_kernel[(n,)](
         _tile(rows),
         stats,
-        stats if shrinks is None else shrinks,
-        rows.products if exps is None else exps,
-        rows.products if kept is None else kept,
+        linear.Mass(sums, sums.shape[1], exps, shrinks),
+        x if kept is None else kept,
         0 if kept is None else kept.stride(0),
-        _kind(rows, moments=moments, exps=exps is not None, keep=kept is not None),
+        _kind(rows, moments=moments, exps=mass is not None, keep=kept is not None),
         **BY_TILE,
     )
 

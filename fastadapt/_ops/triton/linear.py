@@ -100,13 +100,18 @@ def _is_label(tile, ids, x, kind):
     return found
 
 
-@triton.jit
-def tile_sum_kernel(tile, stats, shrinks, exps, kept, kept_stride, kind):
-    """Adds a tile to the statistics of its rows.
+class Mass(NamedTuple):
+    """What a second product adds to, and reads; of a tile whose kind has EXPS."""
 
-    `shrinks` gets the factor of what was summed before; `exps`, (n, width), e^(z - largest so far)
-    dz/dx / scale, 0 at labels; `kept` the products, rounded.
-    """
+    sums: object  # (n, depth): those before are multiplied by what they shrink to
+    depth: object
+    exps: object  # (n, width): e^(z - largest so far) dz/dx / scale, 0 at labels
+    shrinks: object  # (n,) float64: the factors of what was summed before
+
+
+@triton.jit
+def tile_sum_kernel(tile, stats, mass, kept, kept_stride, kind):
+    """Adds a tile to the statistics of its rows; `kept` gets the products, rounded."""
     at = tl.program_id(0).to(tl.int64)
     ids = tl.arange(0, kind.BLOCK)
     z, unit, x = _load_tile(tile, ids, kind)
@@ -138,9 +143,15 @@ def tile_sum_kernel(tile, stats, shrinks, exps, kept, kept_stride, kind):
         here = tl.sum(tl.where(d < 0, e, 0.0), 0)
         tl.store(stats + OTHERS_REST, rest + here.to(tl.float64))
     if kind.EXPS:
-        tl.store(shrinks + at, shrink)
+        tl.store(mass.shrinks + at, shrink)
         e = tl.where(label, 0.0, e * (1.0 - unit * unit)) if kind.CAPPED else e
-        tl.store(exps + at * tile.width + ids, e.to(exps.dtype.element_ty), mask=inside)
+        place = mass.exps + at * tile.width + ids
+        tl.store(place, e.to(mass.exps.dtype.element_ty), mask=inside)
+        if shrink != 1.0:  # of most rows the largest is found in the first tiles
+            for begin in range(0, mass.depth, kind.BLOCK):
+                own = mass.sums + at * mass.depth + begin + ids
+                x = tl.load(own, mask=begin + ids < mass.depth, other=0.0)
+                tl.store(own, x * shrink.to(x.dtype), mask=begin + ids < mass.depth)
 
 
 @triton.jit
