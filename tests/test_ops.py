@@ -99,6 +99,10 @@ def _calls():
             lambda h, w: linear_candidate_log_odds(h, w, index),
             (hidden, head),
         ),
+        "linear_log_odds of an adapter": (
+            lambda h, w, a, b: linear_log_odds(h, w, labels, lora=(a, b, 0.5)),
+            (hidden, head, torch.randn(2, 8), torch.randn(11, 2)),
+        ),
         "linear_mle_loss": (lambda h, w: linear_mle_loss(h, w, labels), (hidden, head)),
         "linear_divergence": (
             lambda h, w: linear_divergence(h, w, torch.ones(3, 8), torch.ones(11, 8)),

@@ -166,15 +166,21 @@ def train_sharded(folder: str, rank: int, world: int, head: str = "") -> list[fl
     return [*losses, float(weight.norm())]
 
 
-def refuse_gathered_adapters(folder: str, world: int) -> None:
-    """LoRA on a head with a group of its own is named."""
+def refuse_split_adapters(folder: str, world: int) -> None:
+    """LoRA on a head with a group of its own, or split by vocabulary, is named."""
     if world == 1:
         return
-    model = adapted(LlamaForCausalLM.from_pretrained(folder))
-    fully_shard(model.get_base_model().lm_head, mesh=init_device_mesh("cpu", (world,)))
+    mesh = init_device_mesh("cpu", (world,))
+    models = [adapted(LlamaForCausalLM.from_pretrained(folder)) for _ in range(2)]
+    fully_shard(models[0].get_base_model().lm_head, mesh=mesh)
+    base = models[1].get_base_model().lm_head.base_layer
+    part = distribute_tensor(base.weight.detach(), mesh, [Shard(0)])
+    base.weight = torch.nn.Parameter(part, requires_grad=False)
     tokens = torch.ones(1, 3, dtype=torch.long)
-    with pytest.raises(ValueError, match="LoRA that is not gathered for its own forward alone"):
-        forward_log_odds(model, {"input_ids": tokens}, tokens)
+    expected = ("that is not gathered for its own forward alone", "that is whole, got one split")
+    for model, message in zip(models, expected, strict=True):
+        with pytest.raises(ValueError, match=f"a head with LoRA {message}"):
+            forward_log_odds(model, {"input_ids": tokens}, tokens)
 
 
 def train_split_head(folder: str, world: int) -> list[float]:
@@ -206,7 +212,7 @@ def train_split_head(folder: str, world: int) -> list[float]:
 def everything(folder: Path, model: str, rank: int = 0, world: int = 1) -> dict[str, object]:
     """The curves of all ways of training."""
     size = BATCH // world
-    refuse_gathered_adapters(model, world)
+    refuse_split_adapters(model, world)
     return {
         "pairs": train_pairs(folder, model, size),
         "pairs with LoRA on the head": train_pairs(folder, model, size, adapters=True),

@@ -30,7 +30,7 @@ TILE = 2048  # ids whose logits are held at once
 
 
 class Displacement(NamedTuple):
-    """Inner products of the gradients of log P of pairs, in the parameters of the head.
+    """Inner products of the gradients of log P of pairs, in the parameters of the head, or of LoRA.
 
     Attributes:
         chosen: (B,), float64; ‖∇S⁺‖².

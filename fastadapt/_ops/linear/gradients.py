@@ -44,8 +44,8 @@ class HeadGradients:
     With `totals`, float32 (float64) gradients, those of hidden states are written there, and those
     of weight and bias are added: the call's rows are a block of all that the head is given.
 
-    Where there is an adapter, its two gradients are always made: together a product of N * r * V
-    each. They are summed in float32 (float64) and rounded once.
+    Where there is an adapter, its two gradients are always made, a product of N * r * V each; they
+    are summed in float32 (float64) and rounded once.
 
     Attributes:
         sums: (n, H), that of the hidden states of the rows that take part, in float32 (float64);
