@@ -24,7 +24,7 @@ from bench_losses import WARM_UP_IDS, shape_of
 from cases import DTYPES, make_loss_inputs
 from fastadapt import linear_divergence, reference
 from fastadapt._ops.linear.cpu import TILE
-from fastadapt._ops.linear.memory import PeakMemory, is_measurable, return_freed_blocks
+from fastadapt._ops.memory import PeakMemory, is_measurable, return_freed_blocks
 from fastadapt.losses.divergence import plan_of
 from fresh import in_fresh_process
 from harness import SEED, Axis, Benchmark, Flag, Option, progress, settings_of

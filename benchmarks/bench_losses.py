@@ -26,7 +26,7 @@ from torch import Tensor
 
 from cases import DTYPES, LossInputs, make_loss_inputs
 from fastadapt import linear_candidate_log_odds, linear_log_odds
-from fastadapt._ops.linear.memory import PeakMemory, is_measurable, return_freed_blocks
+from fastadapt._ops.memory import PeakMemory, is_measurable, return_freed_blocks
 from fastadapt.linear import plan_of
 from fresh import in_fresh_process
 from harness import SEED, Axis, Benchmark, Flag, Option, progress, settings_of

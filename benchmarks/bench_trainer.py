@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from cases import DTYPES
-from fastadapt._ops.linear.memory import PeakMemory, return_freed_blocks
+from fastadapt._ops.memory import PeakMemory, return_freed_blocks
 from fastadapt.training.pairs import PAIRS, read_pairs
 from fastadapt.training.pretrained import load_model, no_progress
 from fresh import in_fresh_process

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from fastadapt import RewardPenalizeLoss
-from fastadapt._ops.linear.memory import PeakMemory, return_freed_blocks
+from fastadapt._ops.memory import PeakMemory, return_freed_blocks
 from fastadapt.training import logits_log_odds, reference_logps, response_log_odds, training_steps
 from fastadapt.training.pairs import Pair, encode_pairs, read_pairs
 from fastadapt.training.pretrained import load_model, no_progress

@@ -19,7 +19,8 @@ from fastadapt._ops.checks import (
     per_row,
 )
 from fastadapt._ops.linear import operator as linear_ops
-from fastadapt._ops.linear.operator import plan_of as plan_of
+from fastadapt._ops.linear import plans
+from fastadapt._ops.linear.plans import plan_of as plan_of
 from fastadapt._ops.linear.tiles import LowRank
 from fastadapt._ops.linear.values import Listed, first_places, is_largest
 from fastadapt._ops.linear.vocab_parallel import Lora, Slice, split_head
@@ -130,7 +131,8 @@ def linear_log_odds(
 
     Args:
         hidden (Tensor): (..., H), float32, bfloat16, float16, or float64 (for checks). Under
-            autocast hidden, weight and bias are cast to its dtype.
+            autocast hidden, weight and bias are cast to its dtype; a float32 weight tile by tile,
+            so that no copy of it is held, with a float32 gradient.
         weight (Tensor): (V, H), dtype of `hidden`; or float32 over half hidden states, which are
             then taken as float32, products too.
         labels (Tensor): `hidden.shape[:-1]`, int64, the id to score at each position, in [0, V), or
@@ -338,7 +340,7 @@ def _listed(
     masked: bool,
 ) -> tuple[Listed, Tensor]:
     """Calls the operator for labels (N, K); returns its results and statistics."""
-    moments = any(name in linear_ops.MOMENTS for name in options.outputs)
+    moments = any(name in plans.MOMENTS for name in options.outputs)
     shares = moments or "logsumexp" in options.outputs  # own and others not as their difference
     low, differentiable = _low_rank(rows, part.lora), moments and options.differentiable
     own, others, of_others, stats, _ = linear_ops.linear_log_odds(
@@ -352,8 +354,8 @@ def _listed(
         part.span,
         part.group,
         *(low or ()),
-        plan=linear_ops.number_of(rows, part.weight, part.bias, differentiable, low),
-        kept_bytes=linear_ops.kept_bytes(rows, part.weight, options.memory_budget),
+        plan=plans.number_of(rows, part.weight, part.bias, differentiable, low),
+        kept_bytes=plans.kept_bytes(rows, part.weight, options.memory_budget),
         moments=moments,
         apart=labels.shape[1] > 1 or (shares and options.differentiable),
         masked=masked,

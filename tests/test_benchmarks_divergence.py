@@ -10,7 +10,7 @@ import bench_divergence
 import fresh
 import limits
 import report
-from fastadapt._ops.linear import memory
+from fastadapt._ops import memory
 from fastadapt.losses.divergence import plan_of
 
 

@@ -16,7 +16,7 @@ import loss_peers
 import peers
 import report
 from fastadapt import linear_log_odds
-from fastadapt._ops.linear import memory
+from fastadapt._ops import memory
 
 needs_peak = pytest.mark.skipif(
     not memory.is_measurable(), reason="this system does not tell the peak of a process"

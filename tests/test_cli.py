@@ -19,7 +19,7 @@ from fastadapt import Adaptor, training
 from fastadapt._cli import demo, demo_training
 from fastadapt._cli import errors as cli_errors
 from fastadapt._cli import main as cli
-from fastadapt._ops.linear import memory
+from fastadapt._ops import memory
 from fastadapt.training import packaged_models, pretrained
 from fastadapt.training.head import HeadError
 from fastadapt.training.pairs import Pair, encode_pairs

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastadapt import linear_log_odds, linear_mle_loss
-from fastadapt._ops.linear.operator import plan_of
+from fastadapt._ops.linear.plans import plan_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("device")]
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastadapt import reference
+from fastadapt._ops.linear import tiles
 from fastadapt._ops.linear.cpu import CpuWork
 from fastadapt._ops.linear.cuda import CudaWork, backward_tile
 from fastadapt._ops.linear.driver import (
@@ -218,6 +219,22 @@ def test_errors_of_half_types_are_no_more_than_those_of_the_cpu(plan, shape, dty
     Gradients have that of rounded exponentials, as on the CPU; of so few entries it varies.
     """
     assert_errors_are_no_more(problem(N, 32, V, dtype, **SHAPES[shape]), plan)
+
+
+@pytest.mark.parametrize("plan", KEPT)
+@pytest.mark.parametrize("work", (Interpreted, CpuWork))
+def test_a_float32_head_is_cast_tile_by_tile(plan, work, monkeypatch):
+    """The bits of its cast; its own gradient is float32, and on CUDA not rounded before."""
+    monkeypatch.setattr(tiles, "CAST_ROWS", 3)  # labels in blocks
+    given, upstream = problem(N, 12, V, torch.bfloat16, softcap=5.0), torch.randn(N)
+    master = given._replace(weight=given.weight.float())
+    ours, wanted = (results(work, some, plan, upstream) for some in (master, given))
+    for name, x in wanted.items():
+        assert torch.equal(ours[name].to(x.dtype), x), name
+    if plan != "frozen":
+        assert ours["dweight"].dtype == torch.float32
+        rounded = torch.equal(ours["dweight"], wanted["dweight"].float())
+        assert rounded == (work is CpuWork)
 
 
 def assert_errors_are_no_more(given: Problem, plan: str) -> None:

@@ -405,6 +405,29 @@ def test_arguments_are_checked():
         linear_log_odds(hidden, weight, labels[:1])
 
 
+@pytest.mark.parametrize("head", ("trained", "frozen"))
+def test_a_float32_head_is_cast_tile_by_tile(head, cpu_capability):
+    """Under autocast the bits of a bfloat16 head, where the master has its numbers."""
+    hidden, weight = torch.randn(37, 48), torch.randn(5003, 48).bfloat16()
+    bias, labels = torch.randn(5003).bfloat16(), torch.randint(5003, (37,))
+    labels[::9] = -100
+    found = []
+    for master in (True, False):
+        h, w, b = (x.detach().clone() for x in (hidden, weight, bias))
+        w, b = (w.float(), b.float()) if master else (w, b)
+        leaves = [h.requires_grad_()]
+        if head == "trained":
+            leaves += [w.requires_grad_(), b.requires_grad_()]
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            options = {"softcap": 30.0, "outputs": ("entropy", "logsumexp")}
+            outputs = linear_log_odds(h, w, labels, b, **options)
+        made = torch.autograd.grad(sum((i + 1.0) * x.sum() for i, x in enumerate(outputs)), leaves)
+        found.append((*outputs, *made))
+        assert [x.dtype for x in made] == [x.dtype for x in leaves]
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b.to(a.dtype))
+
+
 def test_autocast():
     """A float32 head over a bfloat16 body runs, and is differentiated, in the type of autocast."""
     hidden, weight, labels, bias = head(6, 16, V, torch.float32)

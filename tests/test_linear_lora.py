@@ -16,7 +16,7 @@ from fastadapt._ops.linear.driver import (
     frozen_head_backward,
     jacobian_rows,
 )
-from fastadapt._ops.linear.operator import kept_bytes, number_of, plan_of
+from fastadapt._ops.linear.plans import kept_bytes, number_of, plan_of
 from fastadapt._ops.linear.tiles import LowRank, Problem
 
 OPS = torch.ops.fastadapt

@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastadapt._ops.linear.cpu import CpuWork
-from fastadapt._ops.linear.cuda import CudaWork
+from fastadapt._ops.linear.cuda import CudaWork, work_of
 from fastadapt._ops.linear.driver import (
     Asked,
     Upstream,
@@ -13,7 +13,7 @@ from fastadapt._ops.linear.driver import (
     forward,
     frozen_head_backward,
 )
-from fastadapt._ops.linear.operator import LinearPlan, kept_bytes, number_of, plan_of, work_of
+from fastadapt._ops.linear.plans import LinearPlan, kept_bytes, number_of, plan_of
 from fastadapt._ops.linear.tiles import Problem
 
 N, H, V = 8, 64, 5003
@@ -112,7 +112,7 @@ def test_left_to_us_as_many_logits_are_kept_as_the_gradient_has_weights(
 )  # fmt: skip
 def test_peaks_on_cuda(n, wants, budget, expected, monkeypatch):
     """Llama 3's 8B head in bfloat16, at most 0.3 GiB over inputs and gradients for 4096 rows."""
-    monkeypatch.setattr("fastadapt._ops.linear.operator.work_of", lambda hidden: CudaWork)
+    monkeypatch.setattr("fastadapt._ops.linear.plans.work_of", lambda hidden: CudaWork)
     inputs = arguments(wants, torch.bfloat16, n, 4096, 128_256, "meta")
     assert plan_of(*inputs, memory_budget=budget) == expected
     if n == 4096:

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from fastadapt._ops.linear import memory
+from fastadapt._ops import memory
 
 needs_peak = pytest.mark.skipif(
     not memory.is_measurable(), reason="this system does not tell the peak of a process"
@@ -19,7 +19,7 @@ needs_peak = pytest.mark.skipif(
 def test_freed_blocks_are_returned(tmp_path):
     """Holes of 2 MB between blocks that stay are no longer resident."""
     code = (
-        "import torch; from fastadapt._ops.linear import memory\n"
+        "import torch; from fastadapt._ops import memory\n"
         "assert memory.return_freed_blocks()\n"
         "torch.ones(4 << 20)  # freed, it raises the bound to its 16 MB\n"
         "blocks = [torch.ones(1 << 19) for _ in range(64)]\n"

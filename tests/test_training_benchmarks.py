@@ -17,7 +17,7 @@ import fresh
 import limits
 import report
 import train_preferences
-from fastadapt._ops.linear import memory
+from fastadapt._ops import memory
 from fastadapt.training import response_log_odds
 from fastadapt.training.pairs import Pair, encode_pairs, read_pairs
 from fastadapt.training.pretrained import load_model

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fastadapt import RewardPenalizeLoss
-from fastadapt._ops.linear.memory import PeakMemory, is_measurable
+from fastadapt._ops.memory import PeakMemory, is_measurable
 from fastadapt.training import (
     Reference,
     logits_log_odds,

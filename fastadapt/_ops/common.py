@@ -79,7 +79,11 @@ def register_everywhere(library: torch.library.Library, implementations: Impleme
 
 
 def register_autocast(
-    library: torch.library.Library, name: str, problem: Callable[..., Any], casts: Sequence[str]
+    library: torch.library.Library,
+    name: str,
+    problem: Callable[..., Any],
+    casts: Sequence[str],
+    masters: Sequence[str] = (),
 ) -> None:
     """Registers an operator in the type of autocast, as `torch.nn.functional.linear` is.
 
@@ -89,6 +93,7 @@ def register_autocast(
         problem: the named tuple of its positional arguments, `hidden` among them; in float64
             nothing is cast.
         casts: the tensors that are.
+        masters: those among them that stay float32 if they are: the operator casts what it reads.
     """
 
     def cast(*inputs: Any, **options: Any) -> Any:
@@ -98,7 +103,11 @@ def register_autocast(
             dtype = torch.get_autocast_dtype(device)
             tensors = {field: getattr(given, field) for field in casts}
             given = given._replace(
-                **{field: None if x is None else x.to(dtype) for field, x in tensors.items()}
+                **{
+                    field: x.to(dtype)
+                    for field, x in tensors.items()
+                    if x is not None and not (field in masters and x.dtype == torch.float32)
+                }
             )
         with torch.autocast(device, enabled=False):
             return getattr(torch.ops.fastadapt, name)(*given[: len(inputs)], **options)

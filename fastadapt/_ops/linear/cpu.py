@@ -5,7 +5,14 @@ from torch import Tensor
 
 from fastadapt import _C
 from fastadapt._ops.common import DTYPE_CODES, rows_of
-from fastadapt._ops.linear.tiles import Gains, Head, RowWork, TileRequest, contiguous_rows
+from fastadapt._ops.linear.tiles import (
+    Gains,
+    Head,
+    RowWork,
+    TileRequest,
+    contiguous_rows,
+    label_blocks,
+)
 
 TILE = 2048  # ids a tile; csrc/kernels.h: at most 4096
 ROWS = 64  # that read a head from memory once
@@ -40,7 +47,8 @@ class CpuWork(RowWork):
         out = head.hidden.new_zeros(head.labels.shape, dtype=torch.float64)
         if head.weight.shape[0] == 0:
             return out
-        _dot(head.hidden, head.weight, head.label_rows, out)
+        for rows, source, index in label_blocks(head.weight, head.label_rows, head.hidden.dtype):
+            _dot(head.hidden[rows], source, index, out[rows])
         if head.low is not None:
             share = torch.empty_like(out)
             _dot(*head.low, head.label_rows, share)
@@ -59,7 +67,7 @@ class CpuWork(RowWork):
             num_threads=torch.get_num_threads(),
         )
         if request.sums is not None:
-            self.add_product(request.sums, tile, self.head.weight[first:last], self._shrinks)
+            self.add_product(request.sums, tile, self.ids(first, last), self._shrinks)
         if request.low_sums is not None and self.head.low is not None:
             request.low_sums.mul_(self._shrinks[:, None].to(request.low_sums.dtype))
             self.add_low_product(request.low_sums, tile, self.head.low.weight[first:last])
@@ -143,7 +151,7 @@ class CpuWork(RowWork):
             if self._buffer is None:
                 self._buffer = head.hidden.new_empty(n * min(self.tile, v))
             out = self._buffer[: n * (last - first)].view(n, last - first)
-        weight = head.weight[first:last].t()
+        weight = self.ids(first, last).t()
         if head.low is None:
             return torch.mm(head.hidden, weight, out=out)
         # the smaller one first: in half precision it is rounded, and their sum once more

@@ -16,7 +16,15 @@ import torch
 from torch import Tensor
 from torch.torch_version import TorchVersion
 
-from fastadapt._ops.linear.tiles import Gains, Head, RowWork, TileRequest, contiguous_rows
+from fastadapt._ops.linear.cpu import CpuWork
+from fastadapt._ops.linear.tiles import (
+    Gains,
+    Head,
+    RowWork,
+    TileRequest,
+    contiguous_rows,
+    label_blocks,
+)
 
 TILE = 8192  # ids a tile
 DOUBLE_TILE = 2048  # of float64, as many as a program has registers for
@@ -81,7 +89,10 @@ class CudaWork(RowWork):
             return False
         from fastadapt._ops.triton.product import launch
 
-        readable = h % launch.DEPTH == 0 and all(map(launch.is_aligned, (hidden, weight)))
+        read = (
+            (hidden, weight) if weight.dtype == hidden.dtype else (hidden,)
+        )  # else a tile is cast
+        readable = h % launch.DEPTH == 0 and all(map(launch.is_aligned, read))
         return readable and (h < PRODUCT_WIDTH or n <= PRODUCT_ROWS)
 
     def backward_tile(self) -> int:
@@ -105,11 +116,11 @@ class CudaWork(RowWork):
         """Computes the labels' products as float32 dot products, float64 across blocks."""
         from fastadapt._ops.triton import launch_linear
 
-        head = self.head
-        out = head.hidden.new_zeros(head.labels.shape, dtype=torch.float64)
+        head, hidden = self.head, self.head.hidden
+        out = hidden.new_zeros(head.labels.shape, dtype=torch.float64)
         if head.weight.shape[0] > 0:
-            weight, index = contiguous_rows(head.weight, head.label_rows)
-            launch_linear.dot(head.hidden, weight, index, out)
+            for rows, source, index in label_blocks(head.weight, head.label_rows, hidden.dtype):
+                launch_linear.dot(hidden[rows], *contiguous_rows(source, index), out[rows])
         if head.weight.shape[0] > 0 and head.low is not None:
             share = torch.empty_like(out)
             launch_linear.dot(*head.low, head.label_rows, share)
@@ -158,7 +169,7 @@ class CudaWork(RowWork):
                 mass = sums[part], exps[begin - top : part.stop - top], shrinks[part]
                 launch_linear.sum_tile(rows, stats[part], moments=request.moments, mass=mass)
             part = slice(top, bottom)
-            self.add_product(sums[part], exps, self.head.weight[first:last])
+            self.add_product(sums[part], exps, self.ids(first, last))
             if request.low_sums is not None and self.head.low is not None:
                 low_sums = request.low_sums[part]
                 launch_linear.mix(low_sums, low_sums, factors=shrinks[part])
@@ -172,9 +183,9 @@ class CudaWork(RowWork):
         from fastadapt._ops.triton.product import launch
 
         head, kept = self.head, request.kept
-        matrix = head.hidden, head.weight, head.labels, head.bias
+        matrix = head.hidden, self.ids(first, last), head.labels, head.bias
         sides = launch.Sides(*matrix, self._numbers, head.softcap != 0)
-        launch.add_sums(sides, first, last, stats, moments=request.moments, kept=kept)
+        launch.add_sums(sides, first, stats, moments=request.moments, kept=kept)
         if kept is not None and head.labels.shape[1] > 1:
             launch_linear.set_labels(head.labels, None, first, kept)
 
@@ -244,7 +255,7 @@ class CudaWork(RowWork):
 
         An adapter's product is added to it.
         """
-        hidden, weight = self.head.hidden[begin:end], self.head.weight[first:last]
+        hidden, weight = self.head.hidden[begin:end], self.ids(first, last)
         if end - begin < self.rows:
             if self._last is None:
                 self._last = hidden.new_zeros(self.rows, hidden.shape[1])
@@ -276,6 +287,13 @@ class DoubleCudaWork(CudaWork):
     """Tiles on CUDA for float64."""
 
     tile = DOUBLE_TILE
+
+
+def work_of(hidden: Tensor) -> type[RowWork]:
+    """The row work of a device."""
+    if not hidden.is_cuda:
+        return CpuWork
+    return DoubleCudaWork if hidden.dtype == torch.float64 else CudaWork
 
 
 def capability_of(x: Tensor) -> int:

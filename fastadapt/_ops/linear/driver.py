@@ -32,7 +32,14 @@ from fastadapt._C import (
     OTHERS_WEIGHTED,
 )
 from fastadapt._ops.linear.gradients import HeadGradients, Quintuple, Triple
-from fastadapt._ops.linear.tiles import Gains, Head, Problem, RowWork, TileRequest
+from fastadapt._ops.linear.tiles import (
+    Gains,
+    Head,
+    Problem,
+    RowWork,
+    TileRequest,
+    label_blocks,
+)
 from fastadapt._ops.linear.vocab_parallel import merge_stats, sum_over_ranks
 
 FORWARD_ONLY, RECOMPUTE, FROZEN_HEAD = 0, 1, 2  # plans
@@ -151,7 +158,7 @@ def forward(work: type[RowWork], problem: Problem, asked: Asked) -> Forward:
             if asked.apart:
                 total.mul_(factor[:, None].to(total.dtype))
             elif weight.shape[0] > 0:
-                row_work.add_rows(total, source, head.label_rows, gain, -factor)
+                _add_label_rows(work, total, head, source, gain, -factor)
             if problem.group is not None:
                 total.copy_(sum_over_ranks(total, problem.group))
     mass = stats[:, OTHERS_SUM]
@@ -243,10 +250,28 @@ def backward(
     sums = [gradients.sums, gradients.low_sums][: len(head.weights)]
     for total, source in list(zip(sums, head.weights, strict=True))[not wanted[0] :]:
         if weight.shape[0] > 0:  # the labels' share, in float32
-            row_work.add_rows(total, source, head.label_rows, label_gains, None)
+            _add_label_rows(work, total, head, source, label_gains)
         if problem.group is not None:
             total.copy_(sum_over_ranks(total, problem.group))
     return *gradients.finished(), *gradients.dlow
+
+
+def _add_label_rows(
+    work: type[RowWork],
+    sums: Tensor,
+    head: Head,
+    weight: Tensor,
+    gain: Tensor,
+    factor: Tensor | None = None,
+) -> None:
+    """Computes sums[r] = factor[r] sums[r] + the sum over K of gain[r] weight[label[r]].
+
+    The weight is the head's own or its adapter's, which is as wide as the sums.
+    """
+    dtype = head.hidden.dtype if weight is head.weight else weight.dtype
+    for rows, source, index in label_blocks(weight, head.label_rows, dtype):
+        some = None if factor is None else factor[rows]
+        work.add_rows(sums[rows], source, index, gain[rows], some)
 
 
 def _rows_of_forward(head: Head, used: Tensor, n: int) -> tuple[int, Tensor | None]:
@@ -297,7 +322,7 @@ def frozen_head_backward(
     gains = gains.masked_fill(by_own == 0, 0.0)
     shares = sums if problem.group is None else torch.zeros_like(sums)
     if problem.weight.shape[0] > 0:
-        work.add_rows(shares, problem.weight, head.label_rows, gains, None)
+        _add_label_rows(work, shares, head, head.weight, gains)
     if problem.group is not None:
         sums += sum_over_ranks(shares, problem.group)
     work.scatter(sums, None, head.places, out)

@@ -90,7 +90,7 @@ class HeadGradients:
     def add(self, first: int, last: int, out: Tensor, label_gains: Tensor | None = None) -> None:
         """Adds dL/dx of a tile; labels' own entries, 0 there, reach weight and bias alone."""
         if self._wanted[0]:
-            self._work.add_product(self.sums, out, self._weight[first:last])
+            self._work.add_product(self.sums, out, self._work.ids(first, last))
         low = self._work.head.low
         if low is not None:
             self._work.add_low_product(self.low_sums, out, low.weight[first:last])
@@ -102,10 +102,11 @@ class HeadGradients:
             self.dlow.weight[first:last] = block
         if self._wanted[1]:
             block = self.dweight[first:last]
-            if self._adds:
-                self._work.add_product(block, out.t(), self._work.head.hidden)
-            else:
+            if not self._adds and block.dtype == out.dtype:
                 torch.mm(out.t(), self._work.head.hidden, out=block)
+            else:
+                block = block if self._adds else block.zero_()
+                self._work.add_product(block, out.t(), self._work.head.hidden)
         if self._wanted[2]:
             if self._adds:
                 self._work.add_product(self.dbias[None, first:last], self._ones, out)

@@ -22,6 +22,7 @@ from fastadapt._ops.common import (
     register_autocast,
     register_everywhere,
 )
+from fastadapt._ops.linear.cuda import work_of
 from fastadapt._ops.linear.driver import (
     FORWARD_ONLY,
     RECOMPUTE,
@@ -33,13 +34,14 @@ from fastadapt._ops.linear.driver import (
 from fastadapt._ops.linear.gradients import Triple, empty_gradients
 from fastadapt._ops.linear.operator import (
     CASTS,
-    KEPT_BYTES,
+    MASTERS,
     PROBLEM,
-    LinearPlan,
-    work_of,
 )
+from fastadapt._ops.linear.plans import KEPT_BYTES, LinearPlan, cast_bytes, dtype_of
 from fastadapt._ops.linear.tiles import Problem, RowWork, places_of
 from fastadapt._ops.linear.values import Listed
+
+_PLACES = (0, 1, 3)  # of hidden, weight and bias in a Problem
 
 _library = torch.library.Library("fastadapt", "FRAGMENT")
 _library.define(
@@ -215,14 +217,15 @@ def _save(
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output)
-    ctx.wanted, ctx.dtype = keyword_only_inputs["wanted"], inputs[0].dtype
+    ctx.wanted = keyword_only_inputs["wanted"]
+    ctx.dtypes = [None if inputs[place] is None else inputs[place].dtype for place in _PLACES]
 
 
 def _gradient(ctx: Any, dloss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     """Gradients of hidden, weight and bias, each only when wanted."""
     gradients: list[Tensor | None] = [None] * len(Problem._fields)
     loss, *found = ctx.saved_tensors
-    for place, sums, made in zip((0, 1, 3), found, ctx.wanted, strict=True):
+    for place, sums, made, dtype in zip(_PLACES, found, ctx.wanted, ctx.dtypes, strict=True):
         if not ctx.needs_input_grad[place] or dloss is None:
             continue
         if not made:
@@ -230,7 +233,7 @@ def _gradient(ctx: Any, dloss: Tensor | None, *_: None) -> tuple[Tensor | None, 
             raise RuntimeError(
                 f"linear_mle_loss: expected no gradient of {name}, got one; the forward made none"
             )
-        gradients[place] = torch.ops.fastadapt.scaled_gradient(sums, dloss, loss, ctx.dtype)
+        gradients[place] = torch.ops.fastadapt.scaled_gradient(sums, dloss, loss, dtype)
     return tuple(gradients)
 
 
@@ -247,7 +250,7 @@ def _register() -> None:
     torch.library.register_autograd(
         "fastadapt::scaled_gradient", no_double_backward("linear_mle_loss"), lib=_library
     )
-    register_autocast(_library, "linear_mle", Problem, CASTS)
+    register_autocast(_library, "linear_mle", Problem, CASTS, MASTERS)
 
 
 _register()
@@ -285,14 +288,14 @@ def plan_of(
         bias (Tensor | None): (V,).
         memory_budget (int | None): bytes.
     """
-    h, v = hidden.shape[-1], weight.shape[0]
-    n = hidden.numel() // h
-    itemsize = max(hidden.element_size(), weight.element_size())
+    hidden = hidden.reshape(-1, hidden.shape[-1])
+    (n, h), v = hidden.shape, weight.shape[0]
+    itemsize, held = dtype_of(hidden, weight).itemsize, cast_bytes(hidden, weight)
     work, wanted = work_of(hidden), wanted_of(hidden, weight, bias)
     if not any(wanted):
-        return LinearPlan("forward only", 1.0, 0, work.scratch_bytes(n, v, itemsize)[0])
+        return LinearPlan("forward only", 1.0, 0, held + work.scratch_bytes(n, v, itemsize)[0])
     rows = min(n, block_rows(work, h, v, itemsize, memory_budget))
     wide = torch.promote_types(weight.dtype, torch.float32).itemsize
     sums = wide * sum(x * y for x, y in zip(wanted, (n * h, v * h, v), strict=True))
-    peak = sums + rows * v * itemsize + max(work.scratch_bytes(rows, v, itemsize))
+    peak = held + sums + rows * v * itemsize + max(work.scratch_bytes(rows, v, itemsize))
     return LinearPlan("gradients in the forward", 1.0 + wanted[0] + wanted[1], sums, peak)

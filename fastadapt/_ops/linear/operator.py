@@ -1,7 +1,6 @@
-"""The operator under `linear_log_odds`: its schema, fakes, autograd, autocast, and its plans."""
+"""The operator under `linear_log_odds`: its schema, fakes, autograd and autocast."""
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,8 +14,7 @@ from fastadapt._ops.common import (
     register_autocast,
     register_everywhere,
 )
-from fastadapt._ops.linear.cpu import CpuWork
-from fastadapt._ops.linear.cuda import CudaWork, DoubleCudaWork
+from fastadapt._ops.linear.cuda import work_of
 from fastadapt._ops.linear.driver import (
     FORWARD_ONLY,
     FROZEN_HEAD,
@@ -29,15 +27,13 @@ from fastadapt._ops.linear.driver import (
     forward,
     frozen_head_backward,
     jacobian_rows,
-    kept_ids,
 )
 from fastadapt._ops.linear.gradients import Quintuple, empty_gradients, empty_low_gradients
-from fastadapt._ops.linear.tiles import LowRank, Problem, RowWork
+from fastadapt._ops.linear.tiles import Problem
 
-MOMENTS = ("entropy", "sum_of_squares")  # outputs that the moments of the others make
 CASTS = ("hidden", "weight", "bias")  # to the type of autocast
+MASTERS = ("weight",)  # a float32 head is cast tile by tile
 _PLACES = (0, 1, 3, 9, 10)  # of what has gradients, in a Problem
-KEPT_BYTES = 1 << 27  # of logits, so many are kept for the backward of a small head
 
 _library = torch.library.Library("fastadapt", "FRAGMENT")
 PROBLEM = (
@@ -65,13 +61,6 @@ _library.define(
 )
 _library.define("without_gradient(Tensor values, Tensor log_odds, str name) -> Tensor")
 _library.define("refused_gradient(Tensor gradient, str name) -> Tensor", tags=WAITS)
-
-
-def work_of(hidden: Tensor) -> type[RowWork]:
-    """The row work of a device."""
-    if not hidden.is_cuda:
-        return CpuWork
-    return DoubleCudaWork if hidden.dtype == torch.float64 else CudaWork
 
 
 def _forward(*inputs: Any, masked: bool, **asked: Any) -> Forward:
@@ -185,12 +174,17 @@ def _gradient(
         labels, span, *weights = inputs
         rest = (*ctx.numbers, span, ctx.group)
         rows = jacobian_rows(kept, *ctx.sizes)
-        parts = zip((0, 9), rows, weights, (ctx.dtype, ctx.low_dtype), strict=False)
-        for place, of_rows, weight, dtype in parts:
+        for place, of_rows, weight, dtype in (
+            (0, rows[0], weights[0], ctx.dtype),
+            # in half precision an adapter's weight would be cast like a head's
+            *((9, low, weights[1], low.dtype) for low in rows[1:]),
+        ):
             if ctx.needs_input_grad[place]:
                 gradients[place] = torch.ops.fastadapt.frozen_head_backward(
                     *upstream, own, stats, of_rows, labels, weight, *rest, dtype
                 )
+        if gradients[9] is not None:
+            gradients[9] = gradients[9].to(ctx.low_dtype)
     return tuple(gradients)
 
 
@@ -248,133 +242,9 @@ def _register() -> None:
     torch.library.register_autograd(
         "fastadapt::without_gradient", _refuse, setup_context=_keep_name, lib=_library
     )
-    register_autocast(_library, "linear_log_odds", Problem, CASTS)
+    register_autocast(_library, "linear_log_odds", Problem, CASTS, MASTERS)
 
 
 _register()
 linear_log_odds = torch.ops.fastadapt.linear_log_odds
 without_gradient = torch.ops.fastadapt.without_gradient
-
-
-class LinearPlan(NamedTuple):
-    """What `linear_log_odds` will do; another plan has the same results beyond rounding.
-
-    Attributes:
-        name: "forward only"; "recompute", "partly grouped" and "grouped", which make none, some or
-            all products again in the backward; "frozen head".
-        products: of N * H * V, forward and backward together; fewer where rows are ignored.
-        kept_bytes: logits, or Jacobian rows of a frozen head, from the forward to the backward.
-        peak_bytes: the most that is held over inputs and returned gradients, with no row ignored
-            and but for what is a few numbers a row.
-    """
-
-    name: str
-    products: float
-    kept_bytes: int
-    peak_bytes: int
-
-
-def plan_of(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    memory_budget: int | None = None,
-    outputs: Sequence[str] = (),
-    lora: tuple[Tensor, Tensor, float] | None = None,
-) -> LinearPlan:
-    """Returns the plan of `linear_log_odds` for these arguments, where gradients are wanted.
-
-    Args:
-        hidden (Tensor): (..., H), as for `linear_log_odds`; only shape, dtype, device and
-            whether a gradient is wanted matter, of the others too.
-        weight (Tensor): (V, H), with a group this rank's slice.
-        bias (Tensor | None): (V,).
-        memory_budget (int | None): bytes.
-        outputs (Sequence[str]): as for `linear_log_odds`, differentiable: those of `MOMENTS` take
-            one more product with a frozen head.
-        lora (tuple[Tensor, Tensor, float] | None): (A, B, scale), as for `linear_log_odds`.
-    """
-    hidden = hidden.reshape(-1, hidden.shape[-1])
-    (n, h), v = hidden.shape, weight.shape[0]
-    itemsize = max(hidden.element_size(), weight.element_size())
-    work = work_of(hidden)
-    low, r, held = None, 0, 0  # of an adapter: bytes that are held throughout
-    if lora is not None:
-        a, b, _ = lora
-        r, held = a.shape[0], _low_bytes(work, hidden, itemsize, a, b)
-        states = hidden.new_empty(0, r, requires_grad=hidden.requires_grad or a.requires_grad)
-        low = LowRank(states, b)
-    one = 1 + r / h  # its products with a column of states and weight for each of H
-    number = number_of(hidden, weight, bias, any(name in MOMENTS for name in outputs), low)
-    if number != RECOMPUTE:
-        forward, _ = work.scratch_bytes(n, v, itemsize)
-        if number == FORWARD_ONLY:
-            return LinearPlan("forward only", one, 0, held + forward)
-        rows = n * (h + r) * torch.promote_types(weight.dtype, torch.float32).itemsize
-        forward += work.exps_bytes(n, v, itemsize)
-        return LinearPlan("frozen head", 2 * one, rows, held + rows + forward)
-    ids = kept_ids(n, v, itemsize, work.tile, kept_bytes(hidden, weight, memory_budget))
-    kept = n * ids * itemsize
-    name = "grouped" if ids == v else "partly grouped" if ids else "recompute"
-    wanted = hidden.requires_grad + weight.requires_grad  # a bias costs no product
-    again = 1 - ids / v if v else 0.0
-    products = (1 + again) * one + wanted + 2 * r / h
-    return LinearPlan(name, products, kept, held + kept + _beside(hidden, weight, r))
-
-
-def _low_bytes(work: type[RowWork], hidden: Tensor, itemsize: int, a: Tensor, b: Tensor) -> int:
-    """The bytes that an adapter takes: states, what is made wide for it, at once or by blocks."""
-    (v, r), h, n = b.shape, a.shape[1], hidden.numel() // hidden.shape[-1]
-    wide = max(itemsize, 4)
-    states = 2 * n * r * wide  # as they are made, and filled up or selected
-    cast = n * h * a.element_size() if a.element_size() != itemsize else 0
-    weight = v * r * wide if b.element_size() < wide else 0
-    block = min(work.wide_numbers, n * min(work.tile, v)) * wide if itemsize < wide else 0
-    return states + cast + weight + block
-
-
-def number_of(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    moments: bool,
-    low: LowRank | None = None,
-) -> int:
-    """The operator's plan: what the backward will want, gradients of moments among it."""
-    if not torch.is_grad_enabled():
-        return FORWARD_ONLY
-    of_head = (weight, bias, None if low is None else low.weight)
-    if any(x is not None and x.requires_grad for x in of_head):
-        return RECOMPUTE
-    if not hidden.requires_grad:  # an adapter's A alone is trained: a frozen head costs the same
-        return RECOMPUTE if low is not None and low.states.requires_grad else FORWARD_ONLY
-    return RECOMPUTE if moments else FROZEN_HEAD
-
-
-def kept_bytes(hidden: Tensor, weight: Tensor, memory_budget: int | None) -> int:
-    """Returns how many bytes of logits are kept for the backward of a trained head.
-
-    Left to us, as many as the head's gradient has, or twice what a small head has; and of many
-    logits not the last, so that no more is held in all than full logits would take.
-    """
-    if memory_budget is not None:
-        return memory_budget
-    (n, h), v = hidden.shape, weight.shape[0]
-    itemsize = max(hidden.element_size(), weight.element_size())
-    head, logits = v * h * itemsize, n * v * itemsize
-    kept = max(head if weight.requires_grad else 0, min(2 * head, KEPT_BYTES))
-    return kept if logits <= KEPT_BYTES else min(kept, logits - _beside(hidden, weight))
-
-
-def _beside(hidden: Tensor, weight: Tensor, r: int = 0) -> int:
-    """Returns the bytes that forward and backward hold at most beside what is kept.
-
-    With the sums of r columns of an adapter's states.
-    """
-    (n, h), v = hidden.shape, weight.shape[0]
-    itemsize = max(hidden.element_size(), weight.element_size())
-    forward, backward = work_of(hidden).scratch_bytes(n, v, itemsize)
-    wide = torch.promote_types(weight.dtype, torch.float32).itemsize
-    sums = n * h * wide if hidden.requires_grad and itemsize < wide else 0
-    return max(forward, sums + n * r * wide + backward)

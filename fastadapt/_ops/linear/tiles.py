@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 ELSEWHERE = -1  # the place of a label that this head does not have
+CAST_ROWS = 256  # of a float32 head that are cast at once for labels
 
 
 class LowRank(NamedTuple):
@@ -60,7 +61,7 @@ class Head(NamedTuple):
     """The rows that take part in a call, and the head."""
 
     hidden: Tensor  # (n, H), contiguous rows
-    weight: Tensor
+    weight: Tensor  # (V, H), dtype of `hidden`, or float32
     labels: Tensor  # (n, K), rows of this weight, or ELSEWHERE
     listed: Tensor  # (n, K), bool; False where it is ignored
     places: Tensor | None  # (n,), their places among all rows; None: all of them
@@ -183,6 +184,22 @@ class RowWork(ABC):
 
     def __init__(self, head: Head) -> None:
         self.head = head
+        self._cast: Tensor | None = None  # a buffer of a tile of a float32 head
+        self._in_cast = 0, 0  # the tile that is there
+
+    def ids(self, first: int, last: int) -> Tensor:
+        """Returns a tile of the head, (last - first, H), in the dtype of the hidden states."""
+        weight, dtype = self.head.weight[first:last], self.head.hidden.dtype
+        if weight.dtype == dtype:
+            return weight
+        if self._cast is None or len(self._cast) < last - first:
+            self._cast = weight.new_empty(weight.shape, dtype=dtype)
+            self._in_cast = 0, 0
+        tile = self._cast[: last - first]
+        if self._in_cast != (first, last):
+            self._in_cast = first, last
+            tile.copy_(weight)
+        return tile
 
     def backward_tile(self) -> int:
         """Returns the ids per tile in the backward, a divisor of `tile`."""
@@ -250,6 +267,24 @@ def places_of(takes: Tensor) -> Tensor | None:
     """Returns the places of rows that take part, None if all do; on a GPU this waits for it."""
     index: Tensor = takes.nonzero()[:, 0]
     return None if index.shape == takes.shape else index
+
+
+def label_blocks(
+    weight: Tensor, index: Tensor, dtype: torch.dtype
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Yields rows of an index (n, K), a source of the weights that it names, and an index into it.
+
+    All rows and the weight itself; of a float32 head over half precision blocks of rows, cast.
+    """
+    if weight.dtype != torch.float32 or dtype.itemsize == 4:
+        yield slice(None), weight, index
+        return
+    step = max(1, CAST_ROWS // index.shape[1])
+    for begin in range(0, index.shape[0], step):
+        some = index[begin : begin + step]
+        picked = weight.index_select(0, some.flatten()).to(dtype)
+        places = torch.arange(some.numel(), device=some.device).view(some.shape)
+        yield slice(begin, begin + step), picked, places
 
 
 def contiguous_rows(source: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:

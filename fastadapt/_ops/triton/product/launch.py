@@ -23,7 +23,7 @@ class Sides(NamedTuple):
     """The operands, and what makes logits of their product."""
 
     hidden: Tensor  # (n, H)
-    weight: Tensor  # (V, H)
+    weight: Tensor  # (width, H), a tile of the head
     labels: Tensor  # (n, K)
     bias: Tensor | None  # (V,), float32
     numbers: Tensor  # (2,) float64: the scale, the softcap
@@ -39,15 +39,14 @@ def is_aligned(x: Tensor) -> bool:
 def add_sums(
     sides: Sides,
     first: int,
-    last: int,
     stats: Tensor,
     *,
     moments: bool,
     kept: Tensor | None = None,
 ) -> None:
-    """Adds ids [first, last) to the statistics, and writes their products, rounded, if asked to."""
-    hidden, weight = sides.hidden, sides.weight[first:last]
-    (n, h), width = hidden.shape, last - first
+    """Adds the ids from `first` on to the statistics; writes their products, rounded, if asked."""
+    hidden, weight = sides.hidden, sides.weight
+    (n, h), width = hidden.shape, weight.shape[0]
     if n == 0 or width == 0:
         return
     parts = hidden.new_empty(triton.cdiv(width, IDS), n, kernels.PARTS.value, dtype=torch.float32)
