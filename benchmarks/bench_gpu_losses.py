@@ -31,7 +31,7 @@ from cases import LossInputs, make_loss_inputs
 from device_timing import DeviceCall, DeviceTimer
 from fastadapt import label_logps, linear_log_odds, linear_mle_loss
 from fastadapt.linear import plan_of
-from harness import OF_A_DEVICE, SEED, Axis, Benchmark, Option, measure_until, settings_of
+from harness import OF_A_DEVICE, SEED, Axis, Benchmark, Option, measure_until, settings_of, sizes
 from host import write_record
 from loss_peers import GPU_LOSS_PEERS, Logps
 from missing import MissingPeer, first_line
@@ -74,9 +74,7 @@ class Cell(NamedTuple):
 
 def head_of(text: str) -> tuple[int, int]:
     """H,V."""
-    h, v = (int(part) for part in text.split(","))
-    if min(h, v) < 1:
-        raise ValueError(text)
+    h, v = sizes(text)
     return h, v
 
 

@@ -29,7 +29,7 @@ from fastadapt import linear_candidate_log_odds, linear_log_odds
 from fastadapt._ops.memory import PeakMemory, is_measurable, return_freed_blocks
 from fastadapt.linear import plan_of
 from fresh import in_fresh_process
-from harness import SEED, Axis, Benchmark, Flag, Option, progress, settings_of
+from harness import SEED, Axis, Benchmark, Flag, Option, progress, settings_of, sizes
 from loss_peers import LOSS_PEERS, Logps, plain_log_odds
 from missing import MissingPeer
 from timing import in_turns, milliseconds, ratios
@@ -47,9 +47,7 @@ WARM_UP_IDS = 8192
 
 def shape_of(text: str) -> tuple[int, int, int]:
     """N,H,V."""
-    n, h, v = (int(part) for part in text.split(","))
-    if min(n, h, v) < 1:
-        raise ValueError(text)
+    n, h, v = sizes(text)
     return n, h, v
 
 

@@ -44,6 +44,14 @@ class Option(NamedTuple):
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, **known)
 
 
+def sizes(text: str) -> list[int]:
+    """Reads numbers of 1 and more between commas."""
+    found = [int(part) for part in text.split(",")]
+    if min(found) < 1:
+        raise ValueError(text)
+    return found
+
+
 class Axis(NamedTuple):
     """The values of an axis of the grid, of which some can be asked for."""
 

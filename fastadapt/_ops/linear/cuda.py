@@ -10,6 +10,7 @@ product of our own, `triton.product`, and no product is written. A frozen head's
 exponentials a second product reads, and no backward's.
 """
 
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -76,9 +77,9 @@ class CudaWork(RowWork):
             states, missing = head.low.states, -hidden.shape[0] % self.rows
             self._low_states = torch.nn.functional.pad(states, (0, 0, 0, missing))
         self._exps: Tensor | None = None
-        self._sums_in_products = self._may_sum_in_products()
 
-    def _may_sum_in_products(self) -> bool:
+    @cached_property
+    def _sums_in_products(self) -> bool:
         """Whether our own product can read this head, and is predicted to be faster."""
         hidden, weight = self.head.hidden, self.head.weight
         n, h = hidden.shape

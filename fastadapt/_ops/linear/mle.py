@@ -41,7 +41,7 @@ from fastadapt._ops.linear.plans import KEPT_BYTES, LinearPlan, cast_bytes, dtyp
 from fastadapt._ops.linear.tiles import Problem, RowWork, places_of
 from fastadapt._ops.linear.values import Listed
 
-_PLACES = (0, 1, 3)  # of hidden, weight and bias in a Problem
+_PLACES = tuple(map(Problem._fields.index, CASTS))  # of what has gradients
 
 _library = torch.library.Library("fastadapt", "FRAGMENT")
 _library.define(

@@ -33,7 +33,7 @@ from fastadapt._ops.linear.tiles import Problem
 
 CASTS = ("hidden", "weight", "bias")  # to the type of autocast
 MASTERS = ("weight",)  # a float32 head is cast tile by tile
-_PLACES = (0, 1, 3, 9, 10)  # of what has gradients, in a Problem
+_PLACES = tuple(map(Problem._fields.index, (*CASTS, "low_states", "low_weight")))  # with gradients
 
 _library = torch.library.Library("fastadapt", "FRAGMENT")
 PROBLEM = (
@@ -174,17 +174,18 @@ def _gradient(
         labels, span, *weights = inputs
         rest = (*ctx.numbers, span, ctx.group)
         rows = jacobian_rows(kept, *ctx.sizes)
+        of_hidden, of_low = _PLACES[0], _PLACES[3]
         for place, of_rows, weight, dtype in (
-            (0, rows[0], weights[0], ctx.dtype),
+            (of_hidden, rows[0], weights[0], ctx.dtype),
             # in half precision an adapter's weight would be cast like a head's
-            *((9, low, weights[1], low.dtype) for low in rows[1:]),
+            *((of_low, low, weights[1], low.dtype) for low in rows[1:]),
         ):
             if ctx.needs_input_grad[place]:
                 gradients[place] = torch.ops.fastadapt.frozen_head_backward(
                     *upstream, own, stats, of_rows, labels, weight, *rest, dtype
                 )
-        if gradients[9] is not None:
-            gradients[9] = gradients[9].to(ctx.low_dtype)
+        if (dlow := gradients[of_low]) is not None:
+            gradients[of_low] = dlow.to(ctx.low_dtype)
     return tuple(gradients)
 
 
