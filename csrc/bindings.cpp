@@ -4,7 +4,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #if defined(__linux__)
-#include <sys/mman.h>
 #endif
 
 #include <exception>
@@ -211,18 +210,6 @@ int64_t first_bad_token(py::handle tokens, int64_t v, int64_t ignore_index) {
   return -1;
 }
 
-// Asks for huge pages under a large buffer that is about to be written: at 1 to 2 us a page fault,
-// the first touch of 64 MiB costs 20 ms in small pages and 5 in huge ones. A hint, nothing else.
-void prefer_huge_pages([[maybe_unused]] py::handle out, [[maybe_unused]] int64_t bytes) {
-#if defined(__linux__)
-  const uintptr_t address = reinterpret_cast<uintptr_t>(pointer<void>(out));
-  constexpr uintptr_t kHuge = uintptr_t{1} << 21;
-  const uintptr_t begin = (address + kHuge - 1) / kHuge * kHuge;
-  const uintptr_t end = (address + static_cast<uintptr_t>(bytes)) / kHuge * kHuge;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
-}
-
 std::vector<std::string> capabilities() {
   std::vector<std::string> names;
   for (const char* const* name = cpu_capabilities(); *name; ++name) names.push_back(*name);
@@ -311,7 +298,6 @@ PYBIND11_MODULE(_C, m) {
   m.attr("KL") = static_cast<int>(kKl);
   m.attr("REVERSE_KL") = static_cast<int>(kReverseKl);
   m.attr("JSD") = static_cast<int>(kJsd);
-  m.def("prefer_huge_pages", &prefer_huge_pages);
   m.def("first_bad_token", &first_bad_token);
   m.def("cpu_capabilities", &capabilities, "Names this processor can run, worst first.");
   m.def("cpu_capability", [] { return std::string(cpu_capability()); }, "The name in use.");

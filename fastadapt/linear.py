@@ -158,8 +158,8 @@ def linear_log_odds(
             takes hidden states that are finite, in ignored rows too.
         memory_budget (int | None): bytes of logits to keep from the forward to the backward of a
             head that needs gradients, in whole tiles; fewer are kept if fewer are needed. None: as
-            many as the head's gradient has, of a small head twice as many up to 128 MiB, and never
-            so many that more is held than all logits would take.
+            many as the head's gradient has or 384 MiB, and unless all fit 128 MiB never so many
+            that more is held than all logits would take.
         outputs (Sequence[str]): of "entropy" (nats), "logsumexp" (of all logits, nats),
             "sum_of_squares" (of all probabilities) and "hit" (bool, no logit is larger than the
             label's), from the same pass, with gradients: free for a head that needs gradients, and

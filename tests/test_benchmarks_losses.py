@@ -108,8 +108,8 @@ def test_plan_of_a_cell():
     tile, rows = 1024 * 2048 * 2, 1024 * 896 * 4
     assert bench_losses.plan_bytes(trainable) == rows + tile + 1024 * 32_768 * 2
     assert bench_losses.plan_bytes(trainable._replace(head="frozen")) == rows + tile
-    wide = trainable._replace(dtype="float32", n=4096)  # kept are 128 MiB, in whole tiles
-    assert bench_losses.plan_bytes(wide) == 8 * tile + (128 << 20)
+    wide = trainable._replace(dtype="float32", n=4096)  # kept are 384 MiB, in whole tiles
+    assert bench_losses.plan_bytes(wide) == 8 * tile + (384 << 20)
 
 
 def test_bare_products_are_those_of_full_logits():

@@ -80,10 +80,11 @@ def test_one_product_less_where_the_hidden_states_want_no_gradient():
 @pytest.mark.parametrize(
     ("n", "h", "v", "dtype", "kept", "products"),
     [
-        (1024, 576, 49_152, torch.bfloat16, 1, 3),  # twice the bytes of the small head
-        (1024, 576, 49_152, torch.float32, 128 * MIB / (4 * 1024 * 49_152), None),
-        (4096, 896, 32_768, torch.float32, 0.25, None),  # 128 MiB, more than the gradient has
-        (4096, 896, 32_768, torch.bfloat16, 2 * 896 / 4096, None),
+        (1024, 576, 49_152, torch.bfloat16, 1, 3),  # all, which fit 128 MiB
+        (1024, 576, 49_152, torch.float32, 1, None),  # but for what is held beside them
+        (4096, 896, 32_768, torch.float32, 0.75, None),  # 384 MiB, more than the gradient has
+        (4096, 896, 32_768, torch.bfloat16, 1, None),
+        (8192, 2048, 128_256, torch.bfloat16, 0.25, None),  # as many as weights
         (512, 4096, 151_936, torch.float32, 1, None),  # but for what is held beside them
     ],
 )

@@ -37,10 +37,6 @@ class CpuWork(RowWork):
         tile = n * min(cls.tile, v) * itemsize
         return tile, tile
 
-    def will_write(self, out: Tensor) -> None:
-        """Fewer page faults."""
-        _C.prefer_huge_pages(out, out.nbytes)
-
     def label_products(self) -> Tensor:
         """Computes the labels' products as float32 dot products."""
         head = self.head

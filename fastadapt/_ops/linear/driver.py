@@ -129,7 +129,6 @@ def forward(work: type[RowWork], problem: Problem, asked: Asked) -> Forward:
     rows = jacobian_rows(out.kept, *problem.sizes) if frozen else []
     sums = [x[:n].zero_() for x in rows]
     n_kept = 0 if frozen else out.kept.shape[0] // max(1, hidden.shape[0])  # ids that are kept
-    row_work.will_write(out.kept)
     for first, last in head.tiles(work.tile):
         slot = None if frozen else _kept_tile(out.kept, n, work.tile, n_kept, first, last)
         row_work.sum_tile(first, last, stats, TileRequest(asked.moments, slot, *sums))

@@ -69,8 +69,6 @@ class HeadGradients:
         n, h = work.head.hidden.shape
         made = empty_gradients(hidden, weight, bias, wanted) if totals is None else totals
         self.dhidden, self.dweight, self.dbias = made
-        if not self._adds:
-            work.will_write(self.dweight)
         wide = torch.promote_types(hidden.dtype, torch.float32)
         self._whole = self.dhidden.dtype == wide and work.head.places is None
         rows = n if wanted[0] else 0

@@ -37,7 +37,7 @@ from fastadapt._ops.linear.operator import (
     MASTERS,
     PROBLEM,
 )
-from fastadapt._ops.linear.plans import KEPT_BYTES, LinearPlan, cast_bytes, dtype_of
+from fastadapt._ops.linear.plans import SMALL_BYTES, LinearPlan, cast_bytes, dtype_of
 from fastadapt._ops.linear.tiles import Problem, RowWork, places_of
 from fastadapt._ops.linear.values import Listed
 
@@ -69,7 +69,7 @@ def block_rows(
     Left to us, their logits are as many as the head has weights: its gradient is read and written
     for each block, 2 H V numbers for 3 H V products of each row.
     """
-    budget = max(KEPT_BYTES, h * v * itemsize) if memory_budget is None else memory_budget
+    budget = max(SMALL_BYTES, h * v * itemsize) if memory_budget is None else memory_budget
     return max(1, budget // (v * itemsize) // work.rows) * work.rows
 
 

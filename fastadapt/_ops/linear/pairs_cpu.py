@@ -84,8 +84,6 @@ class CpuPair(PairWork):
         if not self._buffers:  # the first block of rows has as many as any
             size = n * (v if keeps else min(self.tile, v))
             self._buffers = [hidden.new_empty(size) for _ in range(2)]
-            for buffer in self._buffers:
-                self.student.will_write(buffer)
         begin = n * first if keeps else 0
         place = self._buffers[which][begin : begin + n * (last - first)]
         return place.view(n, last - first)

@@ -215,9 +215,6 @@ class RowWork(ABC):
         """Returns the bytes that a frozen head's forward holds in addition, beside its sums."""
         return 0
 
-    def will_write(self, out: Tensor) -> None:  # noqa: B027  (nothing to do is a way to do it)
-        """Announces a tensor that will be written from end to end."""
-
     @abstractmethod
     def label_products(self) -> Tensor:
         """(n, K) float64; hidden times each label's row, undefined where it is elsewhere."""
