@@ -62,9 +62,21 @@ void count_all(const std::string& name, DType dtype) {
   for (const auto& adaptor : kAdaptors) knobs.push_back({adaptor.second.data(), 1, 0, Order::kHf});
 
   const auto sampled = [&](const Knobs& k) {
-    return SampleArgs{
-        rows,          k,       seeds.data(), nullptr, tokens.data(), logprobs.data(), kept.data(),
-        status.data(), nullptr, nullptr,      0,       nullptr,       nullptr,         nullptr};
+    return SampleArgs{rows,
+                      k,
+                      {},
+                      seeds.data(),
+                      nullptr,
+                      tokens.data(),
+                      logprobs.data(),
+                      kept.data(),
+                      status.data(),
+                      nullptr,
+                      nullptr,
+                      0,
+                      nullptr,
+                      nullptr,
+                      nullptr};
   };
   for (size_t i = 0; i < knobs.size(); ++i)
     count(name + "/sample/" + kAdaptors[i].first, table.sample, sampled(knobs[i]));
@@ -72,7 +84,8 @@ void count_all(const std::string& name, DType dtype) {
   all.base_logprobs = base.data(), all.log_mass = mass.data();
   all.top_n = 5, all.top_ids = ids.data(), all.top_logprobs = top.data(), all.rank = rank.data();
   count(name + "/sample/temperature, top_p; all outputs", table.sample, all);
-  count(name + "/filter/temperature, top_p", table.filter, FilterArgs{rows, knobs[1], out.data()});
+  count(name + "/filter/temperature, top_p", table.filter,
+        FilterArgs{rows, knobs[1], {}, out.data()});
 
   // eight adaptors of one temperature, and all of the above
   std::vector<Packed> packed;
@@ -82,21 +95,21 @@ void count_all(const std::string& name, DType dtype) {
   std::vector<float> adapted(n * 8), norm(n * 8), entropy(n);
   std::vector<int32_t> kept_by(n * 8);
   const auto score = [&](const char* what, const std::vector<Knobs>& by) {
-    const ScoreArgs args{rows,        tokens.data(),  -100,        int64_t(by.size()),
-                         by.data(),   adapted.data(), norm.data(), kept_by.data(),
-                         base.data(), entropy.data()};
+    const ScoreArgs args{
+        rows,           tokens.data(), -100,           int64_t(by.size()), by.data(),     {},
+        adapted.data(), norm.data(),   kept_by.data(), base.data(),        entropy.data()};
     count(name + "/score/" + what, table.score, args);
   };
   score("temperature, top_p", {knobs[1]});
   score("8 top_p", one_temperature);
   score("the 6 of sample", knobs);
 
-  const LogOddsArgs forward{rows,           knobs[1],       tokens.data(), -100,
-                           log_odds.data(), support.data(), stats.data()};
+  const LogOddsArgs forward{rows,           knobs[1],    {}, tokens.data(), -100, log_odds.data(),
+                            support.data(), stats.data()};
   count(name + "/log_odds/temperature, top_p", table.log_odds, forward);
-  const LogOddsBackwardArgs backward{rows,         knobs[1],        tokens.data(),
-                                    -100,         upstream.data(), support.data(),
-                                    stats.data(), out.data()};
+  const LogOddsBackwardArgs backward{
+      rows,         knobs[1], tokens.data(), -100,   upstream.data(), support.data(),
+      stats.data(), {},       out.data(),    nullptr};
   count(name + "/log_odds_backward/temperature, top_p", table.log_odds_backward, backward);
 }
 

@@ -13,6 +13,8 @@
 
 #include "row-inl.h"
 
+#include "edits-inl.h"
+
 #include "filters-inl.h"
 
 #include "draw-inl.h"

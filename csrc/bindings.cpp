@@ -3,8 +3,6 @@
 // what would be unsafe is refused.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
-#if defined(__linux__)
-#endif
 
 #include <exception>
 #include <new>
@@ -26,6 +24,9 @@ namespace {
 using RowsTuple = std::tuple<py::handle, int, int64_t, int64_t, int64_t>;
 // (tensor, R, order code)
 using KnobsTuple = std::tuple<py::handle, int64_t, int>;
+// (ids, offsets, columns, count, whether they are (1, count), words of what is allowed, row stride)
+using EditsTuple =
+    std::tuple<py::handle, py::handle, py::handle, int64_t, bool, py::handle, int64_t>;
 
 std::string text(int64_t x) { return std::to_string(x); }
 
@@ -87,6 +88,26 @@ void read(py::handle tuple, Rows& out, Args&) {
                           text(v));
   out = {pointer<const void>(tensor), dtype_of(dtype, loss ? DType::kFloat64 : DType::kFloat16), n,
          v, stride};
+}
+
+template <class Args>
+void read(py::handle tuple, Edits& out, Args& args) {
+  if (args.rows.dtype == DType::kFloat64)
+    throw py::value_error("edits: expected none with float64 rows");
+  const auto [ids, offsets, columns, count, given, allowed, stride] = py::cast<EditsTuple>(tuple);
+  out = {};
+  if (!ids.is_none())
+    out = {pointer<const int32_t>(ids),
+           pointer<const int64_t>(offsets),
+           pointer<const float>(columns),
+           count,
+           given,
+           nullptr,
+           0};
+  if (!allowed.is_none()) {
+    out.allowed = pointer<const uint32_t>(allowed);
+    out.allowed_stride = stride;
+  }
 }
 
 template <class Args>
@@ -223,20 +244,22 @@ void set_capability(const std::string& name) {
 
 void define_kernels(py::module_& m) {
   using T = KernelTable;
-  define(m, "filter", &T::filter, Needs::kSharedRow, {FIELD(rows), FIELD(knobs), FIELD(out)});
-  define(m, "sample", &T::sample, Needs::kSharedRow,
-         {FIELD(rows), FIELD(knobs), FIELD(seeds), OPTIONAL(positions), FIELD(tokens),
-          FIELD(logprobs), FIELD(kept), FIELD(status), OPTIONAL(base_logprobs), OPTIONAL(log_mass),
-          FIELD(top_n), OPTIONAL(top_ids), OPTIONAL(top_logprobs), OPTIONAL(rank)});
+  define(m, "filter", &T::filter, Needs::kSharedRow,
+         {FIELD(rows), FIELD(knobs), OPTIONAL(edits), FIELD(out)});
+  define(
+      m, "sample", &T::sample, Needs::kSharedRow,
+      {FIELD(rows), FIELD(knobs), OPTIONAL(edits), FIELD(seeds), OPTIONAL(positions), FIELD(tokens),
+       FIELD(logprobs), FIELD(kept), FIELD(status), OPTIONAL(base_logprobs), OPTIONAL(log_mass),
+       FIELD(top_n), OPTIONAL(top_ids), OPTIONAL(top_logprobs), OPTIONAL(rank)});
   define(m, "score", &T::score, Needs::kSharedRow,
-         {FIELD(rows), FIELD(knobs), FIELD(tokens), FIELD(ignore_index), FIELD(logprobs),
-          FIELD(log_norm), FIELD(kept), FIELD(base_logprobs), FIELD(entropy)});
+         {FIELD(rows), FIELD(knobs), OPTIONAL(edits), FIELD(tokens), FIELD(ignore_index),
+          FIELD(logprobs), FIELD(log_norm), FIELD(kept), FIELD(base_logprobs), FIELD(entropy)});
   define(m, "log_odds", &T::log_odds, Needs::kSharedRow,
-         {FIELD(rows), FIELD(knobs), FIELD(tokens), FIELD(ignore_index), FIELD(log_odds),
-          FIELD(support), FIELD(stats)});
+         {FIELD(rows), FIELD(knobs), OPTIONAL(edits), FIELD(tokens), FIELD(ignore_index),
+          FIELD(log_odds), FIELD(support), FIELD(stats)});
   define(m, "log_odds_backward", &T::log_odds_backward, Needs::kBuffers,
-         {FIELD(rows), FIELD(knobs), FIELD(tokens), FIELD(ignore_index), FIELD(dlog_odds),
-          FIELD(support), FIELD(stats), FIELD(dlogits)});
+         {FIELD(rows), FIELD(knobs), OPTIONAL(edits), FIELD(tokens), FIELD(ignore_index),
+          FIELD(dlog_odds), FIELD(support), FIELD(stats), FIELD(dlogits), OPTIONAL(dgiven)});
   define(m, "label_log_odds", &T::label_log_odds, Needs::kNothing,
          {FIELD(rows), FIELD(labels), FIELD(ignore_index), FIELD(log_odds), FIELD(stats)});
   define(m, "label_log_odds_backward", &T::label_log_odds_backward, Needs::kNothing,

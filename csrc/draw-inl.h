@@ -25,7 +25,8 @@ static void fill_minus_inf(T* out, int64_t n) {
 template <class T>
 struct Fitted {
   float shift = 0, lowest = -largest_of(T{});
-  explicit Fitted(const View<T>& v) {
+  template <class Other>
+  explicit Fitted(const View<Other>& v) {
     const bool beyond = v.m > -lowest || v.m < lowest / 2;
     if (sizeof(T) < sizeof(float) && v.inv_t > 1 && beyond) shift = v.m;
   }
@@ -33,25 +34,30 @@ struct Fitted {
   float one(float s) const { return s - shift > lowest ? s - shift : lowest; }
 };
 
-template <class T>
-static void filter_row(const FilterArgs& a, int64_t r, const Scratch& scratch) {
-  const int64_t v = a.rows.v;
-  const T* x = static_cast<const T*>(a.rows.data) + r * a.rows.stride;
-  T* out = static_cast<T*>(a.out) + r * v;
-  const RowKnobs k = knobs_of(a.knobs, r);
-  Row<T> row;
-  const RowStats stats = scan(x, v, scratch.team);
-  if (!in_range(k) || open_row(x, v, k.inv_t, stats, &row) != kOk) {
-    std::memcpy(out, x, static_cast<size_t>(v) * sizeof(T));
-    return;
+// Copies a row, rounded where it is edited and of half precision.
+template <class X, class T>
+static void copy_row(const X* x, int64_t n, T* out) {
+  if constexpr (sizeof(X) == sizeof(T)) {
+    std::memcpy(out, x, static_cast<size_t>(n) * sizeof(T));
+  } else {
+    for (int64_t i = 0; i < n; ++i) from_float(x[i] == x[i] ? x[i] : __builtin_nanf(""), out + i);
   }
+}
+
+// Filters row r, whose logits are x.
+template <class X, class T>
+static void filter_logits(const FilterArgs& a, int64_t r, const X* x, const RowStats& stats, T* out,
+                          const Scratch& scratch) {
+  const int64_t v = a.rows.v;
+  const RowKnobs k = knobs_of(a.knobs, r);
+  Row<X> row;
+  if (!in_range(k) || open_row(x, v, k.inv_t, stats, &row) != kOk) return copy_row(x, v, out);
   if (k.greedy()) {
     const int64_t best = argmax(x, v, stats.max);
     fill_minus_inf(out, v);
-    out[best] = x[best];
-    return;
+    return copy_row(x + best, 1, out + best);
   }
-  const Survivors<T> survivors(row, k, scratch);
+  const Survivors<X> survivors(row, k, scratch);
   if (survivors.listed()) fill_minus_inf(out, v);
   const Fitted<T> fitted(row.view);
   survivors.visit([&](const auto& view, const auto& test) {
@@ -69,6 +75,14 @@ static void filter_row(const FilterArgs& a, int64_t r, const Scratch& scratch) {
       store(tail, kept);
       std::memcpy(out + i, tail, static_cast<size_t>(v - i) * sizeof(T));
     });
+  });
+}
+
+template <class T>
+static void filter_row(const FilterArgs& a, int64_t r, const Scratch& scratch) {
+  T* out = static_cast<T*>(a.out) + r * a.rows.v;
+  with_row<T>(a.rows, a.edits, r, scratch, [&](const auto* x, const RowStats& stats) {
+    filter_logits(a, r, x, stats, out, scratch);
   });
 }
 
@@ -143,13 +157,13 @@ static void bad_sample(const SampleArgs& a, int64_t r, Status status) {
   }
 }
 
+// Draws from row r, whose logits are x.
 template <class T>
-static void sample_row(const SampleArgs& a, int64_t r, const Scratch& scratch) {
+static void draw(const SampleArgs& a, int64_t r, const T* x, const RowStats& stats,
+                 const Scratch& scratch) {
   const int64_t v = a.rows.v;
-  const T* x = static_cast<const T*>(a.rows.data) + r * a.rows.stride;
   const RowKnobs k = knobs_of(a.knobs, r);
   Row<T> row;
-  const RowStats stats = scan(x, v, scratch.team);
   const Status status = in_range(k) ? open_row(x, v, k.inv_t, stats, &row) : kBadKnob;
   if (status != kOk) return bad_sample(a, r, status);
 
@@ -205,4 +219,10 @@ static void sample_row(const SampleArgs& a, int64_t r, const Scratch& scratch) {
   const RankCut before{base.view.s_at(token), static_cast<int32_t>(token)};
   base.view.e = nullptr;
   a.rank[r] = static_cast<int32_t>(count_chosen(base.view, before));
+}
+
+template <class T>
+static void sample_row(const SampleArgs& a, int64_t r, const Scratch& scratch) {
+  with_row<T>(a.rows, a.edits, r, scratch,
+              [&](const auto* x, const RowStats& stats) { draw(a, r, x, stats, scratch); });
 }

@@ -49,6 +49,21 @@ struct Knobs {
   Order order;
 };
 
+// What is done to the logits of each row before anything else, in float32. Edits are lists of ids,
+// in compressed rows: those of row r are [offsets[r], offsets[r + 1]), ascending, each once. Either
+// y is given, or y = x + pre; y = y / penalty where y > 0, else y * penalty; y = y + post; x = -inf
+// stays. Then what is not allowed is -inf.
+struct Edits {
+  const int32_t* ids;      // (count,), or null: none
+  const int64_t* offsets;  // (N + 1,)
+  const float* columns;    // (3, count): pre, penalty, post; or (1, count): y
+  int64_t count;
+  bool given;               // whether columns are (1, count)
+  const uint32_t* allowed;  // (N, ceil(V / 32)), bit j % 32 of word j / 32 is id j; or null: all
+  int64_t allowed_stride;   // in words
+  bool none() const { return !ids && !allowed; }
+};
+
 // Threads that share one long row.
 struct Team {
   int size;  // at most kMaxTeam
@@ -76,13 +91,14 @@ struct Scratch {
   float* fine_e;
   int32_t* fine_id;
   float* ordered;    // the logits of a row in pieces
-  float* row_f32;    // a float64 row rounded to float32
+  float* row_f32;    // a row in float32: one of float64 rounded, or one that is edited
   const Team* team;  // null where the thread is alone
 };
 
 struct FilterArgs {
   Rows rows;
   Knobs knobs;
+  Edits edits;
   void* out;  // (N, V), contiguous, dtype of rows
 };
 
@@ -90,6 +106,7 @@ struct FilterArgs {
 struct SampleArgs {
   Rows rows;
   Knobs knobs;
+  Edits edits;
   const int64_t* seeds;      // (N,)
   const int64_t* positions;  // (N,), or null: all 0
   int64_t* tokens;           // (N,)
@@ -109,7 +126,8 @@ struct ScoreArgs {
   const int64_t* tokens;  // (N,)
   int64_t ignore_index;
   int64_t num_adaptors;
-  const Knobs* knobs;    // (A,)
+  const Knobs* knobs;  // (A,)
+  Edits edits;
   float* logprobs;       // (N, A)
   float* log_norm;       // (N, A)
   int32_t* kept;         // (N, A)
@@ -120,6 +138,7 @@ struct ScoreArgs {
 struct LogOddsArgs {
   Rows rows;
   Knobs knobs;
+  Edits edits;            // none with float64 rows
   const int64_t* tokens;  // (N,)
   int64_t ignore_index;
   void* log_odds;    // (N,), float32, or float64 for float64 rows
@@ -135,7 +154,9 @@ struct LogOddsBackwardArgs {
   const void* dlog_odds;   // (N,), dtype of the log-odds
   const uint8_t* support;  // as written by the forward
   const double* stats;
+  Edits edits;    // as in the forward
   void* dlogits;  // (N, V), contiguous, dtype of rows
+  float* dgiven;  // (count,), dL/dy of edits that give y; or null
 };
 
 // Rows of the loss operators: what the others of a label come to. Python reads it from the module.

@@ -24,13 +24,12 @@ static inline uint32_t load_bits(const uint8_t* support, int64_t bytes, int64_t 
 
 // Decides the support of a row; false leaves it empty and the log-odds NaN.
 template <class T>
-static bool write_support(const T* x, int64_t v, const RowKnobs& k, uint8_t* support,
-                          const Scratch& scratch) {
+static bool write_support(const T* x, int64_t v, const RowStats& stats, const RowKnobs& k,
+                          uint8_t* support, const Scratch& scratch) {
   const int64_t bytes = (v + 7) / 8;
   std::memset(support, 0, static_cast<size_t>(bytes));
   Row<T> row;
-  if (!in_range(k) || k.greedy() || open_row(x, v, k.inv_t, scan(x, v, scratch.team), &row) != kOk)
-    return false;
+  if (!in_range(k) || k.greedy() || open_row(x, v, k.inv_t, stats, &row) != kOk) return false;
   const Survivors<T> survivors(row, k, scratch);
   survivors.visit([&](const auto& view, const auto& test) {
     for_survivors(view, test, [&](int64_t i, F, M chosen) {
@@ -97,10 +96,6 @@ static inline const float* as_float32(const double* x, int64_t v, const Scratch&
   for (int64_t i = 0; i < v; ++i) scratch.row_f32[i] = static_cast<float>(x[i]);
   return scratch.row_f32;
 }
-template <class T>
-static inline const T* as_float32(const T* x, int64_t, const Scratch&) {
-  return x;
-}
 
 static inline double scaled(double x, const RowKnobs& k) { return x / k[kTemperature]; }
 template <class T>
@@ -108,27 +103,37 @@ static inline double scaled(T x, const RowKnobs& k) {
   return to_float(x) * k.inv_t;
 }
 
-template <class T>
-static void log_odds_row(const LogOddsArgs& a, int64_t r, const Scratch& scratch) {
+// The log-odds of the token of row r, whose logits are x; of float64, rounded ones decide.
+template <class T, class Decides>
+static double token_log_odds(const LogOddsArgs& a, int64_t r, const T* x, const Decides* rounded,
+                             const RowStats& of_row, const Scratch& scratch) {
   const int64_t v = a.rows.v, y = a.tokens[r];
-  const T* x = static_cast<const T*>(a.rows.data) + r * a.rows.stride;
   uint8_t* support = a.support + r * ((v + 7) / 8);
   double* stats = a.stats + 2 * r;
-  double log_odds;
-  stats[kOthersMax] = stats[kOthersSum] = 0;
   const RowKnobs k = knobs_of(a.knobs, r);
-  if (y == a.ignore_index) {
-    std::memset(support, 0, static_cast<size_t>((v + 7) / 8));
-    log_odds = 0;
-  } else if (!write_support(as_float32(x, v, scratch), v, k, support, scratch)) {
-    log_odds = __builtin_nan("");
-  } else if (!in_support(support, y)) {
-    log_odds = -__builtin_inf();
+  if (!write_support(rounded, v, of_row, k, support, scratch)) return __builtin_nan("");
+  if (!in_support(support, y)) return -__builtin_inf();
+  others_stats(x, v, k, support, y, stats);
+  if (!(stats[kOthersSum] > 0)) return __builtin_inf();
+  return scaled(x[y], k) - stats[kOthersMax] - log64(stats[kOthersSum]);
+}
+
+template <class T>
+static void log_odds_row(const LogOddsArgs& a, int64_t r, const Scratch& scratch) {
+  const int64_t v = a.rows.v;
+  double* stats = a.stats + 2 * r;
+  double log_odds = 0;
+  stats[kOthersMax] = stats[kOthersSum] = 0;
+  if (a.tokens[r] == a.ignore_index) {
+    std::memset(a.support + r * ((v + 7) / 8), 0, static_cast<size_t>((v + 7) / 8));
+  } else if constexpr (sizeof(T) == sizeof(double)) {
+    const T* x = static_cast<const T*>(a.rows.data) + r * a.rows.stride;
+    const float* rounded = as_float32(x, v, scratch);
+    log_odds = token_log_odds(a, r, x, rounded, scan(rounded, v, scratch.team), scratch);
   } else {
-    others_stats(x, v, k, support, y, stats);
-    log_odds = stats[kOthersSum] > 0
-                   ? scaled(x[y], k) - stats[kOthersMax] - log64(stats[kOthersSum])
-                   : __builtin_inf();
+    with_row<T>(a.rows, a.edits, r, scratch, [&](const auto* x, const RowStats& of_row) {
+      log_odds = token_log_odds(a, r, x, x, of_row, scratch);
+    });
   }
   using Out = typename LogOddsOf<T>::type;
   static_cast<Out*>(a.log_odds)[r] = static_cast<Out>(log_odds);
@@ -164,9 +169,26 @@ static void log_odds_gradient(const double* x, int64_t v, const RowKnobs& k, con
   out[y] = g / t;
 }
 
+// Takes the gradient of an edited row, float32, to the logits that were edited, rounded once.
 template <class T>
-static void log_odds_backward_row(const LogOddsBackwardArgs& a, int64_t r, const Scratch&) {
+static void through_edits(const T* x, int64_t v, const RowEdits& edits, float* dy, float* dgiven,
+                          T* out) {
+  for (const int32_t* at = edits.first; at < edits.last; ++at) {
+    if (dgiven) dgiven[at - edits.all.ids] = *at < v ? dy[*at] : 0;
+    if (*at < v) dy[*at] = edits.through(dy[*at], to_float(x[*at]), at);
+  }
+  for_row(dy, 0, v, 1.0f, [&](int64_t i, F s) {
+    if (i + W <= v) return store(out + i, s);
+    T tail[W];
+    store(tail, s);
+    std::memcpy(out + i, tail, static_cast<size_t>(v - i) * sizeof(T));
+  });
+}
+
+template <class T>
+static void log_odds_backward_row(const LogOddsBackwardArgs& a, int64_t r, const Scratch& scratch) {
   const int64_t v = a.rows.v, y = a.tokens[r];
+  const RowEdits edits(a.edits, r);
   T* out = static_cast<T*>(a.dlogits) + r * v;
   const double* stats = a.stats + 2 * r;
   using In = typename LogOddsOf<T>::type;
@@ -174,9 +196,20 @@ static void log_odds_backward_row(const LogOddsBackwardArgs& a, int64_t r, const
   // ignored and bad rows, tokens outside the support or alone in it: no gradient, whatever g is
   if (y == a.ignore_index || !(stats[kOthersSum] > 0)) {
     std::memset(out, 0, static_cast<size_t>(v) * sizeof(T));
+    for (const int32_t* at = edits.first; a.dgiven && at < edits.last; ++at)
+      a.dgiven[at - edits.all.ids] = 0;
     return;
   }
   const T* x = static_cast<const T*>(a.rows.data) + r * a.rows.stride;
   const uint8_t* support = a.support + r * ((v + 7) / 8);
-  log_odds_gradient(x, v, knobs_of(a.knobs, r), support, y, stats, g, out);
+  const RowKnobs k = knobs_of(a.knobs, r);
+  if constexpr (sizeof(T) != sizeof(double)) {
+    if (!a.edits.none()) {
+      const float* edited = scratch.row_f32;
+      write_edited(x, v, edits, scratch);
+      log_odds_gradient(edited, v, k, support, y, stats, g, scratch.ordered);
+      return through_edits(x, v, edits, scratch.ordered, a.dgiven, out);
+    }
+  }
+  log_odds_gradient(x, v, k, support, y, stats, g, out);
 }

@@ -106,6 +106,12 @@ struct RowStats {
   bool nan;
 };
 
+static void join(RowStats* stats, const RowStats& others) {
+  stats->max = others.max > stats->max ? others.max : stats->max;
+  stats->min = others.min < stats->min ? others.min : stats->min;
+  stats->nan |= others.nan;
+}
+
 template <class T>
 static RowStats scan_part(const T* x, int64_t n) {
   F high[2] = {fset(-kInf), fset(-kInf)}, low[2] = {fset(kInf), fset(kInf)};
@@ -136,13 +142,8 @@ static RowStats scan(const T* x, int64_t n, const Team* team) {
   const int parts = in_parts(team, n, [&](int part, int64_t begin, int64_t end) {
     of_part[part] = scan_part(x + begin, end - begin);
   });
-  RowStats stats = of_part[0];
-  for (int i = 1; i < parts; ++i) {
-    stats.max = of_part[i].max > stats.max ? of_part[i].max : stats.max;
-    stats.min = of_part[i].min < stats.min ? of_part[i].min : stats.min;
-    stats.nan |= of_part[i].nan;
-  }
-  return stats;
+  for (int i = 1; i < parts; ++i) join(&of_part[0], of_part[i]);
+  return of_part[0];
 }
 
 // Masses of a part of a view that begins with a block: their sums, one sum per block, and the

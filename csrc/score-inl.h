@@ -109,19 +109,14 @@ static void score_all(const ScoreArgs& a, int64_t r, Row<Other>& row, const RowS
   }
 }
 
+// Scores the token of row r, whose logits are x.
 template <class T>
-static void score_row(const ScoreArgs& a, int64_t r, const Scratch& scratch) {
+static void score_token(const ScoreArgs& a, int64_t r, const T* x, const RowStats& stats,
+                        const Scratch& scratch) {
   // from here on ordering the row costs less than it saves
   constexpr int64_t kLong = 1024, kMany = 4;
   const int64_t v = a.rows.v, y = a.tokens[r];
-  const T* x = static_cast<const T*>(a.rows.data) + r * a.rows.stride;
   const float nan = __builtin_nanf("");
-  if (y == a.ignore_index) {
-    a.base_logprobs[r] = a.entropy[r] = 0;
-    for (int64_t i = 0; i < a.num_adaptors; ++i) fill_score(a, r, i, 0);
-    return;
-  }
-  RowStats stats = scan(x, v, scratch.team);
   Row<T> row;
   if (open_row(x, v, 1.0f, stats, &row) != kOk) {
     a.base_logprobs[r] = a.entropy[r] = nan;
@@ -162,4 +157,15 @@ static void score_row(const ScoreArgs& a, int64_t r, const Scratch& scratch) {
   if (others == 0) return;
   open_row(x, v, 1.0f, stats, &row);
   score_all(a, r, row, stats, nullptr, token, whole, scratch);
+}
+
+template <class T>
+static void score_row(const ScoreArgs& a, int64_t r, const Scratch& scratch) {
+  if (a.tokens[r] == a.ignore_index) {
+    a.base_logprobs[r] = a.entropy[r] = 0;
+    for (int64_t i = 0; i < a.num_adaptors; ++i) fill_score(a, r, i, 0);
+    return;
+  }
+  with_row<T>(a.rows, a.edits, r, scratch,
+              [&](const auto* x, const RowStats& stats) { score_token(a, r, x, stats, scratch); });
 }

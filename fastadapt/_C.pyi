@@ -6,6 +6,8 @@ from torch import Tensor
 
 Rows = tuple[Tensor, int, int, int, int]  # logits, dtype code, n, v, row stride in elements
 Knobs = tuple[Tensor, int, int]  # (8, R) float64, R, order code
+# ids, offsets, columns, their length, whether they are given values, words of allowed ids, stride
+Edits = tuple[Tensor | None, Tensor | None, Tensor | None, int, bool, Tensor | None, int]
 
 class Tile(TypedDict):
     rows: Rows
@@ -39,11 +41,14 @@ KL: int
 REVERSE_KL: int
 JSD: int
 
-def filter(*, rows: Rows, knobs: Knobs, out: Tensor, num_threads: int) -> None: ...
+def filter(
+    *, rows: Rows, knobs: Knobs, edits: Edits | None, out: Tensor, num_threads: int
+) -> None: ...
 def sample(
     *,
     rows: Rows,
     knobs: Knobs,
+    edits: Edits | None,
     seeds: Tensor,
     positions: Tensor | None,
     tokens: Tensor,
@@ -62,6 +67,7 @@ def score(
     *,
     rows: Rows,
     knobs: list[Knobs],
+    edits: Edits | None,
     tokens: Tensor,
     ignore_index: int,
     logprobs: Tensor,
@@ -75,6 +81,7 @@ def log_odds(
     *,
     rows: Rows,
     knobs: Knobs,
+    edits: Edits | None,
     tokens: Tensor,
     ignore_index: int,
     log_odds: Tensor,
@@ -86,12 +93,14 @@ def log_odds_backward(
     *,
     rows: Rows,
     knobs: Knobs,
+    edits: Edits | None,
     tokens: Tensor,
     ignore_index: int,
     dlog_odds: Tensor,
     support: Tensor,
     stats: Tensor,
     dlogits: Tensor,
+    dgiven: Tensor | None,
     num_threads: int,
 ) -> None: ...
 def label_log_odds(

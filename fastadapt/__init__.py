@@ -51,10 +51,18 @@ from fastadapt.losses import (
     z_loss,
 )
 from fastadapt.results import Sample, Score
-from fastadapt.sampling import adapted_log_odds, adapted_logps, filter_logits, sample, score
+from fastadapt.sampling.edits import Edits
+from fastadapt.sampling.functions import (
+    adapted_log_odds,
+    adapted_logps,
+    filter_logits,
+    sample,
+    score,
+)
 
 __all__ = [
     "Adaptor",
+    "Edits",
     "Responses",
     "RewardPenalizeLoss",
     "Sample",

@@ -10,7 +10,7 @@ transformers = pytest.importorskip("transformers", reason="the hooks need transf
 from fastadapt import hf  # noqa: E402, only where transformers is
 from fastadapt.adaptor import Adaptor  # noqa: E402, as above
 from fastadapt.hf import _draw as hf_draw  # noqa: E402, only where transformers is
-from fastadapt.sampling import filter_logits, sample  # noqa: E402, as above
+from fastadapt.sampling.functions import filter_logits, sample  # noqa: E402, as above
 
 VOCAB = 199
 STEPS = 6

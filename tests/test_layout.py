@@ -36,7 +36,7 @@ OURS = {
     "_ops": {"_C", "_ops"},
     "results": set(),
     "adaptor": {"_ops"},
-    "sampling": {"_ops", "adaptor", "results"},
+    "sampling": {"_ops", "adaptor", "results", "sampling"},
     "linear": {"_ops"},
     "log_odds": {"_ops"},
     "losses": {"_ops", "log_odds", "losses"},
@@ -517,10 +517,12 @@ def test_the_stub_has_the_arguments_of_the_module() -> None:
 def test_kernels_refuse_other_arguments(change: dict[str, object], message: str) -> None:
     """Names and numbers cannot take each other's places."""
     x, knobs = torch.zeros(1, 4), fastadapt.Adaptor().packed
-    given = {"rows": (x, 0, 1, 4, 4), "knobs": (knobs, 1, 0), "num_threads": 1}
+    given = {"rows": (x, 0, 1, 4, 4), "knobs": (knobs, 1, 0), "edits": None, "num_threads": 1}
     with pytest.raises((TypeError, AttributeError), match=message):
         fastadapt._C.filter(**given, **change)
-    with pytest.raises(TypeError, match=re.escape("filter(*, rows, knobs, out, num_threads)")):
+    with pytest.raises(
+        TypeError, match=re.escape("filter(*, rows, knobs, edits, out, num_threads)")
+    ):
         fastadapt._C.filter(*given.values())
 
 

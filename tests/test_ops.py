@@ -18,6 +18,7 @@ from fastadapt import (
 
 ADAPTOR = Adaptor(temperature=0.8, top_k=20, top_p=0.9)
 OPS = torch.ops.fastadapt
+AS_THEY_ARE = (None,) * 4  # rows without edits
 
 
 OP_CASES = ["filter_logits", "sample", "sample_all", "score", "adapted_log_odds"]
@@ -29,14 +30,31 @@ def op_cases(device):
     x = torch.randn(3, 50, device=device)
     y, seeds = torch.tensor([1, -100, 7], device=device), torch.arange(3, device=device)
     knobs, neutral = ADAPTOR.packed.to(device), Adaptor().packed.to(device)
-    log_odds, support, stats = OPS.adapted_log_odds(x, y, knobs, 0, -100)
+    log_odds, support, stats = OPS.adapted_log_odds(x, y, knobs, 0, -100, *AS_THEY_ARE)
+    edits = (
+        torch.tensor([1, 7, 3], dtype=torch.int32, device=device),
+        torch.tensor([0, 2, 2, 3], device=device),
+        torch.randn(1, 3, device=device, requires_grad=True),
+        torch.full((3, 2), -1, dtype=torch.int32, device=device),
+    )
     return {
-        "filter_logits": (x.bfloat16(), knobs, 1),
-        "sample": (x, knobs, 0, seeds, seeds, False, False, 0),
-        "sample_all": (x.half(), knobs, 0, seeds, seeds, True, True, 4),
-        "score": (x, y, [knobs, neutral], [0, 1], -100),
-        "adapted_log_odds": (x.clone().requires_grad_(), y, knobs, 0, -100),
-        "adapted_log_odds_backward": (log_odds, x, y, knobs, 0, -100, support, stats),
+        "filter_logits": (x.bfloat16(), knobs, 1, *edits),
+        "sample": (x, knobs, 0, seeds, seeds, False, False, 0, *AS_THEY_ARE),
+        "sample_all": (x.half(), knobs, 0, seeds, seeds, True, True, 4, *edits),
+        "score": (x, y, [knobs, neutral], [0, 1], -100, *edits),
+        "adapted_log_odds": (x.clone().requires_grad_(), y, knobs, 0, -100, *edits),
+        "adapted_log_odds_backward": (
+            log_odds,
+            x,
+            y,
+            knobs,
+            0,
+            -100,
+            support,
+            stats,
+            *AS_THEY_ARE,
+            False,
+        ),
     }
 
 
@@ -179,7 +197,7 @@ def test_meta_tensors_have_the_right_shapes():
     x = torch.empty(5, 100, device="meta", dtype=torch.bfloat16)
     seeds = torch.empty(5, device="meta", dtype=torch.int64)
     knobs = torch.empty(8, 1, device="meta", dtype=torch.float64)
-    outputs = OPS.sample(x, knobs, 0, seeds, seeds, True, False, 3)
+    outputs = OPS.sample(x, knobs, 0, seeds, seeds, True, False, 3, *AS_THEY_ARE)
     shapes = [tuple(t.shape) for t in outputs]
     assert shapes == [(5,)] * 5 + [(5, 3), (5, 3), (5,)]
 
@@ -188,23 +206,33 @@ def test_unsupported_device_is_an_error():
     x = torch.empty(2, 10, device="meta")
     with pytest.raises((NotImplementedError, RuntimeError)):
         OPS.adapted_log_odds_backward.default.redispatch(
-            torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), x, x, x, x, 0, 0, x, x
+            torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA),
+            x,
+            x,
+            x,
+            x,
+            0,
+            0,
+            x,
+            x,
+            *AS_THEY_ARE,
+            False,
         )
 
 
 def test_operator_refuses_what_the_kernel_cannot_take():
     x = torch.zeros(3, 10)
     with pytest.raises(ValueError, match="knobs: expected 1 or 3 columns, got 2"):
-        OPS.filter_logits(x, Adaptor(top_p=torch.tensor([0.1, 0.2])).packed, 0)
+        OPS.filter_logits(x, Adaptor(top_p=torch.tensor([0.1, 0.2])).packed, 0, *AS_THEY_ARE)
     with pytest.raises(ValueError, match="logits: expected a dtype code of 0 to 2, got 3"):
-        OPS.filter_logits(x.double(), Adaptor().packed, 0)
+        OPS.filter_logits(x.double(), Adaptor().packed, 0, *AS_THEY_ARE)
     for code in (4, 5, 1 << 9, -1):
         with pytest.raises(
             ValueError, match=f"order: expected 0, 1 or the filter_code .* got {code}"
         ):
-            OPS.filter_logits(x, Adaptor().packed, code)
+            OPS.filter_logits(x, Adaptor().packed, code, *AS_THEY_ARE)
     with pytest.raises(ValueError, match="adaptors: expected 1 to 256, got 257"):
-        OPS.score(x, torch.zeros(3).long(), [Adaptor().packed] * 257, [0] * 257, -100)
+        OPS.score(x, torch.zeros(3).long(), [Adaptor().packed] * 257, [0] * 257, -100, *AS_THEY_ARE)
     wide = torch.zeros(1).expand(1, 2**22 + 1)
     with pytest.raises(ValueError, match="expected 1 to 4194304 entries a row, got 4194305"):
         fastadapt.filter_logits(wide.contiguous(), Adaptor())
@@ -220,10 +248,12 @@ def test_knob_out_of_range_in_the_operator_is_a_status(rows, device):
                         (3, float("nan"))):  # fmt: skip
         packed = good.packed.clone()
         packed[knob, 1] = value
-        out = OPS.sample(x, packed, 0, seeds, torch.zeros_like(seeds), False, False, 0)
+        out = OPS.sample(
+            x, packed, 0, seeds, torch.zeros_like(seeds), False, False, 0, *AS_THEY_ARE
+        )
         assert out[3].tolist() == [0, 4, 0]
         assert out[0].tolist() == [clean.tokens[0], -1, clean.tokens[2]]
-        assert torch.equal(OPS.filter_logits(x, packed, 0)[1], x[1])
+        assert torch.equal(OPS.filter_logits(x, packed, 0, *AS_THEY_ARE)[1], x[1])
 
 
 @pytest.mark.parametrize("temperature", [float("nan"), 0.0])
@@ -231,7 +261,7 @@ def test_bad_temperature_in_the_operator_scores_nan(rows, device, temperature):
     x, packed = rows("spread", 2, 40), Adaptor().packed.to(device, copy=True)
     packed[0] = temperature
     tokens = torch.zeros(2, dtype=torch.int64, device=device)
-    logprobs, log_norm, kept, *_ = OPS.score(x, tokens, [packed], [0], -100)
+    logprobs, log_norm, kept, *_ = OPS.score(x, tokens, [packed], [0], -100, *AS_THEY_ARE)
     assert logprobs.isnan().all()
     assert log_norm.isnan().all()
     assert kept.tolist() == [[0], [0]]

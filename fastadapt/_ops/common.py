@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,25 @@ WAITS = (torch.Tag.cudagraph_unsafe,)
 # of each operator, its implementation, and what makes its empty outputs
 Implementations = dict[str, tuple[Callable[..., object], Callable[..., object]]]
 Out = TypeVar("Out")
+
+
+class RowEdits(NamedTuple):
+    """What the operators of sampling take of edits; rows as they are by default."""
+
+    ids: Tensor | None = None  # (E,) int32
+    offsets: Tensor | None = None  # (N + 1,) int64
+    columns: Tensor | None = None  # (3, E) float32, or (1, E) of given values
+    allowed: Tensor | None = None  # (N, ceil(V / 32)) int32
+
+    def for_kernels(self) -> "_C.Edits | None":
+        """What the CPU's kernels need to know of them."""
+        ids, offsets, columns, allowed = self
+        if ids is None and allowed is None:
+            return None
+        given = columns is not None and columns.shape[0] == 1
+        count = 0 if ids is None else ids.shape[0]
+        stride = 0 if allowed is None else allowed.stride(0)
+        return ids, offsets, columns, count, given, allowed, stride
 
 
 def rows_of(logits: Tensor) -> "_C.Rows":

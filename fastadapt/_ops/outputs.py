@@ -66,6 +66,12 @@ def logits_gradient(dlog_odds: Tensor, logits: Tensor, *_: object) -> Tensor:
     return logits.new_empty(logits.shape)
 
 
+def edited_gradients(logits: Tensor, columns: Tensor | None, of_values: bool) -> Pair:
+    """Empty gradients of logits and, where asked for, of the values that replace some, (1, E)."""
+    shape = columns.shape if columns is not None and of_values else (0,)
+    return logits.new_empty(logits.shape), logits.new_empty(shape, dtype=torch.float32)
+
+
 def label_outputs(logits: Tensor, labels: Tensor) -> Pair:
     """Log-odds of labels, (N,) or of each row several, and statistics of the others."""
     stats = logits.new_empty(logits.shape[0], NUM_STATS, dtype=torch.float64)

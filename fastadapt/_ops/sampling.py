@@ -2,7 +2,8 @@
 
 PyTorch's dispatcher chooses the implementation by device. Inputs arrive checked and folded by
 `sampling`; rows may have any stride, the last dimension is contiguous. Knobs are the packed
-(8, R) float64 tensor of an `Adaptor`, and an order is its `filter_code`. Operators without a
+(8, R) float64 tensor of an `Adaptor`, an order is its `filter_code`, and the four tensors of a
+`RowEdits` come last. Operators without a
 gradient fall through autograd: their outputs are detached.
 """
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from fastadapt import _C
 from fastadapt._ops.common import (
     Implementations,
+    RowEdits,
     check_ids,
     no_double_backward,
     register,
@@ -23,9 +25,10 @@ from fastadapt._ops.common import (
 from fastadapt._ops.filter_code import order_of
 from fastadapt._ops.outputs import (
     LogOdds,
+    Pair,
     Scores,
+    edited_gradients,
     log_odds_outputs,
-    logits_gradient,
     sample_fields,
     sample_outputs,
     score_outputs,
@@ -34,22 +37,24 @@ from fastadapt._ops.outputs import (
 MAX_ADAPTORS = 256  # csrc/kernels.h
 
 _library = torch.library.Library("fastadapt", "DEF")
-_library.define("filter_logits(Tensor logits, Tensor knobs, int order) -> Tensor")
+_EDITS = "Tensor? ids, Tensor? offsets, Tensor? columns, Tensor? allowed"  # of a `RowEdits`
+_library.define(f"filter_logits(Tensor logits, Tensor knobs, int order, {_EDITS}) -> Tensor")
 _library.define(
     "sample(Tensor logits, Tensor knobs, int order, Tensor seeds, Tensor? positions,"
-    " bool base_logprobs, bool log_mass, int top_n) -> Tensor[]"
+    f" bool base_logprobs, bool log_mass, int top_n, {_EDITS}) -> Tensor[]"
 )
 _library.define(
-    "score(Tensor logits, Tensor tokens, Tensor[] knobs, int[] orders, int ignore_index)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "score(Tensor logits, Tensor tokens, Tensor[] knobs, int[] orders, int ignore_index,"
+    f" {_EDITS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define(
-    "adapted_log_odds(Tensor logits, Tensor tokens, Tensor knobs, int order, int ignore_index)"
-    " -> (Tensor, Tensor, Tensor)"
+    "adapted_log_odds(Tensor logits, Tensor tokens, Tensor knobs, int order, int ignore_index,"
+    f" {_EDITS}) -> (Tensor, Tensor, Tensor)"
 )
 _library.define(
     "adapted_log_odds_backward(Tensor dlog_odds, Tensor logits, Tensor tokens, Tensor knobs,"
-    " int order, int ignore_index, Tensor support, Tensor stats) -> Tensor"
+    f" int order, int ignore_index, Tensor support, Tensor stats, {_EDITS}, bool of_values)"
+    " -> (Tensor, Tensor)"
 )
 
 
@@ -58,12 +63,13 @@ def _knobs(knobs: Tensor, order: int) -> "_C.Knobs":
     return knobs, knobs.shape[1], order_of(order)
 
 
-def _filter_logits_cpu(logits: Tensor, knobs: Tensor, order: int) -> Tensor:
+def _filter_logits_cpu(logits: Tensor, knobs: Tensor, order: int, *edits: Tensor | None) -> Tensor:
     """Filters (N, V) logits, in their dtype."""
     out = logits.new_empty(logits.shape)
     _C.filter(
         rows=rows_of(logits),
         knobs=_knobs(knobs, order),
+        edits=RowEdits(*edits).for_kernels(),
         out=out,
         num_threads=torch.get_num_threads(),
     )
@@ -79,6 +85,7 @@ def _sample_cpu(
     base_logprobs: bool,
     log_mass: bool,
     top_n: int,
+    *edits: Tensor | None,
 ) -> list[Tensor]:
     """Draws a token per row; allocates only the outputs asked for."""
     out = sample_outputs(logits, base_logprobs, log_mass, top_n)
@@ -88,6 +95,7 @@ def _sample_cpu(
     _C.sample(
         rows=rows_of(logits),
         knobs=_knobs(knobs, order),
+        edits=RowEdits(*edits).for_kernels(),
         seeds=seeds,
         positions=positions,
         tokens=tokens,
@@ -106,7 +114,12 @@ def _sample_cpu(
 
 
 def _score_cpu(
-    logits: Tensor, tokens: Tensor, knobs: list[Tensor], orders: list[int], ignore_index: int
+    logits: Tensor,
+    tokens: Tensor,
+    knobs: list[Tensor],
+    orders: list[int],
+    ignore_index: int,
+    *edits: Tensor | None,
 ) -> Scores:
     """Scores tokens under all adaptors in one visit of each row."""
     check_ids("tokens", tokens, logits.shape[1], ignore_index)
@@ -115,6 +128,7 @@ def _score_cpu(
     _C.score(
         rows=rows_of(logits),
         knobs=[_knobs(k, o) for k, o in zip(knobs, orders, strict=True)],
+        edits=RowEdits(*edits).for_kernels(),
         tokens=tokens,
         ignore_index=ignore_index,
         logprobs=logprobs,
@@ -128,7 +142,12 @@ def _score_cpu(
 
 
 def _adapted_log_odds_cpu(
-    logits: Tensor, tokens: Tensor, knobs: Tensor, order: int, ignore_index: int
+    logits: Tensor,
+    tokens: Tensor,
+    knobs: Tensor,
+    order: int,
+    ignore_index: int,
+    *edits: Tensor | None,
 ) -> LogOdds:
     """Computes log-odds on the support; the last two outputs are for the backward."""
     check_ids("tokens", tokens, logits.shape[1], ignore_index)
@@ -136,6 +155,7 @@ def _adapted_log_odds_cpu(
     _C.log_odds(
         rows=rows_of(logits),
         knobs=_knobs(knobs, order),
+        edits=RowEdits(*edits).for_kernels(),
         tokens=tokens,
         ignore_index=ignore_index,
         log_odds=log_odds,
@@ -155,65 +175,74 @@ def _adapted_log_odds_backward_cpu(
     ignore_index: int,
     support: Tensor,
     stats: Tensor,
-) -> Tensor:
-    """Computes the gradient in one read of the logits and one write."""
-    out = logits.new_empty(logits.shape)
+    *edits_and: Any,
+) -> Pair:
+    """Computes the gradient in one read of the logits and one write, and that of given values."""
+    *edits, of_values = edits_and
+    out, dvalues = edited_gradients(logits, edits[2], of_values)
     _C.log_odds_backward(
         rows=rows_of(logits),
         knobs=_knobs(knobs, order),
+        edits=RowEdits(*edits).for_kernels(),
         tokens=tokens,
         ignore_index=ignore_index,
         dlog_odds=dlog_odds.contiguous(),
         support=support,
         stats=stats,
         dlogits=out,
+        dgiven=dvalues if of_values else None,
         num_threads=torch.get_num_threads(),
     )
-    return out
+    return out, dvalues
 
 
 def _save_for_log_odds(ctx: Any, inputs: tuple[Any, ...], output: LogOdds) -> None:
     """Saves the logits and one bit per token."""
-    logits, tokens, knobs, ctx.order, ctx.ignore_index = inputs
+    logits, tokens, knobs, ctx.order, ctx.ignore_index, *edits = inputs
     _, support, stats = output
     ctx.mark_non_differentiable(support, stats)
     ctx.set_materialize_grads(False)  # else the backward gets zeros as large as the support
-    ctx.save_for_backward(logits, tokens, knobs, support, stats)
+    ctx.save_for_backward(logits, tokens, knobs, support, stats, *edits)
 
 
 def _log_odds_gradient(ctx: Any, dlog_odds: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    """Returns dL/dlogits = dL/dm / T * (onehot(y) - q)."""
+    """Returns dL/dlogits = dL/dm / T * (onehot(y) - q), and that of values that replace logits."""
     if dlog_odds is None:
-        return (None,) * 5
-    logits, tokens, knobs, support, stats = ctx.saved_tensors
-    dlogits = torch.ops.fastadapt.adapted_log_odds_backward(
-        dlog_odds, logits, tokens, knobs, ctx.order, ctx.ignore_index, support, stats
-    )
-    return dlogits, None, None, None, None
+        return (None,) * 9
+    logits, tokens, knobs, support, stats, *edits = ctx.saved_tensors
+    of_values = ctx.needs_input_grad[7]
+    dlogits, dvalues = torch.ops.fastadapt.adapted_log_odds_backward(
+        dlog_odds, logits, tokens, knobs, ctx.order, ctx.ignore_index, support, stats, *edits,
+        of_values,
+    )  # fmt: skip
+    return dlogits, *(None,) * 6, dvalues if of_values else None, None
 
 
 def _launches() -> ModuleType:
     """Those for CUDA tensors."""
-    from fastadapt._ops.triton import launch
+    from fastadapt._ops.triton.edits import launch
 
     return launch
 
 
 OPERATORS: Implementations = {
-    "filter_logits": (_filter_logits_cpu, lambda x, knobs, order: x.new_empty(x.shape)),
+    "filter_logits": (_filter_logits_cpu, lambda x, knobs, order, *edits: x.new_empty(x.shape)),
     "sample": (
         _sample_cpu,
-        lambda x, knobs, order, seeds, positions, *asked: sample_outputs(x, *asked),
+        lambda x, knobs, order, seeds, positions, *asked: sample_outputs(x, *asked[:3]),
     ),
     "score": (
         _score_cpu,
-        lambda x, tokens, knobs, orders, ignore_index: score_outputs(x, len(knobs)),
+        lambda x, tokens, knobs, orders, *rest: score_outputs(x, len(knobs)),
     ),
     "adapted_log_odds": (
         _adapted_log_odds_cpu,
-        lambda x, tokens, knobs, order, ignore_index: log_odds_outputs(x),
+        lambda x, tokens, knobs, order, *rest: log_odds_outputs(x),
     ),
-    "adapted_log_odds_backward": (_adapted_log_odds_backward_cpu, logits_gradient),
+    "adapted_log_odds_backward": (
+        _adapted_log_odds_backward_cpu,
+        lambda dlog_odds, x, *rest: edited_gradients(x, rest[-3], rest[-1]),
+    ),
 }
 
 

@@ -13,7 +13,7 @@ from transformers import (
 
 from fastadapt.adaptor import Adaptor
 from fastadapt.hf._chain import Chain
-from fastadapt.sampling import filter_logits, sample
+from fastadapt.sampling.functions import filter_logits, sample
 
 _STATUS = {
     1: "NaN among its scores",

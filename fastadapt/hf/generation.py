@@ -29,7 +29,7 @@ from fastadapt._ops.checks import instance, integers
 from fastadapt.adaptor import Adaptor
 from fastadapt.hf._chain import chain_of
 from fastadapt.hf._draw import Draw, Stopping
-from fastadapt.sampling import filter_logits
+from fastadapt.sampling.functions import filter_logits
 
 # What `model.generate` takes by name and hands to no callable: how to have it.
 _UNREACHABLE = {

@@ -16,6 +16,9 @@ on their order and every implementation decides alike, bit for bit:
 5. The draw inverts the cumulated masses at `floor(x * S / 2^64)`, x one 64-bit Philox number.
 
 For float64 logits the same steps run on plain float64 probabilities: the textbook form.
+
+Before step 1 logits are edited, in float32 (float64): `edits`, `allowed` and `num_tokens`, as
+`fastadapt.filter_logits` explains them, are keyword arguments of the functions of sampling.
 """
 
 from collections.abc import Sequence
@@ -32,6 +35,7 @@ from fastadapt.reference.distribution_losses import (
     z_loss,
 )
 from fastadapt.reference.divergence import linear_divergence
+from fastadapt.reference.edits import Changes, edited
 from fastadapt.reference.log_odds import (
     candidate_log_odds,
     label_log_odds,
@@ -86,7 +90,14 @@ __all__ = [
 __dir__ = __all__.copy  # what is not public is not listed
 
 
-def filter_logits(logits: Tensor, adaptor: Knobs) -> Tensor:
+def filter_logits(
+    logits: Tensor,
+    adaptor: Knobs,
+    *,
+    edits: Changes | None = None,
+    allowed: Tensor | None = None,
+    num_tokens: int | None = None,
+) -> Tensor:
     """Reference of `fastadapt.filter_logits`; float64 logits take the textbook form.
 
     Examples:
@@ -95,13 +106,14 @@ def filter_logits(logits: Tensor, adaptor: Knobs) -> Tensor:
         >>> reference.filter_logits(logits, Adaptor(top_k=2))
         tensor([[2., 1., -inf, -inf]])
     """
-    x = _fold(logits)
+    x = _fold(edited(logits, edits, allowed, num_tokens))
     distribution = Distribution(x, adaptor)
     scaled = torch.where(distribution.greedy, distribution.x, distribution.fitted(logits.dtype)).to(
         logits.dtype
     )
     out = torch.where(distribution.alive, scaled, float("-inf"))
-    return torch.where((distribution.status == 0)[:, None], out, x).view(logits.shape)
+    good = (distribution.status == 0)[:, None]
+    return torch.where(good, out, x.to(logits.dtype)).view(logits.shape)
 
 
 def sample(
@@ -114,6 +126,9 @@ def sample(
     base_logprobs: bool = False,
     log_mass: bool = False,
     top_logprobs: int = 0,
+    edits: Changes | None = None,
+    allowed: Tensor | None = None,
+    num_tokens: int | None = None,
 ) -> Sample:
     """Reference of `fastadapt.sample`; float64 logits take the textbook form.
 
@@ -124,7 +139,7 @@ def sample(
         >>> torch.equal(drawn.tokens, sample(logits, Adaptor(top_p=0.9), seeds=seeds).tokens)
         True
     """
-    x, shape = _fold(logits), logits.shape[:-1]
+    x, shape = _fold(edited(logits, edits, allowed, num_tokens)), logits.shape[:-1]
     n = x.shape[0]
     if seeds is None:
         seeds = torch.randint(2**63 - 1, (n,), generator=generator, device=x.device)
@@ -164,7 +179,14 @@ def sample(
 
 
 def score(
-    logits: Tensor, tokens: Tensor, adaptors: Sequence[Knobs], *, ignore_index: int = -100
+    logits: Tensor,
+    tokens: Tensor,
+    adaptors: Sequence[Knobs],
+    *,
+    ignore_index: int = -100,
+    edits: Changes | None = None,
+    allowed: Tensor | None = None,
+    num_tokens: int | None = None,
 ) -> Score:
     """Reference of `fastadapt.score`; float64 logits take the textbook form.
 
@@ -177,7 +199,7 @@ def score(
     """
     if any(adaptor.greedy for adaptor in adaptors):
         raise ValueError("score: expected temperature > 0, got 0")
-    x, shape = _fold(logits), tokens.shape
+    x, shape = _fold(edited(logits, edits, allowed, num_tokens)), tokens.shape
     flat = tokens.reshape(-1)
     used = flat != ignore_index
     y = torch.where(used, flat, 0)
@@ -211,7 +233,14 @@ def score(
 
 
 def adapted_log_odds(
-    logits: Tensor, tokens: Tensor, adaptor: Knobs, *, ignore_index: int = -100
+    logits: Tensor,
+    tokens: Tensor,
+    adaptor: Knobs,
+    *,
+    ignore_index: int = -100,
+    edits: Changes | None = None,
+    allowed: Tensor | None = None,
+    num_tokens: int | None = None,
 ) -> Tensor:
     """Reference of `fastadapt.adapted_log_odds`, differentiable through autograd.
 
@@ -221,7 +250,7 @@ def adapted_log_odds(
         >>> reference.adapted_log_odds(logits, torch.tensor([0]), Adaptor(top_k=2))
         tensor([1.])
     """
-    x, flat = _fold(logits), tokens.reshape(-1)
+    x, flat = _fold(edited(logits, edits, allowed, num_tokens)), tokens.reshape(-1)
     used = flat != ignore_index
     y = torch.where(used, flat, 0)[:, None]
     decided = Distribution(x.detach().float(), adaptor)
@@ -243,7 +272,14 @@ def adapted_log_odds(
 
 
 def adapted_logps(
-    logits: Tensor, tokens: Tensor, adaptor: Knobs, *, ignore_index: int = -100
+    logits: Tensor,
+    tokens: Tensor,
+    adaptor: Knobs,
+    *,
+    ignore_index: int = -100,
+    edits: Changes | None = None,
+    allowed: Tensor | None = None,
+    num_tokens: int | None = None,
 ) -> Tensor:
     """Reference of `fastadapt.adapted_logps`.
 
@@ -253,7 +289,15 @@ def adapted_logps(
         >>> reference.adapted_logps(logits, torch.tensor([0]), Adaptor(top_k=2))
         tensor([-0.3133])
     """
-    log_odds = adapted_log_odds(logits, tokens, adaptor, ignore_index=ignore_index)
+    log_odds = adapted_log_odds(
+        logits,
+        tokens,
+        adaptor,
+        ignore_index=ignore_index,
+        edits=edits,
+        allowed=allowed,
+        num_tokens=num_tokens,
+    )
     logps = torch.nn.functional.logsigmoid(log_odds)
     return torch.where(tokens == ignore_index, 0.0, logps)
 

@@ -181,6 +181,13 @@ struct Problem {
   std::vector<int64_t> seeds, positions, tokens;
   std::vector<float> dlog_odds;
   std::vector<double> dlog_odds64;
+  std::vector<int32_t> ids;  // of edits, in compressed rows
+  std::vector<int64_t> offsets{0};
+  std::vector<float> columns;
+  std::vector<uint32_t> words;  // of what is allowed
+  bool given = one_in(3), lists = dtype != DType::kFloat64 && one_in(2);
+  bool masks = dtype != DType::kFloat64 && one_in(3);
+  int64_t words_a_row = (v + 31) / 32 + below(2);
 
   explicit Problem(Lengths lengths) : v(row_length(lengths)), n(row_count(lengths, v)) {
     std::vector<double> row(static_cast<size_t>(v));
@@ -202,6 +209,41 @@ struct Problem {
       const Order order = pick({Order::kHf, Order::kVllm});
       knobs.push_back({packed.back().data(), columns, columns == 1 ? 0 : 1, order});
     }
+    fill_edits();
+  }
+
+  // A few ids of each row or most of them, with numbers that often change nothing; words of random
+  // bits, of none and of all.
+  void fill_edits() {
+    for (int64_t r = 0; lists && r < n; ++r) {
+      const int64_t among = pick({int64_t{1}, int64_t{2}, 1 + v / 9, 2 * v});
+      for (int64_t i = 0; i < v; ++i)
+        if (one_in(among)) ids.push_back(static_cast<int32_t>(i));
+      offsets.push_back(static_cast<int64_t>(ids.size()));
+    }
+    for (int column = 0; column < (given ? 1 : 3); ++column) {
+      for (size_t e = 0; e < ids.size(); ++e) {
+        const double number = column == 1 ? std::exp(normal() * .3) : normal() * 3;
+        const double neutral = column == 1 ? 1 : 0, ban = column == 1 ? 1e-3 : -kInf;
+        columns.push_back(static_cast<float>(one_in(3) ? neutral : one_in(9) ? ban : number));
+      }
+    }
+    for (int64_t i = 0; masks && i < n * words_a_row; ++i)
+      words.push_back(one_in(4) ? 0 : one_in(4) ? ~0u : static_cast<uint32_t>(rng()));
+  }
+
+  Edits edits() const {
+    Edits e{};
+    if (lists)
+      e = {ids.data(),
+           offsets.data(),
+           columns.data(),
+           static_cast<int64_t>(ids.size()),
+           given,
+           nullptr,
+           0};
+    if (masks) e.allowed = words.data(), e.allowed_stride = words_a_row;
+    return e;
   }
 };
 
@@ -214,10 +256,11 @@ Arrays outputs(const KernelTable& table, const Problem& p, Call&& call) {
   const int64_t* y = p.tokens.data();
   const bool wide = p.dtype == DType::kFloat64;
   if (!wide) {
-    const FilterArgs f{rows, p.knobs[0], o.add<uint8_t>("filtered", n * v, p.element)};
+    const FilterArgs f{rows, p.knobs[0], p.edits(), o.add<uint8_t>("filtered", n * v, p.element)};
     call(table.filter, f);
     const SampleArgs s{rows,
                        p.knobs[0],
+                       p.edits(),
                        p.seeds.data(),
                        p.placed ? p.positions.data() : nullptr,
                        o.add<int64_t>("tokens", n),
@@ -236,6 +279,7 @@ Arrays outputs(const KernelTable& table, const Problem& p, Call&& call) {
                       kIgnored,
                       a,
                       p.knobs.data(),
+                      p.edits(),
                       o.add<float>("score.logprobs", n * a),
                       o.add<float>("score.log_norm", n * a),
                       o.add<int32_t>("score.kept", n * a),
@@ -245,6 +289,7 @@ Arrays outputs(const KernelTable& table, const Problem& p, Call&& call) {
   }
   const LogOddsArgs m{rows,
                       p.knobs[0],
+                      p.edits(),
                       y,
                       kIgnored,
                       o.add<uint8_t>("log_odds", n, wide ? 8 : 4),
@@ -254,7 +299,10 @@ Arrays outputs(const KernelTable& table, const Problem& p, Call&& call) {
   const void* g = p.dlog_odds.data();
   if (wide) g = p.dlog_odds64.data();
   uint8_t* dlogits = o.add<uint8_t>("dlogits", n * v, p.element);
-  const LogOddsBackwardArgs b{rows, p.knobs[0], y, kIgnored, g, m.support, m.stats, dlogits};
+  float* dgiven =
+      p.lists && p.given ? o.add<float>("dgiven", static_cast<int64_t>(p.ids.size())) : nullptr;
+  const LogOddsBackwardArgs b{rows,      p.knobs[0], y,         kIgnored, g,
+                              m.support, m.stats,    p.edits(), dlogits,  dgiven};
   call(table.log_odds_backward, b);
   return o;
 }

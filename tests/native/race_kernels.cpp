@@ -37,7 +37,7 @@ Arrays on_threads(const Problem& p, int threads) {
 
 // A row that cannot get its buffers, while others are at work: the call throws, once.
 bool passes_on_a_throw(const Problem& p) {
-  const FilterArgs args{{p.logits.get(), p.dtype, p.n, p.v, p.stride}, p.knobs[0], nullptr};
+  const FilterArgs args{{p.logits.get(), p.dtype, p.n, p.v, p.stride}, p.knobs[0], {}, nullptr};
   const Kernel<FilterArgs> out_of_memory = [](const FilterArgs&, const Scratch&, int64_t begin,
                                               int64_t) {
     if (begin % 3 == 0) throw std::bad_alloc();

@@ -186,7 +186,9 @@ struct Case {
   const Problem& p;
   const Arrays& o;
   int64_t r;
-  std::vector<float> x;  // float32 values, of a float64 row too
+  std::vector<float> x;          // float32 values, of a float64 row too; edited
+  std::vector<int64_t> edit_of;  // the place of its edit in the lists, or -1
+  std::vector<float> slope;      // of x by the logit
 
   Case(const Problem& problem, const Arrays& outputs, int64_t row)
       : p(problem), o(outputs), r(row) {
@@ -197,7 +199,29 @@ struct Case {
       if (p.dtype == DType::kBFloat16) x.push_back(to_float(*reinterpret_cast<const bf16*>(at)));
       if (p.dtype == DType::kFloat16) x.push_back(to_float(*reinterpret_cast<const f16*>(at)));
     }
+    edit_of.assign(x.size(), -1);
+    slope.assign(x.size(), 1);
+    for (int64_t e = p.lists ? p.offsets[r] : 0; p.lists && e < p.offsets[r + 1]; ++e)
+      edit(p.ids[e], static_cast<size_t>(e), p.ids.size());
+    for (size_t i = 0; p.masks && i < x.size(); ++i)
+      if (!(p.words[r * p.words_a_row + i / 32] >> i % 32 & 1)) x[i] = -kInfF;
   }
+
+  void edit(int32_t id, size_t e, size_t count) {
+    float& z = x[id];
+    edit_of[id] = static_cast<int64_t>(e);
+    if (p.given) {
+      z = p.columns[e], slope[id] = 0;
+    } else if (z != -kInfF) {
+      const float penalty = p.columns[count + e];
+      z += p.columns[e];
+      slope[id] = z > 0 ? 1 / penalty : penalty;
+      z = z > 0 ? z / penalty : z * penalty;
+      z += p.columns[2 * count + e];
+    }
+  }
+
+  bool edited() const { return p.lists || p.masks; }
 
   double wide(int64_t i) const {
     return reinterpret_cast<const double*>(p.logits.get())[r * p.stride + i];
@@ -217,7 +241,9 @@ struct Case {
       const double s =
           row ? row->fitted(i, p.dtype) : static_cast<double>(x[static_cast<size_t>(i)]);
       put(!alive || (*alive)[static_cast<size_t>(i)] ? s : -kInf, p.dtype, want);
-      if (!alive) std::memcpy(want, p.logits.get() + (r * p.stride + i) * p.element, p.element);
+      if (!alive && std::isnan(x[i]) && edited()) continue;  // its bits mean nothing
+      if (!alive && !edited())
+        std::memcpy(want, p.logits.get() + (r * p.stride + i) * p.element, p.element);
       if (std::memcmp(want, out + i * p.element, p.element)) return "filtered";
     }
     return nullptr;
@@ -362,6 +388,11 @@ struct Case {
       if (p.dtype == DType::kBFloat16) dx = to_float(*reinterpret_cast<const bf16*>(at));
       if (p.dtype == DType::kFloat16) dx = to_float(*reinterpret_cast<const f16*>(at));
       if (z > 0 && alive[i]) want = i == y ? gain : -gain * mass(i) / z;
+      if (p.lists && p.given && edit_of[i] >= 0) {
+        const double dy = static_cast<double>(o.get<float>("dgiven")[edit_of[i]]);
+        if (!(std::fabs(dy - want) <= 1e-6 * std::fabs(want) + 1e-37)) return "dgiven";
+      }
+      want *= static_cast<double>(slope[i]);
       const double least = p.dtype == DType::kFloat16 ? 0x1p-24 : wide_row ? 0 : 1e-37;
       if (!(std::fabs(dx - want) <= (rounding + 1e-12) * std::fabs(want) + least)) return "dlogits";
     }

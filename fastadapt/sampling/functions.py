@@ -10,11 +10,19 @@ from fastadapt._ops.checks import flag, fold_rows, instance, integer, no_tangent
 from fastadapt._ops.outputs import sample_fields
 from fastadapt.adaptor import Adaptor
 from fastadapt.results import Sample, Score
+from fastadapt.sampling.edits import Edits, edited_rows
 
 MAX_TOP_LOGPROBS = 1024
 
 
-def filter_logits(logits: Tensor, adaptor: Adaptor) -> Tensor:
+def filter_logits(
+    logits: Tensor,
+    adaptor: Adaptor,
+    *,
+    edits: Edits | None = None,
+    allowed: Tensor | None = None,
+    num_tokens: int | None = None,
+) -> Tensor:
     """Returns the logits an adaptor leaves: survivors divided by T, all others -inf.
 
     Equivalent to transformers' warpers in the adaptor's order (`fastadapt.reference.filter_logits`
@@ -29,12 +37,18 @@ def filter_logits(logits: Tensor, adaptor: Adaptor) -> Tensor:
         logits (Tensor): (..., V), float32, bfloat16 or float16, finite or -inf. The rows may have
             any stride; a last stride other than 1 costs one copy.
         adaptor (Adaptor): its per-row knobs, if any, have as many values as there are rows.
+        edits (Edits | None): what is done to listed logits first, in float32; as many rows.
+        allowed (Tensor | None): `(*logits.shape[:-1], ceil(V / 32))`, int32: the tokens that are
+            left, bit j % 32 of word j // 32 for token j, as xgrammar and llguidance make them. All
+            others are -inf, whatever edits say.
+        num_tokens (int | None): the real vocabulary of a padded head; tokens from there on are
+            -inf. None: all.
 
     Returns:
         Tensor: shape and dtype of `logits`, contiguous. Survivors hold x / T, computed in float32
         as `x * fl(1 / T)` and rounded once; where temperature is 0 only the lowest id of the
         largest logit stays, undivided. A bad row (NaN, +inf, nothing finite; x / T counts) comes
-        back as it is.
+        back as it is, edited.
 
         No survivor is infinite, so what stays is `out > -inf`. Where T < 1 takes a row of float16
         or bfloat16 beyond the range of its dtype (its largest x / T above the dtype's largest
@@ -43,13 +57,17 @@ def filter_logits(logits: Tensor, adaptor: Adaptor) -> Tensor:
         float32's range is -inf: removed, here as in `sample`.
 
     Raises:
-        TypeError: the dtype is not one of the three (`fastadapt.reference` takes float64).
-        ValueError: no vocabulary dimension, a device other than the adaptor's, or per-row knobs of
-            another length.
+        TypeError: the dtype is not one of the three (`fastadapt.reference` takes float64), or of
+            edits another.
+        ValueError: no vocabulary dimension, a device other than the adaptor's, per-row knobs of
+            another length; edits or words of allowed tokens that do not fit the logits.
     """
     rows = fold_rows("logits", logits, double=False)
     knobs = _knobs_for(rows, adaptor)
-    out: Tensor = torch.ops.fastadapt.filter_logits(rows, knobs, adaptor.filter_code)
+    real, changes = edited_rows(rows, logits.shape[:-1], edits, allowed, num_tokens)
+    out: Tensor = torch.ops.fastadapt.filter_logits(real, knobs, adaptor.filter_code, *changes)
+    if padding := rows.shape[1] - real.shape[1]:
+        out = torch.nn.functional.pad(out, (0, padding), value=float("-inf"))
     return out.view(logits.shape)
 
 
@@ -63,6 +81,9 @@ def sample(
     base_logprobs: bool = False,
     log_mass: bool = False,
     top_logprobs: int = 0,
+    edits: Edits | None = None,
+    allowed: Tensor | None = None,
+    num_tokens: int | None = None,
 ) -> Sample:
     """Draws one token per row from the adapted distribution.
 
@@ -89,6 +110,9 @@ def sample(
         log_mass (bool): also return the log of the kept mass at the adaptor's temperature.
         top_logprobs (int): n > 0: also return the n most probable ids with their base
             log-probabilities, and the rank of the drawn token. At most 1024 and at most V.
+        edits (Edits | None): as in `filter_logits`. The base distribution is of edited logits too.
+        allowed (Tensor | None): as in `filter_logits`.
+        num_tokens (int | None): as in `filter_logits`; V is then this.
 
     Returns:
         Sample: see there for shapes, dtypes and bad rows. Log-probabilities are exact to 2e-5.
@@ -101,6 +125,7 @@ def sample(
     rows = fold_rows("logits", logits, double=False)
     knobs = _knobs_for(rows, adaptor)
     shape = logits.shape[:-1]
+    rows, changes = edited_rows(rows, shape, edits, allowed, num_tokens)
     most = min(MAX_TOP_LOGPROBS, rows.shape[1])
     top_logprobs = integer("top_logprobs", top_logprobs, 0, most)
     flag("base_logprobs", base_logprobs)
@@ -115,15 +140,23 @@ def sample(
             raise ValueError("generator: expected None beside seeds, which decide the draws")
         seeds = per_row("seeds", seeds, torch.int64, shape, rows)
     out = torch.ops.fastadapt.sample(
-        rows, knobs, adaptor.filter_code, seeds, positions, base_logprobs, log_mass, top_logprobs
-    )
+        rows, knobs, adaptor.filter_code, seeds, positions, base_logprobs, log_mass, top_logprobs,
+        *changes,
+    )  # fmt: skip
     if logits.dim() != 2:
         out = [t.view(shape + t.shape[1:]) for t in out]
     return Sample(*sample_fields(out, base_logprobs, log_mass, top_logprobs))
 
 
 def score(
-    logits: Tensor, tokens: Tensor, adaptors: Sequence[Adaptor], *, ignore_index: int = -100
+    logits: Tensor,
+    tokens: Tensor,
+    adaptors: Sequence[Adaptor],
+    *,
+    ignore_index: int = -100,
+    edits: Edits | None = None,
+    allowed: Tensor | None = None,
+    num_tokens: int | None = None,
 ) -> Score:
     """Returns the log-probabilities of given tokens under many adaptors at once.
 
@@ -143,6 +176,9 @@ def score(
         tokens (Tensor): `logits.shape[:-1]`, int64, ids in [0, V) or `ignore_index`.
         adaptors (Sequence[Adaptor]): A of them, 1 to 256.
         ignore_index (int): rows with this token give zeros.
+        edits (Edits | None): as in `sample`.
+        allowed (Tensor | None): as in `sample`.
+        num_tokens (int | None): as in `sample`.
 
     Returns:
         Score: see there for shapes, dtypes and bad rows. Not differentiable: `adapted_logps` is.
@@ -152,6 +188,7 @@ def score(
             distribution has no normaliser; no adaptor or more than 256.
     """
     rows = fold_rows("logits", logits, double=False)
+    rows, changes = edited_rows(rows, logits.shape[:-1], edits, allowed, num_tokens)
     flat = per_row("tokens", tokens, torch.int64, logits.shape[:-1], rows)
     ignore_index = integer("ignore_index", ignore_index)
     _check_sequence(adaptors)
@@ -161,12 +198,19 @@ def score(
     for adaptor in adaptors:
         _refuse_greedy(adaptor, "score")
     orders = [adaptor.filter_code for adaptor in adaptors]
-    out = torch.ops.fastadapt.score(rows, flat, knobs, orders, ignore_index)
+    out = torch.ops.fastadapt.score(rows, flat, knobs, orders, ignore_index, *changes)
     return Score(*(t.view(tokens.shape + t.shape[1:]) for t in out))
 
 
 def adapted_log_odds(
-    logits: Tensor, tokens: Tensor, adaptor: Adaptor, *, ignore_index: int = -100
+    logits: Tensor,
+    tokens: Tensor,
+    adaptor: Adaptor,
+    *,
+    ignore_index: int = -100,
+    edits: Edits | None = None,
+    allowed: Tensor | None = None,
+    num_tokens: int | None = None,
 ) -> Tensor:
     """Returns each token's log-odds against the other survivors of the adaptor, differentiably.
 
@@ -186,6 +230,10 @@ def adapted_log_odds(
         tokens (Tensor): `logits.shape[:-1]`, int64, ids in [0, V) or `ignore_index`.
         adaptor (Adaptor): temperature above 0.
         ignore_index (int): rows with this token give 0 and no gradient.
+        edits (Edits | None): as in `sample`, with logits of at most float32. Gradients pass through
+            them, and reach the values of `Edits.set`.
+        allowed (Tensor | None): as in `sample`, with logits of at most float32.
+        num_tokens (int | None): as in `sample`.
 
     Returns:
         Tensor: shape of `tokens`, float32 (float64 for float64 logits), nats. -inf for a token
@@ -198,18 +246,26 @@ def adapted_log_odds(
     """
     rows = fold_rows("logits", logits)
     no_tangent("logits", logits)
+    rows, changes = edited_rows(rows, logits.shape[:-1], edits, allowed, num_tokens)
     flat = per_row("tokens", tokens, torch.int64, logits.shape[:-1], rows)
     ignore_index = integer("ignore_index", ignore_index)
     knobs = _knobs_for(rows, adaptor)
     _refuse_greedy(adaptor, "adapted_log_odds")
     log_odds: Tensor = torch.ops.fastadapt.adapted_log_odds(
-        rows, flat, knobs, adaptor.filter_code, ignore_index
+        rows, flat, knobs, adaptor.filter_code, ignore_index, *changes
     )[0]
     return log_odds.view(tokens.shape)
 
 
 def adapted_logps(
-    logits: Tensor, tokens: Tensor, adaptor: Adaptor, *, ignore_index: int = -100
+    logits: Tensor,
+    tokens: Tensor,
+    adaptor: Adaptor,
+    *,
+    ignore_index: int = -100,
+    edits: Edits | None = None,
+    allowed: Tensor | None = None,
+    num_tokens: int | None = None,
 ) -> Tensor:
     """Returns log-probabilities under the adapted distribution, differentiably.
 
@@ -221,7 +277,15 @@ def adapted_logps(
         >>> adapted_logps(logits, torch.tensor([0]), Adaptor(top_k=2))
         tensor([-0.3133])
     """
-    log_odds = adapted_log_odds(logits, tokens, adaptor, ignore_index=ignore_index)
+    log_odds = adapted_log_odds(
+        logits,
+        tokens,
+        adaptor,
+        ignore_index=ignore_index,
+        edits=edits,
+        allowed=allowed,
+        num_tokens=num_tokens,
+    )
     logps = torch.nn.functional.logsigmoid(log_odds)
     return torch.where(tokens == ignore_index, 0.0, logps)
 

@@ -1,0 +1,1 @@
+"""Edited rows on a GPU."""

@@ -1,0 +1,1 @@
+"""From a row of logits to the next token: edits, filters, the draw, scores of given tokens."""

@@ -1,0 +1,373 @@
+"""Edits of few logits a row, as lists of ids: penalties, biases, bans, replaced values."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from fastadapt._ops.checks import instance, integer
+from fastadapt._ops.common import RowEdits
+
+PRE, PENALTY, POST = range(3)  # rows of the columns
+NEUTRAL = (0.0, 1.0, 0.0)
+
+
+class Edits:
+    """Changes of listed logits, in float32, before temperature and filters.
+
+    Of each listed id `y = x + pre; y = y / penalty where y > 0, else y * penalty; y = y + post`,
+    every operation rounded once, which is what transformers, vLLM and llama.cpp compute. x = -inf
+    stays -inf. Ids that are not listed keep their logits.
+
+    Ids are in compressed rows: those of row r are `ids[offsets[r]:offsets[r + 1]]`.
+
+    Examples:
+        >>> edits = Edits.from_rows([{0: 1.0}, {2: -float("inf")}], "pre")
+        >>> edits
+        Edits(2 rows, 2 ids)
+        >>> filter_logits(torch.zeros(2, 3), Adaptor(), edits=edits)
+        tensor([[1., 0., 0.],
+                [0., 0., -inf]])
+
+    Args:
+        ids (Tensor): (E,), int32, >= 0, ascending and each once within a row.
+        offsets (Tensor): (N + 1,), int64, from 0 to E, never descending.
+        pre (Tensor | None): (E,), float32, finite or -inf (a ban). None: 0.
+        penalty (Tensor | None): (E,), float32, finite, > 0. None: 1.
+        post (Tensor | None): (E,), float32, finite or -inf. None: 0.
+
+    Raises:
+        TypeError: no tensor, another dtype, or one that requires a gradient (`Edits.set` takes it).
+        ValueError: another shape or device; on the CPU also wrong ids, offsets or numbers. On CUDA
+            these are not read (that would synchronise): ids that are not ascending give undefined
+            logits of that row, a NaN among numbers its status.
+    """
+
+    def __init__(
+        self,
+        ids: Tensor,
+        offsets: Tensor,
+        *,
+        pre: Tensor | None = None,
+        penalty: Tensor | None = None,
+        post: Tensor | None = None,
+    ) -> None:
+        """Checks the lists once, so that calls need not."""
+        _check_lists(ids, offsets)
+        given = {"pre": pre, "penalty": penalty, "post": post}
+        columns = torch.empty(3, len(ids), dtype=torch.float32, device=ids.device)
+        for column, (name, values), neutral in zip(columns, given.items(), NEUTRAL, strict=True):
+            if values is None:
+                column.fill_(neutral)
+                continue
+            _check_numbers(name, values, ids)
+            if values.requires_grad:
+                raise TypeError(f"{name}: expected no gradient, which Edits.set has for its values")
+            column.copy_(values)
+        self._fill(ids, offsets, columns)
+
+    def _fill(self, ids: Tensor, offsets: Tensor, columns: Tensor) -> "Edits":
+        """Sets the fields."""
+        self.ids, self.offsets, self.columns = ids.contiguous(), offsets.contiguous(), columns
+        # what a vocabulary has to hold; not known on CUDA
+        known = ids.device.type == "cpu" and len(ids) > 0
+        self.largest = int(ids.max()) if known else -1
+        return self
+
+    @classmethod
+    def set(cls, ids: Tensor, offsets: Tensor, values: Tensor) -> "Edits":
+        """Returns edits that replace listed logits by given values, whatever they were.
+
+        For any other rule: gather the logits, compute, and put the results back. Gradients reach
+        `values`, those of `adapted_log_odds`.
+
+        Examples:
+            >>> logits = torch.tensor([[2.0, 1.0, 0.0]])
+            >>> ids, offsets = torch.tensor([1], dtype=torch.int32), torch.tensor([0, 1])
+            >>> edits = Edits.set(ids, offsets, logits[0, 1:2] * 3)
+            >>> filter_logits(logits, Adaptor(), edits=edits)
+            tensor([[2., 3., 0.]])
+
+        Args:
+            ids (Tensor): as for `Edits`.
+            offsets (Tensor): as for `Edits`.
+            values (Tensor): (E,), float32, finite or -inf.
+
+        Raises:
+            TypeError, ValueError: as `Edits`.
+        """
+        _check_lists(ids, offsets)
+        _check_numbers("values", values, ids)
+        return cls.__new__(cls)._fill(ids, offsets, values[None].contiguous())
+
+    @classmethod
+    def from_rows(
+        cls,
+        rows: Sequence[Mapping[int, float]],
+        column: str,
+        *,
+        device: torch.device | str | None = None,
+    ) -> "Edits":
+        """Returns edits of one column from a mapping of ids to numbers a row.
+
+        Examples:
+            >>> Edits.from_rows([{3: 1.2, 1: 1.2}, {}], "penalty").ids
+            tensor([1, 3], dtype=torch.int32)
+
+        Args:
+            rows (Sequence[Mapping[int, float]]): N of them; such as the `logit_bias` of requests.
+            column (str): "pre", "penalty" or "post".
+            device (torch.device | str | None): of the edits. None: the CPU.
+
+        Raises:
+            ValueError: no such column; and as `Edits`.
+        """
+        if column not in ("pre", "penalty", "post"):
+            raise ValueError(f"column: expected pre, penalty or post, got {column!r}")
+        ordered = [sorted(row.items()) for row in rows]
+        pairs = [pair for row in ordered for pair in row]
+        ends = torch.tensor([0, *map(len, ordered)], device="cpu").cumsum(0)
+        ids = torch.tensor([i for i, _ in pairs], dtype=torch.int32, device="cpu")
+        values = torch.tensor([x for _, x in pairs], dtype=torch.float32, device="cpu")
+        return cls(ids, ends, **{column: values}).to(device or "cpu")
+
+    @property
+    def rows(self) -> int:
+        """The number of rows."""
+        return len(self.offsets) - 1
+
+    @property
+    def sets(self) -> bool:
+        """Whether these replace logits by given values."""
+        return len(self.columns) == 1
+
+    def to(self, device: torch.device | str) -> "Edits":
+        """Returns the same edits on a device.
+
+        Args:
+            device (torch.device | str): where to.
+        """
+        moved = (x.to(device) for x in (self.ids, self.offsets, self.columns))
+        made = type(self).__new__(type(self))
+        made.ids, made.offsets, made.columns = moved
+        made.largest = self.largest
+        return made
+
+    def __add__(self, after: "Edits") -> "Edits":
+        """Returns both, these first, as edits of the same form.
+
+        That is so where no id needs two additions on one side of a penalty, nor two penalties: a
+        sum of both would be rounded once instead of twice.
+
+        Examples:
+            >>> bias = Edits.from_rows([{0: 1.0}], "pre")
+            >>> (bias + Edits.from_rows([{0: 2.0}], "penalty")).columns.flatten()
+            tensor([1., 2., 0.])
+
+        Raises:
+            ValueError: other rows, or an id whose edits do not fit into one.
+        """
+        if not isinstance(after, Edits):
+            return NotImplemented
+        return joined(self, after)
+
+    def __repr__(self) -> str:
+        """Says how many there are."""
+        return f"Edits({self.rows} rows, {len(self.ids)} ids{', given values' * self.sets})"
+
+
+def joined(first: Edits, after: Edits) -> Edits:
+    """Returns the edits of two lists, one after the other, as one list."""
+    if first.rows != after.rows or first.ids.device != after.ids.device:
+        raise ValueError(
+            f"edits: expected {first.rows} rows on {first.ids.device}, got {after.rows} on "
+            f"{after.ids.device}"
+        )
+    keys = torch.cat([_keys(first), _keys(after)])
+    both, place = keys.unique(return_inverse=True)  # ascending by row, then by id
+    of_first, of_after = place.split([len(first.ids), len(after.ids)])
+    ids = (both & 0xFFFFFFFF).int()
+    counts = (both >> 32).bincount(minlength=first.rows)
+    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    if first.sets or after.sets:
+        return _joined_values(first, after, (of_first, of_after), ids, offsets)
+    neutral = torch.tensor(NEUTRAL, device=keys.device)[:, None]
+    a, b = (neutral.repeat(1, len(both)) for _ in range(2))
+    a[:, of_first], b[:, of_after] = first.columns, after.columns
+    columns, fits = _composed(a, b)
+    if not bool(fits.all()):
+        at = int((~fits).nonzero()[0])
+        raise ValueError(
+            "edits: expected at most one addition before a penalty, one penalty and one addition "
+            f"after it, got more for id {int(ids[at])} in row {int(both[at] >> 32)}"
+        )
+    return Edits.__new__(Edits)._fill(ids, offsets, columns)
+
+
+def _composed(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the columns of b after a, (3, E) each, and where they are exact."""
+    neutral = torch.tensor(NEUTRAL, device=a.device)[:, None]
+    untouched, alone = (a == neutral).all(0), (b == neutral).all(0)
+    # an addition alone has no side of a penalty: a's goes before b's penalty, b's behind a's
+    early = (a[PENALTY] == 1) & (a[PRE] == 0)
+    first = torch.where(early, a.flip(0), a)
+    late = (b[PENALTY] == 1) & (b[POST] == 0)
+    last = torch.where(late, b.flip(0), b)
+    one_penalty = (a[PENALTY] == 1) | (b[PENALTY] == 1)
+    fits = (first[POST] == 0) & (last[PRE] == 0) & one_penalty
+    columns = torch.stack([first[PRE], a[PENALTY] * b[PENALTY], last[POST]])
+    columns = torch.where(untouched, b, torch.where(alone, a, columns))
+    # what is banned stays so, whatever else is done to it
+    banned = (torch.cat([a, b]) == float("-inf")).any(0)
+    ban = torch.tensor([float("-inf"), 1.0, 0.0], device=a.device)[:, None]
+    return torch.where(banned, ban, columns), fits | untouched | alone | banned
+
+
+def _joined_values(
+    first: Edits, after: Edits, places: tuple[Tensor, Tensor], ids: Tensor, offsets: Tensor
+) -> Edits:
+    """Returns both where one of them gives values."""
+    of_first, of_after = places
+    if not after.sets:  # edits of values are values
+        if len(of_first) < len(ids):
+            raise ValueError("edits: expected ids whose values are given, got others after them")
+        pre, penalty, post = after.columns
+        x = first.columns[0][_inverse(of_first)][of_after]
+        y = x + pre
+        y = torch.where(y > 0, y / penalty, y * penalty) + post
+        y = torch.where(x == float("-inf"), x, y)
+        values = first.columns[0][_inverse(of_first)].index_put((of_after,), y)
+    else:
+        if not first.sets and len(of_after) < len(ids):
+            raise ValueError("edits: expected ids whose values are given, got others before them")
+        values = after.columns.new_zeros(len(ids))
+        if first.sets:
+            values = values.index_put((of_first,), first.columns[0])
+        values = values.index_put((of_after,), after.columns[0])
+    return Edits.__new__(Edits)._fill(ids, offsets, values[None])
+
+
+def _inverse(order: Tensor) -> Tensor:
+    """Returns the inverse of a permutation."""
+    return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+
+
+def _keys(edits: Edits) -> Tensor:
+    """Returns one number for each row and id."""
+    rows = torch.arange(edits.rows, device=edits.ids.device)
+    lengths = edits.offsets.diff()
+    return rows.repeat_interleave(lengths, output_size=len(edits.ids)) << 32 | edits.ids
+
+
+def _check_lists(ids: Tensor, offsets: Tensor) -> None:
+    """Raises unless ids and offsets are compressed rows."""
+    for name, x, dtype in (("ids", ids, torch.int32), ("offsets", offsets, torch.int64)):
+        instance(name, x, Tensor, f"a tensor of {dtype}")
+        if x.dtype != dtype:
+            raise TypeError(f"{name}: expected a tensor of {dtype}, got {x.dtype}")
+        if x.dim() != 1 or x.device != ids.device:
+            raise ValueError(
+                f"{name}: expected one dimension on {ids.device}, got shape {tuple(x.shape)} on "
+                f"{x.device}"
+            )
+    if len(offsets) == 0:
+        raise ValueError("offsets: expected N + 1 of them, got none")
+    if ids.device.type != "cpu":
+        return
+    if int(offsets[0]) != 0 or int(offsets[-1]) != len(ids) or bool((offsets.diff() < 0).any()):
+        raise ValueError(
+            f"offsets: expected to ascend from 0 to {len(ids)}, got {offsets.tolist()[:8]}"
+        )
+    if len(ids) == 0:
+        return
+    if int(ids.min()) < 0:
+        raise ValueError(f"ids: expected none below 0, got {int(ids.min())}")
+    ascends = ids.diff() > 0
+    begins = offsets[1:-1]
+    ascends[begins[(begins > 0) & (begins < len(ids))] - 1] = True  # another row
+    if not bool(ascends.all()):
+        at = int((~ascends).nonzero()[0])
+        row = int(torch.searchsorted(offsets, at, right=True)) - 1
+        raise ValueError(
+            f"ids: expected ascending ones, each once, got {int(ids[at + 1])} after {int(ids[at])} "
+            f"in row {row}"
+        )
+
+
+def _check_numbers(name: str, values: Tensor, ids: Tensor) -> None:
+    """Raises unless there is a number for each id."""
+    instance(name, values, Tensor, "a tensor of torch.float32")
+    if values.dtype != torch.float32:
+        raise TypeError(f"{name}: expected a tensor of torch.float32, got {values.dtype}")
+    if values.shape != ids.shape or values.device != ids.device:
+        raise ValueError(
+            f"{name}: expected shape {tuple(ids.shape)} on {ids.device}, got "
+            f"{tuple(values.shape)} on {values.device}"
+        )
+    if values.device.type != "cpu":
+        return
+    if name == "penalty":
+        good, expected = (values > 0) & (values < float("inf")), "finite values > 0"
+    else:
+        good, expected = values < float("inf"), "finite values or -inf"
+    if not bool(good.all()):
+        raise ValueError(f"{name}: expected {expected}, got {float(values[~good][0])}")
+
+
+def edited_rows(
+    rows: Tensor,
+    leading: torch.Size,
+    edits: Edits | None,
+    allowed: Tensor | None,
+    num_tokens: int | None,
+) -> tuple[Tensor, RowEdits]:
+    """Returns the logits of the real vocabulary and what operators take of edits, checked.
+
+    Args:
+        rows (Tensor): (N, V), float32 or half precision where there are edits.
+        leading (torch.Size): the shape of the logits without V.
+        edits (Edits | None): of N rows.
+        allowed (Tensor | None): (*leading, ceil(V / 32)), int32.
+        num_tokens (int | None): 1 to V.
+
+    Raises:
+        TypeError: something else than edits, words of another dtype, float64 logits.
+        ValueError: another number of rows or words, another device, ids beyond V.
+    """
+    v = rows.shape[1]
+    if num_tokens is not None:
+        rows = rows[:, : integer("num_tokens", num_tokens, 1, v)]
+    if edits is None and allowed is None:
+        return rows, RowEdits()
+    if rows.dtype == torch.float64:
+        raise TypeError(
+            "edits: expected float32, bfloat16 or float16 logits beside edits or allowed, got "
+            "torch.float64; fastadapt.reference takes it"
+        )
+    words = None if allowed is None else _words(allowed, leading, v, rows)
+    changes = RowEdits(allowed=words)
+    if edits is not None:
+        instance("edits", edits, Edits, "Edits")
+        if edits.rows != rows.shape[0]:
+            raise ValueError(f"edits: expected {rows.shape[0]} rows, got {edits.rows}")
+        if edits.ids.device != rows.device:
+            raise ValueError(f"edits: expected device {rows.device}, got {edits.ids.device}")
+        if edits.largest >= v:
+            raise ValueError(f"edits: expected ids in [0, {v}), got {edits.largest}")
+        changes = RowEdits(edits.ids, edits.offsets, edits.columns, words)
+    return rows, changes
+
+
+def _words(allowed: object, leading: torch.Size, v: int, rows: Tensor) -> Tensor:
+    """Returns the words of allowed ids as (N, ceil(V / 32))."""
+    instance("allowed", allowed, Tensor, "a tensor of torch.int32")
+    assert isinstance(allowed, Tensor)  # noqa: S101, for the type checker
+    if allowed.dtype != torch.int32:
+        raise TypeError(f"allowed: expected a tensor of torch.int32, got {allowed.dtype}")
+    shape = (*leading, -(-v // 32))
+    if allowed.shape != shape:
+        raise ValueError(f"allowed: expected shape {shape}, got {tuple(allowed.shape)}")
+    if allowed.device != rows.device:
+        raise ValueError(f"allowed: expected device {rows.device}, got {allowed.device}")
+    words = allowed.reshape(-1, shape[-1])
+    return words if words.stride(1) == 1 or words.shape[1] == 1 else words.contiguous()
