@@ -37,7 +37,8 @@ struct RowEdits {
     if (all.given) return *column;
     if (x == -kInf) return x;
     const float y = x + column[0], penalty = column[all.count];
-    return (y > 0 ? y / penalty : y * penalty) + column[2 * all.count];
+    const float z = (y > 0 ? y / penalty : y * penalty) + column[2 * all.count];
+    return z + column[3 * all.count];
   }
 
   // What it makes of the gradient of its result: that of the logit.

@@ -51,12 +51,12 @@ struct Knobs {
 
 // What is done to the logits of each row before anything else, in float32. Edits are lists of ids,
 // in compressed rows: those of row r are [offsets[r], offsets[r + 1]), ascending, each once. Either
-// y is given, or y = x + pre; y = y / penalty where y > 0, else y * penalty; y = y + post; x = -inf
-// stays. Then what is not allowed is -inf.
+// y is given, or y = x + pre; y = y / penalty where y > 0, else y * penalty; y = y + post; y = y +
+// last; x = -inf stays. Then what is not allowed is -inf.
 struct Edits {
   const int32_t* ids;      // (count,), or null: none
   const int64_t* offsets;  // (N + 1,)
-  const float* columns;    // (3, count): pre, penalty, post; or (1, count): y
+  const float* columns;    // (4, count): pre, penalty, post, last; or (1, count): y
   int64_t count;
   bool given;               // whether columns are (1, count)
   const uint32_t* allowed;  // (N, ceil(V / 32)), bit j % 32 of word j / 32 is id j; or null: all

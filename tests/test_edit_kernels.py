@@ -33,11 +33,12 @@ def some_edits(n: int, v: int, given: bool) -> Edits:
     listed = torch.rand(n, v) < torch.tensor([0.3, 0.0, 1.0, 0.02] * n)[:n, None]
     ids = listed.nonzero()[:, 1].int()
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), listed.sum(1).cumsum(0)])
-    pre, post = torch.randn(2, len(ids)) * 3
+    pre, post, last = torch.randn(3, len(ids)) * 3
     pre[::9] = -INF
     if given:
         return Edits.set(ids, offsets, pre)
-    return Edits(ids, offsets, pre=pre, penalty=torch.rand(len(ids)) + 0.6, post=post)
+    penalty = torch.rand(len(ids)) + 0.6
+    return Edits(ids, offsets, pre=pre, penalty=penalty, post=post, last=last)
 
 
 def choices(n: int, v: int) -> dict[str, RowEdits]:

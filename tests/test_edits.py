@@ -34,12 +34,12 @@ def some_edits(n: int, v: int, share: float = 0.1, *, given: bool = False) -> Ed
     listed = torch.rand(n, v) < share
     ids = listed.nonzero()[:, 1].int()
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), listed.sum(1).cumsum(0)])
-    pre, post = torch.randn(2, len(ids)) * 3
+    pre, post, last = torch.randn(3, len(ids)) * 3
     pre[torch.rand(len(ids)) < 0.05] = -INF
     if given:
         return Edits.set(ids, offsets, pre)
     penalty = torch.rand(len(ids)) + 0.6
-    return Edits(ids, offsets, pre=pre, penalty=penalty, post=post)
+    return Edits(ids, offsets, pre=pre, penalty=penalty, post=post, last=last)
 
 
 def some_words(n: int, v: int) -> Tensor:
@@ -147,8 +147,9 @@ def test_the_three_operations_are_rounded_one_by_one():
         pre=torch.tensor([3.0, 0.0, -4.0, 0.0, 5.0]),
         penalty=torch.tensor([1.5, 3.0, 1.1, 2.0, 2.0]),
         post=torch.tensor([0.25, -0.1, 0.0, -1.0, 1.0]),
+        last=torch.tensor([0.0, 0.7, 0.0, 0.0, 0.0]),
     )
-    third = torch.tensor(1.0) / 3 - 0.1
+    third = torch.tensor(1.0) / 3 - 0.1 + 0.7
     wanted = torch.tensor([[2 / 1.5 + 0.25, third, -1.1, -1.0, -INF]])
     assert torch.equal(filter_logits(x, Adaptor(), edits=edits), wanted)
 
@@ -210,6 +211,8 @@ def test_sums_of_edits():
         of("pre", -INF, (1,)) + of("pre", 0.1) + of("post", 0.1),
         of("pre", 0.1) + of("pre", 0.2) + of("pre", -INF),
         of("pre", 0.1, (7,)) + of("penalty", 1.1, (9,)),
+        of("penalty", 1.7) + of("post", -0.1) + of("post", -0.7),
+        of("pre", 0.1) + of("last", 0.3) + of("post", 0.7),
     ]
     parts = [
         [of("pre", 0.3), of("penalty", 1.7, (2, 3, 4)), of("post", -0.6, (3, 4, 5))],
@@ -219,15 +222,19 @@ def test_sums_of_edits():
         [of("pre", -INF, (1,)), of("pre", 0.1), of("post", 0.1)],
         [of("pre", 0.1), of("pre", 0.2), of("pre", -INF)],
         [of("pre", 0.1, (7,)), of("penalty", 1.1, (9,))],
+        [of("penalty", 1.7), of("post", -0.1), of("post", -0.7)],
+        [of("pre", 0.1), of("last", 0.3), of("post", 0.7)],
     ]
     for whole, steps in zip(cases, parts, strict=True):
         y = x
         for step in steps:
             y = edited(y, step)
         assert torch.equal(edited(x, whole), y), steps
-    for first, after in (("penalty", "penalty"), ("post", "post")):
+    for more in (["penalty"], ["post", "pre", "last"]):
         with pytest.raises(ValueError, match="for id 1 in row 0"):
-            of("penalty", 1.2) + of(first, 1.3) + of(after, 1.4)
+            sum((of(column, 1.3) for column in more), start=of("penalty", 1.2))
+    with pytest.raises(ValueError, match="for id 1 in row 0"):
+        of("pre", 0.1) + of("pre", 0.2) + of("penalty", 1.2)
     with pytest.raises(ValueError, match="expected 3 rows"):
         of("pre", 1.0) + Edits.from_rows([{}], "pre")
 
@@ -309,7 +316,10 @@ def test_wrong_arguments_are_refused():
         (lambda: Edits(ids, offsets, pre=torch.ones(2)), r"pre: expected shape \(1,\)"),
         (lambda: Edits(ids, offsets, pre=torch.ones(1).double()), "pre: expected a tensor"),
         (lambda: Edits(ids, offsets, pre=torch.ones(1, requires_grad=True)), "no gradient"),
-        (lambda: Edits.from_rows([{}], "bias"), "expected pre, penalty or post, got 'bias'"),
+        (
+            lambda: Edits.from_rows([{}], "bias"),
+            "expected one of pre, penalty, post, last, got 'bias'",
+        ),
     ):
         if message is None:
             call()
@@ -330,3 +340,47 @@ def test_of_autograd_and_compiler():
     compiled(a).sum().backward()
     call(b).sum().backward()
     assert torch.equal(a.grad, b.grad)
+
+
+def listed_once(history: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The ids of each row of a history, how many rows' ids come before each, how often they do."""
+    rows = [row.unique(return_counts=True) for row in history]
+    offsets = torch.tensor([0, *(len(ids) for ids, _ in rows)]).cumsum(0)
+    ids, counts = (torch.cat(x) for x in zip(*rows, strict=True))
+    return ids.int(), offsets, counts
+
+
+@pytest.mark.parametrize("penalty", [1.3, 0.7, 2.0])
+def test_transformers_penalty_and_bias(penalty):
+    """Bit for bit, with a prompt of repeated ids."""
+    transformers = pytest.importorskip("transformers")
+    x, history = torch.randn(4, 500) * 3, torch.randint(500, (4, 90))
+    ids, offsets, _ = listed_once(history)
+    repetition = Edits(ids, offsets, penalty=torch.full((len(ids),), penalty))
+    wanted = transformers.RepetitionPenaltyLogitsProcessor(penalty)(history, x)
+    assert torch.equal(edited(x, repetition), wanted)
+    assert torch.equal(filter_logits(x, Adaptor(), edits=repetition), wanted)
+    bias = transformers.SequenceBiasLogitsProcessor([[[3], 1.1], [[499], -2.7]])
+    ours = Edits.from_rows([{3: 1.1, 499: -2.7}] * 4, "post")
+    wanted = bias(history, wanted)
+    assert torch.equal(filter_logits(x, Adaptor(), edits=repetition + ours), wanted)
+    wanted = transformers.SuppressTokensLogitsProcessor([7, 8])(history, wanted)
+    bans = Edits.from_rows([dict.fromkeys((7, 8), -INF)] * 4, "last")
+    assert torch.equal(filter_logits(x, Adaptor(), edits=repetition + ours + bans), wanted)
+
+
+def test_three_penalties_one_after_the_other():
+    """Repetition of prompt and output, then frequency and presence of the output, as in vLLM."""
+    v, x = 300, torch.randn(4, 300) * 3
+    prompt, output = torch.randint(v, (4, 50)), torch.randint(v, (4, 60))
+    both, of_both, _ = listed_once(torch.cat([prompt, output], 1))
+    ids, offsets, counts = listed_once(output)
+    seen, number = torch.zeros(4, v, dtype=torch.bool), torch.zeros(4, v)
+    seen.scatter_(1, torch.cat([prompt, output], 1), True)
+    number.scatter_add_(1, output, torch.ones(4, 60))
+    y = torch.where(seen, torch.where(x > 0, x / 1.2, x * 1.2), x)
+    y = y - 0.3 * number
+    y = y - 0.7 * (number > 0)
+    edits = Edits(both, of_both, penalty=torch.full((len(both),), 1.2))
+    edits = edits + Edits(ids, offsets, post=-(0.3 * counts), last=torch.full((len(ids),), -0.7))
+    assert torch.equal(filter_logits(x, Adaptor(), edits=edits), y)

@@ -26,7 +26,7 @@ class RowEdits(NamedTuple):
 
     ids: Tensor | None = None  # (E,) int32
     offsets: Tensor | None = None  # (N + 1,) int64
-    columns: Tensor | None = None  # (3, E) float32, or (1, E) of given values
+    columns: Tensor | None = None  # (4, E) float32, or (1, E) of given values
     allowed: Tensor | None = None  # (N, ceil(V / 32)) int32
 
     def for_kernels(self) -> "_C.Edits | None":

@@ -42,7 +42,7 @@ def _changed(x: Tensor, columns: Tensor) -> Tensor:
     """Returns what edits make of their logits."""
     if len(columns) == 1:
         return columns[0]
-    pre, penalty, post = columns
+    pre, penalty, post, last = columns
     y = x + pre
-    y = torch.where(y > 0, y / penalty, y * penalty) + post
+    y = torch.where(y > 0, y / penalty, y * penalty) + post + last
     return torch.where(x == float("-inf"), x, y)

@@ -5,19 +5,19 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from fastadapt._ops.checks import instance, integer
+from fastadapt._ops.checks import instance, integer, one_of
 from fastadapt._ops.common import RowEdits
 
-PRE, PENALTY, POST = range(3)  # rows of the columns
-NEUTRAL = (0.0, 1.0, 0.0)
+COLUMNS = ("pre", "penalty", "post", "last")
+NEUTRAL = (0.0, 1.0, 0.0, 0.0)
 
 
 class Edits:
     """Changes of listed logits, in float32, before temperature and filters.
 
-    Of each listed id `y = x + pre; y = y / penalty where y > 0, else y * penalty; y = y + post`,
-    every operation rounded once, which is what transformers, vLLM and llama.cpp compute. x = -inf
-    stays -inf. Ids that are not listed keep their logits.
+    Of each listed id `y = x + pre; y = y / penalty where y > 0, else y * penalty; y = y + post;
+    y = y + last`, every operation rounded once, which is what transformers, vLLM and llama.cpp
+    compute. x = -inf stays -inf. Ids that are not listed keep their logits.
 
     Ids are in compressed rows: those of row r are `ids[offsets[r]:offsets[r + 1]]`.
 
@@ -35,6 +35,7 @@ class Edits:
         pre (Tensor | None): (E,), float32, finite or -inf (a ban). None: 0.
         penalty (Tensor | None): (E,), float32, finite, > 0. None: 1.
         post (Tensor | None): (E,), float32, finite or -inf. None: 0.
+        last (Tensor | None): (E,), float32, finite or -inf. None: 0.
 
     Raises:
         TypeError: no tensor, another dtype, or one that requires a gradient (`Edits.set` takes it).
@@ -51,11 +52,12 @@ class Edits:
         pre: Tensor | None = None,
         penalty: Tensor | None = None,
         post: Tensor | None = None,
+        last: Tensor | None = None,
     ) -> None:
         """Checks the lists once, so that calls need not."""
         _check_lists(ids, offsets)
-        given = {"pre": pre, "penalty": penalty, "post": post}
-        columns = torch.empty(3, len(ids), dtype=torch.float32, device=ids.device)
+        given = dict(zip(COLUMNS, (pre, penalty, post, last), strict=True))
+        columns = torch.empty(4, len(ids), dtype=torch.float32, device=ids.device)
         for column, (name, values), neutral in zip(columns, given.items(), NEUTRAL, strict=True):
             if values is None:
                 column.fill_(neutral)
@@ -116,14 +118,13 @@ class Edits:
 
         Args:
             rows (Sequence[Mapping[int, float]]): N of them; such as the `logit_bias` of requests.
-            column (str): "pre", "penalty" or "post".
+            column (str): "pre", "penalty", "post" or "last".
             device (torch.device | str | None): of the edits. None: the CPU.
 
         Raises:
             ValueError: no such column; and as `Edits`.
         """
-        if column not in ("pre", "penalty", "post"):
-            raise ValueError(f"column: expected pre, penalty or post, got {column!r}")
+        one_of("column", column, COLUMNS)
         ordered = [sorted(row.items()) for row in rows]
         pairs = [pair for row in ordered for pair in row]
         ends = torch.tensor([0, *map(len, ordered)], device="cpu").cumsum(0)
@@ -156,13 +157,13 @@ class Edits:
     def __add__(self, after: "Edits") -> "Edits":
         """Returns both, these first, as edits of the same form.
 
-        That is so where no id needs two additions on one side of a penalty, nor two penalties: a
-        sum of both would be rounded once instead of twice.
+        That is so where no id needs two penalties, more than one addition before a penalty or more
+        than two after it: a sum of numbers would be rounded once instead of twice.
 
         Examples:
             >>> bias = Edits.from_rows([{0: 1.0}], "pre")
             >>> (bias + Edits.from_rows([{0: 2.0}], "penalty")).columns.flatten()
-            tensor([1., 2., 0.])
+            tensor([1., 2., 0., 0.])
 
         Raises:
             ValueError: other rows, or an id whose edits do not fit into one.
@@ -198,29 +199,36 @@ def joined(first: Edits, after: Edits) -> Edits:
     if not bool(fits.all()):
         at = int((~fits).nonzero()[0])
         raise ValueError(
-            "edits: expected at most one addition before a penalty, one penalty and one addition "
+            "edits: expected at most one addition before a penalty, one penalty and two additions "
             f"after it, got more for id {int(ids[at])} in row {int(both[at] >> 32)}"
         )
     return Edits.__new__(Edits)._fill(ids, offsets, columns)
 
 
 def _composed(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the columns of b after a, (3, E) each, and where they are exact."""
-    neutral = torch.tensor(NEUTRAL, device=a.device)[:, None]
-    untouched, alone = (a == neutral).all(0), (b == neutral).all(0)
-    # an addition alone has no side of a penalty: a's goes before b's penalty, b's behind a's
-    early = (a[PENALTY] == 1) & (a[PRE] == 0)
-    first = torch.where(early, a.flip(0), a)
-    late = (b[PENALTY] == 1) & (b[POST] == 0)
-    last = torch.where(late, b.flip(0), b)
-    one_penalty = (a[PENALTY] == 1) | (b[PENALTY] == 1)
-    fits = (first[POST] == 0) & (last[PRE] == 0) & one_penalty
-    columns = torch.stack([first[PRE], a[PENALTY] * b[PENALTY], last[POST]])
-    columns = torch.where(untouched, b, torch.where(alone, a, columns))
+    """Returns the columns of b after a, (4, E) each, and where they are exact."""
+    first, second = a[1] != 1, b[1] != 1  # which has the penalty
+    free = ~(first | second)
+    additions = torch.stack([a[0], a[2], a[3], b[0], b[2], b[3]])
+    place = torch.arange(6, device=a.device)[:, None]
+    before = (place < torch.where(first, 1, 4)) & ~free
+    # those that change something come first, in their order
+    early, rest = (
+        x.gather(0, (x == 0).sort(dim=0, stable=True).indices)
+        for x in (additions.where(before, 0.0), additions.where(~before, 0.0))
+    )
+    # without a penalty one of them may stand before it
+    columns = torch.where(
+        free,
+        torch.stack([rest[0], a[1], rest[1], rest[2]]),
+        torch.stack([early[0], a[1] * b[1], rest[0], rest[1]]),
+    )
+    few = (early != 0).sum(0) <= 1, (rest != 0).sum(0) <= torch.where(free, 3, 2)
+    fits = few[0] & few[1] & ~(first & second)
     # what is banned stays so, whatever else is done to it
     banned = (torch.cat([a, b]) == float("-inf")).any(0)
-    ban = torch.tensor([float("-inf"), 1.0, 0.0], device=a.device)[:, None]
-    return torch.where(banned, ban, columns), fits | untouched | alone | banned
+    ban = torch.tensor([float("-inf"), *NEUTRAL[1:]], device=a.device)[:, None]
+    return torch.where(banned, ban, columns), fits | banned
 
 
 def _joined_values(
@@ -231,10 +239,10 @@ def _joined_values(
     if not after.sets:  # edits of values are values
         if len(of_first) < len(ids):
             raise ValueError("edits: expected ids whose values are given, got others after them")
-        pre, penalty, post = after.columns
+        pre, penalty, post, last = after.columns
         x = first.columns[0][_inverse(of_first)][of_after]
         y = x + pre
-        y = torch.where(y > 0, y / penalty, y * penalty) + post
+        y = torch.where(y > 0, y / penalty, y * penalty) + post + last
         y = torch.where(x == float("-inf"), x, y)
         values = first.columns[0][_inverse(of_first)].index_put((of_after,), y)
     else:

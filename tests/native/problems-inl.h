@@ -221,7 +221,7 @@ struct Problem {
         if (one_in(among)) ids.push_back(static_cast<int32_t>(i));
       offsets.push_back(static_cast<int64_t>(ids.size()));
     }
-    for (int column = 0; column < (given ? 1 : 3); ++column) {
+    for (int column = 0; column < (given ? 1 : 4); ++column) {
       for (size_t e = 0; e < ids.size(); ++e) {
         const double number = column == 1 ? std::exp(normal() * .3) : normal() * 3;
         const double neutral = column == 1 ? 1 : 0, ban = column == 1 ? 1e-3 : -kInf;

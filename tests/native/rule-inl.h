@@ -218,6 +218,7 @@ struct Case {
       slope[id] = z > 0 ? 1 / penalty : penalty;
       z = z > 0 ? z / penalty : z * penalty;
       z += p.columns[2 * count + e];
+      z += p.columns[3 * count + e];
     }
   }
 

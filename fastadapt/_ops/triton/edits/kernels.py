@@ -35,8 +35,9 @@ def _changed(x, columns, at, count, mask, CHANGES: tl.constexpr):
         return first
     penalty = tl.load(columns + count + at, mask=mask, other=1.0)
     post = tl.load(columns + 2 * count + at, mask=mask, other=0.0)
+    last = tl.load(columns + 3 * count + at, mask=mask, other=0.0)
     y = x + first
-    y = tl.where(y > 0, tl.div_rn(y, penalty), y * penalty) + post
+    y = tl.where(y > 0, tl.div_rn(y, penalty), y * penalty) + post + last
     return tl.where(x == float("-inf"), x, y)
 
 
