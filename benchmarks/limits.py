@@ -132,6 +132,35 @@ def score_limits(record: Record) -> list[Limit]:
     ]
 
 
+def edits_limits(record: Record) -> list[Limit]:
+    """The demands on `sample` with edits and masks."""
+    cells = record["cells"]
+    changes = {
+        kind: [
+            (quartiles[1], {**c, "adaptor": name.split(",")[0]})
+            for c in cells
+            for name, quartiles in c["to_plain"].items()
+            if name.endswith(kind)
+        ]
+        for kind in ("edits", "allowed")
+    }
+    stock = _medians(cells, "stock_to_everything")
+    return [
+        _worst(
+            f"edits of {record['settings']['ids']:,} ids to `sample` without, worst cell",
+            changes["edits"],
+            1.25,
+        ),
+        _worst("a mask of allowed tokens to `sample` without, worst cell", changes["allowed"], 1.2),
+        _worst(
+            "all filters with both to torch.softmax, worst cell",
+            _medians(cells, "to_softmax", "everything"),
+            2.2,
+        ),
+        _worst("transformers' way to that, least", stock, 100, at_least=True),
+    ]
+
+
 def memory_shares(record: Record) -> Figures:
     """Our least peak memory in percent of the float32 logits, of each cell with V >= 128,256."""
     return [
@@ -341,6 +370,7 @@ LIMITS: dict[str, Callable[[Record], list[Limit]]] = {
     "sampling": sampling_limits,
     "gpu_sampling": gpu_sampling_limits,
     "score": score_limits,
+    "edits": edits_limits,
     "losses": losses_limits,
     "divergence": divergence_limits,
     "gpu_losses": gpu_losses_limits,

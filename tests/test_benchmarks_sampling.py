@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import bench_edits
 import bench_sampling
 import bench_score
 import cases
@@ -277,3 +278,26 @@ def test_pytest_form_refuses_workers():
 
     with pytest.raises(RuntimeError, match="expected `pytest -n 0`, got a worker of xdist"):
         bench_sampling.test_sample(None, SimpleNamespace(workerinput={}), 32_000, "copy")
+
+
+def test_edits_are_measured_beside_themselves_without(run_benchmark):
+    small = ("--vocab", 200, "--ids", 9, "--rounds", 2, "--peer-rounds", 2)
+    record = run_benchmark(bench_edits, *small)
+    assert [cell["dtype"] for cell in record["cells"]] == list(cases.DTYPES)
+    for limit in limits.edits_limits(record):
+        assert limit.figure > 0, limit
+    assert "| 200, bfloat16 |" in report.block("edits", record)
+
+
+def test_transformers_way_to_edits_is_ours():
+    """So that what is timed is the same work."""
+    rows, history = torch.randn(3, 200) * 3, bench_edits.history_of(3, 200, 40, seed=0)
+    allowed, everything = bench_edits.half(3, 200), cases.ADAPTORS["everything"]
+    edits = bench_edits.edits_of(history)
+    kept = filter_logits(rows, everything, edits=edits, allowed=allowed) > -math.inf
+    draw = bench_edits.stock_everything(history, allowed, 200)
+    seen = torch.zeros_like(kept)
+    for _ in range(200):
+        seen.scatter_(1, draw(rows)[:, None], True)
+    assert not (seen & ~kept).any()
+    assert seen[:, ::2].sum() == seen.sum() > 6  # every second token is allowed
