@@ -12,6 +12,7 @@ from torch import Tensor
 from cases import GPU_ADAPTORS
 from fastadapt import (
     Adaptor,
+    Sample,
     adapted_log_odds,
     candidate_log_odds,
     filter_logits,
@@ -38,6 +39,11 @@ OUTPUTS: dict[str, dict[str, Any]] = {
     "log_mass": {"log_mass": True},
     "all outputs": {"base_logprobs": True, "log_mass": True, "positions": True},
 }
+# With the most probable tokens beside the drawn one, which two kernels more find.
+TOP_OUTPUTS: dict[str, dict[str, Any]] = {
+    f"{asked} and top 20": {**OUTPUTS[asked], "top_logprobs": 20}
+    for asked in ("no outputs", "base_logprobs", "all outputs")
+}
 
 
 class Call(NamedTuple):
@@ -50,7 +56,7 @@ class Call(NamedTuple):
 
 def draw(
     rows: Tensor, adaptor: Adaptor, outputs: Mapping[str, Any], seeds: Tensor | None = None
-) -> object:
+) -> Sample:
     """Draws from rows with some outputs."""
     seeds = torch.arange(len(rows)) if seeds is None else seeds
     given = dict(outputs)

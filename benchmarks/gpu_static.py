@@ -43,7 +43,7 @@ from triton.runtime.jit import JITFunction
 from cases import GPU_ADAPTORS
 from fastadapt import Adaptor
 from fastadapt._ops import triton as kernels
-from gpu_calls import DTYPES, OUTPUTS, calls, draw, per_row
+from gpu_calls import DTYPES, OUTPUTS, TOP_OUTPUTS, calls, draw, per_row
 from gpu_predictions import NOTES, predictions
 from gpu_static_check import ALL, differences, read_record, refuse_another, too_many
 from harness import Axis, Benchmark, Flag, Option, progress
@@ -250,13 +250,15 @@ def calls_of(n: int, v: int) -> list[Cell]:
     """Launches and PyTorch's operators in a call of `sample`, by adaptor and outputs."""
     rows, seeds = torch.empty(n, v), torch.arange(n)
     cells = []
-    for asked in ("no outputs", "all outputs"):
+    for asked, options in {**OUTPUTS, **TOP_OUTPUTS}.items():
         for name, adaptor in GPU_ADAPTORS.items():
             with recorded(COUNTED_FOR) as got:
-                draw(rows, adaptor, OUTPUTS[asked], seeds)
+                drawn = draw(rows, adaptor, options, seeds)
             by_kernel = dict(Counter(launch.source.kernel for launch in got.launches))
             case = {"batch": n, "vocabulary": v, "outputs": asked, "adaptor": name}
-            counts = {"launches": len(got.launches), "aten_calls": got.operators.total()}
+            tensors = sum(field is not None for field in drawn)
+            counts = {"launches": len(got.launches), "tensors": tensors}
+            counts["aten_calls"] = got.operators.total()
             cells.append({**case, **counts, "kernels": by_kernel})
     return cells
 

@@ -76,12 +76,22 @@ with recorded(100) as after:
     met = len(after.compiled)
     draw(torch.empty(2, 128_256), GPU_ADAPTORS["T"], {})
 binary = compiled(got.launches[1].source)
+early = {}
+for target in (80, 90, 100):
+    with recorded(target) as drawn:
+        draw(torch.empty(2, 50_257), GPU_ADAPTORS["T+k+p"], {})
+    sources = [x.source for x in drawn.launches]
+    early[target] = [
+        [bool(x.options["launch_pdl"]) for x in sources],
+        ["griddepcontrol" in compiled(x).asm["ptx"] for x in sources[:1]],
+    ]
 print(json.dumps({
     "grids": [x.grid for x in got.launches],
     "keys": len({x.key for x in got.launches}),
     "operators": sum(got.operators.values()),
     "targets": [x.launches[0].source.target for x in (other, again)],
     "options": [x.launches[0].source.options["arch"] for x in (other, again)],
+    "early": early,
     "warps": got.launches[0].source.options["num_warps"],
     "demand": demand_of(binary, code_of(binary.asm["cubin"]), 4)._asdict(),
     "some": some,
@@ -102,7 +112,9 @@ def told(tmp_path_factory):
     folder = tmp_path_factory.mktemp("no_gpu")
     (folder / "script.py").write_text(TOY + TOLD)
     environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": str(host.ROOT / "benchmarks"), "TRITON_CACHE_DIR": str(folder)}
+    # after the benchmarks the paths of this process, which may say which package is tested
+    paths = filter(None, (str(host.ROOT / "benchmarks"), os.environ.get("PYTHONPATH")))
+    environment |= {"PYTHONPATH": os.pathsep.join(paths), "TRITON_CACHE_DIR": str(folder)}
     run = [sys.executable, str(folder / "script.py")]
     done = subprocess.run(run, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
@@ -131,7 +143,7 @@ RECORD = {
     "calls": [
         {
             **{"batch": 1, "vocabulary": 9, "outputs": "b", "adaptor": "c", "launches": 2},
-            **{"aten_calls": 5, "kernels": {"toy_kernel": 2}},
+            **{"tensors": 4, "aten_calls": 5, "kernels": {"toy_kernel": 2}},
         }
     ],
 }
@@ -255,6 +267,12 @@ def test_a_kernel_is_compiled_and_read(told):
     assert demand["stack"] == demand["local"] == demand["spills"] == demand["fused"] == 0
 
 
+def test_kernels_are_compiled_as_they_are_launched(told):
+    """Programs begin while the kernel before ends where the GPU can do that."""
+    for target, (launched, waits) in told["early"].items():
+        assert set(launched) == set(waits) == {int(target) >= 90}
+
+
 def test_batches_cover_all_specialisations(told):
     """Those that are counted for the record meet what 1 to 512 rows meet."""
     assert told["some"] == told["every"] and len(told["some"]) == 3
@@ -266,17 +284,20 @@ def test_a_server_meets_few_specialisations_and_few_calls_of_pytorch(told):
     assert list(gpu_static_check.too_many({"specialisations": cells, "calls": calls})) == []
     servers = [x for x in cells if x["adaptor"] == gpu_static_check.ALL]
     assert [sum(x["kernels"].values()) for x in servers] == [12] * 4
-    assert {x["aten_calls"] for x in calls if x["outputs"] == "no outputs"} == {5}
+    assert {x["outputs"]: x["aten_calls"] for x in calls} == {
+        **{"no outputs": 5, "base_logprobs": 6, "log_mass": 6, "all outputs": 7},
+        **{"no outputs and top 20": 8, "base_logprobs and top 20": 9, "all outputs and top 20": 10},
+    }
     over = [{**servers[0], "kernels": {"a": 4, "b": 9}}]
     over.append({**over[0], "vocabulary": gpu_static_check.ALL, "adaptor": "T"})
     found = gpu_static_check.too_many(
-        {"specialisations": over, "calls": [{**calls[0], "aten_calls": 9}]}
+        {"specialisations": over, "calls": [{**calls[0], "aten_calls": 6}]}
     )
     assert [line.partition(": ")[2] for line in found] == [
         "13 specialisations, expected at most 12",
         "4 of a, expected at most 3",
         "9 of b, expected at most 3",
-        "9 aten calls, expected at most 8",
+        "6 aten calls, expected at most 5",
     ]
 
 

@@ -28,10 +28,9 @@ from fastadapt._ops.triton.launch_scan import (
     Scan,
     Steps,
     asked_of,
-    is_early,
     knobs_of_rows,
     launch_on,
-    options_of,
+    options_on,
     scan_rows,
     slices,
     some,
@@ -138,7 +137,7 @@ def compile_draws(
         registers: int | None = None,
         **constants: Any,
     ) -> None:
-        options = options_of(is_early(device), warps, registers)
+        options = options_on(device, warps, registers)
         wanted.append(partial(kernel.warmup, *arguments, grid=grid, **constants, **options))
 
     # knobs that may all act in any row, and those that make a kernel of its own

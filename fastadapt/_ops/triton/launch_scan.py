@@ -116,9 +116,19 @@ def is_early(device: torch.device) -> bool:
 
 
 @lru_cache
+def _launches(early: bool) -> Launch:
+    """Returns what launches kernels, early or not."""
+    return partial(_launch, early)
+
+
 def launch_on(device: torch.device) -> Launch:
     """Returns what launches kernels on a device."""
-    return partial(_launch, is_early(device))
+    return _launches(is_early(device))
+
+
+def options_on(device: torch.device, warps: int, registers: int | None) -> dict[str, Any]:
+    """Options of a launch on a device."""
+    return options_of(is_early(device), warps, registers)
 
 
 class Plan(NamedTuple):
