@@ -52,7 +52,8 @@ RANGES = {
 KNOBS = tuple(RANGES)
 # The values at which a filter keeps all.
 _NEUTRAL = {
-    "top_k": 0, "top_p": 1, "min_p": 0, "typical_p": 1, "epsilon_cutoff": 0, "eta_cutoff": 0
+    "top_k": 0, "top_p": 1, "min_p": 0, "typical_p": 1, "epsilon_cutoff": 0, "eta_cutoff": 0,
+    "min_tokens_to_keep": 1,
 }  # fmt: skip
 
 Knob = float | int | Tensor
@@ -126,7 +127,7 @@ class Adaptor:
         object.__setattr__(self, "rows", packed.shape[1] if tensors else None)
         object.__setattr__(self, "order_code", ORDER_CODES[self.order])
         object.__setattr__(self, "greedy", _is_greedy(self.temperature))
-        acting = [_may_act(name, knobs[name]) for name in ("temperature", *_NEUTRAL)]
+        acting = [_may_act(name, knobs[name]) for name in KNOBS]
         object.__setattr__(self, "filter_code", filter_code(self.order_code, acting))
 
     def packed_on(self, device: torch.device) -> Tensor:

@@ -42,9 +42,12 @@ def test_codes_of_several_distributions():
         (Adaptor(), {"weighs", "plain"}),
         (Adaptor(temperature=0), {"weighs", "ranks", "filters", "plain"}),
         (Adaptor(temperature=0.8, top_k=50, top_p=0.9), {"ranks", "filters", "plain"}),
-        (Adaptor(min_p=0.1), {"lists", "filters", "sums"}),
+        (Adaptor(min_p=0.1), {"lists", "filters", "sums", "by_mass"}),
+        (Adaptor(min_p=0.1, min_tokens_to_keep=2), {"lists", "filters", "sums"}),
+        (Adaptor(min_p=0.1, temperature=0), {"ranks", "lists", "filters", "sums"}),
+        (Adaptor(min_p=torch.tensor([0.1, 0.2])), {"weighs", "lists", "filters", "sums"}),
         (Adaptor(top_k=50, min_p=0.1, order="vllm"), {"lists", "filters", "sums"}),
-        (Adaptor(epsilon_cutoff=0.1), {"weighs", "lists", "filters", "sums"}),
+        (Adaptor(epsilon_cutoff=0.1), {"weighs", "lists", "filters", "sums", "by_mass"}),
         (Adaptor(typical_p=0.9), {"weighs", "bins", "filters", "sums"}),
         (
             Adaptor(top_p=0.9),
@@ -64,4 +67,5 @@ def test_passes_follow_from_the_adaptor(adaptor, passes):
     assert {name for name, asked in steps._asdict().items() if asked and name != "order"} == passes
     assert steps.order == adaptor.order_code
     unknown = steps_of(adaptor.order_code, adaptor.packed.shape[1])
-    assert all(unknown._replace(order=1, plain=not unknown.plain))
+    assert all(unknown._replace(order=1, plain=True, by_mass=True))
+    assert not unknown.plain and not unknown.by_mass

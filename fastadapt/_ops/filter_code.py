@@ -2,8 +2,8 @@
 
 Bit 0 is the order of the filters. Knobs may be on a device, where the host does not read them: bit
 1 says that the following bits are known, one for each knob in the order of `adaptor.KNOBS`, set
-where the knob may do something in some row (temperature: where it may be 0). A code without bit 1
-leaves all open.
+where the knob may do something in some row (temperature: where it may be 0; min_tokens_to_keep:
+where it may be more than 1). A code without bit 1 leaves all open.
 """
 
 from collections.abc import Iterable
@@ -13,7 +13,7 @@ from operator import or_
 _ORDER = 1
 _KNOWN = 2
 _FIRST_KNOB = 2
-_END = 1 << 9  # of codes: there are seven knobs
+_END = 1 << 10  # of codes: there are eight knobs
 
 
 def filter_code(order: int, may_act: Iterable[bool]) -> int:

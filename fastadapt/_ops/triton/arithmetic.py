@@ -26,6 +26,8 @@ MIN_INT32 = tl.constexpr(-(2**31))
 ONE_KEY = tl.constexpr(1 << 32)  # from a rank to that of the next key
 ANY_RANK = tl.constexpr(-(2**63))
 NO_RANK = tl.constexpr(2**63 - 1)
+LOWEST_KEY = tl.constexpr(-2139095040)  # of -inf
+HIGHEST_KEY = tl.constexpr(2139095040)
 FINITE_RANK = tl.constexpr((-2139095040 + 1) << 32)  # above every rank of -inf
 
 
@@ -167,6 +169,29 @@ def bounds_from(rank):
     none = tl.full([], 0, tl.int64)
     any_rank = none + ANY_RANK
     return Bounds(none + rank, none, any_rank, none, any_rank, any_rank, none.to(tl.float32))
+
+
+@triton.jit
+def _floor_by_mass(mass, guard, m):
+    """Returns a logit below which no token has a mass or a rank from a guard up."""
+    d = log64(tl.maximum(mass, 1).to(tl.float64) * 9.094947017729282e-13).to(tl.float32)  # 2^-40
+    floor = tl.where(mass > 0, m + d - (1e-3 + tl.abs(m) * 3e-7), float("-inf"))
+    key = tl.minimum(tl.maximum(guard >> 32, LOWEST_KEY), HIGHEST_KEY).to(tl.int32)
+    return tl.minimum(floor, values(key))
+
+
+@triton.jit
+def floor_of(bounds, m):
+    """Returns a scaled logit below which no token survives under bounds."""
+    key = tl.minimum(tl.maximum(bounds.cut >> 32, LOWEST_KEY), HIGHEST_KEY).to(tl.int32)
+    floor = tl.maximum(values(key), _floor_by_mass(bounds.mass, bounds.guard, m))
+    return tl.maximum(floor, _floor_by_mass(bounds.cutoff, bounds.cutoff_guard, m))
+
+
+@triton.jit
+def min_p_mass(value):
+    """Returns the least mass that min-p keeps."""
+    return ceil64(value.to(tl.float32).to(tl.float64) * 1099511627776.0 * NEARLY)
 
 
 @triton.jit

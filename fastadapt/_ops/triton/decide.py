@@ -16,6 +16,7 @@ from fastadapt._ops.triton.arithmetic import (
     keys,
     mass_target,
     masses,
+    min_p_mass,
     ranks,
     surprisals,
     survives,
@@ -52,6 +53,7 @@ from fastadapt._ops.triton.rows import (
     needs_masses,
     needs_surprisal,
     status_of,
+    sums_of,
 )
 from fastadapt._ops.triton.select import cut_of, is_held, look, tokens_of
 
@@ -221,7 +223,7 @@ def _filtered(knob, knobs, keep, row, found, weights, listed_from, state, sizes)
         cut = tl.where(is_k | is_p, tl.maximum(cut, tl.minimum(main, least)), cut)
         band = tl.where(is_typical, tl.minimum(main, least), band)
         if is_min:
-            mass = ceil64(value.to(tl.float32).to(tl.float64) * 1099511627776.0 * NEARLY)
+            mass = min_p_mass(value)
             guard = least
             held &= mass.to(tl.float64) > listed_from
         if is_cutoff:
@@ -235,6 +237,22 @@ def _filtered(knob, knobs, keep, row, found, weights, listed_from, state, sizes)
         known, known_u, partial = never, never, never
     bounds = Bounds(cut, mass, guard, cutoff, cutoff_guard, band, centre)
     return Progress(bounds, z, u, known, known_u, partial, inside, typical_ran, undecided, never)
+
+
+@triton.jit
+def bounds_by_mass(knobs, weights, m, sizes):
+    """Returns what min-p, epsilon or eta comes to in a row where no other filter acts."""
+    first = first_filter(knobs)
+    value = load_knob(knobs, first)
+    cut, mass, guard, cutoff, cutoff_guard, band, centre = bounds_from(FINITE_RANK)
+    if first == MIN_P:
+        mass, guard = min_p_mass(value), guard * 0 + NO_RANK
+    else:
+        z, u = sums_of(weights, sizes.BLOCKS)
+        p = cutoff_of(first == ETA, value, tl.maximum(z, 1), u)
+        cutoff = ceil64(p * z.to(tl.float64) * NEARLY)
+        cutoff_guard = with_ties(ranks(keys(m), 0))
+    return Bounds(cut, mass, guard, cutoff, cutoff_guard, band, centre)
 
 
 @triton.jit

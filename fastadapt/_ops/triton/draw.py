@@ -1,7 +1,8 @@
 """The draw: decides a row, then finds the token by the running mass of its survivors.
 
 First every row is tried by its list alone, then the rows for which that does not do; of rows whose
-survivors no list holds, the masses are summed by many programs, the last of which draws.
+survivors no list holds, the masses are summed by many programs, the last of which draws. Where a
+mass alone says who survives, as under min-p, epsilon or eta and no other filter, that is all.
 The most probable tokens beside it are of the base distribution, as is the rank of the drawn one.
 """
 
@@ -13,6 +14,7 @@ from fastadapt._ops.triton.arithmetic import (
     LAST_ID,
     bounds_from,
     draw_target,
+    floor_of,
     keys,
     log_mass,
     masses,
@@ -21,13 +23,13 @@ from fastadapt._ops.triton.arithmetic import (
     survives,
 )
 from fastadapt._ops.triton.bundles import Chance, Outcome, Row, Tokens, row_at
-from fastadapt._ops.triton.decide import decide
+from fastadapt._ops.triton.decide import bounds_by_mass, decide
 from fastadapt._ops.triton.rows import (
     BASE_LOGPROBS,
     BOUNDS_STATUS,
+    BY_MASS,
     DECIDED,
     LOG_MASS,
-    MARK_ALL_MASS,
     MARK_STATE,
     MARK_SUMMED,
     OK,
@@ -37,6 +39,7 @@ from fastadapt._ops.triton.rows import (
     UNSUMMED,
     follow,
     has,
+    hits_of,
     inverse_of,
     knobs_of,
     largest_of,
@@ -46,6 +49,7 @@ from fastadapt._ops.triton.rows import (
     load_scaled,
     marks_of,
     parts_of,
+    status_of,
     store_bounds,
     weights_of,
 )
@@ -177,7 +181,6 @@ def _try_row(rows, packed, asked, scratch, sizes, chance, out, at, held):
     if state == UNSUMMED:
         marks = marks_of(scratch, at)
         store_bounds(marks + scratch.BOUNDS, decided.bounds, status)
-        tl.store(marks + MARK_ALL_MASS, all_mass)
     return state
 
 
@@ -209,16 +212,69 @@ def long_kernel(rows, packed, asked, scratch, sizes, seeds, positions, out, PDL:
         tl.store(marks + MARK_STATE, state.to(tl.int64))
 
 
+@triton.jit
+def _kept_of_columns(row, tile, hit, bounds, sizes, AT_ONCE: tl.constexpr):
+    """Sums and counts the survivors of some groups of a tile by block, so many groups at a time."""
+    COLUMNS: tl.constexpr = sizes.COLUMNS
+    BLOCKS: tl.constexpr = COLUMNS * sizes.GROUP // sizes.BLOCK
+    c = tl.arange(0, COLUMNS)
+    turn = tl.cumsum(hit.to(tl.int32), 0) - 1
+    left = tl.sum(hit.to(tl.int32), 0)
+    total, number = tl.zeros([BLOCKS], tl.int64), tl.zeros([BLOCKS], tl.int32)
+    for done in range(0, left, AT_ONCE):
+        wanted = done + tl.arange(0, AT_ONCE)
+        here = hit[None, :] & (turn[None, :] == wanted[:, None])
+        column = tl.sum(tl.where(here, c[None, :], 0), 1)
+        r = tl.arange(0, sizes.GROUP)[:, None]
+        ids = tile * (COLUMNS * sizes.GROUP) + column[None, :] + r * COLUMNS
+        s = load_scaled(row, ids)
+        alive = survives(s, ids, row.m, bounds) & (wanted < left)[None, :]
+        mass = tl.where(alive, masses(s - row.m), 0)
+        by_block: tl.constexpr = (BLOCKS, sizes.GROUP // BLOCKS * AT_ONCE)
+        total += tl.sum(tl.reshape(mass, by_block), 1)
+        number += tl.sum(tl.reshape(alive.to(tl.int32), by_block), 1)
+    return total, number
+
+
+@triton.jit
+def _sum_tile(row, parts, weights, tile, bounds, sizes, AT_ONCE: tl.constexpr):
+    """Sums and counts the survivors of a tile by block; only of groups that reach their floor."""
+    BLOCKS: tl.constexpr = sizes.COLUMNS * sizes.GROUP // sizes.BLOCK
+    hit = hits_of(parts, tile, row.inverse, floor_of(bounds, row.m), sizes.COLUMNS)
+    if tl.sum(hit.to(tl.int32), 0) <= AT_ONCE:
+        total, number = _kept_of_columns(row, tile, hit, bounds, sizes, AT_ONCE)
+        own = tile * BLOCKS + tl.arange(0, BLOCKS)
+        tl.store(weights.kept_sums + own, total, mask=own < weights.blocks)
+        tl.store(weights.finite + own, number, mask=own < weights.blocks)
+    else:
+        simple = only_cut(bounds)
+        for block in range(tile * BLOCKS, tl.minimum((tile + 1) * BLOCKS, weights.blocks)):
+            ids = block * sizes.BLOCK + tl.arange(0, sizes.BLOCK)
+            s = load_scaled(row, ids)
+            if simple:
+                alive = ranks(keys(s), ids) >= bounds.cut
+            else:
+                alive = survives(s, ids, row.m, bounds)
+            tl.store(weights.kept_sums + block, tl.sum(tl.where(alive, masses(s - row.m), 0), 0))
+            tl.store(weights.finite + block, tl.sum(alive.to(tl.int32), 0))
+
+
 @triton.jit(do_not_specialize=["packed", "asked", "seeds", "positions"])
 def sum_kernel(
     rows, packed, asked, scratch, sizes, seeds, positions, out,
-    TOGETHER: tl.constexpr, PDL: tl.constexpr,
+    AT_ONCE: tl.constexpr,  # groups of a tile that are read together
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """Sums the survivors of a decided row by block; the last program of a row draws."""
+    """Sums the survivors of a decided row by block; the last program of a row draws.
+
+    Where one filter by mass is all there is, each program decides the row for itself.
+    """
     follow(PDL)
-    at, some = tl.program_id(0), tl.program_id(1)
+    at, tile = tl.program_id(0), tl.program_id(1)
     marks = marks_of(scratch, at)
-    if tl.load(marks + MARK_STATE) == UNSUMMED:
+    by_mass = has(asked, BY_MASS)
+    state = tl.load(marks + MARK_STATE)
+    if by_mass | (state == UNSUMMED):
         _, knobs = knobs_of(packed, asked, at)
         temperature = load_knob(knobs, TEMPERATURE)
         inverse = inverse_of(temperature)
@@ -227,29 +283,26 @@ def sum_kernel(
         m = largest_of(parts, sizes.SPLITS) * inverse + 0.0
         row = Row(row_at(rows, at), rows.v, inverse, m)
         bounds = load_bounds(marks + scratch.BOUNDS)
-        block = some * TOGETHER + tl.arange(0, TOGETHER)
-        there = block < weights.blocks
-        ids = block[:, None] * sizes.BLOCK + tl.arange(0, sizes.BLOCK)[None, :]
-        s = load_scaled(row, ids)
-        if only_cut(bounds):
-            alive = ranks(keys(s), ids) >= bounds.cut
-        else:
-            alive = survives(s, ids, m, bounds)
-        mass = tl.sum(tl.where(alive, masses(s - m), 0), 1)
-        tl.store(weights.sums + block, mass, mask=there)
-        tl.store(weights.finite + block, tl.sum(alive.to(tl.int32), 1), mask=there)
+        status = tl.load(marks + scratch.BOUNDS + BOUNDS_STATUS).to(tl.int32)
+        if by_mass:
+            bounds = bounds_by_mass(knobs, weights, m, sizes)
+            status = status_of(knobs, m)
+        _sum_tile(row, parts, weights, tile, bounds, sizes, AT_ONCE)
         tl.debug_barrier()
         if tl.atomic_add(marks + MARK_SUMMED, 1, sem="acq_rel") == tl.num_programs(1) - 1:
             j = tl.arange(0, sizes.BLOCKS)
             here = j < weights.blocks
-            total = tl.sum(tl.load(weights.sums + j, mask=here, other=0), 0)
+            total = tl.sum(tl.load(weights.kept_sums + j, mask=here, other=0), 0)
             kept = tl.sum(tl.load(weights.finite + j, mask=here, other=0), 0)
-            status = tl.load(marks + scratch.BOUNDS + BOUNDS_STATUS).to(tl.int32)
-            target = _target(Chance(seeds, positions), at, total, asked)
-            token = _first_by_blocks(
-                row, bounds, weights.sums, weights.blocks, target, sizes.BLOCK, sizes.BLOCKS
-            )
-            all_mass = tl.load(marks + MARK_ALL_MASS)
+            there = j < tl.where(has(asked, LOG_MASS), weights.blocks, 0)
+            all_mass = tl.sum(tl.load(weights.sums + j, mask=there, other=0), 0)
+            token = tl.full([], -1, tl.int32)
+            if status == OK:
+                target = _target(Chance(seeds, positions), at, total, asked)
+                token = _first_by_blocks(
+                    row, bounds, weights.kept_sums, weights.blocks, target,
+                    sizes.BLOCK, sizes.BLOCKS,
+                )  # fmt: skip
             outcome = Outcome(status, temperature == 0, kept, total, all_mass, token)
             _store_drawn(parts, weights, out, at, row, outcome, asked, sizes)
 

@@ -41,6 +41,7 @@ from fastadapt._ops.triton.rows import (
     ALL_WEIGHED,
     BASE,
     BASE_LOGPROBS,
+    BY_MASS,
     LOG_MASS,
     NUM_KNOBS,
     POSITIONS,
@@ -67,6 +68,8 @@ def sample(
     """Draws; only what was asked for is computed."""
     launch = launch or launch_on(logits.device)
     steps = steps_of(order, knobs.shape[1])
+    if steps.by_mass:
+        steps = steps._replace(lists=False)
     with_base = base_logprobs or top_n > 0
     bits = (
         (POSITIONS, positions is not None),
@@ -75,6 +78,7 @@ def sample(
         (ALL_WEIGHED, log_mass or with_base),
         (BASE, with_base),
         (SUM_LATER, steps.sums),
+        (BY_MASS, steps.by_mass),
     )
     asked = asked_of(knobs, steps.order, *(bit.value for bit, wanted in bits if wanted))
     for at in slices(logits, 1, plan):
@@ -88,12 +92,13 @@ def sample(
         own = some(seeds, at), some(seeds if positions is None else positions, at), drawn
         short = scanned.given(layout.short_plain if steps.plain else layout.short)
         long = scanned.given(layout.long)
-        launch(draw.short_kernel, (n,), *short, *own, warps=4, registers=MOST_REGISTERS)
-        if steps.filters:
+        if not steps.by_mass:
+            launch(draw.short_kernel, (n,), *short, *own, warps=4, registers=MOST_REGISTERS)
+        if steps.filters and not steps.by_mass:
             launch(draw.long_kernel, (n,), *long, *own, warps=8, registers=MOST_REGISTERS)
         if steps.sums:
-            grid = n, layout.weighing
-            launch(draw.sum_kernel, grid, *long, *own, TOGETHER=plan.together, warps=4)
+            grid, at_once = (n, layout.tiles), min(plan.at_once, plan.columns)
+            launch(draw.sum_kernel, grid, *long, *own, AT_ONCE=at_once, warps=4)
         if top_n:
             _top(scanned, drawn, part[-3:])
 
@@ -141,9 +146,7 @@ def compile_draws(
         wanted.append(partial(kernel.warmup, *arguments, grid=grid, **constants, **options))
 
     # knobs that may all act in any row, and those that make a kernel of its own
-    plain = filter_code(
-        0, (knob in (TOP_K.value, TOP_P.value) for knob in range(NUM_KNOBS.value - 1))
-    )
+    plain = filter_code(0, (knob in (TOP_K.value, TOP_P.value) for knob in range(NUM_KNOBS.value)))
     for dtype, code in itertools.product(dtypes, (0, plain)):
         logits = torch.empty(1, v, dtype=dtype, device=device)
         knobs = torch.empty(8, 1, dtype=torch.float64, device=device)

@@ -24,6 +24,7 @@ from fastadapt._ops.triton.rows import (
     BOUNDS_SIZE,
     EPSILON,
     ETA,
+    KEEP,
     MARKS,
     MIN_P,
     PER_ROW,
@@ -52,6 +53,7 @@ class Steps(NamedTuple):
     filters: bool = True  # something that acts
     sums: bool = True  # of survivors that no list holds
     plain: bool = False  # no filter but top-k and top-p
+    by_mass: bool = False  # min-p, epsilon or eta alone, for which a draw needs no list
 
 
 @lru_cache
@@ -71,6 +73,11 @@ def steps_of(code: int, rows: int) -> Steps:
         filters=bool(used) or may_act(code, TEMPERATURE.value),
         sums=not first <= {TOP_K.value},
         plain=set(used) <= {TOP_K.value, TOP_P.value},
+        by_mass=len(used) == 1
+        and one_bounds
+        and first <= {MIN_P.value, EPSILON.value, ETA.value}
+        and not may_act(code, TEMPERATURE.value)
+        and not may_act(code, KEEP.value),
     )
 
 
@@ -140,6 +147,7 @@ class Plan(NamedTuple):
     supers: int = 16  # super-groups of a tile
     block: int = 1024  # logits whose mass is one number; what the deciding kernels look at together
     together: int = 2  # blocks that a weighing program looks at together
+    at_once: int = 16  # groups of a tile that a program looks at together where few matter
     bins: int = 512
     bins_step: int = 1024  # logits that four warps put into bins together
     bracket_step: int = 2048  # of a list, that eight warps put into bins together

@@ -35,7 +35,8 @@ ALL_WEIGHED = tl.constexpr(32)  # masses of all rows
 BASE = tl.constexpr(64)  # also at temperature 1
 SURPRISAL = tl.constexpr(128)  # with its entropy
 SUM_LATER = tl.constexpr(256)  # survivors that no list holds are summed by another kernel
-ADAPTORS_SHIFT = tl.constexpr(9)
+BY_MASS = tl.constexpr(512)  # a filter by mass is all there is, and decided with these sums
+ADAPTORS_SHIFT = tl.constexpr(10)
 
 # Where bounds lie in memory, in int64.
 BOUNDS_CUT = tl.constexpr(0)
@@ -55,7 +56,6 @@ MARK_LISTED = tl.constexpr(0)  # tokens that belong into its list
 MARK_BINNED = tl.constexpr(1)  # programs that have put their tiles into bins
 MARK_SUMMED = tl.constexpr(2)  # programs that have summed their survivors
 MARK_STATE = tl.constexpr(3)
-MARK_ALL_MASS = tl.constexpr(4)
 MARK_STAGE = tl.constexpr(6)
 MARK_END = tl.constexpr(7)  # the bin in which its nucleus ends
 MARK_ABOVE = tl.constexpr(8)  # the mass above its bracket
