@@ -11,9 +11,6 @@ should meet fail, too. `--check` compares with a record: registers, stack, barri
 specialisations and launches must be the same, instructions within 3 %; a line for each difference.
 It needs the version of Triton that made the record.
 
-With `--out` the times of `sample` are predicted too, by the model of `gpu_model.py`, which takes
-minutes more: Triton's interpreter counts which statements run. `--no-predictions` leaves that out.
-
 By default float32 is compiled with all options for sm_90, with those that need most for the others,
 and bfloat16 with those for sm_90: of the sampling kernels other types differ by the conversion of
 what is loaded. `--scope all` compiles all four types with all options for all; `--scope most` only
@@ -31,7 +28,6 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -44,9 +40,8 @@ from cases import GPU_ADAPTORS
 from fastadapt import Adaptor
 from fastadapt._ops import triton as kernels
 from gpu_calls import DTYPES, OUTPUTS, TOP_OUTPUTS, calls, draw, per_row
-from gpu_predictions import NOTES, predictions
 from gpu_static_check import ALL, differences, read_record, refuse_another, too_many
-from harness import Axis, Benchmark, Flag, Option, progress
+from harness import Axis, Benchmark, Option, progress
 from machine_code import SHARED_KIB, Demand, code_of, demand_of, loads_through_descriptors
 from no_gpu import Launch, Source, compiled, recorded
 
@@ -69,7 +64,6 @@ BENCHMARK = Benchmark(
         "processes": Option(CORES, "that compile", least=1),
         "scope": Option("usual", "what is compiled", choices=("most", "usual", "all")),
         "targets": Axis(tuple(map(str, SHARED_KIB)), metavar="SM"),
-        "predictions": Flag("predict no times"),
     },
     ("triton",),
 )
@@ -100,8 +94,7 @@ def main(options: argparse.Namespace, record: dict[str, Any]) -> bool:
     if options.out or options.check:
         record["specialisations"] = specialisations(VOCABULARIES, BATCHES)
         record["calls"] = calls_of(*CALL)
-    compile_all = partial(in_processes, processes=options.processes)
-    demands = compile_all(demand_of_work, work)
+    demands = in_processes(demand_of_work, work, options.processes)
     record["kernels"] = [cell_of(*both) for both in zip(work, demands, strict=True)]
     wrong = [
         f"{one}: {complaint}"
@@ -113,10 +106,6 @@ def main(options: argparse.Namespace, record: dict[str, Any]) -> bool:
     if before is not None:
         wrong += differences(before, record)
     lines = [*most_of(record["kernels"]), *wrong]
-    if options.out and options.predictions:
-        record["predicted_us"] = predictions(compile_all, options.processes)
-        record["notes"] = list(NOTES)
-        lines += map(line_of, record["predicted_us"])
     lines.append(f"triton {triton.__version__}, {len(work)} compilations, {len(wrong)} complaints")
     sys.stdout.write("\n".join(lines) + "\n")
     return bool(wrong)
@@ -274,14 +263,6 @@ def most_of(cells: Sequence[Cell]) -> Iterator[str]:
     for (target, kernel), needs in sorted(most.items()):
         listed = ", ".join(f"{number} {name}" for name, number in needs.items())
         yield f"sm_{target} {kernel}: {listed}"
-
-
-def line_of(cell: Cell) -> str:
-    """A prediction, beside what was measured."""
-    kernels = ", ".join(f"{name} {us} ({by})" for name, (us, by) in cell["kernels"].items())
-    measured = f", measured {cell['measured_us']}" if "measured_us" in cell else ""
-    case = f"{cell['adaptor']}, N = {cell['batch']}, {cell['dtype']}"
-    return f"{case}: predicted {cell['us']} us{measured}: {kernels}"
 
 
 if __name__ == "__main__":

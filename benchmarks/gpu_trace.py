@@ -1,11 +1,11 @@
 """How often each statement of the kernels runs in a call of `sample`, and the bytes it moves.
 
-    TRITON_INTERPRET=1 python benchmarks/gpu_trace.py ADAPTOR N V
+    TRITON_INTERPRET=1 python benchmarks/gpu_trace.py ADAPTOR N V ROWS
 
-Triton's interpreter runs the programs of the first of N equal rows, 3 x standard normal, under the
-grids of all of them. Prints a JSON list of launches, in their order. A statement is known by where
-it stands and where the functions around it were called from; what the compiler repeats because a
-loop is a `static_range` counts for each repetition.
+Triton's interpreter runs the programs of the first of N equal rows, of a kind of `cases.py`, under
+the grids of all of them. Prints a JSON list of launches, in their order. A statement is known by
+where it stands and where the functions around it were called from; what the compiler repeats
+because a loop is a `static_range` counts for each repetition.
 """
 
 from __future__ import annotations
@@ -160,11 +160,11 @@ def trace(call: Callable[[Tensor], object], row: Tensor, n: int) -> list[dict[st
     return traced.launches
 
 
-def main(adaptor: str, n: str, v: str) -> None:
+def main(adaptor: str, n: str, v: str, rows: str) -> None:
     """Prints the launches of a draw."""
     if not triton.knobs.runtime.interpret:
         sys.exit("expected TRITON_INTERPRET=1")
-    row = make_rows("normal3", int(v), 1, seed=0)[0]
+    row = make_rows(rows, int(v), 1, seed=0)[0]
     launches = trace(lambda rows: draw(rows, GPU_ADAPTORS[adaptor], {}), row, int(n))
     sys.stdout.write(json.dumps(launches))
 

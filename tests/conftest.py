@@ -70,6 +70,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="the GPU's kernels on rows of every size, 1,152 of them, in a quarter of an hour",
     )
+    parser.addoption(
+        "--kernel-rows",
+        type=int,
+        default=10_000,
+        help="short rows on which the GPU's kernels are interpreted; 100000 take half an hour",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -109,7 +109,8 @@ def _top(scanned: Scan, drawn: Drawn, out: list[Tensor]) -> None:
     sizes = scanned.layout.long
     given = scanned.rows, scanned.asked, scanned.scratch, sizes, number, drawn
     launch = scanned.launch
-    launch(draw.top_kernel, (n,), *given, out[2], warps=4, registers=MOST_REGISTERS)
+    # four warps would take 174 registers each, these 126
+    launch(draw.top_kernel, (n,), *given, out[2], warps=16, registers=MOST_REGISTERS)
     # Triton 3.4 does not sort one entry
     launch(draw.sort_kernel, (n,), *given, *out[:2], TOP=up(max(number, 2)), warps=4)
 

@@ -83,6 +83,7 @@ def steps_of(code: int, rows: int) -> Steps:
 
 # Without a limit, assemblers stop at 128 or 168 registers for sm_80, at 55 for sm_100, and spill.
 MOST_REGISTERS = 255
+FEWER_REGISTERS = 128  # for kernels that fit them without a stack
 # Launches a kernel on a grid, with its arguments, warps and constants.
 Launch = Callable[..., None]
 
@@ -149,7 +150,7 @@ class Plan(NamedTuple):
     together: int = 2  # blocks that a weighing program looks at together
     at_once: int = 16  # groups of a tile that a program looks at together where few matter
     bins: int = 512
-    bins_step: int = 1024  # logits that four warps put into bins together
+    bins_step: int = 1024  # logits that a program puts into bins together
     bracket_step: int = 2048  # of a list, that eight warps put into bins together
     rounds: int = 3  # on brackets of too many tokens
     programs: int = 4096  # that list tokens, each with tiles enough for its share of the floor
@@ -282,11 +283,14 @@ def _search(scanned: Scan, plan: Plan) -> None:
     """Finds the brackets of rows that have no list."""
     launch, layout = scanned.launch, scanned.layout
     given = scanned.given(layout.long)
-    grid = scanned.virtual, min(layout.tiles, max(4, -(-plan.seldom // scanned.virtual)))
+    virtual = scanned.virtual
+    grid = virtual, min(layout.tiles, max(4, -(-plan.seldom // virtual)))
     step = min(plan.columns * plan.group, plan.bins_step)
     launch(nucleus.bins_kernel, grid, *given, STEP=step, warps=4, registers=MOST_REGISTERS)
     launch(scan.split_kernel, grid, *given, warps=1)
-    options: dict[str, Any] = {"STEP": plan.bins_step, "warps": 4, "registers": MOST_REGISTERS}
+    # as many warps in all: four a program would take 181 registers
+    grid = virtual, min(layout.tiles, max(2, -(-plan.seldom // (2 * virtual))))
+    options: dict[str, Any] = {"STEP": plan.bins_step, "warps": 8, "registers": FEWER_REGISTERS}
     for _ in range(plan.rounds):
         launch(nucleus.narrow_kernel, grid, *given, **options)
 
