@@ -195,8 +195,9 @@ def block(name: str, *records: Record) -> str:
 TABLES: dict[str, Callable[..., str]] = {
     name: functools.partial(block, name)
     for name in (
-        *("generation", "sampling", "gpu_redesign", "gpu_sampling", "score", "edits", "losses"),
-        *("divergence", "gpu_losses", "train_preferences", "trainer", "tradeoff", "tracker"),
+        *("generation", "sampling", "gpu_redesign", "gpu_sampling", "gpu_predicted", "score"),
+        *("edits", "losses", "divergence", "gpu_losses", "train_preferences", "trainer"),
+        *("tradeoff", "tracker"),
     )
 } | dict.fromkeys(
     ("gpu_sampling_earlier", "gpu_sampling_peers"), functools.partial(block, "gpu_sampling")

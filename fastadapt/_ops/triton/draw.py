@@ -282,11 +282,12 @@ def sum_kernel(
         weights = weights_of(scratch, asked, at, at, rows.v, sizes)
         m = largest_of(parts, sizes.SPLITS) * inverse + 0.0
         row = Row(row_at(rows, at), rows.v, inverse, m)
-        bounds = load_bounds(marks + scratch.BOUNDS)
-        status = tl.load(marks + scratch.BOUNDS + BOUNDS_STATUS).to(tl.int32)
         if by_mass:
             bounds = bounds_by_mass(knobs, weights, m, sizes)
             status = status_of(knobs, m)
+        else:
+            bounds = load_bounds(marks + scratch.BOUNDS)
+            status = tl.load(marks + scratch.BOUNDS + BOUNDS_STATUS).to(tl.int32)
         _sum_tile(row, parts, weights, tile, bounds, sizes, AT_ONCE)
         tl.debug_barrier()
         if tl.atomic_add(marks + MARK_SUMMED, 1, sem="acq_rel") == tl.num_programs(1) - 1:

@@ -21,6 +21,7 @@ from fastadapt._ops.outputs import LogOdds, Scores, sample_fields, sample_output
 from fastadapt._ops.triton import draw, write
 from fastadapt._ops.triton.bundles import Drawn, Labels, Rows, Scored, Support
 from fastadapt._ops.triton.launch_scan import (
+    FEWER_REGISTERS,
     MOST_REGISTERS,
     PLAN,
     Launch,
@@ -98,7 +99,8 @@ def sample(
             launch(draw.long_kernel, (n,), *long, *own, warps=8, registers=MOST_REGISTERS)
         if steps.sums:
             grid, at_once = (n, layout.tiles), min(plan.at_once, plan.columns)
-            launch(draw.sum_kernel, grid, *long, *own, AT_ONCE=at_once, warps=4)
+            options = {"AT_ONCE": at_once, "warps": 4, "registers": FEWER_REGISTERS}
+            launch(draw.sum_kernel, grid, *long, *own, **options)
         if top_n:
             _top(scanned, drawn, part[-3:])
 
