@@ -487,20 +487,27 @@ def test_arguments_are_checked(change, error, message):
 
 @pytest.mark.parametrize("kind", KIND)
 def test_autocast(kind):
-    """A float32 student and a bfloat16 teacher run in the type of autocast; gradients in theirs."""
+    """A float32 student and a teacher of any type run in that of autocast; gradients in theirs.
+
+    A float32 head is cast tile by tile: the same bits as of its copy, its gradient not rounded.
+    """
     given, upstream = heads(6, 16, 8, V, torch.float32), torch.randn(6)
     half = {name: x.bfloat16() for name, x in given.items()}
     mixed = {**given, **{name: x for name, x in half.items() if name.startswith("teacher")}}
+    third = {**mixed, "teacher_weight": given["teacher_weight"]}
     wanted = gradients(linear_divergence, half, upstream, **KIND[kind])
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        got = gradients(linear_divergence, mixed, upstream, **KIND[kind])
+        results = [
+            gradients(linear_divergence, x, upstream, **KIND[kind]) for x in (given, mixed, third)
+        ]
         with pytest.raises(TypeError, match="weight: expected torch.float64 as hidden, got .*32"):
             linear_divergence(**{**given, "hidden": given["hidden"].double()})
         with pytest.raises(TypeError, match="weight: expected floating-point numbers, got .*int8"):
             linear_divergence(**{**given, "weight": given["weight"].to(torch.int8)})
-    for name, x in got.items():
-        assert x.dtype == torch.float32
-        assert torch.equal(x, wanted[name].float())
+    for got in results:
+        for name, x in got.items():
+            assert x.dtype == torch.float32
+            assert torch.equal(x.to(wanted[name].dtype), wanted[name])
 
 
 def test_double_backward_raises():

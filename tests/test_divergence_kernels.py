@@ -167,6 +167,19 @@ def test_half_types_are_rounded_once(kind, dtype):
 
 
 @pytest.mark.parametrize("kind", KIND)
+def test_float32_heads_are_cast_by_tiles(kind):
+    """The same bits as of their copies; the student's gradient is not rounded."""
+    given, upstream = problem(N, 32, V, torch.float32, kind), torch.randn(N)
+    half = PairProblem(*(x.bfloat16() for x in given[:6]), *given[6:])
+    wanted = results(Narrow, half, upstream)
+    masters = half._replace(weight=given.weight, teacher_weight=given.teacher_weight)
+    ours = results(Narrow, masters, upstream)
+    assert ours["dweight"].dtype == torch.float32
+    for name, x in ours.items():
+        assert torch.equal(x.to(wanted[name].dtype), wanted[name]), name
+
+
+@pytest.mark.parametrize("kind", KIND)
 def test_a_row_depends_on_no_other(kind):
     """To the last bit: alone, among others, in another block of rows, and again."""
     given = problem(11, 16, V, torch.float32, kind)

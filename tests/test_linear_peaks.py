@@ -69,6 +69,28 @@ for function, plan in ((linear_log_odds, plan_of), (linear_mle_loss, plan_of_los
         )
     print(measured, told, of_libraries(256, torch.bfloat16, 4096))
 """
+# The same of two such heads, the teacher's of another width.
+PAIR = f"""{STEPS.partition("memory.return_freed_blocks()")[0]}
+from fastadapt import linear_divergence
+from fastadapt.losses.divergence import plan_of as plan_of_pair
+
+def pair(kind):
+    states = torch.randn(256, 2048).requires_grad_(), torch.randn(256, 4096)
+    heads = torch.randn(12_826, 2048).requires_grad_(), torch.randn(12_826, 4096)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        plan = plan_of_pair(states[0], heads[0], states[1], teacher_weight=heads[1], kind=kind)
+        with memory.PeakMemory() as peak:
+            linear_divergence(states[0], heads[0], states[1], heads[1], kind=kind).sum().backward()
+    assert heads[0].grad.dtype == torch.float32
+    returned = states[0].grad.nbytes + heads[0].grad.nbytes
+    return peak.extra - returned, plan.peak_bytes
+
+memory.return_freed_blocks()
+for kind in ("kl", "jsd"):
+    pair(kind)
+    libraries = of_libraries(256, torch.bfloat16, 2048) + of_libraries(256, torch.bfloat16, 4096)
+    print(*pair(kind), libraries)
+"""
 
 
 @pytest.mark.skipif(
@@ -99,3 +121,16 @@ def test_a_float32_head_under_autocast_is_not_copied(tmp_path):
     for measured, told, of_libraries in (trained, frozen):
         assert measured <= told + of_libraries + 3 * MIB
     assert trained[1] - returned < 12_826 * 4096 * 2 / 3
+
+
+@pytest.mark.skipif(
+    not memory.is_measurable(), reason="this system does not tell the peak of a process"
+)
+def test_two_float32_heads_under_autocast_are_not_copied(tmp_path):
+    """A tile of each is, of the six in the vocabulary; their copies would take 158 MB."""
+    run = [sys.executable, "-P", "-c", PAIR]
+    done = subprocess.run(run, cwd=tmp_path, check=True, capture_output=True, text=True)
+    for line in done.stdout.splitlines():
+        measured, told, of_libraries = map(int, line.split())
+        assert measured <= told + of_libraries + 3 * MIB
+        assert told < 12_826 * (2048 + 4096) * 2 / 3

@@ -80,7 +80,8 @@ def linear_divergence(
 
     Args:
         hidden (Tensor): (..., H), float32, bfloat16, float16, or float64 (for checks). Under
-            autocast all of these and the next three are cast to its dtype.
+            autocast all of these and the next three are cast to its dtype; a float32 head tile by
+            tile, so that no copy of it is held, the student's with a float32 gradient.
         weight (Tensor): (V, H), dtype of `hidden`; or float32 over half hidden states, which are
             then taken as float32, products too. The same of the teacher's.
         teacher_hidden (Tensor): (..., H of the teacher), dtype and leading shape of `hidden`. The

@@ -53,7 +53,7 @@ class CpuWork(RowWork):
 
     def sum_tile(self, first: int, last: int, stats: Tensor, request: TileRequest) -> None:
         """Adds a tile to the statistics; for a frozen head exponentials replace the products."""
-        tile = self._products(first, last, request.kept)
+        tile = self._tile_of_products(first, last, request.kept)
         _C.tile(
             **self._tile(tile, first),
             moments=request.moments,
@@ -72,7 +72,7 @@ class CpuWork(RowWork):
         self, first: int, last: int, stats: Tensor, gains: Gains, kept: Tensor | None, out: Tensor
     ) -> None:
         """Computes a tile's gradient, in the buffer that held its products."""
-        tile = self._products(first, last, out) if kept is None else kept
+        tile = self._tile_of_products(first, last, out) if kept is None else kept
         _C.tile_backward(
             **self._tile(tile, first),
             moments=gains.moments,
@@ -139,20 +139,23 @@ class CpuWork(RowWork):
             "cap": head.softcap,
         }
 
-    def _products(self, first: int, last: int, out: Tensor | None) -> Tensor:
-        """Returns hidden @ weight.T over a tile, added to an adapter's product."""
-        head = self.head
-        n, v = head.hidden.shape[0], head.weight.shape[0]
+    def products(self, first: int, last: int, rows: slice, out: Tensor) -> Tensor:
+        """Computes hidden @ weight.T of some rows over a tile, added to an adapter's product."""
+        head, weight = self.head, self.ids(first, last).t()
+        if head.low is None:
+            return torch.mm(head.hidden[rows], weight, out=out)
+        # the smaller one first: in half precision it is rounded, and their sum once more
+        _write_product(out, head.low.states[rows], head.low.weight[first:last].t())
+        return torch.addmm(out, head.hidden[rows], weight, out=out)
+
+    def _tile_of_products(self, first: int, last: int, out: Tensor | None) -> Tensor:
+        """Returns the products of all rows over a tile, in a buffer where no place is given."""
+        n, v = self.head.hidden.shape[0], self.head.weight.shape[0]
         if out is None:
             if self._buffer is None:
-                self._buffer = head.hidden.new_empty(n * min(self.tile, v))
+                self._buffer = self.head.hidden.new_empty(n * min(self.tile, v))
             out = self._buffer[: n * (last - first)].view(n, last - first)
-        weight = self.ids(first, last).t()
-        if head.low is None:
-            return torch.mm(head.hidden, weight, out=out)
-        # the smaller one first: in half precision it is rounded, and their sum once more
-        _write_product(out, head.low.states, head.low.weight[first:last].t())
-        return torch.addmm(out, head.hidden, weight, out=out)
+        return self.products(first, last, slice(n), out)
 
 
 def _write_product(out: Tensor, a: Tensor, b: Tensor) -> None:

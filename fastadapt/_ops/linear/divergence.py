@@ -19,7 +19,10 @@ from fastadapt._ops.linear.gradients import Triple, empty_gradients
 from fastadapt._ops.linear.pairs import PairProblem, PairWork
 from fastadapt._ops.linear.pairs_cpu import CpuPair
 from fastadapt._ops.linear.pairs_cuda import CudaPair, DoubleCudaPair
+from fastadapt._ops.linear.plans import cast_bytes, dtype_of
 
+CASTS = PairProblem._fields[:6]  # to the type of autocast
+MASTERS = ("weight", "teacher_weight")  # float32 heads are cast tile by tile
 KINDS = {"kl": KL, "reverse_kl": REVERSE_KL, "jsd": JSD}
 
 _library = torch.library.Library("fastadapt", "FRAGMENT")
@@ -107,7 +110,7 @@ def _register() -> None:
     torch.library.register_autograd(
         "fastadapt::linear_divergence_backward", no_double_backward("divergence"), lib=_library
     )
-    register_autocast(_library, "linear_divergence", PairProblem, PairProblem._fields[:6])
+    register_autocast(_library, "linear_divergence", PairProblem, CASTS, MASTERS)
 
 
 _register()
@@ -134,6 +137,7 @@ def plan_of(
     teacher_hidden: Tensor,
     bias: Tensor | None = None,
     *,
+    teacher_weight: Tensor | None = None,
     kind: str = "kl",
 ) -> DivergencePlan:
     """Returns what `linear_divergence` will do with these arguments, where gradients are wanted.
@@ -150,18 +154,24 @@ def plan_of(
         weight (Tensor): (V, H).
         teacher_hidden (Tensor): (..., H of the teacher).
         bias (Tensor | None): (V,).
+        teacher_weight (Tensor | None): (V, H of the teacher); None: of the dtype of `weight`.
         kind (str): "kl", "reverse_kl" or "jsd".
     """
-    h, v = hidden.shape[-1], weight.shape[0]
-    n, itemsize = hidden.numel() // h, max(hidden.element_size(), weight.element_size())
-    work = work_of(hidden)
+    hidden, teacher = (x.reshape(-1, x.shape[-1]) for x in (hidden, teacher_hidden))
+    (n, h), v, of_teacher = hidden.shape, weight.shape[0], teacher.shape[1]
+    if teacher_weight is None:
+        teacher_weight = weight.new_empty(()).expand(v, of_teacher)
+    work, itemsize = work_of(hidden), dtype_of(hidden, weight).itemsize
+    held = cast_bytes(hidden, weight, labels=False)  # throughout
+    held += cast_bytes(teacher, teacher_weight, labels=False)
     scratch, gradient = work.scratch_bytes(n, v, itemsize, KINDS[kind])
-    logits = 1 + teacher_hidden.shape[-1] / h
+    logits = 1 + of_teacher / h
     passes = 2 if kind == "jsd" and work.makes_again() else 1
     inputs = (hidden, weight) if bias is None else (hidden, weight, bias)
     if not torch.is_grad_enabled() or not any(x.requires_grad for x in inputs):
-        return DivergencePlan(passes * logits, scratch)
+        return DivergencePlan(passes * logits, held + scratch)
     wide = torch.promote_types(weight.dtype, torch.float32).itemsize
     sums = n * h * wide if hidden.requires_grad and itemsize < wide else 0
     wanted = hidden.requires_grad + weight.requires_grad
-    return DivergencePlan((passes + 1) * logits + wanted, max(scratch, sums + gradient))
+    peak = held + max(scratch, sums + gradient)
+    return DivergencePlan((passes + 1) * logits + wanted, peak)

@@ -12,10 +12,10 @@ class PairProblem(NamedTuple):
     """The arguments that the operators of two heads share, in the order of their schemas."""
 
     hidden: Tensor  # (N, H)
-    weight: Tensor  # (V, H)
+    weight: Tensor  # (V, H), dtype of `hidden`, or float32
     bias: Tensor | None  # (V,)
     teacher_hidden: Tensor  # (N, H of the teacher)
-    teacher_weight: Tensor  # (V, H of the teacher)
+    teacher_weight: Tensor  # (V, H of the teacher), the same
     teacher_bias: Tensor | None  # (V,)
     mask: Tensor | None  # (N,) bool, the rows that count; None: all
     softcap: float  # 0: none; of logits that the temperature has divided, like the scale

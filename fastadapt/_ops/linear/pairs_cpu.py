@@ -22,7 +22,7 @@ class CpuPair(PairWork):
 
     def __init__(self, student: Head, teacher: Head, problem: PairProblem) -> None:
         self.student = CpuWork(student)
-        self._heads = student, teacher
+        self._sides = self.student, CpuWork(teacher)
         self._problem = problem
         self._buffers: list[Tensor] = []
 
@@ -52,8 +52,8 @@ class CpuPair(PairWork):
         """Adds a tile to the statistics, of products that only JSD's first pass keeps."""
         student, teacher = (self._slot(i, first, last, rows) for i in range(2))
         if not mixing:
-            for head, out in zip(self._heads, (student, teacher), strict=True):
-                _products(head, first, last, rows, out)
+            for side, out in zip(self._sides, (student, teacher), strict=True):
+                side.products(first, last, rows, out)
         _C.pair_sum(
             **self._tile(student, teacher, first, stats),
             mixing=mixing,
@@ -68,8 +68,8 @@ class CpuPair(PairWork):
         if not self._buffers:  # the first tile is as wide as any
             self._buffers = [out.new_empty(out.numel())]
         teacher = self._buffers[0][: out.numel()].view(out.shape)
-        for head, products in zip(self._heads, (out, teacher), strict=True):
-            _products(head, first, last, rows, products)
+        for side, products in zip(self._sides, (out, teacher), strict=True):
+            side.products(first, last, rows, products)
         _C.pair_backward(
             **self._tile(out, teacher, first, stats),
             gains=gains,
@@ -90,8 +90,9 @@ class CpuPair(PairWork):
 
     def _tile(self, student: Tensor, teacher: Tensor, first: int, stats: Tensor) -> dict[str, Any]:
         """What the kernels need to know of a tile of products."""
-        biases = [None if head.bias is None else head.bias[first:] for head in self._heads]
-        (head, of_teacher), problem = self._heads, self._problem
+        head, of_teacher = heads = [side.head for side in self._sides]
+        biases = [None if x.bias is None else x.bias[first:] for x in heads]
+        problem = self._problem
         return {
             "rows": rows_of(student),
             "bias": biases[0],
@@ -106,8 +107,3 @@ class CpuPair(PairWork):
             "beta": problem.beta,
             "stats": stats,
         }
-
-
-def _products(head: Head, first: int, last: int, rows: slice, out: Tensor) -> None:
-    """Computes hidden @ weight.T for some rows and a tile."""
-    torch.mm(head.hidden[rows], head.weight[first:last].t(), out=out)

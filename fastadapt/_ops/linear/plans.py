@@ -151,7 +151,7 @@ def dtype_of(hidden: Tensor, weight: Tensor) -> torch.dtype:
     return torch.promote_types(hidden.dtype, weight.dtype)
 
 
-def cast_bytes(hidden: Tensor, weight: Tensor) -> int:
+def cast_bytes(hidden: Tensor, weight: Tensor, *, labels: bool = True) -> int:
     """Returns the bytes of what is cast: states and head, a float32 one by tiles and labels."""
     dtype, (n, h), v = dtype_of(hidden, weight), hidden.shape, weight.shape[0]
     states = n * h * dtype.itemsize if hidden.dtype != dtype else 0
@@ -159,5 +159,6 @@ def cast_bytes(hidden: Tensor, weight: Tensor) -> int:
         return states
     if weight.dtype != torch.float32:
         return states + v * h * dtype.itemsize
-    labels = min(n, CAST_ROWS) * h * (weight.element_size() + dtype.itemsize)
-    return states + min(work_of(hidden).tile, v) * h * dtype.itemsize + labels
+    tile = min(work_of(hidden).tile, v) * h * dtype.itemsize
+    of_labels = min(n, CAST_ROWS) * h * (weight.element_size() + dtype.itemsize)
+    return states + tile + (of_labels if labels else 0)
