@@ -6,24 +6,12 @@ from typing import TYPE_CHECKING, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from fastadapt._ops.checks import (
-    autocasts,
-    flag,
-    head_rows,
-    instance,
-    integer,
-    listed_shape,
-    lora_fits,
-    lora_parts,
-    number,
-    per_row,
-)
+from fastadapt._ops.checks import flag, instance, integer, listed_shape, number, per_row
 from fastadapt._ops.linear import operator as linear_ops
 from fastadapt._ops.linear import plans
 from fastadapt._ops.linear.plans import plan_of as plan_of
-from fastadapt._ops.linear.tiles import LowRank
 from fastadapt._ops.linear.values import Listed, first_places, is_largest
-from fastadapt._ops.linear.vocab_parallel import Lora, Slice, split_head
+from fastadapt._ops.linear.vocab_parallel import Slice, rows_of_slice
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -184,7 +172,7 @@ def linear_log_odds(
     _check_options(options, OUTPUTS)
     ignore_index = integer("ignore_index", ignore_index)
     instance("labels", labels, Tensor, "a Tensor")
-    part, rows = _rows_of_head(hidden, weight, labels, bias, group, lora)
+    part, rows = rows_of_slice(hidden, weight, labels, bias, group, lora)
     flat = per_row("labels", part.labels, torch.int64, part.hidden.shape[:-1], rows)
     listed, stats = _listed(rows, part, flat[:, None], ignore_index, options, masked=False)
     used = flat != ignore_index
@@ -258,7 +246,7 @@ def linear_candidate_log_odds(
     options = _Options(softcap, logit_scale, group, memory_budget, outputs, differentiable)
     _check_options(options, CANDIDATE_OUTPUTS)
     instance("index", index, Tensor, "a Tensor")
-    part, rows = _rows_of_head(hidden, weight, index, bias, group, lora)
+    part, rows = rows_of_slice(hidden, weight, index, bias, group, lora)
     shape = listed_shape(part.labels, part.hidden.shape[:-1])
     if shape[-1] == 0:
         raise ValueError(f"index: expected K >= 1 ids a row, got shape {tuple(shape)}")
@@ -297,39 +285,6 @@ def _check_options(options: _Options, names: Sequence[str]) -> None:
             raise ValueError(f"outputs: expected names of {names}, got {name!r}")
 
 
-def _rows_of_head(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    group: "ProcessGroup | None",
-    lora: Lora | None,
-) -> tuple[Slice, Tensor]:
-    """Checks the head; returns the local parts, and the hidden states (N, H)."""
-    for name, given in (("hidden", hidden), ("weight", weight)):
-        instance(name, given, Tensor, "a Tensor")
-    if bias is not None:
-        instance("bias", bias, Tensor, "a Tensor or None")
-    if lora is not None:
-        lora_parts(lora)
-    part = split_head(hidden, weight, labels, bias, group, lora)
-    empty = part.group is not None  # a slice may be
-    rows = head_rows(part.hidden, part.weight, part.bias, empty=empty)
-    if part.lora is not None:
-        lora_fits(rows, part.weight, *part.lora[:2])
-    return part, rows
-
-
-def _low_rank(rows: Tensor, lora: Lora | None) -> LowRank | None:
-    """Returns the low-rank states (N, r) of an adapter, float32 or float64, and its B."""
-    if lora is None:
-        return None
-    a, b, scale = lora
-    states = rows if autocasts(rows.device) else rows.to(a.dtype)
-    wide = torch.promote_types(rows.dtype, torch.float32)
-    return LowRank(torch.nn.functional.linear(states, a).to(wide) * float(scale), b)
-
-
 def _listed(
     rows: Tensor,
     part: Slice,
@@ -342,7 +297,7 @@ def _listed(
     """Calls the operator for labels (N, K); returns its results and statistics."""
     moments = any(name in plans.MOMENTS for name in options.outputs)
     shares = moments or "logsumexp" in options.outputs  # own and others not as their difference
-    low, differentiable = _low_rank(rows, part.lora), moments and options.differentiable
+    low, differentiable = plans.low_rank(rows, part.lora), moments and options.differentiable
     own, others, of_others, stats, _ = linear_ops.linear_log_odds(
         rows,
         part.weight,

@@ -111,25 +111,42 @@ def results(work: type, given: PairProblem, upstream: Tensor) -> dict[str, Tenso
     values, stats = forward(work, given)
     wanted = [True, True, given.bias is not None]
     gradients = backward(work, given, upstream.to(values.dtype), stats, wanted)
-    names = ("dhidden", "dweight", "dbias")
-    return {"divergence": values, "stats": stats, **dict(zip(names, gradients, strict=True))}
+    names = ("dhidden", "dweight", "dbias", "dlow", "dlow_weight")[: 3 if given.low is None else 5]
+    return {"divergence": values, "stats": stats, **dict(zip(names, gradients, strict=False))}
 
 
 def truth(given: PairProblem, upstream: Tensor) -> dict[str, Tensor]:
-    """In float64."""
-    leaves = [x.double().requires_grad_() for x in given[:3]]
+    """In float64; adapters are further columns of states and weights."""
+    leaves = [x.double().requires_grad_() for x in (*given[:3], *(given.low or ()))]
     teacher = [x.double() for x in given[3:6]]
+    hidden, weight, bias, *low = leaves
+    if low:
+        hidden, weight = torch.cat([hidden, low[0]], 1), torch.cat([weight, low[1]], 1)
+    if given.teacher_low_states is not None:
+        for i, x in enumerate(given[-2:]):
+            teacher[i] = torch.cat([teacher[i], x.double()], 1)
     names = {KL: "kl", REVERSE_KL: "reverse_kl", JSD: "jsd"}
     values = reference.linear_divergence(
-        *leaves[:2], *teacher[:2], bias=leaves[2], teacher_bias=teacher[2],
+        hidden, weight, *teacher[:2], bias=bias, teacher_bias=teacher[2],
         softcap=given.softcap or None, logit_scale=given.logit_scale,
         teacher_softcap=given.teacher_softcap or None,
         teacher_logit_scale=given.teacher_logit_scale,
         kind=names[given.kind], beta=given.beta, mask=given.mask,
     )  # fmt: skip
     gradients = torch.autograd.grad(values, leaves, upstream.double())
-    names = ("divergence", "dhidden", "dweight", "dbias")
-    return dict(zip(names, (values.detach(), *gradients), strict=True))
+    names = ("divergence", "dhidden", "dweight", "dbias", "dlow", "dlow_weight")
+    return dict(zip(names, (values.detach(), *gradients), strict=False))
+
+
+def with_adapters(given: PairProblem, dtype: torch.dtype, of: str = "both") -> PairProblem:
+    """The same with adapters of the student's head, the teacher's or both."""
+    n, v, r = len(given.hidden), len(given.weight), 3
+    of_student, of_teacher = (
+        {f"{who}low_states": torch.randn(n, r).to(dtype), f"{who}low_weight": weight.to(dtype)}
+        for who, weight in (("", torch.randn(v, r)), ("teacher_", torch.randn(v, r)))
+    )
+    added = {} if of == "teacher" else of_student
+    return given._replace(**added, **({} if of == "student" else of_teacher))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -149,6 +166,39 @@ def test_float_heads_equal_the_cpu_and_the_truth(kind, shape, monkeypatch):
                 if name in exact:
                     wanted = exact[name].to(x.dtype)
                     torch.testing.assert_close(x, wanted, rtol=rtol, atol=rtol / 3, msg=name)
+
+
+@pytest.mark.parametrize("of", ("student", "teacher", "both"))
+@pytest.mark.parametrize("kind", KIND)
+def test_adapters_equal_the_cpu_and_the_truth(kind, of):
+    """Of the student, the teacher, or both."""
+    for dtype, rtol in ((torch.float32, 2e-5), (torch.float64, 1e-11)):
+        given, upstream = problem(N, 12, V, dtype, kind, "capped"), torch.randn(N)
+        given = with_adapters(given, dtype, of)
+        ours, cpu = (results(w, given, upstream) for w in (Narrow, CpuPair))
+        exact = truth(given, upstream)
+        assert ("dlow" in ours) == (of != "teacher")
+        for name, x in ours.items():
+            torch.testing.assert_close(x, cpu[name], rtol=rtol, atol=rtol / 2, msg=name)
+            if name in exact:
+                wanted = exact[name].to(x.dtype)
+                torch.testing.assert_close(x, wanted, rtol=rtol, atol=rtol / 2, msg=name)
+
+
+@pytest.mark.parametrize("lora_dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_adapters_of_half_heads(lora_dtype):
+    """No logit is rounded: divergences have float32's error, no gradient more than the CPU's."""
+    for kind in KIND:
+        given, upstream = problem(N, 32, V, torch.bfloat16, kind), torch.randn(N)
+        given = with_adapters(given, lora_dtype)
+        ours, cpu = (results(w, given, upstream) for w in (Interpreted, CpuPair))
+        exact = truth(given, upstream)
+        torch.testing.assert_close(
+            ours["divergence"].double(), exact["divergence"], rtol=1e-5, atol=2e-6
+        )
+        for name in ours.keys() & exact.keys() - {"divergence"}:
+            error, allowed = ((x[name].double() - exact[name]).norm() for x in (ours, cpu))
+            assert error <= 1.3 * allowed, name
 
 
 @pytest.mark.parametrize("kind", KIND)

@@ -9,13 +9,14 @@ from datasets import Dataset
 from peft import AdaLoraConfig, IA3Config, LoHaConfig, LoraConfig, VeraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 
-from fastadapt import RewardPenalizeLoss
+from fastadapt import RewardPenalizeLoss, linear_divergence, linear_mle_loss
 from fastadapt.hf import LogitsFreeTrainer
 from fastadapt.log_odds import label_log_odds
 from fastadapt.losses import label_logps
 from fastadapt.tracking.tracker import RewardPenalizeTracker
 from fastadapt.training import (
     forward_log_odds,
+    hidden_states,
     logits_log_odds,
     pair_loss,
     reference_logps,
@@ -208,6 +209,23 @@ def test_the_head_is_asked_for_with_its_adapter():
     a.requires_grad_(False)
     b.requires_grad_(False)
     check(model)
+
+
+def test_losses_of_heads_take_the_adapter_that_is_in_force():
+    """Of the same states those of the model's logits: its cross-entropy, and no divergence."""
+    model, batch = adapted(), batch_of(inputs_of())
+    with torch.no_grad():
+        head, states = head_of(model), hidden_states(model, batch)
+        loss = linear_mle_loss(states, head.weight, batch.labels, lora=head.lora)
+        logits = logits_log_odds(model, batch)
+        expected = -torch.nn.functional.logsigmoid(logits)[batch.mask].mean()
+        torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
+        assert abs(loss - linear_mle_loss(states, head.weight, batch.labels)) > 0.1
+        a, b, scale = head.lora
+        merged = head.weight + scale * b @ a
+        same = linear_divergence(states, head.weight, states, merged, lora=head.lora)
+        assert (same < 1e-5).all()
+        assert (linear_divergence(states, head.weight, states, merged) > 0.1).all()
 
 
 def test_disabled_adapters_are_the_base_head_turn_by_turn():

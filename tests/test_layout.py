@@ -76,7 +76,8 @@ REGISTER = {
 # these say what to install where an import fails
 TRIES_TO_IMPORT = {"__init__.py", "hf/__init__.py", "trl/__init__.py", "training/pretrained.py"}
 MOST_AT_THE_TOP, MOST_IN_A_FOLDER = 18, 16
-MOST_ARGUMENTS = {"linear_divergence": 14}  # of two heads, each with its bias, scale and cap; or 12
+# or 12: of two heads, each with its bias, scale, cap and adapter; of one and the terms of a loss
+MOST_ARGUMENTS = {"linear_divergence": 16, "linear_mle_loss": 13}
 
 
 class Import(NamedTuple):
@@ -273,7 +274,7 @@ def test_import_only_defines(module: str) -> None:
 
 
 def test_sizes() -> None:
-    """At most 400 lines a file, tests aside, and 12 arguments a function, but for one."""
+    """At most 400 lines a file, tests aside, and 12 arguments a function, but for two."""
     folders = [PACKAGE, CSRC, ROOT / "benchmarks"]
     files = [p for f in folders for p in f.rglob("*") if p.suffix in {".py", ".pyi", ".cpp", ".h"}]
     lengths = {p.relative_to(ROOT).as_posix(): len(p.read_text().splitlines()) for p in files}

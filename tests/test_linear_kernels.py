@@ -326,7 +326,7 @@ MLE_WANTED = {"all": [True] * 3, "frozen": [True, False, False], "none": [False]
 
 def mle_results(work: type, given: Problem, wanted: list[bool], terms: Terms) -> dict[str, Tensor]:
     """The sum of losses and its gradients, with blocks of as few rows as there may be."""
-    names = ("loss", "dhidden", "dweight", "dbias")
+    names = ("loss", "dhidden", "dweight", "dbias", "dlow", "dlow_weight")
     return dict(zip(names, sum_of_losses(work, given, terms, wanted, 0), strict=True))
 
 
@@ -347,8 +347,41 @@ def test_sums_of_losses_equal_those_of_the_cpu(shape, wanted):
             assert torch.equal(x, again[name])
 
 
+def mle_truth(given: Problem, terms: Terms) -> dict[str, Tensor]:
+    """In float64; an adapter is further columns of states and weight."""
+    tensors = (given.hidden, given.weight, given.bias, *(given.low or ()))
+    hidden, weight, bias, *low = leaves = [x.detach().double().requires_grad_() for x in tensors]
+    if low:
+        hidden, weight = torch.cat([hidden, low[0]], 1), torch.cat([weight, low[1]], 1)
+    loss = reference.linear_mle_loss(
+        hidden, weight, given.labels[:, 0], bias, softcap=given.softcap or None,
+        logit_scale=given.logit_scale, reduction="sum", **terms._asdict(),
+    )  # fmt: skip
+    names = ("dhidden", "dweight", "dbias", "dlow", "dlow_weight")[: len(leaves)]
+    made = dict(zip(names, torch.autograd.grad(loss, leaves), strict=True))
+    return {"loss": loss.detach(), **made}
+
+
+@pytest.mark.parametrize("wanted", ("all", "frozen"))
+@pytest.mark.parametrize("shape", SHAPES)
+def test_sums_of_losses_with_an_adapter(shape, wanted):
+    """As of further columns of states and weight; both gradients are made where any is."""
+    terms = Terms(0.01, 0.0 if shape == "capped" else 0.1)
+    for dtype, rtol in ((torch.float32, 2e-5), (torch.float64, 1e-11)):
+        given = with_adapter(problem(11, 12, V, dtype, **SHAPES[shape]), dtype)
+        exact = mle_truth(given, terms)
+        for work in (Interpreted, CpuWork):
+            for name, x in mle_results(work, given, MLE_WANTED[wanted], terms).items():
+                if x.numel():
+                    truth_of_it = exact[name].to(x.dtype)
+                    torch.testing.assert_close(x, truth_of_it, rtol=rtol, atol=rtol, msg=name)
+                else:
+                    assert wanted == "frozen" and name in ("dweight", "dbias")
+
+
+@pytest.mark.parametrize("adapter", (None, torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
-def test_sums_of_half_losses_are_not_rounded(dtype):
+def test_sums_of_half_losses_are_not_rounded(dtype, adapter):
     """The loss has float32's error alone; gradients that of logits kept in half precision.
 
     A kept logit is off by |z| eps / 2 at most, so an entry p of the gradient by p |z| eps / 2, and
@@ -356,21 +389,25 @@ def test_sums_of_half_losses_are_not_rounded(dtype):
     in float32.
     """
     given = problem(11, 32, V, dtype)
+    if adapter is not None:
+        given = with_adapter(given, adapter)
     ours = mle_results(Interpreted, given, [True] * 3, Terms(0.0, 0.0))
-    h, w, b = (x.double() for x in (given.hidden, given.weight, given.bias))
-    leaves, labels = [x.requires_grad_() for x in (h, w, b)], given.labels[:, 0]
-    loss = reference.linear_mle_loss(h, w, labels, b, reduction="sum")
-    exact = torch.autograd.grad(loss, leaves)
-    torch.testing.assert_close(ours["loss"].double(), loss.detach(), rtol=1e-5, atol=0)
-    h, w, b = (x.detach() for x in (h[given.used], w, b))
+    exact = mle_truth(given, Terms(0.0, 0.0))
+    torch.testing.assert_close(ours["loss"].double(), exact.pop("loss"), rtol=1e-5, atol=0)
+    h, w, b = (x.double() for x in (given.hidden[given.used], given.weight, given.bias))
     z = h @ w.t() + b
-    p, at = z.softmax(-1), torch.nn.functional.one_hot(labels[given.used], V)
+    factors = {"dhidden": w, "dweight": h, "dbias": h.new_ones(len(h), 1)}
+    if given.low is not None:
+        states, weight = given.low.states[given.used].double(), given.low.weight.double()
+        z += states @ weight.t()
+        factors |= {"dlow": weight, "dlow_weight": states}
+    p = z.softmax(-1)
+    at = torch.nn.functional.one_hot(given.labels[given.used, 0], V)
     off = torch.finfo(dtype).eps / 2 * (z.abs().max() * p.norm() + (p - at).norm())
-    factors = (torch.linalg.matrix_norm(w, 2), torch.linalg.matrix_norm(h, 2), len(h) ** 0.5)
-    names = ("dhidden", "dweight", "dbias")
-    for name, truth, factor in zip(names, exact, factors, strict=True):
+    for name, truth in exact.items():
         assert ours[name].dtype == torch.float32
-        assert (ours[name].double() - truth).norm() <= off * factor, name
+        bound = off * torch.linalg.matrix_norm(factors[name], 2)
+        assert (ours[name].double() - truth).norm() <= bound, name
 
 
 def test_plans_agree_and_runs_are_the_same():

@@ -122,9 +122,17 @@ def _calls():
             (hidden, head, torch.randn(2, 8), torch.randn(11, 2)),
         ),
         "linear_mle_loss": (lambda h, w: linear_mle_loss(h, w, labels), (hidden, head)),
+        "linear_mle_loss of an adapter": (
+            lambda h, w, a, b: linear_mle_loss(h, w, labels, lora=(a, b, 0.5)),
+            (hidden, head, torch.randn(2, 8), torch.randn(11, 2)),
+        ),
         "linear_divergence": (
             lambda h, w: linear_divergence(h, w, torch.ones(3, 8), torch.ones(11, 8)),
             (hidden, head),
+        ),
+        "linear_divergence of an adapter": (
+            lambda h, w, a, b: linear_divergence(h, w, h, w, lora=(a, b, 1.0)),
+            (hidden, head, torch.randn(2, 8), torch.randn(11, 2)),
         ),
     }
 

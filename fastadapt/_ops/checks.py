@@ -142,7 +142,7 @@ def head_rows(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, empty: boo
     return rows
 
 
-def lora_parts(lora: object) -> None:
+def lora_parts(name: str, lora: object) -> None:
     """Raises unless a LoRA adapter is (A, B, scale), two tensors and a number.
 
     Raises:
@@ -151,13 +151,13 @@ def lora_parts(lora: object) -> None:
     """
     if not isinstance(lora, tuple | list) or len(lora) != 3:
         got = f"{len(lora)} of them" if isinstance(lora, tuple | list) else type(lora).__name__
-        raise TypeError(f"lora: expected (A, B, scale) or None, got {got}")
-    for name, x in (("lora[0]", lora[0]), ("lora[1]", lora[1])):
-        instance(name, x, Tensor, "a Tensor")
-    number("lora[2]", lora[2], signed=True)
+        raise TypeError(f"{name}: expected (A, B, scale) or None, got {got}")
+    for i in range(2):
+        instance(f"{name}[{i}]", lora[i], Tensor, "a Tensor")
+    number(f"{name}[2]", lora[2], signed=True)
 
 
-def lora_fits(rows: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> None:
+def lora_fits(name: str, rows: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> None:
     """Checks a LoRA adapter against hidden states (N, H) and a head (V, H).
 
     Its dtype is one of its own: float64 beside float64, else any other.
@@ -168,17 +168,17 @@ def lora_fits(rows: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> None:
     """
     (v, h), r = weight.shape, a.shape[0] if a.dim() == 2 else 0
     if r == 0 or a.shape[1] != h:
-        raise ValueError(f"lora[0]: expected shape (r, {h}), r >= 1, got {tuple(a.shape)}")
+        raise ValueError(f"{name}[0]: expected shape (r, {h}), r >= 1, got {tuple(a.shape)}")
     if b.shape != (v, r):
-        raise ValueError(f"lora[1]: expected shape ({v}, {r}), got {tuple(b.shape)}")
+        raise ValueError(f"{name}[1]: expected shape ({v}, {r}), got {tuple(b.shape)}")
     allowed = (torch.float64,) if rows.dtype == torch.float64 else FLOATS
-    for name, x in (("lora[0]", a), ("lora[1]", b)):
-        no_tangent(name, x)
+    for i, x in enumerate((a, b)):
+        no_tangent(f"{name}[{i}]", x)
         if x.dtype not in allowed:
             expected = " or ".join(map(str, allowed))
-            raise TypeError(f"{name}: expected {expected} beside {rows.dtype}, got {x.dtype}")
+            raise TypeError(f"{name}[{i}]: expected {expected} beside {rows.dtype}, got {x.dtype}")
         if x.device != rows.device:
-            raise ValueError(f"{name}: expected device {rows.device}, got {x.device}")
+            raise ValueError(f"{name}[{i}]: expected device {rows.device}, got {x.device}")
 
 
 def instance(name: str, value: object, kind: Any, expected: str) -> None:

@@ -1,5 +1,7 @@
 """Distillation: the divergence of a student's next tokens from a teacher's, without logits."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -7,6 +9,8 @@ from fastadapt._ops.checks import (
     alike,
     head_rows,
     instance,
+    lora_fits,
+    lora_parts,
     number,
     one_of,
     per_row,
@@ -15,6 +19,8 @@ from fastadapt._ops.checks import (
 from fastadapt._ops.linear import divergence as divergence_ops
 from fastadapt._ops.linear.divergence import KINDS
 from fastadapt._ops.linear.divergence import plan_of as plan_of
+from fastadapt._ops.linear.plans import low_rank
+from fastadapt._ops.linear.tiles import Lora, LowRank
 from fastadapt._ops.linear.vocab_parallel import is_distributed
 
 
@@ -34,6 +40,8 @@ def linear_divergence(
     kind: str = "kl",
     beta: float = 0.5,
     mask: Tensor | None = None,
+    lora: tuple[Tensor, Tensor, float] | None = None,
+    teacher_lora: tuple[Tensor, Tensor, float] | None = None,
 ) -> Tensor:
     """Returns a student's divergence from a teacher, one value a row, without their logits.
 
@@ -99,11 +107,16 @@ def linear_divergence(
         beta (float): in [0, 1], the teacher's share in the mixture of "jsd"; else of no effect.
         mask (Tensor | None): `hidden.shape[:-1]`, bool, the rows that count; the others are 0 and
             have no gradient. None: all.
+        lora (tuple[Tensor, Tensor, float] | None): (A, B, scale) of a LoRA adapter of the student's
+            head, as in `linear_log_odds`: `scale * (hidden @ A.T) @ B.T` is added to the products.
+            A trained A takes hidden states that are finite, in rows that do not count too.
+        teacher_lora (tuple[Tensor, Tensor, float] | None): the same of the teacher's head; a
+            constant.
 
     Returns:
         Tensor: `hidden.shape[:-1]`, float32 (float64 for float64 inputs), nats, in [0, +inf], at
-        most ln 2 with "jsd". Differentiable in `hidden`, `weight` and `bias`; raises when
-        differentiated twice.
+        most ln 2 with "jsd". Differentiable in `hidden`, `weight`, `bias` and the student's
+        adapter; raises when differentiated twice.
 
     Raises:
         TypeError: inputs of another dtype than `hidden`'s, a kind that is no string.
@@ -126,6 +139,10 @@ def linear_divergence(
         )
     _check_teacher(rows, weight.shape[0], teacher_rows, teacher_weight, teacher_bias)
     flat = None if mask is None else per_row("mask", mask, torch.bool, hidden.shape[:-1], rows)
+    low = _low_rank("lora", lora, rows, weight)
+    teacher_low = _low_rank("teacher_lora", teacher_lora, teacher_rows, teacher_weight)
+    if teacher_lora is not None:
+        _is_constant({"teacher_lora[0]": teacher_lora[0], "teacher_lora[1]": teacher_lora[1]})
     temperature = float(number("temperature", temperature, positive=True))
     one_of("kind", kind, tuple(KINDS))
     beta = float(number("beta", beta))
@@ -148,6 +165,8 @@ def linear_divergence(
         float(number("teacher_logit_scale", teacher_logit_scale, signed=True)) / temperature,
         KINDS[kind],
         beta,
+        *(low or (None, None)),
+        *(teacher_low or (None, None)),
     )
     return values.view(hidden.shape[:-1])
 
@@ -168,6 +187,22 @@ def _check_teacher(
         raise ValueError(f"teacher_bias: expected shape ({v},), got {tuple(bias.shape)}")
     given = {"teacher_weight": weight, "teacher_hidden": teacher_rows, "teacher_bias": bias}
     alike(rows, given)
+    _is_constant(given)
+
+
+def _low_rank(name: str, lora: Lora | None, rows: Tensor, weight: Tensor) -> LowRank | None:
+    """Checks an adapter against the rows and the head beside it, and makes its states."""
+    if lora is not None:
+        lora_parts(name, lora)
+        for i in range(2):
+            if is_distributed(lora[i]):
+                raise ValueError(f"{name}[{i}]: expected a whole tensor, got a DTensor")
+        lora_fits(name, rows, weight, *lora[:2])
+    return low_rank(rows, lora)
+
+
+def _is_constant(given: Mapping[str, Tensor | None]) -> None:
+    """Raises for what a teacher has that requires a gradient."""
     for name, x in given.items():
         if x is not None and x.requires_grad and torch.is_grad_enabled():
             raise ValueError(

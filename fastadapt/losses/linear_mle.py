@@ -3,10 +3,11 @@
 import torch
 from torch import Tensor
 
-from fastadapt._ops.checks import head_rows, instance, integer, number, one_of, per_row
+from fastadapt._ops.checks import instance, integer, number, one_of, per_row
 from fastadapt._ops.linear import mle as mle_ops
 from fastadapt._ops.linear.mle import plan_of as plan_of
-from fastadapt._ops.linear.vocab_parallel import split_head
+from fastadapt._ops.linear.plans import low_rank
+from fastadapt._ops.linear.vocab_parallel import rows_of_slice
 from fastadapt.losses.responses import divisor
 
 REDUCTIONS = ("mean", "sum")
@@ -25,6 +26,7 @@ def linear_mle_loss(
     num_items: int | Tensor | None = None,
     z_loss: float = 0.0,
     label_smoothing: float = 0.0,
+    lora: tuple[Tensor, Tensor, float] | None = None,
     memory_budget: int | None = None,
 ) -> Tensor:
     """Returns the cross-entropy of a linear head in three products, without its (N, V) logits.
@@ -38,8 +40,8 @@ def linear_mle_loss(
     section 7) and the z-loss of PaLM (Chowdhery et al. 2022, arXiv 2204.02311, section 5; 1e-4
     there, `lse_square_scale` in Liger). It equals `mle_loss` of `linear_log_odds`. As it is known
     in advance that rows are summed, their gradients are made with the logits: with 1M = one product
-    of N * H * V it costs 3M for any number of rows, 2M with a frozen head and 1M without gradients,
-    where `linear_log_odds`, which serves any loss, may cost 4M.
+    of N * H * V it costs 3M for any number of rows, 2M with a frozen head, its adapter trained or
+    not, and 1M without gradients, where `linear_log_odds`, which serves any loss, may cost 4M.
 
     Rows are taken by blocks whose logits are held at once. Ignored rows are dropped before the
     first product. Gradients are summed in float32 (float64), multiplied in the backward by what
@@ -61,7 +63,7 @@ def linear_mle_loss(
 
     Args:
         hidden (Tensor): (..., H), float32, bfloat16, float16, or float64 (for checks). Under
-            autocast hidden, weight and bias are cast to its dtype.
+            autocast hidden, weight and bias are cast to its dtype; a float32 weight tile by tile.
         weight (Tensor): (V, H), dtype of `hidden`; or float32 over half hidden states, which are
             then taken as float32, products too.
         labels (Tensor): `hidden.shape[:-1]`, int64, the id to score at each position, in [0, V), or
@@ -77,6 +79,9 @@ def linear_mle_loss(
             that of the whole batch. None: the rows that are not ignored.
         z_loss (float): >= 0, times the square of the log-sum-exp.
         label_smoothing (float): in [0, 1]; 0 with a softcap.
+        lora (tuple[Tensor, Tensor, float] | None): (A, B, scale) of a LoRA adapter of the head, as
+            in `linear_log_odds`: `scale * (hidden @ A.T) @ B.T` is added to the products. A trained
+            A takes hidden states that are finite, in ignored rows too.
         memory_budget (int | None): bytes of logits to hold at once; at least those of 64 rows (1024
             on CUDA). None: as many as the head's own, at least 128 MiB.
 
@@ -96,14 +101,11 @@ def linear_mle_loss(
     if reduction == "sum" and num_items is not None:
         raise ValueError("num_items: expected None with reduction='sum', which divides by nothing")
     ignore_index = integer("ignore_index", ignore_index)
-    for name, given in (("hidden", hidden), ("weight", weight), ("labels", labels)):
-        instance(name, given, Tensor, "a Tensor")
-    if bias is not None:
-        instance("bias", bias, Tensor, "a Tensor or None")
-    part = split_head(hidden, weight, labels, bias, None)
+    instance("labels", labels, Tensor, "a Tensor")
+    part, rows = rows_of_slice(hidden, weight, labels, bias, None, lora)
     if part.group is not None:
         raise ValueError("weight: expected a whole head, got a DTensor; linear_log_odds takes it")
-    rows = head_rows(hidden, weight, bias, empty=False)
+    low = low_rank(rows, lora)
     flat = per_row("labels", labels, torch.int64, hidden.shape[:-1], rows)
     total: Tensor = mle_ops.linear_mle(
         rows,
@@ -115,9 +117,10 @@ def linear_mle_loss(
         ignore_index,
         None,
         None,
+        *(low or ()),
         **options,
         memory_budget=memory_budget,
-        wanted=mle_ops.wanted_of(rows, weight, bias),
+        wanted=mle_ops.wanted_of(rows, weight, bias, *(low or ())),
     )[0]
     if reduction == "sum":
         return total

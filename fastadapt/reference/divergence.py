@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from fastadapt.reference.log_odds import head_logits
+
 
 def linear_divergence(
     hidden: Tensor,
@@ -22,8 +24,10 @@ def linear_divergence(
     kind: str = "kl",
     beta: float = 0.5,
     mask: Tensor | None = None,
+    lora: tuple[Tensor, Tensor, float] | None = None,
+    teacher_lora: tuple[Tensor, Tensor, float] | None = None,
 ) -> Tensor:
-    """Reference of `fastadapt.linear_divergence`; holds both logits, in float32 from the caps on.
+    """Reference of `fastadapt.linear_divergence`; holds both logits, in float32 from there on.
 
     Examples:
         >>> from fastadapt import reference
@@ -31,10 +35,13 @@ def linear_divergence(
         >>> reference.linear_divergence(hidden, weight, hidden, torch.eye(3, 4) * 3)
         tensor([0.])
     """
-    z = _logits(hidden, weight, bias, softcap, logit_scale)
-    log_p = (z / temperature).log_softmax(-1)
-    z = _logits(teacher_hidden, teacher_weight, teacher_bias, teacher_softcap, teacher_logit_scale)
-    log_q = (z.detach() / temperature).log_softmax(-1)
+    teacher = teacher_hidden, teacher_weight, teacher_bias, teacher_softcap, teacher_logit_scale
+    z = head_logits(hidden, weight, bias, softcap, logit_scale, None, lora)
+    other = head_logits(*teacher, None, teacher_lora).detach()
+    log_p, log_q = (
+        (x if x.dtype == torch.float64 else x.float()).div(temperature).log_softmax(-1)
+        for x in (z, other)
+    )
     if kind == "kl" or (kind == "jsd" and beta == 0):
         values = _kl(log_q, log_p)
     elif kind == "reverse_kl" or beta == 1:
@@ -47,16 +54,6 @@ def linear_divergence(
         mixture = torch.logaddexp(log_q + math.log(beta), log_p + math.log1p(-beta))
         values = beta * _kl(log_q, mixture) + (1 - beta) * _kl(log_p, mixture)
     return values if mask is None else torch.where(mask, values, 0.0)
-
-
-def _logits(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, scale: float
-) -> Tensor:
-    """All logits: the products in the dtype of the inputs, then float32 or float64."""
-    z = torch.nn.functional.linear(hidden, weight, bias) * scale
-    if softcap is not None:
-        z = softcap * (z / softcap).tanh()
-    return z if z.dtype == torch.float64 else z.float()
 
 
 def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:

@@ -70,7 +70,7 @@ def linear_log_odds(
         >>> reference.linear_log_odds(hidden, weight, torch.tensor([1, -100]))
         tensor([-0.6931,  0.0000])
     """
-    z = _logits(hidden, weight, bias, softcap, logit_scale, group, lora)
+    z = head_logits(hidden, weight, bias, softcap, logit_scale, group, lora)
     log_odds = label_log_odds(z, labels, ignore_index=ignore_index)
     if not outputs:
         return log_odds
@@ -104,7 +104,7 @@ def linear_candidate_log_odds(
         >>> reference.linear_candidate_log_odds(hidden, weight, torch.tensor([[0, 2]]))
         tensor([[-0.6931, -0.6931]])
     """
-    z = _logits(hidden, weight, bias, softcap, logit_scale, group, lora)
+    z = head_logits(hidden, weight, bias, softcap, logit_scale, group, lora)
     log_odds = candidate_log_odds(z, index, mask)
     if not outputs:
         return log_odds
@@ -132,6 +132,7 @@ def linear_mle_loss(
     num_items: int | Tensor | None = None,
     z_loss: float = 0.0,
     label_smoothing: float = 0.0,
+    lora: tuple[Tensor, Tensor, float] | None = None,
     memory_budget: int | None = None,
 ) -> Tensor:
     """Reference of `fastadapt.linear_mle_loss`; holds all logits whatever `memory_budget` says.
@@ -146,11 +147,12 @@ def linear_mle_loss(
         "softcap": softcap,
         "logit_scale": logit_scale,
         "ignore_index": ignore_index,
+        "lora": lora,
     }
     m, lse = linear_log_odds(hidden, weight, labels, bias, outputs=["logsumexp"], **options)
     losses = (1 - label_smoothing) * -torch.nn.functional.logsigmoid(m) + z_loss * lse.square()
     if label_smoothing:
-        z = torch.nn.functional.linear(hidden, weight, bias) * logit_scale
+        z = head_logits(hidden, weight, bias, None, logit_scale, None, lora)
         losses = losses + label_smoothing * (lse - z.to(lse.dtype).mean(-1))
     total = torch.where(labels == ignore_index, 0.0, losses).sum()
     if reduction == "sum":
@@ -159,7 +161,7 @@ def linear_mle_loss(
     return total / (counted if num_items is None else num_items)
 
 
-def _logits(
+def head_logits(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,

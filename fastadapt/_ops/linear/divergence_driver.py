@@ -19,7 +19,7 @@ from fastadapt._C import (
     TEACHER_MAX,
     TEACHER_SUM,
 )
-from fastadapt._ops.linear.gradients import HeadGradients, Triple
+from fastadapt._ops.linear.gradients import HeadGradients, Quintuple
 from fastadapt._ops.linear.pairs import PairProblem, PairWork
 
 SUMS = {True: (TEACHER_SUM, STUDENT_SUM), False: (STUDENT_SUM, TEACHER_SUM)}  # of KL, reverse KL
@@ -73,8 +73,8 @@ def backward(
     ddivergence: Tensor,
     stats: Tensor,
     wanted: list[bool],
-) -> Triple:
-    """Computes the student's gradients; each block of its head's is written once.
+) -> Quintuple:
+    """Computes the student's gradients, and its adapter's; each block of a head's is written once.
 
     Rows without an upstream gradient are dropped like those that do not count.
     """
@@ -82,7 +82,8 @@ def backward(
     student, teacher = problem.heads(takes if problem.mask is None else takes & problem.mask)
     gains, stats = student.gather(ddivergence.double()).contiguous(), student.gather(stats)
     pair = work(student, teacher, problem)
-    gradients = HeadGradients(pair.student, problem.hidden, problem.weight, problem.bias, wanted)
+    matrix = problem.hidden, problem.weight, problem.bias
+    gradients = HeadGradients(pair.student, *matrix, wanted, low=problem.low)
     for first, last, out in gradients.tiles(pair.backward_tile()):
         pair.gradient_tile(first, last, stats, gains, out)
         gradients.add(first, last, out)

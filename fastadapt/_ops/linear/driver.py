@@ -31,7 +31,7 @@ from fastadapt._C import (
     OTHERS_SUM,
     OTHERS_WEIGHTED,
 )
-from fastadapt._ops.linear.gradients import HeadGradients, Quintuple, Triple
+from fastadapt._ops.linear.gradients import HeadGradients, Quintuple
 from fastadapt._ops.linear.tiles import (
     Gains,
     Head,
@@ -216,11 +216,11 @@ def backward(
     stats: Tensor,
     kept: Tensor,
     wanted: list[bool],
-    totals: Triple | None = None,
+    totals: Quintuple | None = None,
 ) -> Quintuple:
     """Computes the gradients, and an adapter's; each block of the head's is written once.
 
-    With `totals` those of weight and bias are added there, as `HeadGradients` says.
+    With `totals` those of weights and bias are added there, as `HeadGradients` says.
 
     Rows without an upstream gradient are dropped like those ignored; not with a group, whose ranks
     must agree on the rows.
@@ -252,7 +252,7 @@ def backward(
             _add_label_rows(work, total, head, source, label_gains)
         if problem.group is not None:
             total.copy_(sum_over_ranks(total, problem.group))
-    return *gradients.finished(), *gradients.dlow
+    return gradients.finished()
 
 
 def _add_label_rows(

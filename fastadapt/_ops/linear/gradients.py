@@ -31,18 +31,27 @@ def empty_gradients(
     )
 
 
-def empty_low_gradients(low: LowRank | None, like: Tensor) -> LowRank:
-    """Allocates those of an adapter, that of its states 0; without one, nothing."""
+def empty_low_gradients(
+    low: LowRank | None, like: Tensor, *, dtype: torch.dtype | None = None
+) -> LowRank:
+    """Allocates those of an adapter, that of its states 0; without one, nothing.
+
+    Their dtype is that of the adapter if none is given.
+    """
     if low is None:
-        return LowRank(like.new_empty(0, 0), like.new_empty(0, 0))
-    return LowRank(low.states.new_zeros(low.states.shape), low.weight.new_empty(low.weight.shape))
+        return LowRank(*(like.new_empty(0, 0, dtype=dtype) for _ in range(2)))
+    states, weight = low
+    return LowRank(
+        states.new_zeros(states.shape, dtype=dtype), weight.new_empty(weight.shape, dtype=dtype)
+    )
 
 
 class HeadGradients:
     """Those of hidden states, weight and bias; each block of the weight's is written once.
 
-    With `totals`, float32 (float64) gradients, those of hidden states are written there, and those
-    of weight and bias are added: the call's rows are a block of all that the head is given.
+    With `totals`, float32 (float64) gradients, those of hidden and low-rank states are written
+    there, and those of weights and bias are added: the call's rows are a block of all that the head
+    is given.
 
     Where there is an adapter, its two gradients are always made, a product of N * r * V each; they
     are summed in float32 (float64) and rounded once.
@@ -60,22 +69,24 @@ class HeadGradients:
         weight: Tensor,
         bias: Tensor | None,
         wanted: list[bool],
-        totals: Triple | None = None,
+        totals: Quintuple | None = None,
         low: LowRank | None = None,
     ) -> None:
         """Allocates them for all rows; the head of `work` has those that take part."""
         self._work, self._weight, self._wanted = work, weight, wanted
         self._adds = totals is not None
         n, h = work.head.hidden.shape
-        made = empty_gradients(hidden, weight, bias, wanted) if totals is None else totals
-        self.dhidden, self.dweight, self.dbias = made
+        if totals is None:
+            made = empty_gradients(hidden, weight, bias, wanted)
+            totals = *made, *empty_low_gradients(low, hidden)
+        self.dhidden, self.dweight, self.dbias, *of_low = totals
+        self.dlow = LowRank(*of_low)
         wide = torch.promote_types(hidden.dtype, torch.float32)
         self._whole = self.dhidden.dtype == wide and work.head.places is None
         rows = n if wanted[0] else 0
         self.sums = self.dhidden if self._whole else hidden.new_empty(rows, h, dtype=wide)
         self.sums.zero_()
         self._ones = hidden.new_ones(1, n)
-        self.dlow = empty_low_gradients(low, hidden)
         self.low_sums = self.sums.new_zeros(n, self.dlow.states.shape[1])
 
     def tiles(self, width: int) -> Iterator[tuple[int, int, Tensor]]:
@@ -95,9 +106,11 @@ class HeadGradients:
         if label_gains is not None and (self._wanted[1] or self._wanted[2] or low is not None):
             self._work.set_labels(first, label_gains, out)
         if low is not None:
-            block = low.weight.new_zeros(last - first, low.weight.shape[1])
-            self._work.add_low_product(block, out.t(), low.states)
-            self.dlow.weight[first:last] = block
+            block = self.dlow.weight[first:last]
+            total = block if self._adds else low.weight.new_zeros(block.shape)
+            self._work.add_low_product(total, out.t(), low.states)
+            if not self._adds:
+                block.copy_(total)
         if self._wanted[1]:
             block = self.dweight[first:last]
             if not self._adds and block.dtype == out.dtype:
@@ -111,10 +124,10 @@ class HeadGradients:
             else:
                 self.dbias[first:last] = torch.mm(self._ones, out)[0]
 
-    def finished(self) -> Triple:
-        """Spreads the sums over all rows, rounded once; returns the three gradients."""
+    def finished(self) -> Quintuple:
+        """Spreads the sums over all rows, rounded once; returns the gradients."""
         if self._wanted[0] and not self._whole:
             self._work.scatter(self.sums, None, self._work.head.places, self.dhidden)
         if self._work.head.low is not None:
             self._work.scatter(self.low_sums, None, self._work.head.places, self.dlow.states)
-        return self.dhidden, self.dweight, self.dbias
+        return self.dhidden, self.dweight, self.dbias, *self.dlow

@@ -5,7 +5,8 @@ logits are all held, each block is scored and differentiated at once by `driver.
 gradients are added to sums in float32 (float64). The backward multiplies the sums by the one number
 that comes from above, a divisor in it, and rounds them once.
 
-With 1M = one product of N H V: 1M for the logits and 1M each for dhidden and dweight.
+With 1M = one product of N H V: 1M for the logits and 1M each for dhidden and dweight. An adapter's
+gradients are both made where any is.
 """
 
 from typing import Any, NamedTuple
@@ -31,27 +32,24 @@ from fastadapt._ops.linear.driver import (
     backward,
     forward,
 )
-from fastadapt._ops.linear.gradients import Triple, empty_gradients
-from fastadapt._ops.linear.operator import (
-    CASTS,
-    MASTERS,
-    PROBLEM,
-)
-from fastadapt._ops.linear.plans import SMALL_BYTES, LinearPlan, cast_bytes, dtype_of
+from fastadapt._ops.linear.gradients import Quintuple, empty_gradients, empty_low_gradients
+from fastadapt._ops.linear.operator import CASTS, LOW, MASTERS, PLACES, PROBLEM
+from fastadapt._ops.linear.plans import SMALL_BYTES, LinearPlan, cast_bytes, dtype_of, low_bytes
 from fastadapt._ops.linear.tiles import Problem, RowWork, places_of
 from fastadapt._ops.linear.values import Listed
 
-_PLACES = tuple(map(Problem._fields.index, CASTS))  # of what has gradients
-
 _library = torch.library.Library("fastadapt", "FRAGMENT")
 _library.define(
-    f"linear_mle({PROBLEM}, *, float z_loss, float label_smoothing, int? memory_budget,"
-    " bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"linear_mle({PROBLEM}, {LOW}, *, float z_loss, float label_smoothing, int? memory_budget,"
+    " bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=WAITS,
 )
 _library.define(
     "scaled_gradient(Tensor sums, Tensor factor, Tensor loss, ScalarType dtype) -> Tensor"
 )
+
+
+Sums = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]  # the loss, and a Quintuple
 
 
 class Terms(NamedTuple):
@@ -79,37 +77,53 @@ def sum_of_losses(
     terms: Terms,
     wanted: list[bool],
     memory_budget: int | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> Sums:
     """Computes the sum of the rows' losses, (), and the wanted gradients of it, not rounded.
 
     Rows that are ignored are dropped first; on a GPU that waits for the device.
     """
-    out, dhidden, dweight, dbias = _empty_sums(problem, wanted)
-    for x in (dweight, dbias):
+    out, dhidden, dweight, dbias, dstates, dlow = _empty_sums(problem, wanted)
+    for x in (dweight, dbias, dlow):
         x.zero_()
     index = places_of(problem.used)
     if index is not None:
-        rows, labels = (x.index_select(0, index) for x in (problem.hidden, problem.labels))
-        problem = problem._replace(hidden=rows, labels=labels)
+        problem = _rows(problem, index)
     (n, h), v = problem.hidden.shape, problem.weight.shape[0]
     block = max(n, 1)
     if any(wanted):
         block = block_rows(work, h, v, problem.hidden.element_size(), memory_budget)
-    mine = dhidden if index is None or not wanted[0] else dhidden.new_zeros(n, h)
+    of_rows = [
+        x if index is None or not len(x) else x.new_zeros(n, x.shape[1]) for x in (dhidden, dstates)
+    ]
     total = out.new_zeros((), dtype=torch.float64)
     for begin in range(0, n, block):
         part = slice(begin, begin + block)
-        some = problem._replace(hidden=problem.hidden[part], labels=problem.labels[part])
-        total += _block(work, some, terms, wanted, (mine[part], dweight, dbias))
+        states, low_states = (x[part] for x in of_rows)
+        totals = states, dweight, dbias, low_states, dlow
+        total += _block(work, _rows(problem, part), terms, wanted, totals)
     if terms.label_smoothing:
-        total += _smooth(work, problem, terms.label_smoothing, (mine, dweight, dbias))
-    if mine is not dhidden:
-        work.scatter(mine, None, index, dhidden)
-    return out.copy_(total), dhidden, dweight, dbias
+        totals = of_rows[0], dweight, dbias, of_rows[1], dlow
+        total += _smooth(work, problem, terms.label_smoothing, totals)
+    for x, mine in zip((dhidden, dstates), of_rows, strict=True):
+        if mine is not x:
+            work.scatter(mine, None, index, x)
+    return out.copy_(total), dhidden, dweight, dbias, dstates, dlow
+
+
+def _rows(problem: Problem, which: Tensor | slice) -> Problem:
+    """Selects rows, by their places or a range."""
+
+    def of(x: Tensor) -> Tensor:
+        return x[which] if isinstance(which, slice) else x.index_select(0, which)
+
+    low_states = None if problem.low_states is None else of(problem.low_states)
+    return problem._replace(
+        hidden=of(problem.hidden), labels=of(problem.labels), low_states=low_states
+    )
 
 
 def _block(
-    work: type[RowWork], problem: Problem, terms: Terms, wanted: list[bool], totals: Triple
+    work: type[RowWork], problem: Problem, terms: Terms, wanted: list[bool], totals: Quintuple
 ) -> Tensor:
     """Returns a block's sum of losses, (), and adds its gradients to the totals."""
     logits = problem.hidden.shape[0] * problem.weight.shape[0] * problem.hidden.element_size()
@@ -134,34 +148,46 @@ def _block(
     return losses.sum()
 
 
-def _smooth(work: type[RowWork], problem: Problem, share: float, totals: Triple) -> Tensor:
+def _smooth(work: type[RowWork], problem: Problem, share: float, totals: Quintuple) -> Tensor:
     """Returns what the mean of each row's logits takes from the sum of losses, and adds its part.
 
     The mean of h W_j over j is h times the mean of W_j, so that no logit is needed.
     """
-    dhidden, dweight, dbias = totals
-    (n, h), v = problem.hidden.shape, problem.weight.shape[0]
+    dhidden, dweight, dbias, dstates, dlow = totals
+    n, v = problem.hidden.shape[0], problem.weight.shape[0]
     share *= problem.logit_scale
-    sums = [problem.hidden.new_zeros(h, dtype=torch.float64) for _ in range(2)]
-    for x, total in zip((problem.hidden, problem.weight), sums, strict=True):
-        for begin in range(0, x.shape[0], work.tile):
-            total += x[begin : begin + work.tile].sum(0, dtype=torch.float64)
-    of_rows, of_head = sums[0], sums[1] / v
+    products = [(problem.hidden, problem.weight, dhidden, dweight)]
+    if problem.low is not None:
+        products.append((*problem.low, dstates, dlow))
     mean_bias = 0.0 if problem.bias is None else problem.bias.mean(dtype=torch.float64)
-    if dhidden.numel():
-        dhidden -= (share * of_head).to(dhidden.dtype)
-    if dweight.numel():
-        dweight -= (share / v * of_rows).to(dweight.dtype)
+    mean = problem.hidden.new_full((), n, dtype=torch.float64) * mean_bias
+    for rows, head, drows, dhead in products:
+        of_rows, of_head = _column_sums(rows, work.tile), _column_sums(head, work.tile) / v
+        if drows.numel():
+            drows -= (share * of_head).to(drows.dtype)
+        if dhead.numel():
+            dhead -= (share / v * of_rows).to(dhead.dtype)
+        mean += of_rows @ of_head
     if dbias.numel():
         dbias -= share * n / v
-    return -share * (of_rows @ of_head + n * mean_bias)
+    return -share * mean
 
 
-def _empty_sums(problem: Problem, wanted: list[bool]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _column_sums(x: Tensor, block: int) -> Tensor:
+    """Returns the sum of all rows, float64, made by blocks of them."""
+    total = x.new_zeros(x.shape[1], dtype=torch.float64)
+    for begin in range(0, x.shape[0], block):
+        total += x[begin : begin + block].sum(0, dtype=torch.float64)
+    return total
+
+
+def _empty_sums(problem: Problem, wanted: list[bool]) -> Sums:
     """Allocates the loss and the gradients, those that are not wanted without numbers."""
     wide = torch.promote_types(problem.hidden.dtype, torch.float32)
     made = empty_gradients(problem.hidden, problem.weight, problem.bias, wanted, dtype=wide)
-    return problem.hidden.new_empty((), dtype=wide), *made
+    low = problem.low if any(wanted) else None
+    of_low = empty_low_gradients(low, problem.hidden, dtype=wide)
+    return problem.hidden.new_empty((), dtype=wide), *made, *of_low
 
 
 def _forward(
@@ -170,7 +196,7 @@ def _forward(
     label_smoothing: float,
     memory_budget: int | None,
     wanted: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> Sums:
     """Labels are checked before any work, but not on a GPU, which that would wait for."""
     problem = Problem(*inputs)
     problem = problem._replace(labels=problem.labels.contiguous())
@@ -181,9 +207,7 @@ def _forward(
         return sum_of_losses(work_of(problem.hidden), problem, terms, wanted, memory_budget)
 
 
-def _empty_outputs(
-    *inputs: Any, wanted: list[bool], **_: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _empty_outputs(*inputs: Any, wanted: list[bool], **_: Any) -> Sums:
     """What the forward returns."""
     return _empty_sums(Problem(*inputs), wanted)
 
@@ -211,22 +235,25 @@ def _save(
     ctx: Any,
     inputs: tuple[Any, ...],
     keyword_only_inputs: dict[str, Any],
-    output: tuple[Tensor, Tensor, Tensor, Tensor],
+    output: Sums,
 ) -> None:
     """Of the inputs nothing is needed again, but their dtype; the loss is for `_scaled`."""
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output)
-    ctx.wanted = keyword_only_inputs["wanted"]
-    ctx.dtypes = [None if inputs[place] is None else inputs[place].dtype for place in _PLACES]
+    wanted = keyword_only_inputs["wanted"]
+    ctx.wanted = [*wanted[:3], *[any(wanted)] * 2]
+    given: tuple[Any, ...] = Problem(*inputs)
+    ctx.dtypes = [None if given[i] is None else given[i].dtype for i in PLACES]
 
 
 def _gradient(ctx: Any, dloss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    """Gradients of hidden, weight and bias, each only when wanted."""
+    """Gradients of hidden, weight, bias and an adapter's two tensors, each only when wanted."""
     gradients: list[Tensor | None] = [None] * len(Problem._fields)
     loss, *found = ctx.saved_tensors
-    for place, sums, made, dtype in zip(_PLACES, found, ctx.wanted, ctx.dtypes, strict=True):
-        if not ctx.needs_input_grad[place] or dloss is None:
+    needs = dict(enumerate(ctx.needs_input_grad))  # cut where there is no adapter
+    for place, sums, made, dtype in zip(PLACES, found, ctx.wanted, ctx.dtypes, strict=True):
+        if not needs.get(place) or dloss is None:
             continue
         if not made:
             name = Problem._fields[place]
@@ -257,9 +284,8 @@ _register()
 linear_mle = torch.ops.fastadapt.linear_mle
 
 
-def wanted_of(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> list[bool]:
-    """Which gradients the backward will want, of hidden, weight and bias."""
-    inputs = (hidden, weight, bias)
+def wanted_of(*inputs: Tensor | None) -> list[bool]:
+    """Which gradients the backward will want, of hidden, weight, bias and an adapter's tensors."""
     return [x is not None and x.requires_grad and torch.is_grad_enabled() for x in inputs]
 
 
@@ -269,6 +295,7 @@ def plan_of(
     bias: Tensor | None = None,
     *,
     memory_budget: int | None = None,
+    lora: tuple[Tensor, Tensor, float] | None = None,
 ) -> LinearPlan:
     """Returns what `linear_mle_loss` will do with these arguments.
 
@@ -287,15 +314,21 @@ def plan_of(
         weight (Tensor): (V, H).
         bias (Tensor | None): (V,).
         memory_budget (int | None): bytes.
+        lora (tuple[Tensor, Tensor, float] | None): (A, B, scale), as for `linear_mle_loss`.
     """
     hidden = hidden.reshape(-1, hidden.shape[-1])
     (n, h), v = hidden.shape, weight.shape[0]
-    itemsize, held = dtype_of(hidden, weight).itemsize, cast_bytes(hidden, weight)
-    work, wanted = work_of(hidden), wanted_of(hidden, weight, bias)
+    itemsize, work = dtype_of(hidden, weight).itemsize, work_of(hidden)
+    held = cast_bytes(hidden, weight) + low_bytes(hidden, weight, lora)
+    wanted = wanted_of(hidden, weight, bias, *(lora[:2] if lora else ()))
+    r = lora[0].shape[0] if lora else 0
+    one = 1 + r / h
     if not any(wanted):
-        return LinearPlan("forward only", 1.0, 0, held + work.scratch_bytes(n, v, itemsize)[0])
+        return LinearPlan("forward only", one, 0, held + work.scratch_bytes(n, v, itemsize)[0])
     rows = min(n, block_rows(work, h, v, itemsize, memory_budget))
     wide = torch.promote_types(weight.dtype, torch.float32).itemsize
-    sums = wide * sum(x * y for x, y in zip(wanted, (n * h, v * h, v), strict=True))
+    sums = wide * sum(x * y for x, y in zip(wanted, (n * h, v * h, v), strict=False))
+    sums += wide * (n + v) * r
     peak = held + sums + rows * v * itemsize + max(work.scratch_bytes(rows, v, itemsize))
-    return LinearPlan("gradients in the forward", 1.0 + wanted[0] + wanted[1], sums, peak)
+    products = one + wanted[0] + wanted[1] + 2 * r / h
+    return LinearPlan("gradients in the forward", products, sums, peak)

@@ -33,25 +33,25 @@ from fastadapt._ops.linear.tiles import Problem
 
 CASTS = ("hidden", "weight", "bias")  # to the type of autocast
 MASTERS = ("weight",)  # a float32 head is cast tile by tile
-_PLACES = tuple(map(Problem._fields.index, (*CASTS, "low_states", "low_weight")))  # with gradients
+PLACES = tuple(map(Problem._fields.index, (*CASTS, "low_states", "low_weight")))  # of gradients
 
 _library = torch.library.Library("fastadapt", "FRAGMENT")
 PROBLEM = (
     "Tensor hidden, Tensor weight, Tensor labels, Tensor? bias, float softcap, float logit_scale,"
     " int ignore_index, Tensor? span, str? group"
 )  # the fields of a Problem
-_LOW = "Tensor? low_states=None, Tensor? low_weight=None"  # the last ones, of an adapter
+LOW = "Tensor? low_states=None, Tensor? low_weight=None"  # the last ones, of an adapter
 _SHAPE = "float softcap, float logit_scale, int ignore_index, Tensor? span, str? group"
 _UPSTREAM = "Tensor down, Tensor dothers, Tensor? dmoments"  # the fields of an Upstream
 _ASKED = "int plan, int kept_bytes, bool moments, bool apart"
 _library.define(
-    f"linear_log_odds({PROBLEM}, {_LOW}, *, {_ASKED}, bool masked)"
+    f"linear_log_odds({PROBLEM}, {LOW}, *, {_ASKED}, bool masked)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=WAITS,
 )
 _library.define(
     f"linear_log_odds_backward({_UPSTREAM}, Tensor own, Tensor stats, Tensor kept, {PROBLEM},"
-    f" {_LOW}, *, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f" {LOW}, *, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=WAITS,
 )
 _library.define(
@@ -152,7 +152,7 @@ def _gradient(
     """Gradients of hidden, weight, bias and an adapter's two tensors, each only when wanted."""
     gradients: list[Tensor | None] = [None] * len(Problem._fields)
     # an adapter that is not there is not among the inputs, which the dispatcher cuts
-    places = _PLACES[: 3 if ctx.low_dtype is None else 5]
+    places = PLACES[: 3 if ctx.low_dtype is None else 5]
     wanted = [ctx.needs_input_grad[i] for i in places]
     own, stats, kept, *inputs = ctx.saved_tensors
     down = torch.zeros_like(own) if down is None else down
@@ -174,7 +174,7 @@ def _gradient(
         labels, span, *weights = inputs
         rest = (*ctx.numbers, span, ctx.group)
         rows = jacobian_rows(kept, *ctx.sizes)
-        of_hidden, of_low = _PLACES[0], _PLACES[3]
+        of_hidden, of_low = PLACES[0], PLACES[3]
         for place, of_rows, weight, dtype in (
             (of_hidden, rows[0], weights[0], ctx.dtype),
             # in half precision an adapter's weight would be cast like a head's

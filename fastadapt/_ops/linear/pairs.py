@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from fastadapt._ops.linear.tiles import Head, RowWork, places_of
+from fastadapt._ops.linear.tiles import Head, LowRank, RowWork, places_of
 
 
 class PairProblem(NamedTuple):
@@ -24,6 +24,15 @@ class PairProblem(NamedTuple):
     teacher_logit_scale: float
     kind: int  # KL, REVERSE_KL or JSD of csrc/kernels.h
     beta: float  # of JSD, in (0, 1)
+    low_states: Tensor | None = None  # (N, r), of the student's adapter, in a dtype of their own
+    low_weight: Tensor | None = None  # (V, r), the same
+    teacher_low_states: Tensor | None = None  # those of the teacher's
+    teacher_low_weight: Tensor | None = None
+
+    @property
+    def low(self) -> LowRank | None:
+        """The student's adapter."""
+        return LowRank.of_both(self.low_states, self.low_weight)
 
     def heads(self, takes: Tensor | None) -> tuple[Head, Head]:
         """Selects the rows that take part, `takes` (N,) bool; on a GPU this waits for the device.
@@ -32,12 +41,15 @@ class PairProblem(NamedTuple):
             Those of the student and of the teacher; they have no labels.
         """
         index = None if takes is None else places_of(takes)
-        student = self.hidden, self.weight, self.bias, self.softcap, self.logit_scale
-        teacher = (
-            *(self.teacher_hidden, self.teacher_weight, self.teacher_bias),
-            *(self.teacher_softcap, self.teacher_logit_scale),
+        student = self.hidden, self.weight, self.bias
+        teacher = self.teacher_hidden, self.teacher_weight, self.teacher_bias
+        of_teacher = LowRank.of_both(self.teacher_low_states, self.teacher_low_weight)
+        return (
+            Head.of_rows(index, *student, self.softcap, self.logit_scale, self.low),
+            Head.of_rows(
+                index, *teacher, self.teacher_softcap, self.teacher_logit_scale, of_teacher
+            ),
         )
-        return Head.of_rows(index, *student), Head.of_rows(index, *teacher)
 
 
 class PairWork(ABC):

@@ -9,7 +9,7 @@ from torch import Tensor
 from fastadapt._ops.checks import autocasts
 from fastadapt._ops.linear.cuda import work_of
 from fastadapt._ops.linear.driver import FORWARD_ONLY, FROZEN_HEAD, RECOMPUTE, kept_ids
-from fastadapt._ops.linear.tiles import CAST_ROWS, LowRank, RowWork
+from fastadapt._ops.linear.tiles import CAST_ROWS, Lora, LowRank
 
 MOMENTS = ("entropy", "sum_of_squares")  # outputs that the moments of the others make
 SMALL_BYTES = 1 << 27  # of logits: so few are kept whole
@@ -61,11 +61,11 @@ def plan_of(
     (n, h), v = hidden.shape, weight.shape[0]
     itemsize, work = dtype_of(hidden, weight).itemsize, work_of(hidden)
     held = cast_bytes(hidden, weight)  # throughout
+    held += low_bytes(hidden, weight, lora)
     low, r = None, 0
     if lora is not None:
         a, b, _ = lora
         r = a.shape[0]
-        held += _low_bytes(work, hidden, itemsize, a, b)
         states = hidden.new_empty(0, r, requires_grad=hidden.requires_grad or a.requires_grad)
         low = LowRank(states, b)
     one = 1 + r / h  # its products with a column of states and weight for each of H
@@ -86,15 +86,29 @@ def plan_of(
     return LinearPlan(name, products, kept, held + kept + _beside(hidden, weight, r))
 
 
-def _low_bytes(work: type[RowWork], hidden: Tensor, itemsize: int, a: Tensor, b: Tensor) -> int:
+def low_rank(rows: Tensor, lora: Lora | None) -> LowRank | None:
+    """Makes an adapter's states, float32 or float64, of hidden states (N, H) cast as by peft."""
+    if lora is None:
+        return None
+    a, b, scale = lora
+    states = rows if autocasts(rows.device) else rows.to(a.dtype)
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    return LowRank(torch.nn.functional.linear(states, a).to(wide) * float(scale), b)
+
+
+def low_bytes(hidden: Tensor, weight: Tensor, lora: Lora | None) -> int:
     """The bytes that an adapter takes: states, what is made wide for it, at once or by blocks."""
+    if lora is None:
+        return 0
+    a, b, _ = lora
     (v, r), h, n = b.shape, a.shape[1], hidden.numel() // hidden.shape[-1]
+    work, itemsize = work_of(hidden), dtype_of(hidden, weight).itemsize
     wide = max(itemsize, 4)
     states = 2 * n * r * wide  # as they are made, and filled up or selected
-    cast = n * h * a.element_size() if a.element_size() != itemsize else 0
-    weight = v * r * wide if b.element_size() < wide else 0
+    of_a = n * h * a.element_size() if a.element_size() != itemsize else 0
+    of_b = v * r * wide if b.element_size() < wide else 0
     block = min(work.wide_numbers, n * min(work.tile, v)) * wide if itemsize < wide else 0
-    return states + cast + weight + block
+    return states + of_a + of_b + block
 
 
 def number_of(

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+Lora = tuple[Tensor, Tensor, float]  # A (r, H), B (V, r) and the scale of their product
+
 ELSEWHERE = -1  # the place of a label that this head does not have
 CAST_ROWS = 256  # of a float32 head that are cast at once for labels
 
@@ -16,6 +18,11 @@ class LowRank(NamedTuple):
 
     states: Tensor  # (N, r)
     weight: Tensor  # (V, r), with a group this rank's slice of it
+
+    @classmethod
+    def of_both(cls, states: Tensor | None, weight: Tensor | None) -> "LowRank | None":
+        """Returns the adapter that an operator was given, which may be none."""
+        return None if states is None or weight is None else cls(states, weight)
 
 
 class Problem(NamedTuple):
@@ -36,9 +43,7 @@ class Problem(NamedTuple):
     @property
     def low(self) -> LowRank | None:
         """The adapter."""
-        if self.low_states is None or self.low_weight is None:
-            return None
-        return LowRank(self.low_states, self.low_weight)
+        return LowRank.of_both(self.low_states, self.low_weight)
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -83,13 +88,8 @@ class Head(NamedTuple):
         labels = torch.where(here, labels, ELSEWHERE).contiguous()
         shape = problem.softcap, problem.logit_scale
         matrix = problem.hidden, problem.weight, problem.bias
-        head = cls.of_rows(index, *matrix, *shape)
-        low = problem.low
-        if low is not None:
-            states = low.states if index is None else low.states.index_select(0, index)
-            wide = torch.promote_types(head.hidden.dtype, torch.float32)
-            low = LowRank(*(x.to(wide).contiguous() for x in (states, low.weight)))
-        return head._replace(labels=labels, listed=listed, low=low)
+        head = cls.of_rows(index, *matrix, *shape, problem.low)
+        return head._replace(labels=labels, listed=listed)
 
     @classmethod
     def of_rows(
@@ -100,14 +100,18 @@ class Head(NamedTuple):
         bias: Tensor | None,
         softcap: float,
         scale: float,
+        low: LowRank | None = None,
     ) -> "Head":
         """Selects the rows at places, None for all of them, without labels."""
         wide = torch.promote_types(hidden.dtype, torch.float32)
         bias = None if bias is None else bias.to(wide).contiguous()
         if index is not None:
             hidden = hidden.index_select(0, index)
+        if low is not None:
+            states = low.states if index is None else low.states.index_select(0, index)
+            low = LowRank(*(x.to(wide).contiguous() for x in (states, low.weight)))
         labels = hidden.new_empty(hidden.shape[0], 0, dtype=torch.int64)
-        return cls(hidden, weight, labels, labels >= 0, index, bias, softcap, scale)
+        return cls(hidden, weight, labels, labels >= 0, index, bias, softcap, scale, low)
 
     @property
     def weights(self) -> list[Tensor]:

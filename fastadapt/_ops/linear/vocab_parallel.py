@@ -10,14 +10,13 @@ import torch
 from torch import Tensor
 
 from fastadapt._C import OTHERS_MAX, OTHERS_REST, OTHERS_SQUARED, OTHERS_SUM, OTHERS_WEIGHTED
+from fastadapt._ops.checks import head_rows, instance, lora_fits, lora_parts
+from fastadapt._ops.linear.tiles import Lora
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
-
-
-Lora = tuple[Tensor, Tensor, float]  # A (r, H), B (V, r) and the scale of their product
 
 
 class Slice(NamedTuple):
@@ -30,6 +29,29 @@ class Slice(NamedTuple):
     group: str | None  # its name; None: the head is whole
     span: Tensor | None  # (2,) int64: the first id of the slice, and the size of the whole
     lora: Lora | None  # B is the slice's
+
+
+def rows_of_slice(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    group: "ProcessGroup | None",
+    lora: Lora | None,
+) -> tuple[Slice, Tensor]:
+    """Checks the head; returns the local parts, and the hidden states (N, H)."""
+    for name, given in (("hidden", hidden), ("weight", weight)):
+        instance(name, given, Tensor, "a Tensor")
+    if bias is not None:
+        instance("bias", bias, Tensor, "a Tensor or None")
+    if lora is not None:
+        lora_parts("lora", lora)
+    part = split_head(hidden, weight, labels, bias, group, lora)
+    empty = part.group is not None  # a slice may be
+    rows = head_rows(part.hidden, part.weight, part.bias, empty=empty)
+    if part.lora is not None:
+        lora_fits("lora", rows, part.weight, *part.lora[:2])
+    return part, rows
 
 
 def split_head(
