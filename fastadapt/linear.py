@@ -102,7 +102,8 @@ def linear_log_odds(
     On CUDA, forward and backward each wait for the device, to learn how many rows take part, so
     that neither can be captured in a CUDA graph. Products are of blocks of 1024 rows, the last
     filled up with zeros, and tiles in one order, so that the log-odds of a row do not depend on the
-    other rows as far as cuBLAS computes equal shapes alike. From sm_90 on, a head of half precision
+    other rows as far as cuBLAS computes equal shapes alike; with a frozen head whose gradient is
+    made with them, up to 512 rows are filled up to 512. From sm_90 on, a head of half precision
     that is trained or needs no gradient, without an adapter, sums the logits of up to 512 rows, and
     with H < 4096 of any number, inside a product of our own, and writes none but those kept. Logits
     that `memory_budget` lets the forward keep are rounded to the dtype of the inputs, after their

@@ -410,6 +410,48 @@ def test_sums_of_half_losses_are_not_rounded(dtype, adapter):
         assert (ours[name].double() - truth).norm() <= bound, name
 
 
+class Counted(Interpreted):
+    """Keeps how many rows its products have."""
+
+    rows_of_products: tuple[int, ...] = ()
+
+    def product(self, a: Tensor, b: Tensor, out: Tensor) -> None:
+        """As there."""
+        type(self).rows_of_products += (a.shape[0],)
+        super().product(a, b, out)
+
+
+class AfterOwnProducts(Counted):
+    """Of a backward whose forward summed inside a product of ours."""
+
+    _sums_in_products = True
+
+
+@pytest.mark.parametrize("adapter", (False, True), ids=("plain", "adapter"))
+@pytest.mark.parametrize(("n", "few"), [(1, 2), (2, 2), (3, 4), (5, 4)])
+def test_few_rows_are_filled_up_to_half_a_block(n, few, adapter, monkeypatch):
+    """With a frozen head, and where the forward's products were others; else to a whole one."""
+    given = problem(n, 12, V, torch.float32, softcap=5.0)
+    given = given._replace(labels=given.labels.clamp(min=0))
+    given = with_adapter(given, torch.float32) if adapter else given
+    for plan, rows in (("frozen", few), ("recompute", 4)):
+        monkeypatch.setattr(Counted, "rows_of_products", ())
+        ours, cpu = (results(work, given, plan, torch.ones(n)) for work in (Counted, CpuWork))
+        assert set(Counted.rows_of_products) == {rows}
+        for name, x in ours.items():
+            torch.testing.assert_close(x, cpu[name], rtol=1e-5, atol=1e-5, msg=name)
+    monkeypatch.setattr(AfterOwnProducts, "rows_of_products", ())
+    own, others, _, stats, kept = forward(Counted, given, Asked(RECOMPUTE, 0, False, False))
+    by = Upstream(torch.ones(n, 1).double(), -torch.ones(n).double(), None)
+    again, wanted = (
+        backward(work, given, by, own, stats, kept, [True] * 3)
+        for work in (AfterOwnProducts, CpuWork)
+    )
+    assert set(AfterOwnProducts.rows_of_products) == {few}
+    for ours, cpu in zip(again, wanted, strict=True):
+        torch.testing.assert_close(ours, cpu, rtol=1e-5, atol=1e-5)
+
+
 def test_plans_agree_and_runs_are_the_same():
     given, upstream = problem(N, 12, V, torch.float32, softcap=7.0), torch.randn(N)
     runs = {plan: results(Interpreted, given, plan, upstream) for plan in KEPT}

@@ -3,7 +3,8 @@
 Products are float32 (float64 of float64), so that logits are never rounded before their
 log-sum-exp, and made in blocks of 1024 rows, the last one filled up with zeros, by tiles of 8192
 ids: they stay in or near the L2 cache, and their shape, by which cuBLAS chooses its kernel, is the
-same for any number of rows.
+same for any number of rows. Few are filled up to 512 rows where that is lost in any case: with a
+frozen head, and where gradients make the products again that the forward made in its own way.
 
 Where that is predicted to be faster, from sm_90 on, logits of half precision are summed within a
 product of our own, `triton.product`, and no product is written. A frozen head's are not, whose
@@ -29,7 +30,8 @@ from fastadapt._ops.linear.tiles import (
 
 TILE = 8192  # ids a tile
 DOUBLE_TILE = 2048  # of float64, as many as a program has registers for
-ROWS = 1024  # of a product: with a tile of ids 32 MiB of float32
+ROWS = 1024  # of a product: with a tile of ids 32 MiB of float32; half as many of few rows, which
+# with a tile are 128 blocks of 128 x 256, one for each of an H100's 132 multiprocessors
 MASS_BLOCKS = 4  # of so many rows in a frozen head's second product
 GRADIENT_BYTES = 128 << 20  # of one tile's gradient, where there are so many rows
 LEAST_TILE = 1024
@@ -96,6 +98,12 @@ class CudaWork(RowWork):
         readable = h % launch.DEPTH == 0 and all(map(launch.is_aligned, read))
         return readable and (h < PRODUCT_WIDTH or n <= PRODUCT_ROWS)
 
+    @property
+    def _least(self) -> int:
+        """The rows to which a block is filled up at least: half as many of few."""
+        few = self.rows // 2
+        return few if self.head.hidden.shape[0] <= few else self.rows
+
     def backward_tile(self) -> int:
         """Returns the ids per tile that keep a tile's gradient within 128 MiB."""
         hidden = self.head.hidden
@@ -141,7 +149,7 @@ class CudaWork(RowWork):
         for begin, end in self._blocks():
             part = slice(begin, end)
             launch_linear.sum_tile(
-                self._rows(self._products(begin, end, first, last), part, first),
+                self._rows(self._products(begin, end, first, last, self.rows), part, first),
                 stats[part],
                 moments=request.moments,
                 kept=None if request.kept is None else request.kept[part],
@@ -166,7 +174,8 @@ class CudaWork(RowWork):
             exps = self._exps[: (bottom - top) * width].view(bottom - top, width)
             for begin in range(top, bottom, self.rows):
                 part = slice(begin, min(begin + self.rows, bottom))
-                rows = self._rows(self._products(begin, part.stop, first, last), part, first)
+                products = self._products(begin, part.stop, first, last, self._least)
+                rows = self._rows(products, part, first)
                 mass = sums[part], exps[begin - top : part.stop - top], shrinks[part]
                 launch_linear.sum_tile(rows, stats[part], moments=request.moments, mass=mass)
             part = slice(top, bottom)
@@ -201,9 +210,10 @@ class CudaWork(RowWork):
             rows = self._rows(kept, everything, first, kept=True)
             launch_linear.gradient_tile(rows, stats, gains, out)
             return
+        height = self._least if self._sums_in_products else self.rows
         for begin, end in self._blocks():
             part = slice(begin, end)
-            rows = self._rows(self._products(begin, end, first, last), part, first)
+            rows = self._rows(self._products(begin, end, first, last, height), part, first)
             some = Gains(gains.abc[part], gains.moments)
             launch_linear.gradient_tile(rows, stats[part], some, out[part])
 
@@ -251,23 +261,23 @@ class CudaWork(RowWork):
         n = self.head.hidden.shape[0]
         return [(begin, min(begin + self.rows, n)) for begin in range(0, n, self.rows)]
 
-    def _products(self, begin: int, end: int, first: int, last: int) -> Tensor:
-        """Computes hidden @ weight.T for a block of rows, padded to a fixed shape.
+    def _products(self, begin: int, end: int, first: int, last: int, height: int) -> Tensor:
+        """Computes hidden @ weight.T for a block of rows, filled up to a height, one in each call.
 
         An adapter's product is added to it.
         """
         hidden, weight = self.head.hidden[begin:end], self.ids(first, last)
-        if end - begin < self.rows:
+        if end - begin < height:
             if self._last is None:
-                self._last = hidden.new_zeros(self.rows, hidden.shape[1])
+                self._last = hidden.new_zeros(height, hidden.shape[1])
                 self._last[: end - begin] = hidden
             hidden = self._last
         if self._block is None:  # the first tile is as wide as any
-            self._block = hidden.new_empty(self.rows * weight.shape[0], dtype=self._wide)
-        out = self._block[: self.rows * weight.shape[0]].view(self.rows, weight.shape[0])
+            self._block = hidden.new_empty(height * weight.shape[0], dtype=self._wide)
+        out = self._block[: height * weight.shape[0]].view(height, weight.shape[0])
         self.product(hidden, weight.t(), out)
         if self._low_states is not None and self.head.low is not None:
-            states = self._low_states[begin : begin + self.rows]
+            states = self._low_states[begin : begin + height]
             torch.addmm(out, states, self.head.low.weight[first:last].t(), out=out)
         return out[: end - begin]
 

@@ -22,7 +22,7 @@ class CudaSide(CudaWork):
         from fastadapt._ops.triton.divergence import launch
 
         head = self.head
-        products = self._products(begin, end, first, last)
+        products = self._products(begin, end, first, last, self.rows)
         return launch.Side(products, first, head.bias, self._numbers, head.softcap != 0)
 
 
