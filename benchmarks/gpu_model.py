@@ -3,6 +3,9 @@
 A kernel takes the longest of: its bytes at the bandwidth; the instructions of all warps at the rate
 at which multiprocessors issue them, in whole waves of blocks; one warp alone, which waits for the
 result of each instruction that the next one needs. A launch and a call take their time beside that.
+
+Of a linear head a product takes whole waves of blocks of its result, or its bytes if they take
+longer, and the work on its rows its bytes.
 """
 
 from __future__ import annotations
@@ -53,6 +56,43 @@ class Constants(NamedTuple):
 
 
 CONSTANTS = Constants()
+
+
+class Products(NamedTuple):
+    """Products of half precision on such a GPU, through cuBLAS and in a kernel of ours."""
+
+    tflops: float = 700.0
+    block: tuple[int, int] = 128, 256  # of a result, either way round, that a multiprocessor makes
+    own_tflops: float = 600.0  # of ours, whose blocks the launch tells
+    tb_per_s: float = 4.0  # between L2 and HBM: a tile is partly in the cache
+    launch_us: float = 2.0  # of a product too
+
+    def ideal_us(self, rows: int, columns: int, depth: int) -> float:
+        """The bare product, of no waves and no bytes."""
+        return 2 * rows * columns * depth / self.tflops / 1e6
+
+    def product_us(self, rows: int, columns: int, depth: int, moved: float) -> float:
+        """One through cuBLAS."""
+        a, b = self.block
+        waves = min(
+            math.ceil(math.ceil(rows / x) * math.ceil(columns / y) / CONSTANTS.multiprocessors)
+            for x, y in ((a, b), (b, a))
+        )
+        whole = self.ideal_us(a * waves * CONSTANTS.multiprocessors, b, depth)
+        return max(whole, self.moved_us(moved))
+
+    def own_us(self, blocks: int, programs: int, block: int, depth: int, moved: float) -> float:
+        """One of ours: programs that stay, each making blocks of so many numbers in turn."""
+        a_program = 2 * math.ceil(blocks / programs) * block * depth
+        together = max(programs, CONSTANTS.multiprocessors)
+        return max(a_program * together / self.own_tflops / 1e6, self.moved_us(moved))
+
+    def moved_us(self, moved: float) -> float:
+        """So many bytes."""
+        return moved / self.tb_per_s / 1e6
+
+
+PRODUCTS = Products()
 
 
 class Block(NamedTuple):

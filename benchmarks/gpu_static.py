@@ -243,12 +243,11 @@ def calls_of(n: int, v: int) -> list[Cell]:
         for name, adaptor in GPU_ADAPTORS.items():
             with recorded(COUNTED_FOR) as got:
                 drawn = draw(rows, adaptor, options, seeds)
-            by_kernel = dict(Counter(launch.source.kernel for launch in got.launches))
             case = {"batch": n, "vocabulary": v, "outputs": asked, "adaptor": name}
             tensors = sum(field is not None for field in drawn)
             counts = {"launches": len(got.launches), "tensors": tensors}
             counts["aten_calls"] = got.operators.total()
-            cells.append({**case, **counts, "kernels": by_kernel})
+            cells.append({**case, **counts, "kernels": got.by_kernel()})
     return cells
 
 

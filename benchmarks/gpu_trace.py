@@ -25,7 +25,7 @@ from triton.runtime import interpreter
 
 from cases import GPU_ADAPTORS, make_rows
 from gpu_calls import draw
-from no_gpu import AsOnCuda
+from no_gpu import AsOnCuda, Calls
 from statements import Stack, is_of_kernels, place_of, statements_of, to_text
 
 
@@ -150,7 +150,7 @@ def trace(call: Callable[[Tensor], object], row: Tensor, n: int) -> list[dict[st
         ),
         replaced("create_masked_load"),
         replaced("create_masked_store"),
-        AsOnCuda(Counter()),
+        AsOnCuda(Calls.none()),
     ):
         sys.settrace(traced.tracer)
         try:

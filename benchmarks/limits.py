@@ -293,6 +293,27 @@ def _beside(cell: Record, peer: str) -> tuple[float, float]:
     return times[peer][1] / times[ours][1], peaks[ours] / max(peaks[peer], 1e-3)
 
 
+def gpu_loss_static_limits(record: Record) -> list[Limit]:
+    """The demands on times that a model predicts of a GPU, beside the bare products."""
+    kinds = (
+        ("trained, all logits kept", ("3M",), 4096, 1.08),
+        ("frozen", ("frozen",), 4096, 1.15),
+        ("trained or frozen", ("3M", "frozen"), 2048, 1.3),
+    )
+    found = []
+    for words, few in (("from 4,096 rows on", False), ("of 512 rows", True)):
+        for label, plans, h, bound in kinds:
+            figures = [
+                (c["to_bare"], f"N = {c['n']:,}, {c['plan']}")
+                for c in record["cells"]
+                if c["plan"] in plans and c["h"] == h and (c["n"] == 512) == few
+            ]
+            figure, where = max(figures, default=(None, ""))
+            text = f"predicted time to the bare products, {label}, H = {h}, {words}"
+            found.append(Limit(text, figure, bound, where=where))
+    return found
+
+
 def train_limits(record: Record) -> list[Limit]:
     """The demands on the training run."""
     linear, logits = (record["variants"][name] for name in ("linear", "logits"))
@@ -374,6 +395,7 @@ LIMITS: dict[str, Callable[[Record], list[Limit]]] = {
     "losses": losses_limits,
     "divergence": divergence_limits,
     "gpu_losses": gpu_losses_limits,
+    "gpu_loss_static": gpu_loss_static_limits,
     "train_preferences": train_limits,
     "tradeoff": tradeoff_limits,
     "tracker": tracker_limits,

@@ -3,13 +3,14 @@
 Arguments are bound and specialised by Triton itself, on its just-in-time path; what it would then
 compile and launch is written down. The operators of fastadapt take their implementations for CUDA
 though their tensors are on the CPU, where memory that nothing touches costs nothing. Nothing that a
-kernel would write is written: results are what was in their memory.
+kernel or a product would write is written: results are what was in their memory.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastadapt._ops.linear import cuda, divergence
 from fastadapt._ops.linear import operator as linear
@@ -31,6 +33,20 @@ from fastadapt._ops.triton import launch_scan
 
 WARP = 32
 EARLY_FROM = 90  # kernels take their places while the one before ends: launch_scan.is_early
+PRODUCTS = {"aten::mm": 0, "aten::addmm": 1}  # of PyTorch, and where their first factor stands
+
+
+class Size(NamedTuple):
+    """A tensor that a kernel is given."""
+
+    shape: tuple[int, ...]
+    itemsize: int
+    address: int  # the same of what is given twice
+
+    @property
+    def nbytes(self) -> int:
+        """All of it."""
+        return math.prod(self.shape) * self.itemsize
 
 
 class Source(NamedTuple):
@@ -51,6 +67,25 @@ class Launch(NamedTuple):
     key: str
     grid: tuple[int, int, int]
     source: Source
+    sizes: dict[str, Size]  # of tensors and descriptors, by the names of arguments and fields
+
+
+class Product(NamedTuple):
+    """One product of two matrices through PyTorch."""
+
+    rows: int
+    columns: int
+    depth: int
+    itemsize: int  # of a factor's numbers
+    out_itemsize: int
+    adds: bool  # whether it is added to what is there
+
+
+class Operator(NamedTuple):
+    """A call of PyTorch's that is no product."""
+
+    name: str
+    written: int  # bytes of its results, 0 of views and of what is only allocated
 
 
 class Calls(NamedTuple):
@@ -59,6 +94,16 @@ class Calls(NamedTuple):
     launches: list[Launch]
     operators: Counter[str]  # of PyTorch's
     compiled: list[Source]  # what was not compiled before for the same target
+    work: list[Launch | Product | Operator]  # in the order of the calls
+
+    @classmethod
+    def none(cls) -> Calls:
+        """Where nothing was called yet."""
+        return cls([], Counter(), [], [])
+
+    def by_kernel(self) -> dict[str, int]:
+        """How often each kernel was launched."""
+        return dict(Counter(launch.source.kernel for launch in self.launches))
 
     def sources(self) -> dict[str, Source]:
         """Every specialised kernel once, by its name and key."""
@@ -70,7 +115,7 @@ class _Driver:
 
     def __init__(self, target: int, calls: Calls) -> None:
         self.target = target
-        self.launches, self.compiled = calls.launches, calls.compiled
+        self.launches, self.compiled, self.work = calls.launches, calls.compiled, calls.work
 
     def get_current_device(self) -> int:
         """A device of its own for each target: what is bound for one does not serve another."""
@@ -97,9 +142,24 @@ class _NotCompiled:
     def launch_metadata(self, *_: object) -> None:
         """Nobody reads it."""
 
-    def run(self, x: int, y: int, z: int, *_: object) -> None:
+    def run(self, x: int, y: int, z: int, *rest: Any) -> None:
         """Writes the launch down where launches are recorded now."""
-        driver.active.launches.append(Launch(self.key, (x, y, z), self.source))
+        arguments = rest[-len(self.source.signature) :]  # after those of the driver
+        sizes = dict(_sizes_of(zip(self.source.signature, arguments, strict=True)))
+        launch = Launch(self.key, (x, y, z), self.source, sizes)
+        driver.active.launches.append(launch)
+        driver.active.work.append(launch)
+
+
+def _sizes_of(named: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Size]]:
+    """The sizes of tensors among arguments, in bundles too."""
+    for name, x in named:
+        if isinstance(x, torch.Tensor):
+            yield name, Size(tuple(x.shape), x.element_size(), x.data_ptr())
+        elif isinstance(x, TensorDescriptor):
+            yield name, Size(tuple(x.shape), x.base.element_size(), x.base.data_ptr())
+        elif hasattr(x, "_fields"):
+            yield from _sizes_of(zip(x._fields, x, strict=True))
 
 
 def _do_not_compile(
@@ -122,11 +182,11 @@ def _do_not_compile(
 
 
 class AsOnCuda(TorchDispatchMode):
-    """Takes the implementations for CUDA of our operators, and counts those of PyTorch."""
+    """Takes the implementations for CUDA of our operators; counts PyTorch's, makes no product."""
 
-    def __init__(self, operators: Counter[str]) -> None:
+    def __init__(self, calls: Calls) -> None:
         super().__init__()
-        self.operators = operators
+        self.operators, self.work = calls.operators, calls.work
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -137,9 +197,28 @@ class AsOnCuda(TorchDispatchMode):
             with self:  # which is off within this method
                 return func.redispatch(on_cuda, *args, **kwargs)
         self.operators[str(func)] += 1
-        if func._overloadname == "dtype_out":  # products of half precision, which the CPU lacks
-            return kwargs["out"]
-        return func(*args, **kwargs)
+        name = func._schema.name
+        if name in PRODUCTS:
+            a, b = args[PRODUCTS[name] : PRODUCTS[name] + 2]
+            out = kwargs["out"] if "out" in kwargs else a.new_empty(a.shape[0], b.shape[1])
+            sizes = *out.shape, a.shape[1], a.element_size(), out.element_size()
+            self.work.append(Product(*sizes, name == "aten::addmm"))
+            return out
+        made = func(*args, **kwargs)
+        self.work.append(Operator(str(func), 0 if _writes_nothing(func) else _nbytes(made)))
+        return made
+
+
+def _writes_nothing(func: Any) -> bool:
+    """Whether an operator of PyTorch's makes a view, or memory that it leaves as it is."""
+    views = any(x.alias_info and not x.alias_info.is_write for x in func._schema.returns)
+    return views or "empty" in func._schema.name or torch.Tag.inplace_view in func.tags
+
+
+def _nbytes(made: Any) -> int:
+    """The bytes of the tensors that were made."""
+    several = made if isinstance(made, tuple | list) else (made,)
+    return sum(x.nbytes for x in several if isinstance(x, torch.Tensor))
 
 
 @contextmanager
@@ -151,7 +230,7 @@ def recorded(target: int) -> Iterator[Calls]:
     """
     if triton.knobs.runtime.interpret:
         raise RuntimeError("expected Triton's compiler, got its interpreter")
-    calls = Calls([], Counter(), [])
+    calls = Calls.none()
 
     def work_of(hidden: torch.Tensor) -> type[CudaWork]:
         return DoubleCudaWork if hidden.dtype == torch.float64 else CudaWork
@@ -168,7 +247,7 @@ def recorded(target: int) -> Iterator[Calls]:
             mock.patch.object(cuda, "capability_of", lambda x: target),
             mock.patch.object(divergence, "work_of", pairs_of),
             mock.patch.object(launch_scan, "is_early", lambda device: target >= EARLY_FROM),
-            AsOnCuda(calls.operators),
+            AsOnCuda(calls),
         ):
             yield calls
     finally:

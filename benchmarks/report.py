@@ -40,7 +40,9 @@ UNMEASURED = {
         ("gpu_sampling", "gpu_sampling_earlier", "gpu_sampling_peers", "gpu_losses"),
         "Not yet measured on a GPU.\n",
     ),
-    **dict.fromkeys(("edits", "tracker", "tradeoff", "trainer"), "Not yet measured.\n"),
+    **dict.fromkeys(
+        ("divergence", "edits", "tracker", "tradeoff", "trainer"), "Not yet measured.\n"
+    ),
 }
 Record = Mapping[str, Any]
 Columns = Mapping[str, str | Sequence[str]]  # the title of each, and the format of its fields
@@ -196,7 +198,8 @@ TABLES: dict[str, Callable[..., str]] = {
     name: functools.partial(block, name)
     for name in (
         *("generation", "sampling", "gpu_redesign", "gpu_sampling", "gpu_predicted", "score"),
-        *("edits", "losses", "divergence", "gpu_losses", "train_preferences", "trainer"),
+        *("edits", "losses", "divergence", "gpu_losses", "gpu_loss_static", "train_preferences"),
+        *("trainer",),
         *("tradeoff", "tracker"),
     )
 } | dict.fromkeys(
