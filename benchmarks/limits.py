@@ -134,29 +134,22 @@ def score_limits(record: Record) -> list[Limit]:
 
 def edits_limits(record: Record) -> list[Limit]:
     """The demands on `sample` with edits and masks."""
-    cells = record["cells"]
-    changes = {
-        kind: [
-            (quartiles[1], {**c, "adaptor": name.split(",")[0]})
-            for c in cells
-            for name, quartiles in c["to_plain"].items()
+    cells, count = record["cells"], record["settings"]["ids"]
+
+    def changed(kind: str) -> Figures:
+        return [
+            (quartiles[1], {**cell, "adaptor": name.removesuffix(f", {kind}")})
+            for cell in cells
+            for name, quartiles in cell["to_plain"].items()
             if name.endswith(kind)
         ]
-        for kind in ("edits", "allowed")
-    }
+
+    whole = _medians(cells, "to_softmax", "everything")
     stock = _medians(cells, "stock_to_everything")
     return [
-        _worst(
-            f"edits of {record['settings']['ids']:,} ids to `sample` without, worst cell",
-            changes["edits"],
-            1.25,
-        ),
-        _worst("a mask of allowed tokens to `sample` without, worst cell", changes["allowed"], 1.2),
-        _worst(
-            "all filters with both to torch.softmax, worst cell",
-            _medians(cells, "to_softmax", "everything"),
-            2.2,
-        ),
+        _worst(f"edits of {count:,} ids to `sample` without, worst cell", changed("edits"), 1.25),
+        _worst("a mask of allowed tokens to `sample` without, worst", changed("allowed"), 1.2),
+        _worst("all filters with both to torch.softmax, worst cell", whole, 2.2),
         _worst("transformers' way to that, least", stock, 100, at_least=True),
     ]
 
