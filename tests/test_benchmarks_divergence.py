@@ -1,5 +1,6 @@
 """The benchmark of `linear_divergence`, without timing: its grid, calls, products, report."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -24,7 +25,7 @@ def record(run_benchmark):
 def test_grid():
     grid = list(bench_divergence.cells(bench_divergence.BENCHMARK.parse([])))
     assert len(grid) == len(set(grid)) == 2 * 2 * 3 * 2
-    assert {c[:3] for c in grid} == {(1024, 576, 49_152), (1024, 896, 32_768)}
+    assert {c[:3] for c in grid} == {(256, 576, 49_152), (256, 896, 32_768)}
     quick = list(bench_divergence.cells(bench_divergence.BENCHMARK.parse(["--quick"])))
     assert [c[3:] for c in quick] == [("bfloat16", "kl", "trainable")]
 
@@ -82,3 +83,17 @@ def test_report(record):
         assert f"| {limit.label} | {limit.shown} | at most 1.15 x | {limit.met} |" in table
     nothing = limits.divergence_limits({"cells": []})
     assert {x.met for x in nothing} == {"not measured"} and len(nothing) == 2
+
+
+def test_the_page_says_what_is_not_measured(monkeypatch, tmp_path, record):
+    """And has the table where the result is there."""
+    monkeypatch.setattr(report, "PAGES", {"page": {"divergence": report.TABLES["divergence"]}})
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    page = "<!-- divergence -->\n<!-- /divergence -->"
+    expected = "<!-- divergence -->\nNot yet measured.\n<!-- /divergence -->"
+    assert report.render(page, "page") == expected
+    record["host"] |= {"dirty": False, "commit": "0" * 40}
+    (tmp_path / "divergence.json").write_text(json.dumps(record), encoding="utf-8")
+    made = report.render(expected, "page")
+    assert "| 6, 16, 3,000, float32, kl, trainable | " in made and "Not yet" not in made
+    assert report.render(made, "page") == made
