@@ -50,6 +50,50 @@ def test_divergences_equal_the_cpu(on_device, dtype, kind, shape):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
+def adapted(*inputs, kind):
+    """Divergences of heads with adapters, and the gradients of the student's."""
+    hidden, weight, teacher_hidden, teacher_weight, a, b, other_a, other_b = inputs
+    leaves = [x.detach().requires_grad_() for x in (hidden, weight, a, b)]
+    values = linear_divergence(
+        *leaves[:2], teacher_hidden, teacher_weight, kind=kind, lora=(*leaves[2:], 1.3),
+        teacher_lora=(other_a, other_b, 0.6),
+    )  # fmt: skip
+    return [values.detach(), *torch.autograd.grad(values.sum(), leaves)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
+def test_adapters_equal_the_cpu(on_device, dtype, kind):
+    hidden, weight, _, teacher_hidden, teacher_weight, *_ = heads(1100, 96, 17_000, dtype)
+    shapes = (3, 96), (17_000, 3), (5, 48), (17_000, 5)
+    loras = [(torch.randn(shape) / shape[1] ** 0.5).to(dtype) for shape in shapes]
+    inputs = hidden, weight, teacher_hidden, teacher_weight, *loras
+    ours, wanted = on_device(adapted, *inputs, kind=kind), adapted(*inputs, kind=kind)
+    tolerance = 2e-5 if dtype == torch.float32 else 1e-11
+    for a, b in zip(ours, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_float32_heads_under_autocast_are_cast_by_tiles(device, kind):
+    """The bits of half-precision heads; the student's gradient is float32, no head is copied."""
+    n, h, v = 512, 1024, 65_536
+    hidden, weight, *teacher = [torch.randn(s, h, device=device) for s in (n, v, n, v)]
+    half = linear_divergence(*(x.bfloat16() for x in (hidden, weight, *teacher)), kind=kind)
+    leaf = weight.requires_grad_()
+    for _ in range(2):  # cuBLAS takes its workspace in the first
+        leaf.grad = None
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            values = linear_divergence(hidden, leaf, *teacher, kind=kind)
+            plan = plan_of(hidden, leaf, teacher[0], kind=kind)
+        values.sum().backward()
+        peak = torch.cuda.max_memory_allocated() - before - leaf.grad.nbytes
+    assert torch.equal(values, half) and leaf.grad.dtype == torch.float32
+    assert peak <= plan.peak_bytes + (8 << 20) and plan.peak_bytes < 2 * v * h * 2
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
 def test_errors_of_half_divergences_are_no_more_than_those_of_the_cpu(on_device, dtype, kind):

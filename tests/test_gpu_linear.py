@@ -170,16 +170,20 @@ def test_peaks_of_adapters_are_those_of_the_plan(device, trained):
     assert peak <= told + returned + (8 << 20)
 
 
-def mle_results(hidden, weight, labels, bias, _):
-    """The loss and its gradients, of blocks of 1024 rows."""
-    leaves = [x.detach().requires_grad_() for x in (hidden, weight, bias)]
-    loss = linear_mle_loss(*leaves[:2], labels, leaves[2], z_loss=0.01, memory_budget=0)
+def mle_results(hidden, weight, labels, bias, _, *low):
+    """The loss and its gradients, those of an adapter too, of blocks of 1024 rows."""
+    leaves = [x.detach().requires_grad_() for x in (hidden, weight, bias, *low)]
+    lora = (*leaves[3:], 0.7) if low else None
+    options = {"z_loss": 0.01, "label_smoothing": 0.1, "memory_budget": 0, "lora": lora}
+    loss = linear_mle_loss(*leaves[:2], labels, leaves[2], **options)
     return [loss.detach(), *torch.autograd.grad(loss, leaves)]
 
 
+@pytest.mark.parametrize("r", (0, 3))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
-def test_a_loss_with_its_gradients_equals_the_cpu(on_device, dtype):
-    inputs = linear_head(2500, 96, 17_000, dtype)
+def test_a_loss_with_its_gradients_equals_the_cpu(on_device, dtype, r):
+    low = adapter(96, 17_000, r, dtype) if r else ()
+    inputs = [*linear_head(2500, 96, 17_000, dtype), *low]
     ours, again = (on_device(mle_results, *inputs) for _ in range(2))
     tolerance = 2e-5 if dtype == torch.float32 else 1e-11
     for a, b, wanted in zip(ours, again, mle_results(*inputs), strict=True):
