@@ -12,6 +12,7 @@ from torch import Tensor
 from cases import GPU_ADAPTORS
 from fastadapt import (
     Adaptor,
+    Edits,
     Sample,
     adapted_log_odds,
     candidate_log_odds,
@@ -21,8 +22,10 @@ from fastadapt import (
     sample,
     score,
 )
+from fastadapt._ops.common import RowEdits
 from fastadapt._ops.linear.divergence import KINDS
 from fastadapt._ops.linear.driver import RECOMPUTE
+from fastadapt._ops.triton.edits.launch import edited
 
 DTYPES = {
     "float32": torch.float32,
@@ -44,6 +47,7 @@ TOP_OUTPUTS: dict[str, dict[str, Any]] = {
     f"{asked} and top 20": {**OUTPUTS[asked], "top_logprobs": 20}
     for asked in ("no outputs", "base_logprobs", "all outputs")
 }
+EDITED_OUTPUTS = "no outputs, edits"  # of rows with edits and masks
 
 
 class Call(NamedTuple):
@@ -65,6 +69,14 @@ def draw(
     return sample(rows, adaptor, seeds=seeds, **given)
 
 
+def changes_of(n: int, v: int, *, given: bool = False) -> dict[str, Any]:
+    """Edits of an id of each row, and a mask of allowed tokens, as arguments."""
+    ids, offsets = torch.zeros(n, dtype=torch.int32), torch.arange(n + 1)
+    values = torch.zeros(n)
+    edits = Edits.set(ids, offsets, values) if given else Edits(ids, offsets, post=values)
+    return {"edits": edits, "allowed": torch.zeros(n, -(-v // 32), dtype=torch.int32)}
+
+
 def per_row(adaptor: Adaptor, n: int) -> Adaptor:
     """The same knobs as tensors of a value for each row."""
     names = "temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"
@@ -84,7 +96,7 @@ def calls(dtype: str, thorough: bool, ones: bool) -> Iterator[Call]:
         size = "" if v > 1 else ", N = V = 1"
         rows = torch.empty(n, v, dtype=DTYPES[dtype])
         if dtype != "float64":
-            for name, run in _sampling(rows, thorough).items():
+            for name, run in {**_sampling(rows, thorough), **_edits(rows)}.items():
                 yield Call(f"{name}, {dtype}{size}", run)
         for name, run in _adapted(rows).items():
             yield Call(f"{name}, {dtype}{size}", run)
@@ -123,8 +135,28 @@ def _sampling(rows: Tensor, thorough: bool) -> dict[str, Callable[[], object]]:
 def _adapted(rows: Tensor) -> dict[str, Callable[[], object]]:
     """Log-odds on the support of an adaptor, and their gradient."""
     tokens = torch.zeros(len(rows), dtype=torch.int64)
-    with_gradient = _with_backward(adapted_log_odds, rows, tokens, GPU_ADAPTORS["T+p"])
-    return {"adapted log-odds": with_gradient}
+    given = rows, tokens, GPU_ADAPTORS["T+p"]
+    found = {"adapted log-odds": _with_backward(adapted_log_odds, *given)}
+    if rows.dtype == torch.float32:  # which edited rows of other types are, too
+        for name, given_values in (("edits", False), ("given values", True)):
+            changes = changes_of(*rows.shape, given=given_values)
+            if given_values:
+                changes["edits"].columns.requires_grad_()
+            found[f"adapted log-odds, {name}"] = _with_backward(adapted_log_odds, *given, **changes)
+    return found
+
+
+def _edits(rows: Tensor) -> dict[str, Callable[[], object]]:
+    """Edited rows, by what is done to them."""
+    n, v = rows.shape
+    found: dict[str, Callable[[], object]] = {}
+    for name, given in (("edits", False), ("given values", True)):
+        edits, allowed = changes_of(n, v, given=given).values()
+        lists = edits.ids, edits.offsets, edits.columns
+        found[name] = partial(edited, rows, RowEdits(*lists))
+        found[f"{name}, allowed"] = partial(edited, rows, RowEdits(*lists, allowed))
+    found["allowed"] = partial(edited, rows, RowEdits(allowed=allowed))
+    return found
 
 
 def _losses(rows: Tensor) -> dict[str, Callable[[], object]]:

@@ -39,7 +39,16 @@ from triton.runtime.jit import JITFunction
 from cases import GPU_ADAPTORS
 from fastadapt import Adaptor
 from fastadapt._ops import triton as kernels
-from gpu_calls import DTYPES, OUTPUTS, TOP_OUTPUTS, calls, draw, per_row
+from gpu_calls import (
+    DTYPES,
+    EDITED_OUTPUTS,
+    OUTPUTS,
+    TOP_OUTPUTS,
+    calls,
+    changes_of,
+    draw,
+    per_row,
+)
 from gpu_static_check import ALL, differences, read_record, refuse_another, too_many
 from harness import Axis, Benchmark, Option, progress
 from machine_code import SHARED_KIB, Demand, code_of, demand_of, loads_through_descriptors
@@ -239,7 +248,8 @@ def calls_of(n: int, v: int) -> list[Cell]:
     """Launches and PyTorch's operators in a call of `sample`, by adaptor and outputs."""
     rows, seeds = torch.empty(n, v), torch.arange(n)
     cells = []
-    for asked, options in {**OUTPUTS, **TOP_OUTPUTS}.items():
+    changed = {EDITED_OUTPUTS: changes_of(n, v)}
+    for asked, options in {**OUTPUTS, **TOP_OUTPUTS, **changed}.items():
         for name, adaptor in GPU_ADAPTORS.items():
             with recorded(COUNTED_FOR) as got:
                 drawn = draw(rows, adaptor, options, seeds)
