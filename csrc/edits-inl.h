@@ -69,7 +69,8 @@ static RowStats write_edited_part(const T* x, int64_t from, int64_t to, const Ro
       for_row(x, begin, end, 1.0f, [&](int64_t i, F s) { store(out + i, s); });
     }
     for (; next < edits.last && *next < end; ++next)
-      out[*next] = edits.edited(to_float(x[*next]), next);
+      if (*next >= begin)  // else these lists have changed since they were checked
+        out[*next] = edits.edited(to_float(x[*next]), next);
     join(&stats, scan_part(out + begin, end - begin));
   }
   return stats;

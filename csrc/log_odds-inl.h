@@ -174,8 +174,9 @@ template <class T>
 static void through_edits(const T* x, int64_t v, const RowEdits& edits, float* dy, float* dgiven,
                           T* out) {
   for (const int32_t* at = edits.first; at < edits.last; ++at) {
-    if (dgiven) dgiven[at - edits.all.ids] = *at < v ? dy[*at] : 0;
-    if (*at < v) dy[*at] = edits.through(dy[*at], to_float(x[*at]), at);
+    const bool there = *at >= 0 && *at < v;
+    if (dgiven) dgiven[at - edits.all.ids] = there ? dy[*at] : 0;
+    if (there) dy[*at] = edits.through(dy[*at], to_float(x[*at]), at);
   }
   for_row(dy, 0, v, 1.0f, [&](int64_t i, F s) {
     if (i + W <= v) return store(out + i, s);
