@@ -254,7 +254,7 @@ def calls_of(n: int, v: int) -> list[Cell]:
             with recorded(COUNTED_FOR) as got:
                 drawn = draw(rows, adaptor, options, seeds)
             case = {"batch": n, "vocabulary": v, "outputs": asked, "adaptor": name}
-            tensors = sum(field is not None for field in drawn)
+            tensors = sum(field is not None for field in drawn) + (asked in changed)  # edited rows
             counts = {"launches": len(got.launches), "tensors": tensors}
             counts["aten_calls"] = got.operators.total()
             cells.append({**case, **counts, "kernels": got.by_kernel()})

@@ -378,5 +378,5 @@ def _words(allowed: object, leading: torch.Size, v: int, rows: Tensor) -> Tensor
         raise ValueError(f"allowed: expected shape {shape}, got {tuple(allowed.shape)}")
     if allowed.device != rows.device:
         raise ValueError(f"allowed: expected device {rows.device}, got {allowed.device}")
-    words = allowed.reshape(-1, shape[-1])
+    words = allowed if allowed.dim() == 2 else allowed.reshape(-1, shape[-1])
     return words if words.stride(1) == 1 or words.shape[1] == 1 else words.contiguous()
