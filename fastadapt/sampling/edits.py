@@ -19,8 +19,8 @@ class Edits:
     y = y + last`, every operation rounded once, which is what transformers, vLLM and llama.cpp
     compute. x = -inf stays -inf. Ids that are not listed keep their logits.
 
-    Ids are in compressed rows: those of row r are `ids[offsets[r]:offsets[r + 1]]`. Lists and values
-    are not copied, and must not change afterwards.
+    Ids are in compressed rows: those of row r are `ids[offsets[r]:offsets[r + 1]]`. The lists are
+    not copied, and must not change afterwards.
 
     Examples:
         >>> edits = Edits.from_rows([{0: 1.0}, {2: -float("inf")}], "pre")
