@@ -184,6 +184,18 @@ def test_nothing_allowed_is_a_row_without_finite_logits():
     assert drawn.tokens.tolist() == [-1, 39]
 
 
+def test_a_mask_may_have_the_words_of_the_real_vocabulary():
+    x, words = torch.randn(3, 130), some_words(3, 70)
+    for adaptor in ADAPTORS[:2]:
+        given = {"allowed": words, "num_tokens": 70}
+        found = filter_logits(x, adaptor, **given)
+        assert torch.equal(found, reference.filter_logits(x, adaptor, **given))
+        assert torch.equal(found[:, :70], filter_logits(x[:, :70], adaptor, allowed=words))
+        assert (found[:, 70:] == -INF).all()
+    with pytest.raises(ValueError, match=r"expected shape \(3, 5\), got \(3, 3\)"):
+        filter_logits(x, Adaptor(), allowed=words, num_tokens=97)
+
+
 def test_leading_dimensions_and_strides():
     x, words = torch.randn(2, 3, 70), some_words(6, 70)
     edits = some_edits(6, 70)
@@ -256,7 +268,7 @@ def test_sums_with_given_values():
     assert torch.equal(edited(x, given + more), edited(x, more))
     elsewhere = Edits.from_rows([{5: 3.0}, {}], "penalty")
     for first, after in ((given, elsewhere), (elsewhere, given)):
-        with pytest.raises(ValueError, match="expected ids whose values are given"):
+        with pytest.raises(ValueError, match=r"beside Edits\.set, got one of id 5"):
             first + after
 
 
@@ -312,6 +324,10 @@ def test_wrong_arguments_are_refused():
         (lambda: filter_logits(x, Adaptor(), allowed=some_words(2, 40).long()), "torch.int32"),
         (lambda: filter_logits(x, Adaptor(), edits={1: 2.0}), "edits: expected Edits, got dict"),
         (lambda: Edits(ids.long(), offsets), "ids: expected a tensor of torch.int32"),
+        (lambda: Edits.from_rows([{}, {"1": 1.0}], "pre"), r"rows\[1\]: expected an integer"),
+        (lambda: Edits.from_rows([{1.7: 1.0}], "pre"), r"rows\[0\]: expected an integer, got 1.7"),
+        (lambda: Edits.from_rows([{2**31: 1.0}], "pre"), "got 2147483648"),
+        (lambda: Edits.from_rows([None], "pre"), "mapping of ids to numbers, got NoneType"),
         (lambda: Edits(ids, offsets.int()), "offsets: expected a tensor of torch.int64"),
         (lambda: Edits(ids, offsets, pre=torch.ones(2)), r"pre: expected shape \(1,\)"),
         (lambda: Edits(ids, offsets, pre=torch.ones(1).double()), "pre: expected a tensor"),

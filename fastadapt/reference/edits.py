@@ -19,7 +19,7 @@ def edited(
     Args:
         logits (Tensor): (..., V).
         edits (Changes | None): of its rows.
-        allowed (Tensor | None): (..., ceil(V / 32)), int32.
+        allowed (Tensor | None): (..., ceil(V / 32)), int32; V may be `num_tokens`.
         num_tokens (int | None): 1 to V.
     """
     v = logits.shape[-1]
@@ -31,8 +31,8 @@ def edited(
         y = y.index_put(at, _changed(y[at], edits.columns.to(y.dtype)))
     if allowed is not None:
         words = allowed.reshape(len(x), -1, 1)
-        bits = words >> torch.arange(32, device=x.device) & 1  # (N, ceil(V / 32), 32)
-        y = y.masked_fill(bits.flatten(1)[:, :v] == 0, float("-inf"))
+        bits = (words >> torch.arange(32, device=x.device) & 1).flatten(1)[:, :v]
+        y = y.masked_fill(torch.nn.functional.pad(bits, (0, v - bits.shape[1])) == 0, float("-inf"))
     if num_tokens is not None:
         y = y.masked_fill(torch.arange(v, device=x.device) >= num_tokens, float("-inf"))
     return y.view(logits.shape)

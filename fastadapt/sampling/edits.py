@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from fastadapt._ops.checks import instance, integer, one_of
-from fastadapt._ops.common import RowEdits
 
 COLUMNS = ("pre", "penalty", "post", "last")
 NEUTRAL = (0.0, 1.0, 0.0, 0.0)
@@ -16,8 +15,9 @@ class Edits:
     """Changes of listed logits, in float32, before temperature and filters.
 
     Of each listed id `y = x + pre; y = y / penalty where y > 0, else y * penalty; y = y + post;
-    y = y + last`, every operation rounded once, which is what transformers, vLLM and llama.cpp
-    compute. x = -inf stays -inf. Ids that are not listed keep their logits.
+    y = y + last`, every operation rounded once, which is what transformers, vLLM's kernel and
+    llama.cpp compute. x = -inf stays -inf; a ban, an addition of -inf, leaves NaN where x is NaN or
+    +inf (what is not `allowed` is -inf whatever it was). Other ids keep their logits.
 
     Ids are in compressed rows: those of row r are `ids[offsets[r]:offsets[r + 1]]`. The lists are
     not copied, and must not change afterwards.
@@ -118,14 +118,20 @@ class Edits:
             tensor([1, 3], dtype=torch.int32)
 
         Args:
-            rows (Sequence[Mapping[int, float]]): N of them; such as the `logit_bias` of requests.
+            rows (Sequence[Mapping[int, float]]): N of them, empty ones for rows without edits; such
+                as the `logit_bias` of requests, its ids made integers.
             column (str): "pre", "penalty", "post" or "last".
             device (torch.device | str | None): of the edits. None: the CPU.
 
         Raises:
-            ValueError: no such column; and as `Edits`.
+            TypeError: a row that is no mapping, an id that is no integer.
+            ValueError: no such column, an id out of int32's range; and as `Edits`.
         """
         one_of("column", column, COLUMNS)
+        for at, row in enumerate(rows):
+            instance(f"rows[{at}]", row, Mapping, "a mapping of ids to numbers")
+            for i in row:
+                integer(f"rows[{at}]", i, 0, 2**31 - 1)
         ordered = [sorted(row.items()) for row in rows]
         pairs = [pair for row in ordered for pair in row]
         ends = torch.tensor([0, *map(len, ordered)], device="cpu").cumsum(0)
@@ -159,7 +165,9 @@ class Edits:
         """Returns both, these first, as edits of the same form.
 
         That is so where no id needs two penalties, more than one addition before a penalty or more
-        than two after it: a sum of numbers would be rounded once instead of twice.
+        than two after it: a sum of numbers would be rounded once instead of twice. Beside given
+        values (`Edits.set`) there may be edits of the same ids alone, and values replace what comes
+        before them. What one of both bans is banned, of whatever finite logit.
 
         Examples:
             >>> bias = Edits.from_rows([{0: 1.0}], "pre")
@@ -167,7 +175,8 @@ class Edits:
             tensor([1., 2., 0., 0.])
 
         Raises:
-            ValueError: other rows, or an id whose edits do not fit into one.
+            ValueError: other rows, an id whose edits do not fit into one, or whose value is not
+                given where others' are.
         """
         if not isinstance(after, Edits):
             return NotImplemented
@@ -239,7 +248,7 @@ def _joined_values(
     of_first, of_after = places
     if not after.sets:  # edits of values are values
         if len(of_first) < len(ids):
-            raise ValueError("edits: expected ids whose values are given, got others after them")
+            raise _not_given(of_first, ids)
         pre, penalty, post, last = after.columns
         x = first.columns[0][_inverse(of_first)][of_after]
         y = x + pre
@@ -248,12 +257,22 @@ def _joined_values(
         values = first.columns[0][_inverse(of_first)].index_put((of_after,), y)
     else:
         if not first.sets and len(of_after) < len(ids):
-            raise ValueError("edits: expected ids whose values are given, got others before them")
+            raise _not_given(of_after, ids)
         values = after.columns.new_zeros(len(ids))
         if first.sets:
             values = values.index_put((of_first,), first.columns[0])
         values = values.index_put((of_after,), after.columns[0])
     return Edits.__new__(Edits)._fill(ids, offsets, values[None])
+
+
+def _not_given(of_values: Tensor, ids: Tensor) -> ValueError:
+    """The error of an id that is edited while the values of others are given."""
+    missing = torch.ones_like(ids, dtype=torch.bool).index_fill_(0, of_values, False)
+    at = int(missing.nonzero()[0])
+    return ValueError(
+        "edits: expected edits of ids alone whose values are given beside Edits.set, got one of "
+        f"id {int(ids[at])}"
+    )
 
 
 def _inverse(order: Tensor) -> Tensor:
@@ -321,62 +340,3 @@ def _check_numbers(name: str, values: Tensor, ids: Tensor) -> None:
         good, expected = values < float("inf"), "finite values or -inf"
     if not bool(good.all()):
         raise ValueError(f"{name}: expected {expected}, got {float(values[~good][0])}")
-
-
-def edited_rows(
-    rows: Tensor,
-    leading: torch.Size,
-    edits: Edits | None,
-    allowed: Tensor | None,
-    num_tokens: int | None,
-) -> tuple[Tensor, RowEdits]:
-    """Returns the logits of the real vocabulary and what operators take of edits, checked.
-
-    Args:
-        rows (Tensor): (N, V), float32 or half precision where there are edits.
-        leading (torch.Size): the shape of the logits without V.
-        edits (Edits | None): of N rows.
-        allowed (Tensor | None): (*leading, ceil(V / 32)), int32.
-        num_tokens (int | None): 1 to V.
-
-    Raises:
-        TypeError: something else than edits, words of another dtype, float64 logits.
-        ValueError: another number of rows or words, another device, ids beyond V.
-    """
-    v = rows.shape[1]
-    if num_tokens is not None:
-        rows = rows[:, : integer("num_tokens", num_tokens, 1, v)]
-    if edits is None and allowed is None:
-        return rows, RowEdits()
-    if rows.dtype == torch.float64:
-        raise TypeError(
-            "edits: expected float32, bfloat16 or float16 logits beside edits or allowed, got "
-            "torch.float64; fastadapt.reference takes it"
-        )
-    words = None if allowed is None else _words(allowed, leading, v, rows)
-    changes = RowEdits(allowed=words)
-    if edits is not None:
-        instance("edits", edits, Edits, "Edits")
-        if edits.rows != rows.shape[0]:
-            raise ValueError(f"edits: expected {rows.shape[0]} rows, got {edits.rows}")
-        if edits.ids.device != rows.device:
-            raise ValueError(f"edits: expected device {rows.device}, got {edits.ids.device}")
-        if edits.largest >= v:
-            raise ValueError(f"edits: expected ids in [0, {v}), got {edits.largest}")
-        changes = RowEdits(edits.ids, edits.offsets, edits.columns, words)
-    return rows, changes
-
-
-def _words(allowed: object, leading: torch.Size, v: int, rows: Tensor) -> Tensor:
-    """Returns the words of allowed ids as (N, ceil(V / 32))."""
-    instance("allowed", allowed, Tensor, "a tensor of torch.int32")
-    assert isinstance(allowed, Tensor)  # noqa: S101, for the type checker
-    if allowed.dtype != torch.int32:
-        raise TypeError(f"allowed: expected a tensor of torch.int32, got {allowed.dtype}")
-    shape = (*leading, -(-v // 32))
-    if allowed.shape != shape:
-        raise ValueError(f"allowed: expected shape {shape}, got {tuple(allowed.shape)}")
-    if allowed.device != rows.device:
-        raise ValueError(f"allowed: expected device {rows.device}, got {allowed.device}")
-    words = allowed if allowed.dim() == 2 else allowed.reshape(-1, shape[-1])
-    return words if words.stride(1) == 1 or words.shape[1] == 1 else words.contiguous()

@@ -10,7 +10,8 @@ from fastadapt._ops.checks import flag, fold_rows, instance, integer, no_tangent
 from fastadapt._ops.outputs import sample_fields
 from fastadapt.adaptor import Adaptor
 from fastadapt.results import Sample, Score
-from fastadapt.sampling.edits import Edits, edited_rows
+from fastadapt.sampling.edits import Edits
+from fastadapt.sampling.rows import edited_rows
 
 MAX_TOP_LOGPROBS = 1024
 
@@ -40,7 +41,7 @@ def filter_logits(
         edits (Edits | None): what is done to listed logits first, in float32; as many rows.
         allowed (Tensor | None): `(*logits.shape[:-1], ceil(V / 32))`, int32: the tokens that are
             left, bit j % 32 of word j // 32 for token j, as xgrammar and llguidance make them. All
-            others are -inf, whatever edits say.
+            others are -inf, whatever edits say. V of the logits, or `num_tokens`.
         num_tokens (int | None): the real vocabulary of a padded head; tokens from there on are
             -inf. None: all.
 
