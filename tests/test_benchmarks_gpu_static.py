@@ -287,6 +287,7 @@ def test_a_server_meets_few_specialisations_and_few_calls_of_pytorch(told):
     assert {x["outputs"]: x["aten_calls"] for x in calls} == {
         **{"no outputs": 5, "base_logprobs": 6, "log_mass": 6, "all outputs": 7},
         **{"no outputs and top 20": 8, "base_logprobs and top 20": 9, "all outputs and top 20": 10},
+        "no outputs, edits": 6,
     }
     over = [{**servers[0], "kernels": {"a": 4, "b": 9}}]
     over.append({**over[0], "vocabulary": gpu_static_check.ALL, "adaptor": "T"})
