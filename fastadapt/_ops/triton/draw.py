@@ -213,6 +213,15 @@ def long_kernel(rows, packed, asked, scratch, sizes, seeds, positions, out, PDL:
 
 
 @triton.jit
+def _alive_by_mass(s, mass, m, bounds):
+    """Whether tokens survive under bounds of `bounds_by_mass`, at a fifth of `survives`' price."""
+    least = tl.maximum(bounds.mass, bounds.cutoff)
+    # epsilon and eta keep the most probable
+    of_best = tl.where(bounds.cutoff_guard > ANY_RANK, bounds.mass, least)
+    return (s > float("-inf")) & (mass >= tl.where(s >= m, of_best, least))
+
+
+@triton.jit
 def _kept_of_columns(row, tile, hit, bounds, sizes, AT_ONCE: tl.constexpr):
     """Sums and counts the survivors of some groups of a tile by block, so many groups at a time."""
     COLUMNS: tl.constexpr = sizes.COLUMNS
@@ -237,10 +246,10 @@ def _kept_of_columns(row, tile, hit, bounds, sizes, AT_ONCE: tl.constexpr):
 
 
 @triton.jit
-def _sum_tile(row, parts, weights, tile, bounds, sizes, AT_ONCE: tl.constexpr):
+def _sum_tile(row, parts, weights, tile, bounds, floor, by_mass, sizes, AT_ONCE: tl.constexpr):
     """Sums and counts the survivors of a tile by block; only of groups that reach their floor."""
     BLOCKS: tl.constexpr = sizes.COLUMNS * sizes.GROUP // sizes.BLOCK
-    hit = hits_of(parts, tile, row.inverse, floor_of(bounds, row.m), sizes.COLUMNS)
+    hit = hits_of(parts, tile, row.inverse, floor, sizes.COLUMNS)
     if tl.sum(hit.to(tl.int32), 0) <= AT_ONCE:
         total, number = _kept_of_columns(row, tile, hit, bounds, sizes, AT_ONCE)
         own = tile * BLOCKS + tl.arange(0, BLOCKS)
@@ -251,11 +260,14 @@ def _sum_tile(row, parts, weights, tile, bounds, sizes, AT_ONCE: tl.constexpr):
         for block in range(tile * BLOCKS, tl.minimum((tile + 1) * BLOCKS, weights.blocks)):
             ids = block * sizes.BLOCK + tl.arange(0, sizes.BLOCK)
             s = load_scaled(row, ids)
-            if simple:
+            mass = masses(s - row.m)
+            if by_mass:
+                alive = _alive_by_mass(s, mass, row.m, bounds)
+            elif simple:
                 alive = ranks(keys(s), ids) >= bounds.cut
             else:
                 alive = survives(s, ids, row.m, bounds)
-            tl.store(weights.kept_sums + block, tl.sum(tl.where(alive, masses(s - row.m), 0), 0))
+            tl.store(weights.kept_sums + block, tl.sum(tl.where(alive, mass, 0), 0))
             tl.store(weights.finite + block, tl.sum(alive.to(tl.int32), 0))
 
 
@@ -270,7 +282,7 @@ def sum_kernel(
     Where one filter by mass is all there is, each program decides the row for itself.
     """
     follow(PDL)
-    at, tile = tl.program_id(0), tl.program_id(1)
+    at, part = tl.program_id(0), tl.program_id(1)
     marks = marks_of(scratch, at)
     by_mass = has(asked, BY_MASS)
     state = tl.load(marks + MARK_STATE)
@@ -288,7 +300,9 @@ def sum_kernel(
         else:
             bounds = load_bounds(marks + scratch.BOUNDS)
             status = tl.load(marks + scratch.BOUNDS + BOUNDS_STATUS).to(tl.int32)
-        _sum_tile(row, parts, weights, tile, bounds, sizes, AT_ONCE)
+        floor = floor_of(bounds, m)
+        for tile in range(part, parts.splits, tl.num_programs(1)):
+            _sum_tile(row, parts, weights, tile, bounds, floor, by_mass, sizes, AT_ONCE)
         tl.debug_barrier()
         if tl.atomic_add(marks + MARK_SUMMED, 1, sem="acq_rel") == tl.num_programs(1) - 1:
             j = tl.arange(0, sizes.BLOCKS)

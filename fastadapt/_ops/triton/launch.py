@@ -98,8 +98,12 @@ def sample(
         if steps.filters and not steps.by_mass:
             launch(draw.long_kernel, (n,), *long, *own, warps=8, registers=MOST_REGISTERS)
         if steps.sums:
-            grid, at_once = (n, layout.tiles), min(plan.at_once, plan.columns)
-            options = {"AT_ONCE": at_once, "warps": 4, "registers": FEWER_REGISTERS}
+            grid = n, min(layout.tiles, max(4, -(-plan.seldom // n)))
+            options = {
+                "AT_ONCE": min(plan.at_once, plan.columns),
+                "warps": 4,
+                "registers": FEWER_REGISTERS,
+            }
             launch(draw.sum_kernel, grid, *long, *own, **options)
         if top_n:
             _top(scanned, drawn, part[-3:])
