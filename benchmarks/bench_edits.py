@@ -125,7 +125,7 @@ def stock_everything(history: Tensor, allowed: Tensor, v: int) -> Callable[[Tens
     banned = bits.flatten(1)[:, :v] == 0
 
     def call(rows: Tensor) -> Tensor:
-        scores: Any = penalty(history, rows)  # type: ignore[arg-type]
+        scores: Any = penalty(history, rows)  # type: ignore[arg-type]  # asks for LongTensor
         counts = torch.zeros_like(rows).scatter_(1, history, 1.0)
         scores = scores + FREQUENCY * counts + PRESENCE * (counts > 0)
         return draw(scores.masked_fill(banned, float("-inf")))

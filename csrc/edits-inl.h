@@ -78,12 +78,9 @@ static RowStats write_edited_part(const T* x, int64_t from, int64_t to, const Ro
 
 template <class T>
 static RowStats write_edited(const T* x, int64_t n, const RowEdits& edits, const Scratch& scratch) {
-  RowStats of_part[kMaxTeam];
-  const int parts = in_parts(scratch.team, n, [&](int part, int64_t begin, int64_t end) {
-    of_part[part] = write_edited_part(x, begin, end, edits, scratch.row_f32);
+  return stats_in_parts(scratch.team, n, [&](int64_t begin, int64_t end) {
+    return write_edited_part(x, begin, end, edits, scratch.row_f32);
   });
-  for (int i = 1; i < parts; ++i) join(&of_part[0], of_part[i]);
-  return of_part[0];
 }
 
 // Calls f(x, stats) on row r, x being of type T or, where it is edited, float.

@@ -112,6 +112,16 @@ static void join(RowStats* stats, const RowStats& others) {
   stats->nan |= others.nan;
 }
 
+// What f(begin, end) says of the parts of a row together.
+template <class Fn>
+static RowStats stats_in_parts(const Team* team, int64_t n, Fn&& f) {
+  RowStats of_part[kMaxTeam];
+  const int parts = in_parts(
+      team, n, [&](int part, int64_t begin, int64_t end) { of_part[part] = f(begin, end); });
+  for (int i = 1; i < parts; ++i) join(&of_part[0], of_part[i]);
+  return of_part[0];
+}
+
 template <class T>
 static RowStats scan_part(const T* x, int64_t n) {
   F high[2] = {fset(-kInf), fset(-kInf)}, low[2] = {fset(kInf), fset(kInf)};
@@ -138,12 +148,8 @@ static RowStats scan_part(const T* x, int64_t n) {
 // Extremes of the logits, and whether any is NaN: the only pass that may see special values.
 template <class T>
 static RowStats scan(const T* x, int64_t n, const Team* team) {
-  RowStats of_part[kMaxTeam];
-  const int parts = in_parts(team, n, [&](int part, int64_t begin, int64_t end) {
-    of_part[part] = scan_part(x + begin, end - begin);
-  });
-  for (int i = 1; i < parts; ++i) join(&of_part[0], of_part[i]);
-  return of_part[0];
+  return stats_in_parts(
+      team, n, [&](int64_t begin, int64_t end) { return scan_part(x + begin, end - begin); });
 }
 
 // Masses of a part of a view that begins with a block: their sums, one sum per block, and the

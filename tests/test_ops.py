@@ -15,10 +15,10 @@ from fastadapt import (
     linear_log_odds,
     linear_mle_loss,
 )
+from fastadapt._ops.common import AS_THEY_ARE
 
 ADAPTOR = Adaptor(temperature=0.8, top_k=20, top_p=0.9)
 OPS = torch.ops.fastadapt
-AS_THEY_ARE = (None,) * 4  # rows without edits
 
 
 OP_CASES = ["filter_logits", "sample", "sample_all", "score", "adapted_log_odds"]

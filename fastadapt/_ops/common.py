@@ -29,15 +29,8 @@ class RowEdits(NamedTuple):
     columns: Tensor | None = None  # (4, E) float32, or (1, E) of given values
     allowed: Tensor | None = None  # (N, ceil(V / 32)) int32
 
-    def for_kernels(self) -> "_C.Edits | None":
-        """What the CPU's kernels need to know of them."""
-        ids, offsets, columns, allowed = self
-        if ids is None and allowed is None:
-            return None
-        given = columns is not None and columns.shape[0] == 1
-        count = 0 if ids is None else ids.shape[0]
-        stride = 0 if allowed is None else allowed.stride(0)
-        return ids, offsets, columns, count, given, allowed, stride
+
+AS_THEY_ARE = RowEdits()
 
 
 def rows_of(logits: Tensor) -> "_C.Rows":

@@ -3,8 +3,8 @@
 PyTorch's dispatcher chooses the implementation by device. Inputs arrive checked and folded by
 `sampling`; rows may have any stride, the last dimension is contiguous. Knobs are the packed
 (8, R) float64 tensor of an `Adaptor`, an order is its `filter_code`, and the four tensors of a
-`RowEdits` come last. Operators without a
-gradient fall through autograd: their outputs are detached.
+`RowEdits` come last. Operators without a gradient fall through autograd: their outputs are
+detached.
 """
 
 from types import ModuleType
@@ -16,7 +16,6 @@ from torch import Tensor
 from fastadapt import _C
 from fastadapt._ops.common import (
     Implementations,
-    RowEdits,
     check_ids,
     no_double_backward,
     register,
@@ -63,13 +62,25 @@ def _knobs(knobs: Tensor, order: int) -> "_C.Knobs":
     return knobs, knobs.shape[1], order_of(order)
 
 
+def _edits(
+    ids: Tensor | None, offsets: Tensor | None, columns: Tensor | None, allowed: Tensor | None
+) -> "_C.Edits | None":
+    """What the kernels need to know of a `RowEdits`."""
+    if ids is None and allowed is None:
+        return None
+    given = columns is not None and columns.shape[0] == 1
+    count = 0 if ids is None else ids.shape[0]
+    stride = 0 if allowed is None else allowed.stride(0)
+    return ids, offsets, columns, count, given, allowed, stride
+
+
 def _filter_logits_cpu(logits: Tensor, knobs: Tensor, order: int, *edits: Tensor | None) -> Tensor:
     """Filters (N, V) logits, in their dtype."""
     out = logits.new_empty(logits.shape)
     _C.filter(
         rows=rows_of(logits),
         knobs=_knobs(knobs, order),
-        edits=RowEdits(*edits).for_kernels(),
+        edits=_edits(*edits),
         out=out,
         num_threads=torch.get_num_threads(),
     )
@@ -95,7 +106,7 @@ def _sample_cpu(
     _C.sample(
         rows=rows_of(logits),
         knobs=_knobs(knobs, order),
-        edits=RowEdits(*edits).for_kernels(),
+        edits=_edits(*edits),
         seeds=seeds,
         positions=positions,
         tokens=tokens,
@@ -128,7 +139,7 @@ def _score_cpu(
     _C.score(
         rows=rows_of(logits),
         knobs=[_knobs(k, o) for k, o in zip(knobs, orders, strict=True)],
-        edits=RowEdits(*edits).for_kernels(),
+        edits=_edits(*edits),
         tokens=tokens,
         ignore_index=ignore_index,
         logprobs=logprobs,
@@ -155,7 +166,7 @@ def _adapted_log_odds_cpu(
     _C.log_odds(
         rows=rows_of(logits),
         knobs=_knobs(knobs, order),
-        edits=RowEdits(*edits).for_kernels(),
+        edits=_edits(*edits),
         tokens=tokens,
         ignore_index=ignore_index,
         log_odds=log_odds,
@@ -183,7 +194,7 @@ def _adapted_log_odds_backward_cpu(
     _C.log_odds_backward(
         rows=rows_of(logits),
         knobs=_knobs(knobs, order),
-        edits=RowEdits(*edits).for_kernels(),
+        edits=_edits(*edits),
         tokens=tokens,
         ignore_index=ignore_index,
         dlog_odds=dlog_odds.contiguous(),

@@ -156,9 +156,8 @@ class Edits:
             device (torch.device | str): where to.
         """
         moved = (x.to(device) for x in (self.ids, self.offsets, self.columns))
-        made = type(self).__new__(type(self))
-        made.ids, made.offsets, made.columns = moved
-        made.largest = self.largest
+        made = type(self).__new__(type(self))._fill(*moved)
+        made.largest = max(made.largest, self.largest)  # known from the CPU on
         return made
 
     def __add__(self, after: "Edits") -> "Edits":

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from fastadapt._ops.checks import instance, integer
-from fastadapt._ops.common import RowEdits
+from fastadapt._ops.common import AS_THEY_ARE, RowEdits
 from fastadapt.sampling.edits import Edits
 
 
@@ -32,7 +32,7 @@ def edited_rows(
     if num_tokens is not None:
         rows = rows[:, : integer("num_tokens", num_tokens, 1, v)]
     if edits is None and allowed is None:
-        return rows, RowEdits()
+        return rows, AS_THEY_ARE
     if rows.dtype == torch.float64:
         raise TypeError(
             f"{'allowed' if edits is None else 'edits'}: expected float32, bfloat16 or float16 "

@@ -92,9 +92,7 @@ class CudaWork(RowWork):
             return False
         from fastadapt._ops.triton.product import launch
 
-        read = (
-            (hidden, weight) if weight.dtype == hidden.dtype else (hidden,)
-        )  # else a tile is cast
+        read = [hidden, weight][: 1 + (weight.dtype == hidden.dtype)]  # else a tile is cast
         readable = h % launch.DEPTH == 0 and all(map(launch.is_aligned, read))
         return readable and (h < PRODUCT_WIDTH or n <= PRODUCT_ROWS)
 
