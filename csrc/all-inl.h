@@ -21,6 +21,8 @@
 #include "log_odds-inl.h"
 #include "score-inl.h"
 
+#include "verify-inl.h"
+
 #include "logits-inl.h"
 
 #include "divergence-inl.h"

@@ -251,6 +251,10 @@ void define_kernels(py::module_& m) {
       {FIELD(rows), FIELD(knobs), OPTIONAL(edits), FIELD(seeds), OPTIONAL(positions), FIELD(tokens),
        FIELD(logprobs), FIELD(kept), FIELD(status), OPTIONAL(base_logprobs), OPTIONAL(log_mass),
        FIELD(top_n), OPTIONAL(top_ids), OPTIONAL(top_logprobs), OPTIONAL(rank)});
+  define(m, "verify", &T::verify, Needs::kSharedRow,
+         {FIELD(rows), FIELD(knobs), OPTIONAL(edits), FIELD(k), FIELD(draft), OPTIONAL(lengths),
+          OPTIONAL(draft_rows), OPTIONAL(draft_knobs), FIELD(seeds), OPTIONAL(positions),
+          FIELD(tokens), FIELD(accepted), FIELD(logprobs), FIELD(kept), FIELD(status)});
   define(m, "score", &T::score, Needs::kSharedRow,
          {FIELD(rows), FIELD(knobs), OPTIONAL(edits), FIELD(tokens), FIELD(ignore_index),
           FIELD(logprobs), FIELD(log_norm), FIELD(kept), FIELD(base_logprobs), FIELD(entropy)});

@@ -157,12 +157,11 @@ static void bad_sample(const SampleArgs& a, int64_t r, Status status) {
   }
 }
 
-// Draws from row r, whose logits are x.
+// Draws from row r, whose logits are x, by 64 random bits.
 template <class T>
 static void draw(const SampleArgs& a, int64_t r, const T* x, const RowStats& stats,
-                 const Scratch& scratch) {
+                 const RowKnobs& k, uint64_t random, const Scratch& scratch) {
   const int64_t v = a.rows.v;
-  const RowKnobs k = knobs_of(a.knobs, r);
   Row<T> row;
   const Status status = in_range(k) ? open_row(x, v, k.inv_t, stats, &row) : kBadKnob;
   if (status != kOk) return bad_sample(a, r, status);
@@ -173,9 +172,6 @@ static void draw(const SampleArgs& a, int64_t r, const T* x, const RowStats& sta
     token = argmax(x, v, stats.max);
   } else {
     Survivors<T> survivors(row, k, scratch);
-    const int64_t position = a.positions ? a.positions[r] : 0;
-    const uint64_t random =
-        philox64(static_cast<uint64_t>(a.seeds[r]), static_cast<uint64_t>(position));
     int64_t s = 0;
     if (survivors.untouched()) {
       weigh_row(row, false, false, scratch);
@@ -223,6 +219,8 @@ static void draw(const SampleArgs& a, int64_t r, const T* x, const RowStats& sta
 
 template <class T>
 static void sample_row(const SampleArgs& a, int64_t r, const Scratch& scratch) {
-  with_row<T>(a.rows, a.edits, r, scratch,
-              [&](const auto* x, const RowStats& stats) { draw(a, r, x, stats, scratch); });
+  const uint64_t random = philox(a.seeds[r], a.positions ? a.positions[r] : 0, 0).first;
+  with_row<T>(a.rows, a.edits, r, scratch, [&](const auto* x, const RowStats& stats) {
+    draw(a, r, x, stats, knobs_of(a.knobs, r), random, scratch);
+  });
 }

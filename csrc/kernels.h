@@ -15,7 +15,14 @@ constexpr int64_t kMaxVocab = int64_t{1} << 22;
 constexpr int64_t kMaxAdaptors = 256;
 
 // Row status; a bad row never disturbs its batch mates.
-enum Status : uint8_t { kOk = 0, kNaN = 1, kPosInf = 2, kNoFinite = 3, kBadKnob = 4 };
+enum Status : uint8_t {
+  kOk = 0,
+  kNaN = 1,
+  kPosInf = 2,
+  kNoFinite = 3,
+  kBadKnob = 4,
+  kBadDraft = 5  // of verified rows: the row of the draft's own logits is bad, or its knobs
+};
 
 // The order of the packed knobs, as in fastadapt/adaptor.py.
 enum Knob : int {
@@ -90,7 +97,7 @@ struct Scratch {
   float* fine_key;  // those that are left of them
   float* fine_e;
   int32_t* fine_id;
-  float* ordered;    // the logits of a row in pieces
+  float* ordered;    // the logits of a row in pieces; of a verified row and its draft, supports
   float* row_f32;    // a row in float32: one of float64 rounded, or one that is edited
   const Team* team;  // null where the thread is alone
 };
@@ -119,6 +126,17 @@ struct SampleArgs {
   int64_t* top_ids;     // (N, top_n)
   float* top_logprobs;  // (N, top_n)
   int32_t* rank;        // (N,)
+};
+
+// N sequences of K + 1 rows, K drafts each: rows.n is N, rows and what there is of each are N (K +
+// 1); seeds, positions and knobs are of sequences. Optional outputs are null.
+struct VerifyArgs : SampleArgs {
+  int64_t k;
+  const int64_t* draft;    // (N, K)
+  const int64_t* lengths;  // (N,), at most K; or null: all K
+  Rows draft_rows;         // (N K, V), what the drafts were drawn from; no data: nothing is known
+  Knobs draft_knobs;
+  int64_t* accepted;  // (N,)
 };
 
 struct ScoreArgs {
@@ -317,6 +335,7 @@ struct DotArgs : Vectors {
 struct KernelTable {
   void (*filter)(const FilterArgs&, const Scratch&, int64_t begin, int64_t end);
   void (*sample)(const SampleArgs&, const Scratch&, int64_t begin, int64_t end);
+  void (*verify)(const VerifyArgs&, const Scratch&, int64_t begin, int64_t end);
   void (*score)(const ScoreArgs&, const Scratch&, int64_t begin, int64_t end);
   void (*log_odds)(const LogOddsArgs&, const Scratch&, int64_t begin, int64_t end);
   void (*log_odds_backward)(const LogOddsBackwardArgs&, const Scratch&, int64_t begin, int64_t end);

@@ -22,15 +22,10 @@ static inline uint32_t load_bits(const uint8_t* support, int64_t bytes, int64_t 
   return b;
 }
 
-// Decides the support of a row; false leaves it empty and the log-odds NaN.
+// Writes the survivors of a row of V logits, one bit each; the others' bits are 0 already.
 template <class T>
-static bool write_support(const T* x, int64_t v, const RowStats& stats, const RowKnobs& k,
-                          uint8_t* support, const Scratch& scratch) {
+static void set_survivors(const Survivors<T>& survivors, int64_t v, uint8_t* support) {
   const int64_t bytes = (v + 7) / 8;
-  std::memset(support, 0, static_cast<size_t>(bytes));
-  Row<T> row;
-  if (!in_range(k) || k.greedy() || open_row(x, v, k.inv_t, stats, &row) != kOk) return false;
-  const Survivors<T> survivors(row, k, scratch);
   survivors.visit([&](const auto& view, const auto& test) {
     for_survivors(view, test, [&](int64_t i, F, M chosen) {
       uint32_t b = bits(chosen);
@@ -41,6 +36,16 @@ static bool write_support(const T* x, int64_t v, const RowStats& stats, const Ro
       }
     });
   });
+}
+
+// Decides the support of a row; false leaves it empty and the log-odds NaN.
+template <class T>
+static bool write_support(const T* x, int64_t v, const RowStats& stats, const RowKnobs& k,
+                          uint8_t* support, const Scratch& scratch) {
+  std::memset(support, 0, static_cast<size_t>((v + 7) / 8));
+  Row<T> row;
+  if (!in_range(k) || k.greedy() || open_row(x, v, k.inv_t, stats, &row) != kOk) return false;
+  set_survivors(Survivors<T>(row, k, scratch), v, support);
   return true;
 }
 

@@ -98,11 +98,15 @@ struct Nucleus {
   int64_t target(int64_t mass) const { return mass >= heavy ? least : most; }
 };
 
-// The first 64 bits of Philox4x32-10 (Salmon et al. 2011) with key = seed, counter = position.
-static inline uint64_t philox64(uint64_t seed, uint64_t position) {
+// 128 bits of Philox4x32-10 (Salmon et al. 2011) with key = seed, counter = (position, stream): a
+// row's own draw takes the first half of stream 0, a verified draft both of stream 1.
+struct Random {
+  uint64_t first, second;
+};
+static inline Random philox(int64_t seed, int64_t position, uint32_t stream) {
   uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
   uint32_t c0 = static_cast<uint32_t>(position), c1 = static_cast<uint32_t>(position >> 32);
-  uint32_t c2 = 0, c3 = 0;
+  uint32_t c2 = stream, c3 = 0;
   for (int i = 0; i < 10; ++i) {
     const uint64_t p0 = uint64_t{0xD2511F53} * c0, p1 = uint64_t{0xCD9E8D57} * c2;
     const uint32_t next0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ k0;
@@ -114,7 +118,7 @@ static inline uint64_t philox64(uint64_t seed, uint64_t position) {
     k0 += 0x9E3779B9u;
     k1 += 0xBB67AE85u;
   }
-  return c0 | static_cast<uint64_t>(c1) << 32;
+  return {c0 | static_cast<uint64_t>(c1) << 32, c2 | static_cast<uint64_t>(c3) << 32};
 }
 
 // floor(random * total / 2^64)

@@ -29,6 +29,7 @@ extern const KernelTable kTable;
 const KernelTable kTable = {
     FASTADAPT_WITHOUT_DOUBLE(FilterArgs, filter_row),
     FASTADAPT_WITHOUT_DOUBLE(SampleArgs, sample_row),
+    FASTADAPT_WITHOUT_DOUBLE(VerifyArgs, verify_sequence),
     FASTADAPT_WITHOUT_DOUBLE(ScoreArgs, score_row),
     FASTADAPT_WITH_DOUBLE(LogOddsArgs, rows.dtype, log_odds_row),
     FASTADAPT_WITH_DOUBLE(LogOddsBackwardArgs, rows.dtype, log_odds_backward_row),

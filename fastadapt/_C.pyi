@@ -63,6 +63,25 @@ def sample(
     rank: Tensor | None,
     num_threads: int,
 ) -> None: ...
+def verify(
+    *,
+    rows: Rows,
+    knobs: Knobs,
+    edits: Edits | None,
+    k: int,
+    draft: Tensor,
+    lengths: Tensor | None,
+    draft_rows: Rows | None,
+    draft_knobs: Knobs | None,
+    seeds: Tensor,
+    positions: Tensor | None,
+    tokens: Tensor,
+    accepted: Tensor,
+    logprobs: Tensor,
+    kept: Tensor,
+    status: Tensor,
+    num_threads: int,
+) -> None: ...
 def score(
     *,
     rows: Rows,

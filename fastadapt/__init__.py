@@ -50,7 +50,7 @@ from fastadapt.losses import (
     unlikelihood_penalty,
     z_loss,
 )
-from fastadapt.results import Sample, Score
+from fastadapt.results import Sample, Score, Verified
 from fastadapt.sampling.edits import Edits
 from fastadapt.sampling.functions import (
     adapted_log_odds,
@@ -59,6 +59,7 @@ from fastadapt.sampling.functions import (
     sample,
     score,
 )
+from fastadapt.sampling.verify import verify
 
 __all__ = [
     "Adaptor",
@@ -67,6 +68,7 @@ __all__ = [
     "RewardPenalizeLoss",
     "Sample",
     "Score",
+    "Verified",
     "WarmUp",
     "adapted_logps",
     "adapted_log_odds",
@@ -95,6 +97,7 @@ __all__ = [
     "top_k_divergence",
     "unlikelihood_loss",
     "unlikelihood_penalty",
+    "verify",
     "warm_up",
     "z_loss",
 ]

@@ -1,4 +1,4 @@
-"""The results of `sample` and `score`; shared with their PyTorch references."""
+"""The results of `sample`, `verify` and `score`; shared with their PyTorch references."""
 
 from typing import NamedTuple
 
@@ -40,6 +40,35 @@ class Sample(NamedTuple):
     top_ids: Tensor | None = None
     top_logprobs: Tensor | None = None
     rank: Tensor | None = None
+
+
+class Verified(NamedTuple):
+    """The result of `verify` for N sequences of k drafts each.
+
+    Examples:
+        >>> logits = torch.tensor([[[2.0, 1.0, 0.0, -1.0]] * 3])
+        >>> verified = verify(logits, torch.tensor([[0, 3]]), Adaptor(temperature=0.0))
+        >>> verified.tokens, verified.accepted
+        (tensor([[ 0,  0, -1]]), tensor([1]))
+
+    Attributes:
+        tokens: (N, k + 1), int64; the accepted drafts and one more token, then -1. In a bad row -1
+            stands for that token.
+        accepted: (N,), int64; how many drafts stand, 0 to k: `tokens[n, accepted[n]]` is the token
+            behind them.
+        logprobs: (N, k + 1), float32, nats; of each token under the adapted distribution of its
+            row, NaN in a bad row, 0 behind the end.
+        kept: (N, k + 1), int32; number of finite tokens that survived the filters, 0 in a bad row
+            and behind the end.
+        status: (N, k + 1), uint8; as of `Sample`, and 5 where the row of `draft_logits` is bad; 0
+            behind the end, where no row is judged.
+    """
+
+    tokens: Tensor
+    accepted: Tensor
+    logprobs: Tensor
+    kept: Tensor
+    status: Tensor
 
 
 class Score(NamedTuple):

@@ -70,7 +70,7 @@ OTHERS = {
 CHECKS = ("fastadapt._ops.checks.", "fastadapt._ops.config.")
 KERNELS = "_ops/triton/"  # the only folder that imports triton, and that only within functions
 REGISTER = {
-    *("_ops/sampling.py", "_ops/log_odds.py"),
+    *("_ops/sampling.py", "_ops/log_odds.py", "_ops/verification.py"),
     *("_ops/linear/operator.py", "_ops/linear/divergence.py", "_ops/linear/mle.py"),
 }
 # these say what to install where an import fails

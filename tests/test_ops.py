@@ -22,7 +22,7 @@ OPS = torch.ops.fastadapt
 
 
 OP_CASES = ["filter_logits", "sample", "sample_all", "score", "adapted_log_odds"]
-OP_CASES.append("adapted_log_odds_backward")
+OP_CASES += ["adapted_log_odds_backward", "verify", "verify_all"]
 
 
 def op_cases(device):
@@ -37,7 +37,22 @@ def op_cases(device):
         torch.randn(1, 3, device=device, requires_grad=True),
         torch.full((3, 2), -1, dtype=torch.int32, device=device),
     )
+    draft, first = torch.tensor([[3, 5]], device=device), seeds[:1]
     return {
+        "verify": (x, knobs, 0, draft, None, None, None, 0, first, None, *AS_THEY_ARE),
+        "verify_all": (
+            x,
+            knobs,
+            0,
+            draft,
+            first,
+            x[:2] + 1,
+            neutral,
+            0,
+            first,
+            first,
+            *(t.detach() for t in edits),
+        ),  # fmt: skip
         "filter_logits": (x.bfloat16(), knobs, 1, *edits),
         "sample": (x, knobs, 0, seeds, seeds, False, False, 0, *AS_THEY_ARE),
         "sample_all": (x.half(), knobs, 0, seeds, seeds, True, True, 4, *edits),

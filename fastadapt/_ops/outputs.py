@@ -8,6 +8,7 @@ from fastadapt._C import NUM_STATS
 Scores = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 LogOdds = tuple[Tensor, Tensor, Tensor]
 Pair = tuple[Tensor, Tensor]
+Verification = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 SampleFields = tuple[Tensor, Tensor, Tensor, Tensor, *tuple[Tensor | None, ...]]
 
 
@@ -77,3 +78,15 @@ def label_outputs(logits: Tensor, labels: Tensor) -> Pair:
     stats = logits.new_empty(logits.shape[0], NUM_STATS, dtype=torch.float64)
     wide = torch.promote_types(logits.dtype, torch.float32)
     return logits.new_empty(labels.shape, dtype=wide), stats
+
+
+def verification_outputs(logits: Tensor, draft: Tensor) -> Verification:
+    """Allocates outputs in the order of `Verified`, those of rows (N, K + 1)."""
+    n, k = draft.shape
+    return (
+        logits.new_empty(n, k + 1, dtype=torch.int64),
+        logits.new_empty(n, dtype=torch.int64),
+        logits.new_empty(n, k + 1, dtype=torch.float32),
+        logits.new_empty(n, k + 1, dtype=torch.int32),
+        logits.new_empty(n, k + 1, dtype=torch.uint8),
+    )

@@ -36,33 +36,33 @@ from fastadapt._ops.outputs import (
 MAX_ADAPTORS = 256  # csrc/kernels.h
 
 _library = torch.library.Library("fastadapt", "DEF")
-_EDITS = "Tensor? ids, Tensor? offsets, Tensor? columns, Tensor? allowed"  # of a `RowEdits`
-_library.define(f"filter_logits(Tensor logits, Tensor knobs, int order, {_EDITS}) -> Tensor")
+EDITS = "Tensor? ids, Tensor? offsets, Tensor? columns, Tensor? allowed"  # of a `RowEdits`
+_library.define(f"filter_logits(Tensor logits, Tensor knobs, int order, {EDITS}) -> Tensor")
 _library.define(
     "sample(Tensor logits, Tensor knobs, int order, Tensor seeds, Tensor? positions,"
-    f" bool base_logprobs, bool log_mass, int top_n, {_EDITS}) -> Tensor[]"
+    f" bool base_logprobs, bool log_mass, int top_n, {EDITS}) -> Tensor[]"
 )
 _library.define(
     "score(Tensor logits, Tensor tokens, Tensor[] knobs, int[] orders, int ignore_index,"
-    f" {_EDITS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    f" {EDITS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define(
     "adapted_log_odds(Tensor logits, Tensor tokens, Tensor knobs, int order, int ignore_index,"
-    f" {_EDITS}) -> (Tensor, Tensor, Tensor)"
+    f" {EDITS}) -> (Tensor, Tensor, Tensor)"
 )
 _library.define(
     "adapted_log_odds_backward(Tensor dlog_odds, Tensor logits, Tensor tokens, Tensor knobs,"
-    f" int order, int ignore_index, Tensor support, Tensor stats, {_EDITS}, bool of_values)"
+    f" int order, int ignore_index, Tensor support, Tensor stats, {EDITS}, bool of_values)"
     " -> (Tensor, Tensor)"
 )
 
 
-def _knobs(knobs: Tensor, order: int) -> "_C.Knobs":
+def knobs_of(knobs: Tensor, order: int) -> "_C.Knobs":
     """What the kernels need to know of packed knobs."""
     return knobs, knobs.shape[1], order_of(order)
 
 
-def _edits(
+def edits_of(
     ids: Tensor | None, offsets: Tensor | None, columns: Tensor | None, allowed: Tensor | None
 ) -> "_C.Edits | None":
     """What the kernels need to know of a `RowEdits`."""
@@ -79,8 +79,8 @@ def _filter_logits_cpu(logits: Tensor, knobs: Tensor, order: int, *edits: Tensor
     out = logits.new_empty(logits.shape)
     _C.filter(
         rows=rows_of(logits),
-        knobs=_knobs(knobs, order),
-        edits=_edits(*edits),
+        knobs=knobs_of(knobs, order),
+        edits=edits_of(*edits),
         out=out,
         num_threads=torch.get_num_threads(),
     )
@@ -105,8 +105,8 @@ def _sample_cpu(
     base, mass, top_ids, top_logprobs, rank = asked
     _C.sample(
         rows=rows_of(logits),
-        knobs=_knobs(knobs, order),
-        edits=_edits(*edits),
+        knobs=knobs_of(knobs, order),
+        edits=edits_of(*edits),
         seeds=seeds,
         positions=positions,
         tokens=tokens,
@@ -138,8 +138,8 @@ def _score_cpu(
     logprobs, log_norm, kept, base_logprobs, entropy = out
     _C.score(
         rows=rows_of(logits),
-        knobs=[_knobs(k, o) for k, o in zip(knobs, orders, strict=True)],
-        edits=_edits(*edits),
+        knobs=[knobs_of(k, o) for k, o in zip(knobs, orders, strict=True)],
+        edits=edits_of(*edits),
         tokens=tokens,
         ignore_index=ignore_index,
         logprobs=logprobs,
@@ -165,8 +165,8 @@ def _adapted_log_odds_cpu(
     log_odds, support, stats = out = log_odds_outputs(logits)
     _C.log_odds(
         rows=rows_of(logits),
-        knobs=_knobs(knobs, order),
-        edits=_edits(*edits),
+        knobs=knobs_of(knobs, order),
+        edits=edits_of(*edits),
         tokens=tokens,
         ignore_index=ignore_index,
         log_odds=log_odds,
@@ -193,8 +193,8 @@ def _adapted_log_odds_backward_cpu(
     out, dvalues = edited_gradients(logits, edits[2], of_values)
     _C.log_odds_backward(
         rows=rows_of(logits),
-        knobs=_knobs(knobs, order),
-        edits=_edits(*edits),
+        knobs=knobs_of(knobs, order),
+        edits=edits_of(*edits),
         tokens=tokens,
         ignore_index=ignore_index,
         dlog_odds=dlog_odds.contiguous(),

@@ -26,6 +26,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastadapt.reference.arithmetic import philox
 from fastadapt.reference.distribution import Distribution, Knobs
 from fastadapt.reference.distribution_losses import (
     entropy_bonus,
@@ -56,6 +57,7 @@ from fastadapt.reference.losses import (
     unlikelihood_loss,
     unlikelihood_penalty,
 )
+from fastadapt.reference.verification import verify
 from fastadapt.results import Sample, Score
 
 __all__ = [
@@ -85,6 +87,7 @@ __all__ = [
     "top_k_divergence",
     "unlikelihood_loss",
     "unlikelihood_penalty",
+    "verify",
     "z_loss",
 ]
 __dir__ = __all__.copy  # what is not public is not listed
@@ -148,7 +151,8 @@ def sample(
     ok = distribution.status == 0
     w = distribution.w * distribution.alive
     running = w.cumsum(-1)  # (N, V)
-    target = distribution.draw_target(seeds.reshape(-1), positions.reshape(-1), running[:, -1])
+    low, high, *_ = philox(seeds.reshape(-1), positions.reshape(-1))
+    target = distribution.draw_target(low, high, running[:, -1])
     tokens = (running <= target[:, None]).sum(-1).clamp(max=x.shape[1] - 1)
     tokens = torch.where(distribution.greedy[:, 0], distribution.best, tokens)
     logprobs = _log_ratio(distribution, tokens, distribution.log(w.sum(-1)))

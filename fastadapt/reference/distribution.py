@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastadapt.reference.arithmetic import UNIT, exp64, log64, masses, philox
+from fastadapt.reference.arithmetic import UNIT, exp64, log64, masses
 
 Knobs = Any  # an Adaptor, or anything with its attributes
 # Factors of a threshold, so that a mass that reaches it but for rounding does: of few tokens, the
@@ -107,17 +107,16 @@ class Distribution:
         beyond = (self.inverse > 1) & ((self.m > most) | (self.m < -most / 2))
         return (self.s - torch.where(beyond, self.m, 0.0)).clamp(min=-most)
 
-    def draw_target(self, seeds: Tensor, positions: Tensor, total: Tensor) -> Tensor:
-        """Returns floor(x * S / 2^64), x = x0 + 2^32 * x1 (step 5); not floored for float64."""
-        x0, x1 = philox(seeds, positions)
+    def draw_target(self, low: Tensor, high: Tensor, total: Tensor) -> Tensor:
+        """Returns floor(x * S / 2^64), x = low + 2^32 high (step 5); not floored for float64."""
         if not self.exact:
-            return (x1.double() + x0.double() / 2.0**32) / 2.0**32 * total
+            return (high.double() + low.double() / 2.0**32) / 2.0**32 * total
         mask = 0xFFFFFFFF
         s0, s1 = total & mask, total >> 32
-        low = ((x0 * s0) >> 32) & mask
-        middle = x1 * s0 + low  # below 2^64: its bits are right although int64 wraps
-        cross = (middle & mask) + x0 * s1
-        return x1 * s1 + ((middle >> 32) & mask) + (cross >> 32)
+        lowest = ((low * s0) >> 32) & mask
+        middle = high * s0 + lowest  # below 2^64: its bits are right although int64 wraps
+        cross = (middle & mask) + low * s1
+        return high * s1 + ((middle >> 32) & mask) + (cross >> 32)
 
     def _ceil(self, value: Tensor) -> Tensor:
         """Rounds integer thresholds up; leaves float64 ones."""

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from fastadapt._ops import sampling as ops
-from fastadapt._ops.checks import flag, fold_rows, instance, integer, no_tangent, per_row
+from fastadapt._ops.checks import flag, fold_rows, integer, no_tangent, per_row
 from fastadapt._ops.outputs import sample_fields
 from fastadapt.adaptor import Adaptor
 from fastadapt.results import Sample, Score
 from fastadapt.sampling.edits import Edits
-from fastadapt.sampling.rows import edited_rows
+from fastadapt.sampling.rows import edited_rows, knobs_for, seeds_of
 
 MAX_TOP_LOGPROBS = 1024
 
@@ -64,7 +64,7 @@ def filter_logits(
             another length; edits or words of allowed tokens that do not fit the logits.
     """
     rows = fold_rows("logits", logits, double=False)
-    knobs = _knobs_for(rows, adaptor)
+    knobs = knobs_for(rows, adaptor)
     real, changes = edited_rows(rows, logits.shape[:-1], edits, allowed, num_tokens)
     out: Tensor = torch.ops.fastadapt.filter_logits(real, knobs, adaptor.filter_code, *changes)
     if padding := rows.shape[1] - real.shape[1]:
@@ -124,7 +124,7 @@ def sample(
             `top_logprobs` out of range, a flag that is not a bool.
     """
     rows = fold_rows("logits", logits, double=False)
-    knobs = _knobs_for(rows, adaptor)
+    knobs = knobs_for(rows, adaptor)
     shape = logits.shape[:-1]
     rows, changes = edited_rows(rows, shape, edits, allowed, num_tokens)
     most = min(MAX_TOP_LOGPROBS, rows.shape[1])
@@ -133,13 +133,7 @@ def sample(
     flag("log_mass", log_mass)
     if positions is not None:
         positions = per_row("positions", positions, torch.int64, shape, rows)
-    if seeds is None:
-        _check_generator(generator, rows)
-        seeds = torch.randint(2**63 - 1, (rows.shape[0],), generator=generator, device=rows.device)
-    else:
-        if generator is not None:
-            raise ValueError("generator: expected None beside seeds, which decide the draws")
-        seeds = per_row("seeds", seeds, torch.int64, shape, rows)
+    seeds = seeds_of(seeds, generator, shape, rows)
     out = torch.ops.fastadapt.sample(
         rows, knobs, adaptor.filter_code, seeds, positions, base_logprobs, log_mass, top_logprobs,
         *changes,
@@ -195,7 +189,7 @@ def score(
     _check_sequence(adaptors)
     if not 1 <= len(adaptors) <= ops.MAX_ADAPTORS:
         raise ValueError(f"adaptors: expected 1 to {ops.MAX_ADAPTORS}, got {len(adaptors)}")
-    knobs = [_knobs_for(rows, a, f"adaptors[{i}]") for i, a in enumerate(adaptors)]
+    knobs = [knobs_for(rows, a, f"adaptors[{i}]") for i, a in enumerate(adaptors)]
     for adaptor in adaptors:
         _refuse_greedy(adaptor, "score")
     orders = [adaptor.filter_code for adaptor in adaptors]
@@ -250,7 +244,7 @@ def adapted_log_odds(
     rows, changes = edited_rows(rows, logits.shape[:-1], edits, allowed, num_tokens)
     flat = per_row("tokens", tokens, torch.int64, logits.shape[:-1], rows)
     ignore_index = integer("ignore_index", ignore_index)
-    knobs = _knobs_for(rows, adaptor)
+    knobs = knobs_for(rows, adaptor)
     _refuse_greedy(adaptor, "adapted_log_odds")
     log_odds: Tensor = torch.ops.fastadapt.adapted_log_odds(
         rows, flat, knobs, adaptor.filter_code, ignore_index, *changes
@@ -291,35 +285,11 @@ def adapted_logps(
     return torch.where(tokens == ignore_index, 0.0, logps)
 
 
-def _check_generator(generator: torch.Generator | None, rows: Tensor) -> None:
-    """Raises unless a generator is a `torch.Generator` on the device of the rows."""
-    if generator is None:
-        return
-    instance("generator", generator, torch.Generator, "a torch.Generator")
-    if generator.device.type != rows.device.type:
-        raise ValueError(f"generator: expected one on {rows.device}, got one on {generator.device}")
-
-
 def _check_sequence(adaptors: object) -> None:
     """Raises unless several adaptors come as a list or a tuple."""
     if isinstance(adaptors, str) or not isinstance(adaptors, Sequence):
         got = type(adaptors).__name__
         raise TypeError(f"adaptors: expected a sequence of Adaptors, got {got}")
-
-
-def _knobs_for(rows: Tensor, adaptor: Adaptor, name: str = "adaptor") -> Tensor:
-    """Returns the packed knobs, checked against the rows."""
-    if not isinstance(adaptor, Adaptor):
-        raise TypeError(f"{name}: expected an Adaptor, got {type(adaptor).__name__}")
-    if adaptor.rows is not None and adaptor.rows != rows.shape[0]:
-        raise ValueError(
-            f"{name}: expected per-row knobs of {rows.shape[0]} values, got {adaptor.rows}"
-        )
-    if adaptor.rows is not None and adaptor.packed.device != rows.device:
-        raise ValueError(
-            f"{name}: expected per-row knobs on {rows.device}, got {adaptor.packed.device}"
-        )
-    return adaptor.packed_on(rows.device)
 
 
 def _refuse_greedy(adaptor: Adaptor, what: str) -> None:

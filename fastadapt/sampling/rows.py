@@ -1,10 +1,11 @@
-"""Rows of logits as the operators take them: the real vocabulary, checked edits and masks."""
+"""Rows as the operators take them: real vocabulary, checked edits, masks, knobs and seeds."""
 
 import torch
 from torch import Tensor
 
-from fastadapt._ops.checks import instance, integer
+from fastadapt._ops.checks import instance, integer, per_row
 from fastadapt._ops.common import AS_THEY_ARE, RowEdits
+from fastadapt.adaptor import Adaptor
 from fastadapt.sampling.edits import Edits
 
 
@@ -50,6 +51,49 @@ def edited_rows(
             raise ValueError(f"edits: expected ids in [0, {v}), got {edits.largest}")
         changes = RowEdits(edits.ids, edits.offsets, edits.columns, words)
     return rows, changes
+
+
+def knobs_for(rows: Tensor, adaptor: Adaptor, name: str = "adaptor") -> Tensor:
+    """Returns the packed knobs, checked against rows (N, ...).
+
+    Raises:
+        TypeError: something else than an adaptor.
+        ValueError: per-row knobs of another length or on another device.
+    """
+    if not isinstance(adaptor, Adaptor):
+        raise TypeError(f"{name}: expected an Adaptor, got {type(adaptor).__name__}")
+    if adaptor.rows is not None and adaptor.rows != rows.shape[0]:
+        raise ValueError(
+            f"{name}: expected per-row knobs of {rows.shape[0]} values, got {adaptor.rows}"
+        )
+    if adaptor.rows is not None and adaptor.packed.device != rows.device:
+        raise ValueError(
+            f"{name}: expected per-row knobs on {rows.device}, got {adaptor.packed.device}"
+        )
+    return adaptor.packed_on(rows.device)
+
+
+def seeds_of(
+    seeds: Tensor | None, generator: torch.Generator | None, shape: torch.Size, rows: Tensor
+) -> Tensor:
+    """Returns a seed for each of `shape`, flat: those given, or drawn from a generator.
+
+    Raises:
+        TypeError: seeds of another dtype, something else than a generator.
+        ValueError: seeds of another shape, a generator on another device or beside seeds.
+    """
+    if seeds is not None:
+        if generator is not None:
+            raise ValueError("generator: expected None beside seeds, which decide the draws")
+        return per_row("seeds", seeds, torch.int64, shape, rows)
+    if generator is not None:
+        instance("generator", generator, torch.Generator, "a torch.Generator")
+        if generator.device.type != rows.device.type:
+            raise ValueError(
+                f"generator: expected one on {rows.device}, got one on {generator.device}"
+            )
+    count = (shape.numel(),)
+    return torch.randint(2**63 - 1, count, generator=generator, device=rows.device)
 
 
 def _words(allowed: object, leading: torch.Size, v: int, rows: Tensor) -> Tensor:

@@ -21,7 +21,8 @@ Arrays run(const KernelTable& table, const Problem& p) {
   const auto l = [&] { return reinterpret_cast<int64_t*>(f()); };
   const Scratch scratch{f(), l(), l(), l(), f(), f(), i(), f(),
                         f(), i(), f(), f(), i(), f(), f(), nullptr};
-  return outputs(table, p, [&](auto kernel, const auto& args) { kernel(args, scratch, 0, p.n); });
+  return outputs(table, p,
+                 [&](auto kernel, const auto& args) { kernel(args, scratch, 0, args.rows.n); });
 }
 
 }  // namespace

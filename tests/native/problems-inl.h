@@ -178,7 +178,7 @@ struct Problem {
   Bytes logits = garbage(((n - 1) * stride + v) * element);
   std::vector<std::vector<double>> packed;  // (kNumKnobs, R) for each adaptor
   std::vector<Knobs> knobs;
-  std::vector<int64_t> seeds, positions, tokens;
+  std::vector<int64_t> seeds, positions, tokens, draft;
   std::vector<float> dlog_odds;
   std::vector<double> dlog_odds64;
   std::vector<int32_t> ids;  // of edits, in compressed rows
@@ -198,6 +198,7 @@ struct Problem {
       seeds.push_back(static_cast<int64_t>(rng()));
       positions.push_back(static_cast<int64_t>(rng() >> below(64)));
       tokens.push_back(one_in(9) ? kIgnored : below(v));
+      draft.push_back(below(v));
       dlog_odds64.push_back(one_in(30) ? pick({kInf, std::nan(""), 1e-30}) : normal());
       dlog_odds.push_back(static_cast<float>(dlog_odds64.back()));
     }
@@ -247,6 +248,34 @@ struct Problem {
   }
 };
 
+// Sequences of one draft and two rows each, the drafts' own rows behind them. Where the rows of a
+// problem are one and the same, so are both laws, and every draft of some mass stands.
+template <class Call>
+void verified(const KernelTable& table, const Problem& p, const Rows& rows, Arrays* o,
+              Call&& call) {
+  const int64_t n = p.n / 3;
+  if (n == 0) return;
+  VerifyArgs a{};
+  a.rows = {rows.data, rows.dtype, n, rows.v, rows.stride};
+  a.knobs = p.knobs[0];
+  a.edits = p.edits();
+  a.seeds = p.seeds.data();
+  a.positions = p.placed ? p.positions.data() : nullptr;
+  a.tokens = o->add<int64_t>("verified tokens", 2 * n);
+  a.logprobs = o->add<float>("verified logprobs", 2 * n);
+  a.kept = o->add<int32_t>("verified kept", 2 * n);
+  a.status = o->add<uint8_t>("verified status", 2 * n);
+  a.accepted = o->add<int64_t>("accepted", n);
+  a.k = 1;
+  a.draft = p.draft.data();
+  if (p.base) {
+    a.draft_rows = {p.logits.get() + 2 * n * p.stride * p.element, rows.dtype, n, rows.v,
+                    rows.stride};
+    a.draft_knobs = p.knobs.back();
+  }
+  call(table.verify, a);
+}
+
 // All outputs of all functions, always in the same order; call(function, args) runs one of them.
 template <class Call>
 Arrays outputs(const KernelTable& table, const Problem& p, Call&& call) {
@@ -286,6 +315,7 @@ Arrays outputs(const KernelTable& table, const Problem& p, Call&& call) {
                       o.add<float>("score.base_logprobs", n),
                       o.add<float>("score.entropy", n)};
     call(table.score, c);
+    verified(table, p, rows, &o, call);
   }
   const LogOddsArgs m{rows,
                       p.knobs[0],

@@ -31,7 +31,7 @@ void kernel_on_shared_buffers(const Args& args, const Scratch&, int64_t begin, i
 
 Arrays on_threads(const Problem& p, int threads) {
   return outputs(kernels(), p, [&](auto kernel, const auto& args) {
-    run_rows(kernel, args, p.n, p.v, threads, p.v / kLeastPart);
+    run_rows(kernel, args, args.rows.n, p.v, threads, p.v / kLeastPart);
   });
 }
 
@@ -75,14 +75,14 @@ void race_on_buffers(const Problem& p) {
   outputs(kernels(), p, [&](auto kernel, const auto& args) {
     using Args = std::decay_t<decltype(args)>;
     real_kernel<Args> = kernel;
-    run_rows<Args>(kernel_on_shared_buffers<Args>, args, p.n, p.v, 4);
+    run_rows<Args>(kernel_on_shared_buffers<Args>, args, args.rows.n, p.v, 4);
   });
 }
 
 void race_on_outputs(const Problem& p) {
   outputs(kernels(), p, [&](auto kernel, const auto& args) {
-    std::thread other([&] { run_rows(kernel, args, p.n, p.v, 1); });
-    run_rows(kernel, args, p.n, p.v, 1);
+    std::thread other([&] { run_rows(kernel, args, args.rows.n, p.v, 1); });
+    run_rows(kernel, args, args.rows.n, p.v, 1);
     other.join();
   });
 }

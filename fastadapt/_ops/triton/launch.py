@@ -121,7 +121,7 @@ def _top(scanned: Scan, drawn: Drawn, out: list[Tensor]) -> None:
     launch(draw.sort_kernel, (n,), *given, *out[:2], TOP=up(max(number, 2)), warps=4)
 
 
-def _decided(logits: Tensor, knobs: Tensor, asked: int, steps: Steps, plan: Plan) -> Scan:
+def decided(logits: Tensor, knobs: Tensor, asked: int, steps: Steps, plan: Plan) -> Scan:
     """Decides every virtual row: what its filters come to is in its record."""
     scanned = scan_rows(logits, knobs, asked, steps, plan, launch_on(logits.device))
     layout = scanned.layout
@@ -177,7 +177,7 @@ def filter_logits(
     steps = steps_of(order, knobs.shape[1])
     asked = asked_of(knobs, steps.order)
     for at in slices(logits, 1, plan):
-        scanned = _decided(some(logits, at), knobs_of_rows(knobs, at), asked, steps, plan)
+        scanned = decided(some(logits, at), knobs_of_rows(knobs, at), asked, steps, plan)
         grid, given = (scanned.virtual, scanned.layout.blocks), scanned.given(scanned.layout.long)
         scanned.launch(write.filter_kernel, grid, *given, some(out, at), warps=4)
 
@@ -220,7 +220,7 @@ def _score(
     steps = steps_of(order, 0)
     asked = asked_of(knobs, steps.order, ALL_WEIGHED.value, BASE.value, SURPRISAL.value)
     for at in slices(logits, len(knobs), plan):
-        scanned = _decided(some(logits, at), knobs_of_rows(knobs, at), asked, steps, plan)
+        scanned = decided(some(logits, at), knobs_of_rows(knobs, at), asked, steps, plan)
         labels = Labels(some(tokens, at), ignore_index)
         scored = Scored(*(some(t, at) for t in out))
         given = scanned.given(scanned.layout.long)
@@ -241,7 +241,7 @@ def adapted_log_odds(
     asked = asked_of(knobs, steps.order)
     for at in slices(logits, 1, plan):
         log_odds, support, stats = (some(t, at) for t in out)
-        scanned = _decided(some(logits, at), knobs_of_rows(knobs, at), asked, steps, plan)
+        scanned = decided(some(logits, at), knobs_of_rows(knobs, at), asked, steps, plan)
         n, blocks, launch = scanned.virtual, scanned.layout.blocks, scanned.launch
         largest = logits.new_empty(n, blocks, dtype=torch.float64)
         labels, kept = Labels(some(tokens, at), ignore_index), Support(support, largest, blocks)

@@ -1,0 +1,199 @@
+// Drafts of several tokens a sequence, accepted or replaced so that what comes out is distributed
+// as if it had been drawn token by token.
+
+// The distribution that an adaptor makes of a row, as integers: token j has floor(w_j 2^40 / S) of
+// 2^40, in float64, w_j being its mass and S that of the survivors.
+struct Law {
+  Status status;
+  float inv_t, m;
+  int64_t s, kept;
+  bool everything;         // all survive that have mass
+  const uint8_t* support;  // else one bit each
+
+  uint64_t survivors(int64_t word) const {
+    if (everything) return ~uint64_t{0};
+    uint64_t b;
+    std::memcpy(&b, support + 8 * word, 8);
+    return b;
+  }
+  double per_mass() const { return kUnit / static_cast<double>(s); }
+  double share(float mass) const { return whole(whole(mass) * per_mass()); }
+  bool has(int64_t id) const { return everything || in_support(support, id); }
+
+  // The share of one token.
+  template <class T>
+  uint64_t of(const T* x, int64_t id) const {
+    if (!has(id)) return 0;
+    const F e = mass(fset(to_float(x[id]) * inv_t - m));
+    return static_cast<uint64_t>(share(max_lane(e)));
+  }
+
+  // What is left of x in [0, 2^51) without its fraction. The compiler has vectors for this.
+  static double whole(double x) {
+    const double nearest = (x + 0x1p52) - 0x1p52;
+    return nearest - (nearest > x ? 1.0 : 0.0);
+  }
+};
+
+// The law of a row, its support written to whole words of 64 bits.
+template <class T>
+static Law law_of(const T* x, int64_t v, const RowStats& stats, const RowKnobs& k, uint8_t* support,
+                  const Scratch& scratch) {
+  Law law{kBadKnob, k.inv_t, 0, 0, 0, false, support};
+  if (!in_range(k)) return law;
+  Row<T> row;
+  law.status = open_row(x, v, k.inv_t, stats, &row);
+  if (law.status != kOk) return law;
+  law.m = row.view.m;
+  if (!k.greedy()) {
+    Survivors<T> survivors(row, k, scratch);
+    law.everything = survivors.untouched();
+    if (law.everything) {
+      weigh_row(row, false, false, scratch);
+      law.s = row.sums.z;
+      law.kept = row.finite;
+      return law;
+    }
+    survivors.visit([&](const auto& view, const auto& test) {
+      const Tally t = survivors.settle(view, test);
+      law.s = t.z;
+      law.kept = t.count;
+    });
+    std::memset(support, 0, static_cast<size_t>((v + 63) / 64 * 8));
+    set_survivors(survivors, v, support);
+    return law;
+  }
+  const int64_t best = argmax(x, v, stats.max);
+  std::memset(support, 0, static_cast<size_t>((v + 63) / 64 * 8));
+  support[best >> 3] = static_cast<uint8_t>(1 << (best & 7));
+  law.s = static_cast<int64_t>(kUnit);
+  law.kept = 1;
+  return law;
+}
+
+// What a row has beyond its draft, max(P - Q, 0), for the 64 tokens of a word; P where `q` is null.
+template <class X, class D>
+static void word_of_rest(const X* x, const Law& p, const D* draft, const Law* q, int64_t v,
+                         int64_t word, double* rest) {
+  float e[2][64 + 16];
+  const int64_t begin = 64 * word, end = begin + 64 < v ? begin + 64 : v;
+  const auto weigh_word = [&](const auto* row, const Law* law, float* out) {
+    const uint64_t alive = law ? law->survivors(word) : 0;
+    for (int64_t j = 0; j < 64; ++j) out[j] = 0;
+    if (!alive) return;
+    constexpr uint64_t lanes = (uint64_t{1} << W) - 1;
+    for_row(row, begin, end, law->inv_t, [&](int64_t i, F s) {
+      const M here = from_bits(static_cast<uint32_t>(alive >> (i & 63) & lanes));
+      store(out + (i & 63), keep_if(here, mass(sub(s, fset(law->m)))));
+    });
+  };
+  weigh_word(x, &p, e[0]);
+  weigh_word(draft, q, e[1]);
+  const double per_p = p.per_mass(), per_q = q ? q->per_mass() : 0;
+  for (int64_t j = 0; j < 64; ++j) {
+    const double more =
+        Law::whole(Law::whole(e[0][j]) * per_p) - Law::whole(Law::whole(e[1][j]) * per_q);
+    rest[j] = more > 0 ? more : 0;
+  }
+}
+
+// The token that stands for a rejected one: drawn from max(P - Q, 0), whose sums are below 2^53.
+template <class X, class D>
+static int64_t draw_rest(const X* x, const Law& p, const D* draft, const Law* q, int64_t v,
+                         uint64_t random, const Scratch& scratch) {
+  constexpr int64_t kWords = kBlock / 64;
+  const int64_t words = (v + 63) / 64, blocks = (words + kWords - 1) / kWords;
+  double rest[64];
+  int64_t all = 0;
+  for (int64_t b = 0; b < blocks; ++b) {
+    double sum = 0;
+    for (int64_t w = b * kWords; w < words && w < (b + 1) * kWords; ++w) {
+      if (!p.survivors(w)) continue;
+      word_of_rest(x, p, draft, q, v, w, rest);
+      for (int64_t j = 0; j < 64; ++j) sum += rest[j];
+    }
+    all += scratch.blocks[b] = static_cast<int64_t>(sum);
+  }
+  // shares are rounded down, or the draft is none of Q's: there is nowhere more of P
+  if (all == 0 && q) return draw_rest(x, p, draft, nullptr, v, random, scratch);
+  int64_t target = draw_target(random, all), b = 0;
+  for (; target >= scratch.blocks[b]; ++b) target -= scratch.blocks[b];
+  for (int64_t w = b * kWords;; ++w) {
+    if (!p.survivors(w)) continue;
+    word_of_rest(x, p, draft, q, v, w, rest);
+    for (int64_t j = 0; j < 64; ++j) {
+      target -= static_cast<int64_t>(rest[j]);
+      if (target < 0) return 64 * w + j;
+    }
+  }
+}
+
+// The high half of a product.
+static inline uint64_t high_product(uint64_t a, uint64_t b) {
+  const uint64_t a0 = static_cast<uint32_t>(a), a1 = a >> 32;
+  const uint64_t b0 = static_cast<uint32_t>(b), b1 = b >> 32;
+  const uint64_t middle = a1 * b0 + (a0 * b0 >> 32);
+  const uint64_t cross = (middle & 0xffffffffu) + a0 * b1;
+  return a1 * b1 + (middle >> 32) + (cross >> 32);
+}
+
+// The random bits of row i of a sequence.
+static Random random_of(const VerifyArgs& a, int64_t sequence, int64_t i, uint32_t stream) {
+  const uint64_t first = a.positions ? static_cast<uint64_t>(a.positions[sequence]) : 0;
+  return philox(a.seeds[sequence], static_cast<int64_t>(first + static_cast<uint64_t>(i)), stream);
+}
+
+// Judges draft i of a sequence, drawn from a row of logits; where it does not stand, another token
+// takes its place.
+template <class T>
+static bool judge_draft(const VerifyArgs& a, int64_t sequence, int64_t i, const RowKnobs& k,
+                        const Scratch& scratch) {
+  const int64_t v = a.rows.v, r = sequence * (a.k + 1) + i, token = a.draft[sequence * a.k + i];
+  uint8_t* supports = reinterpret_cast<uint8_t*>(scratch.ordered);
+  const T* draft =
+      static_cast<const T*>(a.draft_rows.data) + (sequence * a.k + i) * a.draft_rows.stride;
+  const Law q = law_of(draft, v, scan(draft, v, scratch.team), knobs_of(a.draft_knobs, sequence),
+                       supports + (v + 63) / 64 * 8, scratch);
+  bool stands = false;
+  with_row<T>(a.rows, a.edits, r, scratch, [&](const auto* x, const RowStats& stats) {
+    const Law p = law_of(x, v, stats, k, supports, scratch);
+    if (p.status != kOk) return bad_sample(a, r, p.status);
+    if (q.status != kOk) return bad_sample(a, r, kBadDraft);
+    const Random random = random_of(a, sequence, i, 1);
+    // U Q < 2^64 P, of integers
+    stands = high_product(random.first, q.of(draft, token)) < p.of(x, token);
+    const int64_t y = stands ? token : draw_rest(x, p, draft, &q, v, random.second, scratch);
+    const double s = to_float(x[y]) * p.inv_t;
+    a.tokens[r] = y;
+    a.logprobs[r] = k.greedy() ? 0.0f : static_cast<float>(s - p.m - log_mass(p.s));
+    a.kept[r] = static_cast<int32_t>(p.kept);
+    a.status[r] = kOk;
+  });
+  return stands;
+}
+
+template <class T>
+static void verify_sequence(const VerifyArgs& a, int64_t sequence, const Scratch& scratch) {
+  const RowKnobs k = knobs_of(a.knobs, sequence);
+  const int64_t length = a.lengths ? a.lengths[sequence] : a.k;
+  const int64_t first = sequence * (a.k + 1);
+  int64_t i = 0;
+  for (bool stands = true; stands; ++i) {
+    const int64_t r = first + i;
+    if (i < length && a.draft_rows.data) {
+      stands = judge_draft<T>(a, sequence, i, k, scratch);
+    } else {
+      with_row<T>(a.rows, a.edits, r, scratch, [&](const auto* x, const RowStats& stats) {
+        draw(a, r, x, stats, k, random_of(a, sequence, i, 0).first, scratch);
+      });
+      stands = i < length && a.tokens[r] == a.draft[sequence * a.k + i];
+    }
+  }
+  a.accepted[sequence] = i - 1;
+  for (; i <= a.k; ++i) {
+    a.tokens[first + i] = -1;
+    a.logprobs[first + i] = 0;
+    a.kept[first + i] = 0;
+    a.status[first + i] = kOk;
+  }
+}

@@ -1,0 +1,116 @@
+"""Launches of the kernels that verify drafts. Nothing here synchronises."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastadapt._ops.common import RowEdits
+from fastadapt._ops.outputs import Verification
+from fastadapt._ops.triton import launch
+from fastadapt._ops.triton.edits.launch import edited
+from fastadapt._ops.triton.launch_scan import (
+    PLAN,
+    Plan,
+    Scan,
+    asked_of,
+    knobs_of_rows,
+    launch_on,
+    slices,
+    some,
+    steps_of,
+)
+from fastadapt._ops.triton.verification import kernels
+from fastadapt._ops.triton.verification.kernels import Decided, Sequences, Verdicts
+
+
+def verify(
+    logits: Tensor,
+    knobs: Tensor,
+    order: int,
+    draft: Tensor,
+    lengths: Tensor | None,
+    draft_logits: Tensor | None,
+    draft_knobs: Tensor | None,
+    draft_order: int,
+    seeds: Tensor,
+    positions: Tensor | None,
+    *rest: Any,
+    plan: Plan = PLAN,
+) -> None:
+    """Verifies drafts; all rows are read, as one program does not wait for another's verdict."""
+    *edits, out = rest
+    n, k = draft.shape
+    if n == 0:
+        return
+    rows = edited(logits, RowEdits(*edits))
+    sequences = Sequences(
+        draft,
+        torch.full_like(seeds, k) if lengths is None else lengths,
+        seeds,
+        torch.zeros_like(seeds) if positions is None else positions,
+    )
+    if draft_logits is None or draft_knobs is None or k == 0:
+        return _as_sampled(rows, knobs, order, sequences, out, plan)
+    for at in slices(rows[:: k + 1], 2 * k + 1, plan):  # virtual rows of a sequence
+        part = Sequences(*(some(t, at) for t in sequences))
+        p = _decided(rows, knobs, order, k + 1, at, plan)
+        q = _decided(draft_logits, draft_knobs, draft_order, k, at, plan)
+        _judge(p, q, part, _some_of(out, at))
+
+
+def _some_of(out: Verification, at: slice | None) -> Verification:
+    """Returns the outputs of some sequences."""
+    tokens, accepted, logprobs, kept, status = (some(t, at) for t in out)
+    return tokens, accepted, logprobs, kept, status
+
+
+def _as_sampled(
+    rows: Tensor,
+    knobs: Tensor,
+    order: int,
+    sequences: Sequences,
+    out: Verification,
+    plan: Plan,
+) -> None:
+    """Draws every row as `sample` does, and ends sequences where a draft is another token."""
+    tokens, accepted, logprobs, kept, status = out
+    k = tokens.shape[1] - 1
+    positions = sequences.positions[:, None] + torch.arange(k + 1, device=rows.device)
+    drawn = [t.view(-1) for t in (tokens, logprobs, kept, status)]
+    launch.sample(
+        rows, _of_rows(knobs, k + 1), order, sequences.seeds.repeat_interleave(k + 1),
+        positions.view(-1), False, False, 0, drawn, plan,
+    )  # fmt: skip
+    nothing = accepted  # of what is left to do
+    verdicts = Verdicts(*out, state=nothing, sums=nothing)
+    launch_on(rows.device)(kernels.end_kernel, (len(accepted),), sequences, k, verdicts, warps=1)
+
+
+def _of_rows(knobs: Tensor, times: int) -> Tensor:
+    """Returns the knobs (8, R) of rows, so many of which belong to a sequence."""
+    return knobs if knobs.shape[1] == 1 else knobs.repeat_interleave(times, 1)
+
+
+def _decided(
+    rows: Tensor, knobs: Tensor, order: int, each: int, at: slice | None, plan: Plan
+) -> Scan:
+    """Decides the rows of some sequences, each of which has so many."""
+    here = rows if at is None else rows[at.start * each : at.stop * each]
+    steps = steps_of(order, knobs.shape[1])
+    own = knobs_of_rows(knobs, at)
+    decided = launch.decided(here, _of_rows(own, each), asked_of(own, steps.order), steps, plan)
+    return decided._replace(knobs=own)
+
+
+def _judge(p: Scan, q: Scan, sequences: Sequences, out: Verification) -> None:
+    """Judges the drafts of decided rows, and draws the tokens behind those that stand."""
+    n, blocks, device = len(sequences.seeds), p.layout.blocks, sequences.seeds.device
+    state = torch.empty(n, dtype=torch.int32, device=device)
+    sums = torch.empty(n, 2, blocks, dtype=torch.int64, device=device)
+    laws = (Decided(x.rows, x.knobs, x.scratch) for x in (p, q))
+    k, verdicts = out[0].shape[1] - 1, Verdicts(*out, state=state, sums=sums)
+    given = *laws, p.asked, q.asked, p.layout.long, sequences, k, verdicts
+    p.launch(kernels.judge_kernel, (n,), *given, warps=1)
+    p.launch(kernels.left_kernel, (n, blocks), *given, warps=4)
+    p.launch(kernels.draw_kernel, (n,), *given, warps=4)
