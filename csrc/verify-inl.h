@@ -71,61 +71,96 @@ static Law law_of(const T* x, int64_t v, const RowStats& stats, const RowKnobs& 
   return law;
 }
 
-// What a row has beyond its draft, max(P - Q, 0), for the 64 tokens of a word; P where `q` is null.
+// What a row has beyond its draft, max(P - Q, 0) of its survivors, or P where `q` is null.
 template <class X, class D>
-static void word_of_rest(const X* x, const Law& p, const D* draft, const Law* q, int64_t v,
-                         int64_t word, double* rest) {
-  float e[2][64 + 16];
-  const int64_t begin = 64 * word, end = begin + 64 < v ? begin + 64 : v;
-  const auto weigh_word = [&](const auto* row, const Law* law, float* out) {
-    const uint64_t alive = law ? law->survivors(word) : 0;
-    for (int64_t j = 0; j < 64; ++j) out[j] = 0;
-    if (!alive) return;
-    constexpr uint64_t lanes = (uint64_t{1} << W) - 1;
-    for_row(row, begin, end, law->inv_t, [&](int64_t i, F s) {
-      const M here = from_bits(static_cast<uint32_t>(alive >> (i & 63) & lanes));
-      store(out + (i & 63), keep_if(here, mass(sub(s, fset(law->m)))));
-    });
-  };
-  weigh_word(x, &p, e[0]);
-  weigh_word(draft, q, e[1]);
-  const double per_p = p.per_mass(), per_q = q ? q->per_mass() : 0;
-  for (int64_t j = 0; j < 64; ++j) {
-    const double more =
-        Law::whole(Law::whole(e[0][j]) * per_p) - Law::whole(Law::whole(e[1][j]) * per_q);
-    rest[j] = more > 0 ? more : 0;
+struct Rest {
+  const X* x;
+  const Law& p;
+  const D* draft;
+  const Law* q;
+  const int32_t* id;  // the survivors, or null: all
+  int64_t n;          // how many
+  int64_t bytes;      // of a support
+
+  int64_t id_at(int64_t i) const { return id ? id[i] : i; }
+
+  // That of survivors [begin, end), at most a block of them, in float64: sums are below 2^53.
+  void fill(int64_t begin, int64_t end, double* rest) const {
+    float e[2][kBlock + 64];
+    masses_of(x, p, begin, end, e[0]);
+    if (q) {
+      masses_of(draft, *q, begin, end, e[1]);
+    } else {
+      std::memset(e[1], 0, sizeof(e[1]));
+    }
+    const double per_p = p.per_mass(), per_q = q ? q->per_mass() : 0;
+    for (int64_t j = 0; j < end - begin; ++j) {
+      const double more =
+          Law::whole(Law::whole(e[0][j]) * per_p) - Law::whole(Law::whole(e[1][j]) * per_q);
+      rest[j] = more > 0 ? more : 0;
+    }
   }
+
+ private:
+  // Masses under a law, 0 of those that do not survive it.
+  template <class T>
+  void masses_of(const T* row, const Law& law, int64_t begin, int64_t end, float* e) const {
+    const F m = fset(law.m);
+    if (!id) {
+      for_row(row + begin, 0, end - begin, law.inv_t, [&](int64_t j, F s) {
+        const F weighed = mass(sub(s, m));
+        const M here = from_bits(law.everything ? ~0u : load_bits(law.support, bytes, begin + j));
+        store(e + j, keep_if(here, weighed));
+      });
+      return;
+    }
+    float s[kBlock];
+    for (int64_t i = begin; i < end; ++i)
+      s[i - begin] = law.has(id[i]) ? to_float(row[id[i]]) * law.inv_t : -kInf;
+    for_row(static_cast<const float*>(s), 0, end - begin, 1.0f,
+            [&](int64_t j, F z) { store(e + j, mass(sub(z, m))); });
+  }
+};
+
+template <class X, class D>
+static Rest<X, D> rest_of(const X* x, const Law& p, const D* draft, const Law& q, const int32_t* id,
+                          int64_t n, int64_t v) {
+  return {x, p, draft, &q, id, n, (v + 7) / 8};
 }
 
-// The token that stands for a rejected one: drawn from max(P - Q, 0), whose sums are below 2^53.
+// Writes the ids of a law's survivors; returns how many there are.
+static int64_t list_survivors(const Law& law, int64_t v, int32_t* id) {
+  int64_t n = 0;
+  for (int64_t word = 0; word < (v + 63) / 64; ++word)
+    for (uint64_t b = law.survivors(word); b; b &= b - 1)
+      id[n++] = static_cast<int32_t>(64 * word + __builtin_ctzll(b));
+  return n;
+}
+
+// The token in place of a rejected one, drawn from what its row has beyond its draft.
 template <class X, class D>
-static int64_t draw_rest(const X* x, const Law& p, const D* draft, const Law* q, int64_t v,
-                         uint64_t random, const Scratch& scratch) {
-  constexpr int64_t kWords = kBlock / 64;
-  const int64_t words = (v + 63) / 64, blocks = (words + kWords - 1) / kWords;
-  double rest[64];
+static int64_t draw_rest(Rest<X, D> row, uint64_t random, const Scratch& scratch) {
+  double rest[kBlock];
+  const auto block = [&](int64_t b) {
+    const int64_t end = (b + 1) * kBlock < row.n ? (b + 1) * kBlock : row.n;
+    row.fill(b * kBlock, end, rest);
+    return end - b * kBlock;
+  };
   int64_t all = 0;
-  for (int64_t b = 0; b < blocks; ++b) {
+  for (int64_t b = 0; b * kBlock < row.n; ++b) {
     double sum = 0;
-    for (int64_t w = b * kWords; w < words && w < (b + 1) * kWords; ++w) {
-      if (!p.survivors(w)) continue;
-      word_of_rest(x, p, draft, q, v, w, rest);
-      for (int64_t j = 0; j < 64; ++j) sum += rest[j];
-    }
+    for (int64_t j = 0, count = block(b); j < count; ++j) sum += rest[j];
     all += scratch.blocks[b] = static_cast<int64_t>(sum);
   }
-  // shares are rounded down, or the draft is none of Q's: there is nowhere more of P
-  if (all == 0 && q) return draw_rest(x, p, draft, nullptr, v, random, scratch);
-  int64_t target = draw_target(random, all), b = 0;
-  for (; target >= scratch.blocks[b]; ++b) target -= scratch.blocks[b];
-  for (int64_t w = b * kWords;; ++w) {
-    if (!p.survivors(w)) continue;
-    word_of_rest(x, p, draft, q, v, w, rest);
-    for (int64_t j = 0; j < 64; ++j) {
-      target -= static_cast<int64_t>(rest[j]);
-      if (target < 0) return 64 * w + j;
-    }
+  if (all == 0 && row.q) {  // shares are rounded down, or the draft is none of Q's: nowhere is more
+    row.q = nullptr;
+    return draw_rest(row, random, scratch);
   }
+  int64_t target = draw_target(random, all), b = 0, j = 0;
+  for (; target >= scratch.blocks[b]; ++b) target -= scratch.blocks[b];
+  block(b);
+  while ((target -= static_cast<int64_t>(rest[j])) >= 0) ++j;
+  return row.id_at(b * kBlock + j);
 }
 
 // The high half of a product.
@@ -162,7 +197,12 @@ static bool judge_draft(const VerifyArgs& a, int64_t sequence, int64_t i, const 
     const Random random = random_of(a, sequence, i, 1);
     // U Q < 2^64 P, of integers
     stands = high_product(random.first, q.of(draft, token)) < p.of(x, token);
-    const int64_t y = stands ? token : draw_rest(x, p, draft, &q, v, random.second, scratch);
+    int64_t y = token;
+    if (!stands) {
+      const int64_t n = p.everything ? v : list_survivors(p, v, scratch.list_id);
+      const int32_t* id = p.everything ? nullptr : scratch.list_id;
+      y = draw_rest(rest_of(x, p, draft, q, id, n, v), random.second, scratch);
+    }
     const double s = to_float(x[y]) * p.inv_t;
     a.tokens[r] = y;
     a.logprobs[r] = k.greedy() ? 0.0f : static_cast<float>(s - p.m - log_mass(p.s));
