@@ -2,7 +2,7 @@
 
     python benchmarks/bench_verify.py --threads 1 --out benchmarks/results/verify.json
 
-Costs: drafts of k tokens a sequence, whose logits are the rows' own plus a multiple of normal noise.
+Costs: drafts of k tokens a sequence, whose logits are the rows' own and a multiple of normal noise.
 `sample` draws from exactly the rows that are read: those up to the first rejection and, where their
 logits are given, the drafts'. All calls run in every round. Laws: the tokens of each row that is
 reached, by a G-test against the row's filtered softmax in float64. Bits: sequences whose result is

@@ -21,6 +21,7 @@ from fastadapt import (
     linear_log_odds,
     sample,
     score,
+    verify,
 )
 from fastadapt._ops.common import RowEdits
 from fastadapt._ops.linear.divergence import KINDS
@@ -96,7 +97,8 @@ def calls(dtype: str, thorough: bool, ones: bool) -> Iterator[Call]:
         size = "" if v > 1 else ", N = V = 1"
         rows = torch.empty(n, v, dtype=DTYPES[dtype])
         if dtype != "float64":
-            for name, run in {**_sampling(rows, thorough), **_edits(rows)}.items():
+            found = {**_sampling(rows, thorough), **_edits(rows), **_verified(rows)}
+            for name, run in found.items():
                 yield Call(f"{name}, {dtype}{size}", run)
         for name, run in _adapted(rows).items():
             yield Call(f"{name}, {dtype}{size}", run)
@@ -157,6 +159,15 @@ def _edits(rows: Tensor) -> dict[str, Callable[[], object]]:
         found[f"{name}, allowed"] = partial(edited, rows, RowEdits(*lists, allowed))
     found["allowed"] = partial(edited, rows, RowEdits(allowed=allowed))
     return found
+
+
+def _verified(rows: Tensor) -> dict[str, Callable[[], object]]:
+    """Drafts of one token a sequence, with their logits and without."""
+    (n, v), k = rows.shape, min(1, len(rows) - 1)
+    logits = rows.view(n // (k + 1), k + 1, v)
+    draft, seeds = torch.zeros(len(logits), k, dtype=torch.int64), torch.arange(len(logits))
+    given = partial(verify, logits, draft, GPU_ADAPTORS["T+p"], seeds=seeds)
+    return {"verify": given, "verify by its law": partial(given, draft_logits=logits[:, :k])}
 
 
 def _losses(rows: Tensor) -> dict[str, Callable[[], object]]:

@@ -18,6 +18,7 @@ from fastadapt import (
     label_log_odds,
     sample,
     score,
+    verify,
 )
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("device")]
@@ -89,6 +90,18 @@ def test_draws_of_long_rows_are_those_of_the_cpu(rows, on_device, name, dtype):
     seeds = random_seeds(x.shape[0])
     ours = on_device(sample, x, ADAPTORS[name], seeds=seeds, **ASKED)
     assert_same_bits(ours, sample(x, ADAPTORS[name], seeds=seeds, **ASKED))
+
+
+@pytest.mark.parametrize("name", ["greedy", "top_k_top_p", "typical"])
+def test_verified_drafts_are_those_of_the_cpu(rows, on_device, name):
+    n, k, v = 40, 3, 5000
+    x = rows("spread", n * (k + 1), v).cpu().view(n, k + 1, v)
+    y = x[:, :k] + 0.3 * torch.randn(n, k, v)
+    lengths, seeds = torch.randint(0, k + 1, (n,)), random_seeds(n)
+    for known in ({}, {"draft_logits": y, "draft_adaptor": MANY[1]}):
+        given = {"draft_lengths": lengths, "seeds": seeds, "positions": seeds >> 40, **known}
+        arguments = x, y.argmax(-1), ADAPTORS[name]
+        assert_same_bits(on_device(verify, *arguments, **given), verify(*arguments, **given), name)
 
 
 def every_verb(x, y, upstream, adaptor, seeds, positions):
