@@ -85,12 +85,13 @@ def prompts():
 
 @pytest.fixture
 def draws(monkeypatch):
-    """Every call of `sample` made by the loop: (scores, adaptor, seeds, positions)."""
+    """Every call of `sample` made by the loop: (edited scores, adaptor, seeds, positions)."""
     calls = []
 
-    def recorded(scores, adaptor, *, seeds=None, positions=None):
-        calls.append((scores.clone(), adaptor, seeds, positions))
-        return sample(scores, adaptor, seeds=seeds, positions=positions)
+    def recorded(scores, adaptor, *, seeds, positions, **changes):
+        edited = filter_logits(scores, Adaptor(), **changes)
+        calls.append((edited, adaptor, seeds, positions))
+        return sample(scores, adaptor, seeds=seeds, positions=positions, **changes)
 
     monkeypatch.setattr(hf_draw, "sample", recorded)
     return calls
@@ -554,7 +555,9 @@ BAD_SEEDS = [
     (ValueError, r"shape \(3,\).*got \(3, 1\)", [[1], [2], [3]], {}),
     (TypeError, "expected integers, got torch.float32", [0.5, 1.0, 2.0], {}),
     (TypeError, "expected integers, got torch.bool", [True, False, True], {}),
-    (TypeError, r"expected integers in .*, got \[1, None, 2\]", [1, None, 2], {}),
+    (TypeError, r"expected integers in .* or None, got \[1, None, 2.0\]", [1, None, 2.0], {}),
+    (ValueError, r"expected .* or None, got \[None, None, 92", [None, None, 2**63], {}),
+    (ValueError, r"shape \(3,\).*got \(2,\)", [1, None], {}),
     (TypeError, r"expected integers in .*, got \['1', '2', '3'\]", ["1", "2", "3"], {}),
     (TypeError, "expected integers in .*, got <object", object(), {}),
     (TypeError, r"expected integers in .*, got \[\[1\], \[2, 3\]\]", [[1], [2, 3]], {}),

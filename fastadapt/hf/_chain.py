@@ -1,4 +1,4 @@
-"""Reads transformers' list of processors: the warpers at its end become one adaptor."""
+"""Reads transformers' list of processors: warpers at its end become an adaptor, others edits."""
 
 import math
 import warnings
@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from fastadapt.adaptor import Adaptor
+from fastadapt.hf._run import splits_at
 
 # In the order in which transformers runs them: the knob of ours, the attribute of theirs.
 _WARPERS = {
@@ -36,12 +37,14 @@ class Chain(NamedTuple):
 
     Attributes:
         before: the processors that run as they are.
-        warpers: the ones after them that `adaptor` stands for.
+        edits: the ones after them that become edits and masks.
+        warpers: the ones after these that `adaptor` stands for.
         adaptor: what is fused with the draw.
         normalised: whether a `LogitNormalization` follows.
     """
 
     before: list[LogitsProcessor]
+    edits: list[LogitsProcessor]
     warpers: list[LogitsProcessor]
     adaptor: Adaptor
     normalised: bool
@@ -66,19 +69,21 @@ def chain_of(processors: LogitsProcessorList, fused_warper: type[Any]) -> Chain:
     if normalised:
         body.pop()
     if body and type(body[-1]) is fused_warper:
-        return Chain(body[:-1], body[-1:], body[-1].adaptor, normalised)
-    split = len(body) - sum(type(p) in _WARPERS for p in body)
-    before, warpers = body[:split], body[split:]
-    adaptor = _adaptor_of(warpers)
+        warpers, adaptor = body[-1:], body[-1].adaptor
+    else:
+        warpers = body[len(body) - sum(type(p) in _WARPERS for p in body) :]
+        adaptor = _adaptor_of(warpers)
     if adaptor is None:
-        return Chain(list(processors), [], Adaptor(), False)
-    return Chain(before, warpers, adaptor, normalised)
+        return Chain(list(processors), [], [], Adaptor(), False)
+    before = body[: len(body) - len(warpers)]
+    split = splits_at(before)
+    return Chain(before[:split], before[split:], warpers, adaptor, normalised)
 
 
 def _adaptor_of(warpers: list[Any]) -> Adaptor | None:
     """Returns the adaptor equivalent to these warpers, None if there is none."""
     kinds = [type(warper) for warper in warpers]
-    if not warpers or kinds != [kind for kind in _WARPERS if kind in kinds]:
+    if kinds != [kind for kind in _WARPERS if kind in kinds]:
         return None
     # top-k has its own minimum in top_k already
     guarded = [w for w in warpers if type(w) not in (TemperatureLogitsWarper, TopKLogitsWarper)]

@@ -1,6 +1,7 @@
 """The draw inside transformers' loop: its last processor, with matching stopping criteria."""
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -8,12 +9,15 @@ from torch import Tensor
 from transformers import (
     GenerationConfig,
     LogitsProcessor,
+    LogitsProcessorList,
     StoppingCriteriaList,
 )
 
 from fastadapt.adaptor import Adaptor
 from fastadapt.hf._chain import Chain
-from fastadapt.sampling.functions import filter_logits, sample
+from fastadapt.hf._run import Run
+from fastadapt.hf._streams import Streams
+from fastadapt.sampling.functions import filter_logits, sample, score
 
 _STATUS = {
     1: "NaN among its scores",
@@ -24,21 +28,31 @@ _STATUS = {
 
 
 class Draw(LogitsProcessor):
-    """The last processor: draws a token per row and returns one-hot rows for the argmax.
+    """The only processor: runs the others, draws a token per row, and returns one-hot rows.
+
+    The loop's argmax finds the drawn tokens.
 
     Args:
-        chain: what the processors before it are, and the adaptor that it draws by.
+        chain: what the processors are, and the adaptor that it draws by.
         input_ids (Tensor): (N, T), int64; the prompts.
-        seeds (Tensor | None): (N,), int64, on the device of the prompts.
+        streams: the random streams of the rows.
+        tell: gets what there is to tell of each step's tokens, as `Told.add`; None: nothing.
         config: the call's generation config.
     """
 
     def __init__(
-        self, chain: Chain, input_ids: Tensor, seeds: Tensor | None, config: GenerationConfig
+        self,
+        chain: Chain,
+        input_ids: Tensor,
+        streams: Streams,
+        tell: Callable[..., None] | None,
+        config: GenerationConfig,
     ) -> None:
         """Prepares one call of the generation loop."""
         rows, self.prompt_length = input_ids.shape[:2]
-        self.chain, self.seeds = chain, seeds
+        self.chain, self.streams, self.tell = chain, streams, tell
+        self.before: Any = LogitsProcessorList(chain.before)
+        self.edits = Run(chain.edits)
         self.records = bool(config.return_dict_in_generate and config.output_scores)
         self.scores: list[Tensor] = []
         self.pad_token = _pad_token(config)
@@ -51,21 +65,26 @@ class Draw(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Draws from the scores, (N, V); returns 1 at each row's token and 0 elsewhere."""
-        positions = None
-        if self.seeds is not None:
-            positions = torch.full_like(self.seeds, input_ids.shape[1] - self.prompt_length)
+        # a processor may write into what it gets
+        logits = scores.clone() if self.tell is not None and self.before else scores
+        scores, edits, allowed = self.edits(input_ids, self.before(input_ids, scores))
         adaptor, kept = self.chain.adaptor, None
         if scores.dtype == torch.float64:
             kept = self._unfused(input_ids, scores)
             adaptor, scores = Adaptor(), _narrowed(kept)
-        drawn = sample(scores, adaptor, seeds=self.seeds, positions=positions)
-        seen = self.finished | (self.status != 0)
-        self.status = torch.where(seen, self.status, drawn.status)
+        seeds, positions = self.streams.at(input_ids.shape[1] - self.prompt_length)
+        changes: dict[str, Any] = {"edits": edits, "allowed": allowed}
+        drawn = sample(scores, adaptor, seeds=seeds, positions=positions, **changes)
+        ended = self.finished | (self.status != 0)
+        self.status = torch.where(ended, self.status, drawn.status)
         if self.at_once:
             _raise_bad_rows(self.status)
         if self.records:
-            kept = filter_logits(scores, adaptor) if kept is None else kept
+            kept = filter_logits(scores, adaptor, **changes) if kept is None else kept
             self.scores.append(kept.log_softmax(-1) if self.chain.normalised else kept)
+        if self.tell is not None:
+            over = self.finished | (self.status != 0)
+            self.tell(logits, drawn.tokens, drawn.logprobs, drawn.kept, over)
         tokens = torch.where(drawn.status == 0, drawn.tokens, self.pad_token)
         return self._rows_of(tokens[:, None], scores)
 
@@ -102,12 +121,44 @@ class Draw(LogitsProcessor):
         self.finished = self.finished | done | (self.status != 0)
         return self.finished
 
-    def finish(self, output: Any) -> Any:
+    def finish(self, output: Any) -> None:
         """Puts the true scores into the loop's output; raises for bad rows."""
         _raise_bad_rows(self.status)
         if self.records:
             output.scores = tuple(self.scores[: len(output.scores)])
-        return output
+
+
+class Watch(LogitsProcessor):
+    """The only processor of a greedy search that tells: runs the others, which decide as ever.
+
+    Args:
+        processors: as `model.generate` prepares them.
+        input_ids (Tensor): (N, T), int64; the prompts.
+        tell: gets what there is to tell of each step's tokens, as `Told.add`.
+    """
+
+    def __init__(
+        self, processors: LogitsProcessorList, input_ids: Tensor, tell: Callable[..., None]
+    ) -> None:
+        """Prepares one call of the generation loop."""
+        self.processors: Any = processors
+        self.tell = tell
+        self.finished = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Returns what the processors make of the scores, (N, V)."""
+        logits = scores.clone() if self.processors else scores
+        scores = self.processors(input_ids, scores)
+        tokens = scores.argmax(-1)
+        rows = _narrowed(scores) if scores.dtype == torch.float64 else scores
+        by = score(rows, tokens, [Adaptor()])
+        self.tell(logits, tokens, by.logprobs[:, 0], by.kept[:, 0], self.finished)
+        return scores
+
+    def end_rows(self, done: Tensor) -> Tensor:
+        """Notes the rows that end with this step, and returns them as they come."""
+        self.finished = self.finished | done
+        return done
 
 
 class Stopping(StoppingCriteriaList):
@@ -115,18 +166,19 @@ class Stopping(StoppingCriteriaList):
 
     Args:
         criteria: as `model.generate` prepares them.
-        draw: the processor that knows the scores.
+        draw: the processor that knows the scores, and is told which rows end.
     """
 
-    def __init__(self, criteria: StoppingCriteriaList, draw: Draw) -> None:
+    def __init__(self, criteria: StoppingCriteriaList, draw: Draw | Watch) -> None:
         """Wraps the given criteria."""
         super().__init__(criteria)
         self.draw = draw
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         """Returns which rows end, (N,) bool."""
-        true_scores = None if scores is None else tuple(self.draw.scores)
-        return self.draw.end_rows(super().__call__(input_ids, true_scores, **kwargs))
+        if scores is not None and isinstance(self.draw, Draw):
+            scores = tuple(self.draw.scores)
+        return self.draw.end_rows(super().__call__(input_ids, scores, **kwargs))
 
 
 def _narrowed(scores: Tensor) -> Tensor:

@@ -25,10 +25,12 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_managed_module
 
-from fastadapt._ops.checks import instance, integers
+from fastadapt._ops.checks import flag, instance, integers
 from fastadapt.adaptor import Adaptor
 from fastadapt.hf._chain import chain_of
-from fastadapt.hf._draw import Draw, Stopping
+from fastadapt.hf._draw import Draw, Stopping, Watch
+from fastadapt.hf._streams import Seeds, Streams, seeds_of
+from fastadapt.hf._told import Told
 from fastadapt.sampling.functions import filter_logits
 
 # What `model.generate` takes by name and hands to no callable: how to have it.
@@ -111,6 +113,12 @@ class Generate:
     temperature below 1e-6) or a processor returns float64. `LogitNormalization` may follow, and a
     `FusedLogitsWarper` may take their place.
 
+    On a CPU the processors right before these that touch few logits of a row become edits and
+    masks of the same call, in transformers' order and to its values: bias, bad words, repetition
+    penalty and n-grams (of an encoder too), minimum lengths, forced, suppressed and allowed tokens,
+    the decay of the length. They are known by their exact class. A processor of another class, a
+    subclass or a user's own among them, runs as it is, and so does all that stands before it.
+
     Examples:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> from fastadapt.hf import Generate
@@ -120,6 +128,10 @@ class Generate:
         >>> settings = {"do_sample": True, "top_p": 0.9, "min_new_tokens": 4, "max_new_tokens": 4}
         >>> model.generate(prompt, custom_generate=Generate(seeds=[7]), **settings).shape
         torch.Size([1, 7])
+        >>> telling = {"return_dict_in_generate": True, "output_logprobs": True}
+        >>> out = model.generate(prompt, custom_generate=Generate(), **telling, **settings)
+        >>> out.logprobs.shape, out.kept.shape
+        (torch.Size([1, 4]), torch.Size([1, 4]))
 
     Arguments of `model.generate` that are special here:
         seeds: one int64 per returned sequence, prompts times `num_return_sequences`, those of one
@@ -128,7 +140,19 @@ class Generate:
             the default generator matter. Without seeds the default generator is used, so
             `torch.manual_seed` reproduces. A model that draws by itself within a step (the depth
             decoders of CSM and Moshi, dropout in training mode) does so from the default generator
-            in spite of seeds; where that is seen, a warning says so.
+            in spite of seeds; where that is seen, a warning says so. None in a list is a row
+            without a seed: it draws by the default generator, as it would among rows without seeds.
+        positions: one int64 >= 0 per returned sequence, beside `seeds`: how many tokens its seed
+            has drawn already, by default 0. With the tokens so far as the prompt, a sequence goes
+            on as it would have without the break.
+        output_logprobs: with `return_dict_in_generate=True` the output also has, each
+            (sequences, steps) and not of the vocabulary's size: `logprobs`, float32, nats, under
+            the distribution that the token was drawn from (in a greedy search, under the softmax of
+            the processed scores); `base_logprobs`, float32, nats, under the softmax of the model's
+            own logits, before any processor; `kept`, int32, how many tokens the first of these
+            distributions has; `ranks`, int32, 1 + how many tokens stand before it in the model's
+            own logits (logit descending, id ascending). All are 0 after a sequence's end. Where
+            those logits have no such token they are -inf and 0, where they have NaN, NaN and 0.
         streamer, synced_gpus: never reach a callable and are refused; pass them to `using` instead.
             `synced_gpus` is otherwise chosen as transformers does.
         stop_strings: its tokenizer never reaches a callable; pass
@@ -147,8 +171,10 @@ class Generate:
     Raises:
         ValueError: a mode other than sampling and greedy search (beams, contrastive, assisted,
             DoLa, constraints), an argument that cannot reach here (above), `seeds` without
-            `do_sample=True`, or seeds or per-row knobs that do not fit the batch.
-        TypeError: seeds that are not integers.
+            `do_sample=True`, `positions` without seeds, `output_logprobs` without
+            `return_dict_in_generate=True`, or seeds, positions or per-row knobs that do not fit
+            the batch.
+        TypeError: seeds or positions that are not integers, a flag that is not a bool.
         RuntimeError: an unfinished row has NaN, +inf or nothing finite. On a CPU at once; elsewhere
             the row ends with the pad token and the error follows after the loop, so that no step
             waits for the device.
@@ -156,21 +182,21 @@ class Generate:
 
     streamer: BaseStreamer | None = None
     synced_gpus: bool | None = None
-    seeds: Sequence[int] | Tensor | None = None
+    seeds: Seeds | None = None
 
     def using(
         self,
         *,
         streamer: BaseStreamer | None = None,
         synced_gpus: bool | None = None,
-        seeds: Sequence[int] | Tensor | None = None,
+        seeds: Seeds | None = None,
     ) -> "Generate":
         """Return a callable for `custom_generate` with these settings and no others.
 
         Args:
             streamer (BaseStreamer): receives the prompt, every token, and the end.
             synced_gpus (bool): keep calling the model until every rank has finished.
-            seeds (Tensor or sequence of int): as the `seeds` of `model.generate`.
+            seeds (Tensor or sequence of int or None): as the `seeds` of `model.generate`.
         """
         return Generate(streamer, synced_gpus, seeds)
 
@@ -182,7 +208,9 @@ class Generate:
         logits_processor: LogitsProcessorList,
         stopping_criteria: StoppingCriteriaList,
         generation_config: GenerationConfig,
-        seeds: Sequence[int] | Tensor | None = None,
+        seeds: Seeds | None = None,
+        positions: Sequence[int] | Tensor | None = None,
+        output_logprobs: bool = False,
         stop_strings: object = None,
         **model_kwargs: Any,
     ) -> Any:
@@ -195,19 +223,23 @@ class Generate:
                 "pass stopping_criteria=[StopStringCriteria(tokenizer, stop_strings)] instead"
             )
         _check_mode(generation_config)
-        seeds = self._seeds(model, seeds, input_ids, generation_config)
-        draw = None
+        told = Told() if _is_asked("output_logprobs", output_logprobs, generation_config) else None
+        streams = self._streams(model, seeds, positions, input_ids, generation_config)
+        tell = None if told is None else told.add
+        draw: Draw | Watch | None = None
         if generation_config.do_sample:
             chain = chain_of(logits_processor, FusedLogitsWarper)
             _check_rows(chain.adaptor, input_ids.shape[0])
-            draw = Draw(chain, input_ids, seeds, generation_config)
-            logits_processor = LogitsProcessorList([*chain.before, draw])
-            stopping_criteria = Stopping(stopping_criteria, draw)
+            draw = Draw(chain, input_ids, streams, tell, generation_config)
             generation_config = copy.copy(generation_config)
             generation_config.do_sample = False
+        elif tell is not None:
+            draw = Watch(logits_processor, input_ids, tell)
+        if draw is not None:
+            logits_processor = LogitsProcessorList([draw])
+            stopping_criteria = Stopping(stopping_criteria, draw)
         if self.streamer is not None:
             self.streamer.put(input_ids.cpu())
-        states = None if seeds is None else _default_generators(input_ids.device)
         output = model._sample(
             input_ids,
             logits_processor=logits_processor,
@@ -217,30 +249,40 @@ class Generate:
             streamer=self.streamer,
             **model_kwargs,
         )
-        if states is not None:
-            _warn_of_other_draws(model, states, input_ids.device)
-        return output if draw is None else draw.finish(output)
+        if streams.others_drew():
+            warnings.warn(
+                f"seeds: {type(model).__name__} or one of its processors drew from torch's default "
+                "generator too, which seeds do not reach; torch.manual_seed reproduces that part",
+                stacklevel=4,
+            )
+        if isinstance(draw, Draw):
+            draw.finish(output)
+        if told is not None:
+            told.put(output, output.sequences.shape[1] - input_ids.shape[1])
+        return output
 
-    def _seeds(
+    def _streams(
         self,
         model: Any,
-        seeds: Sequence[int] | Tensor | None,
+        seeds: Seeds | None,
+        positions: Sequence[int] | Tensor | None,
         input_ids: Tensor,
         config: GenerationConfig,
-    ) -> Tensor | None:
-        """Returns the seeds of this call as (N,) int64 on the ids' device, None without seeds."""
+    ) -> Streams:
+        """Returns the random streams of this call, on the ids' device."""
         if seeds is not None and self.seeds is not None:
             raise ValueError("seeds: expected in `using` or in `model.generate`, got them in both")
         seeds = self.seeds if seeds is None else seeds
-        if seeds is None:
-            return None
+        rows, device = input_ids.shape[0], input_ids.device
         # such a model decides by itself which of its calls sample, and which rows they have
         decides = type(model).generate is not GenerationMixin.generate
+        if positions is not None and seeds is None:
+            raise ValueError("positions: expected seeds beside them, got none")
+        if seeds is None or (decides and not config.do_sample):
+            return Streams(None, None, None, device)
         if not config.do_sample:
-            if decides:
-                return None
             raise ValueError("seeds: expected do_sample=True beside them, got do_sample=False")
-        tensor, rows = integers("seeds", seeds), input_ids.shape[0]
+        tensor, unseeded = seeds_of(seeds)
         if decides and tensor.dim() == 1 and tensor.shape[0] > rows:
             warnings.warn(
                 f"seeds: {type(model).__name__}.generate goes on with {rows} of {len(tensor)} rows "
@@ -249,12 +291,20 @@ class Generate:
                 stacklevel=5,
             )
             tensor = tensor[:rows]
-        if tensor.shape != (rows,):
-            raise ValueError(
-                f"seeds: expected shape ({rows},), one per sequence (prompts times "
-                f"num_return_sequences), got {tuple(tensor.shape)}"
-            )
-        return tensor.to(input_ids.device)
+            unseeded = None if unseeded is None else unseeded[:rows]
+            positions = None if positions is None else positions[:rows]
+        starts = None if positions is None else integers("positions", positions)
+        for name, values in (("seeds", tensor), ("positions", starts)):
+            if values is not None and values.shape != (rows,):
+                raise ValueError(
+                    f"{name}: expected shape ({rows},), one per sequence (prompts times "
+                    f"num_return_sequences), got {tuple(values.shape)}"
+                )
+        if starts is not None and bool((starts < 0).any()):
+            raise ValueError(f"positions: expected integers >= 0, got {starts.tolist()}")
+        if unseeded is not None and bool(unseeded.all()):
+            return Streams(None, None, None, device)
+        return Streams(tensor, unseeded, starts, device)
 
 
 generate = Generate()
@@ -296,22 +346,12 @@ def _refuse_unreachable(model: Any, synced_gpus: bool) -> None:
         )
 
 
-def _default_generators(device: torch.device) -> list[Tensor]:
-    """Returns the states of the default generators of the CPU and of a device."""
-    states = [torch.random.get_rng_state()]
-    if device.type != "cpu":
-        states.append(torch.get_device_module(device).get_rng_state(device))
-    return states
-
-
-def _warn_of_other_draws(model: Any, states: list[Tensor], device: torch.device) -> None:
-    """Warns if something else drew from a default generator since `states` were taken."""
-    if not all(map(torch.equal, states, _default_generators(device))):
-        warnings.warn(
-            f"seeds: {type(model).__name__} or one of its processors drew from torch's default "
-            "generator too, which seeds do not reach; torch.manual_seed reproduces that part",
-            stacklevel=5,
-        )
+def _is_asked(name: str, value: bool, config: GenerationConfig) -> bool:
+    """Returns a flag whose results are in a dictionary; raises where there is none."""
+    flag(name, value)
+    if value and not config.return_dict_in_generate:
+        raise ValueError(f"{name}: expected return_dict_in_generate=True beside it, got False")
+    return value
 
 
 def _check_mode(config: GenerationConfig) -> None:
