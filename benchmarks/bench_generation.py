@@ -2,9 +2,10 @@
 
     python benchmarks/bench_generation.py --out benchmarks/results/generation.json
 
-A step is one forward pass and one draw for the whole batch; the prefill is recorded apart. Every
-round runs all three modes, so a ratio compares runs of the same minutes. Run it on an idle machine:
-the host record holds the load average at the start.
+Both ways of sampling run with filters alone, and with a repetition penalty, n-grams, bad words and
+biases too. A step is one forward pass and one draw for the whole batch; the prefill is recorded
+apart. Every round runs all modes, so a ratio compares runs of the same minutes. Run it on an idle
+machine: the host record holds the load average at the start.
 """
 
 from __future__ import annotations
@@ -40,6 +41,9 @@ BENCHMARK = Benchmark(
         "max_new_tokens": Option(48, least=2),
         "rounds": Option(7, least=2),
         "top_p": Option(0.9),
+        "repetition_penalty": Option(1.1),
+        "no_repeat_ngram_size": Option(3, least=1),
+        "words": Option(40, least=2),  # bad ones, and as many biases; half of each of two tokens
         "seed": SEED,
     },
 )
@@ -47,11 +51,14 @@ BENCHMARK = Benchmark(
 
 @BENCHMARK
 def main(options: argparse.Namespace, record: dict[str, Any]) -> None:
-    """Time the three modes."""
+    """Time the modes."""
     model, tokenizer = load_model(options.model, fetch=True)
     inputs = encode_prompts(tokenizer, [PROMPTS[i % len(PROMPTS)] for i in range(options.batch)])
     adaptor = Adaptor(top_p=options.top_p)
+    vocabulary = model.get_output_embeddings().weight.shape[0]
     modes = mode_kwargs(adaptor, seeds=options.seed + torch.arange(options.batch))
+    edits = _edits(options, vocabulary)
+    modes |= {f"{name}_edits": {**modes[name], **edits} for name in ("stock", "fused")}
     with progress("generating", options.rounds * len(modes) * options.max_new_tokens) as step:
         runs = time_generation(
             model,
@@ -64,13 +71,27 @@ def main(options: argparse.Namespace, record: dict[str, Any]) -> None:
         )
     record["settings"] = {
         **settings_of(options, "model", "batch", "max_new_tokens", "rounds", "seed"),
+        **settings_of(options, "repetition_penalty", "no_repeat_ngram_size", "words"),
         "parameters": sum(p.numel() for p in model.parameters()),
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-        "vocabulary": model.get_output_embeddings().weight.shape[0],
+        "vocabulary": vocabulary,
         "adaptor": repr(adaptor),
         "prompt_tokens": inputs["input_ids"].shape[1],
     }
     record["modes"] = {name: _mode_record(runs[name], runs["greedy"]) for name in runs}
+
+
+def _edits(options: argparse.Namespace, vocabulary: int) -> dict[str, Any]:
+    """Arguments of `model.generate` for the processors."""
+    chosen = torch.Generator().manual_seed(options.seed)
+    ids = torch.randint(vocabulary, (2, options.words, 2), generator=chosen)
+    bad, biased = ([x[: 1 + at % 2] for at, x in enumerate(two.tolist())] for two in ids)
+    return {
+        "repetition_penalty": options.repetition_penalty,
+        "no_repeat_ngram_size": options.no_repeat_ngram_size,
+        "bad_words_ids": bad,
+        "sequence_bias": [[x, 1.5] for x in biased],
+    }
 
 
 def _mode_record(runs: Sequence[Generation], greedy: Sequence[Generation]) -> dict[str, Any]:

@@ -410,7 +410,7 @@ def test_bench_generation_writes_json(tiny_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", words)
     bench_generation.main()
     record = json.loads(out.read_text())
-    assert set(record["modes"]) == {"greedy", "stock", "fused"}
+    assert set(record["modes"]) == {"greedy", "stock", "fused", "stock_edits", "fused_edits"}
     for mode in record["modes"].values():
         assert len(mode["step_ms_by_round"]) == len(mode["ratio_to_greedy_by_round"]) == 3
         assert mode["step_ms"]["q1"] <= mode["step_ms"]["median"] <= mode["step_ms"]["q3"]

@@ -166,7 +166,8 @@ class Generate:
     that call the loop more than once (Whisper, for each segment and each temperature) count the
     tokens of each call anew and decide by themselves which calls sample; seeds are for those. Where
     they go on with some rows alone they do not say which: these draw by the first of the seeds,
-    with a warning.
+    with a warning. An output that such a model makes by itself may leave out what `output_logprobs`
+    adds (Whisper's does).
 
     Raises:
         ValueError: a mode other than sampling and greedy search (beams, contrastive, assisted,
