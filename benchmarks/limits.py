@@ -120,15 +120,20 @@ def gpu_sampling_limits(record: Record) -> list[Limit]:
     ]
 
 
+def generation_limits(record: Record) -> list[Limit]:
+    """The demand on a step with processors."""
+    ratio = record["modes"].get("fused_edits", {}).get("ratio_to_greedy", {}).get("median")
+    return [Limit("a step with filters and processors to a greedy one", ratio, 1.03)]
+
+
 def score_limits(record: Record) -> list[Limit]:
     """The demands on `score`."""
     cells, count = record["cells"], record["settings"]["adaptors"]
     label, chains = "adaptors in one call to one adaptor, worst cell", "chains to one call, least"
+    stock = _medians(cells, "stock_to_all")
     return [
         _worst(f"{count} {label}", _medians(cells, "to_one", "all"), 8),
-        _worst(
-            f"transformers' {count} {chains}", _medians(cells, "stock_to_all"), 50, at_least=True
-        ),
+        _worst(f"transformers' {count} {chains}", stock, 50, at_least=True),
     ]
 
 
@@ -381,7 +386,7 @@ def _place(cell: Record) -> str:
 
 
 LIMITS: dict[str, Callable[[Record], list[Limit]]] = {
-    "sampling": sampling_limits,
+    **{"generation": generation_limits, "sampling": sampling_limits},
     "gpu_sampling": gpu_sampling_limits,
     "score": score_limits,
     "edits": edits_limits,

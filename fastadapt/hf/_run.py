@@ -63,6 +63,7 @@ class Run:
         for prefix in prefixes:
             prefix.ask(input_ids)
         step = Step(input_ids, self.tokens, scores, touched)
+        # a list, so that each rule sees each step: n-grams are counted as they come
         applies = all([rule.apply(step) for rule in self.rules])
         if not applies or not bool((step.values < float("inf")).all()):
             rules = self.rules
