@@ -6,7 +6,6 @@ mask alone, for code that samples by itself.
 """
 
 import copy
-import inspect
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,17 +27,12 @@ from transformers.integrations.fsdp import is_fsdp_managed_module
 from fastadapt._ops.checks import flag, instance, integers
 from fastadapt.adaptor import Adaptor
 from fastadapt.hf._chain import chain_of
+from fastadapt.hf._drafted import Drafted, WithDrafts
 from fastadapt.hf._draw import Draw, Stopping, Watch
 from fastadapt.hf._streams import Seeds, Streams, seeds_of
 from fastadapt.hf._told import Told
+from fastadapt.hf._unreachable import refuse_unreachable
 from fastadapt.sampling.functions import filter_logits
-
-# What `model.generate` takes by name and hands to no callable: how to have it.
-_UNREACHABLE = {
-    "streamer": "pass custom_generate=generate.using(streamer=...) instead",
-    "synced_gpus": "pass custom_generate=generate.using(synced_gpus=True) instead",
-    "assistant_model": "leave custom_generate out to decode with an assistant",
-}
 
 
 class FusedLogitsWarper(LogitsProcessor):
@@ -157,7 +151,10 @@ class Generate:
             `synced_gpus` is otherwise chosen as transformers does.
         stop_strings: its tokenizer never reaches a callable; pass
             `stopping_criteria=[StopStringCriteria(tokenizer, stop_strings)]` instead.
-        assistant_model: never reaches a callable and is refused.
+        prompt_lookup_num_tokens: drafts of so many tokens, from repeats in the text. A draft stands
+            while it is the token that is drawn at its place, so that tokens are those without
+            drafts. One sequence at a time, as in transformers.
+        assistant_model: never reaches a callable; pass it to `using`. Its drafts stand likewise.
         cache_implementation="paged": transformers goes to `generate_batch` before it looks at
             `custom_generate`, so nothing is fused, seeds are ignored, and nothing here can see it.
 
@@ -170,8 +167,8 @@ class Generate:
     adds (Whisper's does).
 
     Raises:
-        ValueError: a mode other than sampling and greedy search (beams, contrastive, assisted,
-            DoLa, constraints), an argument that cannot reach here (above), `seeds` without
+        ValueError: a mode other than sampling and greedy search (beams, contrastive, DoLa,
+            constraints), an argument that cannot reach here (above), `seeds` without
             `do_sample=True`, `positions` without seeds, `output_logprobs` without
             `return_dict_in_generate=True`, or seeds, positions or per-row knobs that do not fit
             the batch.
@@ -184,6 +181,7 @@ class Generate:
     streamer: BaseStreamer | None = None
     synced_gpus: bool | None = None
     seeds: Seeds | None = None
+    assistant_model: Any = None
 
     def using(
         self,
@@ -191,6 +189,7 @@ class Generate:
         streamer: BaseStreamer | None = None,
         synced_gpus: bool | None = None,
         seeds: Seeds | None = None,
+        assistant_model: Any = None,
     ) -> "Generate":
         """Return a callable for `custom_generate` with these settings and no others.
 
@@ -198,8 +197,9 @@ class Generate:
             streamer (BaseStreamer): receives the prompt, every token, and the end.
             synced_gpus (bool): keep calling the model until every rank has finished.
             seeds (Tensor or sequence of int or None): as the `seeds` of `model.generate`.
+            assistant_model (PreTrainedModel): drafts tokens of the same vocabulary.
         """
-        return Generate(streamer, synced_gpus, seeds)
+        return Generate(streamer, synced_gpus, seeds, assistant_model)
 
     def __call__(
         self,
@@ -217,16 +217,17 @@ class Generate:
     ) -> Any:
         """Run the loop; called by `model.generate`, which prepares the arguments."""
         synced_gpus = _is_sharded(model) if self.synced_gpus is None else self.synced_gpus
-        _refuse_unreachable(model, synced_gpus)
+        refuse_unreachable(model, synced_gpus)
         if stop_strings is not None:  # named above, it is kept from the generation config
             raise ValueError(
                 "stop_strings: expected none, because transformers hands a callable no tokenizer; "
                 "pass stopping_criteria=[StopStringCriteria(tokenizer, stop_strings)] instead"
             )
-        _check_mode(generation_config)
+        drafts = _has_drafts(generation_config, self.assistant_model)
         told = Told() if _is_asked("output_logprobs", output_logprobs, generation_config) else None
         streams = self._streams(model, seeds, positions, input_ids, generation_config)
         tell = None if told is None else told.add
+        for_drafts: list[LogitsProcessor] = list(logits_processor)
         draw: Draw | Watch | None = None
         if generation_config.do_sample:
             chain = chain_of(logits_processor, FusedLogitsWarper)
@@ -234,14 +235,19 @@ class Generate:
             draw = Draw(chain, input_ids, streams, tell, generation_config)
             generation_config = copy.copy(generation_config)
             generation_config.do_sample = False
+            for_drafts = [*chain.before, *chain.edits]
         elif tell is not None:
             draw = Watch(logits_processor, input_ids, tell)
         if draw is not None:
-            logits_processor = LogitsProcessorList([draw])
+            logits_processor = LogitsProcessorList([Drafted(draw) if drafts else draw])
             stopping_criteria = Stopping(stopping_criteria, draw)
         if self.streamer is not None:
             self.streamer.put(input_ids.cpu())
-        output = model._sample(
+        loop = model._sample
+        if drafts:
+            loop = WithDrafts(model, for_drafts).generate
+            model_kwargs["assistant_model"] = self.assistant_model
+        output = loop(
             input_ids,
             logits_processor=logits_processor,
             stopping_criteria=stopping_criteria,
@@ -324,29 +330,6 @@ Examples:
 """
 
 
-def _refuse_unreachable(model: Any, synced_gpus: bool) -> None:
-    """Raises if `model.generate` got an argument that it does not pass on to a callable.
-
-    Such an argument is only in that call's frame. A streamer is ended first: its consumer would
-    wait for ever.
-    """
-    code = inspect.unwrap(GenerationMixin.generate).__code__
-    frame = inspect.currentframe()
-    while frame is not None and frame.f_code is not code:
-        frame = frame.f_back
-    given = {} if frame is None or frame.f_locals.get("self") is not model else frame.f_locals
-    for name, instead in _UNREACHABLE.items():
-        value = given.get(name)
-        if value is None or value is False or (name == "synced_gpus" and synced_gpus):
-            continue
-        if isinstance(value, BaseStreamer):
-            value.end()
-        raise ValueError(
-            f"{name}: expected none beside custom_generate, because transformers hands it to no "
-            f"callable, got {type(value).__name__}; {instead}"
-        )
-
-
 def _is_asked(name: str, value: bool, config: GenerationConfig) -> bool:
     """Returns a flag whose results are in a dictionary; raises where there is none."""
     flag(name, value)
@@ -355,14 +338,15 @@ def _is_asked(name: str, value: bool, config: GenerationConfig) -> bool:
     return value
 
 
-def _check_mode(config: GenerationConfig) -> None:
-    """Raises unless the config asks for one sequence per row and one token per step."""
-    mode = config.get_generation_mode()
-    if mode not in ("sample", "greedy_search"):
+def _has_drafts(config: GenerationConfig, assistant_model: Any) -> bool:
+    """Whether tokens are drafted; raises unless one sequence a row is sampled or searched."""
+    mode = config.get_generation_mode(assistant_model)
+    if mode not in ("sample", "greedy_search", "assisted_generation"):
         raise ValueError(
             f"generation mode: expected sampling or greedy search, got {mode.value}; "
-            "set num_beams=1 and no contrastive, assisted, DoLa or constraint option"
+            "set num_beams=1 and no contrastive, DoLa or constraint option"
         )
+    return mode == "assisted_generation"
 
 
 def _check_rows(adaptor: Adaptor, rows: int) -> None:
