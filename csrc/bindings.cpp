@@ -1,7 +1,8 @@
 // The Python module: a kernel takes the fields of its arguments by their names, tensors as they
 // are, and runs with the GIL released. Shapes and dtypes are checked in fastadapt/_ops; here only
 // what would be unsafe is refused.
-#include <pybind11/pybind11.h>
+#include "bindings.h"
+
 #include <pybind11/stl.h>
 
 #include <exception>
@@ -15,8 +16,6 @@
 #include "kernels.h"
 #include "parallel.h"
 
-namespace py = pybind11;
-
 namespace fastadapt {
 namespace {
 
@@ -29,20 +28,6 @@ using EditsTuple =
     std::tuple<py::handle, py::handle, py::handle, int64_t, bool, py::handle, int64_t>;
 
 std::string text(int64_t x) { return std::to_string(x); }
-
-// What a tensor's method without arguments returns; the name is interned.
-int64_t ask(py::handle tensor, PyObject* method) {
-  const auto got =
-      py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor.ptr(), method));
-  if (!got) throw py::error_already_set();
-  return py::cast<int64_t>(got);
-}
-
-template <class T>
-T* pointer(py::handle tensor) {
-  static PyObject* const data_ptr = PyUnicode_InternFromString("data_ptr");
-  return reinterpret_cast<T*>(ask(tensor, data_ptr));
-}
 
 DType dtype_of(int code, DType last = DType::kFloat64) {
   if (code < 0 || code > static_cast<int>(last))
@@ -306,6 +291,7 @@ PYBIND11_MODULE(_C, m) {
   using namespace fastadapt;
   m.doc() = "CPU kernels of fastadapt: the arguments of csrc/kernels.h by name, nothing allocated.";
   define_kernels(m);
+  define_history(m);
   m.attr("OTHERS_MAX") = static_cast<int>(kOthersMax);
   m.attr("OTHERS_SUM") = static_cast<int>(kOthersSum);
   m.attr("OTHERS_WEIGHTED") = static_cast<int>(kOthersWeighted);

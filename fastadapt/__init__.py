@@ -59,15 +59,19 @@ from fastadapt.sampling.functions import (
     sample,
     score,
 )
+from fastadapt.sampling.history import History
+from fastadapt.sampling.sequences import Sequences
 from fastadapt.sampling.verify import verify
 
 __all__ = [
     "Adaptor",
     "Edits",
+    "History",
     "Responses",
     "RewardPenalizeLoss",
     "Sample",
     "Score",
+    "Sequences",
     "Verified",
     "WarmUp",
     "adapted_logps",

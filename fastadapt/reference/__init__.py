@@ -37,6 +37,7 @@ from fastadapt.reference.distribution_losses import (
 )
 from fastadapt.reference.divergence import linear_divergence
 from fastadapt.reference.edits import Changes, edited
+from fastadapt.reference.history import History
 from fastadapt.reference.log_odds import (
     candidate_log_odds,
     label_log_odds,
@@ -61,6 +62,7 @@ from fastadapt.reference.verification import verify
 from fastadapt.results import Sample, Score
 
 __all__ = [
+    "History",
     "adapted_logps",
     "adapted_log_odds",
     "candidate_log_odds",

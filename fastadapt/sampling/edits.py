@@ -78,6 +78,13 @@ class Edits:
         return self
 
     @classmethod
+    def _made(cls, ids: Tensor, offsets: Tensor, columns: Tensor, largest: int) -> "Edits":
+        """Returns edits of lists made here, which need no check."""
+        made = cls.__new__(cls)
+        made.ids, made.offsets, made.columns, made.largest = ids, offsets, columns, largest
+        return made
+
+    @classmethod
     def set(cls, ids: Tensor, offsets: Tensor, values: Tensor) -> "Edits":
         """Returns edits that replace listed logits by given values, whatever they were.
 
