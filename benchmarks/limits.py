@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
+
+from limit import Figures, Limit, Record, mean, medians, worst
 
 # N, H, V of the demands on time: of heads as small models have them; trl's and errors at the second
 LOSS_SHAPES = ((1024, 576, 49_152), (1024, 896, 32_768))
@@ -16,58 +17,23 @@ GPU_LOSS_PEERS = {
     **{"quack": "QuACK", "cce": "CCE"},
 }
 FAST_US = 60  # a call as short as this may cost any multiple of a softmax
-Record = dict[str, Any]
-Figures = list[tuple[float, Record]]  # of cells, each with its cell
-
-
-class Limit(NamedTuple):
-    """One demand. `figure` is None where the result has nothing to compute it from."""
-
-    label: str
-    figure: float | None
-    bound: float
-    unit: str = "x"
-    at_least: bool = False
-    where: str = ""
-
-    @property
-    def met(self) -> str:
-        """Whether the figure is within its bound, in words."""
-        if self.figure is None:
-            return "not measured"
-        within = self.figure >= self.bound if self.at_least else self.figure <= self.bound
-        return "yes" if within else "no"
-
-    @property
-    def shown(self) -> str:
-        """The figure with its unit and, if it is one cell's, the cell."""
-        if self.figure is None:
-            return "-"
-        digits = 0 if self.figure >= 100 else 1 if self.figure >= 10 else 2
-        text = f"{self.figure:,.{digits}f} {self.unit}"
-        return f"{text} ({self.where})" if self.where else text
-
-    @property
-    def demanded(self) -> str:
-        """The bound with its unit."""
-        return f"{'at least' if self.at_least else 'at most'} {self.bound:g} {self.unit}"
 
 
 def sampling_limits(record: Record) -> list[Limit]:
     """The demands on `sample`."""
     cells = record["cells"]
-    ours = _medians(cells, "to_softmax", "fastadapt")
+    ours = medians(cells, "to_softmax", "fastadapt")
     slow = [(ratio, c) for ratio, c in ours if c["us"]["fastadapt"][1] >= FAST_US]
-    fields = _medians(cells, "to_softmax", "with_fields")
-    narrow = _medians(cells, "to_float32")
+    fields = medians(cells, "to_softmax", "with_fields")
+    narrow = medians(cells, "to_float32")
     chain = "transformers' chain, softmax and multinomial to `sample`, V >= 128,000, least"
     return [
-        _mean(f"time to that of torch.softmax, geometric mean of {len(cells)} cells", ours, 1.2),
-        _worst(f"the same, worst cell of {FAST_US} µs or more", slow, 2.5),
-        _mean("the same with `base_logprobs` and `log_mass`, geometric mean", fields, 1.8),
-        _mean("bfloat16 rows to float32 rows, geometric mean", narrow, 1.0),
-        _worst("the same, worst cell (5 % for noise)", narrow, 1.05),
-        _worst(chain, chain_times(record), 100, at_least=True),
+        mean(f"time to that of torch.softmax, geometric mean of {len(cells)} cells", ours, 1.2),
+        worst(f"the same, worst cell of {FAST_US} µs or more", slow, 2.5),
+        mean("the same with `base_logprobs` and `log_mass`, geometric mean", fields, 1.8),
+        mean("bfloat16 rows to float32 rows, geometric mean", narrow, 1.0),
+        worst("the same, worst cell (5 % for noise)", narrow, 1.05),
+        worst(chain, chain_times(record), 100, at_least=True),
         Limit("a call on one row of 8 logits: Python's share", record["call_us"][1], 12, "µs"),
     ]
 
@@ -75,7 +41,7 @@ def sampling_limits(record: Record) -> list[Limit]:
 def chain_times(record: Record) -> Figures:
     """The time of transformers' chain to ours, of each cell with V >= 128,000."""
     large = [p for p in record["peers"] if p["vocabulary"] >= 128_000]
-    return _medians(large, "to_fastadapt", "stock")
+    return medians(large, "to_fastadapt", "stock")
 
 
 def gpu_sampling_limits(record: Record) -> list[Limit]:
@@ -89,12 +55,12 @@ def gpu_sampling_limits(record: Record) -> list[Limit]:
     at[1] = [c for c in at[1] if "graph" in c["mode"]]
 
     def slowest(label: str, n: int, bound: float) -> Limit:
-        return _worst(label, _medians(at[n], "us", "fastadapt"), bound)._replace(unit="µs")
+        return worst(label, medians(at[n], "us", "fastadapt"), bound)._replace(unit="µs")
 
     def apart(c: Record) -> tuple[Any, ...]:
         return (c["vocabulary"], c["batch"], c["adaptor"], c["dtype"], c["mode"])
 
-    times = _medians(cells, "us", "fastadapt")
+    times = medians(cells, "us", "fastadapt")
     normal = {apart(c): us for us, c in times if c["rows"] == "normal3"}
     uneven = [
         (us / normal[apart(c)], c)
@@ -103,18 +69,18 @@ def gpu_sampling_limits(record: Record) -> list[Limit]:
     ]
 
     def faster(peer: str, name: str, bound: float) -> Limit:
-        found = _medians(peers, "to_fastadapt", peer)
+        found = medians(peers, "to_fastadapt", peer)
         label = f"{name}'s time to ours, geometric mean of {len(found)} cells"
-        return _mean(label, found, bound, at_least=True)
+        return mean(label, found, bound, at_least=True)
 
-    reads = _medians(at[512], "to_bound", "fastadapt")
-    fields = _medians(sum(at.values(), []), "to_fastadapt", "with_fields")
+    reads = medians(at[512], "to_bound", "fastadapt")
+    fields = medians(sum(at.values(), []), "to_fastadapt", "with_fields")
     return [
         slowest("T+k+p and the draw, V = 128,256, N = 64, float32", 64, 30),
-        _worst("the same, N = 512, to one read of the rows", reads, 3),
+        worst("the same, N = 512, to one read of the rows", reads, 3),
         slowest("the same, N = 1, in a CUDA graph", 1, 12),
-        _worst("these three with `base_logprobs` and `log_mass`, to without", fields, 1.6),
-        _worst("flat and tied rows to normal ones, worst cell", uneven, 2),
+        worst("these three with `base_logprobs` and `log_mass`, to without", fields, 1.6),
+        worst("flat and tied rows to normal ones, worst cell", uneven, 2),
         faster("flashinfer", "FlashInfer", 4),
         faster("vllm", "vLLM", 5),
     ]
@@ -130,10 +96,9 @@ def score_limits(record: Record) -> list[Limit]:
     """The demands on `score`."""
     cells, count = record["cells"], record["settings"]["adaptors"]
     label, chains = "adaptors in one call to one adaptor, worst cell", "chains to one call, least"
-    stock = _medians(cells, "stock_to_all")
     return [
-        _worst(f"{count} {label}", _medians(cells, "to_one", "all"), 8),
-        _worst(f"transformers' {count} {chains}", stock, 50, at_least=True),
+        worst(f"{count} {label}", medians(cells, "to_one", "all"), 8),
+        worst(f"transformers' {count} {chains}", medians(cells, "stock_to_all"), 50, at_least=True),
     ]
 
 
@@ -149,13 +114,28 @@ def edits_limits(record: Record) -> list[Limit]:
             if name.endswith(kind)
         ]
 
-    whole = _medians(cells, "to_softmax", "everything")
-    stock = _medians(cells, "stock_to_everything")
+    whole = medians(cells, "to_softmax", "everything")
+    stock = medians(cells, "stock_to_everything")
     return [
-        _worst(f"edits of {count:,} ids to `sample` without, worst cell", changed("edits"), 1.25),
-        _worst("a mask of allowed tokens to `sample` without, worst", changed("allowed"), 1.2),
-        _worst("all filters with both to torch.softmax, worst cell", whole, 2.2),
-        _worst("transformers' way to that, least", stock, 100, at_least=True),
+        worst(f"edits of {count:,} ids to `sample` without, worst cell", changed("edits"), 1.25),
+        worst("a mask of allowed tokens to `sample` without, worst", changed("allowed"), 1.2),
+        worst("all filters with both to torch.softmax, worst cell", whole, 2.2),
+        worst("transformers' way to that, least", stock, 100, at_least=True),
+    ]
+
+
+def history_limits(record: Record) -> list[Limit]:
+    """The demands on the lists of a history, of each row of the largest batch."""
+    largest = max(cell["batch"] for cell in record["cells"])
+    us = {c["rule"]: c["us"] for c in record["cells"] if c["batch"] == largest}
+    counted = [(us[rule]["from nothing"][1] / 1e3, rule) for rule in us if rule != "DRY"]
+    made = "history and its first list, a row of"
+    slowest, step = max(counted), max((us[rule]["step"][1], rule) for rule in us)
+    tokens = f"{record['settings']['tokens']:,} tokens"
+    return [
+        Limit(f"{made} {tokens}, worst", slowest[0], 0.5, "ms", where=slowest[1]),
+        Limit(f"{made} {tokens}, DRY", us["DRY"]["from nothing"][1] / 1e3, 1, "ms"),
+        Limit(f"a step after that, a row of {largest}, worst", step[0], 5, "µs", where=step[1]),
     ]
 
 
@@ -180,7 +160,7 @@ def losses_limits(record: Record) -> list[Limit]:
         return [c for c in cells if c["head"] == head]
 
     def slower(label: str, cells: list[Record], peer: str, bound: float) -> Limit:
-        return _worst(label, _medians(cells, "to_fastadapt", peer), bound, at_least=True)
+        return worst(label, medians(cells, "to_fastadapt", peer), bound, at_least=True)
 
     def peaks(of: Callable[[Record], float]) -> Figures:
         return [(c["memory_mb"]["fastadapt"] / of(c), c) for c in cells if "memory_mb" in c]
@@ -198,30 +178,30 @@ def losses_limits(record: Record) -> list[Limit]:
         slower(f"trl's time to ours, {both}, trainable head", of("trainable", here), "trl", 2.5),
         slower("plain PyTorch's time to ours in all other cells, least", others, "plain", 1.0),
         *(
-            _worst(
+            worst(
                 f"time to that of the {number} products of a {head} head in these cells, most",
-                _medians(of(head, others), "to_products"),
+                medians(of(head, others), "to_products"),
                 1.08,
             )
             for head, number in (("trainable", "three"), ("frozen", "two"))
         ),
-        _worst(
+        worst(
             "peak memory over inputs and gradients to that of the plan, most",
             peaks(lambda c: c["plan_mb"]),
             1.05,
         ),
-        _worst("the same to plain PyTorch's, most", to_plain, 1.0),
-        _worst("the same, trainable head, N >= 4 H", many, 0.35),
+        worst("the same to plain PyTorch's, most", to_plain, 1.0),
+        worst("the same, trainable head, N >= 4 H", many, 0.35),
         *(
-            _worst(f"{name} to one label's time, most", _medians(cells, "to_fastadapt", key), 1.05)
+            worst(f"{name} to one label's time, most", medians(cells, "to_fastadapt", key), 1.05)
             for key, name in (("candidates", "8 candidates' a row"), ("set", "their set's"))
         ),
-        _worst(
+        worst(
             "peak memory with memory_budget=0, of float32 logits, V >= 128,256, worst cell",
             memory_shares(record),
             5,
         )._replace(unit="%"),
-        _worst("rms error of bfloat16 log-odds to that of full bfloat16 logits", errors, 0.2),
+        worst("rms error of bfloat16 log-odds to that of full bfloat16 logits", errors, 0.2),
     ]
 
 
@@ -236,7 +216,7 @@ def divergence_limits(record: Record) -> list[Limit]:
     found = []
     for head in ("trainable", "frozen"):
         cells = [c for c in record["cells"] if c["head"] == head]
-        found.append(_worst(label.format(head), _medians(cells, "to_products"), 1.15))
+        found.append(worst(label.format(head), medians(cells, "to_products"), 1.15))
     return found
 
 
@@ -346,50 +326,13 @@ def tracker_limits(record: Record) -> list[Limit]:
     ]
 
 
-def geometric_mean(values: list[float]) -> float | None:
-    """None where there is no value."""
-    return statistics.geometric_mean(values) if values else None
-
-
-def _medians(cells: Sequence[Record], *path: str) -> Figures:
-    """The medians under some keys, of the cells that have them."""
-    found = []
-    for cell in cells:
-        value: Any = cell
-        for key in path:
-            value = value.get(key, {})
-        if value:
-            found.append((float(value[1]), cell))
-    return found
-
-
-def _mean(label: str, figures: Figures, bound: float, *, at_least: bool = False) -> Limit:
-    """A demand on the geometric mean of some cells."""
-    return Limit(label, geometric_mean([x for x, _ in figures]), bound, at_least=at_least)
-
-
-def _worst(label: str, figures: Figures, bound: float, *, at_least: bool = False) -> Limit:
-    """A demand on the worst of some cells."""
-    if not figures:
-        return Limit(label, None, bound, at_least=at_least)
-    figure, cell = (min if at_least else max)(figures, key=lambda pair: pair[0])
-    return Limit(label, figure, bound, at_least=at_least, where=_place(cell))
-
-
-def _place(cell: Record) -> str:
-    """Names a cell of rows, or of a loss."""
-    if "h" in cell:
-        shape = "N = {n:,}, H = {h:,}, V = {v:,}, {dtype}, {head} head"
-        return shape.format(**cell)
-    names = [cell["rows"], *(cell[k] for k in ("adaptor", "dtype", "mode") if k in cell)]
-    return f"V = {cell['vocabulary']:,}, N = {cell['batch']}, {', '.join(names)}"
-
-
 LIMITS: dict[str, Callable[[Record], list[Limit]]] = {
-    **{"generation": generation_limits, "sampling": sampling_limits},
+    "generation": generation_limits,
+    "sampling": sampling_limits,
     "gpu_sampling": gpu_sampling_limits,
     "score": score_limits,
     "edits": edits_limits,
+    "history": history_limits,
     "losses": losses_limits,
     "divergence": divergence_limits,
     "gpu_losses": gpu_losses_limits,

@@ -21,12 +21,12 @@ from typing import Any
 import jinja2
 
 import figure
+from limit import geometric_mean
 from limits import (
     GPU_CELL,
     GPU_LOSS_PEERS,
     LIMITS,
     chain_times,
-    geometric_mean,
     memory_shares,
 )
 
@@ -41,7 +41,8 @@ UNMEASURED = {
         "Not yet measured on a GPU.\n",
     ),
     **dict.fromkeys(
-        ("divergence", "edits", "tracker", "tradeoff", "trainer"), "Not yet measured.\n"
+        ("divergence", "edits", "history", "tracker", "tradeoff", "trainer"),
+        "Not yet measured.\n",
     ),
 }
 Record = Mapping[str, Any]
@@ -199,7 +200,7 @@ TABLES: dict[str, Callable[..., str]] = {
     for name in (
         *("generation", "sampling", "gpu_redesign", "gpu_sampling", "gpu_predicted", "score"),
         *("edits", "losses", "divergence", "gpu_losses", "gpu_loss_static", "train_preferences"),
-        *("trainer",),
+        *("history", "trainer"),
         *("tradeoff", "tracker"),
     )
 } | dict.fromkeys(

@@ -10,9 +10,11 @@ import pytest
 import torch
 
 import bench_edits
+import bench_history
 import bench_sampling
 import bench_score
 import cases
+import fastadapt
 import host
 import limits
 import peers
@@ -301,3 +303,25 @@ def test_transformers_way_to_edits_is_ours():
         seen.scatter_(1, draw(rows)[:, None], True)
     assert not (seen & ~kept).any()
     assert seen[:, ::2].sum() == seen.sum() > 6  # every second token is allowed
+
+
+def test_histories_are_measured_beside_transformers(run_benchmark):
+    record = run_benchmark(bench_history, "--batch", 1, 2, "--tokens", 400, "--rounds", 2)
+    assert [(c["rule"], c["batch"]) for c in record["cells"]] == [
+        (rule, batch) for rule in bench_history.RULES for batch in (1, 2)
+    ]
+    for limit in limits.history_limits(record):
+        assert limit.figure > 0, limit
+    assert "| DRY, 2 |" in report.block("history", record)
+
+
+def test_texts_of_histories_repeat():
+    """So that there is something to ban and to penalise, and tokens are as many as asked for."""
+    texts = bench_history.texts_of(2, 2000, seed=0)
+    history = fastadapt.History(texts)
+    assert texts.shape == (2, 2000)
+    for rule in bench_history.RULES.values():
+        assert rule(history).rows == 2
+    following = texts[:, :1000].T.contiguous()
+    history.append(following[:40].T)
+    assert len(history.ban_ngrams(3).ids) >= 2 and len(history.dry(0.8).ids) >= 2
