@@ -63,12 +63,12 @@ def measure_cell(rule: str, texts: Tensor, rounds: int) -> dict[str, Any]:
     batch, tokens = texts.shape
     listed, prompt = RULES[rule], tokens // 2
     going = History(texts, prompt_length=prompt)
-    ids = len(listed(going).ids) // batch
-    following = texts[:, : tokens // 2].T.contiguous()  # a passage again, token by token
-    turns = itertools.count()
+    listed(going)
+    # the row again, token by token
+    following = itertools.cycle(texts.T.contiguous().unbind())
 
     def step(_: int) -> Edits:
-        going.append(following[next(turns) % len(following)])
+        going.append(next(following))
         return listed(going)
 
     calls: dict[str, Call] = {
@@ -80,6 +80,7 @@ def measure_cell(rule: str, texts: Tensor, rounds: int) -> dict[str, Any]:
         calls["stock"] = stock
     took = in_turns(calls, rounds=rounds)
     us = {name: quartiles([1e6 * s / batch for s in took[name]], 2) for name in took}
+    ids = len(listed(going).ids) // batch
     return {"rule": rule, "batch": batch, "ids": ids, "us": us}
 
 
