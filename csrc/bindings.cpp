@@ -13,6 +13,7 @@
 #include <utility>
 #include <vector>
 
+#include "join_edits.h"
 #include "kernels.h"
 #include "parallel.h"
 
@@ -75,12 +76,9 @@ void read(py::handle tuple, Rows& out, Args&) {
          v, stride};
 }
 
-template <class Args>
-void read(py::handle tuple, Edits& out, Args& args) {
-  if (args.rows.dtype == DType::kFloat64)
-    throw py::value_error("edits: expected none with float64 rows");
+Edits edits_of(py::handle tuple) {
   const auto [ids, offsets, columns, count, given, allowed, stride] = py::cast<EditsTuple>(tuple);
-  out = {};
+  Edits out{};
   if (!ids.is_none())
     out = {pointer<const int32_t>(ids),
            pointer<const int64_t>(offsets),
@@ -93,6 +91,14 @@ void read(py::handle tuple, Edits& out, Args& args) {
     out.allowed = pointer<const uint32_t>(allowed);
     out.allowed_stride = stride;
   }
+  return out;
+}
+
+template <class Args>
+void read(py::handle tuple, Edits& out, Args& args) {
+  if (args.rows.dtype == DType::kFloat64)
+    throw py::value_error("edits: expected none with float64 rows");
+  out = edits_of(tuple);
 }
 
 template <class Args>
@@ -216,6 +222,17 @@ int64_t first_bad_token(py::handle tokens, int64_t v, int64_t ignore_index) {
   return -1;
 }
 
+// Makes the offsets of the lists of both, or fills these; returns the place of the first misfit.
+int64_t join(py::handle first, py::handle after, int64_t n, py::handle offsets, py::handle ids,
+             py::handle columns) {
+  const Edits a = edits_of(first), b = edits_of(after);
+  auto* ends = pointer<int64_t>(offsets);
+  if (!ids.is_none())
+    return join_edits(a, b, n, ends, pointer<int32_t>(ids), pointer<float>(columns));
+  join_offsets(a, b, n, ends);
+  return -1;
+}
+
 std::vector<std::string> capabilities() {
   std::vector<std::string> names;
   for (const char* const* name = cpu_capabilities(); *name; ++name) names.push_back(*name);
@@ -312,6 +329,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("REVERSE_KL") = static_cast<int>(kReverseKl);
   m.attr("JSD") = static_cast<int>(kJsd);
   m.def("first_bad_token", &first_bad_token);
+  m.def("join_edits", &join);
   m.def("cpu_capabilities", &capabilities, "Names this processor can run, worst first.");
   m.def("cpu_capability", [] { return std::string(cpu_capability()); }, "The name in use.");
   m.def("set_cpu_capability", &set_capability, py::arg("name"), "For tests: forces one by name.");

@@ -251,6 +251,38 @@ def test_sums_of_edits():
         of("pre", 1.0) + Edits.from_rows([{}], "pre")
 
 
+def test_sums_of_any_edits():
+    """Where two lists are one, it has the bits of one after the other; else it is refused."""
+    kinds = torch.tensor([0.0, 0.0, 0.0, 0.3, -0.7, 1e8, -INF]), torch.tensor([1.0, 1.0, 1.7, 0.6])
+    fine, refused = 0, 0
+    for seed in range(400):
+        generator = torch.Generator().manual_seed(seed)
+
+        def some(generator: torch.Generator = generator, v: int = 3 + seed % 9) -> Edits:
+            listed = torch.rand(3, v, generator=generator) < 0.4
+            ids = listed.nonzero()[:, 1].int()
+            offsets = torch.nn.functional.pad(listed.sum(1).cumsum(0), (1, 0))
+
+            def of(values: Tensor) -> Tensor:
+                return values[torch.randint(len(values), ids.shape, generator=generator)]
+
+            pre, post, last = (of(kinds[0]) for _ in range(3))
+            return Edits(ids, offsets, pre=pre, penalty=of(kinds[1]), post=post, last=last)
+
+        first, after = some(), some()
+        x = torch.randn(3, 11, generator=generator) * 4
+        try:
+            both = first + after
+        except ValueError as error:
+            assert "at most one addition before a penalty" in str(error)
+            refused += 1
+            continue
+        assert torch.equal(edited(x, both), edited(edited(x, first), after))
+        assert both.largest == max(first.largest, after.largest)
+        fine += 1
+    assert fine > 50 and refused > 50
+
+
 def test_sums_with_given_values():
     x = torch.randn(2, 9)
     ids, offsets = torch.tensor([1, 4, 0], dtype=torch.int32), torch.tensor([0, 2, 3])

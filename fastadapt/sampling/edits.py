@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastadapt._ops.checks import instance, integer, one_of
+from fastadapt._ops.edits import joined_lists
 
 COLUMNS = ("pre", "penalty", "post", "last")
 NEUTRAL = (0.0, 1.0, 0.0, 0.0)
@@ -162,10 +163,13 @@ class Edits:
         Args:
             device (torch.device | str): where to.
         """
-        moved = (x.to(device) for x in (self.ids, self.offsets, self.columns))
-        made = type(self).__new__(type(self))._fill(*moved)
+        made = type(self).__new__(type(self))._fill(*self._lists(device))
         made.largest = max(made.largest, self.largest)  # known from the CPU on
         return made
+
+    def _lists(self, device: torch.device | str) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns ids, offsets and columns on a device."""
+        return self.ids.to(device), self.offsets.to(device), self.columns.to(device)
 
     def __add__(self, after: "Edits") -> "Edits":
         """Returns both, these first, as edits of the same form.
@@ -200,58 +204,28 @@ def joined(first: Edits, after: Edits) -> Edits:
             f"edits: expected {first.rows} rows on {first.ids.device}, got {after.rows} on "
             f"{after.ids.device}"
         )
-    keys = torch.cat([_keys(first), _keys(after)])
-    both, place = keys.unique(return_inverse=True)  # ascending by row, then by id
-    of_first, of_after = place.split([len(first.ids), len(after.ids)])
-    ids = (both & 0xFFFFFFFF).int()
-    counts = (both >> 32).bincount(minlength=first.rows)
-    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
     if first.sets or after.sets:
-        return _joined_values(first, after, (of_first, of_after), ids, offsets)
-    neutral = torch.tensor(NEUTRAL, device=keys.device)[:, None]
-    a, b = (neutral.repeat(1, len(both)) for _ in range(2))
-    a[:, of_first], b[:, of_after] = first.columns, after.columns
-    columns, fits = _composed(a, b)
-    if not bool(fits.all()):
-        at = int((~fits).nonzero()[0])
+        return _joined_values(first, after)
+    device = first.ids.device
+    (ids, offsets, columns), misfit = joined_lists(*(x._lists("cpu") for x in (first, after)))
+    if misfit >= 0:
+        row = int(torch.searchsorted(offsets, misfit, right=True)) - 1
         raise ValueError(
             "edits: expected at most one addition before a penalty, one penalty and two additions "
-            f"after it, got more for id {int(ids[at])} in row {int(both[at] >> 32)}"
+            f"after it, got more for id {int(ids[misfit])} in row {row}"
         )
-    return Edits.__new__(Edits)._fill(ids, offsets, columns)
+    largest = max(first.largest, after.largest)
+    made = Edits._made(ids, offsets, columns, largest)
+    return made if device.type == "cpu" else made.to(device)
 
 
-def _composed(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the columns of b after a, (4, E) each, and where they are exact."""
-    first, second = a[1] != 1, b[1] != 1  # which has the penalty
-    free = ~(first | second)
-    additions = torch.stack([a[0], a[2], a[3], b[0], b[2], b[3]])
-    place = torch.arange(6, device=a.device)[:, None]
-    before = (place < torch.where(first, 1, 4)) & ~free
-    # those that change something come first, in their order
-    early, rest = (
-        x.gather(0, (x == 0).sort(dim=0, stable=True).indices)
-        for x in (additions.where(before, 0.0), additions.where(~before, 0.0))
-    )
-    # without a penalty one of them may stand before it
-    columns = torch.where(
-        free,
-        torch.stack([rest[0], a[1], rest[1], rest[2]]),
-        torch.stack([early[0], a[1] * b[1], rest[0], rest[1]]),
-    )
-    few = (early != 0).sum(0) <= 1, (rest != 0).sum(0) <= torch.where(free, 3, 2)
-    fits = few[0] & few[1] & ~(first & second)
-    # what is banned stays so, whatever else is done to it
-    banned = (torch.cat([a, b]) == float("-inf")).any(0)
-    ban = torch.tensor([float("-inf"), *NEUTRAL[1:]], device=a.device)[:, None]
-    return torch.where(banned, ban, columns), fits | banned
-
-
-def _joined_values(
-    first: Edits, after: Edits, places: tuple[Tensor, Tensor], ids: Tensor, offsets: Tensor
-) -> Edits:
+def _joined_values(first: Edits, after: Edits) -> Edits:
     """Returns both where one of them gives values."""
-    of_first, of_after = places
+    both, place = torch.cat([_keys(first), _keys(after)]).unique(return_inverse=True)
+    of_first, of_after = place.split([len(first.ids), len(after.ids)])
+    ids = (both & 0xFFFFFFFF).int()  # ascending by row, then by id
+    counts = (both >> 32).bincount(minlength=first.rows)
+    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
     if not after.sets:  # edits of values are values
         if len(of_first) < len(ids):
             raise _not_given(of_first, ids)
