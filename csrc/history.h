@@ -40,7 +40,8 @@ class Rule {
 struct PenaltyRule : Rule {
   PerRow<double> repetition, presence, frequency;
   PerRow<int64_t> window;  // 0: no limit
-  Counted counted;         // by presence and frequency
+  Counted repeats;         // what repetition reads
+  Counted counted;         // what presence and frequency read
   Found find(TokenRow& row, int64_t r, bool again) const override;
   void write(TokenRow& row, int64_t r, const Columns& out) const override;
 

@@ -30,9 +30,11 @@ int64_t list(History& history, const Rule& rule, const ListsTuple& tuple) {
   return history.list(rule, out);
 }
 
-int64_t penalties(History& history, const ListsTuple& out, int counted, py::handle repetition,
-                  py::handle presence, py::handle frequency, py::handle window) {
+int64_t penalties(History& history, const ListsTuple& out, int counted, int repeats,
+                  py::handle repetition, py::handle presence, py::handle frequency,
+                  py::handle window) {
   PenaltyRule rule;
+  rule.repeats = static_cast<Counted>(repeats);
   rule.counted = static_cast<Counted>(counted);
   rule.repetition = per_row<double>(repetition);
   rule.presence = per_row<double>(presence);

@@ -31,9 +31,10 @@ bool holds(const std::vector<int32_t>& ascending, int32_t id) {
 }  // namespace
 
 const TokenCounts* PenaltyRule::counts(TokenRow& row, int64_t r) const {
-  if (repetition[r] != 1) return &row.counts(Counted::kAll, window[r]);
-  if (presence[r] != 0 || frequency[r] != 0) return &row.counts(counted, window[r]);
-  return nullptr;
+  const bool scales = repetition[r] != 1, adds = presence[r] != 0 || frequency[r] != 0;
+  if (!scales && !adds) return nullptr;
+  const bool all = (scales && repeats == Counted::kAll) || (adds && counted == Counted::kAll);
+  return &row.counts(all ? Counted::kAll : Counted::kOutput, window[r]);
 }
 
 Found PenaltyRule::find(TokenRow& row, int64_t r, bool) const {
@@ -49,7 +50,11 @@ void PenaltyRule::write(TokenRow& row, int64_t r, const Columns& out) const {
   const auto f = static_cast<float>(frequency[r]), p = static_cast<float>(presence[r]);
   const bool together = counted == Counted::kAll;  // as one number, as llama.cpp subtracts them
   std::fill_n(out.pre, n, 0.0f);
-  std::fill_n(out.penalty, n, static_cast<float>(repetition[r]));
+  const auto factor = static_cast<float>(repetition[r]);
+  if (repeats == Counted::kAll)
+    std::fill_n(out.penalty, n, factor);
+  else
+    for (size_t i = 0; i < n; ++i) out.penalty[i] = all->outputs[i] > 0 ? factor : 1.0f;
   if (together) {
     for (size_t i = 0; i < n; ++i) out.post[i] = 0.0f - (static_cast<float>(times[i]) * f + p);
     std::fill_n(out.last, n, 0.0f);

@@ -275,6 +275,7 @@ class History:
         self,
         lists: Lists,
         counted: int,
+        repeats: int,
         repetition: float | Tensor,
         presence: float | Tensor,
         frequency: float | Tensor,

@@ -34,6 +34,7 @@ def a_rule(draw: random.Random, rows: int, v: int) -> tuple[str, Ask]:
             "repetition": number_or_each(draw, rows, (1.0, 1.3, 0.7)),
             "presence": number_or_each(draw, rows, (0.0, 0.4, -0.3)),
             "frequency": number_or_each(draw, rows, (0.0, 0.1, -0.2)),
+            "repeats": draw.choice(COUNTS[:2]),
             "counts": draw.choice(COUNTS[:2]),
             "window": window,
         }
@@ -316,6 +317,7 @@ PAIR = torch.ones(1, 2, dtype=torch.int64)
         (lambda: ONE.edits(presence=float("nan")), ValueError, "presence: expected a finite"),
         (lambda: ONE.edits(presence="1"), TypeError, "presence: expected a number, got '1'"),
         (lambda: ONE.edits(counts="padded"), ValueError, "counts: expected one of output, all,"),
+        (lambda: ONE.edits(repeats="prompt"), ValueError, "repeats: expected one of output, all,"),
         (lambda: ONE.edits(window=0), ValueError, "window: expected at least 1, got 0"),
         (
             lambda: ONE.edits(window=torch.tensor([1, 0])),

@@ -51,6 +51,11 @@ def test_repetition_of_transformers(seed: int, penalty: float) -> None:
     of_texts = RepetitionPenaltyLogitsProcessor(penalty, prompt_ignore_length=start)
     edits = history.edits(repetition=penalty)
     assert torch.equal(changed(logits, edits), processed(of_texts, tokens, logits))
+    of_outputs = RepetitionPenaltyLogitsProcessor(
+        penalty, prompt_ignore_length=start + (tokens.shape[1] - start) // 2
+    )
+    edits = history.edits(repetition=penalty, repeats="output")
+    assert torch.equal(changed(logits, edits), processed(of_outputs, tokens, logits))
     whole = RepetitionPenaltyLogitsProcessor(penalty)
     edits = History(tokens).edits(repetition=penalty)
     assert torch.equal(changed(logits, edits), processed(whole, tokens, logits))
@@ -153,6 +158,23 @@ def test_bad_words_of_vllm(seed: int) -> None:
                 expected[r, word[-1]] = -INF
     edits = History(tokens, start, prompt_length=prompt - start).sequences(words, counts="output")
     assert torch.equal(changed(logits, edits), expected)
+
+
+@pytest.mark.parametrize("window", [1, 6, 100])
+def test_penalties_of_text_generation_webui(window: int) -> None:
+    """Of the last tokens, padding or not: a division, then one number."""
+    for seed in range(6):
+        tokens, _, logits = padded_batch(seed)
+        expected = logits.clone()
+        for r, row in enumerate(tokens[:, -window:]):
+            ids, times = row.unique(return_counts=True)
+            x = logits[r, ids]
+            x = torch.where(x < 0, x * 1.15, x / 1.15)
+            expected[r, ids] = x - (0.3 * torch.ones(len(ids)) + 0.7 * times.float())
+        edits = History(tokens).edits(
+            repetition=1.15, presence=0.3, frequency=0.7, counts="all", window=window
+        )
+        assert torch.equal(changed(logits, edits), expected)
 
 
 def of_webui(tokens: list[int], numbers: dict, breakers: list[int]) -> dict[int, float]:

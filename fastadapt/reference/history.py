@@ -86,6 +86,7 @@ class History:
         repetition: float | Tensor = 1.0,
         presence: float | Tensor = 0.0,
         frequency: float | Tensor = 0.0,
+        repeats: str = "all",
         counts: str = "output",
         window: int | Tensor | None = None,
     ) -> Lists:
@@ -95,18 +96,15 @@ class History:
             factor = float(_of(repetition, r))
             f, p = (torch.tensor(float(_of(x, r))) for x in (frequency, presence))  # float32
             last = None if window is None else int(_of(window, r))
-            counted = row.read(counts, last)
-            if factor != 1:
-                listed = row.read("all", last)
-            else:
-                listed = counted if f != 0 or p != 0 else []
+            repeated = row.read(repeats, last) if factor != 1 else []
+            counted = row.read(counts, last) if f != 0 or p != 0 else []
             found: Entries = {}
-            for i in set(listed):
-                times = counted.count(i)
+            for i in {*repeated, *counted}:
+                penalty, times = factor if i in repeated else 1.0, counted.count(i)
                 if counts == "all":
-                    found[i] = (0.0, factor, -float(times * f + p), 0.0)
+                    found[i] = (0.0, penalty, -float(times * f + p), 0.0)
                 else:
-                    found[i] = (0.0, factor, -float(times * f), -float(p) if times else 0.0)
+                    found[i] = (0.0, penalty, -float(times * f), -float(p) if times else 0.0)
             return found
 
         return self._listed(of_row)

@@ -184,30 +184,35 @@ class History:
         repetition: float | Tensor = 1.0,
         presence: float | Tensor = 0.0,
         frequency: float | Tensor = 0.0,
+        repeats: str = "all",
         counts: str = "output",
         window: int | Tensor | None = None,
     ) -> Edits:
         """Returns penalties of tokens that are there.
 
-        Repetition divides (`Edits.penalty`) and counts prompt and output. Frequency is subtracted
-        times the count of the token, then presence once where it is there. With `counts="output"`
-        these are two subtractions (`post`, `last`), as in vLLM and SGLang; with "all" they count
-        prompt and output and are one number (`post`), as in llama.cpp and text-generation-webui.
+        Repetition divides (`Edits.penalty`); with `repeats="all"` it reads prompt and output.
+        Frequency is subtracted times the count of the token, then presence once where it is there.
+        With `counts="output"` these are two subtractions (`post`, `last`), as in vLLM; with "all"
+        they read prompt and output and are one number (`post`), as in llama.cpp and
+        text-generation-webui.
 
         Args:
             repetition (float | Tensor): > 0, or (N,). 1: none.
             presence (float | Tensor): or (N,).
             frequency (float | Tensor): or (N,).
-            counts (str): "output" or "all".
+            repeats (str): "output" or "all": what repetition reads.
+            counts (str): "output" or "all": what presence and frequency read.
             window (int | Tensor | None): >= 1, or (N,): the last tokens that all three read.
 
         Raises:
             TypeError, ValueError: a wrong type, a number out of its range.
         """
+        one_of("repeats", repeats, COUNTED[:2])
         one_of("counts", counts, COUNTED[:2])
         return self._listed(
             self._rows.penalties,
             COUNTED.index(counts),
+            COUNTED.index(repeats),
             self._real("repetition", repetition, positive=True),
             self._real("presence", presence, signed=True),
             self._real("frequency", frequency, signed=True),
