@@ -59,6 +59,18 @@ def test_quick_start_runs():
     assert scope["hidden"].grad.abs().sum() > 0
 
 
+def test_examples_of_sampling_run():
+    """Edits and a history's steps; what needs a model or a GPU is left out."""
+    scope: dict[str, object] = {}
+    blocks = _examples("docs/sampling.md", "\n## On a GPU\n")
+    kept = [block for block in blocks if "model.generate(" not in block]
+    assert len(kept) == 4
+    for block in kept:
+        exec(compile(block, "docs", "exec"), scope)
+    assert scope["history"].lengths.tolist() == [40, 37, 40, 31]
+    assert (scope["drawn"].tokens >= 0).all() and not (scope["drawn"].tokens == 5).any()
+
+
 def test_examples_of_losses_run():
     """In one scope, in their order; what was ignored has no gradient, all else has one."""
     scope: dict[str, object] = {}
