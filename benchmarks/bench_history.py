@@ -5,8 +5,9 @@
 Ids follow Zipf's law as Mandelbrot has it, (rank + 5) ** -1.3, so that one in twenty is the most
 frequent and 32,768 have about as many distinct ones as texts; every fourth passage of 64 tokens is
 one that was there, and what is appended goes on with a passage. The first half of each row is its
-prompt. In each cell every call runs in every round: a history made
-with its first list, and a step, `append` and a list, of one that grows.
+prompt. In each cell every call runs in every round: a history made with its first list, and a step,
+`append` and a list, of one that grows. transformers' step is its repetition penalty alone, or its
+n-grams. Times are the processor's, which others on the machine do not lengthen much.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from fastadapt import Edits, History
 from harness import SEED, Axis, Benchmark, Option, progress, settings_of
-from timing import Call, in_turns, quartiles
+from timing import Call, in_turns, processor, quartiles
 
 VOCABULARY, SHIFT, EXPONENT, PASSAGE = 128_256, 5, 1.3, 64
 PENALTIES = {"repetition": 1.2, "frequency": 0.1, "presence": 0.5}
@@ -78,7 +79,7 @@ def measure_cell(rule: str, texts: Tensor, rounds: int) -> dict[str, Any]:
     stock = stock_rule(rule, texts)
     if stock is not None:
         calls["stock"] = stock
-    took = in_turns(calls, rounds=rounds)
+    took = in_turns(calls, rounds=rounds, timer=processor)
     us = {name: quartiles([1e6 * s / batch for s in took[name]], 2) for name in took}
     ids = len(listed(going).ids) // batch
     return {"rule": rule, "batch": batch, "ids": ids, "us": us}

@@ -21,6 +21,14 @@ def clock(call: Call, turns: range) -> float:
     return (time.perf_counter() - start) / len(turns)
 
 
+def processor(call: Call, turns: range) -> float:
+    """Seconds per call of the processor: of work on one thread, where others use the machine."""
+    start = time.process_time()
+    for turn in turns:
+        call(turn)
+    return (time.process_time() - start) / len(turns)
+
+
 def in_turns(
     calls: Mapping[str, Call],
     *,
