@@ -23,8 +23,8 @@ pytest.importorskip("triton", reason="triton is not installed: it has wheels for
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("a GPU is there: the tests marked gpu run these kernels", allow_module_level=True)
 
-from fastadapt._ops.triton import launch_linear  # noqa: E402  (the interpreter is chosen before)
 from fastadapt._ops.triton.divergence import launch  # noqa: E402
+from fastadapt._ops.triton.linear import launch as launch_linear  # noqa: E402  (the interpreter is chosen before)
 
 # of rows that hold NaN or infinities, where the interpreter is NumPy
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")

@@ -89,15 +89,15 @@ CASES = {
     "greedy": Case(
         {"temperature": 0.0},
         15,
-        {"_list_columns", "push", "_list_tile", "append", "_first_in_list", "_first_by_blocks"}
-        | {"decided after short", "undecided after short", "_sums_of"},
+        {"_list_columns", "push", "append", "_first_in_list", "_first_by_blocks"}
+        | {"decided after short", "is_level", "count_tile", "id_in_level", "store_level"},
     ),
     "T": Case({"temperature": 0.8}, 120, {"decided after short", "_first_by_blocks"}),
     "T+k": Case(
         {"temperature": 0.8, "top_k": 12},
         15,
         {"_kth_largest", "_list_tile", "first_ranks", "last_before", "_first_in_list"}
-        | {"_listed_weight", "cut_among", "_tied_cut", "_first_by_blocks"},
+        | {"count_tile", "store_level", "_first_by_blocks"},
     ),
     "T+k+p": Case(
         {"temperature": 1.3, "top_k": 70, "top_p": 0.9},

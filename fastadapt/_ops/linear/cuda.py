@@ -121,7 +121,7 @@ class CudaWork(RowWork):
 
     def label_products(self) -> Tensor:
         """Computes the labels' products as float32 dot products, float64 across blocks."""
-        from fastadapt._ops.triton import launch_linear
+        from fastadapt._ops.triton.linear import launch as launch_linear
 
         head, hidden = self.head, self.head.hidden
         out = hidden.new_zeros(head.labels.shape, dtype=torch.float64)
@@ -136,7 +136,7 @@ class CudaWork(RowWork):
 
     def sum_tile(self, first: int, last: int, stats: Tensor, request: TileRequest) -> None:
         """Adds a tile to the statistics; a frozen head's exponentials are rounded to its dtype."""
-        from fastadapt._ops.triton import launch_linear
+        from fastadapt._ops.triton.linear import launch as launch_linear
 
         if request.sums is None and self._sums_in_products:
             self._add_sums_of_products(first, last, stats, request)
@@ -159,7 +159,7 @@ class CudaWork(RowWork):
         Of H <= 2048 and one block of rows it would have fewer programs than a GPU has
         multiprocessors.
         """
-        from fastadapt._ops.triton import launch_linear
+        from fastadapt._ops.triton.linear import launch as launch_linear
 
         n, width, sums = stats.shape[0], last - first, request.sums
         assert sums is not None
@@ -187,7 +187,7 @@ class CudaWork(RowWork):
         self, first: int, last: int, stats: Tensor, request: TileRequest
     ) -> None:
         """Adds a tile to the statistics within our own product."""
-        from fastadapt._ops.triton import launch_linear
+        from fastadapt._ops.triton.linear import launch as launch_linear
         from fastadapt._ops.triton.product import launch
 
         head, kept = self.head, request.kept
@@ -201,7 +201,7 @@ class CudaWork(RowWork):
         self, first: int, last: int, stats: Tensor, gains: Gains, kept: Tensor | None, out: Tensor
     ) -> None:
         """Computes a tile's gradient, from products made again or from kept logits."""
-        from fastadapt._ops.triton import launch_linear
+        from fastadapt._ops.triton.linear import launch as launch_linear
 
         if kept is not None:
             everything = slice(0, kept.shape[0])
@@ -217,7 +217,7 @@ class CudaWork(RowWork):
 
     def set_labels(self, first: int, label_gains: Tensor, out: Tensor) -> None:
         """Writes the labels' own entries of a tile's gradient, in one launch."""
-        from fastadapt._ops.triton import launch_linear
+        from fastadapt._ops.triton.linear import launch as launch_linear
 
         launch_linear.set_labels(self.head.labels, label_gains, first, out)
 
@@ -242,7 +242,7 @@ class CudaWork(RowWork):
         sums: Tensor, source: Tensor, index: Tensor, gain: Tensor, factor: Tensor | None
     ) -> None:
         """Adds scaled source rows to the sums in place."""
-        from fastadapt._ops.triton import launch_linear
+        from fastadapt._ops.triton.linear import launch as launch_linear
 
         source, index = contiguous_rows(source, index)
         launch_linear.mix(sums, sums, factors=factor, source=(gain, source, index))
@@ -250,7 +250,7 @@ class CudaWork(RowWork):
     @staticmethod
     def scatter(sums: Tensor, gain: Tensor | None, index: Tensor | None, out: Tensor) -> None:
         """Writes scaled sums to their rows of `out`, in one pass."""
-        from fastadapt._ops.triton import launch_linear
+        from fastadapt._ops.triton.linear import launch as launch_linear
 
         launch_linear.mix(sums, out, factors=gain, places=index)
 
@@ -281,7 +281,7 @@ class CudaWork(RowWork):
 
     def _rows(self, products: Tensor, part: slice, first: int, kept: bool = False) -> Any:
         """Bundles a block of products for a launch; of several labels a row they are marked."""
-        from fastadapt._ops.triton import launch_linear
+        from fastadapt._ops.triton.linear import launch as launch_linear
 
         head = self.head
         labels, marked = head.labels[part], head.labels.shape[1] > 1

@@ -70,6 +70,7 @@ class Weights(NamedTuple):
     base_surprisal_sums: Any
     kept_sums: Any  # (blocks,) int64: what is known of the survivors' masses
     finite: Any  # (blocks,) int32: finite logits, or survivors
+    tied: Any  # (blocks,) int32: tokens of the level of its list
     blocks: Any
 
 
@@ -156,6 +157,7 @@ class Held(NamedTuple):
     within: Any
     one: Any  # whether the bracket is one kappa, which no list is needed for, and its rank
     rank: Any
+    tied: Any  # tokens of its level, the last entry of the list; 0 where it has none
 
 
 class Found(NamedTuple):
@@ -179,6 +181,7 @@ class Progress(NamedTuple):
     known_u: Any
     partial: Any  # whether what is held is the list of a bracket, of use to the first filter
     inside: Any  # whether the list holds all survivors
+    tied: Any  # tokens of its level that the cut keeps
     typical_ran: Any
     undecided: Any
     never: Any  # false, where it is not a constant
@@ -192,6 +195,7 @@ class Decision(NamedTuple):
     status: Any
     greedy: Any  # T is 0
     inside: Any  # whether the list holds all survivors; else the masses of blocks are theirs
+    tied: Any  # tokens of its level that the cut keeps
     state: Any  # DECIDED, or what is left to do
     kept: Any
     total: Any  # mass of the survivors

@@ -55,16 +55,19 @@ from fastadapt._ops.triton.rows import (
     status_of,
     sums_of,
 )
-from fastadapt._ops.triton.select import cut_of, is_held, look, tokens_of
+from fastadapt._ops.triton.select import copied, cut_of, is_held, look, tokens_of
+from fastadapt._ops.triton.ties import cut_in_level, id_in_level
 
 
 @triton.jit
-def _first_largest(row, found, sizes):
+def _first_largest(row, found, weights, sizes):
     """Returns the lowest id of the largest scaled logit, `LAST_ID` if the list cannot tell."""
     best = tl.full([], LAST_ID, tl.int32)
     if is_held(found.held, sizes):
-        s, ids = tokens_of(found, sizes)
+        s, ids = tokens_of(found, best * 0, sizes)
         best = tl.min(tl.where(s == row.m, ids, LAST_ID), 0)
+        if found.held.tied > 0:
+            best = id_in_level(row, weights, found.floor, best * 0 + 1, sizes)
     if sizes.ALONE == 0:
         block = tl.where(best == LAST_ID, 0, tl.cdiv(row.v, sizes.BLOCK))
         while block < tl.cdiv(row.v, sizes.BLOCK):
@@ -104,20 +107,20 @@ def _sums_of(tokens, bounds, weights, WITH_U: tl.constexpr, sizes):
 
 
 @triton.jit
-def _sums(row, bounds, found, inside, weights, WITH_U: tl.constexpr, sizes):
+def _sums(row, bounds, found, inside, tied, weights, WITH_U: tl.constexpr, sizes):
     """Sums the same over a list if that holds all survivors, and says whether it does."""
     z = tl.full([], 0, tl.int64)
     u = tl.full([], 0, tl.int64)
     n = tl.full([], 0, tl.int32)
     held = inside & is_held(found.held, sizes)
     if held:
-        s, ids = tokens_of(found, sizes)
+        s, ids = tokens_of(found, tied, sizes)
         alive = survives(s, ids, row.m, bounds)
         d = s - row.m
-        z = tl.sum(tl.where(alive, masses(d), 0), 0)
+        z = tl.sum(copied(tl.where(alive, masses(d), 0), found, tied, sizes), 0)
         if WITH_U:
-            u = tl.sum(tl.where(alive, surprisals(d), 0), 0)
-        n = tl.sum(alive.to(tl.int32), 0)
+            u = tl.sum(copied(tl.where(alive, surprisals(d), 0), found, tied, sizes), 0)
+        n = tl.sum(copied(alive.to(tl.int32), found, tied, sizes), 0)
     elif inside | (sizes.ALONE == 0):
         tokens = Tokens(row, found.listed, tl.where(inside, found.held.whole, -1))
         z, u, n = _sums_of(tokens, bounds, weights, WITH_U, sizes)
@@ -134,11 +137,12 @@ def _masses_at(s, ids, row, bounds, by_kappa, cut):
 
 
 @triton.jit
-def _at_cut(row, bounds, by_kappa, cut, found, inside, partial, sizes):
+def _at_cut(row, bounds, by_kappa, cut, found, inside, tied, partial, sizes):
     """Returns the mass above the last token that a cut keeps, and that of the token or its ties."""
-    own, own_ids = tokens_of(found, sizes)
+    own, own_ids = tokens_of(found, tied, sizes)
     above, at = _masses_at(own, own_ids, row, bounds, by_kappa, cut)
-    before, last = tl.sum(above, 0), tl.sum(at, 0)
+    before = tl.sum(copied(above, found, tied, sizes), 0)
+    last = tl.sum(copied(at, found, tied, sizes), 0)
     before += tl.where(partial, found.held.above, 0)
     last = tl.where(partial & found.held.one, found.held.within, last)
     lost = ((inside & is_held(found.held, sizes)) | partial) == 0
@@ -162,7 +166,7 @@ def _filtered(knob, knobs, keep, row, found, weights, listed_from, state, sizes)
     cut, mass, guard, cutoff, cutoff_guard, band, centre = state.bounds
     z, u, known, known_u = state.z, state.u, state.known, state.known_u
     partial, inside, typical_ran = state.partial, state.inside, state.typical_ran
-    undecided, m, never = state.undecided, row.m, state.never
+    tied, undecided, m, never = state.tied, state.undecided, row.m, state.never
     fits = found.held.whole >= 0
     value = load_knob(knobs, knob)
     if (is_neutral(knob, value) == 0) & (undecided == 0):
@@ -172,7 +176,7 @@ def _filtered(knob, knobs, keep, row, found, weights, listed_from, state, sizes)
         is_cutoff = (knob == EPSILON) | is_eta
         with_u = is_typical | is_eta
         if ((is_p | is_typical | is_cutoff) & (known == 0)) | (with_u & (known_u == 0)):
-            z, u, _, lost = _sums(row, bounds, found, inside, weights, True, sizes)
+            z, u, _, lost = _sums(row, bounds, found, inside, tied, weights, True, sizes)
             undecided = undecided | (lost & sizes.ALONE)
         total = z.to(tl.float64)
         if is_typical:
@@ -200,6 +204,7 @@ def _filtered(knob, knobs, keep, row, found, weights, listed_from, state, sizes)
                     tl.where(second == 0, target, keep),
                     found,
                     inside,
+                    tied,
                     partial & (second == 0),
                     sizes,
                 )
@@ -212,14 +217,24 @@ def _filtered(knob, knobs, keep, row, found, weights, listed_from, state, sizes)
         # the target was that of light tokens
         heavy = (z + 1023) >> 10
         own = masses(values((main >> 32).to(tl.int32)) - m)
-        if (is_typical | (is_p & (own >= heavy))) & (undecided == 0):
-            before, last, lost = _at_cut(
-                row, bounds, is_typical, main, found, inside | held, partial, sizes
+        in_level = is_p & (undecided == 0) & (found.held.tied > 0) & is_held(found.held, sizes)
+        in_level &= (main >> 32).to(tl.int32) == keys(found.floor)
+        before, last = z * 0, z * 0
+        if in_level:
+            s, ids = tokens_of(found, tied * 0, sizes)
+            main, tied, before, last = cut_in_level(
+                row, bounds, s, ids, weights, found.floor, tied, target, sizes
             )
-            undecided = undecided | (lost & sizes.ALONE)
+        if (is_typical | (is_p & (own >= heavy))) & (undecided == 0):
+            if in_level == 0:
+                before, last, lost = _at_cut(
+                    row, bounds, is_typical, main, found, inside | held, tied, partial, sizes
+                )
+                undecided = undecided | (lost & sizes.ALONE)
             past = before >= tl.maximum(ceil64(part_of_z * NEARLY), 1)
             past &= last >= heavy
             main += tl.where(past, tl.where(is_typical, ONE_KEY, 1), 0)
+            tied -= (past & in_level).to(tl.int32)
         cut = tl.where(is_k | is_p, tl.maximum(cut, tl.minimum(main, least)), cut)
         band = tl.where(is_typical, tl.minimum(main, least), band)
         if is_min:
@@ -236,7 +251,9 @@ def _filtered(knob, knobs, keep, row, found, weights, listed_from, state, sizes)
         typical_ran = typical_ran | is_typical
         known, known_u, partial = never, never, never
     bounds = Bounds(cut, mass, guard, cutoff, cutoff_guard, band, centre)
-    return Progress(bounds, z, u, known, known_u, partial, inside, typical_ran, undecided, never)
+    return Progress(
+        bounds, z, u, known, known_u, partial, inside, tied, typical_ran, undecided, never
+    )
 
 
 @triton.jit
@@ -286,7 +303,8 @@ def decide(rows, knobs, asked, parts, weights, at, found, sizes):
     u = tl.sum(tl.load(u, mask=j < tl.where(known_u, blocks, 0), other=0), 0)
     never = first < 0
     bounds = bounds_from(FINITE_RANK)
-    state = Progress(bounds, z, u, known, known_u, partial, inside, never, never, never)
+    tied = found.held.tied
+    state = Progress(bounds, z, u, known, known_u, partial, inside, tied, never, never, never)
     if filters:
         if sizes.PLAIN:  # what other filters need is left out of the kernel
             for knob in tl.static_range(TOP_K, TOP_P + 1):
@@ -296,12 +314,13 @@ def decide(rows, knobs, asked, parts, weights, at, found, sizes):
                 knob = filter_at(knobs, i)
                 state = _filtered(knob, knobs, keep, row, found, weights, listed_from, state, sizes)
     cut, mass, guard, cutoff, cutoff_guard, band, centre = state.bounds
-    z, inside, undecided = state.z, state.inside, state.undecided
+    z, inside, tied, undecided = state.z, state.inside, state.tied, state.undecided
     if greedy:
-        best = _first_largest(row, found, sizes)
+        best = _first_largest(row, found, weights, sizes)
         undecided = undecided | ((best == LAST_ID) & sizes.ALONE)
         cut = ranks(keys(m), best)
         inside = fits
+        tied = tl.minimum(tied, 1)
     bounds = Bounds(cut, mass, guard, cutoff, cutoff_guard, band, centre)
     kept = tl.full([], 0, tl.int32)
     left = tl.where(undecided, UNDECIDED, DECIDED)
@@ -312,6 +331,6 @@ def decide(rows, knobs, asked, parts, weights, at, found, sizes):
         if has(asked, SUM_LATER) & (inside == 0):
             left = tl.full([], UNSUMMED, tl.int32)
         else:
-            z, u, kept, lost = _sums(row, bounds, found, inside, weights, False, sizes)
+            z, u, kept, lost = _sums(row, bounds, found, inside, tied, weights, False, sizes)
             left = tl.where(lost & sizes.ALONE, UNDECIDED, left)
-    return Decision(row, bounds, status, greedy, inside, left, kept, z)
+    return Decision(row, bounds, status, greedy, inside, tied, left, kept, z)

@@ -54,6 +54,7 @@ from fastadapt._ops.triton.rows import (
     weights_of,
 )
 from fastadapt._ops.triton.select import cut_among, found_of, held_of, is_held, tokens_of
+from fastadapt._ops.triton.ties import add_list, store_level
 
 NOTHING = tl.constexpr(2**63 - 1)
 ID_SHIFT = tl.constexpr(41)  # over a mass; ids have 22 bits
@@ -63,7 +64,7 @@ MASS_BITS = tl.constexpr((1 << 41) - 1)
 @triton.jit
 def _first_in_list(row, bounds, found, target, sizes):
     """Finds the first survivor of a list, by id, whose running mass exceeds a target."""
-    s, own_ids = tokens_of(found, sizes)
+    s, own_ids = tokens_of(found, found.held.tied, sizes)
     alive = survives(s, own_ids, row.m, bounds)
     mass = tl.where(alive, masses(s - row.m), 0)
     if sizes.ALONE:
@@ -154,10 +155,8 @@ def _try_row(rows, packed, asked, scratch, sizes, chance, out, at, held):
     kept_sums = weights.kept_sums
     if (state == UNSUMMED) & held.counted:  # but for the kept of the bracket
         here = kept_sums
-        s, ids = tokens_of(found, sizes)
-        alive = survives(s, ids, row.m, decided.bounds)
-        mass = masses(s - row.m)
-        tl.atomic_add(here + ids // sizes.BLOCK, mass, mask=alive, sem="relaxed")
+        s, ids = tokens_of(found, held.tied, sizes)
+        alive = add_list(row, decided.bounds, s, ids, here, sizes)
         kept = tl.sum(tl.load(weights.finite + j, mask=j < weights.blocks, other=0), 0)
         kept += tl.sum(alive.to(tl.int32), 0)
         tl.debug_barrier()
@@ -167,7 +166,13 @@ def _try_row(rows, packed, asked, scratch, sizes, chance, out, at, held):
     token = tl.full([], -1, tl.int32)
     if (status == OK) & (state == DECIDED):
         target = _target(chance, at, total, asked)
-        if decided.inside & is_held(held, sizes):
+        listed = decided.inside & is_held(held, sizes)
+        if listed & (held.tied > 0):
+            store_level(row, decided.bounds, weights, found.floor, decided.tied, sizes)
+            tl.debug_barrier()
+            s, ids = tokens_of(found, held.tied * 0, sizes)
+            add_list(row, decided.bounds, s, ids, kept_sums, sizes)
+        if listed & (held.tied == 0):
             token = _first_in_list(row, decided.bounds, found, target, sizes)
         else:
             here = tl.where(decided.inside, kept_sums, here)  # of the list

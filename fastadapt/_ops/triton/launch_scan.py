@@ -193,7 +193,7 @@ def layout_of(plan: Plan, v: int) -> Layout:
     for words in (
         MARKS.value + 3 * plan.bins,
         BOUNDS_SIZE.value,
-        5 * most_blocks + (most_blocks + 1) // 2,
+        6 * most_blocks,
         (splits + 1) // 2,
         (splits * plan.supers + 1) // 2,
         (splits * plan.columns + 1) // 2,

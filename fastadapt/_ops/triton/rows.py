@@ -56,6 +56,7 @@ MARK_LISTED = tl.constexpr(0)  # tokens that belong into its list
 MARK_BINNED = tl.constexpr(1)  # programs that have put their tiles into bins
 MARK_SUMMED = tl.constexpr(2)  # programs that have summed their survivors
 MARK_STATE = tl.constexpr(3)
+MARK_TIED = tl.constexpr(4)  # tokens of the level of its list
 MARK_STAGE = tl.constexpr(6)
 MARK_END = tl.constexpr(7)  # the bin in which its nucleus ends
 MARK_ABOVE = tl.constexpr(8)  # the mass above its bracket
@@ -304,13 +305,15 @@ def weights_of(scratch, asked, at, virtual, v, sizes):
     """Returns the masses of blocks of a virtual row, and those at temperature 1 of its row."""
     sums = marks_of(scratch, virtual) + scratch.SUMS
     base_sums = marks_of(scratch, at * (asked >> ADAPTORS_SHIFT)) + scratch.SUMS
+    counts = (sums + 5 * sizes.BLOCKS).to(tl.pointer_type(tl.int32))
     return Weights(
         sums,
         sums + sizes.BLOCKS,
         base_sums + 2 * sizes.BLOCKS,
         base_sums + 3 * sizes.BLOCKS,
         sums + 4 * sizes.BLOCKS,
-        (sums + 5 * sizes.BLOCKS).to(tl.pointer_type(tl.int32)),
+        counts,
+        counts + sizes.BLOCKS,
         tl.cdiv(v, sizes.BLOCK),
     )
 

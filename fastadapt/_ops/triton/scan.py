@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from fastadapt._ops.triton.arithmetic import (
+    LOWEST_KEY,
     MIN_INT32,
     cutoff_of,
     exponentials,
@@ -35,6 +36,7 @@ from fastadapt._ops.triton.rows import (
     MARK_REACH,
     MARK_SPLIT,
     MARK_TARGET,
+    MARK_TIED,
     MAX_KEEP,
     MIN_P,
     SURPRISAL,
@@ -65,6 +67,7 @@ from fastadapt._ops.triton.rows import (
     sums_of,
     weights_of,
 )
+from fastadapt._ops.triton.ties import count_tile, is_level
 
 FEW = tl.constexpr(8)  # groups of a tile that are read one by one
 
@@ -202,31 +205,43 @@ def sketch_kernel(rows, packed, asked, scratch, sizes, PDL: tl.constexpr):
 
 @triton.jit
 def _kth_largest(supers, number, k, SUPERS: tl.constexpr):
-    """Returns a logit that at least k tokens reach, and not many more, from super-groups."""
+    """Returns a logit that at least k tokens reach, and not many more, from super-groups.
+
+    With it, whether it is the largest logit of most of them, as where many tokens are tied.
+    """
     j = tl.arange(0, SUPERS)
     key = keys(tl.load(supers + j, mask=j < number, other=float("-inf")))
     low, high = tl.min(tl.where(j < number, key, 2**31 - 1), 0), tl.max(key, 0)
     low = tl.where(k > number, MIN_INT32, low)
     high = tl.where(k > number, MIN_INT32, high)
+    reached = number
     while low < high:
         middle = high - ((high.to(tl.int64) - low) // 2).to(tl.int32)
         reach = tl.sum((key >= middle).to(tl.int32), 0)
         low = tl.where(reach >= k, middle, low)
+        reached = tl.where(reach >= k, reach, reached)
         # a little more than k do as well
         enough = (reach >= k) & (reach <= k + k // 8)
         high = tl.where(reach < k, middle - 1, tl.where(enough, middle, high))
-    return tl.where(k > number, float("-inf"), values(low))
+    tied = k < 0
+    if reached > number // 2:
+        low = tl.min(tl.where(key >= low, key, 2**31 - 1), 0)
+        tied = (2 * tl.sum((key == low).to(tl.int32), 0) > number) & (low > LOWEST_KEY)
+    return tl.where(k > number, float("-inf"), values(low)), tied
 
 
 @triton.jit
 def _top_k_floor(parts, v, knobs, inverse, sizes):
-    """Returns a scaled logit that as many tokens reach as top-k keeps."""
-    k = tl.maximum(load_knob(knobs, TOP_K), load_knob(knobs, KEEP))
+    """Returns a scaled logit that as many tokens reach as top-k keeps; whether to count ties."""
+    keep = load_knob(knobs, KEEP)
+    k = tl.maximum(load_knob(knobs, TOP_K), keep)
     k = tl.minimum(k, MAX_KEEP).to(tl.int32)
     number = parts.splits * sizes.PER_TILE
     SUPERS: tl.constexpr = sizes.SPLITS * sizes.PER_TILE
-    floor = _kth_largest(parts.supers, number, k, SUPERS) * inverse
-    return tl.where(v <= sizes.LIST, float("-inf"), floor)
+    largest, tied = _kth_largest(parts.supers, number, k, SUPERS)
+    few = v <= sizes.LIST
+    # a minimum of tokens takes a cut of its own, for which those of a level are told apart
+    return tl.where(few, float("-inf"), largest * inverse), tied & (keep <= 1) & (few == 0)
 
 
 @triton.jit
@@ -265,8 +280,8 @@ def _list_columns(scratch, virtual, row, tile, hit, floor, sizes, AT_ONCE: tl.co
 
 
 @triton.jit
-def _list_tile(scratch, virtual, row, tile, floor, sizes):
-    """Lists the tokens of a tile from the floor up."""
+def _list_tile(row, tile, floor, sizes):
+    """Returns bits and numbers of the tokens of a tile from the floor up."""
     COLUMNS: tl.constexpr = sizes.COLUMNS
     tl.static_assert(sizes.GROUP <= 32)
     ids = tile * (COLUMNS * sizes.GROUP) + tl.arange(0, COLUMNS)
@@ -277,9 +292,7 @@ def _list_tile(scratch, virtual, row, tile, floor, sizes):
             good = ((s >= floor) & (s > float("-inf"))).to(tl.int32)
             bits |= good << (r + i)
             number += good
-    listed = lists_of(scratch, virtual, sizes)[0]
-    count = marks_of(scratch, virtual) + MARK_LISTED
-    append(listed, count, row, ids, bits, number, COLUMNS, sizes.ROOM)
+    return bits, number
 
 
 @triton.jit(do_not_specialize=["packed", "asked"])
@@ -301,26 +314,35 @@ def list_kernel(rows, packed, asked, scratch, sizes, PDL: tl.constexpr):
         inverse = inverse_of(temperature)
         parts = parts_of(scratch, asked, at, rows.v, sizes)
         m = largest_of(parts, sizes.SPLITS) * inverse + 0.0
-        mark = marks_of(scratch, virtual) + MARK_FLOOR
-        floor = m
+        weights = weights_of(scratch, asked, at, virtual, rows.v, sizes)
+        marks = marks_of(scratch, virtual)
+        floor, tied = m, first < 0
         if by_mass:
             if first == TOP_P:
-                floor = load_float(mark)
+                floor = load_float(marks + MARK_FLOOR)
             else:
-                weights = weights_of(scratch, asked, at, virtual, rows.v, sizes)
                 floor = _mass_floor(weights, rows.v, knobs, first, m, sizes)
         elif greedy == 0:
-            floor = _top_k_floor(parts, rows.v, knobs, inverse, sizes)
+            floor, tied = _top_k_floor(parts, rows.v, knobs, inverse, sizes)
+        else:
+            tied = is_level(parts, m, inverse, sizes)
         row = Row(row_at(rows, at), rows.v, inverse, m)
         for tile in range(part, parts.splits, tl.num_programs(1)):
             hit = hits_of(parts, tile, inverse, floor, sizes.COLUMNS)
             left = tl.sum(hit.to(tl.int32), 0)
-            if left > FEW:
-                _list_tile(scratch, virtual, row, tile, floor, sizes)
+            if tied | (left > FEW):
+                if tied:
+                    bits, number = count_tile(marks + MARK_TIED, weights, row, tile, floor, sizes)
+                else:
+                    bits, number = _list_tile(row, tile, floor, sizes)
+                ids = tile * (sizes.COLUMNS * sizes.GROUP) + tl.arange(0, sizes.COLUMNS)
+                listed = lists_of(scratch, virtual, sizes)[0]
+                count = marks + MARK_LISTED
+                append(listed, count, row, ids, bits, number, sizes.COLUMNS, sizes.ROOM)
             elif left > 0:
                 _list_columns(scratch, virtual, row, tile, hit, floor, sizes, FEW // 2)
         if (part == 0) & (by_rank | (first != TOP_P)):
-            store_float(mark, floor)
+            store_float(marks + MARK_FLOOR, floor)
 
 
 @triton.jit(do_not_specialize=["packed", "asked"])

@@ -35,6 +35,7 @@ from fastadapt._ops.triton.rows import (
     MARK_LISTED,
     MARK_LOW,
     MARK_STAGE,
+    MARK_TIED,
     MARK_WITHIN,
     ONE_KAPPA,
     UNLISTED,
@@ -256,22 +257,30 @@ def held_of(scratch, virtual, knobs, sizes):
     partial = few & (bracketed <= sizes.LIST) & (load_knob(knobs, KEEP) <= 1)
     partial &= listed > sizes.LIST
     key = (tl.load(marks + MARK_LOW) >> ID_BITS).to(tl.int32)
+    tied = tl.load(marks + MARK_TIED).to(tl.int32)
+    listed += (tied > 0).to(tl.int32)
+    # a level is an entry only of a list that a program holds
+    room = tl.where(tied > 0, sizes.LIST, sizes.ROOM)
     return Held(
         tl.where(partial, bracketed, listed),
         partial,
-        tl.where(listed <= sizes.ROOM, listed, -1),
+        tl.where(listed <= room, listed, -1),
         partial & (counted >= UNLISTED) & (stage == BINNED),
         tl.load(marks + MARK_ABOVE),
         tl.load(marks + MARK_WITHIN),
         one,
         ranks(key, key * 0),
+        tied,
     )
 
 
 @triton.jit
-def load_held(held, listed, spare, sizes):
-    """Loads the chosen list: scaled logits and ids."""
+def load_held(held, listed, spare, floor, sizes):
+    """Loads the chosen list: scaled logits and ids, of a level those of a token with id 0."""
     s, ids = load_list(listed, tl.where(held.partial, 0, held.number), sizes.LIST)
+    if held.tied > 0:
+        level = tl.arange(0, sizes.LIST) == held.number - 1
+        s, ids = tl.where(level, floor, s), tl.where(level, 0, ids)
     if held.partial:
         s, ids = load_list(spare, held.number, sizes.LIST)
     return s, ids
@@ -287,7 +296,7 @@ def found_of(scratch, virtual, held, sizes):
         s = tl.full([sizes.LIST], float("-inf"), tl.float32)
         ids = tl.zeros([sizes.LIST], tl.int32)
         if held.number > 0:
-            s, ids = load_held(held, listed, spare, sizes)
+            s, ids = load_held(held, listed, spare, floor, sizes)
             there = tl.arange(0, sizes.LIST) < held.number
             rank = tl.sort(tl.where(there, ranks(keys(s), ids), ANY_RANK), descending=True)
             s = tl.where(there, values((rank >> 32).to(tl.int32)), float("-inf"))
@@ -296,12 +305,27 @@ def found_of(scratch, virtual, held, sizes):
 
 
 @triton.jit
-def tokens_of(found, sizes):
-    """Returns scaled logits and ids of a list; an unsorted one is loaded anew for each use."""
+def tokens_of(found, tied, sizes):
+    """Returns scaled logits and ids of a list; an unsorted one is loaded anew for each use.
+
+    Without tokens its level is -inf.
+    """
     s, ids = found.s, found.ids
     if sizes.ALONE == 0:  # else the kernel would hold more than it has registers for
-        s, ids = load_held(found.held, found.listed, found.spare, sizes)
+        s, ids = load_held(found.held, found.listed, found.spare, found.floor, sizes)
+    if (found.held.tied > 0) & (tied == 0):
+        level = tl.arange(0, sizes.LIST) == found.held.number - 1
+        s = tl.where(level, float("-inf"), s)
     return s, ids
+
+
+@triton.jit
+def copied(weight, found, tied, sizes):
+    """Returns weights of a list's entries, that of its level times its tokens."""
+    if found.held.tied > 0:
+        level = tl.arange(0, sizes.LIST) == found.held.number - 1
+        weight = tl.where(level, weight * tied, weight)
+    return weight
 
 
 @triton.jit
@@ -334,17 +358,17 @@ def _listed_weight(tokens, bounds, by_kappa, by_mass, found, BLOCK: tl.constexpr
 
 
 @triton.jit
-def cut_of(row, bounds, by_kappa, by_mass, target, found, inside, partial, sizes):
+def cut_of(row, bounds, by_kappa, by_mass, target, found, inside, tied, partial, sizes):
     """Finds a cut in a list, and says whether the list was enough to decide it."""
     cut = tl.full([], 0, tl.int64)
     above = tl.where(partial, found.held.above, 0)
     usable = is_held(found.held, sizes) | partial
     if usable:
-        s, ids = tokens_of(found, sizes)
+        s, ids = tokens_of(found, tied, sizes)
         alive, _, rank, q, weight = look(s, ids, row.m, bounds, by_kappa, by_mass)
         near = _near(q, found, row, bounds, by_kappa, inside | partial)
         alive &= near
-        weight = tl.where(near, weight, 0)
+        weight = tl.where(near, copied(weight, found, tied, sizes), 0)
         usable = inside | partial | (tl.sum(weight, 0) >= target)
         if usable:
             if sizes.ALONE:

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from fastadapt import _C
-from fastadapt._ops.triton.linear import LEAST_EXPONENT, NOTHING, _load_tile, without_nan
+from fastadapt._ops.triton.linear.kernels import LEAST_EXPONENT, NOTHING, _load_tile, without_nan
 
 NUM_PAIR_STATS = tl.constexpr(_C.NUM_PAIR_STATS)
 STUDENT_MAX = tl.constexpr(_C.STUDENT_MAX)

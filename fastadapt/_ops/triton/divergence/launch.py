@@ -7,9 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastadapt._ops.triton import linear
 from fastadapt._ops.triton.divergence import kernels
-from fastadapt._ops.triton.launch_linear import BY_TILE
+from fastadapt._ops.triton.linear import kernels as linear
+from fastadapt._ops.triton.linear.launch import BY_TILE
 
 GRADIENT_BLOCK = 4096  # ids of a program; with 8192 that of JSD and a cap spills on sm_80
 

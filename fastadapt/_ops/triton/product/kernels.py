@@ -18,7 +18,7 @@ from fastadapt._ops.triton.bundles import (
     OTHERS_SUM,
     OTHERS_WEIGHTED,
 )
-from fastadapt._ops.triton.linear import LEAST_EXPONENT, NOTHING, tanh, without_nan
+from fastadapt._ops.triton.linear.kernels import LEAST_EXPONENT, NOTHING, tanh, without_nan
 
 PARTS = tl.constexpr(
     5

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastadapt._ops.triton.launch_linear import BY_ROW
+from fastadapt._ops.triton.linear.launch import BY_ROW
 from fastadapt._ops.triton.product import kernels
 
 ROWS, IDS, DEPTH = 128, 128, 64  # of a block: 64 KiB of accumulators, 32 KiB of operands a stage

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastadapt._ops.linear.tiles import Gains
-from fastadapt._ops.triton import linear
+from fastadapt._ops.triton.linear import kernels as linear
 
 # 8 warps for a row of a tile have hardly the registers
 BY_TILE: dict[str, int | bool] = {"num_warps": 16, "enable_fp_fusion": False}

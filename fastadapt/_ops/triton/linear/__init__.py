@@ -1,0 +1,1 @@
+"""The row work of a linear head."""
