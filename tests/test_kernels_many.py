@@ -90,7 +90,7 @@ CASES = {
         {"temperature": 0.0},
         15,
         {"_list_columns", "push", "append", "_first_in_list", "_first_by_blocks"}
-        | {"decided after short", "is_level", "count_tile", "id_in_level", "store_level"},
+        | {"decided after short", "is_level", "count_tile", "cut_in_level", "store_level"},
     ),
     "T": Case({"temperature": 0.8}, 120, {"decided after short", "_first_by_blocks"}),
     "T+k": Case(

@@ -126,7 +126,7 @@ def test_ties_are_counted(called):
     for kind, name in (("flat", "T+k+p"), ("two levels", "greedy"), ("four levels", "everything")):
         called.clear()
         assert_same(KINDS[kind](), Adaptor(**KNOBS[name]), 1)
-        assert {"count_tile", "store_level", "id_in_level"} <= called
+        assert {"count_tile", "store_level", "cut_in_level"} <= called
 
 
 def test_rows_without_ties_are_not_counted(called):

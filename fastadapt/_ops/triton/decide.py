@@ -56,18 +56,19 @@ from fastadapt._ops.triton.rows import (
     sums_of,
 )
 from fastadapt._ops.triton.select import copied, cut_of, is_held, look, tokens_of
-from fastadapt._ops.triton.ties import cut_in_level, id_in_level
+from fastadapt._ops.triton.ties import cut_in_level, kept_of_level
 
 
 @triton.jit
-def _first_largest(row, found, weights, sizes):
-    """Returns the lowest id of the largest scaled logit, `LAST_ID` if the list cannot tell."""
+def _first_largest(row, found, sizes):
+    """Returns the lowest id of the largest scaled logit, `LAST_ID` if the list cannot tell.
+
+    Of a level it is that of the entry.
+    """
     best = tl.full([], LAST_ID, tl.int32)
     if is_held(found.held, sizes):
-        s, ids = tokens_of(found, best * 0, sizes)
+        s, ids = tokens_of(found, found.held.tied, sizes)
         best = tl.min(tl.where(s == row.m, ids, LAST_ID), 0)
-        if found.held.tied > 0:
-            best = id_in_level(row, weights, found.floor, best * 0 + 1, sizes)
     if sizes.ALONE == 0:
         block = tl.where(best == LAST_ID, 0, tl.cdiv(row.v, sizes.BLOCK))
         while block < tl.cdiv(row.v, sizes.BLOCK):
@@ -222,9 +223,7 @@ def _filtered(knob, knobs, keep, row, found, weights, listed_from, state, sizes)
         before, last = z * 0, z * 0
         if in_level:
             s, ids = tokens_of(found, tied * 0, sizes)
-            main, tied, before, last = cut_in_level(
-                row, bounds, s, ids, weights, found.floor, tied, target, sizes
-            )
+            tied, before, last = kept_of_level(row, bounds, s, ids, found.floor, tied, target)
         if (is_typical | (is_p & (own >= heavy))) & (undecided == 0):
             if in_level == 0:
                 before, last, lost = _at_cut(
@@ -233,8 +232,9 @@ def _filtered(knob, knobs, keep, row, found, weights, listed_from, state, sizes)
                 undecided = undecided | (lost & sizes.ALONE)
             past = before >= tl.maximum(ceil64(part_of_z * NEARLY), 1)
             past &= last >= heavy
-            main += tl.where(past, tl.where(is_typical, ONE_KEY, 1), 0)
             tied -= (past & in_level).to(tl.int32)
+            past &= in_level == 0
+            main += tl.where(past, tl.where(is_typical, ONE_KEY, 1), 0)
         cut = tl.where(is_k | is_p, tl.maximum(cut, tl.minimum(main, least)), cut)
         band = tl.where(is_typical, tl.minimum(main, least), band)
         if is_min:
@@ -316,11 +316,15 @@ def decide(rows, knobs, asked, parts, weights, at, found, sizes):
     cut, mass, guard, cutoff, cutoff_guard, band, centre = state.bounds
     z, inside, tied, undecided = state.z, state.inside, state.tied, state.undecided
     if greedy:
-        best = _first_largest(row, found, weights, sizes)
+        best = _first_largest(row, found, sizes)
         undecided = undecided | ((best == LAST_ID) & sizes.ALONE)
         cut = ranks(keys(m), best)
         inside = fits
         tied = tl.minimum(tied, 1)
+    # the cut of some of a level is that of its entry so far
+    of_level = is_held(found.held, sizes) & (found.held.tied > 0) & (undecided == 0)
+    if of_level & (cut == ranks(keys(found.floor), 0)):
+        cut = cut_in_level(row, weights, found.floor, tied, sizes)
     bounds = Bounds(cut, mass, guard, cutoff, cutoff_guard, band, centre)
     kept = tl.full([], 0, tl.int32)
     left = tl.where(undecided, UNDECIDED, DECIDED)

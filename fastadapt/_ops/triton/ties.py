@@ -49,31 +49,29 @@ def count_tile(count, weights, row, tile, floor, sizes):
 
 
 @triton.jit
-def id_in_level(row, weights, level, n, sizes):
-    """Returns the id of the n-th token of a level, by id."""
+def cut_in_level(row, weights, level, n, sizes):
+    """Returns the rank of the n-th token of a level, by id, or one above all of them."""
     j = tl.arange(0, sizes.BLOCKS)
     count = tl.load(weights.tied + j, mask=j < weights.blocks, other=0)
-    block = tl.sum((tl.cumsum(count, 0) < n).to(tl.int32), 0)
-    left = n - tl.sum(tl.where(j < block, count, 0), 0)
+    block = tl.sum((tl.cumsum(count, 0) < tl.maximum(n, 1)).to(tl.int32), 0)
+    left = tl.maximum(n, 1) - tl.sum(tl.where(j < block, count, 0), 0)
     ids = block * sizes.BLOCK + tl.arange(0, sizes.BLOCK)
     hit = load_scaled(row, ids) == level
     found = hit & (tl.cumsum(hit.to(tl.int32), 0) == left)
-    return tl.min(tl.where(found, ids, LAST_ID), 0)
+    return ranks(keys(level), tl.min(tl.where(found, ids, LAST_ID), 0)) + (n == 0).to(tl.int64)
 
 
 @triton.jit
-def cut_in_level(row, bounds, s, ids, weights, level, tied, target, sizes):
-    """Finds the cut of top-p in a level that has less than the target before it, a list's tokens.
+def kept_of_level(row, bounds, s, ids, level, tied, target):
+    """Says how many tokens of a level top-p keeps, where a list's are less than the target.
 
-    Returns its rank, the number of tokens that it keeps, the mass before the last of them, and the
-    mass of one.
+    Returns their number, the mass before the last of them, and the mass of one.
     """
     before = tl.sum(tl.where(survives(s, ids, row.m, bounds), masses(s - row.m), 0), 0)
     mass = masses(level - row.m)
     number = (target - before + mass - 1) // tl.maximum(mass, 1)
     number = tl.minimum(number, tied).to(tl.int32)
-    rank = ranks(keys(level), id_in_level(row, weights, level, number, sizes))
-    return rank, number, before + (number - 1) * mass, mass
+    return number, before + (number - 1) * mass, mass
 
 
 @triton.jit
