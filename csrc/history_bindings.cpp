@@ -2,6 +2,7 @@
 // are read here.
 #include <pybind11/stl.h>
 
+#include <utility>
 #include <vector>
 
 #include "bindings.h"
@@ -14,6 +15,9 @@ using Ids = std::vector<int32_t>;
 // (drafts, k, offsets, ids, columns, threads); no ids: only the offsets are made
 using ListsTuple = std::tuple<py::handle, int64_t, py::handle, py::handle, py::handle, int>;
 
+// How many ids there are in all lists, and the largest one or -1.
+using Told = std::pair<int64_t, int64_t>;
+
 // A number, or a tensor with one for each row.
 template <class T>
 PerRow<T> per_row(py::handle value) {
@@ -21,18 +25,19 @@ PerRow<T> per_row(py::handle value) {
   return {pointer<const T>(value), T{}};
 }
 
-int64_t list(History& history, const Rule& rule, const ListsTuple& tuple) {
+Told list(History& history, const Rule& rule, const ListsTuple& tuple) {
   const auto& [drafts, k, offsets, ids, columns, threads] = tuple;
   ListsOut out{nullptr, k, pointer<int64_t>(offsets), nullptr, nullptr, threads};
   if (k > 0) out.drafts = pointer<const int64_t>(drafts);
   if (!ids.is_none()) out.ids = pointer<int32_t>(ids), out.columns = pointer<float>(columns);
   py::gil_scoped_release release;
-  return history.list(rule, out);
+  const int64_t largest = history.list(rule, out);
+  return {out.offsets[history.rows() * (k + 1)], largest};
 }
 
-int64_t penalties(History& history, const ListsTuple& out, int counted, int repeats,
-                  py::handle repetition, py::handle presence, py::handle frequency,
-                  py::handle window) {
+Told penalties(History& history, const ListsTuple& out, int counted, int repeats,
+               py::handle repetition, py::handle presence, py::handle frequency,
+               py::handle window) {
   PenaltyRule rule;
   rule.repeats = static_cast<Counted>(repeats);
   rule.counted = static_cast<Counted>(counted);
@@ -43,15 +48,14 @@ int64_t penalties(History& history, const ListsTuple& out, int counted, int repe
   return list(history, rule, out);
 }
 
-int64_t n_grams(History& history, const ListsTuple& out, int counted, int64_t n) {
+Told n_grams(History& history, const ListsTuple& out, int counted, int64_t n) {
   NGramRule rule;
   rule.counted = static_cast<Counted>(counted);
   rule.n = n;
   return list(history, rule, out);
 }
 
-int64_t min_length(History& history, const ListsTuple& out, int counted, Ids ids,
-                   py::handle least) {
+Told min_length(History& history, const ListsTuple& out, int counted, Ids ids, py::handle least) {
   LengthRule rule;
   rule.counted = static_cast<Counted>(counted);
   rule.ids = std::move(ids);
@@ -59,8 +63,8 @@ int64_t min_length(History& history, const ListsTuple& out, int counted, Ids ids
   return list(history, rule, out);
 }
 
-int64_t dry(History& history, const ListsTuple& out, int counted, py::handle multiplier,
-            double base, int64_t allowed_length, Ids breakers, py::handle window, int64_t longest) {
+Told dry(History& history, const ListsTuple& out, int counted, py::handle multiplier, double base,
+         int64_t allowed_length, Ids breakers, py::handle window, int64_t longest) {
   DryRule rule;
   rule.counted = static_cast<Counted>(counted);
   rule.multiplier = per_row<double>(multiplier);
@@ -72,8 +76,8 @@ int64_t dry(History& history, const ListsTuple& out, int counted, py::handle mul
   return list(history, rule, out);
 }
 
-int64_t sequences(History& history, const ListsTuple& out, int counted,
-                  std::vector<const Sequences*> of_rows) {
+Told sequences(History& history, const ListsTuple& out, int counted,
+               std::vector<const Sequences*> of_rows) {
   SequenceRule rule;
   rule.counted = static_cast<Counted>(counted);
   rule.of_rows = std::move(of_rows);

@@ -32,7 +32,7 @@ def biases_of(ids: Sequence[Sequence[int]], biases: Sequence[float]) -> Biases:
 
 
 def listed(
-    rule: Callable[..., int], draft: Tensor | None, rows: int, *numbers: Any
+    rule: Callable[..., tuple[int, int]], draft: Tensor | None, rows: int, *numbers: Any
 ) -> tuple[Tensor, Tensor, Tensor, int]:
     """Returns ids, offsets and columns of a rule's lists, and the largest id or -1.
 
@@ -46,8 +46,7 @@ def listed(
     """
     k, threads = 0 if draft is None else draft.shape[1], torch.get_num_threads()
     offsets = torch.empty(rows + 1, dtype=torch.int64, device="cpu")
-    largest = rule((draft, k, offsets, None, None, threads), *numbers)
-    total = int(offsets[-1])
+    total, largest = rule((draft, k, offsets, None, None, threads), *numbers)
     ids = torch.empty(total, dtype=torch.int32, device="cpu")
     columns = torch.empty(4, total, dtype=torch.float32, device="cpu")
     if total:

@@ -335,7 +335,7 @@ class History:
         least = one_or_whole("n", n, self._rows.rows(), 0)
         return self._listed(self._rows.min_length, _counted(counts), ids, least)
 
-    def _listed(self, rule: Callable[..., int], *numbers: Any) -> Edits:
+    def _listed(self, rule: Callable[..., tuple[int, int]], *numbers: Any) -> Edits:
         """Returns the lists of a rule."""
         made = Edits._made(*listed(rule, self._draft, self.rows, *numbers))
         return made if self._device.type == "cpu" else made.to(self._device)

@@ -18,6 +18,8 @@ def ids_of(name: str, ids: Sequence[int]) -> list[int]:
 
 def on_host(name: str, tokens: Tensor) -> Tensor:
     """Returns integers as contiguous int64 on the CPU."""
+    if tokens.dtype == torch.int64 and tokens.device.type == "cpu" and tokens.is_contiguous():
+        return tokens  # as they nearly always are: a step asks for nothing else
     return integers(name, tokens.cpu()).contiguous()
 
 
