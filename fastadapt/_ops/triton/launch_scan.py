@@ -203,7 +203,7 @@ def layout_of(plan: Plan, v: int) -> Layout:
         end += -(-words // 16) * 16  # parts begin at multiples of 128 bytes
 
     def sizes(list_size: int, alone: bool, plain: bool) -> Sizes:
-        step = plan.block // 2  # the registers of a search for a cut spill where it is a block
+        step = plan.block // 4  # the registers of a search for a cut spill where it is a block
         of_tile = plan.columns, plan.group, plan.supers, plan.ahead
         padded = plan.block, step, plan.room, plan.bins, splits, most_blocks
         return Sizes(*map(tl.constexpr, (*of_tile, *padded, list_size, alone, plain)))
