@@ -194,7 +194,9 @@ def test_drafts_change_nothing() -> None:
         lambda h: h.dry(1.0, allowed_length=1),
     )
     before = [ask(history) for ask in asks]
-    view = history.with_drafts(torch.tensor([[3, 1], [4, 5]]))
+    draft = torch.tensor([[3, 1], [4, 5]])
+    view = history.with_drafts(draft)
+    draft.zero_()  # it has a copy
     for ask, edits in zip(asks, before, strict=True):
         ask(view)
         assert_same(ask(history), edits)

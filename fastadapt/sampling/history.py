@@ -175,7 +175,11 @@ class History:
         if draft.dim() != 2 or draft.shape[0] != n:
             raise ValueError(f"draft: expected shape ({n}, K), got {tuple(draft.shape)}")
         view = type(self).__new__(type(self))
-        view._device, view._rows, view._draft = self._device, self._rows, on_host("draft", draft)
+        view._device, view._rows, view._draft = (
+            self._device,
+            self._rows,
+            on_host("draft", draft).clone(),
+        )
         return view
 
     def edits(
