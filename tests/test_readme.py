@@ -60,14 +60,15 @@ def test_quick_start_runs():
 
 
 def test_examples_of_sampling_run():
-    """Edits and a history's steps; what needs a model or a GPU is left out."""
+    """Edits, a history's steps, drafts; what needs a model or a GPU is left out."""
     scope: dict[str, object] = {}
     blocks = _examples("docs/sampling.md", "\n## On a GPU\n")
     kept = [block for block in blocks if "model.generate(" not in block]
-    assert len(kept) == 4
+    assert len(kept) == 5
     for block in kept:
         exec(compile(block, "docs", "exec"), scope)
     assert scope["history"].lengths.tolist() == [40, 37, 40, 31]
+    assert scope["verified"].tokens.shape == (4, 6) and scope["verified"].status.sum() == 0
     assert (scope["drawn"].tokens >= 0).all() and not (scope["drawn"].tokens == 5).any()
 
 
