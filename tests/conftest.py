@@ -328,6 +328,42 @@ def on_device(device: str) -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="session")
+def tiny_llama() -> Callable[..., Any]:
+    """Makes small Llamas with random weights, whose logits spread widely enough to truncate."""
+
+    def make(vocabulary: int, seed: int = 0, **changes: int) -> Any:
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        torch.manual_seed(seed)
+        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1} | changes
+        config = LlamaConfig(
+            vocab_size=vocabulary,
+            num_attention_heads=2,
+            max_position_embeddings=256,
+            initializer_range=0.3,
+            bos_token_id=1,
+            eos_token_id=None,
+            pad_token_id=0,
+            **sizes,
+        )
+        return LlamaForCausalLM(config).eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def padded_prompts() -> Callable[[int], dict[str, torch.Tensor]]:
+    """Makes three prompts of 7, 4 and 2 tokens, padded on the left, of a vocabulary."""
+
+    def make(vocabulary: int) -> dict[str, torch.Tensor]:
+        ids = torch.randint(2, vocabulary, (3, 7), generator=torch.Generator().manual_seed(1))
+        mask = torch.tensor([[1] * 7, [0] * 3 + [1] * 4, [0] * 5 + [1] * 2])
+        return {"input_ids": ids * mask, "attention_mask": mask}
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def demo_model(request: pytest.FixtureRequest) -> tuple[Any, Any]:
     """The demo's model and its tokenizer, which no test may change.
 

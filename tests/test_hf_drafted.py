@@ -5,24 +5,15 @@ import torch
 
 transformers = pytest.importorskip("transformers", reason="the hooks need transformers")
 
+
 from fastadapt import hf  # noqa: E402, only where transformers is
 
 VOCAB, STEPS = 61, 24
 
 
-def tiny(seed: int, **sizes: int) -> "transformers.LlamaForCausalLM":
-    torch.manual_seed(seed)
-    config = transformers.LlamaConfig(
-        vocab_size=VOCAB, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=256, initializer_range=0.3, bos_token_id=1, eos_token_id=None,
-        pad_token_id=0, **{"hidden_size": 32, **sizes},
-    )  # fmt: skip
-    return transformers.LlamaForCausalLM(config).eval()
-
-
 @pytest.fixture(scope="module")
-def model():
-    return tiny(0)
+def model(tiny_llama):
+    return tiny_llama(VOCAB, num_hidden_layers=2)
 
 
 class Calls:
@@ -77,8 +68,8 @@ def test_prompt_lookup_draws_the_tokens_without_it(model, name):
 
 
 @pytest.mark.parametrize("drafter", ["same", "other"])
-def test_an_assistants_drafts_leave_the_tokens_as_they_are(model, drafter):
-    assistant = model if drafter == "same" else tiny(1, hidden_size=16)
+def test_an_assistants_drafts_leave_the_tokens_as_they_are(model, tiny_llama, drafter):
+    assistant = model if drafter == "same" else tiny_llama(VOCAB, 1, hidden_size=16)
     plain, steps = run(model, **SETTINGS["cold"])
     custom = hf.generate.using(assistant_model=assistant, seeds=[7])
     fast, calls = run(model, custom, seeds=None, **SETTINGS["cold"])

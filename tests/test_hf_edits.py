@@ -7,6 +7,7 @@ import torch
 
 transformers = pytest.importorskip("transformers", reason="the hooks need transformers")
 
+
 from fastadapt import hf  # noqa: E402, only where transformers is
 from fastadapt.adaptor import Adaptor  # noqa: E402, as above
 from fastadapt.hf import _draw as hf_draw  # noqa: E402, as above
@@ -25,21 +26,9 @@ def _one_thread(num_threads):
 
 
 @pytest.fixture(scope="module")
-def model():
+def model(tiny_llama):
     """A Llama whose vocabulary is so small that everything repeats."""
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        initializer_range=0.3,
-        bos_token_id=1,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    return transformers.LlamaForCausalLM(config).eval()
+    return tiny_llama(VOCAB)
 
 
 @pytest.fixture(scope="module")

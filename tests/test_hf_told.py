@@ -7,6 +7,7 @@ import torch
 
 transformers = pytest.importorskip("transformers", reason="the hooks need transformers")
 
+
 from fastadapt import hf  # noqa: E402, only where transformers is
 from fastadapt.adaptor import Adaptor  # noqa: E402, as above
 from fastadapt.sampling.functions import filter_logits  # noqa: E402, as above
@@ -25,29 +26,15 @@ def _one_thread(num_threads):
 
 
 @pytest.fixture(scope="module")
-def model():
-    """A one-layer Llama with logits spread widely enough to have something to truncate."""
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        initializer_range=0.3,
-        bos_token_id=1,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    return transformers.LlamaForCausalLM(config).eval()
+def model(tiny_llama):
+    """A one-layer Llama."""
+    return tiny_llama(VOCAB)
 
 
 @pytest.fixture
-def prompts():
-    """Three prompts of 7, 4 and 2 tokens, padded on the left."""
-    ids = torch.randint(2, VOCAB, (3, 7), generator=torch.Generator().manual_seed(1))
-    mask = torch.tensor([[1] * 7, [0] * 3 + [1] * 4, [0] * 5 + [1] * 2])
-    return {"input_ids": ids * mask, "attention_mask": mask}
+def prompts(padded_prompts):
+    """Three, padded on the left."""
+    return padded_prompts(VOCAB)
 
 
 class Writes(transformers.LogitsProcessor):
