@@ -4,18 +4,22 @@
 
 Both ways of sampling run with filters alone, and with a repetition penalty, n-grams, bad words and
 biases too. A step is one forward pass and one draw for the whole batch; the prefill is recorded
-apart. Every round runs all modes, so a ratio compares runs of the same minutes. Run it on an idle
-machine: the host record holds the load average at the start.
+apart. Prompt lookup is timed on one sequence, a text that begins to repeat itself, beside the fused
+draw without it. Every round runs all modes, so a ratio compares runs of the same minutes. Run it on
+an idle machine: the host record holds the load average at the start.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastadapt import Adaptor
 from fastadapt._cli.demo import PROMPTS
@@ -28,9 +32,10 @@ from fastadapt._cli.measure import (
     time_generation,
     tokens_per_s,
 )
+from fastadapt.hf import generate
 from fastadapt.training.pretrained import load_model
 from harness import MODEL, SEED, Benchmark, Option, progress, settings_of
-from timing import quartiles
+from timing import Call, in_turns, quartiles, ratios
 
 BENCHMARK = Benchmark(
     "generation",
@@ -44,6 +49,7 @@ BENCHMARK = Benchmark(
         "repetition_penalty": Option(1.1),
         "no_repeat_ngram_size": Option(3, least=1),
         "words": Option(40, least=2),  # bad ones, and as many biases; half of each of two tokens
+        "drafts": Option(6, "tokens of a prompt lookup", least=1),
         "seed": SEED,
     },
 )
@@ -69,8 +75,9 @@ def main(options: argparse.Namespace, record: dict[str, Any]) -> None:
             seed=options.seed,
             on_step=step,
         )
+    record["drafts"] = _drafts(model, tokenizer, options)
     record["settings"] = {
-        **settings_of(options, "model", "batch", "max_new_tokens", "rounds", "seed"),
+        **settings_of(options, "model", "batch", "max_new_tokens", "rounds", "seed", "drafts"),
         **settings_of(options, "repetition_penalty", "no_repeat_ngram_size", "words"),
         "parameters": sum(p.numel() for p in model.parameters()),
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
@@ -91,6 +98,31 @@ def _edits(options: argparse.Namespace, vocabulary: int) -> dict[str, Any]:
         "no_repeat_ngram_size": options.no_repeat_ngram_size,
         "bad_words_ids": bad,
         "sequence_bias": [[x, 1.5] for x in biased],
+    }
+
+
+def _drafts(model: Any, tokenizer: Any, options: argparse.Namespace) -> dict[str, Any]:
+    """Time prompt lookup on a text that repeats itself, and compare the tokens."""
+    text = " ".join(PROMPTS)
+    inputs = dict(tokenizer(f"{text}\n{text}\n{text[: len(text) // 4]}", return_tensors="pt"))
+    settings = {"do_sample": True, "top_k": 0, "top_p": options.top_p, "temperature": 0.7}
+    settings |= {"custom_generate": generate, "max_new_tokens": options.max_new_tokens}
+    settings["min_new_tokens"] = options.max_new_tokens
+    modes = {"plain": {}, "lookup": {"prompt_lookup_num_tokens": options.drafts}}
+
+    def run(name: str, seed: int) -> Tensor:
+        return model.generate(**inputs, **settings, **modes[name], seeds=[seed])
+
+    pairs = [[run(name, seed) for name in modes] for seed in range(options.rounds)]
+    calls: dict[str, Call] = {name: partial(run, name) for name in modes}
+    took = in_turns(calls, rounds=options.rounds, slice_s=0)
+    return {
+        "tokens_per_s": {
+            name: round(options.max_new_tokens / statistics.median(seconds), 2)
+            for name, seconds in took.items()
+        },
+        "plain_to_lookup": ratios(took, "lookup", ["plain"], 3)["plain"],
+        "equal": [sum(torch.equal(*pair) for pair in pairs), len(pairs)],
     }
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
+from statistics import median
 from typing import Any
 
 import torch
@@ -57,7 +58,6 @@ def main(options: argparse.Namespace, record: dict[str, Any]) -> None:
     """Time every cell, then test the laws and the bits."""
     record["settings"] = {
         **settings_of(options, "rounds", "draws", "sequences", "seed"),
-        "batch": SEQUENCES,
         "k": K,
     }
     record["cells"], record["laws"] = [], []
@@ -66,10 +66,11 @@ def main(options: argparse.Namespace, record: dict[str, Any]) -> None:
     with progress("verifying", len(grid) + len(laws) + 1) as step:
         for cell in grid:
             named = dict(zip(("vocabulary", "dtype", "adaptor", "drafts"), cell, strict=True))
-            record["cells"].append({**named, **measure_cell(*cell, options)})
+            shape = {"batch": SEQUENCES, "rows": "normal3"}
+            record["cells"].append({**named, **shape, **measure_cell(*cell, options)})
             step()
         for adaptor, drafts in laws:
-            found = test_law(adaptor, drafts, options.draws, options.seed)
+            found = law(adaptor, drafts, options.draws, options.seed)
             record["laws"].append({"adaptor": adaptor, "drafts": drafts, **found})
             step()
         record["differences"] = differences(options.sequences, options.seed)
@@ -112,6 +113,7 @@ def measure_cell(
     return {
         "accepted": accepted,
         "us": microseconds(took, 1),
+        "per_sequence": {kind: 1e6 * median(took[kind]) / SEQUENCES for kind in accepted},
         "to_sample": {
             kind: ratios(took, f"sample of what {kind} reads", [kind], 3)[kind] for kind in accepted
         },
@@ -145,7 +147,7 @@ def _sampled(reads: list[Tensor], adaptor: Adaptor) -> Call:
     return call
 
 
-def test_law(adaptor: str, drafts: str, draws: int, seed: int) -> dict[str, Any]:
+def law(adaptor: str, drafts: str, draws: int, seed: int) -> dict[str, Any]:
     """p-values of the rows that are reached often enough, and how many drafts stand."""
     torch.manual_seed(seed)
     x = torch.randn(1, ROWS, VOCABULARY) * 1.5
@@ -187,7 +189,7 @@ def differences(sequences: int, seed: int) -> int:
         accepted = (drawn.tokens[:, :K] == draft).long().cumprod(1).sum(1)
         there = at <= accepted[:, None]
         wrong = got.accepted != accepted
-        wrong |= ((got.tokens != drawn.tokens.where(there, -1)) & True).any(1)
+        wrong |= (got.tokens != drawn.tokens.where(there, -1)).any(1)
         wrong |= (got.logprobs != drawn.logprobs.where(there, 0)).any(1)
         found += int(wrong.sum())
     return found

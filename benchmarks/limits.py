@@ -124,6 +124,21 @@ def edits_limits(record: Record) -> list[Limit]:
     ]
 
 
+def verify_limits(record: Record) -> list[Limit]:
+    """The demands on `verify`."""
+    cells, settings = record["cells"], record["settings"]
+    p_values = [p for law in record["laws"] for p in law["p_values"]]
+    rows = "to `sample` of the rows it reads, worst"
+    laws = f"least p-value of {len(p_values)} G-tests, {settings['draws']:,} draws for each law"
+    return [
+        worst(f"drafts of known law {rows}", medians(cells, "to_sample", "by its law"), 1.3),
+        worst(f"drafts without one {rows}", medians(cells, "to_sample", "as sampled"), 1.3),
+        Limit(laws, min(p_values), 1e-5, "", at_least=True),
+        Limit(f"of {settings['sequences']:,} sequences, other than `sample`",
+              record["differences"], 0, ""),
+    ]  # fmt: skip
+
+
 def history_limits(record: Record) -> list[Limit]:
     """The demands on the lists of a history, of each row of the largest batch."""
     largest = max(cell["batch"] for cell in record["cells"])
@@ -332,6 +347,7 @@ LIMITS: dict[str, Callable[[Record], list[Limit]]] = {
     "gpu_sampling": gpu_sampling_limits,
     "score": score_limits,
     "edits": edits_limits,
+    "verify": verify_limits,
     "history": history_limits,
     "losses": losses_limits,
     "divergence": divergence_limits,

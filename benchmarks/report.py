@@ -41,7 +41,7 @@ UNMEASURED = {
         "Not yet measured on a GPU.\n",
     ),
     **dict.fromkeys(
-        ("divergence", "edits", "history", "tracker", "tradeoff", "trainer"),
+        ("divergence", "edits", "history", "tracker", "tradeoff", "trainer", "verify"),
         "Not yet measured.\n",
     ),
 }
@@ -200,7 +200,7 @@ TABLES: dict[str, Callable[..., str]] = {
     for name in (
         *("generation", "sampling", "gpu_redesign", "gpu_sampling", "gpu_predicted", "score"),
         *("edits", "losses", "divergence", "gpu_losses", "gpu_loss_static", "train_preferences"),
-        *("history", "trainer"),
+        *("history", "trainer", "verify"),
         *("tradeoff", "tracker"),
     )
 } | dict.fromkeys(

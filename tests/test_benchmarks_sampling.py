@@ -13,6 +13,7 @@ import bench_edits
 import bench_history
 import bench_sampling
 import bench_score
+import bench_verify
 import cases
 import fastadapt
 import host
@@ -289,6 +290,17 @@ def test_edits_are_measured_beside_themselves_without(run_benchmark):
     for limit in limits.edits_limits(record):
         assert limit.figure > 0, limit
     assert "| 200, bfloat16 |" in report.block("edits", record)
+
+
+def test_verified_drafts_are_measured_beside_sample(run_benchmark):
+    small = ("--vocab", 200, "--rounds", 2, "--draws", 4000, "--sequences", 600)
+    record = run_benchmark(bench_verify, *small)
+    assert len(record["cells"]) == 16 and len(record["laws"]) == 20
+    for cell in record["cells"]:  # the better the drafts, the more of them stand
+        assert (cell["accepted"]["by its law"] == 4) == (cell["drafts"] == "the rows")
+    found = {limit.label.split()[0]: limit for limit in limits.verify_limits(record)}
+    assert found["least"].met == found["of"].met == "yes"
+    assert "| 200, bfloat16, T+p | other |" in report.block("verify", record)
 
 
 def test_transformers_way_to_edits_is_ours():

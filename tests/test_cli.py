@@ -415,6 +415,7 @@ def test_bench_generation_writes_json(tiny_folder, tmp_path, monkeypatch):
         assert len(mode["step_ms_by_round"]) == len(mode["ratio_to_greedy_by_round"]) == 3
         assert mode["step_ms"]["q1"] <= mode["step_ms"]["median"] <= mode["step_ms"]["q3"]
     assert record["modes"]["greedy"]["ratio_to_greedy"]["median"] == 1.0
+    assert record["drafts"]["equal"] == [3, 3] and min(record["drafts"]["plain_to_lookup"]) > 0
     assert record["host"]["torch_threads"] >= 1 and record["host"]["versions"]["torch"]
     assert str(tmp_path) not in json.dumps(record["host"])
 
