@@ -100,6 +100,13 @@ void define_history(py::module_& m) {
       .def("rows", &History::rows)
       .def("length", [](const History& self, int64_t r,
                         int counted) { return self.length(r, static_cast<Counted>(counted)); })
+      .def("row",
+           [](const History& self, int64_t r) {
+             const TokenRow& row = self.row(r);
+             Ids tokens(static_cast<size_t>(row.size()));
+             for (int64_t i = 0; i < row.size(); ++i) tokens[static_cast<size_t>(i)] = row[i];
+             return std::make_tuple(tokens, row.first(Counted::kAll), row.first(Counted::kOutput));
+           })
       .def("append",
            [](History& self, py::handle tokens, int64_t stride, py::handle counts) {
              self.append(pointer<const int64_t>(tokens), stride, per_row<int64_t>(counts));

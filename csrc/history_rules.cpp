@@ -75,12 +75,12 @@ Found NGramRule::find(TokenRow& row, int64_t, bool again) const {
     return {all.ids.data(), static_cast<int64_t>(all.ids.size())};
   }
   if (again) return found_in(row);
-  const SuffixIndex& index = row.index(counted, n - 1);
   std::vector<int32_t>& ids = row.found;
   ids.clear();
-  if (row.size() - row.first(counted) >= n)
-    for (int64_t at = index.before(row, row.size() - 1); at >= 0; at = index.before(row, at))
-      if (ids.empty() || ids.back() != row[at + 1]) ids.push_back(row[at + 1]);
+  if (row.size() - row.first(counted) < n) return found_in(row);
+  const SuffixIndex& index = row.index(counted, n - 1);
+  for (int64_t at = index.before(row, row.size() - 1); at >= 0; at = index.before(row, at))
+    if (ids.empty() || ids.back() != row[at + 1]) ids.push_back(row[at + 1]);
   std::sort(ids.begin(), ids.end());
   ids.erase(std::unique(ids.begin(), ids.end()), ids.end());
   return found_in(row);
@@ -102,7 +102,7 @@ void LengthRule::write(TokenRow& row, int64_t r, const Columns& out) const {
 Found DryRule::find(TokenRow& row, int64_t r, bool again) const {
   if (again) return found_in(row);
   row.found.clear(), row.values.clear();
-  if (multiplier[r] == 0) return found_in(row);
+  if (multiplier[r] == 0 || row.size() - row.first(counted) <= allowed_length) return found_in(row);
   const std::vector<Repeats::Match>& matches = row.repeats(counted, allowed_length).matches;
   const int64_t begin = row.begin(counted, window[r], row.size());
 

@@ -105,6 +105,15 @@ def test_unseeded_draws_come_from_the_default_generator(model):
     assert torch.equal(*results)
 
 
+def test_an_assistant_is_a_model_of_the_same_vocabulary(model, tiny_llama):
+    for assistant, error, message in (
+        (tiny_llama(VOCAB + 3), ValueError, f"expected a vocabulary of {VOCAB} tokens, got"),
+        ("small", TypeError, "assistant_model: expected a PreTrainedModel, got str"),
+    ):
+        with pytest.raises(error, match=message):
+            run(model, hf.generate.using(assistant_model=assistant))
+
+
 def test_several_sequences_are_refused_as_in_transformers(model):
     with pytest.raises(ValueError, match="batch_size = 1"):
         model.generate(

@@ -1,6 +1,8 @@
 """A history across steps gives what is made anew from all of its tokens, bit for bit."""
 
+import copy
 import functools
+import pickle
 import random
 from collections.abc import Callable
 
@@ -186,7 +188,7 @@ def test_threads_change_nothing() -> None:
 
 
 def test_drafts_change_nothing() -> None:
-    """A view of drafts follows the history; the history does not follow the drafts."""
+    """The history does not follow drafts, of which a view has a copy."""
     history = History(torch.tensor([[1, 2, 3, 1, 2], [4, 4, 4, 4, 4]]))
     asks = (
         lambda h: h.edits(repetition=2.0, window=3),
@@ -202,7 +204,10 @@ def test_drafts_change_nothing() -> None:
         assert_same(ask(history), edits)
     assert view.rows == 6 and history.rows == 2 and history.lengths.tolist() == [5, 5]
     assert repr(view) == "History(2 rows, 10 tokens, drafts of 2)"
+    expected = view.ban_ngrams(2)
     history.append(torch.tensor([3, 5]))
+    view = history.with_drafts(torch.tensor([[3, 1], [4, 5]]))
+    assert not torch.equal(view.ban_ngrams(2).ids, expected.ids)
     # 1 2 3 1 2 3, where 1 follows 3; with 3 also 3; with 3 and 1 what follows 1. Then 4 4 4 4 4 5
     lists = [[1], [1, 3], [2], [], [4, 5], [4]]
     assert view.ban_ngrams(2).ids.tolist() == [i for ids in lists for i in ids]
@@ -336,6 +341,15 @@ PAIR = torch.ones(1, 2, dtype=torch.int64)
             TypeError,
             "frequency: expected a number or a tensor of floats, got torch.int64",
         ),
+        (lambda: ONE.edits(presence=-1e39), ValueError, r"presence: expected -1e\+28 to 1e\+28"),
+        (lambda: ONE.edits(repetition=1e-46), ValueError, "repetition: expected 1e-28 to"),
+        (
+            lambda: ONE.edits(frequency=torch.tensor([0.0, 1e30])),
+            ValueError,
+            "frequency: expected",
+        ),
+        (lambda: ONE.sequences({(5,): 1e39}), ValueError, r"sequences\[\(5,\)\]: expected -1e"),
+        (lambda: ONE.dry(1e39), ValueError, "multiplier: expected 0 to"),
         (lambda: ONE.ban_ngrams(0), ValueError, "n: expected at least 1, got 0"),
         (lambda: ONE.ban_ngrams(2, counts="prompt"), ValueError, "counts: expected one of"),
         (lambda: ONE.dry(-1), ValueError, "multiplier: expected a value >= 0, got -1"),
@@ -385,6 +399,53 @@ def test_what_is_wrong(call: Callable[[], object], error: type, message: str) ->
     with pytest.raises(error, match=message):
         call()
     assert ONE.lengths.tolist() == [2, 2]  # and nothing was appended
+
+
+@pytest.mark.parametrize("change", ["append", "keep", "extend"])
+def test_lists_of_drafts_are_of_the_rows_they_were_made_for(change: str) -> None:
+    history = History(torch.tensor([[1, 2], [3, 4]]))
+    view = history.with_drafts(torch.tensor([[5], [6]]))
+    assert len(view.edits(repetition=2.0).ids) == 10
+    given = {"append": torch.tensor([7, 8]), "keep": [1, 0], "extend": history}[change]
+    getattr(history, change)(given)
+    with pytest.raises(RuntimeError, match="with_drafts: expected rows as they were"):
+        view.edits(repetition=2.0)
+
+
+def test_what_stands_behind_the_lengths_of_drafts_is_not_read() -> None:
+    history = History(torch.tensor([[1, 2], [3, 4]]))
+    view = history.with_drafts(torch.tensor([[5, -1], [6, 7]]), torch.tensor([1, 2]))
+    edits = view.edits(repetition=2.0)
+    rows = [edits.ids[a:b].tolist() for a, b in edits.offsets.unfold(0, 2, 1).tolist()]
+    assert rows[:2] == [[1, 2], [1, 2, 5]] and rows[3:] == [[3, 4], [3, 4, 6], [3, 4, 6, 7]]
+
+
+def test_more_tokens_than_there_are_cost_nothing() -> None:
+    """Numbers that a client may send."""
+    history = History(torch.tensor([[1, 2, 1]]))
+    assert len(history.ban_ngrams(10**12).ids) == 0
+    assert len(history.dry(1.0, allowed_length=2**31).ids) == 0
+    history.append(torch.tensor([2]))
+    assert history.ban_ngrams(3).ids.tolist() == [1]
+
+
+def pickled(made: History) -> History:
+    return pickle.loads(pickle.dumps(made))
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickled], ids=lambda f: f.__name__)
+def test_copies_are_histories_of_their_own(copied: Callable[[History], History]) -> None:
+    history = History(torch.tensor([[0, 7, 5, 7], [1, 2, 1, 9]]), torch.tensor([1, 0]), 3, 2)
+    history.append(torch.tensor([5, 2]))
+    other = copied(history)
+    history.append(torch.tensor([5, 2]))
+    assert other.lengths.tolist() == [4, 4] and history.lengths.tolist() == [5, 5]
+    other.append(torch.tensor([5, 2]))
+    for counts in ("output", "all", "padded"):
+        assert_same(other.ban_ngrams(2, counts=counts), history.ban_ngrams(2, counts=counts))
+    assert len(copied(History(torch.empty(0, 0).long())).lengths) == 0
+    made = Sequences({(5, 1): 0.5, (2,): -INF})
+    assert_same(history.sequences(copied(made)), history.sequences(made))
 
 
 def test_sequences_say_how_many() -> None:

@@ -4,7 +4,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
+
+from fastadapt._ops.checks import instance
 
 
 class Drafted(LogitsProcessor):
@@ -31,6 +33,19 @@ class Drafted(LogitsProcessor):
         rows = self.draw(input_ids, scores)
         self.length, self.token = length + 1, int(rows.argmax(-1))
         return rows
+
+
+def check_assistant(model: Any, assistant: Any) -> None:
+    """Raises unless an assistant is a model of the same vocabulary.
+
+    Raises:
+        TypeError: no model of transformers.
+        ValueError: a vocabulary of another size.
+    """
+    instance("assistant_model", assistant, PreTrainedModel, "a PreTrainedModel")
+    size, own = (m.config.get_text_config().vocab_size for m in (model, assistant))
+    if own != size:
+        raise ValueError(f"assistant_model: expected a vocabulary of {size} tokens, got {own}")
 
 
 class WithDrafts:

@@ -27,7 +27,7 @@ from transformers.integrations.fsdp import is_fsdp_managed_module
 from fastadapt._ops.checks import flag, instance, integers
 from fastadapt.adaptor import Adaptor
 from fastadapt.hf._chain import chain_of
-from fastadapt.hf._drafted import Drafted, WithDrafts
+from fastadapt.hf._drafted import Drafted, WithDrafts, check_assistant
 from fastadapt.hf._draw import Draw, Stopping, Watch
 from fastadapt.hf._streams import Seeds, Streams, seeds_of
 from fastadapt.hf._told import Told
@@ -197,7 +197,7 @@ class Generate:
             streamer (BaseStreamer): receives the prompt, every token, and the end.
             synced_gpus (bool): keep calling the model until every rank has finished.
             seeds (Tensor or sequence of int or None): as the `seeds` of `model.generate`.
-            assistant_model (PreTrainedModel): drafts tokens of the same vocabulary.
+            assistant_model (PreTrainedModel): drafts tokens; of a vocabulary of the same size.
         """
         return Generate(streamer, synced_gpus, seeds, assistant_model)
 
@@ -223,6 +223,8 @@ class Generate:
                 "stop_strings: expected none, because transformers hands a callable no tokenizer; "
                 "pass stopping_criteria=[StopStringCriteria(tokenizer, stop_strings)] instead"
             )
+        if self.assistant_model is not None:
+            check_assistant(model, self.assistant_model)
         drafts = _has_drafts(generation_config, self.assistant_model)
         told = Told() if _is_asked("output_logprobs", output_logprobs, generation_config) else None
         streams = self._streams(model, seeds, positions, input_ids, generation_config)

@@ -71,8 +71,11 @@ class History:
         """Adds copies of another history's rows."""
         self._rows += [row._replace(tokens=row.tokens[:]) for row in other._rows]
 
-    def with_drafts(self, draft: Tensor) -> "History":
-        """Returns the history of every position of a draft."""
+    def with_drafts(self, draft: Tensor, lengths: int | Tensor | None = None) -> "History":
+        """Returns the history of every position of a draft; tokens 0 stand behind the lengths."""
+        if lengths is not None:
+            counts = torch.as_tensor(lengths).reshape(-1, 1)
+            draft = draft.where(torch.arange(draft.shape[1]) < counts, 0)
         made = History(torch.empty(0, 0, dtype=torch.int64))
         made._k = draft.shape[1]
         for row, more in zip(self._rows, draft.tolist(), strict=True):

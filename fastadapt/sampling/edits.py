@@ -212,7 +212,8 @@ def joined(first: Edits, after: Edits) -> Edits:
         row = int(torch.searchsorted(offsets, misfit, right=True)) - 1
         raise ValueError(
             "edits: expected at most one addition before a penalty, one penalty and two additions "
-            f"after it, got more for id {int(ids[misfit])} in row {row}"
+            "after it (in a sum biases come first), got more for id "
+            f"{int(ids[misfit])} in row {row}"
         )
     largest = max(first.largest, after.largest)
     made = Edits._made(ids, offsets, columns, largest)

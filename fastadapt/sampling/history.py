@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastadapt._ops.checks import instance, integer, integers, number, one_of
+from fastadapt._ops.checks import instance, integer, integers, one_of
 from fastadapt._ops.history import COUNTED, listed, rows_of
 from fastadapt.sampling.edits import Edits
-from fastadapt.sampling.numbers import ids_of, on_host, one_or_real, one_or_whole, whole
+from fastadapt.sampling.numbers import ids_of, on_host, one_or_real, one_or_whole, real, whole
 from fastadapt.sampling.sequences import Sequences
 
 
@@ -50,6 +50,8 @@ class History:
         ValueError: another shape, a number out of its range, an id below 0 or of 2**31 and more.
     """
 
+    _of: "History"  # of a view with drafts: whose rows they are
+
     def __init__(
         self,
         tokens: Tensor,
@@ -70,6 +72,7 @@ class History:
         prompt = count if prompt_length is None else prompt_length
         self._device = tokens.device
         self._draft: Tensor | None = None
+        self._changes = 0
         self._rows = rows_of(on_host("tokens", tokens), first + count, first, first + prompt)
 
     @property
@@ -106,6 +109,7 @@ class History:
         k = 1 if tokens.dim() == 1 else tokens.shape[1]
         counts = k if lengths is None else whole("lengths", lengths, n, 0, k)
         self._rows.append(on_host("tokens", tokens), k, counts)
+        self._changes += 1
 
     def keep(self, rows: Sequence[int] | Tensor) -> None:
         """Keeps some rows, in this order: without those that are done, or the parents of beams.
@@ -131,6 +135,7 @@ class History:
         if wanted.dim() != 1:
             raise ValueError(f"rows: expected shape (M,), got {tuple(wanted.shape)}")
         self._rows.keep([integer("rows", i, 0, self._rows.rows() - 1) for i in wanted.tolist()])
+        self._changes += 1
 
     def extend(self, other: "History") -> None:
         """Adds copies of another history's rows after these.
@@ -149,13 +154,13 @@ class History:
         if other._device != self._device:
             raise ValueError(f"other: expected one on {self._device}, got one on {other._device}")
         self._rows.extend(other._rows)
+        self._changes += 1
 
-    def with_drafts(self, draft: Tensor) -> "History":
+    def with_drafts(self, draft: Tensor, lengths: int | Tensor | None = None) -> "History":
         """Returns the history of every position of a draft: its lists have N * (K + 1) rows.
 
-        Row i * (K + 1) + j has row i's tokens and its first j draft tokens, as output. It is a view
-        for lists alone, of the rows as they are when a list is asked for; these are not changed.
-        Numbers for each row stay (N,).
+        Row i * (K + 1) + j has row i's tokens and its first j draft tokens, as output. It is for
+        lists alone, and until these rows change: then make it anew. Numbers for each row stay (N,).
 
         Examples:
             >>> history = History(torch.tensor([[1, 2, 1]]))
@@ -164,22 +169,26 @@ class History:
 
         Args:
             draft (Tensor): (N, K), integers, ids in [0, 2**31).
+            lengths (int | Tensor | None): (N,) or one, integers in [0, K]: how many drafts a row
+                has. What stands behind them is not read; lists of rows behind them are of no use,
+                but there. None: all.
 
         Raises:
             TypeError, ValueError: as `History`; ids out of range when lists are asked for.
-            RuntimeError: of a history with drafts.
+            RuntimeError: of a history with drafts; when lists are asked for after a change.
         """
         self._refuse_drafts("with_drafts")
         instance("draft", draft, Tensor, "a tensor of integers")
         n = self._rows.rows()
         if draft.dim() != 2 or draft.shape[0] != n:
             raise ValueError(f"draft: expected shape ({n}, K), got {tuple(draft.shape)}")
+        given = on_host("draft", draft).clone()
+        if lengths is not None:
+            counts = whole("lengths", lengths, n, 0, draft.shape[1])
+            given[torch.arange(draft.shape[1]) >= counts[:, None]] = 0
         view = type(self).__new__(type(self))
-        view._device, view._rows, view._draft = (
-            self._device,
-            self._rows,
-            on_host("draft", draft).clone(),
-        )
+        view._device, view._rows, view._draft = self._device, self._rows, given
+        view._of, view._changes = self, self._changes
         return view
 
     def edits(
@@ -201,9 +210,9 @@ class History:
         text-generation-webui.
 
         Args:
-            repetition (float | Tensor): > 0, or (N,). 1: none.
-            presence (float | Tensor): or (N,).
-            frequency (float | Tensor): or (N,).
+            repetition (float | Tensor): in [1e-28, 1e28], or (N,). 1: none.
+            presence (float | Tensor): in [-1e28, 1e28], or (N,).
+            frequency (float | Tensor): in [-1e28, 1e28], or (N,).
             repeats (str): "output" or "all": what repetition reads.
             counts (str): "output" or "all": what presence and frequency read.
             window (int | Tensor | None): >= 1, or (N,): the last tokens that all three read.
@@ -260,8 +269,8 @@ class History:
         text-generation-webui counts at most 50 tokens (`longest`), and padding (`counts`).
 
         Args:
-            multiplier (float | Tensor): >= 0, or (N,). 0: none.
-            base (float): >= 1.
+            multiplier (float | Tensor): in [0, 1e28], or (N,). 0: none.
+            base (float): in [1, 1e28].
             allowed_length (int): >= 1.
             breakers (sequence of int): ids of tokens.
             window (int | Tensor | None): >= 1, or (N,): the last tokens that are read.
@@ -271,7 +280,7 @@ class History:
         Raises:
             TypeError, ValueError: a wrong type, a number out of its range.
         """
-        if number("base", base) < 1:
+        if real("base", base) < 1:
             raise ValueError(f"base: expected a value >= 1, got {base}")
         return self._listed(
             self._rows.dry,
@@ -341,6 +350,8 @@ class History:
 
     def _listed(self, rule: Callable[..., tuple[int, int]], *numbers: Any) -> Edits:
         """Returns the lists of a rule."""
+        if self._draft is not None and self._of._changes != self._changes:
+            raise RuntimeError("with_drafts: expected rows as they were then, got changed ones")
         made = Edits._made(*listed(rule, self._draft, self.rows, *numbers))
         return made if self._device.type == "cpu" else made.to(self._device)
 
@@ -356,6 +367,17 @@ class History:
     def _window(self, window: int | Tensor | None) -> int | Tensor:
         """Returns a window, 0 for none, or one for each row."""
         return 0 if window is None else one_or_whole("window", window, self._rows.rows(), 1)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Returns what makes an equal one: a copy, or one in another process."""
+        self._refuse_drafts("copy")
+        rows = [self._rows.row(r) for r in range(self._rows.rows())]
+        tokens = torch.zeros(len(rows), max((len(t) for t, *_ in rows), default=0)).long()
+        for row, (of_row, *_) in zip(tokens, rows, strict=True):
+            row[: len(of_row)] = torch.tensor(of_row, dtype=torch.int64)
+        places = torch.tensor([(start, len(t), prompt) for t, start, prompt in rows]).view(-1, 3)
+        start, end, prompt = places.long().unbind(1)
+        return type(self), (tokens.to(self._device), start, end - start, prompt - start)
 
     def __repr__(self) -> str:
         """Says how many rows and tokens there are."""

@@ -8,6 +8,8 @@ from torch import Tensor
 from fastadapt._ops.checks import instance, integer, integers, number
 
 MOST = 2**62
+# so that neither they nor their sums nor multiples leave float32, where +inf would be no logit
+MOST_REAL = 1e28
 
 
 def ids_of(name: str, ids: Sequence[int]) -> list[int]:
@@ -49,14 +51,23 @@ def one_or_whole(name: str, value: int | Tensor, rows: int, low: int) -> int | T
 def one_or_real(name: str, value: float | Tensor, rows: int, **kind: bool) -> float | Tensor:
     """Returns a number, or float64 on the CPU with one for each row, of a kind of `number`."""
     if not isinstance(value, Tensor):
-        return float(number(name, value, **kind))
+        return real(name, value, **kind)
     if not value.is_floating_point():
         raise TypeError(f"{name}: expected a number or a tensor of floats, got {value.dtype}")
     _of_rows(name, value, rows)
     given = value.to("cpu", torch.float64).contiguous()
     for one in given.tolist():
-        number(name, one, **kind)
+        real(name, one, **kind)
     return given
+
+
+def real(name: str, value: float, *, positive: bool = False, signed: bool = False) -> float:
+    """Returns a number of a kind of `number`, of no more than 28 digits before and behind 1."""
+    found = float(number(name, value, positive=positive, signed=signed))
+    if abs(found) > MOST_REAL or (positive and found < 1 / MOST_REAL):
+        least = 1 / MOST_REAL if positive else -MOST_REAL if signed else 0
+        raise ValueError(f"{name}: expected {least:g} to {MOST_REAL:g}, got {found:g}")
+    return found
 
 
 def _of_rows(name: str, value: Tensor, rows: int) -> None:

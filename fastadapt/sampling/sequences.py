@@ -1,9 +1,11 @@
 """Sequences of tokens with biases, made ready once for every step."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-from fastadapt._ops.checks import instance, integer, number
+from fastadapt._ops.checks import instance, integer
 from fastadapt._ops.history import biases_of
+from fastadapt.sampling.numbers import real
 
 
 class Sequences:
@@ -14,12 +16,12 @@ class Sequences:
         Sequences(2 sequences)
 
     Args:
-        biases (Mapping): of sequences of one id or more, each a tuple, to numbers: finite ones that
-            are added, or -inf for what must not be.
+        biases (Mapping): of sequences of one id or more, each a tuple, to numbers: those that are
+            added, in [-1e28, 1e28], or -inf for what must not be.
 
     Raises:
         TypeError: no mapping, a key that is no tuple of integers, a value that is no number.
-        ValueError: an empty sequence, an id out of int32's range, +inf or NaN.
+        ValueError: an empty sequence, an id out of int32's range, another number.
     """
 
     def __init__(self, biases: Mapping[Sequence[int], float]) -> None:
@@ -32,19 +34,23 @@ class Sequences:
             for i in ids:
                 integer("sequences", i, 0, 2**31 - 1)
             if bias != float("-inf"):
-                number(f"sequences[{ids}]", bias, signed=True)
+                real(f"sequences[{ids}]", bias, signed=True)
         # Biases of one id add up in the order of transformers: single ids, then the others by
         # length, of which the first that was given comes first.
         lengths = dict.fromkeys([1, *map(len, biases)])
         places = {length: at for at, length in enumerate(lengths)}
         ordered = sorted(biases, key=lambda ids: (ids[-1], places[len(ids)]))
         self._of = biases_of(ordered, [float(biases[ids]) for ids in ordered])
-        self._count = len(ordered)
+        self._given = {ids: float(biases[ids]) for ids in biases}
 
     def __len__(self) -> int:
         """Returns how many there are."""
-        return self._count
+        return len(self._given)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Returns what makes an equal one: it can be sent to a process."""
+        return type(self), (self._given,)
 
     def __repr__(self) -> str:
         """Says how many there are."""
-        return f"Sequences({self._count} sequences)"
+        return f"Sequences({len(self)} sequences)"
