@@ -83,6 +83,18 @@ KNOBS = {
 }
 # which one program does on a whole row, or on a list that it does not hold
 ALONE = {"cut_among", "_tied_cut", "_sums_of"}
+# A nucleus, which ends in a level that its bracket is.
+NUCLEI = {
+    "p": {"top_p": 0.9},
+    "T+p": {"temperature": 0.8, "top_p": 0.9},
+    "half p": {"top_p": 0.5},
+    "p of one": {"top_p": 1e-9},
+    "nearly all p": {"top_p": 1 - 1e-9},
+    "typical": {"typical_p": 0.9},
+    "T and little typical": {"temperature": 2.0, "typical_p": 0.05},
+}
+# what reads a row after its bracket is known: rounds of finer bins, and sums of survivors
+LATER = {"_places", "_sum_tile"}
 LEVELS = ("flat", "zero", "two levels", "four levels", "one above", "a few above", "more above")
 LEVELS += ("a far level", "holes", "one hole", "bad")
 
@@ -138,11 +150,51 @@ def test_rows_without_ties_are_not_counted(called):
 @pytest.mark.parametrize("kind", KINDS)
 def test_masks_are_those_of_the_cpu(kind):
     x = KINDS[kind]().float()
-    for knobs in KNOBS.values():
+    for knobs in (*KNOBS.values(), *NUCLEI.values()):
         adaptor = Adaptor(**knobs)
         out = torch.empty_like(x)
         launch.filter_logits(x, adaptor.packed, adaptor.filter_code, out, PLAN)
         assert torch.equal(filter_logits(x, adaptor).nan_to_num(-9), out.nan_to_num(-9)), knobs
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", NUCLEI)
+def test_nuclei_are_those_of_the_cpu(called, kind, name):
+    x = KINDS[kind]()
+    assert_same(x, Adaptor(**NUCLEI[name]), 5)
+    if kind in ("flat", "zero", "two levels", "one hole"):
+        assert not called & (ALONE | LATER)
+        assert {"_count_tile", "store_level"} <= called
+
+
+@pytest.mark.parametrize("name", NUCLEI)
+def test_flat_rows_have_no_bins(called, name):
+    for kind in ("flat", "zero"):
+        assert_same(KINDS[kind](), Adaptor(**NUCLEI[name]), 3)
+    assert "_add_in_runs" not in called
+
+
+@pytest.mark.parametrize("lowest, spread", [(2, 1e-5), (0, 1e-9)])  # of one bin, or of one mass
+def test_a_crowded_bracket_that_is_no_level(called, lowest, spread):
+    x = lowest + torch.rand(2, V) * spread
+    for knobs in NUCLEI.values():
+        called.clear()
+        assert_same(x, Adaptor(**knobs), 1)
+        assert {"_count_tile", "_places"} <= called
+        assert "store_level" not in called
+
+
+def test_ordinary_nuclei_are_not_counted(called):
+    for knobs in NUCLEI.values():
+        assert_same(torch.randn(1, V) * 3, Adaptor(**knobs), 1)
+    assert "_count_tile" not in called
+
+
+def test_a_nucleus_before_other_filters(called):
+    for kind in KINDS:
+        for knobs in ({"top_p": 0.9, "min_p": 0.3}, {"top_p": 0.9, "min_tokens_to_keep": 3}):
+            assert_same(KINDS[kind](), Adaptor(**knobs), 1)
+    assert "_count_tile" not in called  # the tokens above the bracket are needed, too
 
 
 def test_a_heavy_token_at_the_cut_of_a_level():
@@ -151,3 +203,4 @@ def test_a_heavy_token_at_the_cut_of_a_level():
     for p in (0.25, 0.5, 0.75, 250 / V, 251 / V, 0.001, 0.002, 0.999):
         for number in (V, 900, 800, 640):
             assert_same(x[:, :number], Adaptor(top_k=3, top_p=p), 2)
+            assert_same(x[:, :number], Adaptor(top_p=p), 2)

@@ -56,7 +56,7 @@ KNOBS = (
 
 @pytest.fixture
 def stages(monkeypatch):
-    """The stage of each row's bracket when it is decided, and whether it was made of the row."""
+    """The stage of each row's bracket when it is decided, and what became of it after its bins."""
     seen = []
     kernel = launch.draw.short_kernel
 
@@ -65,7 +65,7 @@ def stages(monkeypatch):
             def run(*arguments, **rest):
                 kernel[grid](*arguments, **rest)
                 marks = arguments[3].memory
-                seen.append((marks[rows.MARK_STAGE.value], bool(marks[rows.MARK_SPLIT.value])))
+                seen.append((marks[rows.MARK_STAGE.value], int(marks[rows.MARK_SPLIT.value])))
 
             return run
 
@@ -91,24 +91,30 @@ def test_nuclei_are_those_of_the_cpu(kind):
 
 
 @pytest.mark.parametrize(
-    ("kind", "knobs", "stage", "of_row"),
+    ("kind", "knobs", "stage", "way"),
     [
-        ("peaked", {"top_p": 0.9}, rows.NO_BRACKET, False),  # few groups have all, and a short list
-        ("normal", {"top_p": 0.9, "temperature": 1.2}, rows.BINNED, False),  # a long one
-        ("normal", {"top_p": 0.9, "temperature": 2.0}, rows.BINNED, True),  # none
-        ("normal", {"typical_p": 0.9}, rows.BINNED, True),
-        ("flat", {"top_p": 0.9}, rows.BRACKET_LISTED, False),  # a bin with more than a list holds
-        ("two levels", {"top_p": 0.9}, rows.BRACKET_LISTED, False),
-        ("flat", {"typical_p": 0.9}, rows.ONE_KAPPA, True),
-        ("uniform", {"top_p": 0.5}, rows.BRACKET_LISTED, False),
+        ("peaked", {"top_p": 0.9}, rows.NO_BRACKET, 0),  # few groups have all, and a short list
+        ("normal", {"top_p": 0.9, "temperature": 1.2}, rows.BINNED, 0),  # a long one
+        ("normal", {"top_p": 0.9, "temperature": 2.0}, rows.BINNED, rows.TO_LIST),  # none
+        ("normal", {"typical_p": 0.9}, rows.BINNED, rows.TO_LIST),
+        ("flat", {"top_p": 0.9}, rows.ONE_LEVEL, rows.TO_COUNT),
+        ("two levels", {"top_p": 0.9}, rows.ONE_LEVEL, rows.TO_COUNT),
+        ("flat", {"typical_p": 0.9}, rows.ONE_LEVEL, rows.TO_COUNT),
+        # another filter needs the tokens above, too
+        ("flat", {"typical_p": 0.9, "epsilon_cutoff": 1e-9}, rows.ONE_KAPPA, 0),
+        ("flat", {"top_p": 0.9, "epsilon_cutoff": 1e-9}, rows.BRACKET_LISTED, 0),
+        # a bin with more than a list holds
+        ("uniform", {"top_p": 0.5}, rows.BRACKET_LISTED, rows.TO_COUNT),
     ],
 )
-def test_the_way_to_a_nucleus(kind, knobs, stage, of_row, stages):
+def test_the_way_to_a_nucleus(kind, knobs, stage, way, stages):
     plan = PLAN._replace(rounds=6)
     assert_same(KINDS[kind](), knobs, plan)
-    assert stages[-1] == (stage.value, of_row)
+    assert stages[-1] == (stage.value, getattr(way, "value", way))
 
 
 def test_the_last_round_is_enough_or_one_program_goes_on():
     for rounds in (0, 1, 2):
-        assert_same(KINDS["flat"](), {"top_p": 0.9}, PLAN._replace(rounds=rounds))
+        for kind in ("flat", "uniform"):
+            for more in ({}, {"epsilon_cutoff": 1e-9}):
+                assert_same(KINDS[kind](), {"top_p": 0.9, **more}, PLAN._replace(rounds=rounds))

@@ -70,7 +70,7 @@ class Weights(NamedTuple):
     base_surprisal_sums: Any
     kept_sums: Any  # (blocks,) int64: what is known of the survivors' masses
     finite: Any  # (blocks,) int32: finite logits, or survivors
-    tied: Any  # (blocks,) int32: tokens of the level of its list
+    tied: Any  # (blocks,) int32: tokens of the level of its list or bracket
     blocks: Any
 
 
@@ -157,7 +157,7 @@ class Held(NamedTuple):
     within: Any
     one: Any  # whether the bracket is one kappa, which no list is needed for, and its rank
     rank: Any
-    tied: Any  # tokens of its level, the last entry of the list; 0 where it has none
+    tied: Any  # tokens of its level, its last entry; 0 where it has none
 
 
 class Found(NamedTuple):

@@ -56,7 +56,7 @@ from fastadapt._ops.triton.rows import (
     sums_of,
 )
 from fastadapt._ops.triton.select import copied, cut_of, is_held, look, tokens_of
-from fastadapt._ops.triton.ties import cut_in_level, kept_of_level
+from fastadapt._ops.triton.ties import cut_in_level, has_level, kept_of_level
 
 
 @triton.jit
@@ -218,12 +218,15 @@ def _filtered(knob, knobs, keep, row, found, weights, listed_from, state, sizes)
         # the target was that of light tokens
         heavy = (z + 1023) >> 10
         own = masses(values((main >> 32).to(tl.int32)) - m)
-        in_level = is_p & (undecided == 0) & (found.held.tied > 0) & is_held(found.held, sizes)
+        in_level = is_p & (undecided == 0) & has_level(found.held, sizes)
         in_level &= (main >> 32).to(tl.int32) == keys(found.floor)
         before, last = z * 0, z * 0
         if in_level:
             s, ids = tokens_of(found, tied * 0, sizes)
-            tied, before, last = kept_of_level(row, bounds, s, ids, found.floor, tied, target)
+            above = tl.where(partial, found.held.above, 0)
+            tied, before, last = kept_of_level(
+                row, bounds, s, ids, found.floor, tied, target, above
+            )
         if (is_typical | (is_p & (own >= heavy))) & (undecided == 0):
             if in_level == 0:
                 before, last, lost = _at_cut(
@@ -322,7 +325,7 @@ def decide(rows, knobs, asked, parts, weights, at, found, sizes):
         inside = fits
         tied = tl.minimum(tied, 1)
     # the cut of some of a level is that of its entry so far
-    of_level = is_held(found.held, sizes) & (found.held.tied > 0) & (undecided == 0)
+    of_level = has_level(found.held, sizes) & (undecided == 0)
     if of_level & (cut == ranks(keys(found.floor), 0)):
         cut = cut_in_level(row, weights, found.floor, tied, sizes)
     bounds = Bounds(cut, mass, guard, cutoff, cutoff_guard, band, centre)

@@ -155,10 +155,15 @@ def _try_row(rows, packed, asked, scratch, sizes, chance, out, at, held):
     kept_sums = weights.kept_sums
     if (state == UNSUMMED) & held.counted:  # but for the kept of the bracket
         here = kept_sums
-        s, ids = tokens_of(found, held.tied, sizes)
-        alive = add_list(row, decided.bounds, s, ids, here, sizes)
-        kept = tl.sum(tl.load(weights.finite + j, mask=j < weights.blocks, other=0), 0)
-        kept += tl.sum(alive.to(tl.int32), 0)
+        if held.tied > 0:
+            kept = store_level(
+                row, decided.bounds, weights, found.floor, decided.tied, held.counted, sizes
+            )
+        else:
+            s, ids = tokens_of(found, held.tied, sizes)
+            alive = add_list(row, decided.bounds, s, ids, here, sizes)
+            kept = tl.sum(alive.to(tl.int32), 0)
+        kept += tl.sum(tl.load(weights.finite + j, mask=j < weights.blocks, other=0), 0)
         tl.debug_barrier()
         total = tl.load(here + j, mask=j < weights.blocks, other=0, cache_modifier=".cg")
         total = tl.sum(total, 0)
@@ -168,7 +173,9 @@ def _try_row(rows, packed, asked, scratch, sizes, chance, out, at, held):
         target = _target(chance, at, total, asked)
         listed = decided.inside & is_held(held, sizes)
         if listed & (held.tied > 0):
-            store_level(row, decided.bounds, weights, found.floor, decided.tied, sizes)
+            store_level(
+                row, decided.bounds, weights, found.floor, decided.tied, held.counted, sizes
+            )
             tl.debug_barrier()
             s, ids = tokens_of(found, held.tied * 0, sizes)
             add_list(row, decided.bounds, s, ids, kept_sums, sizes)
@@ -343,16 +350,9 @@ def top_kernel(rows, asked, scratch, sizes, number, drawn, token_ranks, PDL: tl.
         wanted = tl.full([], 0, tl.int64) + number
         tokens = Tokens(row, spare, tl.full([], -1, tl.int32))
         cut = cut_among(
-            tokens,
-            bounds_from(ANY_RANK),
-            no,
-            no,
-            wanted,
-            spare,
-            sizes.BLOCK,
-            sizes.LIST,
-            sizes.BINS,
-        )
+            tokens, bounds_from(ANY_RANK), no, no, wanted, spare,
+            sizes.BLOCK, sizes.LIST, sizes.BINS,
+        )  # fmt: skip
         own = ranks(keys(tl.load(row.logits + token).to(tl.float32)), token.to(tl.int32))
         tl.debug_barrier()  # the spare list may still be read
         filled = tl.full([], 0, tl.int32)

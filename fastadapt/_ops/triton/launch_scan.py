@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastadapt._ops.filter_code import is_known, may_act, order_of
-from fastadapt._ops.triton import nucleus, scan
+from fastadapt._ops.triton import nucleus, scan, split
 from fastadapt._ops.triton.bundles import Rows, Scratch, Sizes
 from fastadapt._ops.triton.rows import (
     ADAPTORS_SHIFT,
@@ -287,7 +287,7 @@ def _search(scanned: Scan, plan: Plan) -> None:
     grid = virtual, min(layout.tiles, max(4, -(-plan.seldom // virtual)))
     step = min(plan.columns * plan.group, plan.bins_step)
     launch(nucleus.bins_kernel, grid, *given, STEP=step, warps=4, registers=MOST_REGISTERS)
-    launch(scan.split_kernel, grid, *given, warps=1)
+    launch(split.split_kernel, grid, *given, warps=1)
     # as many warps in all: four a program would take 181 registers
     grid = virtual, min(layout.tiles, max(2, -(-plan.seldom // (2 * virtual))))
     options: dict[str, Any] = {"STEP": plan.bins_step, "warps": 8, "registers": FEWER_REGISTERS}

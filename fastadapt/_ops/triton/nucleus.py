@@ -35,13 +35,17 @@ from fastadapt._ops.triton.rows import (
     MARK_WITHIN,
     MARKS,
     NARROWED,
+    NO_BRACKET,
     ONE_KAPPA,
     TEMPERATURE,
+    TO_COUNT,
+    TO_LIST,
     TOP_P,
     TYPICAL_P,
     UNLISTED,
     first_filter,
     follow,
+    has_one_filter,
     hits_of,
     inverse_of,
     knobs_of,
@@ -164,7 +168,7 @@ def _store_bracket(marks, target, bracket, BINS: tl.constexpr):
 
 
 @triton.jit
-def _end_bins(marks, v, m, target, bracket, BINS: tl.constexpr, ROOM: tl.constexpr):
+def _end_bins(marks, v, m, target, bracket, alone, BINS: tl.constexpr, ROOM: tl.constexpr):
     """Finds the bracket of a row from its bins, and the floor under it."""
     bracket = _store_bracket(marks, target, bracket, BINS)
     end = bracket.end
@@ -173,12 +177,17 @@ def _end_bins(marks, v, m, target, bracket, BINS: tl.constexpr, ROOM: tl.constex
     floor = tl.where((end < BINS) & (v > ROOM), m - edge - bracket.centre, float("-inf"))
     store_float(marks + MARK_FLOOR, floor)
     # a bin with the mass of more tokens than a list has room for
-    least = exponentials(end.to(tl.float32) * width * -0.9999 + 1e-4).to(tl.float64) * ROOM
+    nearest = end.to(tl.float32) * width * 0.9999
+    above = tl.minimum((end + 1).to(tl.float32) * width * 1.0001 - bracket.centre, 0.0)
+    one_side = (bracket.by_kappa == 0) | (nearest > bracket.centre)  # no d is above 0
+    best = tl.where(one_side, -nearest - bracket.centre, above)
+    least = exponentials(best + 1e-4).to(tl.float64) * ROOM
     here = tl.load(marks + MARK_WITHIN).to(tl.float64)
-    crowded = (here > least) & (bracket.by_kappa == 0) & (v > ROOM)
+    crowded = (here > least) & (v > ROOM) & (end < BINS)
     again = (end < BINS) & (crowded == 0)
     nothing = tl.full([], 0, tl.int64)
-    tl.store(marks + MARK_SPLIT, again.to(tl.int64))
+    way = tl.where(again, TO_LIST, 0) + tl.where(crowded & alone, TO_COUNT, 0)
+    tl.store(marks + MARK_SPLIT, way.to(tl.int64))
     tl.store(marks + MARK_LISTED, tl.where(again, nothing, nothing + UNLISTED))
     tl.store(marks + MARK_BRACKETED, tl.where(again, nothing, nothing + UNLISTED))
 
@@ -195,7 +204,10 @@ def bins_kernel(rows, packed, asked, scratch, sizes, STEP: tl.constexpr, PDL: tl
     first = first_filter(knobs)
     marks = marks_of(scratch, virtual)
     lost = (first == TOP_P) & (tl.load(marks + MARK_LISTED) > sizes.ROOM)
-    if (load_knob(knobs, TEMPERATURE) > 0) & ((first == TYPICAL_P) | lost):
+    lost |= first == TYPICAL_P
+    # a sketch may have said which bin it is
+    lost &= tl.load(marks + MARK_STAGE) == NO_BRACKET
+    if (load_knob(knobs, TEMPERATURE) > 0) & lost:
         inverse, m, target, bracket = nucleus_of(scratch, virtual, knobs)
         lowest = m - bracket.reach - bracket.centre - 1e-4 - tl.abs(m) * 3e-7
         row = Row(row_at(rows, at), rows.v, inverse, m)
@@ -218,7 +230,8 @@ def bins_kernel(rows, packed, asked, scratch, sizes, STEP: tl.constexpr, PDL: tl
         _flush(marks + MARKS, marks, run, total, number, False)
         tl.debug_barrier()
         if tl.atomic_add(marks + MARK_BINNED, 1, sem="acq_rel") == tl.num_programs(1) - 1:
-            _end_bins(marks, rows.v, m, target, bracket, sizes.BINS, sizes.ROOM)
+            alone = has_one_filter(knobs)
+            _end_bins(marks, rows.v, m, target, bracket, alone, sizes.BINS, sizes.ROOM)
 
 
 @triton.jit(do_not_specialize=["packed", "asked"])

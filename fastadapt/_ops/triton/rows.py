@@ -56,7 +56,7 @@ MARK_LISTED = tl.constexpr(0)  # tokens that belong into its list
 MARK_BINNED = tl.constexpr(1)  # programs that have put their tiles into bins
 MARK_SUMMED = tl.constexpr(2)  # programs that have summed their survivors
 MARK_STATE = tl.constexpr(3)
-MARK_TIED = tl.constexpr(4)  # tokens of the level of its list
+MARK_TIED = tl.constexpr(4)  # tokens of the level of its list or bracket
 MARK_STAGE = tl.constexpr(6)
 MARK_END = tl.constexpr(7)  # the bin in which its nucleus ends
 MARK_ABOVE = tl.constexpr(8)  # the mass above its bracket
@@ -68,7 +68,7 @@ MARK_UNDER_HIGH = tl.constexpr(13)  # how far some token is under the one and ov
 MARK_OVER_LOW = tl.constexpr(14)
 MARK_NARROWED = tl.constexpr(15)  # programs that have taken part in a round
 MARK_REACH = tl.constexpr(16)  # how far down its nucleus may reach: float32 bits
-MARK_SPLIT = tl.constexpr(17)  # whether its list is made anew after its bins
+MARK_SPLIT = tl.constexpr(17)  # what becomes of its bracket after its bins
 MARK_TARGET = tl.constexpr(18)  # the mass up to which its nucleus takes tokens
 MARK_LARGEST = tl.constexpr(19)  # its largest scaled logit, and U / Z for typical: float32 bits
 MARK_CENTRE = tl.constexpr(20)
@@ -77,6 +77,10 @@ MARKS = tl.constexpr(32)
 ID_BITS = tl.constexpr(22)  # of a place, below its key: the longest row has 2^22 ids
 UNLISTED = tl.constexpr(1 << 40)  # tokens of a list that was not made
 
+# What becomes of a bracket; where it is 0, nothing.
+TO_LIST = tl.constexpr(1)  # a list, with one from the floor up
+TO_COUNT = tl.constexpr(2)  # too many tokens for a list: are they a level?
+
 # Stages of a bracket, the tokens among which a nucleus ends.
 NO_BRACKET = tl.constexpr(0)
 BINNED = tl.constexpr(1)  # one bin
@@ -84,6 +88,7 @@ NARROWED = tl.constexpr(2)  # known by its places
 FEW_ENOUGH = tl.constexpr(3)  # to be listed
 BRACKET_LISTED = tl.constexpr(4)
 ONE_KAPPA = tl.constexpr(5)  # nothing to choose from: equally typical tokens stay together
+ONE_LEVEL = tl.constexpr(6)  # equal tokens, counted by block
 
 # States of a virtual row.
 DECIDED = tl.constexpr(0)

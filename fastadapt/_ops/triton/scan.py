@@ -20,11 +20,12 @@ from fastadapt._ops.triton.arithmetic import (
     values,
 )
 from fastadapt._ops.triton.bundles import Row, row_at
-from fastadapt._ops.triton.nucleus import UNIT, around, nucleus_of, reach_of
+from fastadapt._ops.triton.nucleus import UNIT, reach_of
 from fastadapt._ops.triton.rows import (
     ADAPTORS_SHIFT,
     ALL_WEIGHED,
     BASE,
+    BINNED,
     EPSILON,
     ETA,
     KEEP,
@@ -35,12 +36,14 @@ from fastadapt._ops.triton.rows import (
     MARK_LISTED,
     MARK_REACH,
     MARK_SPLIT,
+    MARK_STAGE,
     MARK_TARGET,
     MARK_TIED,
     MAX_KEEP,
     MIN_P,
     SURPRISAL,
     TEMPERATURE,
+    TO_COUNT,
     TOP_K,
     TOP_P,
     TYPICAL_P,
@@ -175,7 +178,16 @@ def sketch_kernel(rows, packed, asked, scratch, sizes, PDL: tl.constexpr):
         target = mass_target(value * z.to(tl.float64))
         reach = reach_of(value, z, rows.v, centre, by_kappa)
         marks = marks_of(scratch, virtual)
-        if first == TOP_P:
+        # all tokens have the mass of the largest: all are of the first bin
+        flat = (z == (target * 0 + rows.v) << 40) & (rows.v > sizes.ROOM) & has_one_filter(knobs)
+        if flat:
+            unlisted = target * 0 + UNLISTED
+            tl.store(marks + MARK_STAGE, target * 0 + BINNED)
+            tl.store(marks + MARK_SPLIT, target * 0 + TO_COUNT)
+            tl.store(marks + MARK_LISTED, unlisted)
+            tl.store(marks + MARK_BRACKETED, unlisted)
+            store_float(marks + MARK_FLOOR, reach * 0.0 + float("inf"))
+        elif first == TOP_P:
             number = parts.splits * sizes.COLUMNS
             j = tl.arange(0, sizes.SPLITS * sizes.COLUMNS)
             d = tl.load(parts.groups + j, mask=j < number, other=float("-inf")) * inverse - m
@@ -343,57 +355,3 @@ def list_kernel(rows, packed, asked, scratch, sizes, PDL: tl.constexpr):
                 _list_columns(scratch, virtual, row, tile, hit, floor, sizes, FEW // 2)
         if (part == 0) & (by_rank | (first != TOP_P)):
             store_float(marks + MARK_FLOOR, floor)
-
-
-@triton.jit(do_not_specialize=["packed", "asked"])
-def split_kernel(rows, packed, asked, scratch, sizes, PDL: tl.constexpr):
-    """Lists the bracket of a row with bins that has no list.
-
-    With it, the tokens from the floor up or, where one filter is all, the masses of what is above
-    the bracket by blocks.
-    """
-    follow(PDL)
-    virtual, part = tl.program_id(0), tl.program_id(1)
-    marks = marks_of(scratch, virtual)
-    if tl.load(marks + MARK_SPLIT) == 1:
-        at, knobs = knobs_of(packed, asked, virtual)
-        inverse, m, target, bracket = nucleus_of(scratch, virtual, knobs)
-        row = Row(row_at(rows, at), rows.v, inverse, m)
-        parts = parts_of(scratch, asked, at, rows.v, sizes)
-        weights = weights_of(scratch, asked, at, virtual, rows.v, sizes)
-        floor = load_float(marks + MARK_FLOOR)
-        alone = has_one_filter(knobs)
-        listed, spare = lists_of(scratch, virtual, sizes)
-        COLUMNS: tl.constexpr = sizes.COLUMNS
-        BY_BLOCK: tl.constexpr = sizes.BLOCK // sizes.COLUMNS  # logits of a group
-        for tile in range(part, parts.splits, tl.num_programs(1)):
-            ids = tile * (COLUMNS * sizes.GROUP) + tl.arange(0, COLUMNS)
-            bits, number = tl.zeros([COLUMNS], tl.int32), tl.zeros([COLUMNS], tl.int32)
-            all_bits, all_number = bits, number
-            hit = hits_of(parts, tile, inverse, floor, sizes.COLUMNS)
-            reached = tl.max(hit.to(tl.int32), 0) > 0
-            for r in range(0, sizes.GROUP, BY_BLOCK):
-                mass, better = tl.zeros([COLUMNS], tl.int64), tl.zeros([COLUMNS], tl.int32)
-                if reached:
-                    for i in tl.static_range(BY_BLOCK):
-                        s = load_scaled(row, ids + (r + i) * COLUMNS)
-                        above, within = around(s - m, bracket, sizes.BINS)
-                        bits |= within.to(tl.int32) << (r + i)
-                        number += within.to(tl.int32)
-                        if alone:
-                            mass += tl.where(above, masses(s - m), 0)
-                            better += above.to(tl.int32)
-                        else:
-                            good = ((s >= floor) & (s > float("-inf"))).to(tl.int32)
-                            all_bits |= good << (r + i)
-                            all_number += good
-                block = tile * (sizes.GROUP // BY_BLOCK) + r // BY_BLOCK
-                if alone & (block < weights.blocks):
-                    tl.store(weights.kept_sums + block, tl.sum(mass, 0))
-                    tl.store(weights.finite + block, tl.sum(better, 0))
-            count = marks + MARK_BRACKETED
-            append(spare, count, row, ids, bits, number, COLUMNS, sizes.ROOM)
-            count = marks + MARK_LISTED
-            append(listed, count, row, ids, all_bits, all_number, COLUMNS, sizes.ROOM)
-        if (part == 0) & alone:
-            tl.atomic_add(marks + MARK_LISTED, tl.full([], 0, tl.int64) + UNLISTED, sem="relaxed")

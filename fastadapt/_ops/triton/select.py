@@ -38,6 +38,7 @@ from fastadapt._ops.triton.rows import (
     MARK_TIED,
     MARK_WITHIN,
     ONE_KAPPA,
+    ONE_LEVEL,
     UNLISTED,
     length_of,
     lists_of,
@@ -247,12 +248,12 @@ def held_of(scratch, virtual, knobs, sizes):
     """
     marks = marks_of(scratch, virtual)
     counted = tl.load(marks + MARK_LISTED)
-    listed = tl.minimum(counted, 2**31 - 1).to(tl.int32)
+    listed = tl.minimum(counted, 2**30).to(tl.int32)
     stage = tl.load(marks + MARK_STAGE).to(tl.int32)
     bracketed = tl.minimum(tl.load(marks + MARK_BRACKETED), 2**31 - 1).to(tl.int32)
     one = stage == ONE_KAPPA
     bracketed = tl.where(one, 0, bracketed)
-    few = ((stage == BINNED) & (bracketed <= sizes.ROOM)) | (stage == BRACKET_LISTED) | one
+    few = ((stage == BINNED) & (bracketed <= sizes.ROOM)) | (stage >= BRACKET_LISTED)
     # a minimum of tokens takes a cut of its own, which needs more than the bracket
     partial = few & (bracketed <= sizes.LIST) & (load_knob(knobs, KEEP) <= 1)
     partial &= listed > sizes.LIST
@@ -265,7 +266,7 @@ def held_of(scratch, virtual, knobs, sizes):
         tl.where(partial, bracketed, listed),
         partial,
         tl.where(listed <= room, listed, -1),
-        partial & (counted >= UNLISTED) & (stage == BINNED),
+        partial & (counted >= UNLISTED) & ((stage == BINNED) | (stage == ONE_LEVEL)),
         tl.load(marks + MARK_ABOVE),
         tl.load(marks + MARK_WITHIN),
         one,
@@ -278,10 +279,10 @@ def held_of(scratch, virtual, knobs, sizes):
 def load_held(held, listed, spare, floor, sizes):
     """Loads the chosen list: scaled logits and ids, of a level those of a token with id 0."""
     s, ids = load_list(listed, tl.where(held.partial, 0, held.number), sizes.LIST)
-    if held.tied > 0:
+    if held.tied > 0:  # of a bracket it is all
         level = tl.arange(0, sizes.LIST) == held.number - 1
         s, ids = tl.where(level, floor, s), tl.where(level, 0, ids)
-    if held.partial:
+    elif held.partial:
         s, ids = load_list(spare, held.number, sizes.LIST)
     return s, ids
 

@@ -1,4 +1,4 @@
-"""A level: equal tokens at the floor of a list, which stand in it as one entry.
+"""A level: equal tokens at the floor of a list, or all of a bracket, which are one entry.
 
 Rows may have more tokens of one value than a list has room for, as flat rows have. All programs of
 the row count them by block, where they would list them; the list holds what is above. Which of
@@ -62,12 +62,20 @@ def cut_in_level(row, weights, level, n, sizes):
 
 
 @triton.jit
-def kept_of_level(row, bounds, s, ids, level, tied, target):
+def has_level(held, sizes):
+    """Whether a level is an entry of what a program holds, a list or a bracket."""
+    return (held.tied > 0) & (held.number <= sizes.LIST)
+
+
+@triton.jit
+def kept_of_level(row, bounds, s, ids, level, tied, target, above):
     """Says how many tokens of a level top-p keeps, where a list's are less than the target.
+
+    A given mass is above all of them.
 
     Returns their number, the mass before the last of them, and the mass of one.
     """
-    before = tl.sum(tl.where(survives(s, ids, row.m, bounds), masses(s - row.m), 0), 0)
+    before = above + tl.sum(tl.where(survives(s, ids, row.m, bounds), masses(s - row.m), 0), 0)
     mass = masses(level - row.m)
     number = (target - before + mass - 1) // tl.maximum(mass, 1)
     number = tl.minimum(number, tied).to(tl.int32)
@@ -75,13 +83,20 @@ def kept_of_level(row, bounds, s, ids, level, tied, target):
 
 
 @triton.jit
-def store_level(row, bounds, weights, level, tied, sizes):
-    """Makes the masses of blocks those of the first tokens of a level, if they survive."""
-    mass = tl.where(survives(level, tied * 0, row.m, bounds), masses(level - row.m), 0)
+def store_level(row, bounds, weights, level, tied, above, sizes):
+    """Makes the masses of blocks those of the first tokens of a level, if they survive.
+
+    Where masses are above it, they are added to these. Returns the number of tokens.
+    """
+    alive = survives(level, tied * 0, row.m, bounds)
+    mass = tl.where(alive, masses(level - row.m), 0)
     j = tl.arange(0, sizes.BLOCKS)
     count = tl.load(weights.tied + j, mask=j < weights.blocks, other=0)
     kept = tl.minimum(tl.maximum(tied - tl.cumsum(count, 0) + count, 0), count)
-    tl.store(weights.kept_sums + j, kept * mass, mask=j < weights.blocks)
+    there = j < tl.where(above, weights.blocks, 0)
+    before = tl.load(weights.kept_sums + j, mask=there, other=0)
+    tl.store(weights.kept_sums + j, before + kept * mass, mask=j < weights.blocks)
+    return tl.where(alive, tied, 0)
 
 
 @triton.jit
