@@ -109,7 +109,8 @@ CASES = {
         6,
         {"binned after bracket", "binned after bins", "_add_by_bin", "_flush", "split"}
         | {"narrowed after narrow", "few enough after narrow", "bracket listed after narrow"}
-        | {"unsummed after short", "unsummed after long", "_sum_tile", "_first_in_list"},
+        | {"unsummed after short", "unsummed after long", "_sum_tile", "_first_in_list"}
+        | {"_count_tile", "store_level"},
     ),
     "hot T+p": Case(
         {"temperature": 2.0, "top_p": 0.95, "min_tokens_to_keep": 3},
@@ -125,8 +126,13 @@ CASES = {
     "typical": Case(
         {"typical_p": 0.9},
         6,
-        {"split", "append", "one kappa after narrow", "last_before", "_at_cut"}
+        {"split", "append", "_count_tile", "store_level", "last_before", "_at_cut"}
         | {"few enough after narrow", "bracket listed after narrow"},
+    ),
+    "typical and epsilon": Case(
+        {"typical_p": 0.9, "epsilon_cutoff": 1e-9},
+        2,
+        {"split", "append", "one kappa after narrow"},
     ),
     "epsilon": Case({"epsilon_cutoff": 3e-3}, 45, BY_MASS | {"cutoff_of"}),
     "eta": Case({"eta_cutoff": 0.01}, 45, BY_MASS | {"cutoff_of", "surprisals"}),
