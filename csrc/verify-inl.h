@@ -22,10 +22,10 @@ struct Law {
 
   // The share of one token.
   template <class T>
-  uint64_t of(const T* x, int64_t id) const {
+  int64_t of(const T* x, int64_t id) const {
     if (!has(id)) return 0;
     const F e = mass(fset(to_float(x[id]) * inv_t - m));
-    return static_cast<uint64_t>(share(max_lane(e)));
+    return static_cast<int64_t>(share(max_lane(e)));
   }
 
   // What is left of x in [0, 2^51) without its fraction. The compiler has vectors for this.
@@ -163,15 +163,6 @@ static int64_t draw_rest(Rest<X, D> row, uint64_t random, const Scratch& scratch
   return row.id_at(b * kBlock + j);
 }
 
-// The high half of a product.
-static inline uint64_t high_product(uint64_t a, uint64_t b) {
-  const uint64_t a0 = static_cast<uint32_t>(a), a1 = a >> 32;
-  const uint64_t b0 = static_cast<uint32_t>(b), b1 = b >> 32;
-  const uint64_t middle = a1 * b0 + (a0 * b0 >> 32);
-  const uint64_t cross = (middle & 0xffffffffu) + a0 * b1;
-  return a1 * b1 + (middle >> 32) + (cross >> 32);
-}
-
 // The random bits of row i of a sequence.
 static Random random_of(const VerifyArgs& a, int64_t sequence, int64_t i, uint32_t stream) {
   const uint64_t first = a.positions ? static_cast<uint64_t>(a.positions[sequence]) : 0;
@@ -195,8 +186,8 @@ static bool judge_draft(const VerifyArgs& a, int64_t sequence, int64_t i, const 
     if (p.status != kOk) return bad_sample(a, r, p.status);
     if (q.status != kOk) return bad_sample(a, r, kBadDraft);
     const Random random = random_of(a, sequence, i, 1);
-    // U Q < 2^64 P, of integers
-    stands = high_product(random.first, q.of(draft, token)) < p.of(x, token);
+    // U Q < 2^64 P, of integers: the largest one below U Q / 2^64 is below P
+    stands = draw_target(random.first, q.of(draft, token)) < p.of(x, token);
     int64_t y = token;
     if (!stands) {
       const int64_t n = p.everything ? v : list_survivors(p, v, scratch.list_id);
