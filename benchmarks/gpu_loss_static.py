@@ -30,7 +30,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from fastadapt import linear_log_odds
 from fastadapt._ops.linear.cuda import CudaWork
-from fastadapt._ops.triton import launch_linear
+from fastadapt._ops.triton.linear import launch as launch_linear
 from fastadapt._ops.triton.product import launch
 from gpu_model import CONSTANTS, PRODUCTS
 from harness import Axis, Benchmark, Option, progress
