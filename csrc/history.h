@@ -111,7 +111,6 @@ class History {
           const int64_t* starts, const int64_t* prompts);
 
   int64_t rows() const { return static_cast<int64_t>(rows_.size()); }
-  int64_t tokens() const { return tokens_; }
   const TokenRow& row(int64_t r) const { return rows_.at(static_cast<size_t>(r)); }
   int64_t length(int64_t r, Counted counted) const;
   void append(const int64_t* tokens, int64_t stride, const PerRow<int64_t>& counts);

@@ -10,7 +10,7 @@ namespace fastadapt {
 
 class TokenRow;
 
-// Which tokens count; the order is that of fastadapt/sampling/lists.py.
+// Which tokens count; the order is that of fastadapt/_ops/history.py.
 enum class Counted : int { kOutput = 0, kAll, kPadded };
 
 // The distinct ids among the last tokens of a row, ascending, and how often each is there.

@@ -17,7 +17,6 @@ struct Law {
     return b;
   }
   double per_mass() const { return kUnit / static_cast<double>(s); }
-  double share(float mass) const { return whole(whole(mass) * per_mass()); }
   bool has(int64_t id) const { return everything || in_support(support, id); }
 
   // The share of one token.
@@ -25,8 +24,11 @@ struct Law {
   int64_t of(const T* x, int64_t id) const {
     if (!has(id)) return 0;
     const F e = mass(fset(to_float(x[id]) * inv_t - m));
-    return static_cast<int64_t>(share(max_lane(e)));
+    return static_cast<int64_t>(share(max_lane(e), per_mass()));
   }
+
+  // That of a mass before truncation.
+  static double share(float mass, double per_mass) { return whole(whole(mass) * per_mass); }
 
   // What is left of x in [0, 2^51) without its fraction. The compiler has vectors for this.
   static double whole(double x) {
@@ -95,8 +97,7 @@ struct Rest {
     }
     const double per_p = p.per_mass(), per_q = q ? q->per_mass() : 0;
     for (int64_t j = 0; j < end - begin; ++j) {
-      const double more =
-          Law::whole(Law::whole(e[0][j]) * per_p) - Law::whole(Law::whole(e[1][j]) * per_q);
+      const double more = Law::share(e[0][j], per_p) - Law::share(e[1][j], per_q);
       rest[j] = more > 0 ? more : 0;
     }
   }
