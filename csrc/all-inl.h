@@ -15,6 +15,8 @@
 
 #include "edits-inl.h"
 
+#include "shapes-inl.h"
+
 #include "filters-inl.h"
 
 #include "draw-inl.h"

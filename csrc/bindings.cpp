@@ -22,8 +22,8 @@ namespace {
 
 // (tensor, dtype code, n, v, row stride)
 using RowsTuple = std::tuple<py::handle, int, int64_t, int64_t, int64_t>;
-// (tensor, R, order code)
-using KnobsTuple = std::tuple<py::handle, int64_t, int>;
+// (tensor, R, the filters in their order, whether the temperature comes last)
+using KnobsTuple = std::tuple<py::handle, int64_t, uint64_t, bool>;
 // (ids, offsets, columns, count, whether they are (1, count), words of what is allowed, row stride)
 using EditsTuple =
     std::tuple<py::handle, py::handle, py::handle, int64_t, bool, py::handle, int64_t>;
@@ -38,12 +38,13 @@ DType dtype_of(int code, DType last = DType::kFloat64) {
 }
 
 Knobs knobs_of(const KnobsTuple& t, int64_t n) {
-  const auto& [tensor, r, order] = t;
+  const auto& [tensor, r, filters, temperature_last] = t;
   if (r != 1 && r != n)
     throw py::value_error("knobs: expected 1 or " + text(n) + " columns, got " + text(r));
-  if (order != static_cast<int>(Order::kHf) && order != static_cast<int>(Order::kVllm))
-    throw py::value_error("order: expected 0 or 1, got " + text(order));
-  return {pointer<const double>(tensor), r, r == 1 ? 0 : 1, static_cast<Order>(order)};
+  for (Filters left = filters; left; left >>= kBitsOfFilter)
+    if (const auto knob = left & 15; knob == 0 || knob == kKeep || knob >= kXtcThreshold)
+      throw py::value_error("filters: expected four bits each, got " + std::to_string(filters));
+  return {pointer<const double>(tensor), r, r == 1 ? 0 : 1, filters, temperature_last};
 }
 
 // Reads a field of the arguments of a kernel; those before it have been read.

@@ -25,10 +25,9 @@ static void fill_minus_inf(T* out, int64_t n) {
 template <class T>
 struct Fitted {
   float shift = 0, lowest = -largest_of(T{});
-  template <class Other>
-  explicit Fitted(const View<Other>& v) {
-    const bool beyond = v.m > -lowest || v.m < lowest / 2;
-    if (sizeof(T) < sizeof(float) && v.inv_t > 1 && beyond) shift = v.m;
+  Fitted(float m, float inv_t) {
+    const bool beyond = m > -lowest || m < lowest / 2;
+    if (sizeof(T) < sizeof(float) && inv_t > 1 && beyond) shift = m;
   }
   F operator()(F s) const { return maximum(sub(s, fset(shift)), fset(lowest)); }
   float one(float s) const { return s - shift > lowest ? s - shift : lowest; }
@@ -58,8 +57,10 @@ static void filter_logits(const FilterArgs& a, int64_t r, const X* x, const RowS
     return copy_row(x + best, 1, out + best);
   }
   const Survivors<X> survivors(row, k, scratch);
+  if (survivors.status() != kOk) return copy_row(x, v, out);
   if (survivors.listed()) fill_minus_inf(out, v);
-  const Fitted<T> fitted(row.view);
+  const float inv_t = k.whole_inv_t();
+  const Fitted<T> fitted(stats.max * inv_t, inv_t);
   survivors.visit([&](const auto& view, const auto& test) {
     for_survivors(view, test, [&](int64_t i, F s, M chosen) {
       if (view.id) {
@@ -157,41 +158,45 @@ static void bad_sample(const SampleArgs& a, int64_t r, Status status) {
   }
 }
 
-// Draws from row r, whose logits are x, by 64 random bits.
+// Draws from row r, whose logits are x, by 64 random bits and 32 more for the coin of XTC.
 template <class T>
-static void draw(const SampleArgs& a, int64_t r, const T* x, const RowStats& stats,
-                 const RowKnobs& k, uint64_t random, const Scratch& scratch) {
+static void draw(const SampleArgs& a, int64_t r, const T* x, const RowStats& stats, RowKnobs k,
+                 Random random, const Scratch& scratch) {
   const int64_t v = a.rows.v;
+  k.toss(random);
   Row<T> row;
   const Status status = in_range(k) ? open_row(x, v, k.inv_t, stats, &row) : kBadKnob;
   if (status != kOk) return bad_sample(a, r, status);
 
   int64_t token = 0, kept = 1;
-  double logprob = 0, log_s = 0;
+  double logprob = 0, log_s = 0, m = row.view.m;
   if (k.greedy()) {
     token = argmax(x, v, stats.max);
   } else {
     Survivors<T> survivors(row, k, scratch);
+    if (survivors.status() != kOk) return bad_sample(a, r, survivors.status());
     int64_t s = 0;
     if (survivors.untouched()) {
       weigh_row(row, false, false, scratch);
+      m = row.view.m;
       kept = row.finite;
       s = row.sums.z;
       token = locate(
-          row.view, Everything{}, draw_target(random, s),
+          row.view, Everything{}, draw_target(random.first, s),
           [&](int64_t b) { return scratch.blocks[b]; }, scratch);
     } else {
       survivors.visit([&](const auto& view, const auto& test) {
         const Tally t = survivors.settle(view, test);
         kept = t.count;
         s = t.z;
+        m = view.m;
         token = locate(
-            view, test, draw_target(random, s),
+            view, test, draw_target(random.first, s),
             [&](int64_t b) { return survivors.mass_of_block(b); }, scratch);
       });
     }
     log_s = log_mass(s);
-    logprob = static_cast<double>(row.view.s_at(token)) - row.view.m - log_s;
+    logprob = static_cast<double>(to_float(x[token]) * k.whole_inv_t()) - m - log_s;
   }
   a.tokens[r] = token;
   a.logprobs[r] = static_cast<float>(logprob);
@@ -199,12 +204,16 @@ static void draw(const SampleArgs& a, int64_t r, const T* x, const RowStats& sta
   a.status[r] = kOk;
 
   if (a.log_mass) {
-    weigh_row(row, false, false, scratch);
-    a.log_mass[r] = k.greedy() ? 0.0f : static_cast<float>(log_s - log_mass(row.sums.z));
+    Row<T> scaled = row;
+    if (row.view.inv_t != k.whole_inv_t()) open_row(x, v, k.whole_inv_t(), stats, &scaled);
+    weigh_row(scaled, false, false, scratch);
+    const double log_z = log_mass(scaled.sums.z) + (scaled.view.m - m);
+    a.log_mass[r] = k.greedy() ? 0.0f : static_cast<float>(log_s - log_z);
+    if (row.view.inv_t == scaled.view.inv_t) row = scaled;
   }
   if (!a.base_logprobs && !a.top_n) return;
   Row<T> base = row;
-  if (k.inv_t != 1.0f) open_row(x, v, 1.0f, stats, &base);
+  if (row.view.inv_t != 1.0f) open_row(x, v, 1.0f, stats, &base);
   weigh_row(base, false, false, scratch);
   const double log_z = log_mass(base.sums.z);
   if (a.base_logprobs)
@@ -219,7 +228,7 @@ static void draw(const SampleArgs& a, int64_t r, const T* x, const RowStats& sta
 
 template <class T>
 static void sample_row(const SampleArgs& a, int64_t r, const Scratch& scratch) {
-  const uint64_t random = philox(a.seeds[r], a.positions ? a.positions[r] : 0, 0).first;
+  const Random random = philox(a.seeds[r], a.positions ? a.positions[r] : 0, 0);
   with_row<T>(a.rows, a.edits, r, scratch, [&](const auto* x, const RowStats& stats) {
     draw(a, r, x, stats, knobs_of(a.knobs, r), random, scratch);
   });

@@ -1,16 +1,15 @@
 // The filters of an adaptor, run one after the other on the survivors of the one before. Each adds
 // one test; the test of the last one stays pending, so that its survivors need not be copied.
 
-enum class Pending { kNone, kRank, kMass, kLight, kBand };
+enum class Pending { kNone, kRank, kMass, kLight, kBand, kBelow };
 
 template <class T>
 class Survivors {
  public:
   Survivors(Row<T>& row, const RowKnobs& knobs, const Scratch& scratch)
       : row_(row), k_(knobs), scratch_(scratch), floor_(row.lowest) {
-    static constexpr int kHfOrder[] = {kTopK, kTopP, kMinP, kTypicalP, kEpsilon, kEta};
-    static constexpr int kVllmOrder[] = {kMinP, kTopK, kTopP, kTypicalP, kEpsilon, kEta};
-    for (int knob : knobs.order == Order::kHf ? kHfOrder : kVllmOrder) {
+    for (Filters left = knobs.filters; left; left >>= kBitsOfFilter) {
+      const int knob = static_cast<int>(left & 15);
       if (neutral(knobs, knob)) continue;
       if (pending_ != Pending::kNone) to_list();
       if (listed_) {
@@ -19,7 +18,11 @@ class Survivors {
         run(knob, row_.view, row_.finite);
       }
     }
+    if (knobs.last_inv_t != 1.0f) rescale(knobs.last_inv_t);
   }
+
+  // What a temperature that comes last leaves: the largest survivor may be beyond float32.
+  Status status() const { return status_; }
 
   // Calls f(view, test) with the view and the test that make the survivors.
   template <class Fn>
@@ -67,6 +70,8 @@ class Survivors {
         return f(view, LightCut{mass_.e});
       case Pending::kBand:
         return f(view, band_);
+      case Pending::kBelow:
+        return f(view, below_);
     }
   }
 
@@ -79,6 +84,8 @@ class Survivors {
         return mass_.guard.id != kAllIds;
       case Pending::kBand:
         return band_.cut.id != kAllIds;
+      case Pending::kBelow:
+        return true;
       default:
         return false;
     }
@@ -101,6 +108,35 @@ class Survivors {
     kept_known_ = false;
     candidates_ = -1;
     pending_ = Pending::kNone;
+  }
+
+  // Scales survivors of temperature 1, relative to the largest of them.
+  void rescale(float inv_t) {
+    if (!untouched()) {
+      if (!listed_ || pending_ != Pending::kNone) to_list();
+      list_ = {list_.x, list_.n, inv_t, largest(list_) * inv_t + 0.0f, nullptr, list_.id};
+      summed_ = Summed::kNone;
+      status_ = status_of_largest(list_.m);
+      return;
+    }
+    row_.view.m = row_.view.m * inv_t + 0.0f;
+    row_.view.inv_t = inv_t;
+    row_.view.e = nullptr;
+    row_.weighed = row_.with_u = false;
+    row_.pieces = nullptr;
+    row_.finite = count_chosen(row_.view, {kLowestKey, kAllIds});
+    status_ = status_of_largest(row_.view.m);
+  }
+
+  // The largest survivor, and the greatest mass.
+  template <class V>
+  float largest(const V& view) const {
+    return top_gone_ ? scan(view.x, view.n, scratch_.team).max * view.inv_t : view.m;
+  }
+  template <class V>
+  double heaviest(const V& view) const {
+    if (!top_gone_) return kUnit;
+    return static_cast<double>(static_cast<int64_t>(key_range(view.e, view.n).high));
   }
 
   // Sums over the survivors; masses that a pass over the row makes are kept for the next one.
@@ -127,7 +163,7 @@ class Survivors {
 
   template <class V>
   RankCut best(const V& view, int64_t n) const {
-    return select<true>(view, RankKey{}, n, view.n, false, scratch_).cut;
+    return Best::best_of(view, n, scratch_);
   }
 
   void keep_rank(RankCut cut) {
@@ -153,7 +189,7 @@ class Survivors {
     const F lowest = mass(fset(floor_ - row_.view.m));
     if (max_lane(lowest) >= cut.e * 1.00001f) return;
     // one token of all the mass is the guard's, and nothing of less can be
-    const bool light = cut.guard.key >= row_.view.m && !typical_ran_ && cut.e >= 1 &&
+    const bool light = cut.guard.key >= row_.view.m && !top_gone_ && cut.e >= 1 &&
                        cut.e <= static_cast<float>(kUnit);
     pending_ = light ? Pending::kLight : Pending::kMass;
     mass_ = cut;
@@ -182,6 +218,16 @@ class Survivors {
         return min_p(view);
       case kTypicalP:
         return typical(view, alive);
+      case kTopNSigma:
+        return keep_rank(sigma_cut(view, largest(view), alive, k_, scratch_));
+      case kMinK:
+        return keep_rank(cliff_cut(view, alive, k_, scratch_));
+      case kTopA:
+        return top_a(view);
+      case kTopH:
+        return keep_rank(entropy_cut(view, alive, k_, scratch_));
+      case kXtcProbability:
+        return xtc(view, alive);
       default:
         return cutoff(view, alive, knob);
     }
@@ -236,24 +282,16 @@ class Survivors {
     keep_selection(selection);
   }
 
-  // Of two cuts in rank order, the one that keeps more.
-  static RankCut lower(RankCut a, RankCut b) {
-    return a.key < b.key || (a.key == b.key && a.id > b.id) ? a : b;
-  }
-
   template <class V>
   void min_p(V& view) {
     if (constant()) return;
-    // the most probable token is among the survivors and has mass 2^40
-    const double least = __builtin_ceil(static_cast<float>(k_[kMinP]) * kUnit * kNearly);
+    const double least = __builtin_ceil(static_cast<float>(k_[kMinP]) * heaviest(view) * kNearly);
     MassCut cut{float_at_least(static_cast<int64_t>(least)), {kInf, 0}};
     if (k_.keep > 1) {
       cut.guard = best(view, k_.keep);
     } else if (!view.e && least > 1) {
       // no mass is known yet: first drop what is clearly below, then weigh the rest
-      const double low = view.m + log64(least / kUnit) - 1e-4;
-      const float key = static_cast<float>(low);
-      keep_rank({key - __builtin_fabsf(key) * 1e-6f, kAllIds});
+      keep_rank({clearly_below(view.m, least), kAllIds});
       if (pending_ != Pending::kNone) to_list();
     }
     keep_mass(cut);
@@ -266,11 +304,11 @@ class Survivors {
     const double z = static_cast<double>(s.z);
     const TypicalKey key{view.m, static_cast<float>(static_cast<double>(s.u) / z)};
     pending_ = Pending::kBand;
-    typical_ran_ = true;
     const Selection selection = view.m < kHuge ? band(view, TypicalRank<false>{key}, s.z)
                                                : band(view, TypicalRank<true>{key}, s.z);
     band_ = {key, selection.cut};
     know(selection);
+    top_gone_ = true;  // it may be
   }
 
   // The least typical tokens that stay: ties stay, unless the minimum decides.
@@ -310,10 +348,30 @@ class Survivors {
     MassCut cut{float_at_least(least), {view.m, kAllIds}};
     if (k_.keep > 1) {
       cut.guard = {best(view, k_.keep).key, kAllIds};
-    } else if (typical_ran_) {  // the row's maximum may be gone
-      cut.guard.key = scan(view.x, view.n, scratch_.team).max * view.inv_t;
+    } else {
+      cut.guard.key = largest(view);
     }
     keep_mass(cut);
+  }
+
+  template <class V>
+  void top_a(V& view) {
+    const double most = heaviest(view), z = static_cast<double>(sums(false, false).z);
+    const double least = __builtin_ceil(k_[kTopA] * (most / z) * most * kNearly);
+    MassCut cut{float_at_least(static_cast<int64_t>(least)), {kInf, 0}};
+    if (k_.keep > 1) cut.guard = best(view, k_.keep);
+    keep_mass(cut);
+  }
+
+  // Excludes all but the least probable of several tokens that reach the threshold.
+  template <class V>
+  void xtc(V& view, int64_t alive) {
+    if (k_[kXtcThreshold] > 0.5) return;
+    const LeastOfMany least(view, k_[kXtcThreshold], sums(false, false).z, scratch_);
+    if (least.better == 0 || alive - least.better < k_.keep) return;
+    pending_ = Pending::kBelow;
+    below_ = {least.last};
+    top_gone_ = true;
   }
 
   static constexpr float kHuge = 0x1p102f;  // from here on s - m may overflow
@@ -324,7 +382,8 @@ class Survivors {
   bool listed_ = false, listed_by_id_ = false;
   enum class Summed { kNone, kZ, kZAndU } summed_ = Summed::kNone;  // what list_sums_ hold
   bool kept_known_ = false;  // kept_ is what the pending test keeps, also by block
-  bool typical_ran_ = false;
+  bool top_gone_ = false;    // the row's maximum may be
+  Status status_ = kOk;
   float floor_;  // no survivor is below
   Pending pending_ = Pending::kNone;
   View<float> list_{};
@@ -334,4 +393,5 @@ class Survivors {
   RankCut rank_{};
   MassCut mass_{};
   Band band_{};
+  Below below_{};
 };

@@ -34,10 +34,18 @@ enum Knob : int {
   kEpsilon,
   kEta,
   kKeep,
+  kTopNSigma,
+  kMinK,
+  kTopA,
+  kTopH,
+  kXtcProbability,  // the filter of both
+  kXtcThreshold,
   kNumKnobs
 };
 
-enum class Order : int { kHf = 0, kVllm = 1 };
+// The filters of an order, first to last: the first in the lowest four bits, 0 behind the last.
+using Filters = uint64_t;
+constexpr int kBitsOfFilter = 4;
 
 // N rows of V logits; the last dimension is contiguous.
 struct Rows {
@@ -53,7 +61,8 @@ struct Knobs {
   const double* data;
   int64_t knob_step;
   int64_t row_step;
-  Order order;
+  Filters filters;
+  bool temperature_last;
 };
 
 // What is done to the logits of each row before anything else, in float32. Edits are lists of ids,

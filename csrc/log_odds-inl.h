@@ -45,7 +45,9 @@ static bool write_support(const T* x, int64_t v, const RowStats& stats, const Ro
   std::memset(support, 0, static_cast<size_t>((v + 7) / 8));
   Row<T> row;
   if (!in_range(k) || k.greedy() || open_row(x, v, k.inv_t, stats, &row) != kOk) return false;
-  set_survivors(Survivors<T>(row, k, scratch), v, support);
+  const Survivors<T> survivors(row, k, scratch);
+  if (survivors.status() != kOk) return false;
+  set_survivors(survivors, v, support);
   return true;
 }
 
@@ -65,11 +67,11 @@ template <class T>
 static void others_stats(const T* x, int64_t v, const RowKnobs& k, const uint8_t* support,
                          int64_t y, double* stats) {
   F best = fset(-kInf);
-  for_others(x, v, k.inv_t, support, y,
+  for_others(x, v, k.whole_inv_t(), support, y,
              [&](int64_t, F s, M others) { best = maximum(best, choose(others, s, fset(-kInf))); });
   const float m = max_lane(best) + 0.0f;
   L z = lzero();
-  for_others(x, v, k.inv_t, support, y, [&](int64_t, F s, M others) {
+  for_others(x, v, k.whole_inv_t(), support, y, [&](int64_t, F s, M others) {
     z = add_truncated(z, keep_if(others, mass(sub(s, fset(m)))));
   });
   stats[kOthersMax] = m;
@@ -105,7 +107,7 @@ static inline const float* as_float32(const double* x, int64_t v, const Scratch&
 static inline double scaled(double x, const RowKnobs& k) { return x / k[kTemperature]; }
 template <class T>
 static inline double scaled(T x, const RowKnobs& k) {
-  return to_float(x) * k.inv_t;
+  return to_float(x) * k.whole_inv_t();
 }
 
 // The log-odds of the token of row r, whose logits are x; of float64, rounded ones decide.
@@ -149,11 +151,11 @@ template <class T>
 static void log_odds_gradient(const T* x, int64_t v, const RowKnobs& k, const uint8_t* support,
                               int64_t y, const double* stats, double g, T* out) {
   // a NaN of the caller's may have bits that rounding would carry away; this one has not
-  const double gain = g == g ? g * k.inv_t : __builtin_nan("");
+  const double gain = g == g ? g * k.whole_inv_t() : __builtin_nan("");
   const F per_mass = fset(static_cast<float>(-gain / stats[kOthersSum]));
   const F unit = fset(static_cast<float>(1 / kUnit));
   const F m = fset(static_cast<float>(stats[kOthersMax]));
-  for_others(x, v, k.inv_t, support, y, [&](int64_t i, F s, M others) {
+  for_others(x, v, k.whole_inv_t(), support, y, [&](int64_t i, F s, M others) {
     const F d = sub(s, m);
     const F dx = keep_if(both(others, ge(d, fset(kLowest))), mul(per_mass, mul(mass(d), unit)));
     if (i + W <= v) return store(out + i, dx);

@@ -19,11 +19,27 @@ struct Token {
   }
 };
 
-// Whether a token is among the survivors. Filters look at s, and of equal tokens they keep those of
-// lowest id: as many as survive, whichever ids the view gives to them.
+// Whether a token is among the survivors of a row that is not in pieces.
+template <class Other, class Test>
+static bool survives(const View<Other>& view, const Test& test, int64_t y) {
+  const I id = iset(static_cast<int32_t>(y));
+  if (!view.id) {
+    const F s = fset(view.s_at(y));
+    const F e = view.e ? fset(view.e[y]) : mass(sub(s, fset(view.m)));
+    return any(test(s, e, id));
+  }
+  bool found = false;
+  for_survivors(view, test, [&](int64_t i, F, M chosen) {
+    found |= any(both(chosen, ieq(ids_of(view, i), id)));
+  });
+  return found;
+}
+
+// The same of one in pieces. Filters look at s, and of equal tokens they keep those of lowest id:
+// as many as survive, whichever ids the view gives to them.
 template <class Other, class Test, class T>
-static bool survives(const View<Other>& view, const Test& test, bool listed_by_id,
-                     const Token<T>& token, float inv_t) {
+static bool survives_in_pieces(const View<Other>& view, const Test& test, bool listed_by_id,
+                               const Token<T>& token, float inv_t) {
   const F s = fset(token.s(inv_t)), e = mass(sub(s, fset(view.m)));
   if (!any(test(s, e, iset(0)))) return false;
   const bool whole = !listed_by_id && any(test(s, e, iset(kAllIds)));
@@ -44,17 +60,20 @@ static void fill_score(const ScoreArgs& a, int64_t r, int64_t adaptor, float val
 template <class Other, class T>
 static void score_adaptor(const ScoreArgs& a, int64_t r, int64_t adaptor, const RowKnobs& knobs,
                           Row<Other>& row, const Token<T>& token, const Scratch& scratch) {
-  const float inv_t = knobs.inv_t;
+  const float inv_t = knobs.whole_inv_t();
+  const bool in_pieces = row.pieces;
   const Survivors<Other> survivors(row, knobs, scratch);
+  if (survivors.status() != kOk) return fill_score(a, r, adaptor, __builtin_nanf(""));
   survivors.visit([&](const auto& view, const auto& test) {
     const Tally t = survivors.settle(view, test);
     const double log_s = log_mass(t.z);
-    const double shift = row.view.m - token.base_max * inv_t;
+    const double shift = view.m - token.base_max * inv_t;
     const double s = token.s(inv_t);
     const int64_t at = r * a.num_adaptors + adaptor;
-    a.logprobs[at] = survives(view, test, survivors.listed_by_id(), token, inv_t)
-                         ? static_cast<float>(s - row.view.m - log_s)
-                         : -kInf;
+    const bool survived =
+        in_pieces ? survives_in_pieces(view, test, survivors.listed_by_id(), token, inv_t)
+                  : survives(view, test, token.y);
+    a.logprobs[at] = survived ? static_cast<float>(s - view.m - log_s) : -kInf;
     a.log_norm[at] = static_cast<float>(shift + log_s - token.log_z * inv_t);
     a.kept[at] = static_cast<int32_t>(t.count);
   });
@@ -124,14 +143,17 @@ static void score_token(const ScoreArgs& a, int64_t r, const T* x, const RowStat
     return;
   }
   // in pieces, a minimum of tokens is out of place: it parts the equally typical by id
-  float in_pieces[kMaxAdaptors], whole[kMaxAdaptors];
-  int64_t many = 0, others = 0;
+  float in_pieces[kMaxAdaptors], whole[kMaxAdaptors], last[kMaxAdaptors];
+  int64_t many = 0, others = 0, rescaled = 0;
   for (int64_t i = 0; i < a.num_adaptors; ++i) {
     const RowKnobs k = knobs_of(a.knobs[i], r);
-    in_pieces[i] = whole[i] = 0;
+    in_pieces[i] = whole[i] = last[i] = 0;
     if (!in_range(k) || k.greedy()) {
       fill_score(a, r, i, nan);
-    } else if (k.keep == 1) {
+    } else if (k.last_inv_t != 1.0f) {
+      last[i] = 1;
+      ++rescaled;
+    } else if (k.keep == 1 && !by_shape(k)) {
       in_pieces[i] = k.inv_t;
       ++many;
     } else {
@@ -154,9 +176,15 @@ static void score_token(const ScoreArgs& a, int64_t r, const T* x, const RowStat
     score_base(a, r, ordered, &token);
     score_all(a, r, ordered, finite, &pieces, token, in_pieces, scratch);
   }
-  if (others == 0) return;
-  open_row(x, v, 1.0f, stats, &row);
-  score_all(a, r, row, stats, nullptr, token, whole, scratch);
+  if (others > 0) {
+    open_row(x, v, 1.0f, stats, &row);
+    score_all(a, r, row, stats, nullptr, token, whole, scratch);
+  }
+  for (int64_t i = 0; rescaled > 0 && i < a.num_adaptors; ++i) {
+    if (last[i] == 0) continue;
+    open_row(x, v, 1.0f, stats, &row);  // the last one may have rescaled it
+    score_adaptor(a, r, i, knobs_of(a.knobs[i], r), row, token, scratch);
+  }
 }
 
 template <class T>

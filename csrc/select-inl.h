@@ -215,6 +215,11 @@ static Selection select(const View<T>& v, Key key, int64_t target, int64_t all, 
   return select_in<kCount>(window, s, v, key, target, ties_stay, scratch);
 }
 
+// Of two cuts in rank order, the one that keeps more.
+static RankCut lower(RankCut a, RankCut b) {
+  return a.key < b.key || (a.key == b.key && a.id > b.id) ? a : b;
+}
+
 // What is selected by the target of light tokens, less its last ones where they are heavy and past
 // their own target. Nothing else can be: the targets are less apart than anything heavy weighs.
 static Selection less_heavy(Selection s, const Nucleus& nucleus, const Tally& last,

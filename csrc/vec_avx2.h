@@ -107,6 +107,10 @@ static inline L add_if(M m, L sum, Q q) {
   return add(sum, {_mm256_and_si256(low, q.low), _mm256_and_si256(high, q.high)});
 }
 static inline L add_truncated(L sum, F e) { return add(sum, truncated(e)); }
+static inline L add_squares(L sum, F whole) {
+  const __m256i even = _mm256_cvtps_epi32(whole), odd = _mm256_srli_epi64(even, 32);
+  return add(sum, {_mm256_mul_epu32(even, even), _mm256_mul_epu32(odd, odd)});
+}
 static inline int64_t total(L sum) {
   alignas(32) int64_t lanes[4];
   _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), _mm256_add_epi64(sum.low, sum.high));

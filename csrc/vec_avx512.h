@@ -88,6 +88,10 @@ static inline L add_if(M m, L sum, Q q) {
   return _mm512_mask_add_epi64(low, static_cast<__mmask8>(m >> 8), low, q.high);
 }
 static inline L add_truncated(L sum, F e) { return add(sum, truncated(e)); }
+static inline L add_squares(L sum, F whole) {
+  const __m512i even = _mm512_cvtps_epi32(whole), odd = _mm512_srli_epi64(even, 32);
+  return add(sum, {_mm512_mul_epu32(even, even), _mm512_mul_epu32(odd, odd)});
+}
 static inline int64_t total(L sum) { return _mm512_reduce_add_epi64(sum); }
 
 static inline float max_lane(F a) { return _mm512_reduce_max_ps(a); }

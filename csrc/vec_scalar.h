@@ -66,6 +66,11 @@ static inline Q truncated(F e) { return static_cast<int64_t>(e); }
 static inline L add(L sum, Q q) { return sum + q; }
 static inline L add_if(M m, L sum, Q q) { return m ? sum + q : sum; }
 static inline L add_truncated(L sum, F e) { return add(sum, truncated(e)); }
+// Adds the squares of whole numbers in [0, 2^31).
+static inline L add_squares(L sum, F whole) {
+  const int64_t x = static_cast<int64_t>(whole);
+  return sum + x * x;
+}
 static inline int64_t total(L sum) { return sum; }
 
 static inline float max_lane(F a) { return a; }

@@ -41,7 +41,7 @@ struct Law {
 template <class T>
 static Law law_of(const T* x, int64_t v, const RowStats& stats, const RowKnobs& k, uint8_t* support,
                   const Scratch& scratch) {
-  Law law{kBadKnob, k.inv_t, 0, 0, 0, false, support};
+  Law law{kBadKnob, k.whole_inv_t(), 0, 0, 0, false, support};
   if (!in_range(k)) return law;
   Row<T> row;
   law.status = open_row(x, v, k.inv_t, stats, &row);
@@ -49,9 +49,12 @@ static Law law_of(const T* x, int64_t v, const RowStats& stats, const RowKnobs& 
   law.m = row.view.m;
   if (!k.greedy()) {
     Survivors<T> survivors(row, k, scratch);
+    law.status = survivors.status();
+    if (law.status != kOk) return law;
     law.everything = survivors.untouched();
     if (law.everything) {
       weigh_row(row, false, false, scratch);
+      law.m = row.view.m;
       law.s = row.sums.z;
       law.kept = row.finite;
       return law;
@@ -60,6 +63,7 @@ static Law law_of(const T* x, int64_t v, const RowStats& stats, const RowKnobs& 
       const Tally t = survivors.settle(view, test);
       law.s = t.z;
       law.kept = t.count;
+      law.m = view.m;
     });
     std::memset(support, 0, static_cast<size_t>((v + 63) / 64 * 8));
     set_survivors(survivors, v, support);
@@ -182,8 +186,10 @@ static bool judge_draft(const VerifyArgs& a, int64_t sequence, int64_t i, const 
   const Law q = law_of(draft, v, scan(draft, v, scratch.team), knobs_of(a.draft_knobs, sequence),
                        supports + (v + 63) / 64 * 8, scratch);
   bool stands = false;
+  RowKnobs of_row = k;
+  of_row.toss(random_of(a, sequence, i, 0));
   with_row<T>(a.rows, a.edits, r, scratch, [&](const auto* x, const RowStats& stats) {
-    const Law p = law_of(x, v, stats, k, supports, scratch);
+    const Law p = law_of(x, v, stats, of_row, supports, scratch);
     if (p.status != kOk) return bad_sample(a, r, p.status);
     if (q.status != kOk) return bad_sample(a, r, kBadDraft);
     const Random random = random_of(a, sequence, i, 1);
@@ -216,7 +222,7 @@ static void verify_sequence(const VerifyArgs& a, int64_t sequence, const Scratch
       stands = judge_draft<T>(a, sequence, i, k, scratch);
     } else {
       with_row<T>(a.rows, a.edits, r, scratch, [&](const auto* x, const RowStats& stats) {
-        draw(a, r, x, stats, k, random_of(a, sequence, i, 0).first, scratch);
+        draw(a, r, x, stats, k, random_of(a, sequence, i, 0), scratch);
       });
       stands = i < length && a.tokens[r] == a.draft[sequence * a.k + i];
     }

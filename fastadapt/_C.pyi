@@ -5,7 +5,7 @@ from typing import TypedDict, Unpack
 from torch import Tensor
 
 Rows = tuple[Tensor, int, int, int, int]  # logits, dtype code, n, v, row stride in elements
-Knobs = tuple[Tensor, int, int]  # (8, R) float64, R, order code
+Knobs = tuple[Tensor, int, int, bool]  # (14, R) float64, R, filters in order, temperature last
 # ids, offsets, columns, their length, whether they are given values, words of allowed ids, stride
 Edits = tuple[Tensor | None, Tensor | None, Tensor | None, int, bool, Tensor | None, int]
 

@@ -1,17 +1,15 @@
 """The sampling adaptor: temperature, truncation knobs and their order."""
 
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
 from numbers import Integral, Real
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastadapt._ops.checks import one_of
-from fastadapt._ops.filter_code import filter_code
-
-# Filter orders, by the code that the kernels know them by (csrc/kernels.h).
-ORDER_CODES = {"hf": 0, "vllm": 1}
+from fastadapt._ops.filter_code import ORDERS, XTC, filter_code
+from fastadapt._ops.philox import philox
 
 INTEGER_KNOBS = frozenset({"top_k", "min_tokens_to_keep"})
 
@@ -35,6 +33,7 @@ class _Range(NamedTuple):
 
 _UNIT = _Range("a value in [0, 1]", 0, 1)
 _CUTOFF = _Range("a value in [0, 1)", 0, 1, open_high=True)
+_MULTIPLE = _Range("a value in [0, 1e6]", 0, 1e6)
 # In the order of the packed knobs, which csrc/kernels.h repeats.
 RANGES = {
     # the upper end is float32's largest number
@@ -48,20 +47,26 @@ RANGES = {
     "epsilon_cutoff": _CUTOFF,
     "eta_cutoff": _CUTOFF,
     "min_tokens_to_keep": _Range("an integer in [1, 2**31)", 1, 2**31 - 1),
+    "top_n_sigma": _MULTIPLE,
+    "min_k": _MULTIPLE,
+    "top_a": _UNIT,
+    "top_h": _UNIT,
+    "xtc_probability": _UNIT,
+    "xtc_threshold": _UNIT,
 }
 KNOBS = tuple(RANGES)
-# The values at which a filter keeps all.
-_NEUTRAL = {
-    "top_k": 0, "top_p": 1, "min_p": 0, "typical_p": 1, "epsilon_cutoff": 0, "eta_cutoff": 0,
-    "min_tokens_to_keep": 1,
-}  # fmt: skip
+# Values at which a filter keeps all, where it is not 0.
+_NEUTRAL = {"top_p": 1, "typical_p": 1, "min_tokens_to_keep": 1}
+# The names of orders and of filters: a filter is named after its knob, but for XTC, which has two.
+NAMED_ORDERS = ("hf", "vllm")
+FILTERS = {"xtc" if knob == XTC else KNOBS[knob]: knob for knob in ORDERS[0]}
 
 Knob = float | int | Tensor
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Adaptor:
-    """Temperature, six truncation filters and the order in which they run.
+    """Temperature, truncation filters and the order in which they run.
 
     The neutral value of every knob is its default, so `Adaptor()` changes nothing. Each knob is a
     number, NumPy's included, or a 1-d tensor with one value per row. Filters run one after the
@@ -74,6 +79,8 @@ class Adaptor:
         0.9
         >>> Adaptor(temperature=torch.tensor([0.0, 1.0]), top_k=50).rows
         2
+        >>> Adaptor(temperature=1.5, min_p=0.1, order=("min_p", "temperature")).order
+        ('min_p', 'temperature')
 
     Args:
         temperature: divides the logits; finite, 0 (the argmax) or >= 1e-6.
@@ -87,14 +94,31 @@ class Adaptor:
             2210.15191).
         eta_cutoff: in [0, 1), 0 is off. Keeps p >= min(eta, sqrt(eta) * exp(-H)) (the same paper).
         min_tokens_to_keep: integer >= 1; every filter leaves at least so many tokens.
-        order: "hf" (top-k, top-p, min-p, typical, epsilon, eta) or "vllm" (min-p first).
+        top_n_sigma: in [0, 1e6], 0 is off. Keeps logits within so many standard deviations of the
+            largest (Tang et al. 2024, arXiv 2411.07641).
+        min_k: the paper's tau, in [0, 1e6], 0 is off (3 there). Keeps the tokens above the place
+            where sorted logits fall most, each fall divided by its rank, and at least
+            tau / (largest - smallest logit) of them (Ding et al. 2026, arXiv 2604.11012).
+        top_a: in [0, 1], 0 is off. Keeps p >= top_a * (max p)^2.
+        top_h: in [0, 1], 0 is off. Keeps the most probable tokens, of 100, up to this share of the
+            entropy of the 100 (arXiv 2509.02510).
+        xtc_probability: in [0, 1], 0 is off: how often XTC acts. It excludes all but the least
+            probable of the tokens with p >= xtc_threshold, where they are several. Its coin is
+            thrown with the row's seed and position, so that `sample` and `verify` know it; for
+            other functions, `tossed` throws it.
+        xtc_threshold: in [0, 1]; above 0.5 no two tokens reach it.
+        order: the order of the filters: "hf" (top-n-sigma, min-k, top-h, top-k, top-p, min-p,
+            top-a, typical, epsilon, eta, XTC), "vllm" (min-p before top-k), or a sequence of their
+            names with "xtc" for XTC. A last name "temperature" makes them look at the undivided
+            logits, as llama.cpp does; else the temperature divides first.
 
     Raises:
         TypeError: a knob is neither a number nor a 1-d tensor, an integer knob is not integral, or
-            `order` is no name. A bool is no number, and neither is a 0-d tensor, whose value may be
-            on a GPU.
+            `order` is no name or sequence of names. A bool is no number, and neither is a 0-d
+            tensor, whose value may be on a GPU.
         ValueError: a number or a CPU tensor is out of range, per-row tensors differ in length or
-            device, or `order` is unknown. Values of CUDA tensors are not read (that would
+            device, or `order` is unknown, has a name twice, lacks a filter whose knob is set, or
+            has the temperature among filters. Values of CUDA tensors are not read (that would
             synchronise): a bad one gives its row status 4.
     """
 
@@ -106,17 +130,22 @@ class Adaptor:
     epsilon_cutoff: Knob = 0.0
     eta_cutoff: Knob = 0.0
     min_tokens_to_keep: Knob = 1
-    order: str = "hf"
-    packed: Tensor = field(init=False, repr=False)  # (8, R) float64, R = 1 or the number of rows
+    top_n_sigma: Knob = 0.0
+    min_k: Knob = 0.0
+    top_a: Knob = 0.0
+    top_h: Knob = 0.0
+    xtc_probability: Knob = 0.0
+    xtc_threshold: Knob = 0.1
+    order: str | tuple[str, ...] = "hf"
+    packed: Tensor = field(init=False, repr=False)  # (14, R) float64, R = 1 or the number of rows
     rows: int | None = field(init=False, repr=False)  # None: every knob is a number
-    order_code: int = field(init=False, repr=False)
     filter_code: int = field(init=False, repr=False)  # order and knobs that may act
     greedy: bool = field(init=False, repr=False)  # some temperature is known to be 0
+    has_coin: bool = field(init=False, repr=False)  # some row is known to need XTC's
     _copies: dict[torch.device, Tensor] = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         """Checks every knob and packs them once, so that calls need no preparation."""
-        one_of("order", self.order, tuple(ORDER_CODES))
         knobs = {name: _checked(name, getattr(self, name)) for name in KNOBS}
         for name, value in knobs.items():
             object.__setattr__(self, name, value)
@@ -125,10 +154,51 @@ class Adaptor:
             packed = _pack(knobs, tensors)
         object.__setattr__(self, "packed", packed)
         object.__setattr__(self, "rows", packed.shape[1] if tensors else None)
-        object.__setattr__(self, "order_code", ORDER_CODES[self.order])
-        object.__setattr__(self, "greedy", _is_greedy(self.temperature))
-        acting = [_may_act(name, knobs[name]) for name in KNOBS]
-        object.__setattr__(self, "filter_code", filter_code(self.order_code, acting))
+        object.__setattr__(self, "greedy", _is_known(self.temperature, lambda t: t == 0))
+        coin = _is_known(self.xtc_probability, lambda p: (p > 0) & (p < 1))
+        object.__setattr__(self, "has_coin", coin)
+        acting = {name: _may_act(name, knobs[name]) for name in KNOBS}
+        object.__setattr__(self, "order", _checked_order(self.order, acting))
+        object.__setattr__(self, "filter_code", _code_of(self.order, acting))
+
+    def tossed(self, seeds: Tensor, positions: Tensor | None = None) -> "Adaptor":
+        """Returns this adaptor with the coins of XTC thrown as a draw by these seeds throws them.
+
+        Its `xtc_probability` is 0 or 1 for each row, so that `filter_logits`, `score` and
+        `adapted_logps`, which draw nothing, see the support that `sample` drew from.
+
+        Examples:
+            >>> logits, seeds = torch.zeros(2, 4), torch.arange(2)
+            >>> xtc = Adaptor(xtc_probability=0.5)
+            >>> drawn, tossed = sample(logits, xtc, seeds=seeds), xtc.tossed(seeds)
+            >>> torch.equal(drawn.kept, (filter_logits(logits, tossed) > -torch.inf).sum(-1))
+            True
+
+        Args:
+            seeds (Tensor): (N,), int64, as `sample` takes them.
+            positions (Tensor | None): (N,), int64. None: 0.
+
+        Returns:
+            Adaptor: itself where it has no coin to throw, else one of N rows.
+
+        Raises:
+            TypeError: seeds or positions are no int64 tensors.
+            ValueError: they do not have one value for each row of per-row knobs.
+        """
+        for name, value in (("seeds", seeds), ("positions", positions)):
+            if value is None and name == "positions":
+                continue
+            if not isinstance(value, Tensor) or value.dtype != torch.int64:
+                raise TypeError(f"{name}: expected an int64 tensor, got {value!r}")
+            shape = (seeds.numel() if self.rows is None else self.rows,)
+            if value.shape != shape:
+                raise ValueError(f"{name}: expected shape {shape}, got {tuple(value.shape)}")
+        known = torch.zeros_like(seeds) if positions is None else positions
+        if not isinstance(self.xtc_probability, Tensor) and not self.has_coin:
+            return self
+        coin = philox(seeds, known)[2].double()
+        excludes = (coin < torch.as_tensor(self.xtc_probability) * 2.0**32).double()
+        return replace(self, xtc_probability=excludes)
 
     def packed_on(self, device: torch.device) -> Tensor:
         """Returns the packed knobs on a device; a copy of number knobs is made once and kept.
@@ -209,23 +279,65 @@ def _check_tensor(name: str, value: Tensor) -> None:
             raise ValueError(f"{name}: expected {text}, got {float(number)} in row {row}")
 
 
-def _is_greedy(temperature: Knob) -> bool:
-    """Whether some temperature is 0, as far as known without synchronising."""
-    if isinstance(temperature, Tensor):
-        return temperature.device.type == "cpu" and bool((temperature == 0).any())
-    return temperature == 0
+def _checked_order(order: object, acting: dict[str, bool]) -> str | tuple[str, ...]:
+    """Returns an order's name, or the names in it; raises on what is none."""
+    if isinstance(order, str):
+        if order not in NAMED_ORDERS:
+            expected = "'hf', 'vllm' or a sequence of names of filters"
+            raise ValueError(f"order: expected {expected}, got {order!r}")
+        return order
+    if not isinstance(order, Sequence) or not all(isinstance(name, str) for name in order):
+        raise TypeError(f"order: expected a name or a sequence of names, got {order!r}")
+    names = tuple(order)
+    if names[:1] == ("temperature",):  # which divides first anyway
+        names = names[1:]
+    filters = names[:-1] if names[-1:] == ("temperature",) else names
+    for name in filters:
+        if name == "temperature":
+            raise ValueError(f"order: expected temperature first or last, got {names}")
+        if name not in FILTERS:
+            raise ValueError(f"order: expected names among {tuple(FILTERS)}, got {name!r}")
+    if len(set(filters)) < len(filters):
+        raise ValueError(f"order: expected each name once, got {names}")
+    for name, knob in FILTERS.items():
+        if acting[KNOBS[knob]] and name not in filters:
+            raise ValueError(f"order: expected {name!r} in it, whose knob is set, got {names}")
+    return names
+
+
+def _code_of(order: str | tuple[str, ...], acting: dict[str, bool]) -> int:
+    """Encodes an order and which knobs may act."""
+    if isinstance(order, str):
+        return filter_code(NAMED_ORDERS.index(order), acting.values())
+    filters = [FILTERS[name] for name in order if name != "temperature"]
+    acts = [knob for knob in filters if acting[KNOBS[knob]]]
+    if "temperature" not in order:
+        for code, named in enumerate(ORDERS):  # the same by a name
+            if acts == [knob for knob in named if acting[KNOBS[knob]]]:
+                return filter_code(code, acting.values())
+    return filter_code(filters, acting.values(), "temperature" in order)
+
+
+def _is_known(knob: Knob, condition: Callable[[Knob], Tensor | bool]) -> bool:
+    """Whether a condition holds in some row, as far as known without synchronising."""
+    if not isinstance(knob, Tensor):
+        return bool(condition(knob))
+    holds = condition(knob) if knob.device.type == "cpu" else False
+    return bool(holds.any()) if isinstance(holds, Tensor) else holds
 
 
 def _may_act(name: str, knob: Knob) -> bool:
     """Whether a filter may drop tokens in some row, as far as known without synchronising."""
     if isinstance(knob, Tensor) and knob.device.type != "cpu":
         return True
-    acts = knob == 0 if name == "temperature" else knob != _NEUTRAL[name]
+    if name == "xtc_threshold":  # its filter acts where the probability does
+        return False
+    acts = knob == 0 if name == "temperature" else knob != _NEUTRAL.get(name, 0)
     return bool(acts.any()) if isinstance(acts, Tensor) else bool(acts)
 
 
 def _pack(knobs: dict[str, Knob], tensors: dict[str, Tensor]) -> Tensor:
-    """Packs knobs as float64 (8, R) in the order of `KNOBS`; R = 1 if every knob is a number."""
+    """Packs knobs as float64 (14, R) in the order of `KNOBS`; R = 1 if every knob is a number."""
     if not tensors:
         # on the CPU, whatever the default device is
         numbers = [[float(v)] for v in knobs.values()]

@@ -156,15 +156,60 @@ def test_another_default_dtype_changes_nothing(dtype):
         torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)  # and the same dtype
 
 
-@pytest.mark.parametrize("order", [None, ["hf"], {}])
+@pytest.mark.parametrize("order", [None, [1], {}, 3, (None,), torch.zeros(2)])
 def test_order_that_is_no_name_is_refused(order):
-    with pytest.raises(TypeError, match="order: expected one of hf, vllm, got "):
+    with pytest.raises(TypeError, match="order: expected a name or a sequence of names, got "):
         Adaptor(order=order)
 
 
-def test_unknown_order_raises():
-    with pytest.raises(ValueError, match="order: expected one of hf, vllm, got 'sglang'"):
-        Adaptor(order="sglang")
+@pytest.mark.parametrize(
+    ("order", "message"),
+    [
+        ("sglang", "expected 'hf', 'vllm' or a sequence of names of filters, got 'sglang'"),
+        (("top_q",), "got 'top_q'"),
+        (("top_p", "top_p"), "expected each name once"),
+        (("top_k", "temperature", "top_p"), "expected temperature first or last"),
+        (("temperature", "top_p", "temperature", "temperature"), "first or last"),
+        (("top_k",), "expected 'top_p' in it, whose knob is set, got"),
+        ((), "expected 'top_p' in it"),
+    ],
+)
+def test_unknown_order_raises(order, message):
+    with pytest.raises(ValueError, match=f"order: .*{message}"):
+        Adaptor(order=order, top_p=0.9)
+
+
+def test_orders_of_names():
+    a = Adaptor(top_p=0.9, top_k=5, order=["temperature", "top_p", "top_k"])
+    assert a.order == ("top_p", "top_k")
+    assert a == Adaptor(top_p=0.9, top_k=5, order=("top_p", "top_k"))
+    assert a != Adaptor(top_p=0.9, top_k=5) and hash(a) != hash(Adaptor(top_p=0.9, top_k=5))
+    last = Adaptor(top_p=0.9, order=("top_p", "temperature"))
+    assert last.order == ("top_p", "temperature") and eval(repr(last)) == last
+    # the same as a name's, whatever is neutral: kernels know it by that name
+    assert Adaptor(top_k=5, order=("top_k",)).filter_code == Adaptor(top_k=5).filter_code
+    named = Adaptor(min_p=0.1, top_k=5, order="vllm").filter_code
+    assert Adaptor(min_p=0.1, top_k=5, order=("min_p", "top_k", "xtc")).filter_code == named
+
+
+def test_coins_are_thrown_by_seeds():
+    seeds, positions = torch.arange(100), torch.arange(100) % 7
+    xtc = Adaptor(xtc_probability=0.3, top_p=0.9)
+    tossed = xtc.tossed(seeds, positions)
+    assert xtc.has_coin and not tossed.has_coin and tossed.top_p == 0.9
+    assert 10 < int(tossed.xtc_probability.sum()) < 50
+    assert set(tossed.xtc_probability.tolist()) == {0.0, 1.0}
+    assert Adaptor(xtc_probability=1.0).tossed(seeds) == Adaptor(xtc_probability=1.0)
+    for given, kind, message in (
+        (([1, 2],), TypeError, "seeds: expected an int64 tensor, got"),
+        ((seeds, seeds.float()), TypeError, "positions: expected an int64 tensor"),
+        ((seeds, seeds[:3]), ValueError, r"positions: expected shape \(100,\), got \(3,\)"),
+        ((seeds[None],), ValueError, r"seeds: expected shape \(100,\), got \(1, 100\)"),
+    ):
+        with pytest.raises(kind, match=message):
+            xtc.tossed(*given)
+    with pytest.raises(ValueError, match=r"seeds: expected shape \(2,\)"):
+        Adaptor(xtc_probability=torch.tensor([0.5, 1.0])).tossed(seeds)
 
 
 def test_per_row_lengths_must_agree():
@@ -174,7 +219,8 @@ def test_per_row_lengths_must_agree():
 
 def test_packed_holds_numbers_once_and_rows_each():
     one = Adaptor(temperature=0.5, top_k=3)
-    assert one.packed.tolist() == [[0.5], [3], [1], [0], [1], [0], [0], [1]]
+    neutral = [[0]] * 5 + [[0.1]]  # XTC's threshold is of no use without its probability
+    assert one.packed.tolist() == [[0.5], [3], [1], [0], [1], [0], [0], [1], *neutral]
     assert one.rows is None
     many = Adaptor(temperature=0.5, top_p=torch.tensor([0.25, 0.75]))
     assert many.packed[0].tolist() == [0.5, 0.5]

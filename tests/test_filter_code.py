@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastadapt import Adaptor
-from fastadapt._ops.filter_code import joined, may_act
+from fastadapt._ops.filter_code import joined, may_act, order_of
 from fastadapt.adaptor import KNOBS
 
 
@@ -65,7 +65,7 @@ def test_passes_follow_from_the_adaptor(adaptor, passes):
 
     steps = steps_of(adaptor.filter_code, adaptor.packed.shape[1])
     assert {name for name, asked in steps._asdict().items() if asked and name != "order"} == passes
-    assert steps.order == adaptor.order_code
-    unknown = steps_of(adaptor.order_code, adaptor.packed.shape[1])
+    assert steps.order == order_of(adaptor.filter_code)
+    unknown = steps_of(steps.order, adaptor.packed.shape[1])
     assert all(unknown._replace(order=1, plain=True, by_mass=True))
     assert not unknown.plain and not unknown.by_mass

@@ -66,8 +66,8 @@ OTHERS = {
         *("transformers", "trl", "yaml"),
     },
 }
-# of arguments, and of what is installed: every folder may import these
-CHECKS = ("fastadapt._ops.checks.", "fastadapt._ops.config.")
+# of arguments, of what is installed, and random numbers: every folder may import these
+CHECKS = ("fastadapt._ops.checks.", "fastadapt._ops.config.", "fastadapt._ops.philox.")
 KERNELS = "_ops/triton/"  # the only folder that imports triton, and that only within functions
 REGISTER = {
     *("_ops/sampling.py", "_ops/log_odds.py", "_ops/verification.py"),
@@ -524,7 +524,12 @@ def test_the_stub_has_the_arguments_of_the_module() -> None:
 def test_kernels_refuse_other_arguments(change: dict[str, object], message: str) -> None:
     """Names and numbers cannot take each other's places."""
     x, knobs = torch.zeros(1, 4), fastadapt.Adaptor().packed
-    given = {"rows": (x, 0, 1, 4, 4), "knobs": (knobs, 1, 0), "edits": None, "num_threads": 1}
+    given = {
+        "rows": (x, 0, 1, 4, 4),
+        "knobs": (knobs, 1, 0, False),
+        "edits": None,
+        "num_threads": 1,
+    }
     with pytest.raises((TypeError, AttributeError), match=message):
         fastadapt._C.filter(**given, **change)
     with pytest.raises(

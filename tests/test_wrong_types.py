@@ -189,7 +189,7 @@ def test_arguments_of_rows():
     for name in ("base_logprobs", "log_mass"):
         expected = f"{name}: expected True or False, got 3"
         _refused(expected, lambda name=name: fastadapt.sample(ROWS, Adaptor(), **{name: 3}))
-    _refused("order: expected one of hf, vllm, got 3", lambda: Adaptor(order=3))
+    _refused("order: expected a name or a sequence of names, got 3", lambda: Adaptor(order=3))
     penalty = fastadapt.candidate_unlikelihood_penalty
     _refused("candidates: expected a Tensor, got str", lambda: penalty(ONE, "a", None))
     given = "given: expected one of log_odds, probabilities, got 3"

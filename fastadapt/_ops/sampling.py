@@ -2,7 +2,7 @@
 
 PyTorch's dispatcher chooses the implementation by device. Inputs arrive checked and folded by
 `sampling`; rows may have any stride, the last dimension is contiguous. Knobs are the packed
-(8, R) float64 tensor of an `Adaptor`, an order is its `filter_code`, and the four tensors of a
+(14, R) float64 tensor of an `Adaptor`, an order is its `filter_code`, and the four tensors of a
 `RowEdits` come last. Operators without a gradient fall through autograd: their outputs are
 detached.
 """
@@ -21,7 +21,7 @@ from fastadapt._ops.common import (
     register,
     rows_of,
 )
-from fastadapt._ops.filter_code import order_of
+from fastadapt._ops.filter_code import packed_filters, temperature_last
 from fastadapt._ops.outputs import (
     LogOdds,
     Pair,
@@ -59,7 +59,7 @@ _library.define(
 
 def knobs_of(knobs: Tensor, order: int) -> "_C.Knobs":
     """What the kernels need to know of packed knobs."""
-    return knobs, knobs.shape[1], order_of(order)
+    return knobs, knobs.shape[1], packed_filters(order), temperature_last(order)
 
 
 def edits_of(

@@ -26,7 +26,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastadapt.reference.arithmetic import philox
+from fastadapt._ops.philox import philox
 from fastadapt.reference.distribution import Distribution, Knobs
 from fastadapt.reference.distribution_losses import (
     entropy_bonus,
@@ -149,11 +149,11 @@ def sample(
     if seeds is None:
         seeds = torch.randint(2**63 - 1, (n,), generator=generator, device=x.device)
     positions = torch.zeros_like(seeds) if positions is None else positions
-    distribution = Distribution(x, adaptor)
+    low, high, coin, _ = philox(seeds.reshape(-1), positions.reshape(-1))
+    distribution = Distribution(x, adaptor, coin=coin)
     ok = distribution.status == 0
     w = distribution.w * distribution.alive
     running = w.cumsum(-1)  # (N, V)
-    low, high, *_ = philox(seeds.reshape(-1), positions.reshape(-1))
     target = distribution.draw_target(low, high, running[:, -1])
     tokens = (running <= target[:, None]).sum(-1).clamp(max=x.shape[1] - 1)
     tokens = torch.where(distribution.greedy[:, 0], distribution.best, tokens)
@@ -171,7 +171,7 @@ def sample(
         value = _log_ratio(base, tokens, log_z)
         result["base_logprobs"] = torch.where(ok, value, float("nan"))
     if log_mass:
-        value = (distribution.log(w.sum(-1)) - distribution.log(distribution.w.sum(-1))).float()
+        value = (distribution.log(w.sum(-1)) - distribution.log_of_all()).float()
         value = torch.where(distribution.greedy[:, 0], 0.0, value)
         result["log_mass"] = torch.where(ok, value, float("nan"))
     if top_logprobs:

@@ -1,4 +1,4 @@
-"""The arithmetic of the sampling rule: masses, logarithm, exponential, Philox.
+"""The arithmetic of the sampling rule: masses, logarithm, exponential.
 
 Every operation is rounded separately, so that each implementation computes the same bits.
 """
@@ -35,32 +35,6 @@ def masses(d: Tensor) -> tuple[Tensor, Tensor]:
     w = torch.where(inside, e, 0.0).to(torch.int64)
     u = torch.where(inside, e * -d, 0.0).to(torch.int64)
     return w, u
-
-
-def philox(
-    seeds: Tensor, positions: Tensor, stream: int = 0
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns the words of Philox4x32-10 (Salmon et al. 2011): key = seed.
-
-    Args:
-        seeds (Tensor): (N,), int64, read as unsigned.
-        positions (Tensor): (N,), int64, read as unsigned: the low half of the counter.
-        stream (int): the high half of the counter, in [0, 2^32).
-
-    Returns:
-        Tensor, Tensor, Tensor, Tensor: the four output words, each (N,), in [0, 2^32).
-    """
-    mask = 0xFFFFFFFF
-    k0, k1 = seeds & mask, (seeds >> 32) & mask
-    c0, c1 = positions & mask, (positions >> 32) & mask
-    c2, c3 = torch.full_like(c0, stream), torch.zeros_like(c0)
-    for _ in range(10):
-        # the int64 product wraps, and its 64 bits are those of the unsigned product
-        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
-        high0, high1 = (p0 >> 32) & mask, (p1 >> 32) & mask
-        c0, c1, c2, c3 = high1 ^ c1 ^ k0, p1 & mask, high0 ^ c3 ^ k1, p0 & mask
-        k0, k1 = (k0 + 0x9E3779B9) & mask, (k1 + 0xBB67AE85) & mask
-    return c0, c1, c2, c3
 
 
 def log64(value: Tensor) -> Tensor:

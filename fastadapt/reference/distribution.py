@@ -5,23 +5,40 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastadapt.reference import shapes
 from fastadapt.reference.arithmetic import UNIT, exp64, log64, masses
 
 Knobs = Any  # an Adaptor, or anything with its attributes
 # Factors of a threshold, so that a mass that reaches it but for rounding does: of few tokens, the
 # polynomial's error stands between; of many, only the rounding of p and Z.
 NEARLY, ALMOST = 1 - 2.0**-19, 1 - 2.0**-52
+_BY_LOGITS, _LAST = ("top_n_sigma", "min_k", "top_h"), ("typical_p", "epsilon_cutoff", "eta_cutoff")
 FILTERS = {
-    "hf": ("top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"),
-    "vllm": ("min_p", "top_k", "top_p", "typical_p", "epsilon_cutoff", "eta_cutoff"),
+    "hf": (*_BY_LOGITS, "top_k", "top_p", "min_p", "top_a", *_LAST, "xtc"),
+    "vllm": (*_BY_LOGITS, "min_p", "top_k", "top_p", "top_a", *_LAST, "xtc"),
 }
+# The knob of a filter, where it has another name, and what a knob that an adaptor lacks is.
+_KNOB = {"xtc": "xtc_threshold"}
 
 
 class Distribution:
     """The adapted distribution of each row: scaled logits, masses, ranking, survivors, status."""
 
-    def __init__(self, x: Tensor, adaptor: Knobs | None, survivors: Tensor | None = None) -> None:
-        """Runs steps 1 to 4 of the rule; `survivors` replaces the filters by a given support."""
+    def __init__(
+        self,
+        x: Tensor,
+        adaptor: Knobs | None,
+        survivors: Tensor | None = None,
+        coin: Tensor | None = None,
+    ) -> None:
+        """Runs steps 1 to 4 of the rule; `survivors` replaces the filters by a given support.
+
+        The coin of XTC is a 32-bit number a row, (N,); without it the filter acts always or never.
+        """
+        names: tuple[str, ...] = ()
+        if adaptor is not None and survivors is None:
+            names = FILTERS.get(adaptor.order, adaptor.order)
+        last = "temperature" in names
         self.exact = x.dtype != torch.float64
         self.x = x.float() if self.exact else x
         self.n, self.v = x.shape
@@ -30,12 +47,13 @@ class Distribution:
         self.greedy = self.temperature == 0
         divisor = torch.where(self.greedy, 1.0, self.temperature)
         self.inverse = 1 / divisor.float() if self.exact else 1 / divisor
-        self.s = self.x * self.inverse if self.exact else self.x / divisor
+        scaled = self.x * self.inverse if self.exact else self.x / divisor
+        self.s = self.x if last else scaled
         self.m = self.s.amax(-1, keepdim=True)
+        self.row_m = scaled.amax(-1, keepdim=True)
         self.status = self._status(adaptor)
         usable = (self.status == 0)[:, None]
-        self.d = torch.where(usable, self.s - self.m, 0.0)
-        self.w, self.u = masses(self.d) if self.exact else self._probabilities()
+        self._weigh(self.m)
         self.ranking = self.s.sort(stable=True, dim=-1, descending=True).indices
         self.best = self.ranking[:, 0]
         self.alive = (self.s > float("-inf")) & usable
@@ -43,12 +61,47 @@ class Distribution:
             self.alive = survivors
         elif adaptor is not None:
             self.keep = self._knob(adaptor, "min_tokens_to_keep", 1)
-            for name in FILTERS[adaptor.order]:
-                knob = self._knob(adaptor, name, 0.0)
-                kept = getattr(self, f"_{name}")(knob)
+            self.excludes = self._excludes(adaptor, coin)
+            for name in names:
+                if name == "temperature":
+                    continue
+                knob = self._knob(adaptor, _KNOB.get(name, name), 0.0)
+                of_shape = getattr(shapes, name, None)
+                kept = of_shape(self, knob) if of_shape else getattr(self, f"_{name}")(knob)
                 self.alive &= kept | self.greedy
             only_best = torch.zeros_like(self.alive).scatter(1, self.best[:, None], True)
             self.alive &= only_best | ~self.greedy
+        if last:
+            self.s = scaled
+            self.alive &= scaled > float("-inf")
+            largest = torch.where(self.alive, scaled, float("-inf")).amax(-1, keepdim=True)
+            self.m = torch.where(divisor == 1, self.m, largest)
+            beyond = torch.where(self.m == float("-inf"), 3, 0)
+            beyond = torch.where(self.m == float("inf"), 2, beyond)
+            self.status = torch.where(usable, beyond, self.status[:, None])[:, 0].to(torch.uint8)
+            self.alive &= (self.status == 0)[:, None]
+            self._weigh(self.m)
+
+    def _weigh(self, m: Tensor) -> None:
+        """Makes distances, masses and surprisal masses, relative to a maximum."""
+        usable = (self.status == 0)[:, None]
+        self.d = torch.where(usable, self.s - m, 0.0)
+        self.w, self.u = masses(self.d) if self.exact else self._probabilities()
+
+    def _excludes(self, adaptor: Knobs, coin: Tensor | None) -> Tensor:
+        """Returns the rows in which XTC acts, (N, 1)."""
+        p = self._knob(adaptor, "xtc_probability", 0.0)
+        if coin is not None:
+            return coin.double()[:, None] < p * 2.0**32
+        if ((p > 0) & (p < 1)).any():
+            raise ValueError("xtc_probability: expected 0 or 1 where nothing is drawn")
+        return p == 1
+
+    def log_of_all(self) -> Tensor:
+        """Returns the log of the mass of all tokens at the temperature, in units of `log`, (N,)."""
+        d = torch.where((self.status == 0)[:, None], self.s - self.row_m, 0.0)
+        w = masses(d)[0] if self.exact else d.exp()
+        return self.log(w.sum(-1)) + (self.row_m.double() - self.m.double())[:, 0]
 
     def _knob(self, adaptor: Knobs | None, name: str, default: float) -> Tensor:
         """Returns a knob as float64 (N, 1)."""
@@ -71,7 +124,11 @@ class Distribution:
         bad = ~((t == 0) | ((t >= 1e-6) & (t <= torch.finfo(torch.float32).max)))
         bad |= ~(self._knob(adaptor, "top_k", 0) >= 0)
         bad |= ~(self._knob(adaptor, "min_tokens_to_keep", 1) >= 1)
-        for name in ("top_p", "min_p", "typical_p"):
+        for name in ("top_n_sigma", "min_k"):
+            knob = self._knob(adaptor, name, 0.0)
+            bad |= ~((knob >= 0) & (knob <= 1e6))
+        of_xtc = ("xtc_probability", "xtc_threshold")
+        for name in ("top_p", "min_p", "typical_p", "top_a", "top_h", *of_xtc):
             knob = self._knob(adaptor, name, 0.0)
             low = knob > 0 if name == "typical_p" else knob >= 0
             bad |= ~(low & (knob <= 1))
@@ -104,8 +161,9 @@ class Distribution:
         if dtype not in (torch.bfloat16, torch.float16):
             return self.s
         most = torch.finfo(dtype).max
-        beyond = (self.inverse > 1) & ((self.m > most) | (self.m < -most / 2))
-        return (self.s - torch.where(beyond, self.m, 0.0)).clamp(min=-most)
+        m = self.row_m
+        beyond = (self.inverse > 1) & ((m > most) | (m < -most / 2))
+        return (self.s - torch.where(beyond, m, 0.0)).clamp(min=-most)
 
     def draw_target(self, low: Tensor, high: Tensor, total: Tensor) -> Tensor:
         """Returns floor(x * S / 2^64), x = low + 2^32 high (step 5); not floored for float64."""
@@ -118,7 +176,7 @@ class Distribution:
         cross = (middle & mask) + low * s1
         return high * s1 + ((middle >> 32) & mask) + (cross >> 32)
 
-    def _ceil(self, value: Tensor) -> Tensor:
+    def ceil(self, value: Tensor) -> Tensor:
         """Rounds integer thresholds up; leaves float64 ones."""
         return value.ceil().to(torch.int64) if self.exact else value
 
@@ -150,7 +208,7 @@ class Distribution:
 
     def _targets(self, part: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the threshold of a share of Z for heavy and for light tokens."""
-        return self._ceil(part * z.double() * NEARLY), self._ceil(part * z.double() * ALMOST)
+        return self.ceil(part * z.double() * NEARLY), self.ceil(part * z.double() * ALMOST)
 
     def _is_heavy(self, mass: Tensor, z: Tensor) -> Tensor:
         """Whether a mass is at least a 1024th of Z."""
@@ -169,7 +227,7 @@ class Distribution:
         """Keeps survivors with w >= about f32(min_p) max w, and the best-ranked `keep`."""
         there, count, _ = self._before(self.ranking)
         top = (self.w * self.alive).amax(-1, keepdim=True)
-        kept = self.w >= self._ceil(min_p.float().double() * top.double() * NEARLY)
+        kept = self.w >= self.ceil(min_p.float().double() * top.double() * NEARLY)
         best = self._in_place(self.ranking, there & (count <= self.keep))
         return kept | best | (min_p == 0)
 
@@ -197,7 +255,7 @@ class Distribution:
         there, count, _ = self._before(self.ranking)
         z = self._sums()[0]
         threshold = self._smallest(self.s, self.ranking, there & (count <= self.keep))
-        return (self.w >= self._ceil(cutoff * z.double() * NEARLY)) | (self.s >= threshold)
+        return (self.w >= self.ceil(cutoff * z.double() * NEARLY)) | (self.s >= threshold)
 
     def _epsilon_cutoff(self, epsilon: Tensor) -> Tensor:
         """Keeps survivors of probability >= epsilon."""

@@ -5,13 +5,16 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from fastadapt.reference.arithmetic import philox
+from fastadapt._ops.philox import philox
 from fastadapt.reference.distribution import FILTERS, Distribution, Knobs
 from fastadapt.reference.edits import Changes, edited
 from fastadapt.results import Verified
 
 BAD_DRAFT = 5
-KNOBS = ("temperature", *FILTERS["hf"], "min_tokens_to_keep")
+KNOBS = (
+    "temperature", "min_tokens_to_keep", "xtc_probability", "xtc_threshold",
+    *(name for name in FILTERS["hf"] if name != "xtc"),
+)  # fmt: skip
 
 
 def verify(
@@ -40,14 +43,16 @@ def verify(
     """
     n, k = draft.shape
     x = edited(logits, edits, allowed, num_tokens).flatten(0, 1)
-    p = Distribution(x, _repeated(adaptor, k + 1))
+    if seeds is None:
+        seeds = torch.randint(2**63 - 1, (n,), generator=generator, device=logits.device)
+    first = torch.zeros_like(seeds) if positions is None else positions
+    each = (first[:, None] + torch.arange(k + 1, device=first.device)).flatten()
+    coin = philox(seeds.repeat_interleave(k + 1), each)[2]
+    p = Distribution(x, _repeated(adaptor, k + 1), coin=coin)
     q = None
     if draft_logits is not None:
         of_drafts = edited(draft_logits, num_tokens=num_tokens).flatten(0, 1)
         q = Distribution(of_drafts, _repeated(draft_adaptor or adaptor, k))
-    if seeds is None:
-        seeds = torch.randint(2**63 - 1, (n,), generator=generator, device=logits.device)
-    first = torch.zeros_like(seeds) if positions is None else positions
     lengths = torch.full_like(seeds, k) if draft_lengths is None else draft_lengths
     tokens = torch.full((n, k + 1), -1, device=logits.device)
     accepted = torch.zeros_like(seeds)

@@ -11,7 +11,7 @@ from fastadapt._ops.outputs import sample_fields
 from fastadapt.adaptor import Adaptor
 from fastadapt.results import Sample, Score
 from fastadapt.sampling.edits import Edits
-from fastadapt.sampling.rows import edited_rows, knobs_for, seeds_of
+from fastadapt.sampling.rows import edited_rows, knobs_for, refuse_coin, seeds_of
 
 MAX_TOP_LOGPROBS = 1024
 
@@ -65,6 +65,7 @@ def filter_logits(
     """
     rows = fold_rows("logits", logits, double=False)
     knobs = knobs_for(rows, adaptor)
+    refuse_coin(adaptor)
     real, changes = edited_rows(rows, logits.shape[:-1], edits, allowed, num_tokens)
     out: Tensor = torch.ops.fastadapt.filter_logits(real, knobs, adaptor.filter_code, *changes)
     if padding := rows.shape[1] - real.shape[1]:
@@ -192,6 +193,7 @@ def score(
     knobs = [knobs_for(rows, a, f"adaptors[{i}]") for i, a in enumerate(adaptors)]
     for adaptor in adaptors:
         _refuse_greedy(adaptor, "score")
+        refuse_coin(adaptor)
     orders = [adaptor.filter_code for adaptor in adaptors]
     out = torch.ops.fastadapt.score(rows, flat, knobs, orders, ignore_index, *changes)
     return Score(*(t.view(tokens.shape + t.shape[1:]) for t in out))
@@ -245,6 +247,7 @@ def adapted_log_odds(
     flat = per_row("tokens", tokens, torch.int64, logits.shape[:-1], rows)
     ignore_index = integer("ignore_index", ignore_index)
     knobs = knobs_for(rows, adaptor)
+    refuse_coin(adaptor)
     _refuse_greedy(adaptor, "adapted_log_odds")
     log_odds: Tensor = torch.ops.fastadapt.adapted_log_odds(
         rows, flat, knobs, adaptor.filter_code, ignore_index, *changes

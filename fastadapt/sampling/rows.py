@@ -73,6 +73,19 @@ def knobs_for(rows: Tensor, adaptor: Adaptor, name: str = "adaptor") -> Tensor:
     return adaptor.packed_on(rows.device)
 
 
+def refuse_coin(adaptor: Adaptor) -> None:
+    """Raises where nothing is drawn, and so no coin thrown, for an adaptor with a coin.
+
+    Raises:
+        ValueError: XTC's probability is known to be between 0 and 1 in some row.
+    """
+    if adaptor.has_coin:
+        raise ValueError(
+            "xtc_probability: expected 0 or 1 where no token is drawn, got a value between them; "
+            "Adaptor.tossed throws its coin"
+        )
+
+
 def seeds_of(
     seeds: Tensor | None, generator: torch.Generator | None, shape: torch.Size, rows: Tensor
 ) -> Tensor:

@@ -156,7 +156,7 @@ def compile_draws(
     plain = filter_code(0, (knob in (TOP_K.value, TOP_P.value) for knob in range(NUM_KNOBS.value)))
     for dtype, code in itertools.product(dtypes, (0, plain)):
         logits = torch.empty(1, v, dtype=dtype, device=device)
-        knobs = torch.empty(8, 1, dtype=torch.float64, device=device)
+        knobs = torch.empty(NUM_KNOBS.value, 1, dtype=torch.float64, device=device)
         seeds = torch.empty(1, dtype=torch.int64, device=device)
         out = sample_outputs(logits, False, False, top_n)
         sample(logits, knobs, code, seeds, None, False, False, top_n, out, launch=note)
@@ -216,7 +216,7 @@ def _score(
     out: Scores,
     plan: Plan,
 ) -> None:
-    """Under adaptors of one order; knobs (A, 8, R), outputs (N, A) and (N,)."""
+    """Under adaptors of one order; knobs (A, 14, R), outputs (N, A) and (N,)."""
     steps = steps_of(order, 0)
     asked = asked_of(knobs, steps.order, ALL_WEIGHED.value, BASE.value, SURPRISAL.value)
     for at in slices(logits, len(knobs), plan):

@@ -14,7 +14,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from fastadapt._ops.filter_code import is_known, may_act, order_of
+from fastadapt._ops.filter_code import filters_of, is_known, may_act, order_of
 from fastadapt._ops.triton import nucleus, scan, split
 from fastadapt._ops.triton.bundles import Rows, Scratch, Sizes
 from fastadapt._ops.triton.rows import (
@@ -39,6 +39,7 @@ FILTERS = (
     (TOP_K, TOP_P, MIN_P, TYPICAL_P, EPSILON, ETA),
     (MIN_P, TOP_K, TOP_P, TYPICAL_P, EPSILON, ETA),
 )
+ORDERS_OF_KERNELS = tuple(knob.value for knob in FILTERS[0])
 
 
 class Steps(NamedTuple):
@@ -58,8 +59,14 @@ class Steps(NamedTuple):
 
 @lru_cache
 def steps_of(code: int, rows: int) -> Steps:
-    """The passes for bounds of a code whose knobs have so many rows, 1 where all are numbers."""
+    """The passes for bounds of a code whose knobs have so many rows, 1 where all are numbers.
+
+    Raises:
+        NotImplementedError: a filter or an order that these kernels do not know.
+    """
     order = order_of(code)
+    if is_known(code) and (order > 1 or not set(filters_of(code)) <= set(ORDERS_OF_KERNELS)):
+        raise NotImplementedError("order: expected filters that CUDA kernels have")
     used = [knob.value for knob in FILTERS[order] if may_act(code, knob.value)]
     one_bounds = rows == 1 and is_known(code)
     first = set(used[:1]) if one_bounds else set(used)
@@ -226,7 +233,7 @@ class Scan(NamedTuple):
 
     launch: Launch
     rows: Rows
-    knobs: Tensor  # (A, 8, R), or (8, R) for one adaptor
+    knobs: Tensor  # (A, 14, R), or (14, R) for one adaptor
     asked: int
     scratch: Scratch
     layout: Layout
@@ -238,7 +245,7 @@ class Scan(NamedTuple):
 
 
 def asked_of(knobs: Tensor, order: int, *bits: int) -> int:
-    """Packs the number of adaptors, how knobs (..., 8, R) lie, their order, and what is asked for.
+    """Packs the number of adaptors, how knobs (..., 14, R) lie, their order, and what is asked for.
 
     Bits are constants of `rows`, each once.
     """
@@ -312,5 +319,5 @@ def some(tensor: Tensor, at: slice | None) -> Tensor:
 
 
 def knobs_of_rows(knobs: Tensor, at: slice | None) -> Tensor:
-    """Returns the knobs (..., 8, R) of some rows."""
+    """Returns the knobs (..., 14, R) of some rows."""
     return knobs if at is None or knobs.shape[-1] == 1 else knobs[..., at].contiguous()

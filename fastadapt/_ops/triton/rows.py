@@ -21,7 +21,7 @@ TYPICAL_P = tl.constexpr(4)
 EPSILON = tl.constexpr(5)
 ETA = tl.constexpr(6)
 KEEP = tl.constexpr(7)
-NUM_KNOBS = tl.constexpr(8)
+NUM_KNOBS = tl.constexpr(14)
 MAX_KEEP = tl.constexpr(1 << 22)  # the longest row
 
 # What a call asks for, in one integer, which kernels do not specialise: the number of adaptors, and
@@ -112,7 +112,7 @@ def has(asked, bit):
 
 @triton.jit
 def knobs_of(packed, asked, virtual):
-    """Returns the row of logits and the knobs, of (A, 8, 1 or N), of a virtual row.
+    """Returns the row of logits and the knobs, of (A, 14, 1 or N), of a virtual row.
 
     The first axis of a grid is of virtual rows.
     """

@@ -88,7 +88,7 @@ def _as_sampled(
 
 
 def _of_rows(knobs: Tensor, times: int) -> Tensor:
-    """Returns the knobs (8, R) of rows, so many of which belong to a sequence."""
+    """Returns the knobs (14, R) of rows, so many of which belong to a sequence."""
     return knobs if knobs.shape[1] == 1 else knobs.repeat_interleave(times, 1)
 
 
