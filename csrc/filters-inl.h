@@ -114,9 +114,10 @@ class Survivors {
   void rescale(float inv_t) {
     if (!untouched()) {
       if (!listed_ || pending_ != Pending::kNone) to_list();
+      status_ = status_of_largest(row_.view.m * inv_t);  // else it is that of survivors
       list_ = {list_.x, list_.n, inv_t, largest(list_) * inv_t + 0.0f, nullptr, list_.id};
       summed_ = Summed::kNone;
-      status_ = status_of_largest(list_.m);
+      if (list_.m == -kInf) status_ = kNoFinite;
       return;
     }
     row_.view.m = row_.view.m * inv_t + 0.0f;

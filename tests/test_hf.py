@@ -244,6 +244,18 @@ FUSED = {
         ],
         Adaptor(min_p=0.1),
     ),
+    "top_h": (
+        [transformers.TemperatureLogitsWarper(0.5), transformers.TopHLogitsWarper(0.4)],
+        Adaptor(temperature=0.5, top_h=0.4),
+    ),
+    "another_order": (
+        [
+            transformers.TopPLogitsWarper(0.9),
+            transformers.TopKLogitsWarper(5),
+            transformers.TemperatureLogitsWarper(0.5),
+        ],
+        Adaptor(temperature=0.5, top_p=0.9, top_k=5, order=("top_p", "top_k", "temperature")),
+    ),
     "extremes": (
         [transformers.TopPLogitsWarper(0.0), transformers.MinPLogitsWarper(0)],
         Adaptor(top_p=0.0),
@@ -265,7 +277,7 @@ class TopKOfAUser(transformers.TopKLogitsWarper):
 UNFUSED = {
     "unknown_among": [
         transformers.TemperatureLogitsWarper(0.5),
-        transformers.TopHLogitsWarper(0.5),
+        transformers.WatermarkLogitsProcessor(VOCAB, "cpu"),
         transformers.TopKLogitsWarper(5),
     ],
     "unknown_after": [
@@ -286,7 +298,15 @@ UNFUSED = {
         transformers.TopKLogitsWarper(2),
         transformers.TopPLogitsWarper(0.9, min_tokens_to_keep=3),
     ],
-    "out_of_order": [transformers.TopPLogitsWarper(0.9), transformers.TopKLogitsWarper(5)],
+    "temperature_among": [
+        transformers.TopPLogitsWarper(0.9),
+        transformers.TemperatureLogitsWarper(0.5),
+        transformers.TopKLogitsWarper(5),
+    ],
+    "keep_of_top_h": [
+        transformers.TopHLogitsWarper(0.5),
+        transformers.TopPLogitsWarper(0.9, min_tokens_to_keep=2),
+    ],
     "twice": [transformers.TopKLogitsWarper(9), transformers.TopKLogitsWarper(5)],
     "finite_filter_value": [transformers.TopKLogitsWarper(5, filter_value=-20.0)],
 }

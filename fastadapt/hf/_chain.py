@@ -12,6 +12,7 @@ from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
     TemperatureLogitsWarper,
+    TopHLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
     TypicalLogitsWarper,
@@ -23,6 +24,7 @@ from fastadapt.hf._run import splits_at
 # In the order in which transformers runs them: the knob of ours, the attribute of theirs.
 _WARPERS = {
     TemperatureLogitsWarper: ("temperature", "temperature"),
+    TopHLogitsWarper: ("top_h", "top_h"),
     TopKLogitsWarper: ("top_k", "top_k"),
     TopPLogitsWarper: ("top_p", "top_p"),
     MinPLogitsWarper: ("min_p", "min_p"),
@@ -83,11 +85,16 @@ def chain_of(processors: LogitsProcessorList, fused_warper: type[Any]) -> Chain:
 def _adaptor_of(warpers: list[Any]) -> Adaptor | None:
     """Returns the adaptor equivalent to these warpers, None if there is none."""
     kinds = [type(warper) for warper in warpers]
-    if kinds != [kind for kind in _WARPERS if kind in kinds]:
+    if any(kind not in _WARPERS for kind in kinds):
         return None
-    # top-k has its own minimum in top_k already
-    guarded = [w for w in warpers if type(w) not in (TemperatureLogitsWarper, TopKLogitsWarper)]
-    keep = {w.min_tokens_to_keep for w in guarded} or {1}
+    names = [_WARPERS[kind][0] for kind in kinds]
+    # a temperature among filters, or one filter twice, is what no adaptor has
+    if len(set(names)) < len(names) or "temperature" in names[1:-1]:
+        return None
+    # top-k has its own minimum in top_k already, top-h has none
+    own = (TemperatureLogitsWarper, TopKLogitsWarper)
+    guarded = [w for w in warpers if type(w) not in own]
+    keep = {getattr(w, "min_tokens_to_keep", 1) for w in guarded} or {1}
     few = any(w.top_k < max(keep) for w in warpers if type(w) is TopKLogitsWarper)
     finite = any(getattr(w, "filter_value", -math.inf) != -math.inf for w in warpers)
     if few or finite or len(keep) > 1:
@@ -98,7 +105,9 @@ def _adaptor_of(warpers: list[Any]) -> Adaptor | None:
             knob, attribute = _WARPERS[type(warper)]
             value = getattr(warper, attribute)
             knobs[knob] = int(value) if knob == "top_k" else float(value)
-        return Adaptor(**knobs, min_tokens_to_keep=keep.pop())
+        ordered = kinds == [kind for kind in _WARPERS if kind in kinds]
+        order = "hf" if ordered else tuple(names)
+        return Adaptor(**knobs, min_tokens_to_keep=keep.pop(), order=order)
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         warnings.warn(f"{error}; transformers' own warpers run instead of fused ones", stacklevel=6)
         return None

@@ -77,7 +77,7 @@ class Distribution:
             largest = torch.where(self.alive, scaled, float("-inf")).amax(-1, keepdim=True)
             self.m = torch.where(divisor == 1, self.m, largest)
             beyond = torch.where(self.m == float("-inf"), 3, 0)
-            beyond = torch.where(self.m == float("inf"), 2, beyond)
+            beyond = torch.where(self.row_m == float("inf"), 2, beyond)
             self.status = torch.where(usable, beyond, self.status[:, None])[:, 0].to(torch.uint8)
             self.alive &= (self.status == 0)[:, None]
             self._weigh(self.m)

@@ -125,7 +125,7 @@ void fill_knobs(double* k, int64_t step, int64_t v) {
   const double some = static_cast<double>(1 + below(v));
   const double share = some / static_cast<double>(v);  // lands on the borders of flat rows
   const double tail = pick({1e-12, 1e-5, 3e-4, .01, .5, .99, 1e-300, .9 / some});
-  const double neutral[kNumKnobs] = {1, 0, 1, 0, 1, 0, 0, 1};
+  const double neutral[kNumKnobs] = {1, 0, 1, 0, 1, 0, 0, 1, 0, 0, 0, 0, 0, .1};
   const double other[kNumKnobs] = {pick({.7, 1.3, .1, 2.5, 0., 1e-6, 100., 3.4e38}),
                                    pick({1., 2., 5., 50., 200., 1e6, some}),
                                    pick({0., .1, .5, .9, .999, .999999, 1e-9, share, 1 - 1e-15}),
@@ -133,9 +133,27 @@ void fill_knobs(double* k, int64_t step, int64_t v) {
                                    pick({1e-9, .1, .5, .9, .999, .999999999, share}),
                                    tail,
                                    tail,
-                                   pick({2., 3., 10., 70., 5000., some, some + 5})};
-  for (int i = 0; i < kNumKnobs; ++i) k[i * step] = one_in(3) ? other[i] : neutral[i];
+                                   pick({2., 3., 10., 70., 5000., some, some + 5}),
+                                   pick({.3, 1., 2., 5., 1e6}),
+                                   pick({1e-9, 3., 100., 1e6}),
+                                   pick({1e-9, .1, .5, 1., share}),
+                                   pick({.1, .5, .9, 1., 1e-9}),
+                                   pick({.5, 1., 1.}),
+                                   pick({0., 1e-9, .01, .1, .5, .7, share})};
+  const bool shapes = one_in(2);
+  for (int i = 0; i < kNumKnobs; ++i)
+    k[i * step] = (i > kKeep ? shapes && one_in(4) : one_in(3)) ? other[i] : neutral[i];
   if (one_in(60)) k[below(kNumKnobs) * step] = pick({-1., 2.5e300, std::nan("")});
+}
+
+// Those of a name, or any.
+Filters some_order() {
+  std::vector<Filters> filters{8, 9, 11, 1, 2, 3, 10, 4, 5, 6, 12};
+  if (one_in(3)) std::swap(filters[3], filters[5]);
+  if (one_in(3)) std::shuffle(filters.begin(), filters.end(), rng);
+  Filters packed = 0;
+  for (size_t i = 0; i < filters.size(); ++i) packed |= filters[i] << kBitsOfFilter * i;
+  return packed;
 }
 
 void put(double z, DType dtype, uint8_t* to) {
@@ -207,8 +225,8 @@ struct Problem {
       const int64_t columns = one_in(2) ? 1 : n;
       packed.emplace_back(static_cast<size_t>(kNumKnobs * columns));
       for (int64_t r = 0; r < columns; ++r) fill_knobs(packed.back().data() + r, columns, v);
-      const Order order = pick({Order::kHf, Order::kVllm});
-      knobs.push_back({packed.back().data(), columns, columns == 1 ? 0 : 1, order});
+      knobs.push_back(
+          {packed.back().data(), columns, columns == 1 ? 0 : 1, some_order(), one_in(4)});
     }
     fill_edits();
   }

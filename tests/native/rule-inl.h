@@ -3,6 +3,7 @@
 #pragma once
 
 #include "problems-inl.h"
+#include "shapes-inl.h"
 
 namespace {
 
@@ -50,10 +51,19 @@ double log_of(int64_t z) { return std::log(static_cast<double>(z) * 0x1p-40); }
 // Knobs of one row.
 struct KnobsOfRow {
   double k[kNumKnobs];
-  Order order;
+  Filters filters;
+  bool last;  // the temperature
+  bool tossed, excludes;
 
-  KnobsOfRow(const Knobs& from, int64_t r) : order(from.order) {
+  KnobsOfRow(const Knobs& from, int64_t r) : filters(from.filters), last(from.temperature_last) {
     for (int i = 0; i < kNumKnobs; ++i) k[i] = from.data[i * from.knob_step + r * from.row_step];
+    excludes = k[kXtcProbability] == 1;
+    tossed = excludes || k[kXtcProbability] == 0;
+  }
+
+  void toss(uint64_t coin) {
+    tossed = true;
+    excludes = static_cast<double>(coin) < k[kXtcProbability] * 0x1p32;
   }
 
   bool good() const {
@@ -61,7 +71,10 @@ struct KnobsOfRow {
     return (t == 0 || (t >= 1e-6 && t <= 3.4028234663852886e38)) && k[kTopK] >= 0 &&
            k[kTopP] >= 0 && k[kTopP] <= 1 && k[kMinP] >= 0 && k[kMinP] <= 1 && k[kTypicalP] > 0 &&
            k[kTypicalP] <= 1 && k[kEpsilon] >= 0 && k[kEpsilon] < 1 && k[kEta] >= 0 &&
-           k[kEta] < 1 && k[kKeep] >= 1;
+           k[kEta] < 1 && k[kKeep] >= 1 && k[kTopNSigma] >= 0 && k[kTopNSigma] <= 1e6 &&
+           k[kMinK] >= 0 && k[kMinK] <= 1e6 && k[kTopA] >= 0 && k[kTopA] <= 1 && k[kTopH] >= 0 &&
+           k[kTopH] <= 1 && k[kXtcProbability] >= 0 && k[kXtcProbability] <= 1 &&
+           k[kXtcThreshold] >= 0 && k[kXtcThreshold] <= 1 && tossed;
   }
   bool greedy() const { return k[kTemperature] == 0; }
   float inv_t() const { return greedy() ? 1.0f : 1.0f / static_cast<float>(k[kTemperature]); }
@@ -74,10 +87,15 @@ struct Distribution {
   int64_t kept = 0, mass = 0, surprisal = 0;
 
   // all that is finite
-  explicit Distribution(const Scaled& row) : w(row.s.size()), u(row.s.size()), alive(row.s.size()) {
+  explicit Distribution(const Scaled& row)
+      : w(row.s.size()), u(row.s.size()), alive(row.s.size(), 1) {
+    weigh(row.s, row.m);
+  }
+
+  void weigh(const std::vector<float>& s, float m) {
     for (size_t i = 0; i < w.size(); ++i) {
-      const float d = row.s[i] - row.m, e = mass_of(d);
-      alive[i] = row.s[i] > -kInfF;
+      const float d = s[i] - m, e = mass_of(d);
+      alive[i] = alive[i] && s[i] > -kInfF;
       w[i] = static_cast<int64_t>(e);
       u[i] = e > 0 ? static_cast<int64_t>(e * -d) : 0;
     }
@@ -86,17 +104,20 @@ struct Distribution {
 
   // what a row's knobs leave of it
   Distribution(const Scaled& row, const KnobsOfRow& knobs) : Distribution(row) {
-    const int hf[] = {kTopK, kTopP, kMinP, kTypicalP, kEpsilon, kEta};
-    const int vllm[] = {kMinP, kTopK, kTopP, kTypicalP, kEpsilon, kEta};
     std::vector<int64_t> best_first;
     for (size_t i = 0; i < w.size(); ++i)
       if (alive[i]) best_first.push_back(static_cast<int64_t>(i));
     std::stable_sort(best_first.begin(), best_first.end(),
                      [&](auto i, auto j) { return row.s[i] > row.s[j]; });
-    for (int knob : knobs.order == Order::kHf ? hf : vllm) {
+    for (Filters left = knobs.filters; left; left >>= kBitsOfFilter) {
+      const int knob = static_cast<int>(left & 15);
       const double a = knobs.k[knob];
       if (knob == kTopP || knob == kTypicalP ? a == 1 : a == 0) continue;
-      filter(row, knob, a, knobs.k[kKeep], best_first);
+      if (knob < kTopNSigma || knob == kTopA) {
+        filter(row, knob, a, knobs.k[kKeep], best_first);
+      } else if (knob != kXtcProbability || knobs.excludes) {
+        filter_by_shape(row, knob, knobs, best_first);
+      }
       best_first.erase(std::remove_if(best_first.begin(), best_first.end(),
                                       [&](int64_t i) { return !alive[i]; }),
                        best_first.end());
@@ -105,6 +126,26 @@ struct Distribution {
   }
 
  private:
+  void filter_by_shape(const Scaled& row, int knob, const KnobsOfRow& knobs,
+                       const std::vector<int64_t>& by) {
+    Ranked ranked{{}, {}, {}, row.m};
+    for (int64_t i : by) {
+      ranked.s.push_back(row.s[i]);
+      ranked.w.push_back(w[i]);
+      ranked.u.push_back(u[i]);
+    }
+    const double keep = knobs.k[kKeep];
+    int64_t first = 0, end = ranked.size();
+    if (knob == kTopNSigma) end = ranked.within(knobs.k[knob]);
+    if (knob == kMinK) end = ranked.above_cliff(knobs.k[knob]);
+    if (knob == kTopH) end = ranked.by_entropy(knobs.k[knob]);
+    if (knob == kXtcProbability) first = ranked.excluded(knobs.k[kXtcThreshold], keep);
+    end = static_cast<int64_t>(
+        std::min(std::max(static_cast<double>(end), keep), static_cast<double>(ranked.size())));
+    std::fill(alive.begin(), alive.end(), char(0));
+    for (int64_t j = first; j < end; ++j) alive[by[j]] = 1;
+  }
+
   void count() {
     kept = mass = surprisal = 0;
     for (size_t i = 0; i < w.size(); ++i)
@@ -128,6 +169,8 @@ struct Distribution {
         keep < static_cast<double>(by.size()) ? static_cast<size_t>(keep) : by.size();
     const double nearly = 1 - 0x1p-19, almost = 1 - 0x1p-52;
     const double min_p = std::ceil(static_cast<float>(a) * static_cast<double>(top) * nearly);
+    const double share = static_cast<double>(top) / zd;
+    const double top_a = std::ceil(a * share * static_cast<double>(top) * nearly);
     const double h = std::log(zd * 0x1p-40) + static_cast<double>(surprisal) / zd;
     const double eta = std::ceil(std::min(a, std::sqrt(a) * std::exp(-h)) * zd * nearly);
     std::fill(alive.begin(), alive.end(), char(0));
@@ -151,6 +194,7 @@ struct Distribution {
       }
       if (knob == kTopP) alive[i] = in_guard || before < (w[i] >= heavy ? least : most);
       if (knob == kMinP) alive[i] = in_guard || w[i] >= static_cast<int64_t>(min_p);
+      if (knob == kTopA) alive[i] = in_guard || w[i] >= static_cast<int64_t>(top_a);
       if (knob == kTypicalP) alive[i] = in_guard || key(i) >= last;
       if (knob == kEpsilon) alive[i] = in_guard || tie || w[i] >= least;
       if (knob == kEta) alive[i] = in_guard || tie || w[i] >= static_cast<int64_t>(eta);
@@ -158,8 +202,31 @@ struct Distribution {
   }
 };
 
-// Philox4x32-10 (Salmon et al. 2011), key = seed, counter = position: the first 64 bits.
-uint64_t philox(uint64_t seed, uint64_t position) {
+// A row at a temperature, what its knobs leave of it, and the largest that the masses are of.
+struct Law {
+  Scaled row;
+  Status status;
+  float m;
+  Distribution left;
+
+  Law(const std::vector<float>& x, const KnobsOfRow& knobs)
+      : row(x, knobs.inv_t()), status(kBadKnob), m(row.m), left(row) {
+    const Scaled first(x, knobs.last ? 1 : knobs.inv_t());
+    if (knobs.good()) status = first.status;
+    if (status != kOk || knobs.greedy()) return;
+    left = Distribution(first, knobs);
+    if (first.inv_t == row.inv_t) return;
+    m = -kInfF;
+    for (size_t i = 0; i < x.size(); ++i)
+      if (left.alive[i]) m = std::max(m, row.s[i]);
+    status = row.m == kInfF ? kPosInf : m == -kInfF ? kNoFinite : kOk;
+    left.weigh(row.s, m);
+  }
+};
+
+// Philox4x32-10 (Salmon et al. 2011), key = seed, counter = position: the first 64 bits, and 32
+// more.
+std::pair<uint64_t, uint64_t> philox(uint64_t seed, uint64_t position) {
   uint64_t c[4] = {position & 0xffffffff, position >> 32, 0, 0};
   uint64_t k[2] = {seed & 0xffffffff, seed >> 32};
   for (int round = 0; round < 10; ++round) {
@@ -170,7 +237,7 @@ uint64_t philox(uint64_t seed, uint64_t position) {
     k[0] = (k[0] + 0x9E3779B9) & 0xffffffff;
     k[1] = (k[1] + 0xBB67AE85) & 0xffffffff;
   }
-  return c[0] | c[1] << 32;
+  return {c[0] | c[1] << 32, c[2]};
 }
 
 // Float outputs come from the same integers by the same formula in double, so they may differ by
@@ -265,11 +332,16 @@ struct Case {
   }
 
   const char* sample_and_filter() const {
-    const KnobsOfRow knobs(p.knobs[0], r);
-    const Scaled row(x, knobs.inv_t());
-    const Status status = knobs.good() ? row.status : kBadKnob;
-    if (got<uint8_t>("status", 0) != status) return "status";
-    if (status != kOk) {
+    KnobsOfRow knobs(p.knobs[0], r);
+    const auto [random, coin] =
+        philox(static_cast<uint64_t>(p.seeds[r]),
+               p.placed ? static_cast<uint64_t>(p.positions[r]) : uint64_t{0});
+    const bool alike = knobs.tossed;  // else nothing is filtered, and the coin is the draw's
+    knobs.toss(coin);
+    const Law law(x, knobs);
+    const Scaled& row = law.row;
+    if (got<uint8_t>("status", 0) != law.status) return "status";
+    if (law.status != kOk) {
       if (got<int64_t>("tokens", 0) != -1 || got<int32_t>("kept", 1) != 0) return "bad row";
       return filtered(nullptr, nullptr);
     }
@@ -279,18 +351,15 @@ struct Case {
     std::vector<char> alive(x.size());
     alive[static_cast<size_t>(token)] = 1;
     if (!knobs.greedy()) {
-      const Distribution distribution(row, knobs);
-      const uint64_t random =
-          philox(static_cast<uint64_t>(p.seeds[r]),
-                 p.placed ? static_cast<uint64_t>(p.positions[r]) : uint64_t{0});
+      const Distribution& distribution = law.left;
       const int64_t target = static_cast<int64_t>(
           static_cast<unsigned __int128>(random) * static_cast<uint64_t>(distribution.mass) >> 64);
       int64_t running = 0;
       for (token = 0;; ++token)
         if (distribution.alive[token] && (running += distribution.w[token]) > target) break;
       kept = distribution.kept;
-      logprob = row.at(token) - row.m - log_of(distribution.mass);
-      log_mass = log_of(distribution.mass) - log_of(whole.mass);
+      logprob = row.at(token) - law.m - log_of(distribution.mass);
+      log_mass = log_of(distribution.mass) - (log_of(whole.mass) + (row.m - law.m));
       alive = distribution.alive;
     }
     if (got("tokens", token) != token) return "tokens";
@@ -303,7 +372,7 @@ struct Case {
     if (!close(got("base_logprobs", static_cast<float>(base_logprob)), base_logprob))
       return "base_logprobs";
     if (const char* what = top(base, log_z, token)) return what;
-    return filtered(&row, &alive);
+    return alike ? filtered(&row, &alive) : filtered(nullptr, nullptr);
   }
 
   const char* score() const {
@@ -324,14 +393,13 @@ struct Case {
       const KnobsOfRow knobs(p.knobs[static_cast<size_t>(i)], r);
       double logprob = ignored ? 0 : std::nan(""), log_norm = logprob;
       int64_t kept = 0;
-      const Scaled row(x, knobs.inv_t());
-      const bool good = base.status == kOk && row.status == kOk && knobs.good();
+      const Law law(x, knobs);
+      const bool good = base.status == kOk && law.status == kOk;
       if (!ignored && good && !knobs.greedy()) {
-        const Distribution distribution(row, knobs);
-        kept = distribution.kept;
-        logprob = distribution.alive[y] ? row.at(y) - row.m - log_of(distribution.mass) : -kInf;
+        kept = law.left.kept;
+        logprob = law.left.alive[y] ? law.row.at(y) - law.m - log_of(law.left.mass) : -kInf;
         const double inv_t = static_cast<double>(knobs.inv_t());
-        log_norm = row.m - base.m * inv_t + log_of(distribution.mass) - log_z * inv_t;
+        log_norm = law.m - base.m * inv_t + log_of(law.left.mass) - log_z * inv_t;
       }
       if (o.get<int32_t>("score.kept")[r * n + i] != kept) return "score.kept";
       if (!close(o.get<float>("score.logprobs")[r * n + i], logprob)) return "score.logprobs";
@@ -343,11 +411,11 @@ struct Case {
   const char* log_odds() const {
     const bool wide_row = p.dtype == DType::kFloat64;
     const KnobsOfRow knobs(p.knobs[0], r);
-    const Scaled row(x, knobs.inv_t());
+    const Law law(x, knobs);
+    const Scaled& row = law.row;
     const int64_t y = p.tokens[r];
-    const bool good = y != kIgnored && knobs.good() && !knobs.greedy() && row.status == kOk;
-    const std::vector<char> alive =
-        good ? Distribution(row, knobs).alive : std::vector<char>(x.size());
+    const bool good = y != kIgnored && !knobs.greedy() && law.status == kOk;
+    const std::vector<char> alive = good ? law.left.alive : std::vector<char>(x.size());
     const uint8_t* support = o.get<uint8_t>("support") + r * ((p.v + 7) / 8);
     for (int64_t i = 0; i < (p.v + 7) / 8 * 8; ++i)
       if ((support[i / 8] >> i % 8 & 1) != (i < p.v && alive[i])) return "support";
