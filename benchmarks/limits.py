@@ -124,6 +124,15 @@ def edits_limits(record: Record) -> list[Limit]:
     ]
 
 
+def filters_limits(record: Record) -> list[Limit]:
+    """The demands on each filter by shape, alone, and on a chain with the temperature last."""
+    cells = record["cells"]
+    return [
+        worst(f"{name} to torch.softmax, worst cell", medians(cells, "to_softmax", name), 1.6)
+        for name in record["settings"]["adaptors"]
+    ]
+
+
 def verify_limits(record: Record) -> list[Limit]:
     """The demands on `verify`."""
     cells, settings = record["cells"], record["settings"]
@@ -347,6 +356,7 @@ LIMITS: dict[str, Callable[[Record], list[Limit]]] = {
     "gpu_sampling": gpu_sampling_limits,
     "score": score_limits,
     "edits": edits_limits,
+    "filters": filters_limits,
     "verify": verify_limits,
     "history": history_limits,
     "losses": losses_limits,

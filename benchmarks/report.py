@@ -41,7 +41,7 @@ UNMEASURED = {
         "Not yet measured on a GPU.\n",
     ),
     **dict.fromkeys(
-        ("divergence", "edits", "history", "tracker", "tradeoff", "trainer", "verify"),
+        ("divergence", "edits", "filters", "history", "tracker", "tradeoff", "trainer", "verify"),
         "Not yet measured.\n",
     ),
 }
@@ -199,7 +199,15 @@ TABLES: dict[str, Callable[..., str]] = {
     name: functools.partial(block, name)
     for name in (
         *("generation", "sampling", "gpu_redesign", "gpu_sampling", "gpu_predicted", "score"),
-        *("edits", "losses", "divergence", "gpu_losses", "gpu_loss_static", "train_preferences"),
+        *(
+            "edits",
+            "filters",
+            "losses",
+            "divergence",
+            "gpu_losses",
+            "gpu_loss_static",
+            "train_preferences",
+        ),
         *("history", "trainer", "verify"),
         *("tradeoff", "tracker"),
     )

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import bench_edits
+import bench_filters
 import bench_history
 import bench_sampling
 import bench_score
@@ -290,6 +291,15 @@ def test_edits_are_measured_beside_themselves_without(run_benchmark):
     for limit in limits.edits_limits(record):
         assert limit.figure > 0, limit
     assert "| 200, bfloat16 |" in report.block("edits", record)
+
+
+def test_filters_are_measured_beside_softmax(run_benchmark):
+    small = ("--vocab", 200, "--rows", "normal3", "ties", "--rounds", 2)
+    record = run_benchmark(bench_filters, *small)
+    assert len(record["cells"]) == 4
+    for limit in limits.filters_limits(record):
+        assert limit.figure > 0, limit
+    assert "| 200, ties, bfloat16 |" in report.block("filters", record)
 
 
 def test_verified_drafts_are_measured_beside_sample(run_benchmark):

@@ -64,7 +64,7 @@ def test_examples_of_sampling_run():
     scope: dict[str, object] = {}
     blocks = _examples("docs/sampling.md", "\n## On a GPU\n")
     kept = [block for block in blocks if "model.generate(" not in block]
-    assert len(kept) == 6
+    assert len(kept) == 7
     lengths = []
     for block in kept:
         exec(compile(block, "docs", "exec"), scope)

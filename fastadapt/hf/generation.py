@@ -99,11 +99,11 @@ class Generate:
     scores, stopping and outputs; only the random numbers differ. `do_sample=False` is
     transformers' greedy search, unchanged.
 
-    The warpers at the end of the prepared processor list (temperature, top-k, top-p, min-p,
-    typical, epsilon, eta, in this order) are read into one `Adaptor`. Where another processor
-    stands among or after them (top-h, a watermark), or they disagree on `min_tokens_to_keep`, are
-    repeated, out of order or have a finite `filter_value`, the chain runs as it is and only the
-    draw is fused. So it is, with a warning, where a value is none that an `Adaptor` takes (a
+    The warpers at the end of the prepared processor list (temperature first or last; top-h, top-k,
+    top-p, min-p, typical, epsilon, eta in any order) are read into one `Adaptor`. Where another
+    processor stands among or after them (a watermark), or they disagree on `min_tokens_to_keep`,
+    are repeated or have a finite `filter_value`, the chain runs as it is and only the draw is
+    fused. So it is, with a warning, where a value is none that an `Adaptor` takes (a
     temperature below 1e-6) or a processor returns float64. `LogitNormalization` may follow, and a
     `FusedLogitsWarper` may take their place.
 
