@@ -106,7 +106,7 @@ __all__ = [
     "z_loss",
 ]
 
-_SUBMODULES = ("hf", "losses", "reference", "study", "tracking", "training", "trl")
+_SUBMODULES = ("hf", "losses", "reference", "sglang", "study", "tracking", "training", "trl")
 
 
 def __getattr__(name: str) -> Any:

@@ -23,6 +23,7 @@ NEEDS = {
     "fastadapt.tracking": ("transformers",),
     "fastadapt.training": ("transformers",),
     "fastadapt.training.pairs": ("transformers",),
+    "fastadapt.sglang": ("sglang",),
     "fastadapt.trl": ("trl",),
 }
 # Said in one line, with nothing to run.

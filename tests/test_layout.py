@@ -45,6 +45,7 @@ OURS = {
     "training": PUBLIC | {"training"},
     "hf": PUBLIC | {"_ops", "hf", "training"},
     "trl": PUBLIC | {"training", "trl"},
+    "sglang": PUBLIC | {"sglang"},
     "tracking": PUBLIC | {"tracking", "training"},
     "study": PUBLIC | {"study", "tracking", "training"},
     "_cli": PUBLIC | {"_cli", "_ops", "hf", "study", "training", "trl"},
@@ -57,6 +58,7 @@ OTHERS = {
     },
     "hf": {"torch", "transformers"},
     "trl": {"torch", "transformers", "trl"},
+    "sglang": {"sglang", "torch"},
     "tracking": {"torch", "transformers"},
     "study": {
         *("jinja2", "matplotlib", "numpy", "pyarrow", "rich", "scipy", "torch", "transformers"),
@@ -75,7 +77,7 @@ REGISTER = {
 }
 # these say what to install where an import fails
 TRIES_TO_IMPORT = {"__init__.py", "hf/__init__.py", "trl/__init__.py", "training/pretrained.py"}
-MOST_AT_THE_TOP, MOST_IN_A_FOLDER = 18, 16
+MOST_AT_THE_TOP, MOST_IN_A_FOLDER = 19, 16
 # or 12: of two heads, each with its bias, scale, cap and adapter; of one and the terms of a loss
 MOST_ARGUMENTS = {"linear_divergence": 16, "linear_mle_loss": 13}
 
@@ -399,7 +401,7 @@ def test_public_names_exist() -> None:
 
 
 def test_dir_is_what_is_public() -> None:
-    submodules = {"hf", "losses", "reference", "study", "tracking", "training", "trl"}
+    submodules = {"hf", "losses", "reference", "sglang", "study", "tracking", "training", "trl"}
     assert set(dir(fastadapt)) == {*fastadapt.__all__, *submodules, "__version__"}
     for name in submodules:
         folder = getattr(fastadapt, name)
