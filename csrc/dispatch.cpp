@@ -7,12 +7,8 @@
 // Every ISA, worst first: the namespace of its kernels, and whether this processor can run them.
 #define FASTADAPT_ISAS(ISA) ISA(scalar, true) FASTADAPT_X86_ISAS(ISA)
 #if defined(__x86_64__) || defined(_M_X64)
-// every processor with AVX2 has F16C, which older compilers cannot ask for
-#define FASTADAPT_X86_ISAS(ISA)                                                               \
-  ISA(avx2, __builtin_cpu_supports("avx2"))                                                   \
-  ISA(avx512, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("avx512f") &&          \
-                  __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && \
-                  __builtin_cpu_supports("avx512vl"))
+#include "x86_features.h"
+#define FASTADAPT_X86_ISAS(ISA) ISA(avx2, has_avx2()) ISA(avx512, has_avx512())
 #else
 #define FASTADAPT_X86_ISAS(ISA)
 #endif

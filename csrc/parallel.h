@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstdint>
-#include <cstdlib>
 #include <exception>
 #include <new>
 #include <type_traits>
@@ -15,7 +14,7 @@ namespace fastadapt {
 // fresh pages would cost as much as the kernel.
 class ScratchBuffers {
  public:
-  ~ScratchBuffers() { std::free(memory_); }
+  ~ScratchBuffers() { release(); }
 
   const Scratch& of(int64_t v) {
     if (v > capacity_) grow(v);
@@ -29,13 +28,11 @@ class ScratchBuffers {
 
  private:
   void grow(int64_t v) {
-    constexpr size_t kLine = 64, kArrays = 15;
+    constexpr size_t kArrays = 15;
     // two vectors of padding, rounded up to lines
     const size_t bytes = (static_cast<size_t>(v) * 4 + 2 * 64 + kLine) / kLine * kLine;
-    std::free(memory_);
-    capacity_ = 0;
-    memory_ = static_cast<char*>(std::aligned_alloc(kLine, bytes * kArrays));
-    if (!memory_) throw std::bad_alloc();
+    release();
+    memory_ = static_cast<char*>(::operator new(bytes * kArrays, std::align_val_t(kLine)));
     char* next = memory_;
     const auto take = [&](auto*& array) {
       array = reinterpret_cast<std::remove_reference_t<decltype(array)>>(next);
@@ -50,6 +47,13 @@ class ScratchBuffers {
     capacity_ = v;
   }
 
+  void release() {
+    ::operator delete(memory_, std::align_val_t(kLine));
+    memory_ = nullptr;
+    capacity_ = 0;
+  }
+
+  static constexpr size_t kLine = 64;
   char* memory_ = nullptr;
   int64_t capacity_ = 0;
   Scratch scratch_{};

@@ -1,9 +1,12 @@
 """A row's result depends on its own logits, knobs, seed and position, and on nothing else."""
 
 import os
+import platform
+import re
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -312,3 +315,20 @@ os._exit(status or (0 if all(map(torch.equal, draw(), wanted)) else 4))  # the p
     command = [sys.executable, "-P", "-W", "ignore", "-c", code]
     done = subprocess.run(command, timeout=120, check=False)
     assert done.returncode == 0
+
+
+CPUINFO = Path("/proc/cpuinfo")
+NEEDS = {
+    "avx2": {"avx2", "f16c"},
+    "avx512": {"avx2", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl"},
+}
+
+
+@pytest.mark.skipif(
+    not CPUINFO.exists() or platform.machine() != "x86_64", reason="reads /proc/cpuinfo of x86-64"
+)
+def test_capabilities_are_what_the_system_says() -> None:
+    """The extension asks the processor itself; Linux asks it too."""
+    flags = set(re.search(r"^flags\s*: (.*)$", CPUINFO.read_text(), re.MULTILINE)[1].split())
+    expected = ["scalar", *(name for name, needed in NEEDS.items() if needed <= flags)]
+    assert list(_C.cpu_capabilities()) == expected

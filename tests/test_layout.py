@@ -312,6 +312,12 @@ def test_child_processes_test_the_installed_package() -> None:
 def test_version() -> None:
     assert fastadapt.__version__ == PYPROJECT["project"]["version"]
     assert fastadapt.__version__ == importlib.metadata.version("fastadapt")
+    newest = re.search(r"^## (.*)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[1]
+    cited = re.findall(
+        r"^(?:version|date-released): (.*)$", (ROOT / "CITATION.cff").read_text(), re.M
+    )
+    assert newest in ("Unreleased", " - ".join([fastadapt.__version__, *cited[1:]]))
+    assert cited[0] == fastadapt.__version__
 
 
 # What an interpreter of its own says, line by line; importing torch takes it two seconds.
