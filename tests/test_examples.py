@@ -4,21 +4,89 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
+import numpy as np
 import pytest
+import torch
+
+import fastadapt
 
 pytest.importorskip("trl", reason="some examples train with trl")
 
 from fastadapt._cli.main import main  # noqa: E402
 
 EXAMPLES = sorted((Path(__file__).resolve().parent.parent / "examples").glob("*.py"))
+# its package is compiled for minutes, and is in no extra
+OF_LLAMA_CPP = "llama_cpp_python"
 
 
 def test_there_are_examples():
-    assert len(EXAMPLES) >= 8
+    assert len(EXAMPLES) >= 9
+    assert OF_LLAMA_CPP in {script.stem for script in EXAMPLES}
 
 
-@pytest.mark.parametrize("script", EXAMPLES, ids=lambda script: script.stem)
+class Llama:
+    """What the example uses of llama-cpp-python 0.3.36's class: the calls of a processor."""
+
+    def __init__(self, model_path, n_ctx, verbose):
+        assert Path(model_path).exists() and n_ctx > 0 and not verbose
+
+    def create_completion(self, prompt, max_tokens, temperature, logits_processor):
+        assert temperature == 0.0, "the chain must take the token that the processor leaves"
+        layout = np.dtype([("id", np.intc), ("logit", np.single), ("p", np.single)])
+        generator, tokens = np.random.default_rng(0), [5, 7, 9]
+        self.given = []
+        for _ in range(max_tokens):
+            row = np.zeros(200, layout)  # llama_token_data, so that logits are 12 bytes apart
+            row["logit"] = generator.normal(size=200) * 3
+            self.given.append(row["logit"].copy())
+            row["logit"][:] = logits_processor(np.array(tokens, np.intc), row["logit"])
+            assert np.isfinite(row["logit"]).sum() == 1
+            tokens.append(int(row["logit"].argmax()))
+        return {"choices": [{"text": " ".join(map(str, tokens[3:]))}]}
+
+
+class LogitsProcessorList(list):
+    """Processors, one after the other."""
+
+    def __call__(self, input_ids, scores):
+        for processor in self:
+            scores = processor(input_ids, scores)
+        return scores
+
+
+@pytest.fixture
+def llama_cpp(monkeypatch):
+    """The module that the example imports: without a model of its own, ours stands in for it."""
+    module = ModuleType("llama_cpp")
+    module.Llama, module.LogitsProcessorList = Llama, LogitsProcessorList
+    monkeypatch.setitem(sys.modules, "llama_cpp", module)
+
+
+def test_the_example_of_llama_cpp_draws_as_sample(llama_cpp, monkeypatch, capsys, tmp_path):
+    model = tmp_path / "model.gguf"
+    model.touch()
+    script = next(script for script in EXAMPLES if script.stem == OF_LLAMA_CPP)
+    monkeypatch.setattr(sys, "argv", [str(script), str(model)])
+    run = runpy.run_path(str(script), run_name="__main__")
+    texts = capsys.readouterr().out.splitlines()
+    logits = torch.from_numpy(np.array(run["model"].given))
+    assert len(texts) == 2 and texts[0] != texts[1]
+    for seed, text in zip((1, 2), texts, strict=True):
+        drawn = fastadapt.sample(
+            logits,
+            fastadapt.Adaptor(temperature=0.8, top_p=0.9),
+            seeds=torch.full((20,), seed),
+            positions=torch.arange(20),
+        )
+        assert text == " ".join(map(str, drawn.tokens.tolist()))
+
+
+OTHERS = [script for script in EXAMPLES if script.stem != OF_LLAMA_CPP]
+
+
+@pytest.mark.parametrize("script", OTHERS, ids=lambda script: script.stem)
 def test_example(script, letter_model, monkeypatch, tmp_path, capsys):
     def in_this_process(command, check):
         """An interpreter of its own would import trl for 10 seconds."""
@@ -47,9 +115,9 @@ for script in sys.argv[1:]:
 
 
 def test_examples_say_which_extra_they_need(tmp_path):
-    run = [sys.executable, "-P", "-c", WITHOUT_EXTRAS, *map(str, EXAMPLES)]
+    run = [sys.executable, "-P", "-c", WITHOUT_EXTRAS, *map(str, OTHERS)]
     done = subprocess.run(run, cwd=tmp_path, check=True, capture_output=True, text=True)
     said = done.stdout.splitlines()
-    assert len(said) == len(EXAMPLES)
+    assert len(said) == len(OTHERS)
     for line in said:
         assert " cannot be imported (" in line and 'comes with pip install "fastadapt[' in line
