@@ -1,6 +1,6 @@
 """Writes the documents' figures from benchmarks/results/*.json; no figure is typed by hand.
 
-    python benchmarks/report.py           # rewrites README.md, docs/benchmarks.md and sampling.png
+    python benchmarks/report.py           # rewrites README.md, pages of docs/ and sampling.png
     python benchmarks/report.py --check   # exit code 1 where they are not what the results say
 
 Each table and the words around it are a macro of report.md.jinja. A result that was measured with
@@ -50,7 +50,7 @@ Columns = Mapping[str, str | Sequence[str]]  # the title of each, and the format
 
 
 def main(
-    pages: Sequence[str] = ("README.md", "docs/benchmarks.md"),
+    pages: Sequence[str] = ("README.md", "docs/benchmarks.md", "docs/choosing.md"),
     source: str = "sampling",
     drawing: Path = FIGURE,
     draw: Callable[[Any, Path], None] = figure.draw,
@@ -215,10 +215,14 @@ TABLES: dict[str, Callable[..., str]] = {
     ("gpu_sampling_earlier", "gpu_sampling_peers"), functools.partial(block, "gpu_sampling")
 )
 # of blocks that are not made of the one result of their name
-SOURCES = {"headline": ("sampling", "generation", "losses", "trainer")}
+SOURCES = {
+    "headline": ("sampling", "generation", "losses", "trainer"),
+    "choosing": ("sampling", "generation", "gpu_sampling_peers"),
+}
 PAGES: dict[str, dict[str, Callable[..., str]]] = {
     "README.md": {"headline": functools.partial(block, "headline")},
     "docs/benchmarks.md": TABLES,
+    "docs/choosing.md": {"choosing": functools.partial(block, "choosing")},
     "docs/results.md": {"compare_losses": functools.partial(block, "compare_losses")},
 }
 
