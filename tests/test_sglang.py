@@ -314,6 +314,26 @@ def test_one_call_draws_a_batch(make, monkeypatch):
     assert calls == [(70, V)]
 
 
+@pytest.mark.parametrize("seeded", [False, True])
+def test_the_host_reads_no_tensor(make, seeded):
+    """On a GPU a read would wait for it. Tensors without values, as here, raise at one."""
+    meta = {"device": "meta"}
+    batch = batch_of(
+        requests_of(7),
+        sampling_seed=torch.empty(7, dtype=torch.int64, **meta) if seeded else None,
+        sampling_mask_batch_indices=torch.empty(3, dtype=torch.int64, **meta),
+        sampling_support_logprobs_capture_indices=torch.empty(2, dtype=torch.int64, **meta),
+    )
+    batch.temperatures, batch.top_ks = batch.temperatures.to("meta"), batch.top_ks.to("meta")
+    batch.top_ps, batch.min_ps = batch.top_ps.to("meta"), batch.min_ps.to("meta")
+    logits, positions = torch.empty(7, V, **meta), torch.empty(7, dtype=torch.int64, **meta)
+    with pytest.raises(RuntimeError, match="meta"):
+        logits[0, 0].item()
+    tokens, output = draw(make(), logits, batch, positions, logprob=True)
+    assert tokens.shape == (7,) and output.next_token_logprobs.shape == (7,)
+    assert output.sampling_mask_output.token_ids.shape == (3, V)
+
+
 def test_the_trainers_rounding_is_refused(make):
     with pytest.raises(ValueError, match="rl-on-policy-target.*got 'fsdp'"):
         make(rl_on_policy_target="fsdp")
