@@ -17,6 +17,8 @@
 
 #include "shapes-inl.h"
 
+#include "kept-inl.h"
+
 #include "filters-inl.h"
 
 #include "draw-inl.h"

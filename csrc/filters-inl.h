@@ -1,13 +1,11 @@
 // The filters of an adaptor, run one after the other on the survivors of the one before. Each adds
-// one test; the test of the last one stays pending, so that its survivors need not be copied.
-
-enum class Pending { kNone, kRank, kMass, kLight, kBand, kBelow };
+// one test.
 
 template <class T>
-class Survivors {
+class Survivors : public Kept<T> {
  public:
   Survivors(Row<T>& row, const RowKnobs& knobs, const Scratch& scratch)
-      : row_(row), k_(knobs), scratch_(scratch), floor_(row.lowest) {
+      : Kept<T>(row, knobs, scratch) {
     for (Filters left = knobs.filters; left; left >>= kBitsOfFilter) {
       const int knob = static_cast<int>(left & 15);
       if (neutral(knobs, knob)) continue;
@@ -21,192 +19,35 @@ class Survivors {
     if (knobs.last_inv_t != 1.0f) rescale(knobs.last_inv_t);
   }
 
-  // What a temperature that comes last leaves: the largest survivor may be beyond float32.
-  Status status() const { return status_; }
-
-  // Calls f(view, test) with the view and the test that make the survivors.
-  template <class Fn>
-  void visit(Fn&& f) const {
-    if (listed_) {
-      visit_test(list_, f);
-    } else {
-      visit_test(row_.view, f);
-    }
-  }
-
-  // Mass and number of the survivors, in the view that visit gives.
-  template <class V, class Test>
-  Tally settle(const V& view, const Test& test) const {
-    if (kept_known_) return kept_;
-    if constexpr (may_be_in_pieces(V{})) {
-      if (in_pieces()) return tally_pieces(view, *row_.pieces, test);
-    }
-    return tally(view, test, scratch_.blocks, scratch_.team);
-  }
-
-  // After settle: the mass of the survivors in a block of that view.
-  int64_t mass_of_block(int64_t b) const {
-    if (!kept_known_) return scratch_.blocks[b];
-    return kept_of_block(b, pending_ == Pending::kBand ? band_.cut : rank_, scratch_);
-  }
-
-  // All finite tokens of the row survive, untested.
-  bool untouched() const { return !listed_ && pending_ == Pending::kNone; }
-  bool listed() const { return listed_; }
-  // Some of equal tokens may be missing from the list.
-  bool listed_by_id() const { return listed_by_id_; }
-
  private:
-  template <class V, class Fn>
-  void visit_test(const V& view, Fn& f) const {
-    switch (pending_) {
-      case Pending::kNone:
-        return f(view, Everything{});
-      case Pending::kRank:
-        return f(view, rank_);
-      case Pending::kMass:
-        return f(view, mass_);
-      case Pending::kLight:
-        return f(view, LightCut{mass_.e});
-      case Pending::kBand:
-        return f(view, band_);
-      case Pending::kBelow:
-        return f(view, below_);
-    }
-  }
-
-  // The pending test may part equal tokens.
-  bool by_id() const {
-    switch (pending_) {
-      case Pending::kRank:
-        return rank_.id != kAllIds;
-      case Pending::kMass:
-        return mass_.guard.id != kAllIds;
-      case Pending::kBand:
-        return band_.cut.id != kAllIds;
-      case Pending::kBelow:
-        return true;
-      default:
-        return false;
-    }
-  }
-
-  // Applies the pending test: the survivors become a list.
-  void to_list() {
-    listed_by_id_ |= by_id();
-    const List out{scratch_.list_s, scratch_.list_e, scratch_.list_id};
-    int64_t n = 0;
-    if (candidates_ >= 0) {
-      n = gather(candidates(candidates_, scratch_), rank_, out);
-    } else {
-      visit([&](const auto& view, const auto& test) { n = gather(view, test, out); });
-    }
-    list_ = {out.key, n, 1.0f, row_.view.m, out.e, out.id};
-    list_sums_ = {kept_.z, 0};
-    summed_ = kept_known_ ? Summed::kZ : Summed::kNone;
-    listed_ = true;
-    kept_known_ = false;
-    candidates_ = -1;
-    pending_ = Pending::kNone;
-  }
-
-  // Scales survivors of temperature 1, relative to the largest of them.
-  void rescale(float inv_t) {
-    if (!untouched()) {
-      if (!listed_ || pending_ != Pending::kNone) to_list();
-      status_ = status_of_largest(row_.view.m * inv_t);  // else it is that of survivors
-      list_ = {list_.x, list_.n, inv_t, largest(list_) * inv_t + 0.0f, nullptr, list_.id};
-      summed_ = Summed::kNone;
-      if (list_.m == -kInf) status_ = kNoFinite;
-      return;
-    }
-    row_.view.m = row_.view.m * inv_t + 0.0f;
-    row_.view.inv_t = inv_t;
-    row_.view.e = nullptr;
-    row_.weighed = row_.with_u = false;
-    row_.pieces = nullptr;
-    row_.finite = count_chosen(row_.view, {kLowestKey, kAllIds});
-    status_ = status_of_largest(row_.view.m);
-  }
-
-  // The largest survivor, and the greatest mass.
-  template <class V>
-  float largest(const V& view) const {
-    return top_gone_ ? scan(view.x, view.n, scratch_.team).max * view.inv_t : view.m;
-  }
-  template <class V>
-  double heaviest(const V& view) const {
-    if (!top_gone_) return kUnit;
-    return static_cast<double>(static_cast<int64_t>(key_range(view.e, view.n).high));
-  }
-
-  // Sums over the survivors; masses that a pass over the row makes are kept for the next one.
-  Sums sums(bool with_u, bool keep_masses) {
-    if (!listed_) {
-      weigh_row(row_, with_u, keep_masses, scratch_);
-      return row_.sums;
-    }
-    const Summed wanted = with_u ? Summed::kZAndU : Summed::kZ;
-    if (summed_ < wanted) {
-      list_sums_ = sums_of(list_);
-      summed_ = Summed::kZAndU;
-    }
-    return list_sums_;
-  }
-
-  template <bool kCount, class V>
-  Selection by_rank(const V& view, int64_t target, int64_t all, bool ties_stay) const {
-    if constexpr (may_be_in_pieces(V{})) {
-      if (in_pieces()) return select_rank<kCount>(view, *row_.pieces, target, ties_stay, scratch_);
-    }
-    return select<kCount>(view, RankKey{}, target, all, ties_stay, scratch_);
-  }
-
-  template <class V>
-  RankCut best(const V& view, int64_t n) const {
-    return Best::best_of(view, n, scratch_);
-  }
-
-  void keep_rank(RankCut cut) {
-    if (cut.id == kAllIds && cut.key <= floor_) return;
-    pending_ = Pending::kRank;
-    rank_ = cut;
-    floor_ = cut.key > floor_ ? cut.key : floor_;
-  }
-
-  void keep_selection(const Selection& selection) {
-    keep_rank(selection.cut);
-    know(selection);
-  }
-
-  void know(const Selection& selection) {
-    kept_known_ = selection.known && pending_ != Pending::kNone;
-    kept_ = selection.kept;
-    candidates_ = pending_ == Pending::kRank ? selection.listed : -1;
-  }
-
-  void keep_mass(MassCut cut) {
-    // masses fall with s but for twice the polynomial's error, 3.6e-6; 1e-5 is far from it
-    const F lowest = mass(fset(floor_ - row_.view.m));
-    if (max_lane(lowest) >= cut.e * 1.00001f) return;
-    // one token of all the mass is the guard's, and nothing of less can be
-    const bool light = cut.guard.key >= row_.view.m && !top_gone_ && cut.e >= 1 &&
-                       cut.e <= static_cast<float>(kUnit);
-    pending_ = light ? Pending::kLight : Pending::kMass;
-    mass_ = cut;
-  }
-
-  // The filter at hand looks at a row in pieces: of float32, and not where s - m may overflow.
-  static constexpr bool may_be_in_pieces(const View<float>&) { return true; }
-  static constexpr bool may_be_in_pieces(const TypicalRank<false>&) { return true; }
-  template <class Other>
-  static constexpr bool may_be_in_pieces(const Other&) {
-    return false;
-  }
-  bool in_pieces() const { return !listed_ && row_.pieces; }
-
-  // All survivors are equal, so that ties decide.
-  bool constant() const { return floor_ == row_.view.m; }
+  using Kept<T>::to_list;
+  using Kept<T>::rescale;
+  using Kept<T>::largest;
+  using Kept<T>::heaviest;
+  using Kept<T>::sums;
+  using Kept<T>::best;
+  using Kept<T>::keep_rank;
+  using Kept<T>::keep_selection;
+  using Kept<T>::know;
+  using Kept<T>::keep_mass;
+  using Kept<T>::may_be_in_pieces;
+  using Kept<T>::in_pieces;
+  using Kept<T>::constant;
+  using Kept<T>::row_;
+  using Kept<T>::k_;
+  using Kept<T>::scratch_;
+  using Kept<T>::listed_;
+  using Kept<T>::listed_by_id_;
+  using Kept<T>::summed_;
+  using Kept<T>::kept_known_;
+  using Kept<T>::top_gone_;
+  using Kept<T>::floor_;
+  using Kept<T>::pending_;
+  using Kept<T>::list_;
+  using Kept<T>::kept_;
+  using Kept<T>::band_;
+  using Kept<T>::below_;
+  using Summed = typename Kept<T>::Summed;
 
   template <class V>
   void run(int knob, V& view, int64_t alive) {
@@ -220,13 +61,13 @@ class Survivors {
       case kTypicalP:
         return typical(view, alive);
       case kTopNSigma:
-        return keep_rank(sigma_cut(view, largest(view), alive, k_, scratch_));
+        return top_n_sigma(view, alive);
       case kMinK:
-        return keep_rank(cliff_cut(view, alive, k_, scratch_));
+        return min_k(view, alive);
       case kTopA:
         return top_a(view);
       case kTopH:
-        return keep_rank(entropy_cut(view, alive, k_, scratch_));
+        return top_h(view, alive);
       case kXtcProbability:
         return xtc(view, alive);
       default:
@@ -239,7 +80,7 @@ class Survivors {
     const double wanted = k_[kTopK] > k_[kKeep] ? k_[kTopK] : k_[kKeep];
     if (constant() || wanted >= static_cast<double>(alive)) return;
     const int64_t n = static_cast<int64_t>(wanted);
-    keep_selection(by_rank<true>(view, n, view.n, true));
+    keep_selection(this->template by_rank<true>(view, n, view.n, true));
   }
 
   template <class V>
@@ -256,7 +97,7 @@ class Survivors {
     }
     const int64_t z = sums(false, false).z;
     const Nucleus nucleus(k_[kTopP], z);
-    keep_nucleus(view, nucleus, by_rank<false>(view, nucleus.most, z, false));
+    keep_nucleus(view, nucleus, this->template by_rank<false>(view, nucleus.most, z, false));
   }
 
   // Top-p of a row that is not weighed yet, in the pass that weighs it.
@@ -286,12 +127,24 @@ class Survivors {
   template <class V>
   void min_p(V& view) {
     if (constant()) return;
-    const double least = __builtin_ceil(static_cast<float>(k_[kMinP]) * heaviest(view) * kNearly);
+    keep_above(view, static_cast<float>(k_[kMinP]) * heaviest(view));
+  }
+
+  template <class V>
+  void top_a(V& view) {
+    const double most = heaviest(view), z = static_cast<double>(sums(false, false).z);
+    keep_above(view, k_[kTopA] * (most / z) * most);
+  }
+
+  // Keeps what has about a mass, and the best-ranked.
+  template <class V>
+  void keep_above(V& view, double wanted) {
+    const double least = __builtin_ceil(wanted * kNearly);
     MassCut cut{float_at_least(static_cast<int64_t>(least)), {kInf, 0}};
     if (k_.keep > 1) {
       cut.guard = best(view, k_.keep);
     } else if (!view.e && least > 1) {
-      // no mass is known yet: first drop what is clearly below, then weigh the rest
+      // masses are not stored: first drop what is clearly below, then weigh the rest
       keep_rank({clearly_below(view.m, least), kAllIds});
       if (pending_ != Pending::kNone) to_list();
     }
@@ -356,43 +209,61 @@ class Survivors {
   }
 
   template <class V>
-  void top_a(V& view) {
-    const double most = heaviest(view), z = static_cast<double>(sums(false, false).z);
-    const double least = __builtin_ceil(k_[kTopA] * (most / z) * most * kNearly);
-    MassCut cut{float_at_least(static_cast<int64_t>(least)), {kInf, 0}};
-    if (k_.keep > 1) cut.guard = best(view, k_.keep);
-    keep_mass(cut);
+  void top_n_sigma(V& view, int64_t alive) {
+    if (constant() || k_.keep >= alive) return;
+    const double below = k_[kTopNSigma] * deviation(view, alive, scratch_.team);
+    const double key = static_cast<double>(largest(view)) - below * (1 + 0x1p-19);
+    const RankCut cut{static_cast<float>(key), kAllIds};
+    keep_rank(k_.keep > 1 ? lower(cut, best(view, k_.keep)) : cut);
+    if (pending_ != Pending::kNone) to_list();  // of few, mostly: fewer masses to make
+  }
+
+  template <class V>
+  void min_k(V& view, int64_t alive) {
+    if (constant() || k_.keep >= alive) return;
+    const bool known = !listed_ && row_.lowest > -kInf;
+    const float lowest = known ? row_.lowest : lowest_of(view);
+    const Cliff cliff(view, alive, lowest, scratch_);
+    keep_best(view, cliff.best, count_above(cliff, k_[kMinK], lowest, alive), alive);
+  }
+
+  template <class V>
+  void top_h(V& view, int64_t alive) {
+    constexpr int64_t kMost = 100;  // tokens that it looks at
+    if (k_.keep >= alive) return;
+    const Best first(view, alive < kMost ? alive : kMost, alive, scratch_);
+    keep_best(view, first, count_by_entropy(first, view.m, k_[kTopH]), alive);
+  }
+
+  // Keeps so many of the best-ranked, some of which are known.
+  template <class V>
+  void keep_best(V& view, const Best& known, int64_t count, int64_t alive) {
+    count = count > k_.keep ? count : k_.keep;
+    if (count >= alive) return;
+    if (count > known.n) return keep_rank(best(view, count));
+    const List out{scratch_.list_s, scratch_.list_e, scratch_.list_id};
+    known.write(count, out);
+    list_ = {out.key, count, 1.0f, row_.view.m, out.e, out.id};
+    summed_ = Summed::kNone;
+    listed_ = listed_by_id_ = true;
+    floor_ = known.key[count - 1] > floor_ ? known.key[count - 1] : floor_;
   }
 
   // Excludes all but the least probable of several tokens that reach the threshold.
   template <class V>
   void xtc(V& view, int64_t alive) {
     if (k_[kXtcThreshold] > 0.5) return;
-    const LeastOfMany least(view, k_[kXtcThreshold], sums(false, false).z, scratch_);
-    if (least.better == 0 || alive - least.better < k_.keep) return;
+    const int64_t z = sums(false, false).z;
+    const LeastOfMany least(view, k_[kXtcThreshold], z, scratch_);
+    if (least.better.count == 0 || alive - least.better.count < k_.keep) return;
     pending_ = Pending::kBelow;
     below_ = {least.last};
     top_gone_ = true;
+    if (listed_) return;
+    least.take_from_blocks(scratch_);
+    kept_known_ = true;
+    kept_ = {z - least.better.z, alive - least.better.count};
   }
 
   static constexpr float kHuge = 0x1p102f;  // from here on s - m may overflow
-
-  Row<T>& row_;
-  const RowKnobs& k_;
-  const Scratch& scratch_;
-  bool listed_ = false, listed_by_id_ = false;
-  enum class Summed { kNone, kZ, kZAndU } summed_ = Summed::kNone;  // what list_sums_ hold
-  bool kept_known_ = false;  // kept_ is what the pending test keeps, also by block
-  bool top_gone_ = false;    // the row's maximum may be
-  Status status_ = kOk;
-  float floor_;  // no survivor is below
-  Pending pending_ = Pending::kNone;
-  View<float> list_{};
-  Sums list_sums_{};
-  Tally kept_{};
-  int64_t candidates_ = -1;  // how many there are, where they hold all that the test keeps
-  RankCut rank_{};
-  MassCut mass_{};
-  Band band_{};
-  Below below_{};
 };

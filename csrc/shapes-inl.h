@@ -7,12 +7,17 @@ struct Best {
   int32_t id[kMost + 64];
   int64_t n;
 
-  // The n best of those alive, n <= kMost.
+  // Those of the alive, at most kMost.
   template <class V>
   Best(const V& view, int64_t wanted, int64_t alive, const Scratch& scratch) {
-    RankCut cut{kLowestKey, kAllIds};
-    if (wanted < alive) cut = best_of(view, wanted, scratch);
-    n = gather(view, cut, List{key, e, id});
+    const List list{key, e, id};
+    if (wanted < alive) {
+      const Selection s = select_best(view, wanted, scratch);
+      n = s.listed >= 0 ? gather(candidates(s.listed, scratch), s.cut, list)
+                        : gather(view, s.cut, list);
+    } else {
+      n = gather(view, Everything{}, list);
+    }
     for (int64_t i = 1; i < n; ++i) {  // stable, so ids stay ascending among equal keys
       const float key_i = key[i], e_i = e[i];
       const int32_t id_i = id[i];
@@ -29,10 +34,28 @@ struct Best {
   }
 
   template <class V>
-  static RankCut best_of(const V& view, int64_t wanted, const Scratch& scratch) {
-    return select<true>(view, RankKey{}, wanted, view.n, false, scratch).cut;
+  static Selection select_best(const V& view, int64_t wanted, const Scratch& scratch) {
+    return select<true>(view, RankKey{}, wanted, view.n, false, scratch);
   }
-  RankCut last_of(int64_t count) const { return {key[count - 1], id[count - 1]}; }
+  template <class V>
+  static RankCut best_of(const V& view, int64_t wanted, const Scratch& scratch) {
+    return select_best(view, wanted, scratch).cut;
+  }
+
+  // Writes the first of them in the order of their ids.
+  void write(int64_t count, const List& out) const {
+    for (int64_t i = 0; i < count; ++i) {
+      int64_t at = i;
+      for (; at > 0 && out.id[at - 1] > id[i]; --at) {
+        out.key[at] = out.key[at - 1];
+        out.e[at] = out.e[at - 1];
+        out.id[at] = out.id[at - 1];
+      }
+      out.key[at] = key[i];
+      out.e[at] = e[i];
+      out.id[at] = id[i];
+    }
+  }
 };
 
 // The standard deviation of the logits that are alive, by sums of 256ths of d, at most 2^20 each.
@@ -104,14 +127,13 @@ static void sort_floats(float* x, int64_t n) {
 // Where sorted logits fall most, each drop divided by how many are above it: the k of min-k.
 class Cliff {
  public:
+  const Best best;
   int64_t k = 0;
-  float largest;
 
   // Looks at as many of the best as can matter, given the lowest logit that is alive.
   template <class V>
-  Cliff(const V& view, int64_t alive, float lowest, const Scratch& scratch) {
-    const Best best(view, alive < Best::kMost ? alive : Best::kMost, alive, scratch);
-    largest = best.key[0];
+  Cliff(const V& view, int64_t alive, float lowest, const Scratch& scratch)
+      : best(view, alive < Best::kMost ? alive : Best::kMost, alive, scratch) {
     float* sorted = scratch.fine_key;
     for (int64_t n = best.n; !look(n == best.n ? best.key : sorted, n, lowest) && n < alive;) {
       n = 8 * n < alive ? 8 * n : alive;
@@ -149,40 +171,12 @@ static float lowest_of(const View<T>& v) {
   return min_lane(low);
 }
 
-// The cuts of three filters; the minimum of the best-ranked stay at least.
-template <class V>
-static RankCut sigma_cut(const V& view, float largest, int64_t alive, const RowKnobs& k,
-                         const Scratch& scratch) {
-  if (k.keep >= alive) return {kLowestKey, kAllIds};
-  const double below = k[kTopNSigma] * deviation(view, alive, scratch.team);
-  const double key = static_cast<double>(largest) - below * (1 + 0x1p-19);
-  const RankCut cut{static_cast<float>(key), kAllIds};
-  return k.keep > 1 ? lower(cut, Best::best_of(view, k.keep, scratch)) : cut;
-}
-
-template <class V>
-static RankCut cliff_cut(const V& view, int64_t alive, const RowKnobs& k, const Scratch& scratch) {
-  const RankCut everything{kLowestKey, kAllIds};
-  if (k.keep >= alive) return everything;
-  const float lowest = lowest_of(view);
-  const Cliff cliff(view, alive, lowest, scratch);
-  const double range = static_cast<double>(cliff.largest) - lowest;
-  int64_t count = cliff.k > k.keep ? cliff.k : k.keep;
-  if (range == 0 || k[kMinK] / range >= static_cast<double>(alive)) return everything;
-  const int64_t least = static_cast<int64_t>(k[kMinK] / range);
-  count = least > count ? least : count;
-  return count < alive ? Best::best_of(view, count, scratch) : everything;
-}
-
-template <class V>
-static RankCut entropy_cut(const V& view, int64_t alive, const RowKnobs& k,
-                           const Scratch& scratch) {
-  constexpr int64_t kMost = 100;  // tokens that top-h looks at
-  if (k.keep >= alive) return {kLowestKey, kAllIds};
-  const Best first(view, alive < kMost ? alive : kMost, alive, scratch);
-  if (k.keep > first.n) return Best::best_of(view, k.keep, scratch);
-  const int64_t n = count_by_entropy(first, view.m, k[kTopH]);
-  return first.last_of(n > k.keep ? n : k.keep);
+// How many of the best-ranked min-k keeps.
+static int64_t count_above(const Cliff& cliff, double tau, float lowest, int64_t alive) {
+  const double range = static_cast<double>(cliff.best.key[0]) - lowest;
+  if (range == 0 || tau / range >= static_cast<double>(alive)) return alive;
+  const int64_t least = static_cast<int64_t>(tau / range);
+  return least > cliff.k ? least : cliff.k;
 }
 
 // A logit that is clearly below all that have at least some mass.
@@ -191,30 +185,49 @@ static float clearly_below(float m, double mass) {
   return key - __builtin_fabsf(key) * 1e-6f;
 }
 
-// The least probable of several tokens that have at least some mass, and how many are better.
+// The least probable of several tokens that have at least some mass, and those that are better.
 struct LeastOfMany {
   RankCut last{kInf, 0};
-  int64_t better = 0;
+  Tally better{0, 0};
 
   template <class V>
   LeastOfMany(const V& view, double share, int64_t z, const Scratch& scratch) {
+    const List list{scratch.fine_key, scratch.fine_e, scratch.fine_id};
     const int64_t wanted =
         static_cast<int64_t>(__builtin_ceil(share * static_cast<double>(z) * kNearly));
     const int64_t mass = wanted > 1 ? wanted : 1;
-    const List list{scratch.fine_key, scratch.fine_e, scratch.fine_id};
     const float key = clearly_below(view.m, static_cast<double>(mass));
-    const int64_t n = gather(view, RankCut{key, kAllIds}, list);
+    n_ = gather(view, RankCut{key, kAllIds}, list);
     const float least = float_at_least(mass);
     int64_t many = 0;
-    for (int64_t i = 0; i < n; ++i) {  // of equals, the last has the highest id
+    for (int64_t i = 0; i < n_; ++i) {  // of equals, the last has the highest id
       if (list.e[i] < least) continue;
       ++many;
       if (list.key[i] <= last.key) last = {list.key[i], list.id[i]};
     }
     if (many < 2) return;
-    for (int64_t i = 0; i < n; ++i)
-      better += list.key[i] > last.key || (list.key[i] == last.key && list.id[i] < last.id);
+    for_better(scratch, [&](int64_t i) {
+      better = {better.z + static_cast<int64_t>(list.e[i]), better.count + 1};
+    });
   }
+
+  // Takes the masses of those that are better from those of their blocks, in a whole row.
+  void take_from_blocks(const Scratch& scratch) const {
+    for_better(scratch, [&](int64_t i) {
+      scratch.blocks[scratch.fine_id[i] / kBlock] -= static_cast<int64_t>(scratch.fine_e[i]);
+    });
+  }
+
+ private:
+  template <class Fn>
+  void for_better(const Scratch& scratch, Fn&& f) const {
+    for (int64_t i = 0; i < n_; ++i) {
+      const float key = scratch.fine_key[i];
+      if (key > last.key || (key == last.key && scratch.fine_id[i] < last.id)) f(i);
+    }
+  }
+
+  int64_t n_;
 };
 
 // Ranked no higher than (key, id).
