@@ -25,6 +25,7 @@ NEEDS = {
     "fastadapt.training.pairs": ("transformers",),
     "fastadapt.sglang": ("sglang",),
     "fastadapt.trl": ("trl",),
+    "fastadapt.vllm": ("vllm",),
 }
 # Said in one line, with nothing to run.
 CONSTANTS = {"IGNORED", "PAIRS", "Truncation"}

@@ -46,6 +46,7 @@ OURS = {
     "hf": PUBLIC | {"_ops", "hf", "training"},
     "trl": PUBLIC | {"training", "trl"},
     "sglang": PUBLIC | {"sglang"},
+    "vllm": PUBLIC | {"vllm"},
     "tracking": PUBLIC | {"tracking", "training"},
     "study": PUBLIC | {"study", "tracking", "training"},
     "_cli": PUBLIC | {"_cli", "_ops", "hf", "study", "training", "trl"},
@@ -59,6 +60,7 @@ OTHERS = {
     "hf": {"torch", "transformers"},
     "trl": {"torch", "transformers", "trl"},
     "sglang": {"sglang", "torch"},
+    "vllm": {"torch", "vllm"},
     "tracking": {"torch", "transformers"},
     "study": {
         *("jinja2", "matplotlib", "numpy", "pyarrow", "rich", "scipy", "torch", "transformers"),

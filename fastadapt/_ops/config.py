@@ -39,8 +39,13 @@ def show_config(file: TextIO | None = None) -> None:
     out.write("\n".join(lines) + "\n")
 
 
+def needs_extra(name: str, extra: str) -> contextlib.AbstractContextManager[None]:
+    """Says which extra to install where an import within the block fails, as `needs`."""
+    return needs(name, f'pip install "fastadapt[{extra}]"')
+
+
 @contextlib.contextmanager
-def needs_extra(name: str, extra: str) -> Iterator[None]:
+def needs(name: str, command: str) -> Iterator[None]:
     """Says what to install where an import within the block fails.
 
     Raises:
@@ -50,10 +55,7 @@ def needs_extra(name: str, extra: str) -> Iterator[None]:
         yield
     except (ImportError, RuntimeError) as error:  # transformers raises both
         why = str(error).partition("\n")[0]
-        message = (
-            f"{name} cannot be imported ({why}): what it needs comes with "
-            f'pip install "fastadapt[{extra}]"'
-        )
+        message = f"{name} cannot be imported ({why}): what it needs comes with {command}"
         if isinstance(error, ModuleNotFoundError):
             raise ModuleNotFoundError(message, name=error.name) from error
         raise ImportError(message) from error

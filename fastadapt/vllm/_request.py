@@ -1,0 +1,187 @@
+"""What a request asks for: our knobs in its extra arguments, and the engine's own beside them."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from math import inf
+from typing import Any
+
+from torch import Tensor
+
+from fastadapt._ops.checks import instance, integer, nearest, shown
+from fastadapt.adaptor import Adaptor
+from fastadapt.sampling.numbers import real
+
+KEY = "fastadapt"
+KNOBS = tuple(f.name for f in fields(Adaptor) if f.init)
+BESIDE = ("seed", "bias_ids", "bias_values")
+# The engine's own knobs, by the values at which they do nothing and count as not given.
+ENGINE: Mapping[str, Any] = {"temperature": 1, "top_p": 1, "top_k": 0, "min_p": 0, "seed": None}
+PENALTIES = {"repetition": 1.0, "presence": 0.0, "frequency": 0.0}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """How the rows of one request are drawn.
+
+    Attributes:
+        adaptor: of numbers.
+        seed: int64; None: it gets one when it is admitted.
+        bias: by id, finite or -inf; added before temperature and filters.
+        repetition: the engine's penalty of tokens in prompt or output.
+        presence: that of tokens in the output.
+        frequency: that of tokens in the output, times their count.
+    """
+
+    adaptor: Adaptor
+    seed: int | None
+    bias: Mapping[int, float]
+    repetition: float
+    presence: float
+    frequency: float
+
+    @property
+    def penalised(self) -> bool:
+        """Whether the engine's penalties change anything."""
+        return any(getattr(self, name) != none for name, none in PENALTIES.items())
+
+
+def requested(params: Any) -> Request | None:
+    """Returns what a request asks of us; None where the engine draws it as ever.
+
+    That is so without a key of ours, and in a greedy request without a bias: our filters change no
+    argmax.
+
+    Args:
+        params: vLLM's `SamplingParams`, or what has the same attributes.
+
+    Raises:
+        ValueError: an unknown key, a wrong type or a number out of range, a knob that the engine's
+            own contradicts, or a mixture that one of the engine's runners cannot have. vLLM answers
+            with its message and the status 400.
+    """
+    given = _given(params.extra_args or {})
+    if given is None:
+        return None
+    bias = _checked(_bias, given.pop("bias_ids", ()), given.pop("bias_values", ()))
+    if "seed" in given:
+        given["seed"] = _checked(integer, "seed", given["seed"])
+        if params.n > 1:
+            raise ValueError(
+                f"{KEY}_seed: expected the engine's seed with n > 1, which gives each of the n its "
+                f"own, got {KEY}_seed={given['seed']} and n={params.n}"
+            )
+    numbers = {name: value for name, value in given.items() if name != "seed"}
+    _checked(Adaptor, **numbers)  # before the engine's are compared with them
+    for name, neutral in ENGINE.items():
+        _adopt(given, name, getattr(params, name), neutral)
+    seed = given.pop("seed", None)
+    adaptor = _checked(Adaptor, **{"order": "vllm"} | given)
+    penalties = {name: _penalty(params, name) for name in PENALTIES}
+    if bias and penalties["repetition"] != 1:
+        raise ValueError(
+            f"{KEY}_bias_ids: expected no repetition_penalty beside it (one of vLLM's runners "
+            "penalises before our bias, the other after it; logit_bias is added before it in both)"
+            f", got repetition_penalty={penalties['repetition']}"
+        )
+    if params.temperature == 0 and not bias:
+        return None
+    return Request(adaptor=adaptor, seed=seed, bias=bias, **penalties)
+
+
+def _given(extra: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Returns our keys without their prefix, those of the JSON text among them; None for none.
+
+    Raises:
+        ValueError: an unknown key, one that is there twice, or a text that is no JSON object.
+    """
+    ours = {key: value for key, value in extra.items() if key.startswith(KEY)}
+    if not ours:
+        return None
+    whole = ours.pop(KEY, {})
+    if isinstance(whole, str):
+        try:
+            whole = json.loads(whole)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{KEY}: expected a JSON object, got {shown(whole)}") from error
+    if not isinstance(whole, Mapping):
+        raise ValueError(f"{KEY}: expected a JSON object, got {shown(whole)}")
+    found = dict(whole)
+    for key, value in ours.items():
+        name = key.removeprefix(KEY).removeprefix("_")
+        if name in found:
+            raise ValueError(f"{KEY}_{name}: expected it once, got it in {KEY} too")
+        found[name] = value
+    for name, value in found.items():
+        known = (*KNOBS, *BESIDE)
+        if name not in known:
+            expected = ", ".join(f"{KEY}_{one}" for one in known)
+            meant = nearest([name], known)
+            raise ValueError(f"{KEY}_{name}: expected one of {expected}, got {KEY}_{name}{meant}")
+        if isinstance(value, Tensor):  # an adaptor takes one number for each row
+            raise ValueError(f"{KEY}_{name}: expected a number or a text, got {shown(value)}")
+        if isinstance(value, list):
+            found[name] = tuple(value)
+    return found
+
+
+def _adopt(given: dict[str, Any], name: str, value: Any, neutral: Any) -> None:
+    """Takes a knob of the engine's over, unless it is neutral.
+
+    Raises:
+        ValueError: ours is another.
+    """
+    if name == "top_k":
+        value = max(value, 0)  # -1 is off too
+    if value == neutral:
+        return
+    ours = given.setdefault(name, value)
+    if ours != value:
+        raise ValueError(
+            f"{KEY}_{name}: expected it or {name} alone, or equal ones, got {KEY}_{name}={ours} "
+            f"and {name}={value} (which a server may have from the model's generation_config)"
+        )
+
+
+def _bias(ids: Sequence[Any], values: Sequence[Any]) -> dict[int, float]:
+    """Returns a bias by id.
+
+    Raises:
+        TypeError, ValueError: no lists, of unequal lengths, an id that is there twice or cannot be,
+            a value that is neither finite nor -inf.
+    """
+    instance("bias_ids", ids, tuple, "a list of ids")
+    instance("bias_values", values, tuple, "a list of numbers")
+    if len(ids) != len(values):
+        expected = f"as many as bias_ids, {len(ids)}"
+        raise ValueError(f"bias_values: expected {expected}, got {len(values)}")
+    found: dict[int, float] = {}
+    for i, value in zip(ids, values, strict=True):
+        one = integer("bias_ids", i, 0, 2**31 - 1)
+        if one in found:
+            raise ValueError(f"bias_ids: expected each id once, got {one} twice")
+        found[one] = value if value == -inf else real("bias_values", value, signed=True)
+    return found
+
+
+def _penalty(params: Any, name: str) -> float:
+    """Returns a penalty of the engine's, in the range of `History.edits`.
+
+    Raises:
+        ValueError: out of it.
+    """
+    positive = name == "repetition"
+    value = getattr(params, f"{name}_penalty")
+    return real(f"{name}_penalty", value, positive=positive, signed=not positive)
+
+
+def _checked(check: Callable[..., Any], *values: Any, **knobs: Any) -> Any:
+    """Returns what a check of our values returns; its errors name the keys of requests.
+
+    Raises:
+        ValueError: what the check raises.
+    """
+    try:
+        return check(*values, **knobs)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{KEY}_{error}") from error
