@@ -148,6 +148,21 @@ def verify_limits(record: Record) -> list[Limit]:
     ]  # fmt: skip
 
 
+def vllm_limits(record: Record) -> list[Limit]:
+    """The demands on the processor of vLLM, of the parts that were run."""
+    found = []
+    if tokens := record.get("tokens"):
+        label = f"of {tokens['tokens']:,} tokens in a batch, other than the row's own"
+        found.append(Limit(label, tokens["differ"], 0, ""))
+    if batches := record.get("batches"):
+        label = f"of {batches['requests']:,} requests, other tokens than alone from equal logits"
+        found.append(Limit(label, batches["equal_logits_differ"], 0, ""))
+    for kind in ("top-p", "min-p and penalties") if "speed" in record else ():
+        ratio = record["speed"][f"ours, {kind}"]["time_to_vllm"][1]
+        found.append(Limit(f"time with our {kind} to time with vLLM's", ratio, 1))
+    return found
+
+
 def history_limits(record: Record) -> list[Limit]:
     """The demands on the lists of a history, of each row of the largest batch."""
     largest = max(cell["batch"] for cell in record["cells"])
@@ -359,6 +374,7 @@ LIMITS: dict[str, Callable[[Record], list[Limit]]] = {
     "filters": filters_limits,
     "verify": verify_limits,
     "history": history_limits,
+    "vllm": vllm_limits,
     "losses": losses_limits,
     "divergence": divergence_limits,
     "gpu_losses": gpu_losses_limits,

@@ -41,7 +41,10 @@ UNMEASURED = {
         "Not yet measured on a GPU.\n",
     ),
     **dict.fromkeys(
-        ("divergence", "edits", "filters", "history", "tracker", "tradeoff", "trainer", "verify"),
+        (
+            *("divergence", "edits", "filters", "history", "tracker", "tradeoff", "trainer"),
+            *("verify", "vllm"),
+        ),
         "Not yet measured.\n",
     ),
 }
@@ -199,16 +202,8 @@ TABLES: dict[str, Callable[..., str]] = {
     name: functools.partial(block, name)
     for name in (
         *("generation", "sampling", "gpu_redesign", "gpu_sampling", "gpu_predicted", "score"),
-        *(
-            "edits",
-            "filters",
-            "losses",
-            "divergence",
-            "gpu_losses",
-            "gpu_loss_static",
-            "train_preferences",
-        ),
-        *("history", "trainer", "verify"),
+        *("edits", "filters", "losses", "divergence", "gpu_losses", "gpu_loss_static"),
+        *("history", "train_preferences", "trainer", "verify", "vllm"),
         *("tradeoff", "tracker"),
     )
 } | dict.fromkeys(

@@ -79,7 +79,7 @@ REGISTER = {
 }
 # these say what to install where an import fails
 TRIES_TO_IMPORT = {"__init__.py", "hf/__init__.py", "trl/__init__.py", "training/pretrained.py"}
-MOST_AT_THE_TOP, MOST_IN_A_FOLDER = 19, 16
+MOST_AT_THE_TOP, MOST_IN_A_FOLDER = 20, 16
 # or 12: of two heads, each with its bias, scale, cap and adapter; of one and the terms of a loss
 MOST_ARGUMENTS = {"linear_divergence": 16, "linear_mle_loss": 13}
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastadapt import Adaptor, Edits, History, reference, sample
+from fastadapt import Adaptor, Edits, History, filter_logits, reference, sample
 from fastadapt.vllm import _request
 from fastadapt.vllm._batch import Batch
 from fastadapt.vllm._request import KNOBS, requested
@@ -390,6 +390,30 @@ def test_processed_logprobs_are_refused(vllm, mode):
 
 def _first(vllm: Any, **changed: Any) -> Any:
     return vllm.FusedSampler(_config(**changed), torch.device("cpu"), False)
+
+
+def test_penalties_are_those_that_vllm_applies(vllm):
+    """Its rule on its own tensors, but for the rounding of its reciprocal."""
+    from vllm.v1.sample.ops.penalties import apply_all_penalties
+
+    rng = random.Random(8)
+    known = Row(_asked(engine=PENALISED, top_p=0.9), 0, [*range(9)], [3, 3, 20, 3])
+    rows = [known, *(_row(rng, engine=PENALISED, top_p=0.9) for _ in range(3))]
+    logits = 3 * torch.randn(len(rows), V)
+    most = max(len(row.prompt) for row in rows)
+    prompts = [[*row.prompt, *[V] * (most - len(row.prompt))] for row in rows]
+    theirs = apply_all_penalties(
+        logits.clone(),
+        torch.tensor(prompts),
+        *(
+            torch.tensor([getattr(row.request, name) for row in rows])
+            for name in ("presence", "frequency", "repetition")
+        ),
+        [row.output for row in rows],
+    )
+    ours = filter_logits(logits, Adaptor(), edits=Texts(V).edits(rows))
+    assert not torch.equal(ours, logits)
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
 
 
 ASKED: list[dict[str, Any]] = [

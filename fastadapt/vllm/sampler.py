@@ -32,6 +32,7 @@ class FusedSampler(FirstProcessor, SecondProcessor):  # type: ignore[misc]
     gets one when it comes to the batch, of a sequence that the engine's seed decides.
 
     Examples:
+        >>> from fastadapt.vllm import FusedSampler
         >>> from vllm import SamplingParams
         >>> FusedSampler.validate_params(SamplingParams(extra_args={"fastadapt_typical_p": 0.9}))
         >>> FusedSampler.validate_params(SamplingParams(extra_args={"fastadapt_top_p": 1.5}))
