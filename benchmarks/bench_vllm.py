@@ -2,7 +2,7 @@
 
     python benchmarks/bench_vllm.py --out benchmarks/results/vllm.json
     python benchmarks/bench_vllm.py --parts tokens batches  # without timings
-    python benchmarks/bench_vllm.py --parts tokens --blocks 40  # with preemptions
+    python benchmarks/bench_vllm.py --parts tokens --blocks 18 --tokens 60  # preempts
 
 In the environment of benchmarks/vllm.txt. Tokens: requests of mixed knobs, penalties, biases and
 seeds run as one batch, among others that the engine draws itself; each row that the engine gives to
@@ -81,7 +81,7 @@ def main(options: argparse.Namespace, record: dict[str, Any]) -> bool:
         failed = record["tokens"]["differ"] > 0
     if "batches" in options.parts:
         with progress("alone", len(asked)) as step:
-            alone = {}
+            alone, engine.redraws = {}, False
             for one in asked:
                 if one[1].extra_args:
                     alone |= engine.run([one])
@@ -96,14 +96,30 @@ def main(options: argparse.Namespace, record: dict[str, Any]) -> bool:
 class Engine:
     """An engine whose processor keeps what it was given.
 
-    Args:
+    Attributes:
         llm: vLLM's `LLM`.
-        seen: what its processor sees, by the seed of a request.
+        seen: what the processor saw, by the seed of a request.
+        redraws: whether it draws each row alone too.
     """
 
-    def __init__(self, llm: Any, seen: dict[int, list[dict[str, Any]]]) -> None:
-        """Notes both."""
-        self.llm, self.seen = llm, seen
+    def __init__(self) -> None:
+        """Starts without vLLM's engine, whose processor needs this one."""
+        self.llm: Any = None
+        self.seen: dict[int, list[dict[str, Any]]] = {}
+        self.redraws = True
+
+    def see(self, row: Any, logits: Tensor) -> None:
+        """Keeps what the engine gave for a row of a request that is watched."""
+        if row.seed not in self.seen:
+            return
+        name = hashlib.sha256(logits.numpy().tobytes()).hexdigest()
+        found = {
+            "row": row,
+            "position": len(row.output),
+            "prompt": list(row.prompt),
+            "logits": name,
+        }
+        self.seen[row.seed].append(found | (drawn_alone(row, logits) if self.redraws else {}))
 
     def run(self, asked: Sequence[tuple[str, Any]]) -> dict[int, dict[str, Any]]:
         """Generate for requests; of ours, by seed, the tokens and what was seen of each row."""
@@ -139,15 +155,14 @@ def start(options: argparse.Namespace, folder: Path) -> Engine:
 
     from fastadapt.vllm import FusedSampler
 
-    seen: dict[int, list[dict[str, Any]]] = {}
+    engine = Engine()
 
     class Recorder(FusedSampler):  # type: ignore[misc, valid-type]
-        """Draws each row alone too, while `seen` has a list for its seed."""
+        """Tells what it is given."""
 
         def apply(self, logits: Tensor, ctx: Any = None) -> Tensor:
-            rows = [(at, row) for at, row in self._runner.rows.items() if row.seed in seen]
-            for at, row in rows:
-                seen[row.seed].append(drawn_alone(row, logits[at]))
+            for at, row in self._runner.rows.items():
+                engine.see(row, logits[at])
             return super().apply(logits, ctx)
 
     cache: dict[str, Any] = {}
@@ -157,20 +172,20 @@ def start(options: argparse.Namespace, folder: Path) -> Engine:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     del model
-    llm = LLM(
+    engine.llm = LLM(
         str(folder),
         dtype="bfloat16",
-        max_model_len=1024,
+        max_model_len=512,
         max_num_seqs=options.batch,
         seed=options.seed,
         logits_processors=[Recorder],
         disable_log_stats=True,
         **cache,
     )
-    return Engine(llm, seen)
+    return engine
 
 
-def drawn_alone(row: Any, logits: Tensor) -> dict[str, Any]:
+def drawn_alone(row: Any, logits: Tensor) -> dict[str, int]:
     """A row's token by `sample` and by the reference, from its whole text and nothing else."""
     request, rows = row.request, logits[None].clone()
     tokens = torch.tensor([[*row.prompt, *row.output]], dtype=torch.int64)
@@ -184,10 +199,6 @@ def drawn_alone(row: Any, logits: Tensor) -> dict[str, Any]:
         "edits": edits,
     }
     return {
-        "row": row,
-        "position": len(row.output),
-        "prompt": list(row.prompt),
-        "logits": hashlib.sha256(rows.numpy().tobytes()).hexdigest(),
         "sample": int(sample(rows, request.adaptor, **given).tokens),
         "reference": int(reference.sample(rows, request.adaptor, **given).tokens),
     }

@@ -133,7 +133,7 @@ class Group:
         rows = logits
         if self.bias is not None:
             ids, values = (x[local] for x in self.bias)
-            rows = logits.scatter_add(1, ids, torch.where(here[:, None], values, 0))
+            rows = logits.scatter_add(1, ids, values)
         knobs: dict[str, Any] = {
             name: knob[local] if isinstance(knob, Tensor) else knob
             for name, knob in self.knobs.items()
