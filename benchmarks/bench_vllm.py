@@ -6,8 +6,8 @@
 
 In the environment of benchmarks/vllm.txt. Tokens: requests of mixed knobs, penalties, biases and
 seeds run as one batch, among others that the engine draws itself; each row that the engine gives to
-the processor is also drawn alone, by `sample` and by the reference, and the engine's tokens must be
-those. Batches: each request runs alone too; where its tokens differ from those in the batch, the
+the processor is also drawn alone, by `sample` and some by the reference, which takes a second for a
+row, and the engine's tokens must be those. Batches: each request runs alone too; where its tokens differ from those in the batch, the
 logits at the first difference must differ. Speed: tokens a second beside vLLM's own sampler, which
 runs in the same engine in every round. Run that part on an idle machine: the host record holds the
 load average at the start.
@@ -43,6 +43,7 @@ BENCHMARK = Benchmark(
         "requests": Option(200, "of mixed knobs", least=1),
         "tokens": Option(24, "of each of these, at most", least=1),
         "blocks": Option(0, "of 32 tokens in the KV cache; few make the engine preempt", least=0),
+        "every": Option(50, "of so many rows one is drawn by the reference too", least=1),
         "batch": Option(32, least=1),
         "max_new_tokens": Option(48, least=2),
         "rounds": Option(5, least=2),
@@ -66,7 +67,7 @@ def main(options: argparse.Namespace, record: dict[str, Any]) -> bool:
     """Run the parts; it fails where a token is not the row's own."""
     record["settings"] = {
         **settings_of(
-            *(options, "model", "requests", "tokens", "blocks"),
+            *(options, "model", "requests", "tokens", "blocks", "every"),
             *("batch", "max_new_tokens", "rounds", "seed"),
         ),
         "dtype": "bfloat16",
@@ -102,11 +103,13 @@ class Engine:
         redraws: whether it draws each row alone too.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, every: int) -> None:
         """Starts without vLLM's engine, whose processor needs this one."""
         self.llm: Any = None
+        self.every = every  # of how many rows one is drawn by the reference
         self.seen: dict[int, list[dict[str, Any]]] = {}
         self.redraws = True
+        self.redrawn = 0
 
     def see(self, row: Any, logits: Tensor) -> None:
         """Keeps what the engine gave for a row of a request that is watched."""
@@ -119,7 +122,10 @@ class Engine:
             "prompt": list(row.prompt),
             "logits": name,
         }
-        self.seen[row.seed].append(found | (drawn_alone(row, logits) if self.redraws else {}))
+        if self.redraws:
+            found |= drawn_alone(row, logits, by_reference=self.redrawn % self.every == 0)
+            self.redrawn += 1
+        self.seen[row.seed].append(found)
 
     def run(self, asked: Sequence[tuple[str, Any]]) -> dict[int, dict[str, Any]]:
         """Generate for requests; of ours, by seed, the tokens and what was seen of each row."""
@@ -155,7 +161,7 @@ def start(options: argparse.Namespace, folder: Path) -> Engine:
 
     from fastadapt.vllm import FusedSampler
 
-    engine = Engine()
+    engine = Engine(options.every)
 
     class Recorder(FusedSampler):  # type: ignore[misc, valid-type]
         """Tells what it is given."""
@@ -185,8 +191,8 @@ def start(options: argparse.Namespace, folder: Path) -> Engine:
     return engine
 
 
-def drawn_alone(row: Any, logits: Tensor) -> dict[str, int]:
-    """A row's token by `sample` and by the reference, from its whole text and nothing else."""
+def drawn_alone(row: Any, logits: Tensor, *, by_reference: bool) -> dict[str, int]:
+    """A row's token by `sample`, or by the reference too, from its whole text and nothing else."""
     request, rows = row.request, logits[None].clone()
     tokens = torch.tensor([[*row.prompt, *row.output]], dtype=torch.int64)
     history = History(tokens, prompt_length=len(row.prompt))
@@ -198,10 +204,8 @@ def drawn_alone(row: Any, logits: Tensor) -> dict[str, int]:
         "positions": torch.tensor([len(row.output)]),
         "edits": edits,
     }
-    return {
-        "sample": int(sample(rows, request.adaptor, **given).tokens),
-        "reference": int(reference.sample(rows, request.adaptor, **given).tokens),
-    }
+    ways = {"sample": sample} | ({"reference": reference.sample} if by_reference else {})
+    return {name: int(way(rows, request.adaptor, **given).tokens) for name, way in ways.items()}
 
 
 def requests_of(count: int, tokens: int, seed: int) -> list[tuple[str, Any]]:
@@ -259,13 +263,14 @@ def _seed(params: Any) -> int:
 def compared_with_rows(runs: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
     """How many tokens the engine returned, and how many are not the rows' own."""
     pairs = [pair for run in runs.values() for pair in zip(run["tokens"], run["rows"], strict=True)]
-    differ = {
-        way: sum(token != row[way] for token, row in pairs) for way in ("sample", "reference")
-    }
+    by = {}
+    for way in ("sample", "reference"):
+        drawn = [(token, row[way]) for token, row in pairs if way in row]
+        by[way] = {"tokens": len(drawn), "differ": sum(a != b for a, b in drawn)}
     again = sum(run["came_again"] for run in runs.values())
     return {
         **{"requests": len(runs), "tokens": len(pairs), "came_again": again},
-        **{"differ": sum(differ.values()), "by": differ},
+        **{"differ": sum(found["differ"] for found in by.values()), "by": by},
     }
 
 
