@@ -7,10 +7,10 @@
 In the environment of benchmarks/vllm.txt. Tokens: requests of mixed knobs, penalties, biases and
 seeds run as one batch, among others that the engine draws itself; each row that the engine gives to
 the processor is also drawn alone, by `sample` and some by the reference, which takes a second for a
-row, and the engine's tokens must be those. Batches: each request runs alone too; where its tokens differ from those in the batch, the
-logits at the first difference must differ. Speed: tokens a second beside vLLM's own sampler, which
-runs in the same engine in every round. Run that part on an idle machine: the host record holds the
-load average at the start.
+row, and the engine's tokens must be those. Batches: each request runs alone too; where its tokens
+differ from those in the batch, the logits at the first difference must differ. Speed: tokens a
+second beside vLLM's own sampler, which runs in the same engine in every round. Run that part on an
+idle machine: the host record holds the load average at the start.
 """
 
 from __future__ import annotations

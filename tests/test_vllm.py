@@ -2,7 +2,9 @@
 
 import json
 import random
+import re
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -175,6 +177,25 @@ def test_keys_that_cannot_be_are_refused(extra, message):
 def test_an_empty_object_asks_for_the_draw():
     asked = requested(Params(extra_args={"fastadapt": "{}"}, top_p=0.8))
     assert asked.adaptor == Adaptor(top_p=0.8, order="vllm")
+
+
+def test_the_page_has_keys_that_are_taken():
+    """Its request by HTTP, and each key and knob of vLLM's that it names."""
+    page = (Path(__file__).parents[1] / "docs" / "engines.md").read_text(encoding="utf-8")
+    (body,) = re.findall(r"-d '(\{.*?\})'\n", page, re.DOTALL)
+    request = json.loads(body)
+    asked = requested(
+        Params(
+            temperature=request["temperature"],
+            seed=request["seed"],
+            extra_args=request["vllm_xargs"],
+        )
+    )
+    assert asked.bias == {198: -2.0} and asked.adaptor.typical_p == 0.95
+    for name in re.findall(r"fastadapt_(\w+)", page):
+        assert name in (*KNOBS, *_request.BESIDE), name
+    for name in (*_request.ENGINE, *(f"{penalty}_penalty" for penalty in _request.PENALTIES)):
+        assert f"`{name}`" in page, name
 
 
 def _row(rng: random.Random, *, engine: dict[str, Any] | None = None, **knobs: Any) -> Row:

@@ -31,6 +31,9 @@ class Batch:
     ) -> None:
         """Groups the rows by what one adaptor has in common."""
         self.rows = list(rows)
+        # copies to a device make the host wait for it: once for a batch, not at every step
+        self.at = torch.tensor([place for place, _ in rows]).to(logits.device)
+        self.prompts = torch.tensor([row.prompt_length for _, row in rows]).to(logits.device)
         members: dict[Any, list[int]] = {}
         for i, (_, row) in enumerate(self.rows):
             members.setdefault(_common(row.request.adaptor), []).append(i)

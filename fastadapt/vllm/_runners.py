@@ -115,16 +115,15 @@ class SecondRunner:
         if not ours:
             return logits
         self.batch = batch = batch_of(ours, logits, self.batch)
-        places = torch.tensor([at for at, _ in ours], device=logits.device)
-        prompts = torch.tensor([row.prompt_length for _, row in ours], device=logits.device)
         after = context.pos.long() + 1
         if logits.shape[0] == len(slots):
-            batch.draw(logits, after[places] - prompts, penalties=False)
+            batch.draw(logits, after[batch.at] - batch.prompts, penalties=False)
             return logits
         of_slots = torch.full((self.states.max_num_reqs,), -1, device=logits.device)
-        of_slots[context.idx_mapping[places].long()] = torch.arange(len(ours), device=logits.device)
+        numbers = torch.arange(len(ours), device=logits.device)
+        of_slots[context.idx_mapping[batch.at].long()] = numbers
         of_rows = of_slots[context.expanded_idx_mapping.long()]
-        positions = after - prompts[of_rows.clamp(min=0)]
+        positions = after - batch.prompts[of_rows.clamp(min=0)]
         return batch.draw_drafts(logits, of_rows, positions)
 
 
