@@ -14,11 +14,16 @@ from fastadapt.vllm._request import KNOBS
 from fastadapt.vllm._row import Row
 from fastadapt.vllm._texts import Texts
 
-NONE = float("-inf")
+BANNED = float("-inf")
 
 
 class Batch:
     """Rows of some requests of the engine's batch, until it changes.
+
+    Attributes:
+        rows: by their places in the engine's batch.
+        at (Tensor): (rows,), int64; these places.
+        prompts (Tensor): (rows,), int64; the lengths of their prompts, where the engine tells them.
 
     Args:
         rows: by their places in the batch, ascending.
@@ -156,7 +161,7 @@ def _outcome(drawn: Sample) -> tuple[Tensor, Tensor]:
     """
     drew = drawn.status == 0
     nan = torch.full_like(drawn.logprobs, float("nan"))
-    return torch.where(drew, NONE, nan), drawn.tokens.clamp(min=0)
+    return torch.where(drew, BANNED, nan), drawn.tokens.clamp(min=0)
 
 
 def _common(adaptor: Adaptor) -> tuple[Any, ...]:
