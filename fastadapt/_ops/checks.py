@@ -15,13 +15,14 @@ INT64 = torch.iinfo(torch.int64)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def fold_rows(name: str, x: Tensor, *, double: bool = True) -> Tensor:
+def fold_rows(name: str, x: Tensor, *, double: bool = True, empty: bool = False) -> Tensor:
     """Reshapes (..., V) to (N, V) with a contiguous last dimension; checks shape and dtype.
 
     Args:
         name (str): of the argument, for the message.
         x (Tensor): float32, bfloat16, float16, or float64 where that is allowed.
         double (bool): whether it is.
+        empty (bool): whether V may be 0.
 
     Raises:
         TypeError: not a tensor, or another dtype.
@@ -35,9 +36,10 @@ def fold_rows(name: str, x: Tensor, *, double: bool = True) -> Tensor:
         )
         hint = "; fastadapt.reference takes it" if x.dtype == torch.float64 else ""
         raise TypeError(f"{name}: expected {expected}, got {x.dtype}{hint}")
-    if x.dim() == 0 or x.shape[-1] == 0:
-        raise ValueError(f"{name}: expected (..., V) with V >= 1, got shape {tuple(x.shape)}")
-    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    if x.dim() == 0 or (x.shape[-1] == 0 and not empty):
+        least = 0 if empty else 1
+        raise ValueError(f"{name}: expected (..., V) with V >= {least}, got shape {tuple(x.shape)}")
+    rows = x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 
 
@@ -264,6 +266,27 @@ def number(name: str, value: object, *, positive: bool = False, signed: bool = F
         raise ValueError(f"{name}: expected a finite value, got {found}")
     # numpy's multiply tensors in their own way
     return found if type(found) is int or type(found) is float else float(found)
+
+
+def process_group(group: object) -> None:
+    """Raises unless this process is a member of a group.
+
+    Raises:
+        RuntimeError: torch.distributed is not there or not initialised.
+        TypeError: something else than a process group.
+        ValueError: one that this rank is not in.
+    """
+    import torch.distributed as dist
+
+    missing = RuntimeError("group: expected torch.distributed to be initialised, it is not")
+    if not dist.is_available():
+        raise missing
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"group: expected a ProcessGroup or None, got {type(group).__name__}")
+    if not dist.is_initialized():
+        raise missing
+    if dist.get_rank(group) < 0:
+        raise ValueError("group: expected one that this rank is a member of")
 
 
 def flag(name: str, value: object) -> None:

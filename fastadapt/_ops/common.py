@@ -12,6 +12,8 @@ from fastadapt import _C
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
+MAX_ADAPTORS = 256  # that are scored at once: csrc/kernels.h
+
 # Tags of operators that wait for the device, to learn how many rows take part or whether a gradient
 # is 0; without it `torch.compile(mode="reduce-overhead")` would capture them in a CUDA graph.
 WAITS = (torch.Tag.cudagraph_unsafe,)

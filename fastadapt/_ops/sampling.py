@@ -33,8 +33,6 @@ from fastadapt._ops.outputs import (
     score_outputs,
 )
 
-MAX_ADAPTORS = 256  # csrc/kernels.h
-
 _library = torch.library.Library("fastadapt", "DEF")
 EDITS = "Tensor? ids, Tensor? offsets, Tensor? columns, Tensor? allowed"  # of a `RowEdits`
 _library.define(f"filter_logits(Tensor logits, Tensor knobs, int order, {EDITS}) -> Tensor")

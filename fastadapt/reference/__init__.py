@@ -22,6 +22,7 @@ Before step 1 logits are edited, in float32 (float64): `edits`, `allowed` and `n
 """
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -58,8 +59,12 @@ from fastadapt.reference.losses import (
     unlikelihood_loss,
     unlikelihood_penalty,
 )
+from fastadapt.reference.ranks import of_first_rank, whole_rows
 from fastadapt.reference.verification import verify
 from fastadapt.results import Sample, Score
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = [
     "History",
@@ -134,8 +139,11 @@ def sample(
     edits: Changes | None = None,
     allowed: Tensor | None = None,
     num_tokens: int | None = None,
+    group: "ProcessGroup | None" = None,
 ) -> Sample:
     """Reference of `fastadapt.sample`; float64 logits take the textbook form.
+
+    With a group every rank gathers the logits and does everything itself.
 
     Examples:
         >>> from fastadapt import reference
@@ -144,10 +152,12 @@ def sample(
         >>> torch.equal(drawn.tokens, sample(logits, Adaptor(top_p=0.9), seeds=seeds).tokens)
         True
     """
+    logits = whole_rows(logits, group)
     x, shape = _fold(edited(logits, edits, allowed, num_tokens)), logits.shape[:-1]
     n = x.shape[0]
     if seeds is None:
         seeds = torch.randint(2**63 - 1, (n,), generator=generator, device=x.device)
+        seeds = of_first_rank(seeds, group)
     positions = torch.zeros_like(seeds) if positions is None else positions
     low, high, coin, _ = philox(seeds.reshape(-1), positions.reshape(-1))
     distribution = Distribution(x, adaptor, coin=coin)
@@ -193,8 +203,11 @@ def score(
     edits: Changes | None = None,
     allowed: Tensor | None = None,
     num_tokens: int | None = None,
+    group: "ProcessGroup | None" = None,
 ) -> Score:
     """Reference of `fastadapt.score`; float64 logits take the textbook form.
+
+    With a group every rank gathers the logits and does everything itself.
 
     Examples:
         >>> from fastadapt import reference
@@ -205,6 +218,7 @@ def score(
     """
     if any(adaptor.greedy for adaptor in adaptors):
         raise ValueError("score: expected temperature > 0, got 0")
+    logits = whole_rows(logits, group)
     x, shape = _fold(edited(logits, edits, allowed, num_tokens)), tokens.shape
     flat = tokens.reshape(-1)
     used = flat != ignore_index

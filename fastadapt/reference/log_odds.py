@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fastadapt.reference.ranks import gathered
+
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
@@ -172,10 +174,10 @@ def head_logits(
 ) -> Tensor:
     """All logits; with a group every rank gathers the whole head."""
     if lora is not None and group is not None:
-        lora = lora[0], _gathered(lora[1], group), lora[2]
+        lora = lora[0], gathered(lora[1], group), lora[2]
     if group is not None:
-        weight = _gathered(weight, group)
-        bias = None if bias is None else _gathered(bias, group)
+        weight = gathered(weight, group)
+        bias = None if bias is None else gathered(bias, group)
     if weight.dtype == torch.float32 and hidden.dtype in (torch.bfloat16, torch.float16):
         hidden = hidden.float()
     z = torch.nn.functional.linear(hidden, weight, bias)
@@ -208,20 +210,3 @@ def _set_log_odds(z: Tensor, inside: Tensor, used: Tensor) -> Tensor:
     others = torch.where(some[..., None], others, 0.0).logsumexp(-1)
     own = torch.where(inside | ~used[..., None], z, float("-inf")).logsumexp(-1)
     return torch.where(used, torch.where(some, own - others, float("inf")), 0.0)
-
-
-def _gathered(mine: Tensor, group: "ProcessGroup") -> Tensor:
-    """Gathers all slices in the order of the ranks; this rank's slice keeps its gradient."""
-    import torch.distributed as dist
-
-    ranks = dist.get_world_size(group)
-    sizes = [torch.empty(1, dtype=torch.int64, device=mine.device) for _ in range(ranks)]
-    dist.all_gather(sizes, torch.tensor([mine.shape[0]], device=mine.device), group)
-    longest = max(int(size) for size in sizes)
-    padded = mine.new_zeros(longest, *mine.shape[1:])
-    padded[: mine.shape[0]] = mine.detach()
-    slices = [torch.empty_like(padded) for _ in range(ranks)]
-    dist.all_gather(slices, padded, group)
-    parts = [part[: int(size)] for part, size in zip(slices, sizes, strict=True)]
-    parts[dist.get_rank(group)] = mine
-    return torch.cat(parts)

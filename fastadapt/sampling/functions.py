@@ -1,17 +1,27 @@
 """The sampling functions: filter, draw, score and the differentiable score."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from fastadapt._ops import sampling as ops
 from fastadapt._ops.checks import flag, fold_rows, integer, no_tangent, per_row
 from fastadapt._ops.outputs import sample_fields
 from fastadapt.adaptor import Adaptor
 from fastadapt.results import Sample, Score
 from fastadapt.sampling.edits import Edits
-from fastadapt.sampling.rows import edited_rows, knobs_for, refuse_coin, seeds_of
+from fastadapt.sampling.rows import (
+    edited_rows,
+    knobs_for,
+    refuse_coin,
+    refuse_greedy,
+    scored,
+    seeds_of,
+)
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 MAX_TOP_LOGPROBS = 1024
 
@@ -86,6 +96,7 @@ def sample(
     edits: Edits | None = None,
     allowed: Tensor | None = None,
     num_tokens: int | None = None,
+    group: "ProcessGroup | None" = None,
 ) -> Sample:
     """Draws one token per row from the adapted distribution.
 
@@ -115,6 +126,10 @@ def sample(
         edits (Edits | None): as in `filter_logits`. The base distribution is of edited logits too.
         allowed (Tensor | None): as in `filter_logits`.
         num_tokens (int | None): as in `filter_logits`; V is then this.
+        group (ProcessGroup | None): a group over whose ranks the vocabulary is split: `logits` are
+            this rank's, slices stand in the order of ranks and may be empty, and everything else is
+            of the whole vocabulary and the same on all ranks, as is what comes back: the bits of
+            one process. Without seeds those that the first rank draws hold. On the CPU.
 
     Returns:
         Sample: see there for shapes, dtypes and bad rows. Log-probabilities are exact to 2e-5.
@@ -124,6 +139,14 @@ def sample(
             of the wrong dtype, shape or device, a generator of another device or beside seeds,
             `top_logprobs` out of range, a flag that is not a bool.
     """
+    if group is not None:
+        from fastadapt.sampling.sharded import sample_split
+
+        return sample_split(
+            logits, adaptor, group, seeds=seeds, positions=positions, generator=generator,
+            base_logprobs=base_logprobs, log_mass=log_mass, top_logprobs=top_logprobs, edits=edits,
+            allowed=allowed, num_tokens=num_tokens,
+        )  # fmt: skip
     rows = fold_rows("logits", logits, double=False)
     knobs = knobs_for(rows, adaptor)
     shape = logits.shape[:-1]
@@ -153,6 +176,7 @@ def score(
     edits: Edits | None = None,
     allowed: Tensor | None = None,
     num_tokens: int | None = None,
+    group: "ProcessGroup | None" = None,
 ) -> Score:
     """Returns the log-probabilities of given tokens under many adaptors at once.
 
@@ -175,6 +199,7 @@ def score(
         edits (Edits | None): as in `sample`.
         allowed (Tensor | None): as in `sample`.
         num_tokens (int | None): as in `sample`.
+        group (ProcessGroup | None): as in `sample`.
 
     Returns:
         Score: see there for shapes, dtypes and bad rows. Not differentiable: `adapted_logps` is.
@@ -183,17 +208,19 @@ def score(
         TypeError, ValueError: as `filter_logits`; a token out of range; temperature 0, whose
             distribution has no normaliser; no adaptor or more than 256.
     """
+    if group is not None:
+        from fastadapt.sampling.sharded import score_split
+
+        return score_split(
+            logits, tokens, adaptors, group, ignore_index=ignore_index, edits=edits,
+            allowed=allowed, num_tokens=num_tokens,
+        )  # fmt: skip
     rows = fold_rows("logits", logits, double=False)
     rows, changes = edited_rows(rows, logits.shape[:-1], edits, allowed, num_tokens)
     flat = per_row("tokens", tokens, torch.int64, logits.shape[:-1], rows)
     ignore_index = integer("ignore_index", ignore_index)
-    _check_sequence(adaptors)
-    if not 1 <= len(adaptors) <= ops.MAX_ADAPTORS:
-        raise ValueError(f"adaptors: expected 1 to {ops.MAX_ADAPTORS}, got {len(adaptors)}")
+    scored(adaptors)
     knobs = [knobs_for(rows, a, f"adaptors[{i}]") for i, a in enumerate(adaptors)]
-    for adaptor in adaptors:
-        _refuse_greedy(adaptor, "score")
-        refuse_coin(adaptor)
     orders = [adaptor.filter_code for adaptor in adaptors]
     out = torch.ops.fastadapt.score(rows, flat, knobs, orders, ignore_index, *changes)
     return Score(*(t.view(tokens.shape + t.shape[1:]) for t in out))
@@ -248,7 +275,7 @@ def adapted_log_odds(
     ignore_index = integer("ignore_index", ignore_index)
     knobs = knobs_for(rows, adaptor)
     refuse_coin(adaptor)
-    _refuse_greedy(adaptor, "adapted_log_odds")
+    refuse_greedy(adaptor, "adapted_log_odds")
     log_odds: Tensor = torch.ops.fastadapt.adapted_log_odds(
         rows, flat, knobs, adaptor.filter_code, ignore_index, *changes
     )[0]
@@ -286,16 +313,3 @@ def adapted_logps(
     )
     logps = torch.nn.functional.logsigmoid(log_odds)
     return torch.where(tokens == ignore_index, 0.0, logps)
-
-
-def _check_sequence(adaptors: object) -> None:
-    """Raises unless several adaptors come as a list or a tuple."""
-    if isinstance(adaptors, str) or not isinstance(adaptors, Sequence):
-        got = type(adaptors).__name__
-        raise TypeError(f"adaptors: expected a sequence of Adaptors, got {got}")
-
-
-def _refuse_greedy(adaptor: Adaptor, what: str) -> None:
-    """Raises for temperature 0, which has no distribution to score under."""
-    if adaptor.greedy:
-        raise ValueError(f"{what}: expected temperature > 0, got 0")

@@ -1,10 +1,12 @@
 """Rows as the operators take them: real vocabulary, checked edits, masks, knobs and seeds."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from fastadapt._ops.checks import instance, integer, per_row
-from fastadapt._ops.common import AS_THEY_ARE, RowEdits
+from fastadapt._ops.common import AS_THEY_ARE, MAX_ADAPTORS, RowEdits
 from fastadapt.adaptor import Adaptor
 from fastadapt.sampling.edits import Edits
 
@@ -39,18 +41,29 @@ def edited_rows(
             f"{'allowed' if edits is None else 'edits'}: expected float32, bfloat16 or float16 "
             "logits, got torch.float64; fastadapt.reference takes it"
         )
-    words = None if allowed is None else _words(allowed, leading, v, rows)
+    words = None if allowed is None else words_of(allowed, leading, v, rows.shape[1], rows.device)
     changes = RowEdits(allowed=words)
     if edits is not None:
-        instance("edits", edits, Edits, "Edits")
-        if edits.rows != rows.shape[0]:
-            raise ValueError(f"edits: expected {rows.shape[0]} rows, got {edits.rows}")
-        if edits.ids.device != rows.device:
-            raise ValueError(f"edits: expected device {rows.device}, got {edits.ids.device}")
-        if edits.largest >= v:
-            raise ValueError(f"edits: expected ids in [0, {v}), got {edits.largest}")
+        check_edits(edits, rows)
+        ids_below(edits, v)
         changes = RowEdits(edits.ids, edits.offsets, edits.columns, words)
     return rows, changes
+
+
+def check_edits(edits: object, rows: Tensor) -> None:
+    """Raises unless edits are of these rows (N, ...) and on their device."""
+    instance("edits", edits, Edits, "Edits")
+    assert isinstance(edits, Edits)  # noqa: S101, for the type checker
+    if edits.rows != rows.shape[0]:
+        raise ValueError(f"edits: expected {rows.shape[0]} rows, got {edits.rows}")
+    if edits.ids.device != rows.device:
+        raise ValueError(f"edits: expected device {rows.device}, got {edits.ids.device}")
+
+
+def ids_below(edits: Edits, v: int) -> None:
+    """Raises where edits are of an id beyond the vocabulary, as far as known."""
+    if edits.largest >= v:
+        raise ValueError(f"edits: expected ids in [0, {v}), got {edits.largest}")
 
 
 def knobs_for(rows: Tensor, adaptor: Adaptor, name: str = "adaptor") -> Tensor:
@@ -86,6 +99,25 @@ def refuse_coin(adaptor: Adaptor) -> None:
         )
 
 
+def scored(adaptors: object) -> None:
+    """Raises unless `score` takes adaptors: some, at most so many, of temperatures above 0."""
+    if isinstance(adaptors, str) or not isinstance(adaptors, Sequence):
+        got = type(adaptors).__name__
+        raise TypeError(f"adaptors: expected a sequence of Adaptors, got {got}")
+    if not 1 <= len(adaptors) <= MAX_ADAPTORS:
+        raise ValueError(f"adaptors: expected 1 to {MAX_ADAPTORS}, got {len(adaptors)}")
+    for i, adaptor in enumerate(adaptors):
+        instance(f"adaptors[{i}]", adaptor, Adaptor, "an Adaptor")
+        refuse_greedy(adaptor, "score")
+        refuse_coin(adaptor)
+
+
+def refuse_greedy(adaptor: Adaptor, what: str) -> None:
+    """Raises for temperature 0, which has no distribution to score under."""
+    if adaptor.greedy:
+        raise ValueError(f"{what}: expected temperature > 0, got 0")
+
+
 def seeds_of(
     seeds: Tensor | None, generator: torch.Generator | None, shape: torch.Size, rows: Tensor
 ) -> Tensor:
@@ -109,18 +141,20 @@ def seeds_of(
     return torch.randint(2**63 - 1, count, generator=generator, device=rows.device)
 
 
-def _words(allowed: object, leading: torch.Size, v: int, rows: Tensor) -> Tensor:
-    """Returns the words of allowed ids as (N, ceil(V / 32))."""
+def words_of(
+    allowed: object, leading: torch.Size, v: int, real: int, device: torch.device
+) -> Tensor:
+    """Returns the words of allowed ids as (N, ceil(V / 32)), of all logits or of real tokens."""
     instance("allowed", allowed, Tensor, "a tensor of torch.int32")
     assert isinstance(allowed, Tensor)  # noqa: S101, for the type checker
     if allowed.dtype != torch.int32:
         raise TypeError(f"allowed: expected a tensor of torch.int32, got {allowed.dtype}")
     width = allowed.shape[-1] if allowed.dim() else 0
-    whole, real = -(-v // 32), -(-rows.shape[1] // 32)  # words of all logits, and of real tokens
-    shape = (*leading, width if width in (whole, real) else whole)
+    whole = -(-v // 32)
+    shape = (*leading, width if width in (whole, -(-real // 32)) else whole)
     if allowed.shape != shape:
         raise ValueError(f"allowed: expected shape {shape}, got {tuple(allowed.shape)}")
-    if allowed.device != rows.device:
-        raise ValueError(f"allowed: expected device {rows.device}, got {allowed.device}")
+    if allowed.device != device:
+        raise ValueError(f"allowed: expected device {device}, got {allowed.device}")
     words = allowed if allowed.dim() == 2 else allowed.reshape(-1, shape[-1])
     return words if words.stride(1) == 1 or words.shape[1] == 1 else words.contiguous()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastadapt._C import OTHERS_MAX, OTHERS_REST, OTHERS_SQUARED, OTHERS_SUM, OTHERS_WEIGHTED
-from fastadapt._ops.checks import head_rows, instance, lora_fits, lora_parts
+from fastadapt._ops.checks import head_rows, instance, lora_fits, lora_parts, process_group
 from fastadapt._ops.linear.tiles import Lora
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def split_head(
         a, b = _local("lora[0]", a, mesh, "Replicate"), _local("lora[1]", b, mesh, "Shard(0)")
         lora = a, b, scale
     if group is not None:
-        _check_group(group)
+        process_group(group)
     if mesh is not None:
         of_mesh = mesh.get_group()
         if group is not None and group.group_name != of_mesh.group_name:
@@ -157,21 +157,6 @@ def _gather(x: Tensor, group: str) -> Tensor:
     parts = collectives.all_gather_into_tensor(x.contiguous(), ranks, group)
     out: Tensor = collectives.wait_tensor(parts)
     return out.view(ranks, *x.shape)
-
-
-def _check_group(group: object) -> None:
-    """Raises unless this process is a member of the group."""
-    import torch.distributed as dist
-
-    missing = RuntimeError("group: expected torch.distributed to be initialised, it is not")
-    if not dist.is_available():
-        raise missing
-    if not isinstance(group, dist.ProcessGroup):
-        raise TypeError(f"group: expected a ProcessGroup or None, got {type(group).__name__}")
-    if not dist.is_initialized():
-        raise missing
-    if dist.get_rank(group) < 0:
-        raise ValueError("group: expected one that this rank is a member of")
 
 
 def is_distributed(x: object) -> "TypeGuard[DTensor]":
