@@ -100,7 +100,7 @@ def draw_of(
     flag("base_logprobs", base_logprobs)
     flag("log_mass", log_mass)
     if positions is None:
-        positions = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
+        positions = torch.zeros(shape, dtype=torch.int64, device=rows.device)
     positions = per_row("positions", positions, torch.int64, shape, rows)
     own = seeds is None
     seeds = seeds_of(seeds, generator, shape, rows)
@@ -212,7 +212,7 @@ def _digest(text: str, numbers: list[Tensor]) -> int:
     mixed = torch.tensor(list(text.encode()), dtype=torch.int64)
     found = 0
     for x in (mixed, *numbers):
-        odd = torch.arange(1, 2 * len(x), 2) * 0x9E3779B97F4A7C15 % (1 << 62) | 1
+        odd = torch.arange(len(x)) * 0x1E3779B97F4A7C15 * 2 + 1
         mixed = (x ^ x >> 29) * odd
         found = (found * 0x2545F491 + int((mixed ^ mixed >> 32).sum())) & 0xFFFFFFFFFFFFFFFF
     return (found ^ found >> 33) & 0x7FFFFFFF
