@@ -27,6 +27,8 @@
 
 #include "verify-inl.h"
 
+#include "slice-inl.h"
+
 #include "logits-inl.h"
 
 #include "divergence-inl.h"

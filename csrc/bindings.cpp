@@ -16,6 +16,7 @@
 #include "join_edits.h"
 #include "kernels.h"
 #include "parallel.h"
+#include "slice.h"
 
 namespace fastadapt {
 namespace {
@@ -65,8 +66,10 @@ void read(py::handle code, DType& out, Args&) {
 
 template <class Args>
 void read(py::handle tuple, Rows& out, Args&) {
-  constexpr bool loss = !std::is_base_of_v<FilterArgs, Args> &&
-                        !std::is_base_of_v<SampleArgs, Args> && !std::is_base_of_v<ScoreArgs, Args>;
+  constexpr bool loss =
+      !std::is_base_of_v<FilterArgs, Args> && !std::is_base_of_v<SampleArgs, Args> &&
+      !std::is_base_of_v<ScoreArgs, Args> && !std::is_base_of_v<SliceArgs, Args> &&
+      !std::is_base_of_v<SliceTopArgs, Args>;
   constexpr bool tile = std::is_base_of_v<Tile, Args> || std::is_base_of_v<PairTile, Args>;
   constexpr int64_t widest = tile ? kMaxTile : kMaxVocab;
   const auto [tensor, dtype, n, v, stride] = py::cast<RowsTuple>(tuple);
@@ -245,6 +248,22 @@ void set_capability(const std::string& name) {
     throw py::value_error("cpu capability: not known or not supported here: '" + name + "'");
 }
 
+#define SLICE_FIELDS                                                                         \
+  FIELD(rows), FIELD(first), FIELD(row), FIELD(inverse), FIELD(m), FIELD(cut), FIELD(least), \
+      FIELD(guard), FIELD(centre), FIELD(band)
+
+void define_slices(py::module_& m) {
+  using T = KernelTable;
+  define(m, "slice_tally", &T::slice_tally, Needs::kSharedRow,
+         {SLICE_FIELDS, FIELD(typicality), FIELD(g), OPTIONAL(pivots), FIELD(sums)});
+  define(m, "slice_best", &T::slice_best, Needs::kBuffers,
+         {SLICE_FIELDS, FIELD(typicality), FIELD(end), FIELD(count), FIELD(x), FIELD(ids)});
+  define(m, "slice_top", &T::slice_top, Needs::kSharedRow,
+         {FIELD(rows), FIELD(first), FIELD(count), FIELD(x), FIELD(ids)});
+  define(m, "slice_find", &T::slice_find, Needs::kSharedRow,
+         {SLICE_FIELDS, FIELD(target), FIELD(x), FIELD(ids)});
+}
+
 void define_kernels(py::module_& m) {
   using T = KernelTable;
   define(m, "filter", &T::filter, Needs::kSharedRow,
@@ -261,6 +280,7 @@ void define_kernels(py::module_& m) {
   define(m, "score", &T::score, Needs::kSharedRow,
          {FIELD(rows), FIELD(knobs), OPTIONAL(edits), FIELD(tokens), FIELD(ignore_index),
           FIELD(logprobs), FIELD(log_norm), FIELD(kept), FIELD(base_logprobs), FIELD(entropy)});
+  define_slices(m);
   define(m, "log_odds", &T::log_odds, Needs::kSharedRow,
          {FIELD(rows), FIELD(knobs), OPTIONAL(edits), FIELD(tokens), FIELD(ignore_index),
           FIELD(log_odds), FIELD(support), FIELD(stats)});

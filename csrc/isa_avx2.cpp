@@ -6,6 +6,7 @@
 #include <immintrin.h>
 
 #include "kernels.h"
+#include "slice.h"
 #include "vec_types.h"
 
 #if defined(__clang__)

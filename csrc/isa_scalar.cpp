@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "kernels.h"
+#include "slice.h"
 #include "vec_types.h"
 
 namespace fastadapt {

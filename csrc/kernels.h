@@ -340,12 +340,22 @@ struct DotArgs : Vectors {
   double* out;           // (N, K)
 };
 
+// Of rows whose vocabulary is split over ranks: csrc/slice.h.
+struct SliceTallyArgs;
+struct SliceBestArgs;
+struct SliceTopArgs;
+struct SliceFindArgs;
+
 // One table per ISA. Each function handles rows [begin, end) and allocates nothing.
 struct KernelTable {
   void (*filter)(const FilterArgs&, const Scratch&, int64_t begin, int64_t end);
   void (*sample)(const SampleArgs&, const Scratch&, int64_t begin, int64_t end);
   void (*verify)(const VerifyArgs&, const Scratch&, int64_t begin, int64_t end);
   void (*score)(const ScoreArgs&, const Scratch&, int64_t begin, int64_t end);
+  void (*slice_tally)(const SliceTallyArgs&, const Scratch&, int64_t begin, int64_t end);
+  void (*slice_best)(const SliceBestArgs&, const Scratch&, int64_t begin, int64_t end);
+  void (*slice_top)(const SliceTopArgs&, const Scratch&, int64_t begin, int64_t end);
+  void (*slice_find)(const SliceFindArgs&, const Scratch&, int64_t begin, int64_t end);
   void (*log_odds)(const LogOddsArgs&, const Scratch&, int64_t begin, int64_t end);
   void (*log_odds_backward)(const LogOddsBackwardArgs&, const Scratch&, int64_t begin, int64_t end);
   void (*label_log_odds)(const LabelArgs&, const Scratch&, int64_t begin, int64_t end);

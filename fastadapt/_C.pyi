@@ -18,6 +18,18 @@ class Tile(TypedDict):
     scale: float
     cap: float
 
+class Problems(TypedDict):  # rows.n of them
+    rows: Rows
+    first: int
+    row: Tensor
+    inverse: Tensor
+    m: Tensor
+    cut: Tensor
+    least: Tensor
+    guard: Tensor
+    centre: Tensor
+    band: Tensor
+
 # the layout of the statistics of a row
 OTHERS_MAX: int
 OTHERS_SUM: int
@@ -95,6 +107,36 @@ def score(
     base_logprobs: Tensor,
     entropy: Tensor,
     num_threads: int,
+) -> None: ...
+def slice_tally(
+    *,
+    typicality: bool,
+    g: int,
+    pivots: Tensor | None,
+    sums: Tensor,
+    num_threads: int,
+    **problems: Unpack[Problems],
+) -> None: ...
+def slice_best(
+    *,
+    typicality: bool,
+    end: Tensor,
+    count: int,
+    x: Tensor,
+    ids: Tensor,
+    num_threads: int,
+    **problems: Unpack[Problems],
+) -> None: ...
+def slice_top(
+    *, rows: Rows, first: int, count: int, x: Tensor, ids: Tensor, num_threads: int
+) -> None: ...
+def slice_find(
+    *,
+    target: Tensor,
+    x: Tensor,
+    ids: Tensor,
+    num_threads: int,
+    **problems: Unpack[Problems],
 ) -> None: ...
 def log_odds(
     *,

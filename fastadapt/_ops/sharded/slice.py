@@ -1,10 +1,12 @@
-"""This rank's slice of the vocabulary: what its tokens come to, in PyTorch's integers."""
+"""This rank's slice of the vocabulary, and what its tokens come to, on the CPU."""
 
 import torch
 from torch import Tensor
 
-from fastadapt._ops.sharded.arithmetic import LAST_ID, ordered
-from fastadapt._ops.sharded.support import Support, Tokens
+from fastadapt import _C
+from fastadapt._ops.common import rows_of
+from fastadapt._ops.sharded.arithmetic import MINUS_INF, ordered
+from fastadapt._ops.sharded.support import Support
 
 NAN = 0x7FFFFFFF  # the ordered integer of a row with NaN: above +inf's
 
@@ -17,68 +19,98 @@ class Slice:
         self.rows, self.first, self.whole = rows, first, whole
         self.v = rows.shape[1]
 
+    def _problems(self, support: Support) -> "_C.Problems":
+        """What the kernels take of problems."""
+        data, dtype, _, v, stride = rows_of(self.rows)
+        tests = {name: x.contiguous() for name, x in support._asdict().items()}
+        return {"rows": (data, dtype, len(support.row), v, stride), "first": self.first, **tests}  # type: ignore[typeddict-item]
+
     def maxima(self) -> Tensor:
         """The largest logit of each row as an ordered integer, int32 (N,)."""
         if self.v == 0:
-            return self.rows.new_full((len(self.rows),), -0x7F800000, dtype=torch.int32)
-        most = self.rows.float().amax(1)
+            return torch.full((len(self.rows),), MINUS_INF, dtype=torch.int32)
+        most = self.rows.amax(1).float()
         return torch.where(most.isnan(), NAN, ordered(most)).int()
 
     def best(self, count: int) -> tuple[Tensor, Tensor]:
-        """The best of each row by (logit, id): float32 logits and int32 ids (N, count).
+        """The best of each row by (logit, id), those that are -inf too.
 
-        Ids of places that are left over are -1.
+        Returns:
+            Tensor, Tensor: (N, count), float32 logits and int32 ids, -1 behind the last; of rows
+            with NaN or +inf none.
         """
-        x = self.rows.float()
-        key = (ordered(x) << 31) | (LAST_ID - torch.arange(self.v, device=x.device))
-        return self._listed(key, x, count)
-
-    def _tokens(self, support: Support) -> Tokens:
-        """All tokens as the problems see them."""
-        x = self.rows[support.row].float()
-        ids = torch.arange(self.first, self.first + self.v, device=x.device).expand_as(x)
-        return Tokens.of(support, x, ids)
-
-    def _listed(self, key: Tensor, x: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """The logits and ids of the largest keys; those of the least integer are left out."""
-        n = min(count, self.v)
-        top = key.topk(n, dim=1)
-        there = top.values > torch.iinfo(torch.int64).min
-        ids = torch.where(there, top.indices + self.first, -1).int()
-        values = torch.where(there, x.gather(1, top.indices), float("-inf"))
-        missing = (0, count - n)
-        pad = torch.nn.functional.pad
-        return pad(values, missing, value=float("-inf")), pad(ids, missing, value=-1)
+        x, ids = self._empty(len(self.rows), count)
+        if self.v:
+            _C.slice_top(
+                rows=rows_of(self.rows),
+                first=self.first,
+                count=count,
+                x=x,
+                ids=ids,
+                num_threads=torch.get_num_threads(),
+            )
+        return x, ids
 
     def tally(self, support: Support) -> Tensor:
         """Number, mass and surprisal mass of the survivors, int64 (P, 3)."""
-        tokens = self._tokens(support)
-        alive = tokens.survive(support)
-        return torch.stack([alive.sum(1), (tokens.w * alive).sum(1), (tokens.u * alive).sum(1)], 1)
+        sums = torch.zeros(len(support.row), 3, dtype=torch.int64)
+        if self.v:
+            _C.slice_tally(
+                **self._problems(support),
+                typicality=False,
+                g=0,
+                pivots=None,
+                sums=sums,
+                num_threads=torch.get_num_threads(),
+            )
+        return sums
 
     def tally_above(self, support: Support, kind: str, pivots: Tensor) -> Tensor:
         """The same of survivors from pivots on, ascending (P, G): (P, G, 3)."""
-        tokens = self._tokens(support)
-        alive = tokens.survive(support)
-        place = torch.searchsorted(pivots, tokens.key(kind), right=True)  # how many it reaches
-        p, g = pivots.shape
-        counts = []
-        for weight in (torch.ones_like(tokens.w), tokens.w, tokens.u):
-            within = weight.new_zeros(p, g + 1).scatter_add_(1, place, weight * alive)
-            counts.append(within.flip(1).cumsum(1).flip(1)[:, 1:])
-        return torch.stack(counts, 2)
+        sums = torch.zeros(*pivots.shape, 3, dtype=torch.int64)
+        if self.v:
+            _C.slice_tally(
+                **self._problems(support),
+                typicality=kind == "typicality",
+                g=pivots.shape[1],
+                pivots=pivots.contiguous(),
+                sums=sums,
+                num_threads=torch.get_num_threads(),
+            )
+        return sums
 
-    def best_below(self, support: Support, kind: str, end: Tensor, count: int) -> list[Tensor]:
+    def best_below(
+        self, support: Support, kind: str, end: Tensor, count: int
+    ) -> tuple[Tensor, Tensor]:
         """The best survivors with keys below `end` (P,): logits and ids (P, count) as `best`."""
-        tokens = self._tokens(support)
-        key = tokens.key(kind)
-        wanted = tokens.survive(support) & (key < end[:, None])
-        key = torch.where(wanted, key, torch.iinfo(torch.int64).min)
-        return list(self._listed(key, tokens.x, count))
+        x, ids = self._empty(len(support.row), count)
+        if self.v:
+            _C.slice_best(
+                **self._problems(support),
+                typicality=kind == "typicality",
+                end=end.contiguous(),
+                count=count,
+                x=x,
+                ids=ids,
+                num_threads=torch.get_num_threads(),
+            )
+        return x, ids
 
     def find(self, support: Support, target: Tensor) -> tuple[Tensor, Tensor]:
         """The first survivor by id whose running mass exceeds `target` (P,): its logit and id."""
-        tokens = self._tokens(support)
-        running = (tokens.w * tokens.survive(support)).cumsum(1)
-        place = (running <= target[:, None]).sum(1).clamp(max=self.v - 1)[:, None]
-        return tokens.x.gather(1, place)[:, 0], place[:, 0] + self.first
+        x = torch.empty(len(target), dtype=torch.float32)
+        ids = torch.empty_like(target)
+        _C.slice_find(
+            **self._problems(support),
+            target=target.contiguous(),
+            x=x,
+            ids=ids,
+            num_threads=torch.get_num_threads(),
+        )
+        return x, ids
+
+    @staticmethod
+    def _empty(n: int, count: int) -> tuple[Tensor, Tensor]:
+        """Lists without tokens."""
+        x = torch.full((n, count), float("-inf"))
+        return x, torch.full((n, count), -1, dtype=torch.int32)
