@@ -163,6 +163,20 @@ def vllm_limits(record: Record) -> list[Limit]:
     return found
 
 
+def sharded_limits(record: Record) -> list[Limit]:
+    """The demands on a split vocabulary."""
+    cells, fuzz = record["cells"], record["fuzz"]
+    most = max(cells, key=lambda cell: cell["of_gathering"])
+    where = f"{most['rows']}, V = {most['vocabulary']:,}, {most['ranks']} ranks, {most['adaptor']}"
+    rows = f"of {fuzz['rows']:,} rows, other than in one process"
+    return [
+        Limit(f"{rows}, draws", fuzz["draws"], 0, ""),
+        Limit(f"{rows}, scores", fuzz["scores"], 0, ""),
+        Limit("bytes of a batch to gathering bfloat16 logits, worst",
+              100 * most["of_gathering"], 25, "%", where=where),
+    ]  # fmt: skip
+
+
 def history_limits(record: Record) -> list[Limit]:
     """The demands on the lists of a history, of each row of the largest batch."""
     largest = max(cell["batch"] for cell in record["cells"])
@@ -373,6 +387,7 @@ LIMITS: dict[str, Callable[[Record], list[Limit]]] = {
     "edits": edits_limits,
     "filters": filters_limits,
     "verify": verify_limits,
+    "sharded": sharded_limits,
     "history": history_limits,
     "vllm": vllm_limits,
     "losses": losses_limits,

@@ -43,7 +43,7 @@ UNMEASURED = {
     **dict.fromkeys(
         (
             *("divergence", "edits", "filters", "history", "tracker", "tradeoff", "trainer"),
-            *("verify", "vllm"),
+            *("sharded", "verify", "vllm"),
         ),
         "Not yet measured.\n",
     ),
@@ -53,7 +53,9 @@ Columns = Mapping[str, str | Sequence[str]]  # the title of each, and the format
 
 
 def main(
-    pages: Sequence[str] = ("README.md", "docs/benchmarks.md", "docs/choosing.md"),
+    pages: Sequence[str] = (
+        *("README.md", "docs/benchmarks.md", "docs/choosing.md", "docs/sharded.md"),
+    ),
     source: str = "sampling",
     drawing: Path = FIGURE,
     draw: Callable[[Any, Path], None] = figure.draw,
@@ -218,6 +220,7 @@ PAGES: dict[str, dict[str, Callable[..., str]]] = {
     "README.md": {"headline": functools.partial(block, "headline")},
     "docs/benchmarks.md": TABLES,
     "docs/choosing.md": {"choosing": functools.partial(block, "choosing")},
+    "docs/sharded.md": {"sharded": functools.partial(block, "sharded")},
     "docs/results.md": {"compare_losses": functools.partial(block, "compare_losses")},
 }
 

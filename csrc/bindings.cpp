@@ -262,6 +262,11 @@ void define_slices(py::module_& m) {
          {FIELD(rows), FIELD(first), FIELD(count), FIELD(x), FIELD(ids)});
   define(m, "slice_find", &T::slice_find, Needs::kSharedRow,
          {SLICE_FIELDS, FIELD(target), FIELD(x), FIELD(ids)});
+  define(m, "masses", &T::masses, Needs::kNothing, {FIELD(n), FIELD(d), FIELD(w), FIELD(u)});
+  define(m, "targets", &T::targets, Needs::kNothing,
+         {FIELD(n), FIELD(seeds), FIELD(positions), FIELD(totals), FIELD(targets)});
+  define(m, "logs", &T::logs, Needs::kNothing, {FIELD(n), FIELD(masses), FIELD(logs)});
+  define(m, "exps", &T::exps, Needs::kNothing, {FIELD(n), FIELD(x), FIELD(exps)});
 }
 
 void define_kernels(py::module_& m) {

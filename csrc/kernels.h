@@ -345,6 +345,10 @@ struct SliceTallyArgs;
 struct SliceBestArgs;
 struct SliceTopArgs;
 struct SliceFindArgs;
+struct MassesArgs;
+struct TargetsArgs;
+struct LogsArgs;
+struct ExpsArgs;
 
 // One table per ISA. Each function handles rows [begin, end) and allocates nothing.
 struct KernelTable {
@@ -356,6 +360,10 @@ struct KernelTable {
   void (*slice_best)(const SliceBestArgs&, const Scratch&, int64_t begin, int64_t end);
   void (*slice_top)(const SliceTopArgs&, const Scratch&, int64_t begin, int64_t end);
   void (*slice_find)(const SliceFindArgs&, const Scratch&, int64_t begin, int64_t end);
+  void (*masses)(const MassesArgs&, const Scratch&, int64_t begin, int64_t end);
+  void (*targets)(const TargetsArgs&, const Scratch&, int64_t begin, int64_t end);
+  void (*logs)(const LogsArgs&, const Scratch&, int64_t begin, int64_t end);
+  void (*exps)(const ExpsArgs&, const Scratch&, int64_t begin, int64_t end);
   void (*log_odds)(const LogOddsArgs&, const Scratch&, int64_t begin, int64_t end);
   void (*log_odds_backward)(const LogOddsBackwardArgs&, const Scratch&, int64_t begin, int64_t end);
   void (*label_log_odds)(const LabelArgs&, const Scratch&, int64_t begin, int64_t end);

@@ -200,3 +200,29 @@ static void slice_find_row(const SliceFindArgs& a, int64_t p, const Scratch& scr
   a.x[p] = to_float(view.x[id]);
   a.ids[p] = id + a.first;
 }
+
+static void masses_of(const MassesArgs& a, const Scratch&, int64_t begin, int64_t end) {
+  for_row(a.d, begin, end, 1.0f, [&](int64_t i, F d) {
+    float w[W], u[W];
+    const F e = mass(d);
+    store(w, e);
+    store(u, surprisal_mass(e, d));
+    for (int64_t j = 0; j < W && i + j < end; ++j) {
+      a.w[i + j] = static_cast<int64_t>(w[j]);
+      a.u[i + j] = static_cast<int64_t>(u[j]);
+    }
+  });
+}
+
+static void targets_of(const TargetsArgs& a, const Scratch&, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; ++i)
+    a.targets[i] = draw_target(philox(a.seeds[i], a.positions[i], 0).first, a.totals[i]);
+}
+
+static void logs_of(const LogsArgs& a, const Scratch&, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; ++i) a.logs[i] = log_mass(a.masses[i]);
+}
+
+static void exps_of(const ExpsArgs& a, const Scratch&, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; ++i) a.exps[i] = exp64(a.x[i]);
+}

@@ -59,4 +59,25 @@ struct SliceFindArgs : SliceArgs {
   int64_t* ids;           // (P,)
 };
 
+// The rule's arithmetic on n numbers, for what all ranks decide alike.
+struct MassesArgs : Vectors {
+  const float* d;  // distances to the largest scaled logit
+  int64_t* w;      // their masses
+  int64_t* u;      // their surprisal masses
+};
+struct TargetsArgs : Vectors {
+  const int64_t* seeds;
+  const int64_t* positions;
+  const int64_t* totals;
+  int64_t* targets;  // floor(X total / 2^64), X of Philox
+};
+struct LogsArgs : Vectors {
+  const int64_t* masses;
+  double* logs;  // ln(mass / 2^40)
+};
+struct ExpsArgs : Vectors {
+  const double* x;  // in [-700, 700]
+  double* exps;
+};
+
 }  // namespace fastadapt

@@ -138,6 +138,18 @@ def slice_find(
     num_threads: int,
     **problems: Unpack[Problems],
 ) -> None: ...
+def masses(*, n: int, d: Tensor, w: Tensor, u: Tensor, num_threads: int) -> None: ...
+def targets(
+    *,
+    n: int,
+    seeds: Tensor,
+    positions: Tensor,
+    totals: Tensor,
+    targets: Tensor,
+    num_threads: int,
+) -> None: ...
+def logs(*, n: int, masses: Tensor, logs: Tensor, num_threads: int) -> None: ...
+def exps(*, n: int, x: Tensor, exps: Tensor, num_threads: int) -> None: ...
 def log_odds(
     *,
     rows: Rows,

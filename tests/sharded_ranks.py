@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from fastadapt import Adaptor, reference, sample, score
 
-sys.path.append(str(Path(__file__).parent))  # `python -P` leaves it out
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 from sharded_cases import made, unlike  # noqa: E402
 
 
@@ -39,7 +39,7 @@ def main(rank: int, ranks: int, store: str, cases: int) -> None:
     shapes_and_seeds(rank, ranks, group)
     errors_are_everyones(rank, group)
     dist.destroy_process_group()
-    print("held:", rows)
+    sys.stdout.write(f"held: {rows}\n")
 
 
 def reference_gathers(rank: int, ranks: int, group: Any) -> None:
@@ -94,14 +94,10 @@ def errors_are_everyones(rank: int, group: Any) -> None:
         "expected an Adaptor" if first else r"an error on \[0\]",
         lambda: drawn(rows, "greedy" if first else Adaptor()),
     )
-    raises(
-        ValueError, "same adaptor, seeds", lambda: drawn(rows, Adaptor(top_p=0.5 + first / 8))
-    )
+    raises(ValueError, "same adaptor, seeds", lambda: drawn(rows, Adaptor(top_p=0.5 + first / 8)))
     raises(ValueError, "same adaptor, seeds", lambda: drawn(rows, Adaptor(), seeds=seeds + rank))
     raises(ValueError, "same adaptor, seeds", lambda: drawn(rows, Adaptor(), log_mass=first))
-    raises(
-        ValueError, "num_tokens: expected 1 to", lambda: drawn(rows, Adaptor(), num_tokens=1000)
-    )
+    raises(ValueError, "num_tokens: expected 1 to", lambda: drawn(rows, Adaptor(), num_tokens=1000))
     raises(
         ValueError, "top_logprobs: expected 0 to", lambda: drawn(rows, Adaptor(), top_logprobs=999)
     )

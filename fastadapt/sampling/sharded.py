@@ -160,7 +160,7 @@ def law_of(rows: Tensor, adaptor: Adaptor, name: str = "adaptor") -> Law:
         if unknown and not _is(getattr(adaptor, knob.name), knob.default):
             raise NotImplementedError(f"{name}.{knob.name}: expected none with a group")
     columns = zip(KNOBS, packed.expand(-1, len(rows)), strict=True)
-    return Law(
+    return Law.of(
         {knob: x.contiguous() for knob, x in columns if knob in KNOWN}, ORDERS[adaptor.order]
     )
 
@@ -196,7 +196,7 @@ def _given(
     if changes is not None:
         check_edits(changes, rows)
     knobs = [x.view(torch.int64) for law in laws for x in law.knobs.values()]
-    told = (*words, changes is None, allowed is None, real)
+    told = (*words, real, _told(changes), _told(allowed))
     digest = _digest(repr(told), [*knobs, *alike])
     edited = None
     if changes is not None or allowed is not None or real is not None:
@@ -207,15 +207,19 @@ def _given(
     return Given(rank, rows, digest, edited, real)
 
 
+def _told(changes: Edits | Tensor | None) -> object:
+    """What decides whether edits or masks are refused, which has to be by all ranks or none."""
+    if isinstance(changes, Edits):
+        return changes.largest
+    return (changes.shape, changes.dtype) if isinstance(changes, Tensor) else type(changes)
+
+
 def _digest(text: str, numbers: list[Tensor]) -> int:
     """A number in [0, 2^31) of a text and int64 tensors."""
-    mixed = torch.tensor(list(text.encode()), dtype=torch.int64)
-    found = 0
-    for x in (mixed, *numbers):
-        odd = torch.arange(len(x)) * 0x1E3779B97F4A7C15 * 2 + 1
-        mixed = (x ^ x >> 29) * odd
-        found = (found * 0x2545F491 + int((mixed ^ mixed >> 32).sum())) & 0xFFFFFFFFFFFFFFFF
-    return (found ^ found >> 33) & 0x7FFFFFFF
+    x = torch.cat([torch.tensor(list(text.encode())), *numbers])
+    place = torch.arange(len(x)) * 0x3C6EF372FE94F82A + 1  # odd
+    mixed = (x ^ x >> 29) * place
+    return int((mixed ^ mixed >> 32).sum() & 0x7FFFFFFF)
 
 
 def _edited(

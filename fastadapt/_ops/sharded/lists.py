@@ -20,27 +20,30 @@ from fastadapt._ops.sharded.support import CUTS, NEUTRAL, SENT, Support, Tokens,
 
 
 class Law(NamedTuple):
-    """An adaptor: its knobs by name, (N,) float64 each, and its filters in their order."""
+    """An adaptor: its knobs by name, (N,) float64 each, and its filters in their order.
+
+    Attributes:
+        knobs: the temperature among them.
+        filters: their names.
+        greedy: (N,) bool, rows of temperature 0.
+        inverse: (N,) float32, 1 / T.
+        first: the first filter that acts in some row.
+    """
 
     knobs: Mapping[str, Tensor]
     filters: tuple[str, ...]
+    greedy: Tensor
+    inverse: Tensor
+    first: str | None
 
-    @property
-    def greedy(self) -> Tensor:
-        """Rows of temperature 0, (N,)."""
-        return self.knobs["temperature"] == 0
-
-    @property
-    def inverse(self) -> Tensor:
-        """1 / T, float32 (N,)."""
-        t = self.knobs["temperature"]
-        return 1 / torch.where(t == 0, 1.0, t).float()
-
-    @property
-    def first(self) -> str | None:
-        """The first filter that acts in some row, by name."""
-        acting = (name for name in self.filters if bool((self.knobs[name] != NEUTRAL[name]).any()))
-        return next(acting, None)
+    @classmethod
+    def of(cls, knobs: Mapping[str, Tensor], filters: tuple[str, ...]) -> "Law":
+        """Fills in what follows from knobs and filters."""
+        t = knobs["temperature"]
+        greedy = t == 0
+        acting = (name for name in filters if bool((knobs[name] != NEUTRAL[name]).any()))
+        inverse = 1 / torch.where(greedy, 1.0, t).float()
+        return cls(knobs, filters, greedy, inverse, next(acting, None))
 
     @property
     def by_maximum(self) -> bool:

@@ -43,7 +43,7 @@ def draw(given: Given, asked: Draw) -> Program[list[Tensor]]:
     law = asked.law
     status = _status(whole.x_max, law.inverse)
     ok = status == 0
-    x_max = torch.where(ok, whole.x_max, 0.0)
+    x_max = torch.where(ok, whole.x_max, float("inf"))  # bad rows have no masses
     active = ok & ~law.greedy
     support = law.support(x_max, active)
     rows = Support.whole(support.row, support.inverse, support.m)
@@ -101,7 +101,7 @@ def score(given: Given, asked: Marks) -> Program[tuple[Tensor, ...]]:
     own[index] = whole.part.rows[index, here[index]].float()
 
     base_ok = (_status(whole.x_max, torch.ones_like(own)) == 0) & used
-    x_max = torch.where(base_ok, whole.x_max, 0.0)
+    x_max = torch.where(base_ok, whole.x_max, float("inf"))
     ok = [(_status(whole.x_max, law.inverse) == 0) & used for law in asked.laws]
     supports = [law.support(x_max, good) for law, good in zip(asked.laws, ok, strict=True)]
     base = Support.whole(supports[0].row, torch.ones_like(own), x_max)

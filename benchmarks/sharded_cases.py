@@ -1,16 +1,19 @@
-"""Random calls of `sample` and `score`, whole and split over ranks, for the tests of both."""
+"""Random calls of `sample` and `score`, in one piece and split over ranks."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastadapt import Adaptor, Edits, sample, score
+from fastadapt._ops.sharded.exchange import side_by_side
 from fastadapt.results import Sample, Score
+from fastadapt.sampling.sharded import draw_of, score_of
 
 INF = float("inf")
+NO_EDITS = {"edits": None, "allowed": None, "num_tokens": None}
 # a number for all rows, or one for each; values at and around what ranks send at first
 KNOBS: dict[str, tuple[float, list[Any]]] = {  # how often a knob is given, and its values
     "temperature": (0.5, [0.0, 0.3, 0.7, 1.0, 1.3, 2.0, 0.001]),
@@ -29,7 +32,9 @@ ROWS: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
     "float16": lambda x, g: (x * 2).half(),
     "flat": lambda x, g: torch.zeros_like(x),
     "levels": lambda x, g: torch.randint(0, 4, x.shape, generator=g).float() * 1.5,
-    "peak": lambda x, g: x.index_add(1, torch.tensor([x.shape[1] // 2]), x.new_full((len(x), 1), 40)),
+    "peak": lambda x, g: x.index_add(
+        1, torch.tensor([x.shape[1] // 2]), x.new_full((len(x), 1), 40)
+    ),
     "holes": lambda x, g: torch.where(torch.rand(x.shape, generator=g) < 0.7, -INF, x * 3),
     "far": lambda x, g: x * 3 + 1e4,
     "huge": lambda x, g: x * 1e30,
@@ -89,6 +94,33 @@ def made(seed: int, ranks: int | None = None) -> Case:
     return Case(f"{seed}: {kind}", logits, sizes, _adaptor(n, r), options, adaptors, edits)
 
 
+def differing_rows(case: Case) -> tuple[int, int]:
+    """How many rows of a draw and of scores have another bit on some rank than in one piece."""
+    edits = {**NO_EDITS, **case.edits}
+    ranks = range(len(case.sizes))
+    whole = case.sampled(case.logits)
+    expected = [x for x in whole if x is not None]
+    parts = side_by_side(
+        [draw_of(case.slice(i), case.adaptor, i, **case.options, **edits) for i in ranks]
+    )
+    tokens = case.tokens(whole)
+    scores = case.scored(case.logits, tokens)
+    scored = side_by_side(
+        [score_of(case.slice(i), tokens, case.adaptors, i, **edits) for i in ranks]
+    )
+    return _differing(expected, parts), _differing(scores, scored)
+
+
+def _differing(whole: Sequence[Tensor], parts: Sequence[Sequence[Tensor]]) -> int:
+    bad = torch.zeros(len(whole[0]), dtype=torch.bool)
+    for part in parts:
+        for a, b in zip(whole, part, strict=True):
+            if a.dtype != b.dtype or a.shape != b.shape:
+                return len(bad)
+            bad |= (_bits(a) != _bits(b)).view(len(bad), -1).any(1)
+    return int(bad.sum())
+
+
 def unlike(one: tuple[Any, ...], other: tuple[Any, ...]) -> list[str]:
     """The fields of two results that differ in a bit."""
     names = getattr(one, "_fields", None) or other._fields  # type: ignore[attr-defined]
@@ -99,8 +131,14 @@ def unlike(one: tuple[Any, ...], other: tuple[Any, ...]) -> list[str]:
 def _same_bits(a: Tensor | None, b: Tensor | None) -> bool:
     if a is None or b is None:
         return a is b
-    whole = {torch.float32: torch.int32}.get(a.dtype, a.dtype)
-    return a.dtype == b.dtype and torch.equal(a.view(whole), b.view(whole))
+    return a.dtype == b.dtype and torch.equal(_bits(a), _bits(b))
+
+
+def _bits(x: Tensor) -> Tensor:
+    """Integers, NaN being one number."""
+    if x.dtype != torch.float32:
+        return x
+    return torch.where(x.isnan(), -1, x.contiguous().view(torch.int32))
 
 
 def _adaptor(n: int, r: random.Random, *, greedy: bool = True) -> Adaptor:
