@@ -14,6 +14,7 @@ import bench_filters
 import bench_history
 import bench_sampling
 import bench_score
+import bench_sharded
 import bench_verify
 import cases
 import fastadapt
@@ -311,6 +312,21 @@ def test_verified_drafts_are_measured_beside_sample(run_benchmark):
     found = {limit.label.split()[0]: limit for limit in limits.verify_limits(record)}
     assert found["least"].met == found["of"].met == "yes"
     assert "| 200, bfloat16, T+p | other |" in report.block("verify", record)
+
+
+def test_a_split_vocabulary_is_counted(run_benchmark):
+    small = ("--vocab", 4000, "--ranks", 2, 4, "--rows", "normal3", "--each", 3, "--fuzzed", 50)
+    record = run_benchmark(bench_sharded, *small)
+    assert len(record["cells"]) == 2 * len(bench_sharded.LAWS)
+    cells = {cell["adaptor"]: cell for cell in record["cells"] if cell["ranks"] == 4}
+    assert cells["greedy"]["rounds"] == cells["k = 50"]["rounds"] == 2
+    assert cells["neutral"]["rounds"] == 3 and cells["neutral"]["more"] == 1
+    # a head of 256 bytes, and 8 for a seed's best token and 24 of sums, of each of three others
+    assert cells["greedy"]["bytes"] == 3 * (256 + 8 + 24)
+    assert record["fuzz"]["rows"] >= 50
+    found = limits.sharded_limits(record)
+    assert [limit.met for limit in found[:2]] == ["yes", "yes"]
+    assert "| normal3, 4,000 | 4 | greedy |" in report.block("sharded", record)
 
 
 def test_transformers_way_to_edits_is_ours():

@@ -503,11 +503,14 @@ def test_the_stub_has_the_arguments_of_the_module() -> None:
     """`_C.pyi` names what the kernels read, in their order, and what the module has."""
     stub = ast.parse((PACKAGE / "_C.pyi").read_text()).body
     classes = {node.name: node.body for node in stub if isinstance(node, ast.ClassDef)}
-    tile = [a.target.id for a in classes.pop("Tile")]
+    shared = {
+        name: [field.target.id for field in classes.pop(name)] for name in ("Tile", "Problems")
+    }
     functions = [node for node in stub if isinstance(node, ast.FunctionDef)]
     for node in (f for f in functions if f.args.kwonlyargs):
         names = [a.arg for a in node.args.kwonlyargs]
-        names = tile + names if node.args.kwarg else names
+        if node.args.kwarg:  # Unpack[...] of what several take
+            names = shared[node.args.kwarg.annotation.slice.id] + names
         got = inspect.signature(getattr(fastadapt._C, node.name)).parameters
         assert list(got) == names, node.name
         assert {p.kind for p in got.values()} == {inspect.Parameter.KEYWORD_ONLY}, node.name

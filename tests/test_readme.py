@@ -18,7 +18,10 @@ def report():
     return module
 
 
-PAGES = ("README.md", "docs/benchmarks.md", "docs/choosing.md", "docs/results.md")
+PAGES = (
+    *("README.md", "docs/benchmarks.md", "docs/choosing.md", "docs/results.md"),
+    "docs/sharded.md",
+)
 
 
 @pytest.mark.parametrize("page", PAGES)
