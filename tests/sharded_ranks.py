@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from fastadapt import Adaptor, reference, sample, score
 
@@ -65,6 +67,12 @@ def shapes_and_seeds(rank: int, ranks: int, group: Any) -> None:
     assert unlike(sample(logits, Adaptor(top_p=0.9)), drawn) == []
     assert drawn.tokens.shape == (2, 3)
     assert score(mine, drawn.tokens, [Adaptor()], group=group).logprobs.shape == (2, 3, 1)
+    mesh = DeviceMesh("cpu", list(range(ranks)))
+    split = distribute_tensor(torch.arange(2.0 * 11).view(2, 11).sin(), mesh, [Shard(1)])
+    whole = split.full_tensor()
+    seeds = torch.arange(2)
+    drawn = sample(split.to_local(), Adaptor(), seeds=seeds, group=mesh.get_group())
+    assert unlike(sample(whole, Adaptor(), seeds=seeds), drawn) == []
     pairs = [dist.new_group([i, i + 1]) for i in range(0, ranks, 2)]
     pair = rank // 2
     ours = logits.chunk(2, -1)[rank % 2]

@@ -159,6 +159,18 @@ def test_edits_and_words_of_slices():
         assert torch.equal(got, expected)
 
 
+def test_results_have_no_gradient():
+    logits = (torch.randn(3, 50) * 3).requires_grad_()
+    for got in drawn(logits, Adaptor(top_p=0.9), 2, base_logprobs=True):
+        assert not any(x.requires_grad for x in got)
+    tokens = torch.arange(3)
+    programs = [
+        score_of(x, tokens, [Adaptor()], i, **NO_EDITS) for i, x in enumerate(logits.chunk(2, 1))
+    ]
+    for got in side_by_side(programs):
+        assert not any(x.requires_grad for x in got)
+
+
 def test_what_is_not_offered_is_refused_by_name():
     rows = torch.zeros(2, 5)
     with pytest.raises(NotImplementedError, match="logits: expected a CPU tensor with a group"):

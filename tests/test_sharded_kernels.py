@@ -137,6 +137,27 @@ def assert_equal(one, other):
         assert a.dtype == b.dtype and torch.equal(a, b)
 
 
+def test_threads_share_a_long_row(num_threads):
+    """With the bits of one."""
+    torch.manual_seed(0)
+    rows = torch.randn(1, 70_001) * 3
+    support = Support.whole(torch.zeros(1, dtype=torch.int64), torch.ones(1), rows.amax(1))
+    support = support._replace(cut=support.cut + (1 << 60))
+    part = Slice(rows, 3, 80_000)
+
+    def results():
+        sums = part.tally(support)
+        return sums, *part.best(64), *part.find(support, sums[:, 1] // 3)
+
+    num_threads(1)
+    alone = results()
+    num_threads(4)
+    assert_equal(alone, results())
+    plain = PlainSlice(rows, 3, 80_000)
+    assert torch.equal(alone[0], plain.tally(support))
+    assert_equal(alone[3:], plain.find(support, alone[0][:, 1] // 3))
+
+
 def test_empty_slices_have_nothing():
     part = Slice(torch.empty(2, 0), 5, 9)
     support = Support.whole(torch.arange(2), torch.ones(2), torch.zeros(2))

@@ -23,6 +23,7 @@ from fastadapt.sampling.rows import check_edits, ids_below, knobs_for, scored, s
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+# min-p before typical, so that the most probable token is there while its mass is asked for
 ORDERS = {
     "hf": ("top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"),
     "vllm": ("min_p", "top_k", "top_p", "typical_p", "epsilon_cutoff", "eta_cutoff"),
@@ -177,7 +178,7 @@ def _slice(logits: Tensor) -> Tensor:
         raise NotImplementedError(
             f"logits: expected a CPU tensor with a group, got one on {rows.device}"
         )
-    return rows
+    return rows.detach()
 
 
 def _given(

@@ -4,6 +4,7 @@ Ranks add up what survives from 64 pivots on, again and again, until few tokens 
 them; these are sent.
 """
 
+from itertools import count
 from typing import NamedTuple
 
 import torch
@@ -80,7 +81,7 @@ def search(part: Slice, task: Search) -> Program[Found]:
     high, above, at_low = task.end, task.above, task.total
     if task.unit == ALL_TIES:
         high = with_ties(high + task.unit - 1)
-    for turn in range(64):
+    for turn in count():  # a dozen at most
         inside = at_low[:, COUNT] - above[:, COUNT]
         index = ((inside > MOST_SENT) & (high - low > task.unit)).nonzero()[:, 0]
         if len(index) == 0:
@@ -127,9 +128,9 @@ def _ended(
     inside = at_low[:, COUNT] - above[:, COUNT]
     one = inside > MOST_SENT  # of one value
     few = torch.where(one, 0, inside)
-    count = max(int(few.max()), 1)
+    most = max(int(few.max()), 1)
     own = part.tally_above(task.support, task.kind, torch.stack([low, high], 1))[..., MASS]
-    mine = (own, *part.best_below(task.support, task.kind, high, count))
+    mine = (own, *part.best_below(task.support, task.kind, high, most))
     words = yield Request("gather", packed(*mine))
     own, x, ids = unpacked(words, *mine)  # (ranks, p, 2), (ranks, p, count) twice
     tokens = Tokens.of(task.support, *(t.transpose(0, 1).flatten(1) for t in (x, ids.long())))
