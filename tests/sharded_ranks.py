@@ -38,6 +38,8 @@ def main(rank: int, ranks: int, store: str, cases: int) -> None:
         assert unlike(scored, case.scored(case.slice(rank), tokens, group=group)) == [], case.name
         rows += len(case.logits)
     reference_gathers(rank, ranks, group)
+    if ranks == 2:
+        a_model_draws_from_its_slices(rank, group)
     shapes_and_seeds(rank, ranks, group)
     errors_are_everyones(rank, group)
     dist.destroy_process_group()
@@ -82,6 +84,47 @@ def shapes_and_seeds(rank: int, ranks: int, group: Any) -> None:
     if ranks == 4:  # of a group that this rank is not in torch makes a number
         other = pairs[1 - pair]
         raises(TypeError, "a ProcessGroup", lambda: sample(ours, Adaptor(), group=other))
+
+
+def a_model_draws_from_its_slices(rank: int, group: Any) -> None:
+    """`generate` of a model whose head is split: the tokens of the whole one."""
+    try:
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        from fastadapt.hf import FusedLogitsWarper, generate
+    except ImportError:
+        return
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=301, **sizes)).eval()
+    model.lm_head.weight.data *= 60
+    prompt = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    options = {"max_new_tokens": 12, "pad_token_id": 0, "eos_token_id": 7, "do_sample": True}
+    draws: list[dict[str, Any]] = [
+        {"top_p": 0.9, "seeds": [3, 4]},
+        {"top_k": 0, "typical_p": 0.9, "temperature": 1.5, "seeds": [5, 6]},
+        FusedLogitsWarper(Adaptor(temperature=0.0)).generate_kwargs(),
+    ]
+    calls = [{**options, **draw} for draw in draws]
+    expected = [model.generate(prompt, custom_generate=generate, **call) for call in calls]
+    ends = [0, 120, 301]
+    weight = model.lm_head.weight.data[ends[rank] : ends[rank + 1]]
+    model.lm_head = torch.nn.Linear(32, len(weight), bias=False)
+    model.lm_head.weight.data = weight
+    split = generate.using(group=group)
+    for call, tokens in zip(calls, expected, strict=True):
+        assert torch.equal(model.generate(prompt, custom_generate=split, **call), tokens)
+    refused: dict[str, dict[str, Any]] = {
+        "logits_processor: .* got RepetitionPenaltyLogitsProcessor": {"repetition_penalty": 1.2},
+        "output_scores": {"output_scores": True, "return_dict_in_generate": True},
+        "output_logprobs": {"output_logprobs": True, "return_dict_in_generate": True},
+        "prompt_lookup_num_tokens": {"prompt_lookup_num_tokens": 2},
+        "do_sample": {"do_sample": False},
+    }
+    for message, more in refused.items():
+        rows = prompt[:1] if "prompt_lookup_num_tokens" in more else prompt
+        call = {**options, **more, "custom_generate": split}
+        raises(NotImplementedError, message, lambda r=rows, c=call: model.generate(r, **c))
 
 
 def errors_are_everyones(rank: int, group: Any) -> None:

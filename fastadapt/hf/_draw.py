@@ -38,6 +38,8 @@ class Draw(LogitsProcessor):
         streams: the random streams of the rows.
         tell: gets what there is to tell of each step's tokens, as `Told.add`; None: nothing.
         config: the call's generation config.
+        split: the group over whose ranks the vocabulary is split, and the size of the whole; None:
+            scores are whole.
     """
 
     def __init__(
@@ -47,10 +49,13 @@ class Draw(LogitsProcessor):
         streams: Streams,
         tell: Callable[..., None] | None,
         config: GenerationConfig,
+        split: tuple[Any, int] | None = None,
     ) -> None:
         """Prepares one call of the generation loop."""
         rows, self.prompt_length = input_ids.shape[:2]
         self.chain, self.streams, self.tell = chain, streams, tell
+        self.split: dict[str, Any] = {} if split is None else {"group": split[0]}
+        self.width = None if split is None else split[1]
         self.before: Any = LogitsProcessorList(chain.before)
         self.edits = Run(chain.edits)
         self.records = bool(config.return_dict_in_generate and config.output_scores)
@@ -74,7 +79,8 @@ class Draw(LogitsProcessor):
             adaptor, scores = Adaptor(), _narrowed(kept)
         seeds, positions = self.streams.at(input_ids.shape[1] - self.prompt_length)
         changes: dict[str, Any] = {"edits": edits, "allowed": allowed}
-        drawn = sample(scores, adaptor, seeds=seeds, positions=positions, **changes)
+        options = {**changes, **self.split}
+        drawn = sample(scores, adaptor, seeds=seeds, positions=positions, **options)
         ended = self.finished | (self.status != 0)
         self.status = torch.where(ended, self.status, drawn.status)
         if self.at_once:
@@ -104,13 +110,14 @@ class Draw(LogitsProcessor):
     def _rows_of(self, tokens: Tensor, scores: Tensor) -> Tensor:
         """Returns one-hot rows in a buffer that is reused while the shape stays."""
         buffer, previous = self.one_hot, self.previous
+        shape = (len(scores), self.width or scores.shape[1])
         if (
             buffer is None
             or previous is None
-            or buffer.shape != scores.shape
+            or buffer.shape != shape
             or buffer.dtype != scores.dtype
         ):
-            buffer = self.one_hot = torch.zeros_like(scores)
+            buffer = self.one_hot = scores.new_zeros(shape)
         else:
             buffer.scatter_(1, previous, 0.0)
         self.previous = tokens

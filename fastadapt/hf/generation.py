@@ -29,6 +29,7 @@ from fastadapt.adaptor import Adaptor
 from fastadapt.hf._chain import chain_of
 from fastadapt.hf._drafted import Drafted, WithDrafts, check_assistant
 from fastadapt.hf._draw import Draw, Stopping, Watch
+from fastadapt.hf._split import refuse_whole_rows
 from fastadapt.hf._streams import Seeds, Streams, seeds_of
 from fastadapt.hf._told import Told
 from fastadapt.hf._unreachable import refuse_unreachable
@@ -182,6 +183,7 @@ class Generate:
     synced_gpus: bool | None = None
     seeds: Seeds | None = None
     assistant_model: Any = None
+    group: Any = None
 
     def using(
         self,
@@ -190,6 +192,7 @@ class Generate:
         synced_gpus: bool | None = None,
         seeds: Seeds | None = None,
         assistant_model: Any = None,
+        group: Any = None,
     ) -> "Generate":
         """Return a callable for `custom_generate` with these settings and no others.
 
@@ -198,8 +201,11 @@ class Generate:
             synced_gpus (bool): keep calling the model until every rank has finished.
             seeds (Tensor or sequence of int or None): as the `seeds` of `model.generate`.
             assistant_model (PreTrainedModel): drafts tokens; of a vocabulary of the same size.
+            group (ProcessGroup): of ranks whose model gives a slice of the logits, as `sample` has
+                it; all run this call. With it there may be warpers alone, and what needs whole rows
+                raises NotImplementedError.
         """
-        return Generate(streamer, synced_gpus, seeds, assistant_model)
+        return Generate(streamer, synced_gpus, seeds, assistant_model, group)
 
     def __call__(
         self,
@@ -234,10 +240,19 @@ class Generate:
         if generation_config.do_sample:
             chain = chain_of(logits_processor, FusedLogitsWarper)
             _check_rows(chain.adaptor, input_ids.shape[0])
-            draw = Draw(chain, input_ids, streams, tell, generation_config)
+            split = None
+            if self.group is not None:
+                told_of = {"tells": tell is not None, "drafts": drafts}
+                refuse_whole_rows(chain, generation_config, **told_of)
+                split = self.group, model.config.get_text_config().vocab_size
+            draw = Draw(chain, input_ids, streams, tell, generation_config, split)
             generation_config = copy.copy(generation_config)
             generation_config.do_sample = False
             for_drafts = [*chain.before, *chain.edits]
+        elif self.group is not None:
+            raise NotImplementedError(
+                "do_sample: expected True with a group (a temperature of 0 is greedy), got False"
+            )
         elif tell is not None:
             draw = Watch(logits_processor, input_ids, tell)
         if draw is not None:
