@@ -123,7 +123,7 @@ def test_greedy_requests_are_the_engines_without_a_bias():
         ({}, {"top_p": torch.ones(1)}, r"fastadapt_top_p: expected a number.*tensor of shape"),
         ({}, {"top_k": 2.5}, "fastadapt_top_k: expected an integer"),
         ({}, {"temperature": True}, "fastadapt_temperature: expected"),
-        ({}, {"order": "transformers"}, "fastadapt_order: expected one of hf, vllm"),
+        ({}, {"order": "transformers"}, "fastadapt_order: expected 'hf', 'vllm' or a"),
         ({}, {"seed": "1"}, "fastadapt_seed: expected an integer, got '1'"),
         ({}, {"seed": 2**63}, "fastadapt_seed: expected"),
         ({"top_p": 0.5}, {"top_p": 0.9}, "fastadapt_top_p=0.9 and top_p=0.5"),
