@@ -916,3 +916,22 @@ def test_whisper_goes_on_where_rows_leave(whisper, draws):
 def test_whisper_checks_that_seeds_are_enough(whisper):
     with pytest.raises(ValueError, match=r"seeds: expected shape \(3,\).*got \(2,\)"):
         transcribe(whisper, hf.generate, do_sample=True, temperature=1.0, seeds=[1, 2])
+
+
+@pytest.mark.parametrize("seeds", [None, [3, 4, 5]])
+def test_coins_of_xtc_are_those_of_the_draws(model, prompts, draws, seeds):
+    """Recorded scores show what each token was drawn from; a warper of its own throws its own."""
+    adaptor = Adaptor(xtc_probability=0.5, xtc_threshold=0.001)
+    warper = hf.FusedLogitsWarper(adaptor)
+    given = {} if seeds is None else {"seeds": seeds}
+    out = run(model, prompts, **warper.generate_kwargs(), **given)
+    generated = out.sequences[:, prompts["input_ids"].shape[1] :]
+    kept = torch.stack([(scores > -torch.inf).sum(-1) for scores in out.scores])
+    assert 0 < int((kept < VOCAB).sum()) < kept.numel(), "some coins, not all"
+    for step, scores in enumerate(out.scores):
+        assert (scores.gather(1, generated[:, step : step + 1]) > -torch.inf).all()
+    torch.manual_seed(0)
+    acted = torch.stack(
+        [(warper(None, out.logits[0]) > -torch.inf).sum(-1) < VOCAB for _ in range(40)]
+    )
+    assert 0.2 < acted.float().mean() < 0.8

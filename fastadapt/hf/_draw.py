@@ -78,6 +78,10 @@ class Draw(LogitsProcessor):
             kept = self._unfused(input_ids, scores)
             adaptor, scores = Adaptor(), _narrowed(kept)
         seeds, positions = self.streams.at(input_ids.shape[1] - self.prompt_length)
+        if self.records and adaptor.has_coin:  # which the recorded scores have to show
+            if seeds is None:
+                seeds = torch.randint(2**63 - 1, (len(scores),), device=scores.device)
+            adaptor = adaptor.tossed(seeds, positions)
         changes: dict[str, Any] = {"edits": edits, "allowed": allowed}
         options = {**changes, **self.split}
         drawn = sample(scores, adaptor, seeds=seeds, positions=positions, **options)

@@ -69,12 +69,15 @@ class FusedLogitsWarper(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Filters the scores, (N, V); a row with NaN, +inf or nothing finite is left as it is.
 
-        Float64 scores are filtered as float32.
+        Float64 scores are filtered as float32. XTC's coins are of torch's default generator.
         """
-        _check_rows(self.adaptor, scores.shape[0])
+        rows, adaptor = scores.shape[0], self.adaptor
+        _check_rows(adaptor, rows)
+        if adaptor.has_coin:
+            adaptor = adaptor.tossed(torch.randint(2**63 - 1, (rows,), device=scores.device))
         if scores.dtype == torch.float64:
-            return filter_logits(scores.float(), self.adaptor).double()
-        return filter_logits(scores, self.adaptor)
+            return filter_logits(scores.float(), adaptor).double()
+        return filter_logits(scores, adaptor)
 
     def generate_kwargs(self) -> dict[str, Any]:
         """Return keyword arguments of `model.generate` that make this the only warper."""
