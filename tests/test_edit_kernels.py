@@ -15,6 +15,7 @@ triton = pytest.importorskip("triton", reason="triton is not installed: it has w
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("a GPU is there: the tests marked gpu run these kernels", allow_module_level=True)
 
+from fastadapt._ops.triton.chains import launch as functions  # noqa: E402  (as the next)
 from fastadapt._ops.triton.edits import launch  # noqa: E402  (the interpreter is chosen before)
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
@@ -64,7 +65,7 @@ def public(changes: RowEdits) -> dict[str, object]:
 
 def launched(name: str, *arguments: object) -> object:
     out = OPERATORS[name][1](*arguments)
-    getattr(launch, name)(*arguments, out)
+    getattr(functions, name)(*arguments, out)
     return out
 
 
@@ -91,7 +92,7 @@ def test_all_functions_equal_the_cpu(dtype, kind):
     for a, b in zip(found, drawn, strict=False):
         assert same(a, b)
     out = torch.empty_like(x, dtype=torch.float32)  # the interpreter cuts bfloat16 off
-    launch.filter_logits(x, *knobs, *changes, out)
+    functions.filter_logits(x, *knobs, *changes, out)
     assert same(out.to(dtype), filter_logits(x, adaptor, **public(changes)))
     tokens = drawn.tokens.clamp(min=0)
     scores = launched("score", x, tokens, [knobs[0]], [knobs[1]], -100, *changes)

@@ -83,21 +83,21 @@ class Case(NamedTuple):
     ways: set[str]
 
 
-BY_MASS = {"bounds_by_mass", "_kept_of_columns", "only_cut", "_first_by_blocks"}
+BY_MASS = {"bounds_by_mass", "_kept_of_columns", "only_cut", "first_by_blocks"}
 # Many rows where the interpreter is quick.
 CASES = {
     "greedy": Case(
         {"temperature": 0.0},
         15,
-        {"_list_columns", "push", "append", "_first_in_list", "_first_by_blocks"}
+        {"_list_columns", "push", "append", "_first_in_list", "first_by_blocks"}
         | {"decided after short", "is_level", "count_tile", "cut_in_level", "store_level"},
     ),
-    "T": Case({"temperature": 0.8}, 120, {"decided after short", "_first_by_blocks"}),
+    "T": Case({"temperature": 0.8}, 120, {"decided after short", "first_by_blocks"}),
     "T+k": Case(
         {"temperature": 0.8, "top_k": 12},
         15,
         {"_kth_largest", "_list_tile", "first_ranks", "last_before", "_first_in_list"}
-        | {"count_tile", "store_level", "_first_by_blocks"},
+        | {"count_tile", "store_level", "first_by_blocks"},
     ),
     "T+k+p": Case(
         {"temperature": 1.3, "top_k": 70, "top_p": 0.9},

@@ -29,6 +29,8 @@ ADAPTORS = {
     "top_k": Adaptor(top_k=7, min_p=0.05),
     "typical": Adaptor(temperature=1.3, typical_p=0.8, eta_cutoff=1e-3, order="vllm"),
     "greedy": Adaptor(temperature=0.0),
+    "chain": Adaptor(temperature=0.7, min_k=3.0, xtc_probability=1.0, xtc_threshold=0.02),
+    "temperature last": Adaptor(temperature=1.5, top_h=0.7, order=("top_h", "temperature")),
     "knobs": Adaptor(temperature=torch.tensor([0.0, 1.0, 0.5]), top_k=torch.tensor([0, 3, 50])),
 }
 
@@ -90,6 +92,17 @@ def test_slices_of_sequences_and_edited_rows():
     for plan in (PLAN, SLICED):
         for known in ({}, {"draft_logits": y}):
             assert_the_cpus(x, draft, ADAPTORS["knobs"], seeds, plan=plan, changes=changes, **known)
+
+
+def test_the_coins_of_rows():
+    """A row throws the coin of its own draw, whether the law of its draft is known or not."""
+    x, seeds, positions = torch.randn(4, 3, V), torch.randint(2**62, (4,)), torch.arange(4)
+    adaptor = Adaptor(xtc_probability=0.5, xtc_threshold=0.01, temperature=0.5)
+    draft, by = x[:, :2].argmax(-1), Adaptor(top_p=0.9)
+    known = {"draft_logits": x[:, :2].contiguous(), "draft_adaptor": by}
+    for plan in (PLAN, SLICED):
+        for given in ({}, known):
+            assert_the_cpus(x, draft, adaptor, seeds, plan=plan, positions=positions, **given)
 
 
 def test_nothing_to_verify():

@@ -229,7 +229,7 @@ def _log_odds_gradient(ctx: Any, dlog_odds: Tensor | None, *_: None) -> tuple[Te
 
 def _launches() -> ModuleType:
     """Those for CUDA tensors."""
-    from fastadapt._ops.triton.edits import launch
+    from fastadapt._ops.triton.chains import launch
 
     return launch
 

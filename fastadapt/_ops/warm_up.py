@@ -41,8 +41,8 @@ def warm_up(
     Without it the first call with an adaptor of a new kind compiles for tens of seconds. What is
     compiled depends on the vocabulary and on the dtype of the logits, not on the number of rows, on
     the values of knobs or on which outputs are asked for: afterwards no call with contiguous rows
-    and this many `top_logprobs` compiles. `filter_logits`, `score` and `adapted_log_odds` have
-    kernels of their own beside these.
+    and this many `top_logprobs` compiles, if its filters and their order are of transformers or
+    vLLM: others have kernels of their own, as do `filter_logits`, `score` and `adapted_log_odds`.
 
     Triton compiles as for a launch, in a thread for each core of this process (it releases the
     interpreter's lock meanwhile), and keeps the result on disk: another process that finds it there

@@ -121,12 +121,18 @@ def exp64(value):
 
 
 @triton.jit
-def draw_target(seed, position, total):
-    """Returns floor(U total / 2^64), U 64 bits of Philox: key = seed, counter = position."""
+def random_words(seed, position):
+    """Returns the words of Philox4x32-10: key = seed, counter = position."""
     low = (position & 0xFFFFFFFF).to(tl.uint32)
     high = ((position >> 32) & 0xFFFFFFFF).to(tl.uint32)
     zero = low * 0
-    x0, x1, _, _ = tl.philox(seed, low, high, zero, zero)
+    return tl.philox(seed, low, high, zero, zero)
+
+
+@triton.jit
+def draw_target(seed, position, total):
+    """Returns floor(U total / 2^64), U 64 bits of Philox: key = seed, counter = position."""
+    x0, x1, _, _ = random_words(seed, position)
     u = x0.to(tl.uint64) + (x1.to(tl.uint64) << 32)
     return tl.umulhi(u, total.to(tl.uint64)).to(tl.int64)
 

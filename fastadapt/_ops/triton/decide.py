@@ -129,7 +129,7 @@ def _sums(row, bounds, found, inside, tied, weights, WITH_U: tl.constexpr, sizes
 
 
 @triton.jit
-def _masses_at(s, ids, row, bounds, by_kappa, cut):
+def masses_at(s, ids, row, bounds, by_kappa, cut):
     """Sums the masses of survivors above a cut and at it."""
     alive, _, rank, _, _ = look(s, ids, row.m, bounds, by_kappa, by_kappa)
     mass = tl.where(alive, masses(s - row.m), 0)
@@ -141,7 +141,7 @@ def _masses_at(s, ids, row, bounds, by_kappa, cut):
 def _at_cut(row, bounds, by_kappa, cut, found, inside, tied, partial, sizes):
     """Returns the mass above the last token that a cut keeps, and that of the token or its ties."""
     own, own_ids = tokens_of(found, tied, sizes)
-    above, at = _masses_at(own, own_ids, row, bounds, by_kappa, cut)
+    above, at = masses_at(own, own_ids, row, bounds, by_kappa, cut)
     before = tl.sum(copied(above, found, tied, sizes), 0)
     last = tl.sum(copied(at, found, tied, sizes), 0)
     before += tl.where(partial, found.held.above, 0)
@@ -154,7 +154,7 @@ def _at_cut(row, bounds, by_kappa, cut, found, inside, tied, partial, sizes):
             tokens = Tokens(row, found.listed, tl.where(inside, found.held.whole, -1))
             for block in range(tl.cdiv(length_of(tokens), sizes.BLOCK)):
                 s, ids = load_tokens(tokens, block, sizes.BLOCK)
-                more_above, more_at = _masses_at(s, ids, row, bounds, by_kappa, cut)
+                more_above, more_at = masses_at(s, ids, row, bounds, by_kappa, cut)
                 all_above += more_above
                 all_at += more_at
             before, last = tl.sum(all_above, 0), tl.sum(all_at, 0)

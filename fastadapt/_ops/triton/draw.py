@@ -86,7 +86,7 @@ def _first_in_list(row, bounds, found, target, sizes):
 
 
 @triton.jit
-def _first_by_blocks(row, bounds, sums, blocks, target, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
+def first_by_blocks(row, bounds, sums, blocks, target, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
     """Finds that survivor by the masses of blocks, then within one block."""
     at = tl.arange(0, BLOCKS)
     # some were summed by atomic additions, of which a first-level cache may not know
@@ -101,14 +101,14 @@ def _first_by_blocks(row, bounds, sums, blocks, target, BLOCK: tl.constexpr, BLO
 
 
 @triton.jit
-def _target(chance, at, total, asked):
+def target_of(chance, at, total, asked):
     """Returns the value that the running mass must exceed."""
     position = tl.load(chance.positions + at, mask=has(asked, POSITIONS), other=0)
     return draw_target(tl.load(chance.seeds + at), position, total)
 
 
 @triton.jit
-def _store_drawn(parts, weights, out, at, row, outcome, asked, sizes):
+def store_drawn(parts, weights, out, at, row, outcome, asked, sizes):
     """Stores all fields of a row with a known token; a bad row has none."""
     nan = row.m * 0.0 + float("nan")
     logprob, base, log_kept = nan, nan, nan
@@ -170,7 +170,7 @@ def _try_row(rows, packed, asked, scratch, sizes, chance, out, at, held):
         state = tl.full([], 0, tl.int32) + DECIDED
     token = tl.full([], -1, tl.int32)
     if (status == OK) & (state == DECIDED):
-        target = _target(chance, at, total, asked)
+        target = target_of(chance, at, total, asked)
         listed = decided.inside & is_held(held, sizes)
         if listed & (held.tied > 0):
             store_level(
@@ -184,12 +184,12 @@ def _try_row(rows, packed, asked, scratch, sizes, chance, out, at, held):
         else:
             here = tl.where(decided.inside, kept_sums, here)  # of the list
             tl.debug_barrier()  # masses of blocks that other threads stored
-            token = _first_by_blocks(
+            token = first_by_blocks(
                 row, decided.bounds, here, weights.blocks, target, sizes.BLOCK, sizes.BLOCKS
             )
     if state == DECIDED:
         outcome = Outcome(status, decided.greedy, kept, total, all_mass, token)
-        _store_drawn(parts, weights, out, at, row, outcome, asked, sizes)
+        store_drawn(parts, weights, out, at, row, outcome, asked, sizes)
     if state == UNSUMMED:
         marks = marks_of(scratch, at)
         store_bounds(marks + scratch.BOUNDS, decided.bounds, status)
@@ -325,13 +325,13 @@ def sum_kernel(
             all_mass = tl.sum(tl.load(weights.sums + j, mask=there, other=0), 0)
             token = tl.full([], -1, tl.int32)
             if status == OK:
-                target = _target(Chance(seeds, positions), at, total, asked)
-                token = _first_by_blocks(
+                target = target_of(Chance(seeds, positions), at, total, asked)
+                token = first_by_blocks(
                     row, bounds, weights.kept_sums, weights.blocks, target,
                     sizes.BLOCK, sizes.BLOCKS,
                 )  # fmt: skip
             outcome = Outcome(status, temperature == 0, kept, total, all_mass, token)
-            _store_drawn(parts, weights, out, at, row, outcome, asked, sizes)
+            store_drawn(parts, weights, out, at, row, outcome, asked, sizes)
 
 
 @triton.jit(do_not_specialize=["asked", "number"])

@@ -106,10 +106,10 @@ def sample(
             }
             launch(draw.sum_kernel, grid, *long, *own, **options)
         if top_n:
-            _top(scanned, drawn, part[-3:])
+            top(scanned, drawn, part[-3:])
 
 
-def _top(scanned: Scan, drawn: Drawn, out: list[Tensor]) -> None:
+def top(scanned: Scan, drawn: Drawn, out: list[Tensor]) -> None:
     """Finds the most probable tokens and the rank of the drawn one."""
     n, number = out[0].shape
     sizes = scanned.layout.long
@@ -237,18 +237,27 @@ def adapted_log_odds(
     plan: Plan = PLAN,
 ) -> None:
     """Computes log-odds, support and statistics."""
-    double, steps = logits.dtype == torch.float64, steps_of(order, knobs.shape[1])
+    steps = steps_of(order, knobs.shape[1])
     asked = asked_of(knobs, steps.order)
     for at in slices(logits, 1, plan):
-        log_odds, support, stats = (some(t, at) for t in out)
+        value, support, stats = (some(t, at) for t in out)
         scanned = decided(some(logits, at), knobs_of_rows(knobs, at), asked, steps, plan)
-        n, blocks, launch = scanned.virtual, scanned.layout.blocks, scanned.launch
-        largest = logits.new_empty(n, blocks, dtype=torch.float64)
-        labels, kept = Labels(some(tokens, at), ignore_index), Support(support, largest, blocks)
-        given = *scanned.given(scanned.layout.long), labels, kept
-        launch(write.support_kernel, (n, blocks), *given, DOUBLE=double, warps=4)
-        own = {"DOUBLE": double, "warps": 4, "registers": MOST_REGISTERS}
-        launch(write.log_odds_kernel, (n,), *given, log_odds, stats, **own)
+        labels = Labels(some(tokens, at), ignore_index)
+        log_odds(scanned, labels, (value, support, stats), write.support_kernel)
+
+
+def log_odds(
+    scanned: Scan, labels: Labels, out: LogOdds, support_kernel: Any, *survivors: Tensor
+) -> None:
+    """Writes supports by a kernel that knows survivors, and the log-odds on them."""
+    value, support, stats = out
+    double = value.dtype == torch.float64
+    n, blocks, launch = scanned.virtual, scanned.layout.blocks, scanned.launch
+    largest = value.new_empty(n, blocks, dtype=torch.float64)
+    kept, given = Support(support, largest, blocks), scanned.given(scanned.layout.long)
+    launch(support_kernel, (n, blocks), *given, *survivors, labels, kept, DOUBLE=double, warps=4)
+    own = {"DOUBLE": double, "warps": 4, "registers": MOST_REGISTERS}
+    launch(write.log_odds_kernel, (n,), *given, labels, kept, value, stats, **own)
 
 
 def adapted_log_odds_backward(

@@ -39,7 +39,6 @@ FILTERS = (
     (TOP_K, TOP_P, MIN_P, TYPICAL_P, EPSILON, ETA),
     (MIN_P, TOP_K, TOP_P, TYPICAL_P, EPSILON, ETA),
 )
-ORDERS_OF_KERNELS = tuple(knob.value for knob in FILTERS[0])
 
 
 class Steps(NamedTuple):
@@ -58,15 +57,26 @@ class Steps(NamedTuple):
 
 
 @lru_cache
+def is_chain(code: int) -> bool:
+    """Whether the kernels of chains run the filters of a code: others do not know all, or an order.
+
+    What a code leaves open is one of the six of Transformers and vLLM.
+    """
+    if not is_known(code):
+        return False
+    return order_of(code) > 1 or not set(filters_of(code)) <= {knob.value for knob in FILTERS[0]}
+
+
+@lru_cache
 def steps_of(code: int, rows: int) -> Steps:
     """The passes for bounds of a code whose knobs have so many rows, 1 where all are numbers.
 
     Raises:
-        NotImplementedError: a filter or an order that these kernels do not know.
+        NotImplementedError: the code is one of a chain.
     """
+    if is_chain(code):
+        raise NotImplementedError(f"order: expected no chain, got the filters {filters_of(code)}")
     order = order_of(code)
-    if is_known(code) and (order > 1 or not set(filters_of(code)) <= set(ORDERS_OF_KERNELS)):
-        raise NotImplementedError("order: expected filters that CUDA kernels have")
     used = [knob.value for knob in FILTERS[order] if may_act(code, knob.value)]
     one_bounds = rows == 1 and is_known(code)
     first = set(used[:1]) if one_bounds else set(used)
@@ -302,10 +312,14 @@ def _search(scanned: Scan, plan: Plan) -> None:
         launch(nucleus.narrow_kernel, grid, *given, **options)
 
 
-def slices(logits: Tensor, adaptors: int, plan: Plan) -> list[slice | None]:
-    """Returns slices of rows whose scratch stays within its limit; None stands for all rows."""
+def slices(logits: Tensor, adaptors: int, plan: Plan, more: int = 0) -> list[slice | None]:
+    """Returns slices of rows whose scratch stays within its limit; None stands for all rows.
+
+    Scratch is a record of each virtual row, and so many int64 more.
+    """
     n, v = logits.shape
-    step = max(1, plan.scratch_bytes // (adaptors * 8 * layout_of(plan, v).words))
+    words = layout_of(plan, v).words + more
+    step = max(1, plan.scratch_bytes // (adaptors * 8 * words))
     if 0 < n <= step:
         return [None]
     # of 16 rows each begins as well aligned as the first

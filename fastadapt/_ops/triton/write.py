@@ -106,14 +106,14 @@ def _exponential(x):
 
 
 @triton.jit
-def _temperature(packed, asked, at):
+def temperature_of(packed, asked, at):
     """Returns the temperature of a row under the only adaptor."""
     _, knobs = knobs_of(packed, asked, at)
     return load_knob(knobs, TEMPERATURE)
 
 
 @triton.jit
-def _fitted(s, m, inverse, TYPE: tl.constexpr):
+def fitted(s, m, inverse, TYPE: tl.constexpr):
     """Fits scaled logits into half precision, as `reference.distribution.Distribution.fitted`."""
     if (TYPE == tl.float16) | (TYPE == tl.bfloat16):
         most: tl.constexpr = 65504.0 if TYPE == tl.float16 else 3.3895313892515355e38
@@ -128,23 +128,44 @@ def filter_kernel(rows, packed, asked, scratch, sizes, out, PDL: tl.constexpr):
     follow(PDL)
     at, block = tl.program_id(0), tl.program_id(1)
     bounds = marks_of(scratch, at) + scratch.BOUNDS
-    inverse = inverse_of(_temperature(packed, asked, at))
+    inverse = inverse_of(temperature_of(packed, asked, at))
     m = largest_of(parts_of(scratch, asked, at, rows.v, sizes), sizes.SPLITS) * inverse + 0.0
     ids = block * sizes.BLOCK + tl.arange(0, sizes.BLOCK)
     x = tl.load(row_at(rows, at) + ids, mask=ids < rows.v, other=float("-inf")).to(tl.float32)
     s = x * inverse
     alive = survives(s, ids, m, load_bounds(bounds))
-    kept = tl.where(alive, _fitted(s, m, inverse, out.dtype.element_ty), float("-inf"))
+    kept = tl.where(alive, fitted(s, m, inverse, out.dtype.element_ty), float("-inf"))
     kept = tl.where(tl.load(bounds + BOUNDS_STATUS) == OK, kept, x)
     out += at.to(tl.int64) * rows.v + ids
     tl.store(out, kept.to(out.dtype.element_ty), mask=ids < rows.v)
 
 
 @triton.jit
-def _has_log_odds(labels, token, temperature, status, v):
+def has_log_odds(labels, token, temperature, status, v):
     """Whether the log-odds of a row's token are a number."""
     good = (status == OK) & (temperature > 0)
     return good & (token >= 0) & (token < v) & (token != labels.ignore_index)
+
+
+@triton.jit
+def store_support(
+    row, at, block, ids, s, alive, token, temperature, kept,
+    BLOCK: tl.constexpr, DOUBLE: tl.constexpr,
+):  # fmt: skip
+    """Writes the survivors of a block, and the largest scaled logit of those other than a token."""
+    bits = tl.reshape(alive, (BLOCK // 8, 8)) << tl.arange(0, 8)[None, :]
+    bytes_ = (row.v + 7) // 8
+    place = block * (BLOCK // 8) + tl.arange(0, BLOCK // 8)
+    here = kept.support + at.to(tl.int64) * bytes_ + place
+    tl.store(here, tl.sum(bits, 1).to(tl.uint8), mask=place < bytes_)
+    others = (alive > 0) & (ids != token)
+    if DOUBLE:
+        x = tl.load(row.logits + ids, mask=ids < row.v, other=float("-inf"))
+        wide = x / temperature
+    else:
+        wide = s.to(tl.float64)
+    best = tl.max(tl.where(others, wide, float("-inf")), 0)
+    tl.store(kept.largest_others + at.to(tl.int64) * kept.blocks + block, best)
 
 
 @triton.jit(do_not_specialize=["packed", "asked"])
@@ -155,27 +176,15 @@ def support_kernel(
     follow(PDL)
     at, block = tl.program_id(0), tl.program_id(1)
     bounds = marks_of(scratch, at) + scratch.BOUNDS
-    token, temperature = tl.load(labels.ids + at), _temperature(packed, asked, at)
-    good = _has_log_odds(labels, token, temperature, tl.load(bounds + BOUNDS_STATUS), rows.v)
+    token, temperature = tl.load(labels.ids + at), temperature_of(packed, asked, at)
+    good = has_log_odds(labels, token, temperature, tl.load(bounds + BOUNDS_STATUS), rows.v)
     inverse = inverse_of(temperature)
     m = largest_of(parts_of(scratch, asked, at, rows.v, sizes), sizes.SPLITS) * inverse + 0.0
     row = Row(row_at(rows, at), rows.v, inverse, m)
     ids = block * sizes.BLOCK + tl.arange(0, sizes.BLOCK)
     s = load_scaled(row, ids)
     alive = survives(s, ids, m, load_bounds(bounds)).to(tl.int32) * good.to(tl.int32)
-    bits = tl.reshape(alive, (sizes.BLOCK // 8, 8)) << tl.arange(0, 8)[None, :]
-    bytes_ = (rows.v + 7) // 8
-    place = block * (sizes.BLOCK // 8) + tl.arange(0, sizes.BLOCK // 8)
-    here = kept.support + at.to(tl.int64) * bytes_ + place
-    tl.store(here, tl.sum(bits, 1).to(tl.uint8), mask=place < bytes_)
-    others = (alive > 0) & (ids != token)
-    if DOUBLE:
-        x = tl.load(row.logits + ids, mask=ids < rows.v, other=float("-inf"))
-        wide = x / temperature
-    else:
-        wide = s.to(tl.float64)
-    best = tl.max(tl.where(others, wide, float("-inf")), 0)
-    tl.store(kept.largest_others + at.to(tl.int64) * kept.blocks + block, best)
+    store_support(row, at, block, ids, s, alive, token, temperature, kept, sizes.BLOCK, DOUBLE)
 
 
 @triton.jit
@@ -193,9 +202,9 @@ def log_odds_kernel(
     """Computes a row's log-odds, and the maximum and mass of the other survivors."""
     follow(PDL)
     at = tl.program_id(0)
-    token, temperature = tl.load(labels.ids + at), _temperature(packed, asked, at)
+    token, temperature = tl.load(labels.ids + at), temperature_of(packed, asked, at)
     status = tl.load(marks_of(scratch, at) + scratch.BOUNDS + BOUNDS_STATUS)
-    good = _has_log_odds(labels, token, temperature, status, rows.v)
+    good = has_log_odds(labels, token, temperature, status, rows.v)
     support = kept.support + at.to(tl.int64) * ((rows.v + 7) // 8)
     j = tl.arange(0, sizes.BLOCKS)
     largest = kept.largest_others + at.to(tl.int64) * kept.blocks + j
@@ -238,7 +247,7 @@ def log_odds_backward_kernel(
     """Computes dL/dlogits = dL/dm / T (onehot(y) - q), q over the other survivors."""
     follow(PDL)
     at, block = tl.program_id(0), tl.program_id(1)
-    token, temperature = tl.load(labels.ids + at), _temperature(packed, asked, at)
+    token, temperature = tl.load(labels.ids + at), temperature_of(packed, asked, at)
     m, total = tl.load(stats + 2 * at + OTHERS_MAX), tl.load(stats + 2 * at + OTHERS_SUM)
     row = Row(row_at(rows, at), rows.v, inverse_of(temperature), m.to(tl.float32))
     used = (token != labels.ignore_index) & (total > 0)

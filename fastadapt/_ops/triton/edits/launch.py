@@ -1,17 +1,15 @@
-"""Launches of the sampling kernels for rows that may be edited.
+"""Launches of the kernels that edit rows.
 
 Edited rows are written once, in float32, by a kernel of their own: a write of 4 bytes a logit and
 one more read, which rows without edits do not pay. No time of it was measured on a GPU.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastadapt._ops.common import RowEdits
-from fastadapt._ops.triton import launch
 from fastadapt._ops.triton.edits import kernels
 
 BLOCK, TOGETHER = 2048, 128  # logits of a program; edits whose gradients it takes at once
@@ -43,47 +41,14 @@ def _changes_of(columns: Tensor | None, allowed: Tensor | None) -> int:
     return lists | (0 if allowed is None else kernels.MASKS.value)
 
 
-def filter_logits(logits: Tensor, *rest: Any) -> None:
-    """Writes the filtered logits, in the dtype of the output."""
-    _launch(launch.filter_logits, logits, *rest)
-
-
-def sample(logits: Tensor, *rest: Any) -> None:
-    """Draws."""
-    _launch(launch.sample, logits, *rest)
-
-
-def score(logits: Tensor, *rest: Any) -> None:
-    """Scores tokens under all adaptors."""
-    _launch(launch.score, logits, *rest)
-
-
-def adapted_log_odds(logits: Tensor, *rest: Any) -> None:
-    """Computes log-odds, support and statistics."""
-    _launch(launch.adapted_log_odds, logits, *rest)
-
-
-def _launch(function: Callable[..., None], logits: Tensor, *rest: Any) -> None:
-    """Launches a function of rows; the last of its arguments are the outputs, before them edits."""
-    *arguments, ids, offsets, columns, allowed, out = rest
-    function(edited(logits, RowEdits(ids, offsets, columns, allowed)), *arguments, out)
-
-
-def adapted_log_odds_backward(
-    dlog_odds: Tensor, logits: Tensor, tokens: Tensor, *rest: Any
+def through_edits(
+    logits: Tensor, edits: RowEdits, dy: Tensor, dvalues: Tensor, of_values: bool
 ) -> None:
-    """Computes the gradient; of edited rows in float32, rounded once."""
-    *given, ids, offsets, columns, allowed, of_values, (out, dvalues) = rest
-    backward: Callable[..., None] = launch.adapted_log_odds_backward
-    if ids is None and allowed is None:
-        return backward(dlog_odds, logits, tokens, *given, out)
-    rows = edited(logits, RowEdits(ids, offsets, columns, allowed))
-    dy = torch.empty_like(rows)
-    backward(dlog_odds, rows, tokens, *given, dy)
+    """Takes a gradient of edited rows, in its place, to the logits, and to values if asked for."""
+    ids, offsets, columns, allowed = edits
     n, v = logits.shape
     if ids is not None and n > 0:
         kernels.gradient_kernel[n,](
             logits, logits.stride(0), v, ids, offsets, columns, len(ids), dy, dvalues,
             CHANGES=_changes_of(columns, allowed), GRADIENT=of_values, TOGETHER=TOGETHER, **OPTIONS,
         )  # fmt: skip
-    out.copy_(dy)

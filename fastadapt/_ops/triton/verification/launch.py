@@ -8,12 +8,14 @@ from torch import Tensor
 from fastadapt._ops.common import RowEdits
 from fastadapt._ops.outputs import Verification
 from fastadapt._ops.triton import launch
+from fastadapt._ops.triton.chains import launch as chains
 from fastadapt._ops.triton.edits.launch import edited
 from fastadapt._ops.triton.launch_scan import (
     PLAN,
     Plan,
     Scan,
     asked_of,
+    is_chain,
     knobs_of_rows,
     launch_on,
     slices,
@@ -52,9 +54,10 @@ def verify(
     )
     if draft_logits is None or draft_knobs is None or k == 0:
         return _as_sampled(rows, knobs, order, sequences, out, plan)
-    for at in slices(rows[:: k + 1], 2 * k + 1, plan):  # virtual rows of a sequence
+    more = chains.words_of_law(rows.shape[1]) if is_chain(order) or is_chain(draft_order) else 0
+    for at in slices(rows[:: k + 1], 2 * k + 1, plan, more):  # virtual rows of a sequence
         part = Sequences(*(some(t, at) for t in sequences))
-        p = _decided(rows, knobs, order, k + 1, at, plan)
+        p = _decided(rows, knobs, order, k + 1, at, plan, part)
         q = _decided(draft_logits, draft_knobs, draft_order, k, at, plan)
         _judge(p, q, part, _some_of(out, at))
 
@@ -76,15 +79,20 @@ def _as_sampled(
     """Draws every row as `sample` does, and ends sequences where a draft is another token."""
     tokens, accepted, logprobs, kept, status = out
     k = tokens.shape[1] - 1
-    positions = sequences.positions[:, None] + torch.arange(k + 1, device=rows.device)
     drawn = [t.view(-1) for t in (tokens, logprobs, kept, status)]
-    launch.sample(
-        rows, _of_rows(knobs, k + 1), order, sequences.seeds.repeat_interleave(k + 1),
-        positions.view(-1), False, False, 0, drawn, plan,
-    )  # fmt: skip
+    chance = _chance_of(sequences, k + 1)
+    own = _of_rows(knobs, k + 1)
+    chains.sample_rows(rows, own, order, *chance, False, False, 0, drawn, plan)
     nothing = accepted  # of what is left to do
     verdicts = Verdicts(*out, state=nothing, sums=nothing)
     launch_on(rows.device)(kernels.end_kernel, (len(accepted),), sequences, k, verdicts, warps=1)
+
+
+def _chance_of(sequences: Sequences, times: int) -> tuple[Tensor, Tensor]:
+    """Returns seeds and positions of rows, so many of which belong to a sequence."""
+    seeds, positions = sequences.seeds, sequences.positions
+    places = positions[:, None] + torch.arange(times, device=seeds.device)
+    return seeds.repeat_interleave(times), places.view(-1)
 
 
 def _of_rows(knobs: Tensor, times: int) -> Tensor:
@@ -93,12 +101,24 @@ def _of_rows(knobs: Tensor, times: int) -> Tensor:
 
 
 def _decided(
-    rows: Tensor, knobs: Tensor, order: int, each: int, at: slice | None, plan: Plan
+    rows: Tensor,
+    knobs: Tensor,
+    order: int,
+    each: int,
+    at: slice | None,
+    plan: Plan,
+    sequences: Sequences | None = None,
 ) -> Scan:
-    """Decides the rows of some sequences, each of which has so many."""
+    """Decides the rows of some sequences, each of which has so many.
+
+    Sequences are given whose own draws throw coins.
+    """
     here = rows if at is None else rows[at.start * each : at.stop * each]
-    steps = steps_of(order, knobs.shape[1])
     own = knobs_of_rows(knobs, at)
+    if is_chain(order):
+        chance = None if sequences is None else _chance_of(sequences, each)
+        return chains.law(here, _of_rows(own, each), order, plan, chance)
+    steps = steps_of(order, knobs.shape[1])
     decided = launch.decided(here, _of_rows(own, each), asked_of(own, steps.order), steps, plan)
     return decided._replace(knobs=own)
 

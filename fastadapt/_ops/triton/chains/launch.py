@@ -1,0 +1,272 @@
+"""Launches of sampling for CUDA tensors: rows are edited, and go to kernels that know the filters.
+
+Kernels of chains run every filter in any order, one program a row, on a list of the row's survivors
+that takes 8 bytes a logit. Orders and filters that Transformers and vLLM have go to faster ones. No
+time of a chain was measured on a GPU. Nothing here synchronises.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastadapt._ops.common import RowEdits
+from fastadapt._ops.filter_code import packed_filters, temperature_last
+from fastadapt._ops.outputs import LogOdds, Scores, sample_fields, score_outputs
+from fastadapt._ops.triton import launch, write
+from fastadapt._ops.triton.bundles import Drawn, Labels, Rows, Scored
+from fastadapt._ops.triton.chains import kernels
+from fastadapt._ops.triton.edits.launch import edited, through_edits
+from fastadapt._ops.triton.launch_scan import (
+    MOST_REGISTERS,
+    PLAN,
+    Plan,
+    Scan,
+    Steps,
+    asked_of,
+    is_chain,
+    knobs_of_rows,
+    launch_on,
+    scan_rows,
+    slices,
+    some,
+)
+from fastadapt._ops.triton.rows import (
+    ALL_WEIGHED,
+    BASE,
+    BASE_LOGPROBS,
+    LOG_MASS,
+    POSITIONS,
+    SURPRISAL,
+)
+
+LEAST_SORTED = 128  # top-h looks at 100
+WARPS = 8  # of 216 registers; of 16 warps each would spill
+# Only maxima of rows: masses of blocks are those of the survivors, unless more is asked for.
+STEPS = Steps(
+    0, weighs=False, bins=False, sketches=False, ranks=False, lists=False, sums=False
+)  # fmt: skip
+
+
+def words_of_list(v: int) -> int:
+    """The int64 of a list that has room for a row."""
+    return -(-v // 32) * 32
+
+
+def words_of_law(v: int) -> int:
+    """The same with those of a row of float32."""
+    return words_of_list(v) + (v + 1) // 2
+
+
+def _decided(
+    logits: Tensor, knobs: Tensor, order: int, asked: int, plan: Plan, *chance: Tensor
+) -> tuple[Scan, Tensor]:
+    """Runs the chain of every virtual row; seeds and positions throw the coin of XTC."""
+    scanned = scan_rows(logits, knobs, asked, STEPS, plan, launch_on(logits.device))
+    lists = logits.new_empty(scanned.virtual, 2 * words_of_list(logits.shape[1]), dtype=torch.int32)
+    sequence, first = packed_filters(order), kernels.FILTER_BITS.value * kernels.FIRST_FILTERS.value
+    rest = sequence >> first
+    rest |= kernels.LAST.value if temperature_last(order) else 0
+    rest |= kernels.TOSSES.value if chance else 0
+    scanned.launch(
+        kernels.chain_kernel,
+        (scanned.virtual,),
+        *scanned.given(scanned.layout.long),
+        lists,
+        sequence & ((1 << first) - 1),
+        rest,
+        *(chance or (scanned.scratch.memory,) * 2),  # which nothing reads
+        SORTED=max(LEAST_SORTED, plan.list_size),
+        warps=WARPS,
+        registers=MOST_REGISTERS,
+    )
+    return scanned, lists
+
+
+def sample_rows(
+    logits: Tensor,
+    knobs: Tensor,
+    order: int,
+    seeds: Tensor,
+    positions: Tensor | None,
+    base_logprobs: bool,
+    log_mass: bool,
+    top_n: int,
+    out: list[Tensor],
+    plan: Plan = PLAN,
+) -> None:
+    """Draws; only what was asked for is computed."""
+    given = seeds, positions, base_logprobs, log_mass, top_n
+    if not is_chain(order):
+        return launch.sample(logits, knobs, order, *given, out, plan)
+    with_base = base_logprobs or top_n > 0
+    bits = (
+        (POSITIONS, positions is not None),
+        (BASE_LOGPROBS, base_logprobs),
+        (LOG_MASS, log_mass),
+        (ALL_WEIGHED, log_mass or with_base),
+        (BASE, with_base),
+    )
+    asked = asked_of(knobs, 0, *(bit.value for bit, wanted in bits if wanted))
+    for at in slices(logits, 1, plan, words_of_list(logits.shape[1])):
+        chance = some(seeds, at), some(seeds if positions is None else positions, at)
+        own = some(logits, at), knobs_of_rows(knobs, at), order, asked, plan
+        scanned, lists = _decided(*own, *chance)
+        part = [some(t, at) for t in out]
+        base, mass, *_ = sample_fields(part, base_logprobs, log_mass, top_n)[4:]
+        # a field that is not asked for is not written
+        drawn = Drawn(*part[:4], *(part[1] if t is None else t for t in (base, mass)))
+        grid, sizes = (scanned.virtual,), scanned.layout.long
+        scanned.launch(
+            kernels.draw_kernel, grid, *scanned.given(sizes), lists, *chance, drawn, warps=4
+        )
+        if top_n:
+            launch.top(scanned, drawn, part[-3:])
+
+
+def filter_rows(logits: Tensor, knobs: Tensor, order: int, out: Tensor, plan: Plan = PLAN) -> None:
+    """Writes the filtered logits."""
+    if not is_chain(order):
+        return launch.filter_logits(logits, knobs, order, out, plan)
+    asked = asked_of(knobs, 0)
+    for at in slices(logits, 1, plan, words_of_list(logits.shape[1])):
+        own = some(logits, at), knobs_of_rows(knobs, at), order, asked, plan
+        scanned, lists = _decided(*own)
+        grid, given = (scanned.virtual, scanned.layout.blocks), scanned.given(scanned.layout.long)
+        scanned.launch(kernels.filter_kernel, grid, *given, lists, some(out, at), warps=4)
+
+
+def law(
+    logits: Tensor, knobs: Tensor, order: int, plan: Plan, chance: tuple[Tensor, Tensor] | None
+) -> Scan:
+    """Runs the chain of every row; what is left of them are rows that no filter changes.
+
+    Their logits are scaled survivors in float32, -inf the others, and their largest is the one that
+    masses are relative to. Without seeds and positions no coin is thrown.
+    """
+    asked = asked_of(knobs, 0, POSITIONS.value)
+    scanned, lists = _decided(logits, knobs, order, asked, plan, *(chance or ()))
+    rows = logits.new_empty(logits.shape, dtype=torch.float32)
+    grid, given = (scanned.virtual, scanned.layout.blocks), scanned.given(scanned.layout.long)
+    scanned.launch(kernels.filter_kernel, grid, *given, lists, rows, warps=4)
+    scanned.launch(kernels.largest_kernel, grid[:1], *given, warps=4)
+    neutral = knobs.new_ones(len(knobs), 1)  # of which the temperature is read
+    of_rows = Rows(rows, rows.stride(0), rows.shape[1])
+    return scanned._replace(rows=of_rows, knobs=neutral, asked=asked_of(neutral, 0))
+
+
+def score_rows(
+    logits: Tensor,
+    tokens: Tensor,
+    knobs: list[Tensor],
+    orders: list[int],
+    ignore_index: int,
+    out: Scores,
+    plan: Plan = PLAN,
+) -> None:
+    """Scores tokens under all adaptors: chains of the same filters at a time, then the others."""
+    groups: dict[tuple[int, bool], list[int]] = {}
+    for i, code in enumerate(orders):
+        chain = (packed_filters(code), temperature_last(code)) if is_chain(code) else (0, False)
+        groups.setdefault(chain, []).append(i)
+    for members in groups.values():
+        packed, codes = [knobs[i] for i in members], [orders[i] for i in members]
+        of_group = partial(_score_chain if is_chain(codes[0]) else launch.score, logits, tokens)
+        if len(members) == len(knobs):
+            of_group(packed, codes, ignore_index, out, plan)
+            continue
+        part = score_outputs(logits, len(members))[:3]
+        of_group(packed, codes, ignore_index, (*part, *out[3:]), plan)
+        for whole, columns in zip(out[:3], part, strict=True):
+            for column, i in enumerate(members):
+                whole[:, i] = columns[:, column]
+
+
+def _score_chain(
+    logits: Tensor,
+    tokens: Tensor,
+    knobs: list[Tensor],
+    orders: list[int],
+    ignore_index: int,
+    out: Scores,
+    plan: Plan,
+) -> None:
+    """Under adaptors of the same filters."""
+    rows = max(k.shape[1] for k in knobs)
+    packed = torch.stack([k.expand(-1, rows) for k in knobs])  # (A, 14, R)
+    asked = asked_of(packed, 0, ALL_WEIGHED.value, BASE.value, SURPRISAL.value)
+    for at in slices(logits, len(knobs), plan, words_of_list(logits.shape[1])):
+        own = some(logits, at), knobs_of_rows(packed, at), orders[0], asked, plan
+        scanned, lists = _decided(*own)
+        labels = Labels(some(tokens, at), ignore_index)
+        scored = Scored(*(some(t, at) for t in out))
+        grid, given = (scanned.virtual,), scanned.given(scanned.layout.long)
+        # the base distribution, bad rows, and what a list cannot tell otherwise
+        scanned.launch(write.score_kernel, grid, *given, labels, scored, warps=4)
+        scanned.launch(kernels.score_kernel, grid, *given, lists, labels, scored, warps=4)
+
+
+def log_odds_of_rows(
+    logits: Tensor,
+    tokens: Tensor,
+    knobs: Tensor,
+    order: int,
+    ignore_index: int,
+    out: LogOdds,
+    plan: Plan = PLAN,
+) -> None:
+    """Computes log-odds, support and statistics."""
+    if not is_chain(order):
+        return launch.adapted_log_odds(logits, tokens, knobs, order, ignore_index, out, plan)
+    asked = asked_of(knobs, 0)
+    for at in slices(logits, 1, plan, words_of_list(logits.shape[1])):
+        own = some(logits, at), knobs_of_rows(knobs, at), order, asked, plan
+        scanned, lists = _decided(*own)
+        labels = Labels(some(tokens, at), ignore_index)
+        log_odds, support, stats = (some(t, at) for t in out)
+        launch.log_odds(scanned, labels, (log_odds, support, stats), kernels.support_kernel, lists)
+
+
+def filter_logits(logits: Tensor, *rest: Any) -> None:
+    """Writes the filtered logits, in the dtype of the output."""
+    _edit(filter_rows, logits, *rest)
+
+
+def sample(logits: Tensor, *rest: Any) -> None:
+    """Draws."""
+    _edit(sample_rows, logits, *rest)
+
+
+def score(logits: Tensor, *rest: Any) -> None:
+    """Scores tokens under all adaptors."""
+    _edit(score_rows, logits, *rest)
+
+
+def adapted_log_odds(logits: Tensor, *rest: Any) -> None:
+    """Computes log-odds, support and statistics."""
+    _edit(log_odds_of_rows, logits, *rest)
+
+
+def _edit(function: Callable[..., None], logits: Tensor, *rest: Any) -> None:
+    """Edits rows for a function; the last of its arguments are the outputs, before them edits."""
+    *arguments, ids, offsets, columns, allowed, out = rest
+    function(edited(logits, RowEdits(ids, offsets, columns, allowed)), *arguments, out)
+
+
+def adapted_log_odds_backward(
+    dlog_odds: Tensor, logits: Tensor, tokens: Tensor, *rest: Any
+) -> None:
+    """Computes the gradient; of edited rows in float32, rounded once."""
+    *given, ids, offsets, columns, allowed, of_values, (out, dvalues) = rest
+    # a support is one, whatever has decided it
+    backward: Callable[..., None] = launch.adapted_log_odds_backward
+    if ids is None and allowed is None:
+        return backward(dlog_odds, logits, tokens, *given, out)
+    edits = RowEdits(ids, offsets, columns, allowed)
+    rows = edited(logits, edits)
+    dy = torch.empty_like(rows)
+    backward(dlog_odds, rows, tokens, *given, dy)
+    through_edits(logits, edits, dy, dvalues, of_values)
+    out.copy_(dy)
