@@ -48,6 +48,10 @@ TOP_OUTPUTS: dict[str, dict[str, Any]] = {
     f"{asked} and top 20": {**OUTPUTS[asked], "top_logprobs": 20}
     for asked in ("no outputs", "base_logprobs", "all outputs")
 }
+# Filters for which there are kernels of chains: what else is in one makes no other kernel.
+CHAIN = Adaptor(
+    temperature=0.8, min_k=3.0, xtc_probability=1.0, order=("min_k", "xtc", "temperature")
+)
 EDITED_OUTPUTS = "no outputs, edits"  # of rows with edits and masks
 
 
@@ -127,10 +131,12 @@ def _sampling(rows: Tensor, thorough: bool) -> dict[str, Callable[[], object]]:
     elif v > 1:  # filters that T+p leaves out of the kernel for short lists
         everything = GPU_ADAPTORS["everything"]
         found["everything, all outputs"] = partial(draw, rows, everything, OUTPUTS["all outputs"])
-    found["filter"] = partial(filter_logits, rows, chosen)
+    found["chain, all outputs"] = partial(draw, rows, CHAIN, OUTPUTS["all outputs"])
     several = [chosen, *([GPU_ADAPTORS["everything"]] if n > 1 else [])]
     tokens = torch.zeros(n, dtype=torch.int64)
-    found["score"] = partial(score, rows, tokens, several)
+    for name, adaptor, adaptors in (("", chosen, several), (", chain", CHAIN, [CHAIN])):
+        found[f"filter{name}"] = partial(filter_logits, rows, adaptor)
+        found[f"score{name}"] = partial(score, rows, tokens, adaptors)
     return found
 
 
@@ -139,6 +145,7 @@ def _adapted(rows: Tensor) -> dict[str, Callable[[], object]]:
     tokens = torch.zeros(len(rows), dtype=torch.int64)
     given = rows, tokens, GPU_ADAPTORS["T+p"]
     found = {"adapted log-odds": _with_backward(adapted_log_odds, *given)}
+    found["adapted log-odds, chain"] = _with_backward(adapted_log_odds, *given[:2], CHAIN)
     if rows.dtype == torch.float32:  # which edited rows of other types are, too
         for name, given_values in (("edits", False), ("given values", True)):
             changes = changes_of(*rows.shape, given=given_values)
@@ -167,7 +174,12 @@ def _verified(rows: Tensor) -> dict[str, Callable[[], object]]:
     logits = rows.view(n // (k + 1), k + 1, v)
     draft, seeds = torch.zeros(len(logits), k, dtype=torch.int64), torch.arange(len(logits))
     given = partial(verify, logits, draft, GPU_ADAPTORS["T+p"], seeds=seeds)
-    return {"verify": given, "verify by its law": partial(given, draft_logits=logits[:, :k])}
+    by_law = partial(verify, logits, draft, seeds=seeds, draft_logits=logits[:, :k])
+    return {
+        "verify": given,
+        "verify by its law": partial(by_law, GPU_ADAPTORS["T+p"]),
+        "verify by its law, chain": partial(by_law, CHAIN),
+    }
 
 
 def _losses(rows: Tensor) -> dict[str, Callable[[], object]]:
