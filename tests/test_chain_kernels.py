@@ -263,6 +263,23 @@ def test_long_rows(kind: str) -> None:
         assert_sample(logits, Adaptor(**knobs), LARGER, fields=False)
 
 
+def test_float64_log_odds() -> None:
+    """Rounded logits decide the support, and those of float64 the log-odds on it."""
+    logits = torch.randn(2, 50, dtype=torch.float64) * 3
+    adaptor = Adaptor(temperature=0.8, min_k=3.0, top_a=0.01, order=("top_a", "min_k"))
+    tokens, upstream = logits.argmax(-1), torch.randn(2, dtype=torch.float64)
+    mine = logits.clone().requires_grad_()
+    ours = adapted_log_odds(mine, tokens, adaptor)
+    ours.backward(upstream)
+    given = logits, tokens, adaptor.packed, adaptor.filter_code, -100
+    log_odds, support, stats = launched("adapted_log_odds", *given)
+    dlogits = torch.empty_like(logits)
+    plain.adapted_log_odds_backward(upstream, *given, support, stats, dlogits, PLAN)
+    assert ours.isfinite().any()
+    torch.testing.assert_close(log_odds, ours.detach(), rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(dlogits, mine.grad, rtol=1e-12, atol=1e-15)
+
+
 def test_scores_of_chains_and_others_beside_each_other() -> None:
     """Outputs of an adaptor stand where it stood; knobs of rows beside numbers."""
     logits, tokens = torch.randn(3, 100), torch.tensor([5, -100, 7])

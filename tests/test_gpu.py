@@ -42,6 +42,14 @@ ADAPTORS = {
         min_tokens_to_keep=3,
         order="vllm",
     ),
+    "chain": Adaptor(
+        temperature=0.7,
+        min_k=500.0,
+        top_h=0.9,
+        xtc_probability=1.0,
+        xtc_threshold=0.05,
+        order=("min_k", "top_h", "xtc", "temperature"),
+    ),
 }
 MANY = [ADAPTORS["top_k_top_p"], Adaptor(top_p=0.9), Adaptor(temperature=2.0, typical_p=0.5)]
 
@@ -92,7 +100,7 @@ def test_draws_of_long_rows_are_those_of_the_cpu(rows, on_device, name, dtype):
     assert_same_bits(ours, sample(x, ADAPTORS[name], seeds=seeds, **ASKED))
 
 
-@pytest.mark.parametrize("name", ["greedy", "top_k_top_p", "typical"])
+@pytest.mark.parametrize("name", ["greedy", "top_k_top_p", "typical", "chain"])
 def test_verified_drafts_are_those_of_the_cpu(rows, on_device, name):
     n, k, v = 40, 3, 5000
     x = rows("spread", n * (k + 1), v).cpu().view(n, k + 1, v)
@@ -165,7 +173,7 @@ def test_replay_with_advancing_positions(rows, device, per_row_adaptor, n, v, na
     assert name == "greedy" or not all(torch.equal(drawn[0], other) for other in drawn[1:6])
 
 
-@pytest.mark.parametrize("name", ["neutral", "all", "per_row"])
+@pytest.mark.parametrize("name", ["neutral", "all", "chain", "per_row"])
 @pytest.mark.parametrize(("n", "v"), [(2, 50_257), (200, 1001)])
 def test_replay_of_every_verb(rows, device, per_row_adaptor, n, v, name):
     adaptor = per_row_adaptor(n, v) if name == "per_row" else ADAPTORS[name]
@@ -190,7 +198,7 @@ def no_synchronisation() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("name", ["neutral", "all", "per_row"])
+@pytest.mark.parametrize("name", ["neutral", "all", "chain", "per_row"])
 @pytest.mark.parametrize(("n", "v"), [(1, 128_256), (200, 1001)])
 def test_no_verb_waits_for_the_device(rows, device, per_row_adaptor, n, v, name):
     adaptor = per_row_adaptor(n, v) if name == "per_row" else ADAPTORS[name]
