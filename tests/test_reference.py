@@ -219,6 +219,17 @@ def test_reference_takes_the_textbook_form_in_float64(rows):
     assert torch.equal(*drawn)
 
 
+def test_a_last_temperature_that_rounds_to_one_divides_nothing():
+    """Masses stay relative to the largest logit of the row, which XTC has excluded."""
+    logits, seeds = torch.randn(50, 300) * 3, torch.arange(50)
+    knobs = {"xtc_probability": 1.0, "xtc_threshold": 0.02, "order": ("xtc", "temperature")}
+    adaptor = Adaptor(temperature=1 + 1e-9, **knobs)
+    drawn = sample(logits, adaptor, seeds=seeds)
+    assert torch.equal(drawn.logprobs, sample(logits, Adaptor(**knobs), seeds=seeds).logprobs)
+    wanted = reference.sample(logits, adaptor, seeds=seeds)
+    assert torch.equal(drawn.logprobs, wanted.logprobs)
+
+
 def test_philox_known_answers():
     """The vector of zeros of Random123's philox4x32-10; the others have a counter above 2^96."""
     words = philox(torch.tensor([0]), torch.tensor([0]))

@@ -75,7 +75,7 @@ class Distribution:
             self.s = scaled
             self.alive &= scaled > float("-inf")
             largest = torch.where(self.alive, scaled, float("-inf")).amax(-1, keepdim=True)
-            self.m = torch.where(divisor == 1, self.m, largest)
+            self.m = torch.where(self.inverse == 1, self.m, largest)  # T is 1 as rounded
             beyond = torch.where(self.m == float("-inf"), 3, 0)
             beyond = torch.where(self.row_m == float("inf"), 2, beyond)
             self.status = torch.where(usable, beyond, self.status[:, None])[:, 0].to(torch.uint8)
