@@ -33,6 +33,26 @@ struct Fitted {
   float one(float s) const { return s - shift > lowest ? s - shift : lowest; }
 };
 
+// The survivor of the largest logit, of equals that of the lowest id.
+template <class T>
+static int64_t best_survivor(const Survivors<T>& survivors) {
+  int64_t best = 0;
+  survivors.visit([&](const auto& view, const auto& test) {
+    F most = fset(-kInf);
+    for_survivors(view, test, [&](int64_t, F s, M chosen) {
+      most = maximum(most, choose(chosen, s, fset(-kInf)));
+    });
+    const F largest = fset(max_lane(most));
+    int64_t first = view.n;
+    for_survivors(view, test, [&](int64_t i, F s, M chosen) {
+      const uint32_t b = bits(both(chosen, eq(s, largest)));
+      if (b && i < first) first = i + __builtin_ctz(b);
+    });
+    best = view.id_at(first);
+  });
+  return best;
+}
+
 // Copies a row, rounded where it is edited and of half precision.
 template <class X, class T>
 static void copy_row(const X* x, int64_t n, T* out) {
@@ -51,13 +71,14 @@ static void filter_logits(const FilterArgs& a, int64_t r, const X* x, const RowS
   const RowKnobs k = knobs_of(a.knobs, r);
   Row<X> row;
   if (!in_range(k) || open_row(x, v, k.inv_t, stats, &row) != kOk) return copy_row(x, v, out);
-  if (k.greedy()) {
-    const int64_t best = argmax(x, v, stats.max);
+  const auto leave = [&](int64_t best) {
     fill_minus_inf(out, v);
-    return copy_row(x + best, 1, out + best);
-  }
+    copy_row(x + best, 1, out + best);
+  };
+  if (k.unfiltered_greedy()) return leave(argmax(x, v, stats.max));
   const Survivors<X> survivors(row, k, scratch);
   if (survivors.status() != kOk) return copy_row(x, v, out);
+  if (k.greedy()) return leave(best_survivor(survivors));
   if (survivors.listed()) fill_minus_inf(out, v);
   const float inv_t = k.whole_inv_t();
   const Fitted<T> fitted(stats.max * inv_t, inv_t);
@@ -170,13 +191,16 @@ static void draw(const SampleArgs& a, int64_t r, const T* x, const RowStats& sta
 
   int64_t token = 0, kept = 1;
   double logprob = 0, log_s = 0, m = row.view.m;
-  if (k.greedy()) {
+  if (k.unfiltered_greedy()) {
     token = argmax(x, v, stats.max);
   } else {
     Survivors<T> survivors(row, k, scratch);
     if (survivors.status() != kOk) return bad_sample(a, r, survivors.status());
     int64_t s = 0;
-    if (survivors.untouched()) {
+    if (k.greedy()) {
+      token = best_survivor(survivors);
+      s = static_cast<int64_t>(kUnit);
+    } else if (survivors.untouched()) {
       weigh_row(row, false, false, scratch);
       m = row.view.m;
       kept = row.finite;
@@ -197,6 +221,7 @@ static void draw(const SampleArgs& a, int64_t r, const T* x, const RowStats& sta
     }
     log_s = log_mass(s);
     logprob = static_cast<double>(to_float(x[token]) * k.whole_inv_t()) - m - log_s;
+    if (k.greedy()) logprob = 0;
   }
   a.tokens[r] = token;
   a.logprobs[r] = static_cast<float>(logprob);

@@ -211,7 +211,8 @@ class Survivors : public Kept<T> {
   template <class V>
   void top_n_sigma(V& view, int64_t alive) {
     if (constant() || k_.keep >= alive) return;
-    const double below = k_[kTopNSigma] * deviation(view, alive, scratch_.team);
+    const double sigma = deviation(view, alive, lowest(view), scratch_.team);
+    const double below = k_[kTopNSigma] * sigma;
     const double key = static_cast<double>(largest(view)) - below * (1 + 0x1p-19);
     const RankCut cut{static_cast<float>(key), kAllIds};
     keep_rank(k_.keep > 1 ? lower(cut, best(view, k_.keep)) : cut);
@@ -221,10 +222,15 @@ class Survivors : public Kept<T> {
   template <class V>
   void min_k(V& view, int64_t alive) {
     if (constant() || k_.keep >= alive) return;
-    const bool known = !listed_ && row_.lowest > -kInf;
-    const float lowest = known ? row_.lowest : lowest_of(view);
-    const Cliff cliff(view, alive, lowest, scratch_);
-    keep_best(view, cliff.best, count_above(cliff, k_[kMinK], lowest, alive), alive);
+    const float least = lowest(view);
+    const Cliff cliff(view, alive, least, scratch_);
+    keep_best(view, cliff.best, count_above(cliff, k_[kMinK], least, alive), alive);
+  }
+
+  // The smallest survivor.
+  template <class V>
+  float lowest(const V& view) const {
+    return !listed_ && row_.lowest > -kInf ? row_.lowest : lowest_of(view);
   }
 
   template <class V>

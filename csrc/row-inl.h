@@ -7,11 +7,14 @@ struct RowKnobs {
   float inv_t;       // 1 / T where the temperature comes first, else 1
   float last_inv_t;  // 1 / T where it comes last, else 1
   int64_t keep;
+  bool temperature_last;
   bool tossed;  // XTC's coin, where it has one
   bool excludes;
 
   double operator[](int knob) const { return value[knob]; }
   bool greedy() const { return value[kTemperature] == 0; }
+  // The largest of all is left: behind filters, it is the largest survivor.
+  bool unfiltered_greedy() const { return greedy() && !temperature_last; }
   float whole_inv_t() const { return inv_t * last_inv_t; }  // one of them is 1
 
   // Throws the coin of XTC: a 32-bit number of the row's own draw.
@@ -27,6 +30,7 @@ static RowKnobs knobs_of(const Knobs& knobs, int64_t row) {
   for (int i = 0; i < kNumKnobs; ++i)
     k.value[i] = knobs.data[i * knobs.knob_step + row * knobs.row_step];
   k.filters = knobs.filters;
+  k.temperature_last = knobs.temperature_last;
   const float inv_t = k.greedy() ? 1.0f : 1.0f / static_cast<float>(k[kTemperature]);
   k.inv_t = knobs.temperature_last ? 1.0f : inv_t;
   k.last_inv_t = knobs.temperature_last ? inv_t : 1.0f;

@@ -58,14 +58,19 @@ struct Best {
   }
 };
 
-// The standard deviation of the logits that are alive, by sums of 256ths of d, at most 2^20 each.
+// The standard deviation of the logits that are alive, by integer multiples of d, at most 2^20
+// each: of the largest power of two for which the lowest logit has none above.
 template <class T>
-static double deviation(const View<T>& v, int64_t alive, const Team* team) {
+static double deviation(const View<T>& v, int64_t alive, float lowest, const Team* team) {
+  const float range = v.m - lowest < -kLowestKey ? v.m - lowest : -kLowestKey;
+  const int exponent = static_cast<int>(float_bits(range) >> 23) - 127;
+  const float per_unit =
+      bits_float(static_cast<uint32_t>(127 + (exponent > -81 ? 19 - exponent : 100)) << 23);
   struct Moments {
     int64_t sum, squares;
   } of_part[kMaxTeam];
   const int parts = in_parts(team, v.n, [&](int part, int64_t begin, int64_t end) {
-    const F m = fset(v.m), least = fset(-4096.0f), round = fset(kRound), by = fset(-256.0f);
+    const F m = fset(v.m), least = fset(kLowestKey), round = fset(kRound), by = fset(-per_unit);
     L sum = lzero(), squares = lzero();
     for_row<4>(v.x, begin, end, v.inv_t, [&](int64_t, F s) {
       const F scaled = mul(maximum(sub(s, m), least), by);
@@ -82,7 +87,7 @@ static double deviation(const View<T>& v, int64_t alive, const Team* team) {
   }
   const double n = static_cast<double>(alive), mean = static_cast<double>(sum) / n;
   const double variance = static_cast<double>(squares) / n - mean * mean;
-  return variance > 0 ? __builtin_sqrt(variance) / 256 : 0;
+  return variance > 0 ? __builtin_sqrt(variance) / static_cast<double>(per_unit) : 0;
 }
 
 // How many of the best top-h keeps: as many as have, with those before, h of their entropy.

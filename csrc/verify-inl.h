@@ -37,6 +37,15 @@ struct Law {
   }
 };
 
+// The law of one token alone.
+static Law one_token(Law law, int64_t token, int64_t v, uint8_t* support) {
+  std::memset(support, 0, static_cast<size_t>((v + 63) / 64 * 8));
+  support[token >> 3] = static_cast<uint8_t>(1 << (token & 7));
+  law.s = static_cast<int64_t>(kUnit);
+  law.kept = 1;
+  return law;
+}
+
 // The law of a row, its support written to whole words of 64 bits.
 template <class T>
 static Law law_of(const T* x, int64_t v, const RowStats& stats, const RowKnobs& k, uint8_t* support,
@@ -47,10 +56,17 @@ static Law law_of(const T* x, int64_t v, const RowStats& stats, const RowKnobs& 
   law.status = open_row(x, v, k.inv_t, stats, &row);
   if (law.status != kOk) return law;
   law.m = row.view.m;
-  if (!k.greedy()) {
+  int64_t best = 0;
+  if (k.unfiltered_greedy()) {
+    best = argmax(x, v, stats.max);
+  } else {
     Survivors<T> survivors(row, k, scratch);
     law.status = survivors.status();
     if (law.status != kOk) return law;
+    if (k.greedy()) {
+      best = best_survivor(survivors);
+      return one_token(law, best, v, support);
+    }
     law.everything = survivors.untouched();
     if (law.everything) {
       weigh_row(row, false, false, scratch);
@@ -69,12 +85,7 @@ static Law law_of(const T* x, int64_t v, const RowStats& stats, const RowKnobs& 
     set_survivors(survivors, v, support);
     return law;
   }
-  const int64_t best = argmax(x, v, stats.max);
-  std::memset(support, 0, static_cast<size_t>((v + 63) / 64 * 8));
-  support[best >> 3] = static_cast<uint8_t>(1 << (best & 7));
-  law.s = static_cast<int64_t>(kUnit);
-  law.kept = 1;
-  return law;
+  return one_token(law, best, v, support);
 }
 
 // What a row has beyond its draft, max(P - Q, 0) of its survivors, or P where `q` is null.
@@ -183,7 +194,9 @@ static bool judge_draft(const VerifyArgs& a, int64_t sequence, int64_t i, const 
   uint8_t* supports = reinterpret_cast<uint8_t*>(scratch.ordered);
   const T* draft =
       static_cast<const T*>(a.draft_rows.data) + (sequence * a.k + i) * a.draft_rows.stride;
-  const Law q = law_of(draft, v, scan(draft, v, scratch.team), knobs_of(a.draft_knobs, sequence),
+  RowKnobs of_draft = knobs_of(a.draft_knobs, sequence);
+  of_draft.toss(random_of(a, sequence, i, 0));
+  const Law q = law_of(draft, v, scan(draft, v, scratch.team), of_draft,
                        supports + (v + 63) / 64 * 8, scratch);
   bool stands = false;
   RowKnobs of_row = k;

@@ -175,29 +175,35 @@ class Adaptor:
             True
 
         Args:
-            seeds (Tensor): (N,), int64, as `sample` takes them.
-            positions (Tensor | None): (N,), int64. None: 0.
+            seeds (Tensor): int64, as `sample` takes them: one for each row, in any shape.
+            positions (Tensor | None): the same. None: 0.
 
         Returns:
-            Adaptor: itself where it has no coin to throw, else one of N rows.
+            Adaptor: itself where it has no coin to throw, else one with a value for each row. It
+            is made in Python, so that `torch.compile` has to break its graph here.
 
         Raises:
             TypeError: seeds or positions are no int64 tensors.
-            ValueError: they do not have one value for each row of per-row knobs.
+            ValueError: they are not one for each row of per-row knobs, or of two shapes.
         """
         for name, value in (("seeds", seeds), ("positions", positions)):
             if value is None and name == "positions":
                 continue
             if not isinstance(value, Tensor) or value.dtype != torch.int64:
                 raise TypeError(f"{name}: expected an int64 tensor, got {value!r}")
-            shape = (seeds.numel() if self.rows is None else self.rows,)
-            if value.shape != shape:
+            if value.shape != seeds.shape:
+                shape = tuple(seeds.shape)
                 raise ValueError(f"{name}: expected shape {shape}, got {tuple(value.shape)}")
+        if self.rows is not None and seeds.numel() != self.rows:
+            raise ValueError(
+                f"seeds: expected one for each of {self.rows} rows, got {seeds.numel()}"
+            )
         known = torch.zeros_like(seeds) if positions is None else positions
-        if not isinstance(self.xtc_probability, Tensor) and not self.has_coin:
+        p = self.xtc_probability
+        if not isinstance(p, Tensor) and not self.has_coin:
             return self
-        coin = philox(seeds, known)[2].double()
-        excludes = (coin < torch.as_tensor(self.xtc_probability) * 2.0**32).double()
+        coin = philox(seeds.flatten(), known.flatten())[2].double()
+        excludes = (coin < (p.double() if isinstance(p, Tensor) else float(p)) * 2.0**32).double()
         return replace(self, xtc_probability=excludes)
 
     def packed_on(self, device: torch.device) -> Tensor:
@@ -252,7 +258,7 @@ def _checked(name: str, value: object) -> Knob:
     """Returns a knob as a Python number or a tensor; raises on a wrong type or range."""
     if isinstance(value, Tensor):
         _check_tensor(name, value)
-        return value
+        return value.detach().clone()  # whoever made it may write into it
     kind = Integral if name in INTEGER_KNOBS else Real
     if isinstance(value, bool) or not isinstance(value, kind):
         raise TypeError(f"{name}: expected {RANGES[name].text} or a tensor, got {value!r}")
@@ -289,6 +295,8 @@ def _checked_order(order: object, acting: dict[str, bool]) -> str | tuple[str, .
     if not isinstance(order, Sequence) or not all(isinstance(name, str) for name in order):
         raise TypeError(f"order: expected a name or a sequence of names, got {order!r}")
     names = tuple(order)
+    if len(set(names)) < len(names):
+        raise ValueError(f"order: expected each name once, got {names}")
     if names[:1] == ("temperature",):  # which divides first anyway
         names = names[1:]
     filters = names[:-1] if names[-1:] == ("temperature",) else names
@@ -297,8 +305,6 @@ def _checked_order(order: object, acting: dict[str, bool]) -> str | tuple[str, .
             raise ValueError(f"order: expected temperature first or last, got {names}")
         if name not in FILTERS:
             raise ValueError(f"order: expected names among {tuple(FILTERS)}, got {name!r}")
-    if len(set(filters)) < len(filters):
-        raise ValueError(f"order: expected each name once, got {names}")
     for name, knob in FILTERS.items():
         if acting[KNOBS[knob]] and name not in filters:
             raise ValueError(f"order: expected {name!r} in it, whose knob is set, got {names}")

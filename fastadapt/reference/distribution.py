@@ -68,7 +68,10 @@ class Distribution:
                 knob = self._knob(adaptor, _KNOB.get(name, name), 0.0)
                 of_shape = getattr(shapes, name, None)
                 kept = of_shape(self, knob) if of_shape else getattr(self, f"_{name}")(knob)
-                self.alive &= kept | self.greedy
+                self.alive &= kept | (self.greedy & (not last))
+            if last:  # the best that is left
+                there = self.alive.gather(1, self.ranking).int().argmax(1, keepdim=True)
+                self.best = self.ranking.gather(1, there)[:, 0]
             only_best = torch.zeros_like(self.alive).scatter(1, self.best[:, None], True)
             self.alive &= only_best | ~self.greedy
         if last:

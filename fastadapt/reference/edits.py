@@ -30,7 +30,7 @@ def edited(
         at = rows, edits.ids.long()
         y = y.index_put(at, _changed(y[at], edits.columns.to(y.dtype)))
     if allowed is not None:
-        words = allowed.reshape(len(x), -1, 1)
+        words = allowed.reshape(len(x), allowed.shape[-1], 1)
         bits = (words >> torch.arange(32, device=x.device) & 1).flatten(1)[:, :v]
         y = y.masked_fill(torch.nn.functional.pad(bits, (0, v - bits.shape[1])) == 0, float("-inf"))
     if num_tokens is not None:

@@ -12,13 +12,14 @@ ENTROPY_OF = 100  # tokens that top-h looks at
 
 def top_n_sigma(law: Law, n: Tensor) -> Tensor:
     """Keeps survivors with s >= max - n sigma, sigma their standard deviation, and `keep`."""
-    q = law.d.clamp(min=-4096) * -256
+    scale = _scale(law) if law.exact else torch.ones_like(law.m)
+    q = law.d.clamp(min=torch.finfo(law.d.dtype).min) * -scale
     q = q.round() if law.exact else q
     q = torch.where(law.alive, q, 0.0).to(torch.int64 if law.exact else q.dtype)
     count = law.alive.sum(-1, keepdim=True).double()
     mean = q.sum(-1, keepdim=True).double() / count
     variance = (q * q).sum(-1, keepdim=True).double() / count - mean * mean
-    sigma = variance.clamp(min=0).sqrt() / 256
+    sigma = variance.clamp(min=0).sqrt() / scale.double()
     least = (_top(law).double() - n * sigma * MORE).to(law.s.dtype)
     reach: Tensor = law.s >= least
     return reach | _best(law, law.keep) | (n == 0)
@@ -76,6 +77,16 @@ def xtc(law: Law, threshold: Tensor) -> Tensor:
     enough = there.sum(-1, keepdim=True) - better.sum(-1, keepdim=True) >= law.keep
     better &= several & enough & law.excludes
     return ~torch.zeros_like(better).scatter(1, law.ranking, better)
+
+
+def _scale(law: Law) -> Tensor:
+    """Returns the power of two that takes distances to at most 2^20, float32 (N, 1)."""
+    lowest = torch.where(law.alive, law.s, float("inf")).amin(-1, keepdim=True)
+    span = (law.m - lowest).clamp(min=0, max=torch.finfo(torch.float32).max)
+    exponent = (span.view(torch.int32) >> 23) - 127
+    power = (19 - exponent).clamp(max=100)
+    scale: Tensor = ((power + 127) << 23).view(torch.float32)
+    return scale
 
 
 def _top(law: Law) -> Tensor:

@@ -52,7 +52,8 @@ def verify(
     q = None
     if draft_logits is not None:
         of_drafts = edited(draft_logits, num_tokens=num_tokens).flatten(0, 1)
-        q = Distribution(of_drafts, _repeated(draft_adaptor or adaptor, k))
+        coins = coin.view(n, k + 1)[:, :k].flatten()
+        q = Distribution(of_drafts, _repeated(draft_adaptor or adaptor, k), coin=coins)
     lengths = torch.full_like(seeds, k) if draft_lengths is None else draft_lengths
     tokens = torch.full((n, k + 1), -1, device=logits.device)
     accepted = torch.zeros_like(seeds)

@@ -8,7 +8,7 @@ from fastadapt._ops.checks import fold_rows, per_row
 from fastadapt.adaptor import Adaptor
 from fastadapt.results import Verified
 from fastadapt.sampling.edits import Edits
-from fastadapt.sampling.rows import edited_rows, knobs_for, refuse_coin, seeds_of
+from fastadapt.sampling.rows import edited_rows, knobs_for, seeds_of
 
 
 def verify(
@@ -87,7 +87,6 @@ def verify(
     if draft_logits is not None:
         by = adaptor if draft_adaptor is None else draft_adaptor
         draft_knobs = knobs_for(logits, by, "draft_adaptor")
-        refuse_coin(by)
         draft_rows = _draft_rows(draft_logits, logits)[:, : rows.shape[1]]
     elif draft_adaptor is not None:
         raise ValueError("draft_adaptor: expected None without draft_logits, got an Adaptor")

@@ -213,7 +213,7 @@ struct Law {
       : row(x, knobs.inv_t()), status(kBadKnob), m(row.m), left(row) {
     const Scaled first(x, knobs.last ? 1 : knobs.inv_t());
     if (knobs.good()) status = first.status;
-    if (status != kOk || knobs.greedy()) return;
+    if (status != kOk || (knobs.greedy() && !knobs.last)) return;
     left = Distribution(first, knobs);
     if (first.inv_t == row.inv_t) return;
     m = -kInfF;
@@ -346,7 +346,9 @@ struct Case {
       return filtered(nullptr, nullptr);
     }
     const Distribution whole(row);
-    int64_t token = std::max_element(row.s.begin(), row.s.end()) - row.s.begin(), kept = 1;
+    int64_t token = -1, kept = 1;
+    for (int64_t i = 0; i < p.v; ++i)
+      if (law.left.alive[i] && (token < 0 || row.s[i] > row.s[token])) token = i;
     double logprob = 0, log_mass = 0;
     std::vector<char> alive(x.size());
     alive[static_cast<size_t>(token)] = 1;

@@ -21,14 +21,18 @@ struct Ranked {
   // How many of them top-n-sigma, min-k and top-h keep, without a minimum.
   int64_t within(double n) const {
     int64_t sum = 0, squares = 0;
+    const float most = std::numeric_limits<float>::max(), range = std::min(m - s.back(), most);
+    int exponent = -127;
+    if (range >= std::numeric_limits<float>::min()) exponent = std::ilogb(range);
+    const float scale = std::ldexp(1.f, std::min(19 - exponent, 100));
     for (float z : s) {
-      const int64_t q = static_cast<int64_t>(std::nearbyint(std::max(z - m, -4096.f) * -256));
+      const int64_t q = static_cast<int64_t>(std::nearbyint(std::max(z - m, -most) * -scale));
       sum += q;
       squares += q * q;
     }
     const double count = static_cast<double>(size()), mean = static_cast<double>(sum) / count;
     const double variance = static_cast<double>(squares) / count - mean * mean;
-    const double sigma = std::sqrt(std::max(variance, 0.)) / 256;
+    const double sigma = std::sqrt(std::max(variance, 0.)) / static_cast<double>(scale);
     const float least = static_cast<float>(static_cast<double>(s[0]) - n * sigma * (1 + 0x1p-19));
     return std::count_if(s.begin(), s.end(), [&](float z) { return z >= least; });
   }

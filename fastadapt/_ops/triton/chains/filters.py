@@ -29,7 +29,7 @@ from fastadapt._ops.triton.arithmetic import (
     with_ties,
 )
 from fastadapt._ops.triton.bundles import Bounds
-from fastadapt._ops.triton.chains.survivors import gather, tokens_in, within
+from fastadapt._ops.triton.chains.survivors import deviation_of, gather, tokens_in, within
 from fastadapt._ops.triton.decide import masses_at
 from fastadapt._ops.triton.rows import EPSILON, ETA, MAX_KEEP, MIN_P, TOP_K, TOP_P, TYPICAL_P
 from fastadapt._ops.triton.select import cut_among
@@ -149,21 +149,12 @@ def _least_of_many(row, mass, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _deviation(figures, number):
-    """Returns the standard deviation of logits."""
-    n = number.to(tl.float64)
-    mean = figures.sum.to(tl.float64) / n
-    variance = figures.squares.to(tl.float64) / n - mean * mean
-    return tl.where(variance > 0, tl.sqrt(tl.maximum(variance, 0.0)) / 256.0, 0.0)
-
-
-@triton.jit
 def filtered(knob, value, keep, row, figures, spare, listed, sizes, SORTED: tl.constexpr):
     """Returns what a filter keeps of more survivors than it must leave, which `row` holds."""
     none = bounds_from(FINITE_RANK)
     cut, mass, guard, cutoff, cutoff_guard, band, centre = none
     ceiling = cut * 0 + NO_RANK
-    z, u, _, _, top, low, heaviest = figures
+    z, u, top, low, heaviest = figures
     number, total = row.v, z.to(tl.float64)
     part_of_z = tl.minimum(value, 1.0) * total  # a share of Z, or of no use
     is_k, is_p, is_typical = knob == TOP_K, knob == TOP_P, knob == TYPICAL_P
@@ -220,7 +211,7 @@ def filtered(knob, value, keep, row, figures, spare, listed, sizes, SORTED: tl.c
         past = (before >= tl.maximum(ceil64(part_of_z * NEARLY), 1)) & (last >= heavy)
         main += tl.where(past, tl.where(is_typical, ONE_KEY, 1), 0)
     if is_sigma:
-        below = value * _deviation(figures, number)
+        below = value * deviation_of(row, low, sizes.BLOCK)
         key = (top.to(tl.float64) - below * MORE).to(tl.float32)
         main = with_ties(ranks(keys(key), number * 0))
     if is_k | is_p | is_sigma | is_cliff | is_h:

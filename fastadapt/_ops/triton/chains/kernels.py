@@ -25,6 +25,7 @@ from fastadapt._ops.triton.chains.filters import (
 )
 from fastadapt._ops.triton.chains.survivors import (
     as_row,
+    best_of,
     drop,
     figures_of,
     is_listed,
@@ -106,7 +107,8 @@ def chain_kernel(
 ):  # fmt: skip
     """Runs the filters of a virtual row, each on the survivors of the one before, and sums those.
 
-    Where T is 0 no filter runs, and what is left is the lowest id of the largest logit.
+    Where T is 0 what is left is the lowest id of the largest logit: of all, or if the temperature
+    comes last of the survivors.
     """
     follow(PDL)
     virtual = tl.program_id(0)
@@ -125,7 +127,8 @@ def chain_kernel(
     number, total = tl.full([], 0, tl.int32), tl.full([], 0, tl.int64)
     if status == OK:
         row = Row(row_at(rows, at), rows.v, early, m)
-        number = list_row(row, held, temperature == 0, sizes.BLOCK)
+        first = (temperature == 0) & (has(rest, LAST) == 0)
+        number = list_row(row, held, first, sizes.BLOCK)
         for turn in range(MOST_FILTERS):
             shift = tl.where(turn < FIRST_FILTERS, turn, turn - FIRST_FILTERS) * FILTER_BITS
             knob = (tl.where(turn < FIRST_FILTERS, filters, rest) >> shift) & 15
@@ -138,6 +141,9 @@ def chain_kernel(
                 figures = figures_of(survivors, sizes.BLOCK)
                 kept = filtered(knob, value, keep, survivors, figures, spare, listed, sizes, SORTED)
                 number, _ = drop(held, number, m, kept.bounds, kept.ceiling, one, sizes.BLOCK)
+        if has(rest, LAST) & (temperature == 0):
+            best = bounds_from(best_of(as_row(held, number, m), sizes.BLOCK))
+            number, _ = drop(held, number, m, best, any_rank, one, sizes.BLOCK)
         if has(rest, LAST) & (inverse != 1.0):
             number, largest = drop(held, number, m, everything, any_rank, inverse, sizes.BLOCK)
             m = largest + 0.0

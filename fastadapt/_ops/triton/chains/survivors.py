@@ -8,12 +8,19 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from fastadapt._ops.triton.arithmetic import ROUND, keys, masses, ranks, surprisals, survives
+from fastadapt._ops.triton.arithmetic import (
+    ANY_RANK,
+    ROUND,
+    keys,
+    masses,
+    ranks,
+    surprisals,
+    survives,
+)
 from fastadapt._ops.triton.bundles import Bounds, List, Row, Tokens
 from fastadapt._ops.triton.rows import load_scaled
 
-FARTHEST = tl.constexpr(-4096.0)  # of d, in a deviation
-PER_UNIT = tl.constexpr(-256.0)  # its steps
+LARGEST = tl.constexpr(3.4028234663852886e38)  # of float32
 
 
 class Figures(NamedTuple):
@@ -21,8 +28,6 @@ class Figures(NamedTuple):
 
     z: Any  # mass and surprisal mass
     u: Any
-    sum: Any  # of -256 d, rounded to integers, and of their squares
-    squares: Any
     top: Any  # the largest scaled logit and the smallest
     low: Any
     heaviest: Any  # the largest mass
@@ -95,7 +100,6 @@ def drop(held, number, m, bounds, ceiling, inverse, BLOCK: tl.constexpr):
 def figures_of(row, BLOCK: tl.constexpr):
     """Sums survivors, and finds the largest and the smallest."""
     z, u = tl.zeros([BLOCK], tl.int64), tl.zeros([BLOCK], tl.int64)
-    of_q, squares = tl.zeros([BLOCK], tl.int64), tl.zeros([BLOCK], tl.int64)
     heaviest = tl.zeros([BLOCK], tl.int64)
     top = tl.full([BLOCK], float("-inf"), tl.float32)
     low = tl.full([BLOCK], float("inf"), tl.float32)
@@ -107,16 +111,43 @@ def figures_of(row, BLOCK: tl.constexpr):
         z += mass
         u += surprisals(d)
         heaviest = tl.maximum(heaviest, mass)
-        q = (tl.maximum(d, FARTHEST) * PER_UNIT + ROUND) - ROUND
+        top = tl.maximum(top, s)
+        low = tl.minimum(low, tl.where(at < row.v, s, float("inf")))
+    return Figures(tl.sum(z, 0), tl.sum(u, 0), tl.max(top, 0), tl.min(low, 0), tl.max(heaviest, 0))
+
+
+@triton.jit
+def deviation_of(row, low, BLOCK: tl.constexpr):
+    """Returns the standard deviation of survivors, the smallest of which is given.
+
+    Their distances to m are multiples of a power of two, of which none has more than 2^20.
+    """
+    exponent = (tl.minimum(row.m - low, LARGEST).to(tl.int32, bitcast=True) >> 23) - 127
+    per_unit = ((tl.minimum(19 - exponent, 100) + 127) << 23).to(tl.float32, bitcast=True)
+    of_q, squares = tl.zeros([BLOCK], tl.int64), tl.zeros([BLOCK], tl.int64)
+    for block in range(tl.cdiv(row.v, BLOCK)):
+        at = block * BLOCK + tl.arange(0, BLOCK)
+        d = tl.maximum(load_scaled(row, at) - row.m, -LARGEST)
+        q = (d * -per_unit + ROUND) - ROUND
         q = tl.where(at < row.v, q, 0.0).to(tl.int64)
         of_q += q
         squares += q * q
-        top = tl.maximum(top, s)
-        low = tl.minimum(low, tl.where(at < row.v, s, float("inf")))
-    return Figures(
-        tl.sum(z, 0), tl.sum(u, 0), tl.sum(of_q, 0), tl.sum(squares, 0),
-        tl.max(top, 0), tl.min(low, 0), tl.max(heaviest, 0),
-    )  # fmt: skip
+    n = row.v.to(tl.float64)
+    mean = tl.sum(of_q, 0).to(tl.float64) / n
+    variance = tl.sum(squares, 0).to(tl.float64) / n - mean * mean
+    sigma = tl.sqrt(tl.maximum(variance, 0.0)) / per_unit.to(tl.float64)
+    return tl.where(variance > 0, sigma, 0.0)
+
+
+@triton.jit
+def best_of(row, BLOCK: tl.constexpr):
+    """Returns the highest rank of survivors."""
+    best = tl.full([BLOCK], ANY_RANK, tl.int64)
+    for block in range(tl.cdiv(row.v, BLOCK)):
+        at = block * BLOCK + tl.arange(0, BLOCK)
+        rank = ranks(keys(load_scaled(row, at)), at)
+        best = tl.maximum(best, tl.where(at < row.v, rank, ANY_RANK))
+    return tl.max(best, 0)
 
 
 @triton.jit

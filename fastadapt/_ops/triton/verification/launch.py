@@ -58,7 +58,7 @@ def verify(
     for at in slices(rows[:: k + 1], 2 * k + 1, plan, more):  # virtual rows of a sequence
         part = Sequences(*(some(t, at) for t in sequences))
         p = _decided(rows, knobs, order, k + 1, at, plan, part)
-        q = _decided(draft_logits, draft_knobs, draft_order, k, at, plan)
+        q = _decided(draft_logits, draft_knobs, draft_order, k, at, plan, part)
         _judge(p, q, part, _some_of(out, at))
 
 
