@@ -50,7 +50,7 @@ from fastadapt.losses import (
     unlikelihood_penalty,
     z_loss,
 )
-from fastadapt.results import Sample, Score, Verified
+from fastadapt.results import Sample, Score, Support, Verified
 from fastadapt.sampling.edits import Edits
 from fastadapt.sampling.functions import (
     adapted_log_odds,
@@ -72,6 +72,7 @@ __all__ = [
     "Sample",
     "Score",
     "Sequences",
+    "Support",
     "Verified",
     "WarmUp",
     "adapted_logps",

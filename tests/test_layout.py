@@ -34,7 +34,7 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PUBLIC = {"", "adaptor", "linear", "results", "sampling", "log_odds", "losses"}
 OURS = {
     "_ops": {"_C", "_ops"},
-    "results": set(),
+    "results": {"results"},
     "adaptor": {"_ops"},
     "sampling": {"_ops", "adaptor", "results", "sampling"},
     "linear": {"_ops"},

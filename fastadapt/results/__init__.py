@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from fastadapt.results.support import Support as Support
+
 
 class Sample(NamedTuple):
     """The result of `sample`. Every field has the shape `logits.shape[:-1]`, written `...` below.
