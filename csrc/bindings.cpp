@@ -317,14 +317,14 @@ void define_kernels(py::module_& m) {
           FIELD(teacher_stride), OPTIONAL(teacher_bias), FIELD(teacher_scale), FIELD(teacher_cap),
           FIELD(kind), FIELD(beta), FIELD(stats), FIELD(gains), FIELD(out)});
   define(m, "mix", &T::mix, Needs::kNothing,
-         {FIELD(dtype), FIELD(n), FIELD(h), FIELD(k), FIELD(dst), OPTIONAL(factor), OPTIONAL(gain),
-          OPTIONAL(index), FIELD(src), FIELD(src_stride)});
+         {FIELD(dtype), FIELD(n), FIELD(h), FIELD(k), OPTIONAL(offsets), FIELD(dst),
+          OPTIONAL(factor), OPTIONAL(gain), OPTIONAL(index), FIELD(src), FIELD(src_stride)});
   define(
       m, "scatter", &T::scatter, Needs::kNothing,
       {FIELD(dtype), FIELD(n), FIELD(h), FIELD(src), OPTIONAL(gain), OPTIONAL(index), FIELD(out)});
   define(m, "dot", &T::dot, Needs::kNothing,
-         {FIELD(dtype), FIELD(n), FIELD(h), FIELD(k), FIELD(a), FIELD(a_stride), FIELD(b),
-          FIELD(b_stride), OPTIONAL(index), FIELD(out)});
+         {FIELD(dtype), FIELD(n), FIELD(h), FIELD(k), OPTIONAL(offsets), FIELD(a), FIELD(a_stride),
+          FIELD(b), FIELD(b_stride), OPTIONAL(index), FIELD(out)});
 }
 
 }  // namespace

@@ -309,10 +309,16 @@ struct Vectors {
   int64_t n, h;
 };
 
+// K of each row, or in compressed rows: those of row r are [offsets[r], offsets[r + 1]) of a list.
+struct Several : Vectors {
+  int64_t k;
+  const int64_t* offsets;  // (N + 1,); or null: K of each row
+  int64_t begin(int64_t r) const { return offsets ? offsets[r] : r * k; }
+};
+
 // dst[r] = factor[r] dst[r] + sum over K of gain[r] src[index[r]], over H; dst float32 or float64,
 // src of any type. A null factor or gain is 1.
-struct MixArgs : Vectors {  // dtype: of src; dst is float64 if that is, else float32
-  int64_t k;
+struct MixArgs : Several {  // dtype: of src; dst is float64 if that is, else float32
   void* dst;
   const double* factor;  // (N,)
   const double* gain;    // (N, K)
@@ -330,8 +336,7 @@ struct ScatterArgs : Vectors {  // dtype: of out; src is float64 if that is, els
 };
 
 // Dot products of each row with K rows of the head, in float32 (float64) sums.
-struct DotArgs : Vectors {
-  int64_t k;
+struct DotArgs : Several {
   const void* a;
   int64_t a_stride;
   const void* b;

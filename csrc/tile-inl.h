@@ -61,7 +61,7 @@ static void mix_row(const MixArgs& a, int64_t r, const Scratch&) {
   constexpr int lanes = Wide<T>::lanes;
   Real* dst = static_cast<Real*>(a.dst) + r * a.h;
   double f = a.factor ? a.factor[r] : 1;
-  for (int64_t k = r * a.k; k < (r + 1) * a.k; ++k, f = 1) {
+  for (int64_t k = a.begin(r); k < a.begin(r + 1); ++k, f = 1) {
     const double g = a.gain ? a.gain[k] : 1;
     const T* src = static_cast<const T*>(a.src) + (a.index ? a.index[k] : r) * a.src_stride;
     const auto factor = Wide<T>::set(f), gain = Wide<T>::set(g);
@@ -90,7 +90,7 @@ template <class T>
 static void dot_row(const DotArgs& a, int64_t r, const Scratch&) {
   constexpr int lanes = Wide<T>::lanes;
   const T* x = static_cast<const T*>(a.a) + r * a.a_stride;
-  for (int64_t k = r * a.k; k < (r + 1) * a.k; ++k) {
+  for (int64_t k = a.begin(r); k < a.begin(r + 1); ++k) {
     const T* y = static_cast<const T*>(a.b) + (a.index ? a.index[k] : r) * a.b_stride;
     double total = 0;
     int64_t i = 0;

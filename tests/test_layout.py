@@ -39,7 +39,7 @@ OURS = {
     "sampling": {"_ops", "adaptor", "results", "sampling"},
     "linear": {"_ops"},
     "log_odds": {"_ops"},
-    "losses": {"_ops", "log_odds", "losses"},
+    "losses": {"_ops", "linear", "log_odds", "losses", "results"},
     "__init__": (PUBLIC - {""}) | {"_C", "_ops"},
     "reference": {"reference", "results"},
     "training": PUBLIC | {"training"},
@@ -75,7 +75,12 @@ CHECKS = ("fastadapt._ops.checks.", "fastadapt._ops.config.", "fastadapt._ops.ph
 KERNELS = "_ops/triton/"  # the only folder that imports triton, and that only within functions
 REGISTER = {
     *("_ops/sampling.py", "_ops/log_odds.py", "_ops/verification.py"),
-    *("_ops/linear/operator.py", "_ops/linear/divergence.py", "_ops/linear/mle.py"),
+    *(
+        "_ops/linear/operator.py",
+        "_ops/linear/divergence.py",
+        "_ops/linear/mle.py",
+        "_ops/support.py",
+    ),
 }
 # these say what to install where an import fails
 TRIES_TO_IMPORT = {"__init__.py", "hf/__init__.py", "trl/__init__.py", "training/pretrained.py"}

@@ -17,6 +17,7 @@ from fastadapt.losses.mixture import CONTAIN_MLE, FORMULAS, RewardPenalizeLoss
 from fastadapt.losses.preference import dpo_loss
 from fastadapt.losses.regularisers import entropy_bonus, smoothed_mle_loss, z_loss
 from fastadapt.losses.responses import Responses, label_logps, sequence_logps
+from fastadapt.losses.support import linear_support_log_odds, support_log_odds
 
 __all__ = [
     "CONTAIN_MLE",
@@ -31,12 +32,14 @@ __all__ = [
     "label_logps",
     "linear_divergence",
     "linear_mle_loss",
+    "linear_support_log_odds",
     "mate_loss",
     "mate_penalty",
     "mle_loss",
     "previous_tokens",
     "sequence_logps",
     "smoothed_mle_loss",
+    "support_log_odds",
     "top_k_divergence",
     "unlikelihood_loss",
     "unlikelihood_penalty",

@@ -60,6 +60,7 @@ from fastadapt.reference.losses import (
     unlikelihood_penalty,
 )
 from fastadapt.reference.ranks import of_first_rank, whole_rows
+from fastadapt.reference.support import linear_support_log_odds, support_log_odds
 from fastadapt.reference.verification import verify
 from fastadapt.results import Sample, Score
 
@@ -83,6 +84,7 @@ __all__ = [
     "linear_divergence",
     "linear_log_odds",
     "linear_mle_loss",
+    "linear_support_log_odds",
     "mate_loss",
     "mate_penalty",
     "mle_loss",
@@ -91,6 +93,7 @@ __all__ = [
     "score",
     "sequence_logps",
     "smoothed_mle_loss",
+    "support_log_odds",
     "top_k_divergence",
     "unlikelihood_loss",
     "unlikelihood_penalty",

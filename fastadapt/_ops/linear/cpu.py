@@ -44,10 +44,10 @@ class CpuWork(RowWork):
         if head.weight.shape[0] == 0:
             return out
         for rows, source, index in label_blocks(head.weight, head.label_rows, head.hidden.dtype):
-            _dot(head.hidden[rows], source, index, out[rows])
+            dot(head.hidden[rows], source, index, out[rows])
         if head.low is not None:
             share = torch.empty_like(out)
-            _dot(*head.low, head.label_rows, share)
+            dot(*head.low, head.label_rows, share)
             out += share
         return out
 
@@ -101,7 +101,7 @@ class CpuWork(RowWork):
         for r in range(0, n, block):
             rows = slice(r, min(r + block, n))
             product = torch.mm(a[rows], b, out=out[: rows.stop - r])
-            _mix(sums[rows], product, factor=None if factor is None else factor[rows])
+            mix(sums[rows], product, factor=None if factor is None else factor[rows])
 
     @staticmethod
     def add_rows(
@@ -109,7 +109,7 @@ class CpuWork(RowWork):
     ) -> None:
         """Adds scaled source rows to the sums, without rounding the source."""
         source, index = contiguous_rows(source, index)
-        _mix(sums, source, factor=factor, gain=gain, index=index)
+        mix(sums, source, factor=factor, gain=gain, index=index)
 
     @staticmethod
     def scatter(sums: Tensor, gain: Tensor | None, index: Tensor | None, out: Tensor) -> None:
@@ -169,42 +169,51 @@ def _write_product(out: Tensor, a: Tensor, b: Tensor) -> None:
         out[rows] = a[rows] @ b
 
 
-def _dot(a: Tensor, b: Tensor, index: Tensor, out: Tensor) -> None:
-    """Computes out[r, k] = a[r] b[index[r, k]] in float64 of float32 sums."""
-    source, index = contiguous_rows(b, index)
+def dot(a: Tensor, b: Tensor, index: Tensor, out: Tensor, *, offsets: Tensor | None = None) -> None:
+    """Computes out[r, k] = a[r] b[index[r, k]] in float64 of float32 sums.
+
+    With offsets (n + 1,), index and out are the compressed rows' lists, and the entries of a row of
+    `b` are contiguous.
+    """
+    if offsets is None:
+        b, index = contiguous_rows(b, index)
     _C.dot(
-        dtype=DTYPE_CODES[source.dtype],
+        dtype=DTYPE_CODES[b.dtype],
         n=a.shape[0],
         h=a.shape[1],
-        k=index.shape[1],
+        k=1 if offsets is not None else index.shape[1],
+        offsets=offsets,
         a=a,
         a_stride=a.stride(0),
-        b=source,
-        b_stride=source.stride(0),
+        b=b,
+        b_stride=b.stride(0),
         index=index,
         out=out,
         num_threads=torch.get_num_threads(),
     )
 
 
-def _mix(
+def mix(
     sums: Tensor,
     source: Tensor,
     *,
     factor: Tensor | None = None,
     gain: Tensor | None = None,
     index: Tensor | None = None,
+    offsets: Tensor | None = None,
 ) -> None:
     """Computes sums[r] = factor[r] sums[r] + gain[r] source[index[r]] on contiguous rows.
 
-    With (n, K) gains and indices the sum over K; without, source[r].
+    With (n, K) gains and indices the sum over K; with offsets (n + 1,) those are lists, of which a
+    row has its part; without indices, source[r]. What a row is made of is added in its order.
     """
     n, h = sums.shape
     _C.mix(
         dtype=DTYPE_CODES[source.dtype],
         n=n,
         h=h,
-        k=1 if index is None else index.shape[1],
+        k=1 if index is None or offsets is not None else index.shape[1],
+        offsets=offsets,
         dst=sums,
         factor=factor,
         gain=gain,

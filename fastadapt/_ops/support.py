@@ -1,0 +1,152 @@
+"""The operator under `linear_support_log_odds`: products of each row with its own rows of a head.
+
+The pairs of row and id stand in compressed rows. What is summed is summed pair by pair in one order
+by one thread: by ascending ids for the hidden states, by ascending rows for the head.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastadapt._ops.common import no_double_backward
+from fastadapt._ops.linear.cpu import CpuWork, dot, mix
+
+BLOCK_NUMBERS = 1 << 18  # of the wide sums of ids' gradients that are made at once
+
+_library = torch.library.Library("fastadapt", "FRAGMENT")
+_PROBLEM = "Tensor hidden, Tensor weight, Tensor ids, Tensor offsets"
+_library.define(f"support_products({_PROBLEM}, *, bool sparse) -> Tensor")
+_library.define(
+    f"support_products_backward(Tensor dproducts, {_PROBLEM}, *, bool[] wanted, bool sparse)"
+    " -> (Tensor, Tensor, Tensor)"
+)
+
+
+def _products(
+    hidden: Tensor, weight: Tensor, ids: Tensor, offsets: Tensor, *, sparse: bool
+) -> Tensor:
+    """hidden (N, H) times rows of the weight (V, H), (count,) float64 of float32 sums."""
+    out = hidden.new_empty(ids.shape[0], dtype=torch.float64)
+    dot(hidden, weight, ids, out, offsets=offsets)
+    return out
+
+
+def _backward(
+    dproducts: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    offsets: Tensor,
+    *,
+    wanted: list[bool],
+    sparse: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of hidden states and weight, and the ids that a sparse one has rows of."""
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    gain = dproducts.contiguous()
+    dhidden, dweight, found = _empty_gradients(hidden, weight, wanted)
+    if wanted[0]:
+        sums = dhidden if dhidden.dtype == wide else torch.zeros_like(dhidden, dtype=wide)
+        mix(sums, weight, gain=gain, index=ids, offsets=offsets)
+        if sums is not dhidden:
+            CpuWork.scatter(sums, None, None, dhidden)
+    if wanted[1]:
+        rows = torch.arange(hidden.shape[0]).repeat_interleave(offsets.diff())
+        by_id, order = ids.sort(stable=True)
+        gain, rows = gain[order], rows[order]
+        found, counts = by_id.unique_consecutive(return_counts=True)
+        ends = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+        if sparse:
+            dweight = weight.new_empty(found.shape[0], weight.shape[1])
+        block = max(1, BLOCK_NUMBERS // weight.shape[1])
+        buffer = weight.new_empty(min(block, found.shape[0]), weight.shape[1], dtype=wide)
+        for first in range(0, found.shape[0], block):
+            some = found[first : first + block]
+            sums = buffer[: some.shape[0]].zero_()
+            mix(sums, hidden, gain=gain, index=rows, offsets=ends[first:])
+            if sparse:
+                CpuWork.scatter(sums, None, None, dweight[first:])
+            else:
+                CpuWork.scatter(sums, None, some, dweight)
+    return dhidden, dweight, found if sparse else found[:0]
+
+
+def _empty_gradients(
+    hidden: Tensor, weight: Tensor, wanted: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Zeros of the gradients that are wanted, the weight's dense, and no ids."""
+    return (
+        hidden.new_zeros(hidden.shape if wanted[0] else (0, hidden.shape[1])),
+        weight.new_zeros(weight.shape if wanted[1] else (0, weight.shape[1])),
+        hidden.new_empty(0, dtype=torch.int64),
+    )
+
+
+def _fake_products(
+    hidden: Tensor, weight: Tensor, ids: Tensor, offsets: Tensor, *, sparse: bool
+) -> Tensor:
+    """What the forward returns."""
+    return hidden.new_empty(ids.shape[0], dtype=torch.float64)
+
+
+def _fake_backward(
+    dproducts: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    offsets: Tensor,
+    *,
+    wanted: list[bool],
+    sparse: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the backward returns; how many ids there are depends on them."""
+    dhidden, dweight, found = _empty_gradients(hidden, weight, wanted)
+    if wanted[1] and sparse:
+        found = hidden.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.int64)
+        dweight = weight.new_empty(found.shape[0], weight.shape[1])
+    return dhidden, dweight, found
+
+
+def _save(
+    ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Tensor
+) -> None:
+    """Keeps the inputs."""
+    ctx.save_for_backward(*inputs)
+    ctx.sparse = keyword_only_inputs["sparse"]
+
+
+def _gradient(ctx: Any, dproducts: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of hidden states and weight, each only when wanted."""
+    wanted = list(ctx.needs_input_grad[:2])
+    hidden, weight, ids, offsets = ctx.saved_tensors
+    dhidden, dweight, found = torch.ops.fastadapt.support_products_backward(
+        dproducts, hidden, weight, ids, offsets, wanted=wanted, sparse=ctx.sparse
+    )
+    if wanted[1] and ctx.sparse:
+        dweight = torch.sparse_coo_tensor(
+            found[None], dweight, weight.shape, check_invariants=False, is_coalesced=True
+        )
+    return dhidden if wanted[0] else None, dweight if wanted[1] else None, None, None
+
+
+def _register() -> None:
+    """Implementations on the CPU, fakes and autograd."""
+    for name, function, fake in (
+        ("support_products", _products, _fake_products),
+        ("support_products_backward", _backward, _fake_backward),
+    ):
+        _library.impl(name, function, "CPU")
+        torch.library.register_fake(f"fastadapt::{name}", fake, lib=_library)
+    torch.library.register_autograd(
+        "fastadapt::support_products", _gradient, setup_context=_save, lib=_library
+    )
+    torch.library.register_autograd(
+        "fastadapt::support_products_backward",
+        no_double_backward("support log-odds"),
+        lib=_library,
+    )
+
+
+_register()
+support_products = torch.ops.fastadapt.support_products

@@ -1,0 +1,252 @@
+"""Log-odds of a label against the given ids of its row: training on exactly what was sampled.
+
+A support drawn with a token (`fastadapt.Support`) is given, not decided again: logits that are made
+again differ by a rounding, and a filter's decision with them. With S the support of a row and y its
+label, m = z_y - logsumexp(z_j, j in S, j != y), so that log p = -softplus(-m) is the label's under
+the truncated distribution.
+"""
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastadapt._ops.checks import (
+    flag,
+    fold_rows,
+    head_rows,
+    instance,
+    integer,
+    no_tangent,
+    number,
+    per_row,
+)
+from fastadapt._ops.common import check_ids
+from fastadapt._ops.linear.vocab_parallel import is_distributed
+from fastadapt._ops.support import support_products
+from fastadapt.linear import linear_log_odds
+from fastadapt.log_odds import label_log_odds
+from fastadapt.results import Support
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+def linear_support_log_odds(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    support: Support,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    sparse: bool = False,
+    group: "ProcessGroup | None" = None,
+) -> Tensor:
+    """Returns each label's log-odds against the other ids of its own support, from a linear head.
+
+    Equals `adapted_log_odds` of the logits of `linear_log_odds` if the support is the adaptor's and
+    `logit_scale` is 1 / temperature. With K ids in a row it costs K dot products of H numbers and
+    as much for each gradient, not V: no logit outside the support is made, forward or backward.
+    Rows that are full are those of `linear_log_odds`, at its cost, against all V ids.
+
+    Dot products have float32 sums (float64 for float64 inputs), whatever the inputs' dtype, and
+    are rounded nowhere before the log-sum-exp, which is of float64. The gradient of the head is
+    summed for each id by ascending rows, in float32, by one thread, and rounded once: the same bits
+    in every run and for any number of threads, and so are those of the hidden states and the bias.
+    Beside its inputs and gradients the call holds a few numbers for each id of the support, N H
+    numbers of float32 for half hidden states, and 1 MiB.
+
+    Examples:
+        >>> hidden, weight = torch.ones(2, 4), torch.zeros(5, 4, requires_grad=True)
+        >>> support = Support.from_mask(torch.tensor([[True, True, True, False, False]] * 2))
+        >>> linear_support_log_odds(hidden, weight, torch.tensor([1, 4]), support)
+        tensor([-0.6931,    -inf], grad_fn=<ViewBackward0>)
+
+    Args:
+        hidden (Tensor): (..., H), float32, bfloat16, float16, or float64 (for checks), on the CPU;
+            cast to the dtype of `weight` where that is float32, or where autocast is on.
+        weight (Tensor): (V, H), dtype of `hidden`, or float32; a last stride other than 1 costs a
+            copy.
+        labels (Tensor): `hidden.shape[:-1]`, int64, ids in [0, V) or `ignore_index`.
+        support (Support): of as many rows as there are labels, in their order.
+        bias (Tensor | None): (V,), dtype of `weight`.
+        softcap (float | None): above 0, bounds the logits smoothly.
+        logit_scale (float): finite, multiplies the logits before the cap: 1 / temperature.
+        ignore_index (int): rows with this label give 0 and no gradient.
+        sparse (bool): whether the gradient of `weight`, which is then a leaf, is a coalesced sparse
+            COO tensor, of those ids alone that stand in a support, as `torch.nn.Embedding` has it.
+            False: dense, (V, H), 0 elsewhere. Not with full rows, whose gradient has every id.
+        group (torch.distributed.ProcessGroup | None): must be None: a head in slices is not served.
+
+    Returns:
+        Tensor: shape of `labels`, float32 (float64 for float64 inputs), nats. -inf and no gradient
+        where the label is not in its support, +inf and no gradient where it is alone there; NaN
+        where one of the others is NaN or +inf. Raises when differentiated twice.
+
+    Raises:
+        TypeError: inputs of another dtype than `hidden`'s, a support that is no `Support`.
+        ValueError: shapes or devices that do not agree, a label or an id of the support out of
+            range, ids that do not ascend, `sparse` with full rows.
+        NotImplementedError: tensors that are not on the CPU, a group, a DTensor.
+    """
+    name = "linear_support_log_odds"
+    for part, x in (("hidden", hidden), ("weight", weight), ("labels", labels)):
+        instance(part, x, Tensor, "a Tensor")
+        _on_the_cpu(name, part, x)
+        if is_distributed(x):
+            raise NotImplementedError(f"{name}: {part}: expected no DTensor")
+    if group is not None:
+        raise NotImplementedError(f"{name}: group: expected None, got a process group")
+    if softcap is not None:
+        number("softcap", softcap, positive=True)
+    number("logit_scale", logit_scale, signed=True)
+    flag("sparse", sparse)
+    states = head_rows(hidden, weight, bias, empty=False)
+    y, used = _labels(labels, support, hidden.shape[:-1], states, weight.shape[0], ignore_index)
+    at = (support.full & used).nonzero()[:, 0]
+    if sparse and weight.requires_grad and at.shape[0] > 0:
+        raise ValueError(f"sparse: expected False with full rows, got {at.shape[0]} of these")
+    pairs = _pairs_of(y, used, support)
+    aligned = weight if weight.stride(1) == 1 else weight.contiguous()
+    x = support_products(states.to(weight.dtype), aligned, pairs.ids, pairs.offsets, sparse=sparse)
+    if bias is not None:
+        x = x + bias.double().index_select(0, pairs.ids)
+    z = x * logit_scale
+    z = z if softcap is None else softcap * (z / softcap).tanh()
+    log_odds = _among(z, pairs).to(torch.promote_types(states.dtype, torch.float32))
+    if at.shape[0] > 0:
+        dense = linear_log_odds(
+            states.index_select(0, at),
+            weight,
+            y[at],
+            bias,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            ignore_index=ignore_index,
+        )
+        log_odds = log_odds.index_copy(0, at, dense.to(log_odds.dtype))
+    return log_odds.view(labels.shape)
+
+
+def support_log_odds(
+    logits: Tensor, labels: Tensor, support: Support, *, ignore_index: int = -100
+) -> Tensor:
+    """Returns each label's log-odds against the other ids of its own support, from logits.
+
+    `linear_support_log_odds` for logits that are there: it reads those of the support alone, and
+    its gradient is one matrix of zeros with their entries in it. Full rows are those of
+    `label_log_odds`; beside others they cost a copy of their logits and one gradient more.
+
+    Examples:
+        >>> adaptor, logits = Adaptor(top_k=2), torch.tensor([[2.0, 1.0, 0.0, -1.0]])
+        >>> support = Support.from_mask(filter_logits(logits, adaptor) > float("-inf"))
+        >>> support_log_odds(logits, torch.tensor([1]), support)
+        tensor([-1.])
+
+    Args:
+        logits (Tensor): (..., V), float32, bfloat16, float16, or float64 (for checks), on the CPU;
+            divided by the temperature, if there was one.
+        labels (Tensor): `logits.shape[:-1]`, int64, ids in [0, V) or `ignore_index`.
+        support (Support): of as many rows as there are labels, in their order.
+        ignore_index (int): rows with this label give 0 and no gradient.
+
+    Returns:
+        Tensor: shape of `labels`, float32 (float64 for float64 logits), nats; edges as in
+        `linear_support_log_odds`, and +inf too where all others of the support are -inf.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: as `linear_support_log_odds`.
+    """
+    name = "support_log_odds"
+    for part, x in (("logits", logits), ("labels", labels)):
+        instance(part, x, Tensor, "a Tensor")
+        _on_the_cpu(name, part, x)
+    rows = fold_rows("logits", logits)
+    no_tangent("logits", logits)
+    y, used = _labels(labels, support, logits.shape[:-1], rows, rows.shape[1], ignore_index)
+    at = (support.full & used).nonzero()[:, 0]
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    if 0 < at.shape[0] == rows.shape[0]:
+        return label_log_odds(rows, y, ignore_index=ignore_index).view(labels.shape)
+    pairs = _pairs_of(y, used, support)
+    log_odds = _among(rows[pairs.rows, pairs.ids].double(), pairs).to(wide)
+    if at.shape[0] > 0:
+        dense = label_log_odds(rows.index_select(0, at), y[at], ignore_index=ignore_index)
+        log_odds = log_odds.index_copy(0, at, dense)
+    return log_odds.view(labels.shape)
+
+
+class _Pairs(NamedTuple):
+    """Row and id of what takes part: of rows whose label stands among others of its support."""
+
+    ids: Tensor  # (count,) int64, ascending in a row
+    rows: Tensor  # (count,) int64, ascending
+    offsets: Tensor  # (N + 1,) int64
+    own: Tensor  # (n,) int64, the places of the labels' pairs
+    others: Tensor  # (count - n,) int64, the places of all other pairs
+    takes: Tensor  # (N,) bool, the n rows
+    without: Tensor  # (N,) float64, the log-odds of all other rows
+
+
+def _on_the_cpu(function: str, name: str, x: Tensor) -> None:
+    """Raises for a tensor on another device: there is no kernel for it."""
+    if x.device.type != "cpu":
+        raise NotImplementedError(f"{function}: {name}: expected a CPU tensor, got {x.device}")
+
+
+def _labels(
+    labels: Tensor, support: Support, shape: torch.Size, like: Tensor, v: int, ignore_index: int
+) -> tuple[Tensor, Tensor]:
+    """Returns the labels (N,) and which are used, after checks of them and of the support."""
+    ignore_index = integer("ignore_index", ignore_index)
+    y = per_row("labels", labels, torch.int64, shape, like)
+    instance("support", support, Support, "a Support")
+    if len(support) != y.shape[0]:
+        raise ValueError(f"support: expected {y.shape[0]} rows, got {len(support)}")
+    if support.ids.device != like.device:
+        raise ValueError(f"support: expected device {like.device}, got {support.ids.device}")
+    check_ids("labels", y, v, ignore_index)
+    support.check(v)
+    return y, y != ignore_index
+
+
+def _pairs_of(labels: Tensor, used: Tensor, support: Support) -> _Pairs:
+    """Selects what takes part; an empty row, an ignored one or a single id costs no product."""
+    counts, rows = support.counts, support.rows
+    holds = torch.zeros_like(used)
+    holds[rows[support.ids == labels[rows]]] = True
+    takes = used & holds & (counts > 1)
+    some = takes[rows].nonzero()[:, 0]
+    ids, rows = support.ids[some].long(), rows[some]
+    offsets = torch.nn.functional.pad((counts * takes).cumsum(0), (1, 0))
+    is_label = ids == labels[rows]
+    outside = torch.where(holds, float("inf"), float("-inf")).double()
+    return _Pairs(
+        ids,
+        rows,
+        offsets,
+        is_label.nonzero()[:, 0],
+        (~is_label).nonzero()[:, 0],
+        takes,
+        outside.masked_fill(~used | support.full, 0.0),
+    )
+
+
+def _among(z: Tensor, pairs: _Pairs) -> Tensor:
+    """Returns the log-odds (N,) of logits (count,), float64: a few numbers for each pair.
+
+    Sums are by ascending ids; others that are all -inf leave +inf without a gradient.
+    """
+    n = pairs.own.shape[0]
+    own, others = z.index_select(0, pairs.own), z.index_select(0, pairs.others)
+    place = (pairs.takes.cumsum(0) - 1)[pairs.rows[pairs.others]]
+    top = z.new_full((n,), float("-inf")).scatter_reduce(0, place, others.detach(), "amax")
+    top = top.masked_fill(top == float("-inf"), 0.0)
+    mass = z.new_zeros(n).index_add(0, place, (others - top[place]).exp())
+    alone = mass == 0
+    m = own - (top + mass.masked_fill(alone, 1.0).log())
+    m = torch.where(alone & ~own.isnan(), float("inf"), m)
+    return pairs.without.index_copy(0, pairs.takes.nonzero()[:, 0], m)
