@@ -49,6 +49,13 @@ def test_rows_of_a_support() -> None:
     assert torch.equal(support.split([20, 30])[1].to_mask(11), mask[20:])
 
 
+def test_a_part_is_pickled_alone() -> None:
+    support = Support.from_mask(masks(500, 400))
+    part = support.split([499, 1])[1]
+    assert pickle.loads(pickle.dumps(part)) == part
+    assert len(pickle.dumps(part)) < 5000 < len(pickle.dumps(support)) // 10
+
+
 def test_support_of_an_adaptor() -> None:
     logits = torch.randn(64, 500, generator=torch.Generator().manual_seed(3)) * 3
     mask = filter_logits(logits, Adaptor(top_p=0.9)) > -torch.inf

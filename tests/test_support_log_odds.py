@@ -125,6 +125,18 @@ def test_equals_the_reference(seed: int, options: dict[str, float]) -> None:
     close(got, run(reference.linear_support_log_odds, case, **options), 1e-11)
 
 
+@pytest.mark.parametrize("h", [1, 7, 16, 70])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALVES])
+def test_every_instruction_set(cpu_capability: str, dtype: torch.dtype, h: int) -> None:
+    """Of inputs rounded to the dtype the log-odds are float32's; gradients are rounded once."""
+    case = make_case(50, h, 31, seed=h, full=False).to(dtype)
+    got = run(linear_support_log_odds, case)
+    wanted = run(reference.linear_support_log_odds, case.to(torch.float64))
+    sums = 1e-12 if dtype == torch.float64 else 1e-5
+    close(got[:1], wanted[:1], sums)
+    close(got[1:], wanted[1:], sums + (torch.finfo(dtype).eps if dtype in HALVES else 0))
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_many_rows_equal_the_reference(seed: int) -> None:
     """Several blocks of ids whose gradients are summed at once."""

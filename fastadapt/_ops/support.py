@@ -45,7 +45,7 @@ def _backward(
     """The gradients of hidden states and weight, and the ids that a sparse one has rows of."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
     gain = dproducts.contiguous()
-    dhidden, dweight, found = _empty_gradients(hidden, weight, wanted)
+    dhidden, dweight, found = _zeros(hidden, weight, wanted, sparse)
     if wanted[0]:
         sums = dhidden if dhidden.dtype == wide else torch.zeros_like(dhidden, dtype=wide)
         mix(sums, weight, gain=gain, index=ids, offsets=offsets)
@@ -72,13 +72,14 @@ def _backward(
     return dhidden, dweight, found if sparse else found[:0]
 
 
-def _empty_gradients(
-    hidden: Tensor, weight: Tensor, wanted: list[bool]
+def _zeros(
+    hidden: Tensor, weight: Tensor, wanted: list[bool], sparse: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Zeros of the gradients that are wanted, the weight's dense, and no ids."""
+    """Those of the gradients that are wanted, a sparse one without rows, and no ids."""
+    dense = wanted[1] and not sparse
     return (
         hidden.new_zeros(hidden.shape if wanted[0] else (0, hidden.shape[1])),
-        weight.new_zeros(weight.shape if wanted[1] else (0, weight.shape[1])),
+        weight.new_zeros(weight.shape if dense else (0, weight.shape[1])),
         hidden.new_empty(0, dtype=torch.int64),
     )
 
@@ -101,7 +102,7 @@ def _fake_backward(
     sparse: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What the backward returns; how many ids there are depends on them."""
-    dhidden, dweight, found = _empty_gradients(hidden, weight, wanted)
+    dhidden, dweight, found = _zeros(hidden, weight, wanted, sparse)
     if wanted[1] and sparse:
         found = hidden.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.int64)
         dweight = weight.new_empty(found.shape[0], weight.shape[1])

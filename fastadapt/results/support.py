@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from ctypes import string_at
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from struct import calcsize, pack, unpack_from
 
 import torch
@@ -40,7 +41,8 @@ class Support:
     Attributes:
         ids: (count,), int32, row by row.
         offsets: (N + 1,), int64, from 0 to count.
-        full: (N,), bool; rows that keep everything that was allowed.
+        full: (N,), bool; rows that keep everything that was allowed. Scored, they are so against
+            the whole vocabulary that is given there: where a mask allowed fewer, store the ids.
     """
 
     ids: Tensor
@@ -190,8 +192,7 @@ class Support:
         sizes = [integer(f"lengths[{i}]", n, 0) for i, n in enumerate(lengths)]
         if sum(sizes) != len(self):
             raise ValueError(f"lengths: expected a sum of {len(self)} rows, got {sum(sizes)}")
-        firsts = [sum(sizes[:i]) for i in range(len(sizes) + 1)]
-        return [self._part(a, b) for a, b in zip(firsts, firsts[1:], strict=False)]
+        return [self._part(a, b) for a, b in pairwise(accumulate(sizes, initial=0))]
 
     def index(self, rows: Tensor) -> "Support":
         """Returns the given rows, (M,) int64 in [0, N), which may come repeatedly.
@@ -275,6 +276,10 @@ class Support:
     def __repr__(self) -> str:
         """Its sizes, and how many rows are full."""
         return f"Support(rows={len(self)}, ids={self.ids.shape[0]}, full={int(self.full.sum())})"
+
+    def __reduce__(self) -> tuple[type["Support"], tuple[Tensor, ...]]:
+        """Pickles what is its own, and not the whole batch that it is a part of."""
+        return Support, tuple(x.clone() for x in (self.ids, self.offsets, self.full))
 
     def _part(self, first: int, last: int) -> "Support":
         """Returns rows [first, last)."""
