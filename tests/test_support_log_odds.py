@@ -211,6 +211,20 @@ def test_sparse_gradient_is_the_dense_one(dtype: torch.dtype) -> None:
     assert torch.equal(ids, ids.unique()) and set(ids.tolist()) <= set(case.support.ids.tolist())
 
 
+@pytest.mark.parametrize("sparse", [False, True])
+def test_rows_without_an_upstream_gradient_are_dropped(sparse: bool) -> None:
+    case = make_case(80, 24, 200, full=False).to(torch.float32)
+    rewarded = torch.arange(80) % 5 == 0
+    masked = case._replace(upstream=case.upstream.masked_fill(~rewarded, 0.0))
+    _, by_hidden, by_weight, _ = run(linear_support_log_odds, masked, sparse=sparse)
+    ignored = case._replace(labels=case.labels.masked_fill(~rewarded, -100))
+    _, wanted, wanted_weight, _ = run(linear_support_log_odds, ignored, sparse=sparse)
+    assert torch.equal(by_hidden, wanted) and by_hidden.any()
+    assert torch.equal(by_weight.to_dense(), wanted_weight.to_dense())
+    if sparse:
+        assert torch.equal(by_weight.indices(), wanted_weight.indices())
+
+
 def test_sparse_gradient_takes_a_step() -> None:
     case = make_case(30, 8, 20, full=False).to(torch.float32)
     before = case.weight.detach().clone()
@@ -380,6 +394,18 @@ def test_layouts_and_shapes() -> None:
         bias=case.bias,
     )
     assert torch.equal(shaped.view(-1), wanted[0])
+
+
+def test_another_default_device_changes_nothing() -> None:
+    case = make_case(30, 8, 20).to(torch.float32)
+    wanted = run(linear_support_log_odds, case)
+    with torch.device("meta"):
+        got = run(linear_support_log_odds, case)
+        assert Support.from_bytes(case.support.to_bytes()) == case.support
+        assert case.support[::-1].ids.device.type == "cpu"
+        case.support.check(20).split([30])
+    for a, b in zip(got, wanted, strict=True):
+        assert torch.equal(a, b)
 
 
 def test_no_second_derivative() -> None:

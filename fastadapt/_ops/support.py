@@ -42,9 +42,15 @@ def _backward(
     wanted: list[bool],
     sparse: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of hidden states and weight, and the ids that a sparse one has rows of."""
+    """The gradients of hidden states and weight, and the ids that a sparse one has rows of.
+
+    Pairs without an upstream gradient are dropped: those of tokens without a reward.
+    """
     wide = torch.promote_types(hidden.dtype, torch.float32)
-    gain = dproducts.contiguous()
+    rows = torch.arange(hidden.shape[0], device=ids.device).repeat_interleave(offsets.diff())
+    some = dproducts.nonzero()[:, 0]
+    gain, ids, rows = dproducts[some], ids[some], rows[some]
+    offsets = _ends(rows.bincount(minlength=hidden.shape[0]))
     dhidden, dweight, found = _zeros(hidden, weight, wanted, sparse)
     if wanted[0]:
         sums = dhidden if dhidden.dtype == wide else torch.zeros_like(dhidden, dtype=wide)
@@ -52,11 +58,10 @@ def _backward(
         if sums is not dhidden:
             CpuWork.scatter(sums, None, None, dhidden)
     if wanted[1]:
-        rows = torch.arange(hidden.shape[0]).repeat_interleave(offsets.diff())
         by_id, order = ids.sort(stable=True)
         gain, rows = gain[order], rows[order]
         found, counts = by_id.unique_consecutive(return_counts=True)
-        ends = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+        ends = _ends(counts)
         if sparse:
             dweight = weight.new_empty(found.shape[0], weight.shape[1])
         block = max(1, BLOCK_NUMBERS // weight.shape[1])
@@ -70,6 +75,11 @@ def _backward(
             else:
                 CpuWork.scatter(sums, None, some, dweight)
     return dhidden, dweight, found if sparse else found[:0]
+
+
+def _ends(counts: Tensor) -> Tensor:
+    """Returns the offsets (N + 1,) of rows of so many pairs."""
+    return torch.nn.functional.pad(counts.cumsum(0), (1, 0))
 
 
 def _zeros(

@@ -56,6 +56,7 @@ def linear_support_log_odds(
     are rounded nowhere before the log-sum-exp, which is of float64. The gradient of the head is
     summed for each id by ascending rows, in float32, by one thread, and rounded once: the same bits
     in every run and for any number of threads, and so are those of the hidden states and the bias.
+    Rows whose upstream gradient is 0 are dropped from the backward.
     Beside its inputs and gradients the call holds a few numbers for each id of the support, N H
     numbers of float32 for half hidden states, and 1 MiB.
 
@@ -77,7 +78,7 @@ def linear_support_log_odds(
         logit_scale (float): finite, multiplies the logits before the cap: 1 / temperature.
         ignore_index (int): rows with this label give 0 and no gradient.
         sparse (bool): whether the gradient of `weight`, which is then a leaf, is a coalesced sparse
-            COO tensor, of those ids alone that stand in a support, as `torch.nn.Embedding` has it.
+            COO tensor, of those ids alone that have a gradient, as `torch.nn.Embedding` has it.
             False: dense, (V, H), 0 elsewhere. Not with full rows, whose gradient has every id.
         group (torch.distributed.ProcessGroup | None): must be None: a head in slices is not served.
 

@@ -104,7 +104,7 @@ class Support:
             raise ValueError(
                 f"data: expected what Support.to_bytes writes, got {len(data)} other bytes"
             )
-        stored = torch.empty(n + count, dtype=torch.int32)
+        stored = torch.empty(n + count, dtype=torch.int32, device="cpu")
         if n + count:
             stored.copy_(torch.frombuffer(bytearray(data[size:]), dtype=torch.int32))
         full = stored[:n] == _FULL
