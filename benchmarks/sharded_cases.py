@@ -142,7 +142,8 @@ def _bits(x: Tensor) -> Tensor:
 
 
 def _adaptor(n: int, r: random.Random, *, greedy: bool = True) -> Adaptor:
-    knobs: dict[str, Any] = {"order": r.choice(["hf", "vllm"])}
+    free = ("eta_cutoff", "min_p", "top_p", "epsilon_cutoff", "typical_p", "top_k")
+    knobs: dict[str, Any] = {"order": r.choice(["hf", "vllm", free])}
     for name, (often, values) in KNOBS.items():
         some = values if greedy or name != "temperature" else values[1:]
         if r.random() < often:

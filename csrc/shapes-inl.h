@@ -65,7 +65,7 @@ static double deviation(const View<T>& v, int64_t alive, float lowest, const Tea
   const float range = v.m - lowest < -kLowestKey ? v.m - lowest : -kLowestKey;
   const int exponent = static_cast<int>(float_bits(range) >> 23) - 127;
   const float per_unit =
-      bits_float(static_cast<uint32_t>(127 + (exponent > -81 ? 19 - exponent : 100)) << 23);
+      bits_float(static_cast<uint32_t>(127 + (exponent > -108 ? 19 - exponent : 127)) << 23);
   struct Moments {
     int64_t sum, squares;
   } of_part[kMaxTeam];

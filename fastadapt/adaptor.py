@@ -72,7 +72,7 @@ class Adaptor:
     number, NumPy's included, or a 1-d tensor with one value per row. Filters run one after the
     other, each on the renormalised survivors of the one before. A mass or a probability that
     reaches its threshold but for rounding reaches it. The exact integer rule, the same on every
-    device, is in the documentation of `fastadapt.reference`.
+    device, is docs/sampling-rule.md. A tensor is copied: changing it later changes no adaptor.
 
     Examples:
         >>> Adaptor(temperature=0.8, top_p=0.9).top_p
@@ -83,7 +83,8 @@ class Adaptor:
         ('min_p', 'temperature')
 
     Args:
-        temperature: divides the logits; finite, 0 (the argmax) or >= 1e-6.
+        temperature: divides the logits; finite, 0 (the argmax; of the survivors where it comes
+            last) or >= 1e-6.
         top_k: integer >= 0, 0 is off. Keeps logits >= the k-th largest; ties all stay.
         top_p: in [0, 1], 1 is off. Keeps the most probable tokens until their mass reaches top_p
             (where it is exactly top_p, no more than these); among equal values the lowest ids stay.
@@ -98,7 +99,9 @@ class Adaptor:
             largest (Tang et al. 2024, arXiv 2411.07641).
         min_k: the paper's tau, in [0, 1e6], 0 is off (3 there). Keeps the tokens above the place
             where sorted logits fall most, each fall divided by its rank, and at least
-            tau / (largest - smallest logit) of them (Ding et al. 2026, arXiv 2604.11012).
+            tau / (largest - smallest logit) of them (Ding et al. 2026, arXiv 2604.11012). These
+            are survivors of the filters before it; a temperature that comes first divides the
+            logits too, so that only with the last place for it the paper's invariance holds.
         top_a: in [0, 1], 0 is off. Keeps p >= top_a * (max p)^2.
         top_h: in [0, 1], 0 is off. Keeps the most probable tokens, of 100, up to this share of the
             entropy of the 100 (arXiv 2509.02510).
@@ -109,8 +112,8 @@ class Adaptor:
         xtc_threshold: in [0, 1]; above 0.5 no two tokens reach it.
         order: the order of the filters: "hf" (top-n-sigma, min-k, top-h, top-k, top-p, min-p,
             top-a, typical, epsilon, eta, XTC), "vllm" (min-p before top-k), or a sequence of their
-            names with "xtc" for XTC. A last name "temperature" makes them look at the undivided
-            logits, as llama.cpp does; else the temperature divides first.
+            names: those of the knobs, and "xtc". A last name "temperature" makes them look at the
+            undivided logits, as llama.cpp does; else the temperature divides first.
 
     Raises:
         TypeError: a knob is neither a number nor a 1-d tensor, an integer knob is not integral, or

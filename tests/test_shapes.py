@@ -210,6 +210,33 @@ def test_a_temperature_that_comes_last_may_take_a_row_beyond_float32():
     assert torch.equal(filter_logits(x, adaptor)[:3], x[:3])
 
 
+@pytest.mark.parametrize("knobs", [{"xtc_probability": 1.0}, {"typical_p": 0.5}])
+def test_a_last_temperature_of_0_takes_the_best_survivor(rows, knobs):
+    name = "xtc" if "xtc_probability" in knobs else "typical_p"
+    x, seeds = torch.cat([rows("spread", 8, 300), rows("ties", 8, 300)]), torch.arange(16)
+    last = Adaptor(temperature=0.0, order=(name, "temperature"), **knobs)
+    drawn = sample(x, last, seeds=seeds)
+    assert_same(drawn, reference.sample(x, last, seeds=seeds), knobs)
+    left = filter_logits(x, Adaptor(**knobs, order=(name,)))
+    assert torch.equal(drawn.tokens, left.argmax(-1)) and (drawn.tokens != x.argmax(-1)).any()
+    assert (drawn.kept == 1).all() and (drawn.logprobs == 0).all()
+    out = filter_logits(x, last)
+    assert torch.equal(out.argmax(-1), drawn.tokens) and ((out > -torch.inf).sum(-1) == 1).all()
+    first = sample(x, Adaptor(temperature=0.0, **knobs), seeds=seeds)
+    assert torch.equal(first.tokens, x.argmax(-1))
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-4, 1.0, 300.0, 1e30])
+def test_sigma_knows_no_scale(rows, scale):
+    x = rows("normal", 8, 5000).double()
+    x[:, 7] = -30 * x.abs().amax(-1)  # a masked token counts
+    kept = filter_logits((x * scale).float(), Adaptor(top_n_sigma=2.0)) > -torch.inf
+    wanted = torch.stack(
+        [textbook("top_n_sigma", 2.0, row) for row in (x * scale).float().double()]
+    )
+    assert int((kept != wanted).sum()) <= 1 and 8 < int(kept.sum()) < 40_000
+
+
 def test_xtc_acts_as_often_as_it_should(rows):
     x = torch.tensor([2.0, 1.9, 1.5, -3.0, -4.0]).expand(DRAWS, -1)
     seeds = torch.arange(DRAWS)
@@ -249,10 +276,8 @@ def test_verified_drafts_throw_the_same_coins(rows):
         Adaptor(),
     )
     assert_same(verify(x, draft, xtc, **given), reference.verify(x, draft, xtc, **given), xtc)
-    with pytest.raises(
-        ValueError, match="xtc_probability: expected 0 or 1 where no token is drawn"
-    ):
-        verify(x, draft, xtc, **(given | {"draft_adaptor": xtc}))
+    of_drafts = given | {"draft_adaptor": xtc}  # the coins of the drafts' own draws
+    assert_same(verify(x, draft, xtc, **of_drafts), reference.verify(x, draft, xtc, **of_drafts), 1)
 
 
 @pytest.mark.parametrize("order", ["hf", ("top_h", "xtc", "top_p", "temperature")])

@@ -175,10 +175,15 @@ def test_what_is_not_offered_is_refused_by_name():
     rows = torch.zeros(2, 5)
     with pytest.raises(NotImplementedError, match="logits: expected a CPU tensor with a group"):
         draw_of(rows.to("meta"), Adaptor(), 0, **NO_EDITS)
-    unknown = Adaptor()
-    object.__setattr__(unknown, "order", "llama.cpp")
-    with pytest.raises(NotImplementedError, match="order: expected one of hf, vllm"):
-        law_of(rows, unknown)
+    assert law_of(rows, Adaptor(top_p=0.9, top_k=5, order=("top_p", "top_k", "xtc"))).filters
+    for unknown, message in (
+        (Adaptor(top_n_sigma=1.0), "adaptor.top_n_sigma: expected it off with a group"),
+        (Adaptor(xtc_probability=0.5), "adaptor.xtc_probability: expected it off"),
+        (Adaptor(top_p=0.9, order=("top_p", "temperature")), "adaptor.order: expected the temp"),
+        (Adaptor(min_p=0.1, typical_p=0.9, order=("typical_p", "min_p")), "min_p before typical_p"),
+    ):
+        with pytest.raises(NotImplementedError, match=message):
+            law_of(rows, unknown)
     with pytest.raises(TypeError, match=r"logits: expected float32.*got torch.float64"):
         draw_of(rows.double(), Adaptor(), 0, **NO_EDITS)
     with pytest.raises(ValueError, match="score: expected temperature > 0"):

@@ -12,7 +12,8 @@ on their order and every implementation decides alike, bit for bit:
    before it is below `ceil(p Z c)`, with `c = 1 - 2^-19` if its own is at least `Z / 1024`, else
    `c = 1 - 2^-52`: a mass that is p but for the polynomial's error or a rounding is p. So it is in
    typical, of all that are equally typical together, and the thresholds of min-p, epsilon and eta
-   are multiplied by `1 - 2^-19`.
+   are multiplied by `1 - 2^-19`. docs/sampling-rule.md has the other filters, and what a
+   temperature that comes last does to step 1.
 5. The draw inverts the cumulated masses at `floor(x * S / 2^64)`, x one 64-bit Philox number.
 
 For float64 logits the same steps run on plain float64 probabilities: the textbook form.

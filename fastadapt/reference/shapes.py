@@ -84,7 +84,7 @@ def _scale(law: Law) -> Tensor:
     lowest = torch.where(law.alive, law.s, float("inf")).amin(-1, keepdim=True)
     span = (law.m - lowest).clamp(min=0, max=torch.finfo(torch.float32).max)
     exponent = (span.view(torch.int32) >> 23) - 127
-    power = (19 - exponent).clamp(max=100)
+    power = (19 - exponent).clamp(max=127)
     scale: Tensor = ((power + 127) << 23).view(torch.float32)
     return scale
 

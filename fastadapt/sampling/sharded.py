@@ -1,7 +1,6 @@
 """`sample` and `score` of logits whose vocabulary is split over the ranks of a process group."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,6 +8,7 @@ from torch import Tensor
 
 from fastadapt._ops.checks import flag, fold_rows, integer, per_row, process_group
 from fastadapt._ops.common import RowEdits
+from fastadapt._ops.filter_code import filters_of, temperature_last
 from fastadapt._ops.outputs import sample_fields
 from fastadapt._ops.sharded.exchange import Program, over_group
 from fastadapt._ops.sharded.lists import Law
@@ -23,12 +23,7 @@ from fastadapt.sampling.rows import check_edits, ids_below, knobs_for, scored, s
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-# min-p before typical, so that the most probable token is there while its mass is asked for
-ORDERS = {
-    "hf": ("top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"),
-    "vllm": ("min_p", "top_k", "top_p", "typical_p", "epsilon_cutoff", "eta_cutoff"),
-}
-KNOWN = {"temperature", "min_tokens_to_keep", "order", *NEUTRAL}
+KNOWN = {"temperature", "min_tokens_to_keep", *NEUTRAL}
 
 
 def sample_split(logits: Tensor, adaptor: Adaptor, group: "ProcessGroup", **options: Any) -> Sample:
@@ -149,26 +144,24 @@ def law_of(rows: Tensor, adaptor: Adaptor, name: str = "adaptor") -> Law:
     """An adaptor as programs take it.
 
     Raises:
-        NotImplementedError: an order or a knob that is not known here.
+        NotImplementedError: a filter or an order that is not known here.
     """
     packed = knobs_for(rows, adaptor, name)
-    if adaptor.order not in ORDERS:
+    names = tuple(KNOBS[knob] for knob in filters_of(adaptor.filter_code))
+    if unknown := [knob for knob in names if knob not in NEUTRAL]:
         raise NotImplementedError(
-            f"{name}.order: expected one of {', '.join(ORDERS)} with a group, got {adaptor.order!r}"
+            f"{name}.{unknown[0]}: expected it off with a group, got a vocabulary split over ranks,"
+            f" which knows {', '.join(NEUTRAL)}"
         )
-    for knob in fields(adaptor):
-        unknown = knob.init and knob.name not in KNOWN
-        if unknown and not _is(getattr(adaptor, knob.name), knob.default):
-            raise NotImplementedError(f"{name}.{knob.name}: expected none with a group")
+    # while the mass of the most probable token is asked for it has to be there
+    after = names.index("typical_p") if "typical_p" in names else len(names)
+    if temperature_last(adaptor.filter_code) or "min_p" in names[after:]:
+        raise NotImplementedError(
+            f"{name}.order: expected the temperature first, and min_p before typical_p, with a "
+            f"group, got {adaptor.order!r}"
+        )
     columns = zip(KNOBS, packed.expand(-1, len(rows)), strict=True)
-    return Law.of(
-        {knob: x.contiguous() for knob, x in columns if knob in KNOWN}, ORDERS[adaptor.order]
-    )
-
-
-def _is(value: object, default: object) -> bool:
-    """Whether a knob is its default."""
-    return not isinstance(value, Tensor) and value == default
+    return Law.of({knob: x.contiguous() for knob, x in columns if knob in KNOWN}, names)
 
 
 def _slice(logits: Tensor) -> Tensor:
@@ -197,7 +190,7 @@ def _given(
     if changes is not None:
         check_edits(changes, rows)
     knobs = [x.view(torch.int64) for law in laws for x in law.knobs.values()]
-    told = (*words, real, _told(changes), _told(allowed))
+    told = (*words, str(rows.dtype), real, _told(changes), _told(allowed))
     digest = _digest(repr(told), [*knobs, *alike])
     edited = None
     if changes is not None or allowed is not None or real is not None:

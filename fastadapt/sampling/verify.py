@@ -55,7 +55,8 @@ def verify(
             stands behind them is not looked at. None: k.
         draft_logits (Tensor | None): (N, k, V), dtype of `logits`: what the drafts were drawn from,
             edited already if they were. None: each draft stands if it is `sample`'s token.
-        draft_adaptor (Adaptor | None): that the drafts were drawn by. None: `adaptor`.
+        draft_adaptor (Adaptor | None): that the drafts were drawn by. None: `adaptor`. With XTC,
+            drafts were drawn by these seeds and positions, whose coins are thrown again.
         seeds (Tensor | None): (N,), int64, as in `sample`. None: drawn from `generator`.
         positions (Tensor | None): (N,), int64, of the first row of each sequence. None: 0.
         generator (torch.Generator | None): as in `sample`.

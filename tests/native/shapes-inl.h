@@ -24,7 +24,7 @@ struct Ranked {
     const float most = std::numeric_limits<float>::max(), range = std::min(m - s.back(), most);
     int exponent = -127;
     if (range >= std::numeric_limits<float>::min()) exponent = std::ilogb(range);
-    const float scale = std::ldexp(1.f, std::min(19 - exponent, 100));
+    const float scale = std::ldexp(1.f, std::min(19 - exponent, 127));
     for (float z : s) {
       const int64_t q = static_cast<int64_t>(std::nearbyint(std::max(z - m, -most) * -scale));
       sum += q;

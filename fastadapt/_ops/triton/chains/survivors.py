@@ -123,7 +123,7 @@ def deviation_of(row, low, BLOCK: tl.constexpr):
     Their distances to m are multiples of a power of two, of which none has more than 2^20.
     """
     exponent = (tl.minimum(row.m - low, LARGEST).to(tl.int32, bitcast=True) >> 23) - 127
-    per_unit = ((tl.minimum(19 - exponent, 100) + 127) << 23).to(tl.float32, bitcast=True)
+    per_unit = ((tl.minimum(19 - exponent, 127) + 127) << 23).to(tl.float32, bitcast=True)
     of_q, squares = tl.zeros([BLOCK], tl.int64), tl.zeros([BLOCK], tl.int64)
     for block in range(tl.cdiv(row.v, BLOCK)):
         at = block * BLOCK + tl.arange(0, BLOCK)
