@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastadapt._ops.checks import shown
 from fastadapt._ops.filter_code import ORDERS, XTC, filter_code
 from fastadapt._ops.philox import philox
 
@@ -264,10 +265,10 @@ def _checked(name: str, value: object) -> Knob:
         return value.detach().clone()  # whoever made it may write into it
     kind = Integral if name in INTEGER_KNOBS else Real
     if isinstance(value, bool) or not isinstance(value, kind):
-        raise TypeError(f"{name}: expected {RANGES[name].text} or a tensor, got {value!r}")
+        raise TypeError(f"{name}: expected {RANGES[name].text} or a tensor, got {shown(value)}")
     number = int(value) if isinstance(value, Integral) else float(value)
     if not RANGES[name].holds(number):
-        raise ValueError(f"{name}: expected {RANGES[name].text}, got {number}")
+        raise ValueError(f"{name}: expected {RANGES[name].text}, got {shown(number)}")
     return number
 
 

@@ -54,7 +54,7 @@ def test_the_stand_in_has_vllms_defaults():
         assert getattr(real, one.name) == getattr(ours, one.name), one.name
 
 
-@pytest.mark.parametrize("extra", [None, {}, {"other": 1, "fast": 2}])
+@pytest.mark.parametrize("extra", [None, {}, {"other": 1, "fast": 2}, {1: 2, None: 3}])
 def test_requests_without_a_key_are_the_engines(extra):
     assert requested(Params(extra_args=extra, top_p=0.5)) is None
 
@@ -63,8 +63,14 @@ def test_every_knob_of_an_adaptor_is_a_key():
     assert set(KNOBS) == {f.name for f in fields(Adaptor) if f.init}
     example: dict[str, Any] = {
         "temperature": 0.7, "top_k": 40, "top_p": 0.9, "min_p": 0.05, "typical_p": 0.95,
-        "epsilon_cutoff": 3e-4, "eta_cutoff": 2e-4, "min_tokens_to_keep": 2, "order": "hf",
+        "epsilon_cutoff": 3e-4, "eta_cutoff": 2e-4, "min_tokens_to_keep": 2, "top_n_sigma": 1.5,
+        "min_k": 3.0, "top_a": 0.2, "top_h": 0.4, "xtc_probability": 0.5, "xtc_threshold": 0.1,
+        "order": (
+            "xtc", "eta_cutoff", "epsilon_cutoff", "typical_p", "top_a", "min_p", "top_p", "top_k",
+            "top_h", "min_k", "top_n_sigma", "temperature",
+        ),
     }  # fmt: skip
+    assert set(example) == set(KNOBS)
     assert _asked(**example).adaptor == Adaptor(**example)
     text = json.dumps(example | {"seed": 5, "bias_ids": [3], "bias_values": [-1.5]})
     of_text = requested(Params(extra_args={"fastadapt": text}))
@@ -113,17 +119,114 @@ def test_greedy_requests_are_the_engines_without_a_bias():
     assert _asked(temperature=0).adaptor.temperature == 0
 
 
+LAST = ["top_k", "typical_p", "xtc", "temperature"]
+
+
+@pytest.mark.parametrize(
+    ("knobs", "ours"),
+    [
+        ({"typical_p": 0.5, "order": LAST}, True),
+        ({"xtc_probability": 1.0, "order": LAST}, True),
+        ({"xtc_probability": 1.0, "typical_p": 0.5, "order": LAST[:-1]}, False),
+        ({"xtc_probability": 1.0, "order": ["temperature", "xtc"]}, False),
+        ({"top_k": 3, "order": LAST}, False),
+        ({"order": []}, False),
+        ({"xtc_probability": 1.0, "typical_p": 0.5}, False),
+    ],
+)
+def test_greedy_requests_whose_filters_may_drop_the_argmax_are_drawn_here(knobs, ours):
+    asked = _asked(engine={"temperature": 0.0}, **knobs)
+    assert (asked is not None) == ours
+    logits = torch.tensor([[2.0, 1.9, 0.0, -5.0]])  # XTC excludes the first of two
+    adaptor = Adaptor(**{"order": "vllm", "temperature": 0.0} | knobs)
+    best = int(sample(logits, adaptor, seeds=torch.zeros(1).long()).tokens)
+    if "xtc_probability" in knobs or not ours:
+        assert best == (1 if ours else 0)
+    if ours:
+        rows = logits.clone()
+        Batch([(0, Row(asked, 0))], rows, None).draw(rows, torch.zeros(1).long(), penalties=True)
+        assert int(rows.argmax()) == best
+
+
+@pytest.mark.parametrize(
+    ("seed", "wrapped"),
+    [
+        (2**63 - 1, 2**63 - 1), (2**63, -(2**63)), (2**64 - 1, -1), (-(2**63), -(2**63)),
+        (-(2**63) - 1, 2**63 - 1), (2**64 + 5, 5),
+    ],
+)  # fmt: skip
+def test_every_seed_of_the_engines_is_taken(seed, wrapped):
+    """With n > 1 vLLM gives child i seed + i, which may leave int64."""
+    asked = _asked(engine={"seed": seed}, top_p=0.9)
+    assert asked.seed == wrapped
+    assert _asked(engine={"seed": seed}, seed=wrapped) == _asked(seed=wrapped)
+    logits = torch.randn(2, V)
+    given = logits.clone()
+    rows = [Row(asked, asked.seed), Row(_asked(top_p=0.5), 1)]
+    Batch(list(enumerate(rows)), logits, None).draw(logits, torch.zeros(2).long(), penalties=True)
+    for at, row in enumerate(rows):
+        assert _drawn(logits, at) == _alone(row, given[at], 0)
+
+
+def test_whole_temperatures_of_any_size_are_one_batch():
+    rows = [Row(_asked(temperature=10**30), 0), Row(_asked(temperature=2), 1)]
+    logits = torch.randn(2, V)
+    given = logits.clone()
+    Batch(list(enumerate(rows)), logits, None).draw(logits, torch.zeros(2).long(), penalties=True)
+    for at, row in enumerate(rows):
+        assert _drawn(logits, at) == _alone(row, given[at], 0)
+
+
 @pytest.mark.parametrize(
     ("engine", "knobs", "message"),
     [
-        ({}, {"topp": 0.9}, "fastadapt_topp: expected one of .*got fastadapt_topp; did you mean"),
+        (
+            {},
+            {"topp": 0.9},
+            r"fastadapt_topp: .*got fastadapt_topp; did you mean fastadapt_top_p\?$",
+        ),
+        ({}, {"topnsigma": 1}, r"got fastadapt_topnsigma; did you mean fastadapt_top_n_sigma\?$"),
         ({}, {"top_p": 1.5}, r"fastadapt_top_p: expected a value in \[0, 1\], got 1.5"),
         ({}, {"top_p": "0.9"}, "fastadapt_top_p: expected .*got '0.9'"),
         ({}, {"top_p": [0.9, 0.8]}, r"fastadapt_top_p: expected .*got \(0.9, 0.8\)"),
         ({}, {"top_p": torch.ones(1)}, r"fastadapt_top_p: expected a number.*tensor of shape"),
-        ({}, {"top_k": 2.5}, "fastadapt_top_k: expected an integer"),
+        ({}, {"top_p": None}, r"^fastadapt_top_p: expected a value in \[0, 1\], got None$"),
+        ({}, {"top_k": 2.5}, r"^fastadapt_top_k: expected an integer in \[0, 2\*\*31\), got 2.5$"),
+        (
+            {},
+            {"top_k": 10**5000},
+            "^fastadapt_top_k: expected an integer in .*, got a value of type",
+        ),
+        (
+            {},
+            {"temperature": 10**400},
+            "^fastadapt_temperature: expected 0 or a value in .*, got 1000",
+        ),
+        ({}, {"seed": 10**5000}, "^fastadapt_seed: expected .*, got a value of type int, too long"),
+        (
+            {},
+            {"bias_ids": [1], "bias_values": [-(10**400)]},
+            r"^fastadapt_bias_values: expected -1e\+28 to 1e\+28, got -1000",
+        ),
+        (
+            {},
+            {"bias_ids": [1], "bias_values": [10**5000]},
+            r"^fastadapt_bias_values: expected -1e\+28 to 1e\+28, got a value of type int",
+        ),
+        ({}, {"bias_ids": [10**5000], "bias_values": [1]}, "^fastadapt_bias_ids: expected 0 to"),
         ({}, {"temperature": True}, "fastadapt_temperature: expected"),
-        ({}, {"order": "transformers"}, "fastadapt_order: expected 'hf', 'vllm' or a"),
+        ({}, {"order": "transformers"}, "fastadapt_order: expected 'hf', 'vllm' or a flat list of"),
+        ({}, {"order": [["top_k"]]}, r"fastadapt_order: .* a flat list of .*got \(\['top_k'\],\)"),
+        ({}, {"order": 3}, "fastadapt_order: expected 'hf', 'vllm' or a flat list of .*, got 3"),
+        ({}, {"order": ["top_q"]}, "fastadapt_order: expected names among .*, got 'top_q'"),
+        (
+            {"top_p": 0.95},
+            {"order": ["xtc", "temperature"], "xtc_probability": 0.5},
+            r"^fastadapt_order: expected 'top_p' in it beside top_p=0.95 \(which a server may have "
+            r"from the model's generation_config; top_p=1 in the request switches it off\), got",
+        ),
+        ({"top_k": 2**31}, {"top_p": 0.9}, r"^top_k: expected an integer in .*, got 2147483648$"),
+        ({"seed": 1.5}, {"top_p": 0.9}, "^seed: expected an integer, got 1.5"),
         ({}, {"seed": "1"}, "fastadapt_seed: expected an integer, got '1'"),
         ({}, {"seed": 2**63}, "fastadapt_seed: expected"),
         ({"top_p": 0.5}, {"top_p": 0.9}, "fastadapt_top_p=0.9 and top_p=0.5"),
@@ -163,15 +266,37 @@ def test_what_cannot_be_is_refused(engine, knobs, message):
     [
         ({"fastadapt": "{"}, "fastadapt: expected a JSON object, got '{'"),
         ({"fastadapt": "[1]"}, r"fastadapt: expected a JSON object, got \[1\]"),
+        ({"fastadapt": "[" * 100_000}, "fastadapt: expected a flat JSON object, got '"),
+        (
+            {"fastadapt": f'{{"top_k": {"9" * 5000}}}'},
+            "^fastadapt: expected a JSON object with each",
+        ),
+        (
+            {"fastadapt": f'{{"bias_ids": [1], "bias_values": [{"9" * 400}]}}'},
+            "^fastadapt_bias_values: expected",
+        ),
+        ({"fastadapt": '{"top_p": 0.9, "top_p": 0.8}'}, "^fastadapt: .* with each key once"),
+        ({"fastadapt": {1: 2}}, "^fastadapt_1: expected one of"),
+        ({"fastadapttop_p": 0.9}, r"^fastadapttop_p: .*; did you mean fastadapt_top_p\?$"),
         ({"fastadapt": 3}, "fastadapt: expected a JSON object, got 3"),
         ({"fastadapt": '{"top_p": 0.9}', "fastadapt_top_p": 0.9}, "expected it once, got it in"),
         ({"fastadapt_": 1}, "fastadapt_: expected one of"),
-        ({"fastadapt-top-p": 0.9}, "fastadapt_-top-p: expected one of"),
+        ({"fastadapt-top-p": 0.9}, "fastadapt-top-p: expected one of"),
     ],
 )
 def test_keys_that_cannot_be_are_refused(extra, message):
     with pytest.raises(ValueError, match=message):
         requested(Params(extra_args=extra))
+
+
+def test_keys_that_are_no_strings_are_not_ours():
+    asked = requested(Params(extra_args={1: 2, "fastadapt_top_p": 0.9}))
+    assert asked == _asked(top_p=0.9)
+
+
+def test_an_order_beside_the_engines_neutral_values_is_taken():
+    asked = _asked(engine={"top_p": 1.0, "top_k": -1}, order=["xtc"], xtc_probability=0.5)
+    assert asked.adaptor == Adaptor(order=("xtc",), xtc_probability=0.5)
 
 
 def test_an_empty_object_asks_for_the_draw():

@@ -201,11 +201,11 @@ def integer(name: str, value: object, low: int = INT64.min, high: int = INT64.ma
         ValueError: out of range.
     """
     if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name}: expected an integer, got {value!r}")
+        raise TypeError(f"{name}: expected an integer, got {shown(value)}")
     found = int(value)
     if not low <= found <= high:
         expected = f"at least {low}" if found < low and high == INT64.max else f"{low} to {high}"
-        raise ValueError(f"{name}: expected {expected}, got {found}")
+        raise ValueError(f"{name}: expected {expected}, got {shown(found)}")
     return found
 
 
@@ -261,7 +261,8 @@ def number(name: str, value: object, *, positive: bool = False, signed: bool = F
         raise TypeError(f"{name}: expected a number, got {shown(value)}")
     found = cast(float, value)
     if not signed and not (found > 0 if positive else found >= 0):
-        raise ValueError(f"{name}: expected a value {'>' if positive else '>='} 0, got {found}")
+        least = ">" if positive else ">="
+        raise ValueError(f"{name}: expected a value {least} 0, got {shown(found)}")
     if not -inf < found < inf:
         raise ValueError(f"{name}: expected a finite value, got {found}")
     # numpy's multiply tensors in their own way
@@ -319,5 +320,8 @@ def shown(value: object) -> str:
     """Returns a value as messages show it, cut if it is long."""
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)}"
-    text = repr(value)
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of more than 4300 digits, or lists in lists
+        text = f"a value of type {type(value).__name__}, too long to show"
     return text if len(text) <= 60 else f"{text[:57]}..."

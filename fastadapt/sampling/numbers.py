@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastadapt._ops.checks import instance, integer, integers, number
+from fastadapt._ops.checks import instance, integer, integers, number, shown
 
 MOST = 2**62
 # so that neither they nor their sums nor multiples leave float32, where +inf would be no logit
@@ -63,11 +63,11 @@ def one_or_real(name: str, value: float | Tensor, rows: int, **kind: bool) -> fl
 
 def real(name: str, value: float, *, positive: bool = False, signed: bool = False) -> float:
     """Returns a number of a kind of `number`, of no more than 28 digits before and behind 1."""
-    found = float(number(name, value, positive=positive, signed=signed))
+    found = number(name, value, positive=positive, signed=signed)
     if abs(found) > MOST_REAL or (positive and found < 1 / MOST_REAL):
         least = 1 / MOST_REAL if positive else -MOST_REAL if signed else 0
-        raise ValueError(f"{name}: expected {least:g} to {MOST_REAL:g}, got {found:g}")
-    return found
+        raise ValueError(f"{name}: expected {least:g} to {MOST_REAL:g}, got {shown(found)}")
+    return float(found)
 
 
 def _of_rows(name: str, value: Tensor, rows: int) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastadapt.adaptor import Adaptor
+from fastadapt.adaptor import INTEGER_KNOBS, Adaptor
 from fastadapt.results import Sample
 from fastadapt.sampling.functions import sample
 from fastadapt.vllm._request import KNOBS
@@ -178,8 +178,7 @@ def _knobs(adaptors: Sequence[Adaptor], device: torch.device) -> dict[str, Any]:
         if all(value == values[0] for value in values):
             knobs[name] = values[0]
             continue
-        whole = all(isinstance(value, int) for value in values)
-        dtype = torch.int64 if whole else torch.float64
+        dtype = torch.int64 if name in INTEGER_KNOBS else torch.float64
         knobs[name] = torch.tensor(values, dtype=dtype).to(device)
     return knobs
 

@@ -4,12 +4,14 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from math import inf
+from numbers import Integral, Real
+from operator import index
 from typing import Any
 
 from torch import Tensor
 
 from fastadapt._ops.checks import instance, integer, nearest, shown
-from fastadapt.adaptor import Adaptor
+from fastadapt.adaptor import INTEGER_KNOBS, NAMED_ORDERS, RANGES, Adaptor
 from fastadapt.sampling.numbers import real
 
 KEY = "fastadapt"
@@ -17,6 +19,7 @@ KNOBS = tuple(f.name for f in fields(Adaptor) if f.init)
 BESIDE = ("seed", "bias_ids", "bias_values")
 # The engine's own knobs, by the values at which they do nothing and count as not given.
 ENGINE: Mapping[str, Any] = {"temperature": 1, "top_p": 1, "top_k": 0, "min_p": 0, "seed": None}
+A_SERVER = "which a server may have from the model's generation_config"
 PENALTIES = {"repetition": 1.0, "presence": 0.0, "frequency": 0.0}
 
 
@@ -49,8 +52,8 @@ class Request:
 def requested(params: Any) -> Request | None:
     """Returns what a request asks of us; None where the engine draws it as ever.
 
-    That is so without a key of ours, and in a greedy request without a bias: our filters change no
-    argmax.
+    That is so without a key of ours, and in a greedy request without a bias whose filters keep the
+    argmax: all do, but for XTC and typical before a temperature that comes last.
 
     Args:
         params: vLLM's `SamplingParams`, or what has the same attributes.
@@ -71,8 +74,10 @@ def requested(params: Any) -> Request | None:
                 f"{KEY}_seed: expected the engine's seed with n > 1, which gives each of the n its "
                 f"own, got {KEY}_seed={given['seed']} and n={params.n}"
             )
-    numbers = {name: value for name, value in given.items() if name != "seed"}
-    _checked(Adaptor, **numbers)  # before the engine's are compared with them
+    ours = {name: value for name, value in given.items() if name != "seed"}
+    for name, value in ours.items():
+        _check_knob(f"{KEY}_{name}", name, value)
+    _checked(Adaptor, **ours)  # before the engine's are compared with them
     for name, neutral in ENGINE.items():
         _adopt(given, name, getattr(params, name), neutral)
     seed = given.pop("seed", None)
@@ -84,7 +89,7 @@ def requested(params: Any) -> Request | None:
             "penalises before our bias, the other after it; logit_bias is added before it in both)"
             f", got repetition_penalty={penalties['repetition']}"
         )
-    if params.temperature == 0 and not bias:
+    if params.temperature == 0 and not bias and _keeps_argmax(adaptor):
         return None
     return Request(adaptor=adaptor, seed=seed, bias=bias, **penalties)
 
@@ -95,52 +100,123 @@ def _given(extra: Mapping[str, Any]) -> dict[str, Any] | None:
     Raises:
         ValueError: an unknown key, one that is there twice, or a text that is no JSON object.
     """
-    ours = {key: value for key, value in extra.items() if key.startswith(KEY)}
+    ours = {k: value for k, value in extra.items() if isinstance(k, str) and k.startswith(KEY)}
     if not ours:
         return None
     whole = ours.pop(KEY, {})
     if isinstance(whole, str):
-        try:
-            whole = json.loads(whole)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{KEY}: expected a JSON object, got {shown(whole)}") from error
+        whole = _parsed(whole)
     if not isinstance(whole, Mapping):
         raise ValueError(f"{KEY}: expected a JSON object, got {shown(whole)}")
-    found = dict(whole)
+    keys = {f"{KEY}_{name}": value for name, value in whole.items()}
     for key, value in ours.items():
-        name = key.removeprefix(KEY).removeprefix("_")
-        if name in found:
-            raise ValueError(f"{KEY}_{name}: expected it once, got it in {KEY} too")
-        found[name] = value
-    for name, value in found.items():
-        known = (*KNOBS, *BESIDE)
-        if name not in known:
-            expected = ", ".join(f"{KEY}_{one}" for one in known)
-            meant = nearest([name], known)
-            raise ValueError(f"{KEY}_{name}: expected one of {expected}, got {KEY}_{name}{meant}")
+        if key in keys:
+            raise ValueError(f"{key}: expected it once, got it in {KEY} too")
+        keys[key] = value
+    known = {f"{KEY}_{name}": name for name in (*KNOBS, *BESIDE)}
+    found: dict[str, Any] = {}
+    for key, value in keys.items():
+        if key not in known:
+            near = nearest([key.removeprefix(KEY).strip("-_")], known.values())
+            meant = near.replace("mean ", f"mean {KEY}_")
+            raise ValueError(f"{key}: expected one of {', '.join(known)}, got {key}{meant}")
         if isinstance(value, Tensor):  # an adaptor takes one number for each row
-            raise ValueError(f"{KEY}_{name}: expected a number or a text, got {shown(value)}")
-        if isinstance(value, list):
-            found[name] = tuple(value)
+            raise ValueError(f"{key}: expected a number or a text, got {shown(value)}")
+        found[known[key]] = tuple(value) if isinstance(value, list) else value
     return found
+
+
+def _parsed(text: str) -> Any:
+    """Returns what a text of JSON says.
+
+    Raises:
+        ValueError: it is none, has a key twice, or is nested deeper or has more digits than Python
+            reads.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_each_once)
+    except RecursionError as error:
+        raise ValueError(f"{KEY}: expected a flat JSON object, got {shown(text)}") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{KEY}: expected a JSON object, got {shown(text)}") from error
+    except ValueError as error:
+        expected = "a JSON object with each key once and numbers of at most 4300 digits"
+        raise ValueError(f"{KEY}: expected {expected}, got {shown(text)}") from error
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Returns an object of JSON.
+
+    Raises:
+        ValueError: a key is there twice.
+    """
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key is there twice")
+    return found
+
+
+def _check_knob(label: str, name: str, value: Any) -> None:
+    """Checks a knob of a request by itself.
+
+    Raises:
+        ValueError: it is no number in its range, or no order.
+    """
+    if name == "order":
+        flat = isinstance(value, tuple) and all(isinstance(one, str) for one in value)
+        if not flat and value not in NAMED_ORDERS:
+            expected = "'hf', 'vllm' or a flat list of names, such as [\"xtc\", \"temperature\"]"
+            raise ValueError(f"{label}: expected {expected}, got {shown(value)}")
+    elif name in RANGES:
+        kind = Integral if name in INTEGER_KNOBS else Real
+        number = isinstance(value, kind) and not isinstance(value, bool)
+        if not number or not RANGES[name].holds(value):
+            raise ValueError(f"{label}: expected {RANGES[name].text}, got {shown(value)}")
 
 
 def _adopt(given: dict[str, Any], name: str, value: Any, neutral: Any) -> None:
     """Takes a knob of the engine's over, unless it is neutral.
 
     Raises:
-        ValueError: ours is another.
+        ValueError: it is out of our range, ours is another, or an order of ours does not have it.
     """
-    if name == "top_k":
-        value = max(value, 0)  # -1 is off too
-    if value == neutral:
+    if value == neutral or (name == "top_k" and value == -1):  # which is off too
         return
-    ours = given.setdefault(name, value)
-    if ours != value:
+    if name == "seed":
+        taken = _int64(value)
+    else:
+        _check_knob(name, name, value)
+        taken = value
+    ours, order = given.setdefault(name, taken), given.get("order")
+    if ours != taken:
         raise ValueError(
             f"{KEY}_{name}: expected it or {name} alone, or equal ones, got {KEY}_{name}={ours} "
-            f"and {name}={value} (which a server may have from the model's generation_config)"
+            f"and {name}={shown(value)} ({A_SERVER})"
         )
+    if isinstance(order, tuple) and name not in (*order, "temperature", "seed"):
+        raise ValueError(
+            f"{KEY}_order: expected {name!r} in it beside {name}={value} ({A_SERVER}; "
+            f"{name}={neutral} in the request switches it off), got {order}"
+        )
+
+
+def _int64(seed: Any) -> int:
+    """Returns a seed of the engine's, which takes those of 64 bits without a sign too, wrapped.
+
+    Raises:
+        ValueError: no integer.
+    """
+    try:
+        whole = index(seed)
+    except TypeError as error:
+        raise ValueError(f"seed: expected an integer, got {shown(seed)}") from error
+    return (whole + 2**63) % 2**64 - 2**63
+
+
+def _keeps_argmax(adaptor: Adaptor) -> bool:
+    """Whether the best survivor at temperature 0 is the argmax of all tokens."""
+    before = adaptor.order[-1:] == ("temperature",)
+    return not before or bool(adaptor.typical_p == 1 and adaptor.xtc_probability == 0)
 
 
 def _bias(ids: Sequence[Any], values: Sequence[Any]) -> dict[int, float]:
