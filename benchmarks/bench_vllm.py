@@ -22,6 +22,7 @@ import random
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -240,6 +241,11 @@ def requests_of(count: int, tokens: int, seed: int) -> list[tuple[str, Any]]:
     return made
 
 
+# every filter, the temperature last
+LAST = [
+    *("top_k", "top_n_sigma", "min_k", "top_h", "typical_p", "top_p", "min_p", "top_a"),
+    *("epsilon_cutoff", "eta_cutoff", "xtc", "temperature"),
+]
 KNOBS: Mapping[str, Sequence[Any]] = {
     "temperature": (0.6, 1.0, 1.4),
     "top_k": (20, 200),
@@ -249,10 +255,16 @@ KNOBS: Mapping[str, Sequence[Any]] = {
     "epsilon_cutoff": (3e-4,),
     "eta_cutoff": (2e-3,),
     "min_tokens_to_keep": (2, 5),
-    "order": ("hf",),
+    "top_n_sigma": (1.0, 2.5),
+    "min_k": (3.0,),
+    "top_a": (0.1, 0.4),
+    "top_h": (0.4, 0.7),
+    "xtc_probability": (0.5, 1.0),
+    "xtc_threshold": (0.05, 0.1),
+    "order": ("hf", LAST),
 }
 ENGINE = ("temperature", "top_k", "top_p", "min_p")
-assert set(KNOBS) <= set(Adaptor.__dataclass_fields__)
+assert set(KNOBS) == {field.name for field in fields(Adaptor) if field.init}
 
 
 def _seed(params: Any) -> int:

@@ -18,13 +18,20 @@ class Draw:
 
     def __init__(self, adaptor: Adaptor, seed: int) -> None:
         self.adaptor, self.seed = adaptor, torch.tensor([seed])
-        self.prompt_length: int | None = None
+        self.prompt_length = 0
+        self.length: int | None = None  # of the text at the next call
 
     def __call__(self, input_ids: np.ndarray, scores: np.ndarray) -> np.ndarray:
         """Takes and returns the logits of one position, (V,) float32."""
-        if self.prompt_length is None:
-            self.prompt_length = len(input_ids)
-        position = torch.tensor([len(input_ids) - self.prompt_length])
+        if self.length is None:
+            self.length = self.prompt_length = len(input_ids)
+        if len(input_ids) != self.length:
+            raise ValueError(
+                f"expected a new Draw for each completion, whose text has {self.length} tokens "
+                f"now, got one of {len(input_ids)}"
+            )
+        position = torch.tensor([self.length - self.prompt_length])
+        self.length += 1
         logits = torch.from_numpy(scores)[None]
         drawn = sample(logits, self.adaptor, seeds=self.seed, positions=position)
         if int(drawn.status[0]):
@@ -34,6 +41,8 @@ class Draw:
         return row
 
 
+if len(sys.argv) != 2:
+    sys.exit("usage: python examples/llama_cpp_python.py MODEL.gguf")
 model = Llama(sys.argv[1], n_ctx=512, verbose=False)
 for seed in (1, 2):
     processors = LogitsProcessorList([Draw(Adaptor(temperature=0.8, top_p=0.9), seed)])

@@ -83,6 +83,28 @@ def test_the_example_of_llama_cpp_draws_as_sample(llama_cpp, monkeypatch, capsys
         assert text == " ".join(map(str, drawn.tokens.tolist()))
 
 
+def test_a_draw_of_llama_cpp_is_of_one_completion(llama_cpp, monkeypatch, capsys, tmp_path):
+    model = tmp_path / "model.gguf"
+    model.touch()
+    script = next(script for script in EXAMPLES if script.stem == OF_LLAMA_CPP)
+    monkeypatch.setattr(sys, "argv", [str(script), str(model)])
+    draw = runpy.run_path(str(script), run_name="__main__")["Draw"](fastadapt.Adaptor(), 1)
+    scores = np.zeros(9, np.single)
+    for length in (4, 5, 6):
+        draw(np.zeros(length, np.intc), scores)
+    for other in (3, 4, 6, 12):  # a shorter prompt, the same, as long as the text, longer
+        message = f"expected a new Draw .* 7 tokens now, got one of {other}"
+        with pytest.raises(ValueError, match=message):
+            draw(np.zeros(other, np.intc), scores)
+
+
+def test_the_example_of_llama_cpp_says_what_it_takes(llama_cpp, monkeypatch):
+    script = next(script for script in EXAMPLES if script.stem == OF_LLAMA_CPP)
+    monkeypatch.setattr(sys, "argv", [str(script)])
+    with pytest.raises(SystemExit, match="usage: python examples/llama_cpp_python.py MODEL.gguf"):
+        runpy.run_path(str(script), run_name="__main__")
+
+
 OTHERS = [script for script in EXAMPLES if script.stem != OF_LLAMA_CPP]
 
 

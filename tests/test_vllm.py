@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from fastadapt import Adaptor, Edits, History, filter_logits, reference, sample
+from fastadapt.adaptor import FILTERS
 from fastadapt.vllm import _request
 from fastadapt.vllm._batch import Batch
 from fastadapt.vllm._request import KNOBS, requested
@@ -317,6 +318,12 @@ def test_the_page_has_keys_that_are_taken():
         )
     )
     assert asked.bias == {198: -2.0} and asked.adaptor.typical_p == 0.95
+    (order,) = re.findall(r"```json\n\"vllm_xargs\": (\{.*?\})\n```", page, re.DOTALL)
+    asked = requested(Params(extra_args=json.loads(order)))
+    assert asked.adaptor.order == ("top_n_sigma", "xtc", "temperature")
+    (row,) = re.findall(r"\| `fastadapt_order` \| (.*)", page)
+    named = re.findall(r"`(\w+)`", row.split("first or last")[0])
+    assert tuple(named) == (*FILTERS, "temperature")
     for name in re.findall(r"fastadapt_(\w+)", page):
         assert name in (*KNOBS, *_request.BESIDE), name
     for name in (*_request.ENGINE, *(f"{penalty}_penalty" for penalty in _request.PENALTIES)):

@@ -17,8 +17,9 @@ class FusedSampler(FirstProcessor, SecondProcessor):  # type: ignore[misc]
     `vllm serve --logits-processors fastadapt.vllm:FusedSampler`. A request asks by a key in
     `SamplingParams.extra_args`, over HTTP in `vllm_xargs`: `fastadapt_` and a knob's name, or
     `fastadapt` with a JSON object of them. Beside the knobs there are `fastadapt_seed`, and
-    `fastadapt_bias_ids` with `fastadapt_bias_values`. Requests without a key, and greedy ones
-    without a bias, are the engine's as ever.
+    `fastadapt_bias_ids` with `fastadapt_bias_values`. Requests without a key are the engine's as
+    ever, and so are greedy ones (temperature 0) without a bias, unless the temperature comes last
+    in `fastadapt_order` and XTC or typical may drop the argmax before it.
 
     The engine's temperature, top_p, top_k, min_p and seed count as ours where ours are not given;
     where both are given and differ, the request is refused. Filters run in the order "vllm" unless
