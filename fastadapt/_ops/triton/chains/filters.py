@@ -189,7 +189,7 @@ def filtered(knob, value, keep, row, figures, spare, listed, sizes, SORTED: tl.c
         if searched & (by_mass | (wanted < number)):
             rank = cut_among(
                 tokens_in(row, spare), bounds, is_typical, by_mass, wanted, spare,
-                sizes.BLOCK, sizes.LIST, sizes.BINS,
+                sizes.STEP, sizes.LIST, sizes.BINS,
             )  # fmt: skip
         after = phase + 1
         if (phase == EXPLORE) | (is_h & (phase == MAIN)):
