@@ -56,9 +56,9 @@ PENALTIES = {"repetition_penalty": 1.1, "frequency_penalty": 0.2}
 MODES: Mapping[str, Mapping[str, Any]] = {
     "greedy": {"temperature": 0.0},
     "vLLM, top-p": {"top_p": 0.9},
-    "ours, top-p": {"top_p": 0.9, "ours": {}},
+    "ours, top-p": {"ours": {"top_p": 0.9}},
     "vLLM, min-p and penalties": {"min_p": 0.05, **PENALTIES},
-    "ours, min-p and penalties": {"min_p": 0.05, **PENALTIES, "ours": {}},
+    "ours, min-p and penalties": {**PENALTIES, "ours": {"min_p": 0.05}},
     "ours, typical": {"ours": {"typical_p": 0.95}},
 }
 
