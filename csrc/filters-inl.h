@@ -57,7 +57,7 @@ class Survivors : public Kept<T> {
       case kTopP:
         return top_p(view, alive);
       case kMinP:
-        return min_p(view);
+        return min_p(view, alive);
       case kTypicalP:
         return typical(view, alive);
       case kTopNSigma:
@@ -65,7 +65,7 @@ class Survivors : public Kept<T> {
       case kMinK:
         return min_k(view, alive);
       case kTopA:
-        return top_a(view);
+        return top_a(view, alive);
       case kTopH:
         return top_h(view, alive);
       case kXtcProbability:
@@ -125,13 +125,14 @@ class Survivors : public Kept<T> {
   }
 
   template <class V>
-  void min_p(V& view) {
-    if (constant()) return;
+  void min_p(V& view, int64_t alive) {
+    if (constant() || k_.keep >= alive) return;
     keep_above(view, static_cast<float>(k_[kMinP]) * heaviest(view));
   }
 
   template <class V>
-  void top_a(V& view) {
+  void top_a(V& view, int64_t alive) {
+    if (k_.keep >= alive) return;
     const double most = heaviest(view), z = static_cast<double>(sums(false, false).z);
     keep_above(view, k_[kTopA] * (most / z) * most);
   }

@@ -94,8 +94,8 @@ struct Distribution {
 
   void weigh(const std::vector<float>& s, float m) {
     for (size_t i = 0; i < w.size(); ++i) {
-      const float d = s[i] - m, e = mass_of(d);
       alive[i] = alive[i] && s[i] > -kInfF;
+      const float d = s[i] - m, e = alive[i] ? mass_of(d) : 0;  // one that is gone may be above m
       w[i] = static_cast<int64_t>(e);
       u[i] = e > 0 ? static_cast<int64_t>(e * -d) : 0;
     }
