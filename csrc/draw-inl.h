@@ -53,6 +53,14 @@ static int64_t best_survivor(const Survivors<T>& survivors) {
   return best;
 }
 
+// The token that temperature 0 leaves: the best of all, or where it comes last of the survivors.
+template <class T>
+static int64_t greedy_token(Row<T>& row, const RowStats& stats, const RowKnobs& k,
+                            const Scratch& scratch) {
+  if (!k.temperature_last) return argmax(row.view.x, row.view.n, stats.max);
+  return best_survivor(Survivors<T>(row, k, scratch));
+}
+
 // Copies a row, rounded where it is edited and of half precision.
 template <class X, class T>
 static void copy_row(const X* x, int64_t n, T* out) {
@@ -71,14 +79,13 @@ static void filter_logits(const FilterArgs& a, int64_t r, const X* x, const RowS
   const RowKnobs k = knobs_of(a.knobs, r);
   Row<X> row;
   if (!in_range(k) || open_row(x, v, k.inv_t, stats, &row) != kOk) return copy_row(x, v, out);
-  const auto leave = [&](int64_t best) {
+  if (k.greedy()) {
+    const int64_t best = greedy_token(row, stats, k, scratch);
     fill_minus_inf(out, v);
-    copy_row(x + best, 1, out + best);
-  };
-  if (k.unfiltered_greedy()) return leave(argmax(x, v, stats.max));
+    return copy_row(x + best, 1, out + best);
+  }
   const Survivors<X> survivors(row, k, scratch);
   if (survivors.status() != kOk) return copy_row(x, v, out);
-  if (k.greedy()) return leave(best_survivor(survivors));
   if (survivors.listed()) fill_minus_inf(out, v);
   const float inv_t = k.whole_inv_t();
   const Fitted<T> fitted(stats.max * inv_t, inv_t);
@@ -191,18 +198,14 @@ static void draw(const SampleArgs& a, int64_t r, const T* x, const RowStats& sta
 
   int64_t token = 0, kept = 1;
   double logprob = 0, log_s = 0, m = row.view.m;
-  if (k.unfiltered_greedy()) {
-    token = argmax(x, v, stats.max);
+  if (k.greedy()) {
+    token = greedy_token(row, stats, k, scratch);
   } else {
     Survivors<T> survivors(row, k, scratch);
     if (survivors.status() != kOk) return bad_sample(a, r, survivors.status());
     int64_t s = 0;
-    if (k.greedy()) {
-      token = best_survivor(survivors);
-      s = static_cast<int64_t>(kUnit);
-    } else if (survivors.untouched()) {
+    if (survivors.untouched()) {
       weigh_row(row, false, false, scratch);
-      m = row.view.m;
       kept = row.finite;
       s = row.sums.z;
       token = locate(
@@ -221,7 +224,6 @@ static void draw(const SampleArgs& a, int64_t r, const T* x, const RowStats& sta
     }
     log_s = log_mass(s);
     logprob = static_cast<double>(to_float(x[token]) * k.whole_inv_t()) - m - log_s;
-    if (k.greedy()) logprob = 0;
   }
   a.tokens[r] = token;
   a.logprobs[r] = static_cast<float>(logprob);
@@ -229,16 +231,16 @@ static void draw(const SampleArgs& a, int64_t r, const T* x, const RowStats& sta
   a.status[r] = kOk;
 
   if (a.log_mass) {
-    Row<T> scaled = row;
-    if (row.view.inv_t != k.whole_inv_t()) open_row(x, v, k.whole_inv_t(), stats, &scaled);
-    weigh_row(scaled, false, false, scratch);
-    const double log_z = log_mass(scaled.sums.z) + (scaled.view.m - m);
+    Row<T> divided;
+    if (k.last_inv_t != 1.0f) open_row(x, v, k.last_inv_t, stats, &divided);
+    Row<T>& whole = k.last_inv_t != 1.0f ? divided : row;
+    weigh_row(whole, false, false, scratch);
+    const double log_z = log_mass(whole.sums.z) + (whole.view.m - m);
     a.log_mass[r] = k.greedy() ? 0.0f : static_cast<float>(log_s - log_z);
-    if (row.view.inv_t == scaled.view.inv_t) row = scaled;
   }
   if (!a.base_logprobs && !a.top_n) return;
   Row<T> base = row;
-  if (row.view.inv_t != 1.0f) open_row(x, v, 1.0f, stats, &base);
+  if (k.inv_t != 1.0f) open_row(x, v, 1.0f, stats, &base);
   weigh_row(base, false, false, scratch);
   const double log_z = log_mass(base.sums.z);
   if (a.base_logprobs)

@@ -10,10 +10,12 @@ class Survivors : public Kept<T> {
       const int knob = static_cast<int>(left & 15);
       if (neutral(knobs, knob)) continue;
       if (pending_ != Pending::kNone) to_list();
+      const int64_t alive = listed_ ? list_.n : row_.finite;
+      if (knobs.keep >= alive) continue;  // all stay
       if (listed_) {
-        run(knob, list_, list_.n);
+        run(knob, list_, alive);
       } else {
-        run(knob, row_.view, row_.finite);
+        run(knob, row_.view, alive);
       }
     }
     if (knobs.last_inv_t != 1.0f) rescale(knobs.last_inv_t);
@@ -57,21 +59,21 @@ class Survivors : public Kept<T> {
       case kTopP:
         return top_p(view, alive);
       case kMinP:
-        return min_p(view, alive);
+        return min_p(view);
       case kTypicalP:
-        return typical(view, alive);
+        return typical(view);
       case kTopNSigma:
         return top_n_sigma(view, alive);
       case kMinK:
         return min_k(view, alive);
       case kTopA:
-        return top_a(view, alive);
+        return top_a(view);
       case kTopH:
         return top_h(view, alive);
       case kXtcProbability:
         return xtc(view, alive);
       default:
-        return cutoff(view, alive, knob);
+        return cutoff(view, knob);
     }
   }
 
@@ -85,7 +87,6 @@ class Survivors : public Kept<T> {
 
   template <class V>
   void top_p(V& view, int64_t alive) {
-    if (k_.keep >= alive) return;
     if (constant()) {
       const int64_t one = static_cast<int64_t>(kUnit);
       const int64_t last = (Nucleus(k_[kTopP], alive * one).target(one) - 1) / one;
@@ -125,14 +126,13 @@ class Survivors : public Kept<T> {
   }
 
   template <class V>
-  void min_p(V& view, int64_t alive) {
-    if (constant() || k_.keep >= alive) return;
+  void min_p(V& view) {
+    if (constant()) return;
     keep_above(view, static_cast<float>(k_[kMinP]) * heaviest(view));
   }
 
   template <class V>
-  void top_a(V& view, int64_t alive) {
-    if (k_.keep >= alive) return;
+  void top_a(V& view) {
     const double most = heaviest(view), z = static_cast<double>(sums(false, false).z);
     keep_above(view, k_[kTopA] * (most / z) * most);
   }
@@ -153,8 +153,8 @@ class Survivors : public Kept<T> {
   }
 
   template <class V>
-  void typical(V& view, int64_t alive) {
-    if (constant() || k_.keep >= alive) return;
+  void typical(V& view) {
+    if (constant()) return;
     const Sums s = sums(true, true);
     const double z = static_cast<double>(s.z);
     const TypicalKey key{view.m, static_cast<float>(static_cast<double>(s.u) / z)};
@@ -190,8 +190,8 @@ class Survivors : public Kept<T> {
 
   // Epsilon, and eta with its cutoff lowered by the entropy.
   template <class V>
-  void cutoff(V& view, int64_t alive, int knob) {
-    if (constant() || k_.keep >= alive) return;
+  void cutoff(V& view, int knob) {
+    if (constant()) return;
     const Sums s = sums(knob == kEta, true);
     double p = k_[knob];
     if (knob == kEta) {
@@ -211,7 +211,7 @@ class Survivors : public Kept<T> {
 
   template <class V>
   void top_n_sigma(V& view, int64_t alive) {
-    if (constant() || k_.keep >= alive) return;
+    if (constant()) return;
     const double sigma = deviation(view, alive, lowest(view), scratch_.team);
     const double below = k_[kTopNSigma] * sigma;
     const double key = static_cast<double>(largest(view)) - below * (1 + 0x1p-19);
@@ -222,7 +222,7 @@ class Survivors : public Kept<T> {
 
   template <class V>
   void min_k(V& view, int64_t alive) {
-    if (constant() || k_.keep >= alive) return;
+    if (constant()) return;
     const float least = lowest(view);
     const Cliff cliff(view, alive, least, scratch_);
     keep_best(view, cliff.best, count_above(cliff, k_[kMinK], least, alive), alive);
@@ -237,7 +237,6 @@ class Survivors : public Kept<T> {
   template <class V>
   void top_h(V& view, int64_t alive) {
     constexpr int64_t kMost = 100;  // tokens that it looks at
-    if (k_.keep >= alive) return;
     const Best first(view, alive < kMost ? alive : kMost, alive, scratch_);
     keep_best(view, first, count_by_entropy(first, view.m, k_[kTopH]), alive);
   }

@@ -98,23 +98,12 @@ class Kept {
     pending_ = Pending::kNone;
   }
 
-  // Scales survivors of temperature 1, relative to the largest of them.
+  // Scales survivors of temperature 1, relative to the largest of them; the row stays as it is.
   void rescale(float inv_t) {
-    if (!untouched()) {
-      if (!listed_ || pending_ != Pending::kNone) to_list();
-      status_ = status_of_largest(row_.view.m * inv_t);  // else it is that of survivors
-      list_ = {list_.x, list_.n, inv_t, largest(list_) * inv_t + 0.0f, nullptr, list_.id};
-      summed_ = Summed::kNone;
-      if (list_.m == -kInf) status_ = kNoFinite;
-      return;
-    }
-    row_.view.m = row_.view.m * inv_t + 0.0f;
-    row_.view.inv_t = inv_t;
-    row_.view.e = nullptr;
-    row_.weighed = row_.with_u = false;
-    row_.pieces = nullptr;
-    row_.finite = count_chosen(row_.view, {kLowestKey, kAllIds});
-    status_ = status_of_largest(row_.view.m);
+    if (!listed_ || pending_ != Pending::kNone) to_list();
+    list_ = {list_.x, list_.n, inv_t, largest(list_) * inv_t + 0.0f, nullptr, list_.id};
+    status_ = status_of_largest(row_.view.m * inv_t);  // else it is that of survivors
+    if (list_.m == -kInf) status_ = kNoFinite;
   }
 
   // The largest survivor, and the greatest mass.

@@ -13,8 +13,6 @@ struct RowKnobs {
 
   double operator[](int knob) const { return value[knob]; }
   bool greedy() const { return value[kTemperature] == 0; }
-  // The largest of all is left: behind filters, it is the largest survivor.
-  bool unfiltered_greedy() const { return greedy() && !temperature_last; }
   float whole_inv_t() const { return inv_t * last_inv_t; }  // one of them is 1
 
   // Throws the coin of XTC: a 32-bit number of the row's own draw.

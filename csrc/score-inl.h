@@ -143,17 +143,14 @@ static void score_token(const ScoreArgs& a, int64_t r, const T* x, const RowStat
     return;
   }
   // in pieces, a minimum of tokens is out of place: it parts the equally typical by id
-  float in_pieces[kMaxAdaptors], whole[kMaxAdaptors], last[kMaxAdaptors];
-  int64_t many = 0, others = 0, rescaled = 0;
+  float in_pieces[kMaxAdaptors], whole[kMaxAdaptors];
+  int64_t many = 0, others = 0;
   for (int64_t i = 0; i < a.num_adaptors; ++i) {
     const RowKnobs k = knobs_of(a.knobs[i], r);
-    in_pieces[i] = whole[i] = last[i] = 0;
+    in_pieces[i] = whole[i] = 0;
     if (!in_range(k) || k.greedy()) {
       fill_score(a, r, i, nan);
-    } else if (k.last_inv_t != 1.0f) {
-      last[i] = 1;
-      ++rescaled;
-    } else if (k.keep == 1 && !by_shape(k)) {
+    } else if (k.keep == 1 && k.last_inv_t == 1.0f && !by_shape(k)) {
       in_pieces[i] = k.inv_t;
       ++many;
     } else {
@@ -176,15 +173,9 @@ static void score_token(const ScoreArgs& a, int64_t r, const T* x, const RowStat
     score_base(a, r, ordered, &token);
     score_all(a, r, ordered, finite, &pieces, token, in_pieces, scratch);
   }
-  if (others > 0) {
-    open_row(x, v, 1.0f, stats, &row);
-    score_all(a, r, row, stats, nullptr, token, whole, scratch);
-  }
-  for (int64_t i = 0; rescaled > 0 && i < a.num_adaptors; ++i) {
-    if (last[i] == 0) continue;
-    open_row(x, v, 1.0f, stats, &row);  // the last one may have rescaled it
-    score_adaptor(a, r, i, knobs_of(a.knobs[i], r), row, token, scratch);
-  }
+  if (others == 0) return;
+  open_row(x, v, 1.0f, stats, &row);
+  score_all(a, r, row, stats, nullptr, token, whole, scratch);
 }
 
 template <class T>

@@ -37,15 +37,6 @@ struct Law {
   }
 };
 
-// The law of one token alone.
-static Law one_token(Law law, int64_t token, int64_t v, uint8_t* support) {
-  std::memset(support, 0, static_cast<size_t>((v + 63) / 64 * 8));
-  support[token >> 3] = static_cast<uint8_t>(1 << (token & 7));
-  law.s = static_cast<int64_t>(kUnit);
-  law.kept = 1;
-  return law;
-}
-
 // The law of a row, its support written to whole words of 64 bits.
 template <class T>
 static Law law_of(const T* x, int64_t v, const RowStats& stats, const RowKnobs& k, uint8_t* support,
@@ -56,21 +47,13 @@ static Law law_of(const T* x, int64_t v, const RowStats& stats, const RowKnobs& 
   law.status = open_row(x, v, k.inv_t, stats, &row);
   if (law.status != kOk) return law;
   law.m = row.view.m;
-  int64_t best = 0;
-  if (k.unfiltered_greedy()) {
-    best = argmax(x, v, stats.max);
-  } else {
+  if (!k.greedy()) {
     Survivors<T> survivors(row, k, scratch);
     law.status = survivors.status();
     if (law.status != kOk) return law;
-    if (k.greedy()) {
-      best = best_survivor(survivors);
-      return one_token(law, best, v, support);
-    }
     law.everything = survivors.untouched();
     if (law.everything) {
       weigh_row(row, false, false, scratch);
-      law.m = row.view.m;
       law.s = row.sums.z;
       law.kept = row.finite;
       return law;
@@ -85,7 +68,12 @@ static Law law_of(const T* x, int64_t v, const RowStats& stats, const RowKnobs& 
     set_survivors(survivors, v, support);
     return law;
   }
-  return one_token(law, best, v, support);
+  const int64_t best = greedy_token(row, stats, k, scratch);
+  std::memset(support, 0, static_cast<size_t>((v + 63) / 64 * 8));
+  support[best >> 3] = static_cast<uint8_t>(1 << (best & 7));
+  law.s = static_cast<int64_t>(kUnit);
+  law.kept = 1;
+  return law;
 }
 
 // What a row has beyond its draft, max(P - Q, 0) of its survivors, or P where `q` is null.
