@@ -27,10 +27,10 @@ from bench_losses import WARM_UP_IDS, shape_of
 from cases import DTYPES, make_loss_inputs
 from fastadapt import linear_divergence, reference
 from fastadapt._ops.linear.cpu import TILE
-from fastadapt._ops.memory import PeakMemory, is_measurable, return_freed_blocks
+from fastadapt._ops.memory import PeakMemory, return_freed_blocks
 from fastadapt.losses.divergence import plan_of
-from fresh import in_fresh_process
-from harness import SEED, Axis, Benchmark, Flag, Option, progress, settings_of
+from harness import SEED, Axis, Benchmark, Flag, Option
+from times_and_peaks import measure_grid
 from timing import in_turns, milliseconds, ratios
 
 SHAPES = ((256, 576, 49_152), (256, 896, 32_768))
@@ -130,27 +130,19 @@ def products(inputs: Inputs) -> Callable[[int], object]:
 @BENCHMARK
 def main(options: argparse.Namespace, record: dict[str, Any]) -> None:
     """Measure every cell: times, and peaks of memory each in a process of its own."""
-    record["notes"] = notes = []
-    if options.memory and not is_measurable():
-        notes.append("no memory: this system does not tell the peak of a process")
-        options.memory = False
-    record["settings"] = {
-        **settings_of(options, "rounds", "seed"),
-        "seconds_per_cell": options.seconds,
-    }
     names = [OURS, BOUND, *([PLAIN] if options.plain else [])]
-    grid, record["cells"] = list(cells(options)), []
-    with progress("timing", len(grid)) as step:
-        for cell in grid:
-            entry = {**cell._asdict(), **measure_times(cell, names, options)}
-            if options.memory:
-                entry["memory_mb"] = {
-                    name: next(in_fresh_process(extra_mb, cell, name, options))
-                    for name in names
-                    if name != BOUND
-                }
-            record["cells"].append(entry)
-            step()
+
+    def times(cell: Cell) -> dict[str, Any]:
+        return measure_times(cell, names, options)
+
+    measure_grid(
+        options,
+        record,
+        list(cells(options)),
+        times,
+        extra_mb,
+        [name for name in names if name != BOUND],
+    )
 
 
 def cells(options: argparse.Namespace) -> Iterator[Cell]:

@@ -28,9 +28,9 @@ from torch import Tensor
 from bench_losses import WARM_UP_IDS, shape_of
 from cases import DTYPES, make_loss_inputs
 from fastadapt import Support, linear_log_odds, linear_support_log_odds
-from fastadapt._ops.memory import PeakMemory, is_measurable, return_freed_blocks
-from fresh import in_fresh_process
-from harness import SEED, Axis, Benchmark, Flag, Option, progress, settings_of
+from fastadapt._ops.memory import PeakMemory, return_freed_blocks
+from harness import SEED, Axis, Benchmark, Flag, Option
+from times_and_peaks import measure_grid
 from timing import in_turns, milliseconds, ratios
 
 SHAPES = tuple(itertools.product((2048,), (576, 2048), (49_152, 128_256, 262_144)))
@@ -120,25 +120,12 @@ def call_of(name: str, cell: Cell, inputs: Inputs) -> Callable[[int], object]:
 @BENCHMARK
 def main(options: argparse.Namespace, record: dict[str, Any]) -> None:
     """Measure every cell: times, and peaks of memory each in a process of its own."""
-    record["notes"] = notes = []
-    if options.memory and not is_measurable():
-        notes.append("no memory: this system does not tell the peak of a process")
-        options.memory = False
-    record["settings"] = {
-        **settings_of(options, "rounds", "seed"),
-        "seconds_per_cell": options.seconds,
-    }
     names = [OURS, *([DENSE] if options.dense else [])]
-    grid, record["cells"] = list(cells(options)), []
-    with progress("timing", len(grid)) as step:
-        for cell in grid:
-            entry = {**cell._asdict(), **measure_times(cell, names, options)}
-            if options.memory:
-                entry["memory_mb"] = {
-                    name: next(in_fresh_process(extra_mb, cell, name, options)) for name in names
-                }
-            record["cells"].append(entry)
-            step()
+
+    def times(cell: Cell) -> dict[str, Any]:
+        return measure_times(cell, names, options)
+
+    measure_grid(options, record, list(cells(options)), times, extra_mb, names)
 
 
 def cells(options: argparse.Namespace) -> Iterator[Cell]:

@@ -164,7 +164,7 @@ def start(options: argparse.Namespace, folder: Path) -> Engine:
 
     engine = Engine(options.every)
 
-    class Recorder(FusedSampler):  # type: ignore[misc, valid-type]
+    class Recorder(FusedSampler):  # type: ignore[misc, valid-type]  # imported where vLLM is
         """Tells what it is given."""
 
         def apply(self, logits: Tensor, ctx: Any = None) -> Tensor:

@@ -123,6 +123,7 @@ def _differing(whole: Sequence[Tensor], parts: Sequence[Sequence[Tensor]]) -> in
 
 def unlike(one: tuple[Any, ...], other: tuple[Any, ...]) -> list[str]:
     """The fields of two results that differ in a bit."""
+    # one of the two is a named tuple, which the types do not say
     names = getattr(one, "_fields", None) or other._fields  # type: ignore[attr-defined]
     pairs = zip(names, one, other, strict=True)
     return [name for name, a, b in pairs if not _same_bits(a, b)]

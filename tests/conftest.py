@@ -451,6 +451,35 @@ def start_python(preloaded: Any) -> Callable[..., BaseProcess]:
 
 
 @pytest.fixture
+def run_ranks(
+    start_python: Callable[..., BaseProcess], tmp_path: Path
+) -> Callable[..., list[list[str]]]:
+    """Runs `PROGRAM RANK RANKS STORE WORDS` in a process for each rank; returns their lines."""
+
+    def run(program: Path, ranks: int, *words: str) -> list[list[str]]:
+        outputs = [tmp_path / f"{rank}.txt" for rank in range(ranks)]
+        started = [
+            start_python(
+                *(program, str(rank), str(ranks), str(tmp_path / "store"), *words),
+                **{"folder": tmp_path, "output": output},
+            )
+            for rank, output in enumerate(outputs)
+        ]
+        try:
+            for process in started:
+                process.join(timeout=240)
+        finally:
+            for process in started:
+                process.kill()
+        for process, output in zip(started, outputs, strict=True):
+            process.join()
+            assert process.exitcode == 0, output.read_text()[-4000:]
+        return [output.read_text().splitlines() for output in outputs]
+
+    return run
+
+
+@pytest.fixture
 def run_benchmark(tmp_path: Path) -> Callable[..., dict[str, Any]]:
     """Runs the main function of a benchmark and returns the result that it writes.
 

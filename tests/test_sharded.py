@@ -48,27 +48,10 @@ def test_differences_are_seen():
 
 
 @pytest.mark.parametrize("ranks", CASES)
-def test_ranks_have_the_results_of_one_process(ranks, start_python, tmp_path):
+def test_ranks_have_the_results_of_one_process(ranks, run_ranks):
     if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
         pytest.skip("torch has no gloo")
-    outputs = [tmp_path / f"{rank}.txt" for rank in range(ranks)]
-    started = [
-        start_python(
-            *(RANK, str(rank), str(ranks), str(tmp_path / "store"), str(CASES[ranks])),
-            **{"folder": tmp_path, "output": output},
-        )
-        for rank, output in enumerate(outputs)
-    ]
-    try:
-        for process in started:
-            process.join(timeout=240)
-    finally:
-        for process in started:
-            process.kill()
-    for process, output in zip(started, outputs, strict=True):
-        process.join()
-        assert process.exitcode == 0, output.read_text()[-4000:]
-    said = {output.read_text().splitlines()[-1] for output in outputs}
+    said = {lines[-1] for lines in run_ranks(RANK, ranks, str(CASES[ranks]))}
     assert said == {
         f"held: {sum(len(made(10**6 * ranks + i, ranks).logits) for i in range(CASES[ranks]))}"
     }

@@ -16,28 +16,11 @@ CASES = {2: (2 + 1) * 3 * 7 + 7, 4: (1 + 1) * 3 * 7 + 6}
 
 
 @pytest.fixture
-def run(start_python, tmp_path):
+def run(run_ranks):
     """Runs the ranks; returns the cases that held in each."""
 
     def start_all(ranks: int, device: str) -> list[list[str]]:
-        outputs = [tmp_path / f"{rank}.txt" for rank in range(ranks)]
-        started = [
-            start_python(
-                *(RANK, str(rank), str(ranks), str(tmp_path / "store"), device),
-                **{"folder": tmp_path, "output": output},
-            )
-            for rank, output in enumerate(outputs)
-        ]
-        try:
-            for process in started:
-                process.join(timeout=240)
-        finally:
-            for process in started:
-                process.kill()
-        for process, output in zip(started, outputs, strict=True):
-            process.join()
-            assert process.exitcode == 0, output.read_text()[-4000:]
-        said = [output.read_text().splitlines() for output in outputs]
+        said = run_ranks(RANK, ranks, device)
         return [[line for line in lines if line.startswith("held: ")] for lines in said]
 
     return start_all

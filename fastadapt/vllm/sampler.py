@@ -10,7 +10,7 @@ from fastadapt.vllm._request import requested
 from fastadapt.vllm._runners import FirstRunner, SecondRunner
 
 
-class FusedSampler(FirstProcessor, SecondProcessor):  # type: ignore[misc]
+class FusedSampler(FirstProcessor, SecondProcessor):  # type: ignore[misc]  # Any without vLLM
     """Draws the tokens of requests that ask for it, with all knobs of `Adaptor`.
 
     For `LLM(logits_processors=[FusedSampler])` or

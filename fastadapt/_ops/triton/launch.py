@@ -71,25 +71,15 @@ def sample(
     steps = steps_of(order, knobs.shape[1])
     if steps.by_mass:
         steps = steps._replace(lists=False)
-    with_base = base_logprobs or top_n > 0
-    bits = (
-        (POSITIONS, positions is not None),
-        (BASE_LOGPROBS, base_logprobs),
-        (LOG_MASS, log_mass),
-        (ALL_WEIGHED, log_mass or with_base),
-        (BASE, with_base),
-        (SUM_LATER, steps.sums),
-        (BY_MASS, steps.by_mass),
-    )
-    asked = asked_of(knobs, steps.order, *(bit.value for bit, wanted in bits if wanted))
+    bits = [bit.value for bit, on in ((SUM_LATER, steps.sums), (BY_MASS, steps.by_mass)) if on]
+    bits += draw_bits(positions, base_logprobs, log_mass, top_n)
+    asked = asked_of(knobs, steps.order, *bits)
     for at in slices(logits, 1, plan):
         here = some(logits, at)
         scanned = scan_rows(here, knobs_of_rows(knobs, at), asked, steps, plan, launch)
         layout, n = scanned.layout, scanned.virtual
         part = [some(t, at) for t in out]
-        base, mass, *_ = sample_fields(part, base_logprobs, log_mass, top_n)[4:]
-        # a field that is not asked for is not written
-        drawn = Drawn(*part[:4], *(part[1] if t is None else t for t in (base, mass)))
+        drawn = drawn_of(part, base_logprobs, log_mass, top_n)
         own = some(seeds, at), some(seeds if positions is None else positions, at), drawn
         short = scanned.given(layout.short_plain if steps.plain else layout.short)
         long = scanned.given(layout.long)
@@ -107,6 +97,27 @@ def sample(
             launch(draw.sum_kernel, grid, *long, *own, **options)
         if top_n:
             top(scanned, drawn, part[-3:])
+
+
+def draw_bits(
+    positions: Tensor | None, base_logprobs: bool, log_mass: bool, top_n: int
+) -> list[int]:
+    """What a draw asks for, as `asked_of` takes it."""
+    with_base = base_logprobs or top_n > 0
+    bits = (
+        (POSITIONS, positions is not None),
+        (BASE_LOGPROBS, base_logprobs),
+        (LOG_MASS, log_mass),
+        (ALL_WEIGHED, log_mass or with_base),
+        (BASE, with_base),
+    )
+    return [bit.value for bit, wanted in bits if wanted]
+
+
+def drawn_of(out: list[Tensor], base_logprobs: bool, log_mass: bool, top_n: int) -> Drawn:
+    """The outputs of a draw as kernels take them; a field that is not asked for is not written."""
+    base, mass, *_ = sample_fields(out, base_logprobs, log_mass, top_n)[4:]
+    return Drawn(*out[:4], *(out[1] if t is None else t for t in (base, mass)))
 
 
 def top(scanned: Scan, drawn: Drawn, out: list[Tensor]) -> None:

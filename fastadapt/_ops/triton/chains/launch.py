@@ -14,9 +14,9 @@ from torch import Tensor
 
 from fastadapt._ops.common import RowEdits
 from fastadapt._ops.filter_code import packed_filters, temperature_last
-from fastadapt._ops.outputs import LogOdds, Scores, sample_fields, score_outputs
+from fastadapt._ops.outputs import LogOdds, Scores, score_outputs
 from fastadapt._ops.triton import launch, write
-from fastadapt._ops.triton.bundles import Drawn, Labels, Rows, Scored
+from fastadapt._ops.triton.bundles import Labels, Rows, Scored
 from fastadapt._ops.triton.chains import kernels
 from fastadapt._ops.triton.edits.launch import edited, through_edits
 from fastadapt._ops.triton.launch_scan import (
@@ -36,8 +36,6 @@ from fastadapt._ops.triton.launch_scan import (
 from fastadapt._ops.triton.rows import (
     ALL_WEIGHED,
     BASE,
-    BASE_LOGPROBS,
-    LOG_MASS,
     POSITIONS,
     SURPRISAL,
 )
@@ -101,23 +99,13 @@ def sample_rows(
     given = seeds, positions, base_logprobs, log_mass, top_n
     if not is_chain(order):
         return launch.sample(logits, knobs, order, *given, out, plan)
-    with_base = base_logprobs or top_n > 0
-    bits = (
-        (POSITIONS, positions is not None),
-        (BASE_LOGPROBS, base_logprobs),
-        (LOG_MASS, log_mass),
-        (ALL_WEIGHED, log_mass or with_base),
-        (BASE, with_base),
-    )
-    asked = asked_of(knobs, 0, *(bit.value for bit, wanted in bits if wanted))
+    asked = asked_of(knobs, 0, *launch.draw_bits(positions, base_logprobs, log_mass, top_n))
     for at in slices(logits, 1, plan, words_of_list(logits.shape[1])):
         chance = some(seeds, at), some(seeds if positions is None else positions, at)
         own = some(logits, at), knobs_of_rows(knobs, at), order, asked, plan
         scanned, lists = _decided(*own, *chance)
         part = [some(t, at) for t in out]
-        base, mass, *_ = sample_fields(part, base_logprobs, log_mass, top_n)[4:]
-        # a field that is not asked for is not written
-        drawn = Drawn(*part[:4], *(part[1] if t is None else t for t in (base, mass)))
+        drawn = launch.drawn_of(part, base_logprobs, log_mass, top_n)
         grid, sizes = (scanned.virtual,), scanned.layout.long
         scanned.launch(
             kernels.draw_kernel, grid, *scanned.given(sizes), lists, *chance, drawn, warps=4
