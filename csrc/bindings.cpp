@@ -15,6 +15,7 @@
 
 #include "join_edits.h"
 #include "kernels.h"
+#include "lists.h"
 #include "parallel.h"
 #include "slice.h"
 
@@ -108,6 +109,11 @@ void read(py::handle tuple, Edits& out, Args& args) {
 template <class Args>
 void read(py::handle tuple, Knobs& out, Args& args) {
   out = knobs_of(py::cast<KnobsTuple>(tuple), args.rows.n);
+}
+
+template <class Args>
+void read(py::handle lists, Supports& out, Args&) {
+  out = py::cast<IdLists*>(lists)->supports();
 }
 
 template <class Args>
@@ -273,18 +279,20 @@ void define_kernels(py::module_& m) {
   using T = KernelTable;
   define(m, "filter", &T::filter, Needs::kSharedRow,
          {FIELD(rows), FIELD(knobs), OPTIONAL(edits), FIELD(out)});
-  define(
-      m, "sample", &T::sample, Needs::kSharedRow,
-      {FIELD(rows), FIELD(knobs), OPTIONAL(edits), FIELD(seeds), OPTIONAL(positions), FIELD(tokens),
-       FIELD(logprobs), FIELD(kept), FIELD(status), OPTIONAL(base_logprobs), OPTIONAL(log_mass),
-       FIELD(top_n), OPTIONAL(top_ids), OPTIONAL(top_logprobs), OPTIONAL(rank)});
+  define(m, "sample", &T::sample, Needs::kSharedRow,
+         {FIELD(rows), FIELD(knobs), OPTIONAL(edits), FIELD(seeds), OPTIONAL(positions),
+          FIELD(tokens), FIELD(logprobs), FIELD(kept), FIELD(status), OPTIONAL(base_logprobs),
+          OPTIONAL(log_mass), FIELD(top_n), OPTIONAL(top_ids), OPTIONAL(top_logprobs),
+          OPTIONAL(rank), OPTIONAL(supports)});
   define(m, "verify", &T::verify, Needs::kSharedRow,
          {FIELD(rows), FIELD(knobs), OPTIONAL(edits), FIELD(k), FIELD(draft), OPTIONAL(lengths),
           OPTIONAL(draft_rows), OPTIONAL(draft_knobs), FIELD(seeds), OPTIONAL(positions),
-          FIELD(tokens), FIELD(accepted), FIELD(logprobs), FIELD(kept), FIELD(status)});
+          FIELD(tokens), FIELD(accepted), FIELD(logprobs), FIELD(kept), FIELD(status),
+          OPTIONAL(supports)});
   define(m, "score", &T::score, Needs::kSharedRow,
          {FIELD(rows), FIELD(knobs), OPTIONAL(edits), FIELD(tokens), FIELD(ignore_index),
-          FIELD(logprobs), FIELD(log_norm), FIELD(kept), FIELD(base_logprobs), FIELD(entropy)});
+          FIELD(logprobs), FIELD(log_norm), FIELD(kept), FIELD(base_logprobs), FIELD(entropy),
+          OPTIONAL(supports)});
   define_slices(m);
   define(m, "log_odds", &T::log_odds, Needs::kSharedRow,
          {FIELD(rows), FIELD(knobs), OPTIONAL(edits), FIELD(tokens), FIELD(ignore_index),
@@ -335,6 +343,12 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "CPU kernels of fastadapt: the arguments of csrc/kernels.h by name, nothing allocated.";
   define_kernels(m);
   define_history(m);
+  py::class_<IdLists>(m, "IdLists")
+      .def(py::init<int64_t>())
+      .def("count", &IdLists::count)
+      .def("join", [](const IdLists& self, py::handle offsets, py::handle ids) {
+        self.join(pointer<int64_t>(offsets), pointer<int32_t>(ids));
+      });
   m.attr("OTHERS_MAX") = static_cast<int>(kOthersMax);
   m.attr("OTHERS_SUM") = static_cast<int>(kOthersSum);
   m.attr("OTHERS_WEIGHTED") = static_cast<int>(kOthersWeighted);

@@ -38,6 +38,22 @@ class Kept {
     return kept_of_block(b, pending_ == Pending::kBand ? band_.cut : rank_, scratch_);
   }
 
+  // After settle, and before a draw: writes the ids of the survivors, ascending.
+  void list_ids(int32_t* out) const {
+    if (candidates_ >= 0) {
+      write_ids(candidates(candidates_, scratch_), 0, candidates_, rank_, out);
+      return;
+    }
+    const bool all_weigh = this->all_weigh();
+    visit([&](const auto& view, const auto& test) {
+      for (int64_t b = 0; b * kBlock < view.n; ++b) {
+        if (all_weigh && !weighs(b)) continue;
+        const int64_t end = (b + 1) * kBlock < view.n ? (b + 1) * kBlock : view.n;
+        out += write_ids(view, b * kBlock, end, test, out);
+      }
+    });
+  }
+
   // All finite tokens of the row survive, untested.
   bool untouched() const { return !listed_ && pending_ == Pending::kNone; }
   bool listed() const { return listed_; }
@@ -61,6 +77,31 @@ class Kept {
       case Pending::kBelow:
         return f(view, below_);
     }
+  }
+
+  // Whether every survivor has mass, by a margin: a block that has none then keeps none.
+  bool all_weigh() const {
+    const float m = row_.view.m;
+    const auto enough = [](float d) { return truncated_mass(d < 0 ? d : 0) > 1; };
+    switch (pending_) {
+      case Pending::kRank:
+        return enough(rank_.key - m);
+      case Pending::kMass:
+        return mass_.e > 1 && enough(mass_.guard.key - m);
+      case Pending::kLight:
+        return mass_.e > 1;
+      case Pending::kBand:
+        return enough(band_.cut.key - band_.key.centre);
+      default:
+        return false;
+    }
+  }
+
+  // After settle: whether any of a block of a view that was tested weighs.
+  bool weighs(int64_t b) const {
+    if (!kept_known_) return scratch_.blocks[b] > 0;
+    const int64_t begin = b > 0 ? scratch_.cand_end[b - 1] : 0;
+    return scratch_.above[b] > 0 || scratch_.cand_end[b] > begin;
   }
 
   // The pending test may part equal tokens.

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "callbacks.h"
+
 namespace fastadapt {
 
 enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
@@ -80,17 +82,6 @@ struct Edits {
   bool none() const { return !ids && !allowed; }
 };
 
-// Threads that share one long row.
-struct Team {
-  int size;  // at most kMaxTeam
-  // Calls part(context, 0) to part(context, parts - 1) at the same time, and waits for them.
-  void (*run)(int parts, void (*part)(void* context, int index), void* context);
-};
-constexpr int kMaxTeam = 64;
-
-// Entries of a row that are worth a thread of a team: about 4 us of work.
-constexpr int64_t kLeastPart = 1 << 14;
-
 // Buffers of one thread. Every array holds V rounded up plus a vector of padding.
 struct Scratch {
   float* row_e;       // masses of the whole row before truncation to integers
@@ -135,6 +126,7 @@ struct SampleArgs {
   int64_t* top_ids;     // (N, top_n)
   float* top_logprobs;  // (N, top_n)
   int32_t* rank;        // (N,)
+  Supports supports;    // a list a row
 };
 
 // N sequences of K + 1 rows, K drafts each: rows.n is N, rows and what there is of each are N (K +
@@ -160,6 +152,7 @@ struct ScoreArgs {
   int32_t* kept;         // (N, A)
   float* base_logprobs;  // (N,)
   float* entropy;        // (N,)
+  Supports supports;     // a list for each adaptor and, within it, each row
 };
 
 struct LogOddsArgs {
@@ -355,7 +348,7 @@ struct TargetsArgs;
 struct LogsArgs;
 struct ExpsArgs;
 
-// One table per ISA. Each function handles rows [begin, end) and allocates nothing.
+// One table per ISA. Each function handles rows [begin, end) and allocates nothing itself.
 struct KernelTable {
   void (*filter)(const FilterArgs&, const Scratch&, int64_t begin, int64_t end);
   void (*sample)(const SampleArgs&, const Scratch&, int64_t begin, int64_t end);

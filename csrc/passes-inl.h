@@ -306,6 +306,24 @@ static inline View<float> view_of(const List& list, int64_t n) {
   return {list.key, n, 1.0f, 0.0f, list.e, list.id};
 }
 
+// Writes the ids of the survivors of a part of a view; returns how many there are.
+template <class T, class Test>
+static int64_t write_ids(const View<T>& view, int64_t begin, int64_t end, const Test& test,
+                         int32_t* out) {
+  const View<T> v = view;  // a copy, as in gather
+  return with_masses(v, [&](const auto& mass_at) {
+    int64_t n = 0;
+    const auto chosen = [&](int64_t i, F s) { return test(s, mass_at(i, s), ids_of(v, i)); };
+    for_wanted(v.x, begin, end, v.inv_t, chosen,
+               [&](int64_t i, F s) __attribute__((always_inline)) {
+                 const M m = chosen(i, s);
+                 compress(out + n, m, ids_of(v, i));
+                 n += count(m);
+               });
+    return n;
+  });
+}
+
 // Copies the survivors, in order, to a list; the view may be that list itself.
 template <class T, class Test>
 static int64_t gather(const View<T>& view, const Test& test, const List& list) {

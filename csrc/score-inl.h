@@ -76,6 +76,8 @@ static void score_adaptor(const ScoreArgs& a, int64_t r, int64_t adaptor, const 
     a.logprobs[at] = survived ? static_cast<float>(s - view.m - log_s) : -kInf;
     a.log_norm[at] = static_cast<float>(shift + log_s - token.log_z * inv_t);
     a.kept[at] = static_cast<int32_t>(t.count);
+    const int64_t list = adaptor * a.rows.n + r;
+    if (int32_t* ids = room_for(a.supports, list, t.count, a.rows.v)) survivors.list_ids(ids);
   });
 }
 
@@ -142,7 +144,8 @@ static void score_token(const ScoreArgs& a, int64_t r, const T* x, const RowStat
     for (int64_t i = 0; i < a.num_adaptors; ++i) fill_score(a, r, i, nan);
     return;
   }
-  // in pieces, a minimum of tokens is out of place: it parts the equally typical by id
+  // in pieces, a minimum of tokens is out of place, which parts the equally typical by id, and so
+  // are lists of ids
   float in_pieces[kMaxAdaptors], whole[kMaxAdaptors];
   int64_t many = 0, others = 0;
   for (int64_t i = 0; i < a.num_adaptors; ++i) {
@@ -150,7 +153,7 @@ static void score_token(const ScoreArgs& a, int64_t r, const T* x, const RowStat
     in_pieces[i] = whole[i] = 0;
     if (!in_range(k) || k.greedy()) {
       fill_score(a, r, i, nan);
-    } else if (k.keep == 1 && k.last_inv_t == 1.0f && !by_shape(k)) {
+    } else if (k.keep == 1 && k.last_inv_t == 1.0f && !by_shape(k) && !a.supports.room) {
       in_pieces[i] = k.inv_t;
       ++many;
     } else {

@@ -141,6 +141,16 @@ static int64_t list_survivors(const Law& law, int64_t v, int32_t* id) {
   return n;
 }
 
+// Writes the ids that a row keeps, where they are asked for.
+template <class T>
+static void list_row(const VerifyArgs& a, int64_t r, const T* x, const Law& law) {
+  const int64_t v = a.rows.v;
+  int32_t* ids = room_for(a.supports, r, law.kept, v);
+  if (!ids) return;
+  if (!law.everything) return static_cast<void>(list_survivors(law, v, ids));
+  write_ids(View<T>{x, v, law.inv_t, law.m, nullptr, nullptr}, 0, v, Everything{}, ids);
+}
+
 // The token in place of a rejected one, drawn from what its row has beyond its draft.
 template <class X, class D>
 static int64_t draw_rest(Rest<X, D> row, uint64_t random, const Scratch& scratch) {
@@ -193,6 +203,7 @@ static bool judge_draft(const VerifyArgs& a, int64_t sequence, int64_t i, const 
     const Law p = law_of(x, v, stats, of_row, supports, scratch);
     if (p.status != kOk) return bad_sample(a, r, p.status);
     if (q.status != kOk) return bad_sample(a, r, kBadDraft);
+    list_row(a, r, x, p);
     const Random random = random_of(a, sequence, i, 1);
     // U Q < 2^64 P, of integers: the largest one below U Q / 2^64 is below P
     stands = draw_target(random.first, q.of(draft, token)) < p.of(x, token);

@@ -30,6 +30,11 @@ class Problems(TypedDict):  # rows.n of them
     centre: Tensor
     band: Tensor
 
+class IdLists:  # each made in its time, to be joined in compressed rows
+    def __init__(self, n: int) -> None: ...
+    def count(self) -> int: ...
+    def join(self, offsets: Tensor, ids: Tensor) -> None: ...
+
 # the layout of the statistics of a row
 OTHERS_MAX: int
 OTHERS_SUM: int
@@ -73,6 +78,7 @@ def sample(
     top_ids: Tensor | None,
     top_logprobs: Tensor | None,
     rank: Tensor | None,
+    supports: IdLists | None,
     num_threads: int,
 ) -> None: ...
 def verify(
@@ -92,6 +98,7 @@ def verify(
     logprobs: Tensor,
     kept: Tensor,
     status: Tensor,
+    supports: IdLists | None,
     num_threads: int,
 ) -> None: ...
 def score(
@@ -106,6 +113,7 @@ def score(
     kept: Tensor,
     base_logprobs: Tensor,
     entropy: Tensor,
+    supports: IdLists | None,
     num_threads: int,
 ) -> None: ...
 def slice_tally(

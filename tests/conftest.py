@@ -20,7 +20,7 @@ from hypothesis import settings
 from torch.utils._pytree import tree_map
 
 try:
-    from fastadapt import _C, Adaptor
+    from fastadapt import _C, Adaptor, Support
 except ImportError as error:
     pytest.exit(
         f"fastadapt._C cannot be imported ({error}). The tests test the installed package: "
@@ -282,7 +282,7 @@ def _moved(tree: Any, device: str) -> Any:
     """Nested lists, tuples and dictionaries with their tensors and per-row knobs on a device."""
 
     def move(leaf: Any) -> Any:
-        if isinstance(leaf, torch.Tensor):
+        if isinstance(leaf, torch.Tensor | Support):
             return leaf.to(device)
         if not isinstance(leaf, Adaptor) or leaf.rows is None:
             return leaf

@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastadapt import Adaptor, Edits, adapted_log_odds, filter_logits, sample, score
+from bits import assert_same, same
+from fastadapt import Adaptor, Edits, Support, adapted_log_odds, filter_logits, sample, score
 from fastadapt._ops.sampling import OPERATORS
 
 triton = pytest.importorskip("triton", reason="triton is not installed: it has wheels for Linux")
@@ -81,11 +82,6 @@ def launched(name: str, *arguments: Any, plan: launch_scan.Plan = PLAN) -> Any:
     return out
 
 
-def same(ours: Tensor, kernel: Tensor) -> bool:
-    """Equal bits, NaN for NaN."""
-    return ours.dtype == kernel.dtype and torch.equal(ours.nan_to_num(-9), kernel.nan_to_num(-9))
-
-
 def assert_sample(
     logits: Tensor, adaptor: Adaptor, plan: launch_scan.Plan = PLAN, *, fields: bool = True
 ) -> Any:
@@ -99,6 +95,11 @@ def assert_sample(
     kernel = launched("sample", *given, fields, fields, top, plan=plan)
     for name, a, b in zip(ours._fields, ours, kernel, strict=False):
         assert same(a, b), (adaptor, name, a, b)
+    if not fields:
+        own = logits, adaptor.packed, adaptor.filter_code, ours.kept, seeds, positions, plan
+        ids, offsets = launch.survivors(*own)
+        wanted = sample(logits, adaptor, seeds=seeds, positions=positions, support=True).support
+        assert Support(ids, offsets, ours.kept == logits.shape[1]) == wanted, adaptor
     return ours.tokens, adaptor.tossed(seeds, positions)
 
 
@@ -113,8 +114,7 @@ def assert_rest(logits: Tensor, tokens: Tensor, adaptor: Adaptor) -> None:
     packed, codes = [a.packed for a in adaptors], [a.filter_code for a in adaptors]
     ours = score(logits, tokens, adaptors)
     kernel = launched("score", logits, tokens, packed, codes, -100)
-    for name, a, b in zip(ours._fields, ours, kernel, strict=True):
-        assert same(a, b), (adaptor, name, a, b)
+    assert_same(ours, [*kernel, None], adaptor)
     mine, upstream = logits.clone().requires_grad_(), torch.randn(len(logits))
     log_odds = adapted_log_odds(mine, tokens, adaptor)
     log_odds.backward(upstream)
@@ -294,8 +294,7 @@ def test_scores_of_chains_and_others_beside_each_other() -> None:
     packed, codes = [a.packed for a in adaptors], [a.filter_code for a in adaptors]
     for plan in (PLAN, PLAN._replace(scratch_bytes=1)):
         kernel = launched("score", logits, tokens, packed, codes, -100, plan=plan)
-        for name, a, b in zip(ours._fields, ours, kernel, strict=True):
-            assert same(a, b), (name, a, b)
+        assert_same(ours, [*kernel, None])
 
 
 def test_edited_rows() -> None:
@@ -305,11 +304,11 @@ def test_edited_rows() -> None:
     allowed = torch.randint(-(2**31), 2**31 - 1, (2, 7)).int() | 1 << 3
     adaptor = Adaptor(top_n_sigma=1.0, xtc_probability=0.5, xtc_threshold=0.02)
     out = OPERATORS["sample"][1](logits, adaptor.packed, 0, seeds, None, False, False, 0)
-    own = logits, adaptor.packed, adaptor.filter_code, seeds, None, False, False, 0
+    own = logits, adaptor.packed, adaptor.filter_code, seeds, None, False, False, 0, True
     launch.sample(*own, edits.ids, edits.offsets, edits.columns, allowed, out)
-    ours = sample(logits, adaptor, seeds=seeds, edits=edits, allowed=allowed)
-    for name, a, b in zip(ours._fields, ours, out, strict=False):
-        assert same(a, b), (name, a, b)
+    ours = sample(logits, adaptor, seeds=seeds, edits=edits, allowed=allowed, support=True)
+    *fields, ids, offsets = out
+    assert_same(ours, [*fields, *[None] * 5, Support(ids, offsets, fields[2] == 200)])
 
 
 def test_no_rows() -> None:

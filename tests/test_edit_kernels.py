@@ -6,7 +6,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastadapt import Adaptor, Edits, adapted_log_odds, filter_logits, reference, sample, score
+from bits import assert_same, same
+from fastadapt import (
+    Adaptor,
+    Edits,
+    Support,
+    adapted_log_odds,
+    filter_logits,
+    reference,
+    sample,
+    score,
+)
 from fastadapt._ops.common import RowEdits
 from fastadapt._ops.sampling import OPERATORS
 from fastadapt.reference.edits import edited
@@ -69,10 +79,6 @@ def launched(name: str, *arguments: object) -> object:
     return out
 
 
-def same(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and torch.equal(a.nan_to_num(-9), b.nan_to_num(-9))
-
-
 def rows_of(dtype: torch.dtype) -> Tensor:
     x = torch.randn(4, V) * 3
     x[0, ::5] = -INF
@@ -87,17 +93,22 @@ def test_all_functions_equal_the_cpu(dtype, kind):
     assert same(launch.edited(x, changes), edited(x, **public(changes)))
     adaptor, seeds = Adaptor(temperature=0.8, top_p=0.9), torch.arange(4)
     knobs = adaptor.packed, adaptor.filter_code
-    found = launched("sample", x, *knobs, seeds, None, False, False, 0, *changes)
-    drawn = sample(x, adaptor, seeds=seeds, **public(changes))
-    for a, b in zip(found, drawn, strict=False):
-        assert same(a, b)
+    *fields, ids, offsets = launched(
+        "sample", x, *knobs, seeds, None, False, False, 0, True, *changes
+    )
+    drawn = sample(x, adaptor, seeds=seeds, support=True, **public(changes))
+    support = Support(ids, offsets, fields[2] == V)
+    assert_same(drawn, [*fields, *[None] * 5, support])
     out = torch.empty_like(x, dtype=torch.float32)  # the interpreter cuts bfloat16 off
     functions.filter_logits(x, *knobs, *changes, out)
     assert same(out.to(dtype), filter_logits(x, adaptor, **public(changes)))
     tokens = drawn.tokens.clamp(min=0)
-    scores = launched("score", x, tokens, [knobs[0]], [knobs[1]], -100, *changes)
-    for a, b in zip(scores, score(x, tokens, [adaptor], **public(changes)), strict=True):
-        assert same(a, b)
+    own = [knobs[0]] * 2, [knobs[1]] * 2
+    *fields, ids, offsets = launched("score", x, tokens, *own, -100, True, *changes)
+    full = (fields[2] == V).t().reshape(-1)
+    supports = (*Support(ids, offsets, full).split([4, 4]),)
+    wanted = score(x, tokens, [adaptor] * 2, support=True, **public(changes))
+    assert_same(wanted, [*fields, supports])
 
 
 @pytest.mark.parametrize("kind", ["edits", "given", "allowed", "both", "given and allowed"])

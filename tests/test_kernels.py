@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastadapt import Adaptor, adapted_log_odds, filter_logits, sample, score
+from bits import assert_same, same
+from fastadapt import Adaptor, Support, adapted_log_odds, filter_logits, sample, score
 from fastadapt._ops.sampling import OPERATORS
 
 triton = pytest.importorskip("triton", reason="triton is not installed: it has wheels for Linux")
@@ -22,6 +23,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("a GPU is there: the tests marked gpu run these kernels", allow_module_level=True)
 
 from fastadapt._ops.triton import launch, launch_scan  # noqa: E402  (the interpreter is chosen before)
+from fastadapt._ops.triton.chains import launch as chains  # noqa: E402
 
 # of rows that hold NaN or infinities, where the interpreter is NumPy
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
@@ -96,11 +98,6 @@ def launched(name: str, *arguments: Any, plan: launch_scan.Plan = PLAN) -> Any:
     return out
 
 
-def same(ours: Tensor, kernel: Tensor) -> bool:
-    """Equal bits, NaN for NaN."""
-    return ours.dtype == kernel.dtype and torch.equal(ours.nan_to_num(-9), kernel.nan_to_num(-9))
-
-
 def assert_sample(
     logits: Tensor, adaptor: Adaptor, plan: launch_scan.Plan, *, fields: bool = True
 ) -> None:
@@ -116,6 +113,11 @@ def assert_sample(
     kernel = launched("sample", *arguments, fields, fields, top, plan=plan)
     for name, a, b in zip(ours._fields, ours, kernel, strict=False):
         assert same(a, b), (adaptor, name, a, b)
+    if fields:
+        own = logits, adaptor.packed, adaptor.filter_code, ours.kept, seeds, positions, plan
+        ids, offsets = chains.survivors(*own)
+        wanted = sample(logits, adaptor, seeds=seeds, positions=positions, support=True).support
+        assert Support(ids, offsets, ours.kept == logits.shape[1]) == wanted, adaptor
 
 
 @pytest.mark.parametrize("kind", ROWS)
@@ -162,8 +164,7 @@ def test_score_equals_the_cpu(kind: str) -> None:
     ours = score(logits, tokens, adaptors)
     packed, orders = [a.packed for a in adaptors], [a.filter_code for a in adaptors]
     kernel = launched("score", logits, tokens, packed, orders, -100)
-    for name, a, b in zip(ours._fields, ours, kernel, strict=True):
-        assert same(a, b), (name, a, b)
+    assert_same(ours, [*kernel, None])
 
 
 @pytest.mark.parametrize("kind", ["normal", "two levels", "one for all", "bad", "bfloat16"])

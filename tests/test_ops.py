@@ -22,7 +22,7 @@ OPS = torch.ops.fastadapt
 
 
 OP_CASES = ["filter_logits", "sample", "sample_all", "score", "adapted_log_odds"]
-OP_CASES += ["adapted_log_odds_backward", "verify", "verify_all"]
+OP_CASES += ["adapted_log_odds_backward", "score_all", "verify", "verify_all"]
 
 
 def op_cases(device):
@@ -39,7 +39,7 @@ def op_cases(device):
     )
     draft, first = torch.tensor([[3, 5]], device=device), seeds[:1]
     return {
-        "verify": (x, knobs, 0, draft, None, None, None, 0, first, None, *AS_THEY_ARE),
+        "verify": (x, knobs, 0, draft, None, None, None, 0, first, None, False, *AS_THEY_ARE),
         "verify_all": (
             x,
             knobs,
@@ -51,12 +51,14 @@ def op_cases(device):
             0,
             first,
             first,
+            True,
             *(t.detach() for t in edits),
         ),  # fmt: skip
         "filter_logits": (x.bfloat16(), knobs, 1, *edits),
-        "sample": (x, knobs, 0, seeds, seeds, False, False, 0, *AS_THEY_ARE),
-        "sample_all": (x.half(), knobs, 0, seeds, seeds, True, True, 4, *edits),
-        "score": (x, y, [knobs, neutral], [0, 1], -100, *edits),
+        "sample": (x, knobs, 0, seeds, seeds, False, False, 0, False, *AS_THEY_ARE),
+        "sample_all": (x.half(), knobs, 0, seeds, seeds, True, True, 4, True, *edits),
+        "score": (x, y, [knobs, neutral], [0, 1], -100, False, *edits),
+        "score_all": (x, y, [knobs, neutral], [0, 1], -100, True, *edits),
         "adapted_log_odds": (x.clone().requires_grad_(), y, knobs, 0, -100, *edits),
         "adapted_log_odds_backward": (
             log_odds,
@@ -203,7 +205,7 @@ def test_undifferentiable_results_are_detached(rows, device):
     x = rows("spread", 2, 50).requires_grad_()
     drawn = fastadapt.sample(x, ADAPTOR, base_logprobs=True, log_mass=True)
     scored = fastadapt.score(x, drawn.tokens, [ADAPTOR])
-    results = [*drawn[:6], *scored, fastadapt.filter_logits(x, ADAPTOR)]
+    results = [*drawn[:6], *scored[:5], fastadapt.filter_logits(x, ADAPTOR)]
     assert not any(t.requires_grad for t in results if t is not None)
 
 
@@ -220,7 +222,7 @@ def test_meta_tensors_have_the_right_shapes():
     x = torch.empty(5, 100, device="meta", dtype=torch.bfloat16)
     seeds = torch.empty(5, device="meta", dtype=torch.int64)
     knobs = torch.empty(8, 1, device="meta", dtype=torch.float64)
-    outputs = OPS.sample(x, knobs, 0, seeds, seeds, True, False, 3, *AS_THEY_ARE)
+    outputs = OPS.sample(x, knobs, 0, seeds, seeds, True, False, 3, False, *AS_THEY_ARE)
     shapes = [tuple(t.shape) for t in outputs]
     assert shapes == [(5,)] * 5 + [(5, 3), (5, 3), (5,)]
 
@@ -255,7 +257,8 @@ def test_operator_refuses_what_the_kernel_cannot_take():
         ):
             OPS.filter_logits(x, Adaptor().packed, code, *AS_THEY_ARE)
     with pytest.raises(ValueError, match="adaptors: expected 1 to 256, got 257"):
-        OPS.score(x, torch.zeros(3).long(), [Adaptor().packed] * 257, [0] * 257, -100, *AS_THEY_ARE)
+        own = [Adaptor().packed] * 257, [0] * 257
+        OPS.score(x, torch.zeros(3).long(), *own, -100, False, *AS_THEY_ARE)
     wide = torch.zeros(1).expand(1, 2**22 + 1)
     with pytest.raises(ValueError, match="expected 1 to 4194304 entries a row, got 4194305"):
         fastadapt.filter_logits(wide.contiguous(), Adaptor())
@@ -272,7 +275,7 @@ def test_knob_out_of_range_in_the_operator_is_a_status(rows, device):
         packed = good.packed.clone()
         packed[knob, 1] = value
         out = OPS.sample(
-            x, packed, 0, seeds, torch.zeros_like(seeds), False, False, 0, *AS_THEY_ARE
+            x, packed, 0, seeds, torch.zeros_like(seeds), False, False, 0, False, *AS_THEY_ARE
         )
         assert out[3].tolist() == [0, 4, 0]
         assert out[0].tolist() == [clean.tokens[0], -1, clean.tokens[2]]
@@ -284,7 +287,7 @@ def test_bad_temperature_in_the_operator_scores_nan(rows, device, temperature):
     x, packed = rows("spread", 2, 40), Adaptor().packed.to(device, copy=True)
     packed[0] = temperature
     tokens = torch.zeros(2, dtype=torch.int64, device=device)
-    logprobs, log_norm, kept, *_ = OPS.score(x, tokens, [packed], [0], -100, *AS_THEY_ARE)
+    logprobs, log_norm, kept, *_ = OPS.score(x, tokens, [packed], [0], -100, False, *AS_THEY_ARE)
     assert logprobs.isnan().all()
     assert log_norm.isnan().all()
     assert kept.tolist() == [[0], [0]]

@@ -5,6 +5,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from bits import assert_same
 from fastadapt import Adaptor, filter_logits, reference, sample, score
 from fastadapt._ops.philox import philox
 from fastadapt.reference import arithmetic
@@ -84,20 +85,6 @@ def make(rows, kind, n, v, dtype, special, seed):
     return x.to(dtype).cpu()  # where the reference runs
 
 
-def assert_same_bits(ours, expected):
-    """Every field equal, NaN to NaN; fields that were not asked for are None in both."""
-    for name in ours._fields:
-        a, b = getattr(ours, name), getattr(expected, name)
-        if a is None or b is None:
-            assert a is b, name
-            continue
-        assert a.dtype == b.dtype, name
-        assert a.shape == b.shape, name
-        torch.testing.assert_close(
-            a, b, rtol=0, atol=0, equal_nan=True, msg=lambda m, n=name: n + m
-        )
-
-
 exhaustive = settings(
     max_examples=150,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
@@ -116,10 +103,11 @@ def test_sample_and_filter_equal_their_references(rows, on_device, each_capabili
         "base_logprobs": optional,
         "log_mass": optional,
         "top_logprobs": min(7, v) if optional else 0,
+        "support": optional,
     }
     drawn, masked = reference.sample(x, adaptor, **asked), reference.filter_logits(x, adaptor)
     for _ in each_capability():
-        assert_same_bits(on_device(sample, x, adaptor, **asked), drawn)
+        assert_same(on_device(sample, x, adaptor, **asked), drawn)
         ours = on_device(filter_logits, x, adaptor)
         assert ours.dtype == masked.dtype
         torch.testing.assert_close(ours, masked, rtol=0, atol=0, equal_nan=True)
@@ -133,9 +121,10 @@ def test_score_equals_its_reference(rows, on_device, each_capability, case, data
     n, v = x.shape
     many = [adaptor, *data.draw(st.lists(adaptors(n, greedy=False), max_size=4))]
     tokens = torch.where(torch.rand(n) < 0.2, -100, torch.randint(v, (n,)))
-    expected = reference.score(x, tokens, many)
+    asked = {"support": data.draw(st.booleans())}
+    expected = reference.score(x, tokens, many, **asked)
     for _ in each_capability():
-        assert_same_bits(on_device(score, x, tokens, many), expected)
+        assert_same(on_device(score, x, tokens, many, **asked), expected)
 
 
 # vocabularies of models; the reference sorts each row: every kind at two or three sizes, not at all
@@ -157,10 +146,10 @@ def test_large_rows_equal_their_references(rows, each_capability, kind, v):
         Adaptor(top_p=0.99, min_p=1e-4, epsilon_cutoff=1e-5, min_tokens_to_keep=4),
         Adaptor(min_p=0.02, eta_cutoff=3e-4, order="vllm"),
     ):
-        drawn = reference.sample(x, adaptor, seeds=seeds)
+        drawn = reference.sample(x, adaptor, seeds=seeds, support=True)
         masked = reference.filter_logits(x, adaptor)
         for _ in each_capability():
-            assert_same_bits(sample(x, adaptor, seeds=seeds), drawn)
+            assert_same(sample(x, adaptor, seeds=seeds, support=True), drawn)
             assert torch.equal(filter_logits(x, adaptor), masked)
 
 
@@ -192,7 +181,7 @@ def test_many_adaptors_of_one_temperature_equal_their_references(
     for tokens in (x.argmax(-1), torch.tensor([17, 29_999])):
         expected = reference.score(x, tokens, MANY)
         for _ in each_capability():
-            assert_same_bits(on_device(score, x, tokens, MANY), expected)
+            assert_same(on_device(score, x, tokens, MANY), expected)
 
 
 def test_generator_and_default_seeds_are_those_of_the_reference(rows):

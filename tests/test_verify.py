@@ -8,6 +8,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
+from bits import assert_same
 from fastadapt import Adaptor, Edits, Verified, reference, sample, verify
 
 INF = float("inf")
@@ -35,10 +36,10 @@ def drafted(logits: Tensor, adaptor: Adaptor, seeds: Tensor, first: Tensor) -> T
     return sample(logits, adaptor, seeds=each, positions=positions).tokens
 
 
-def same(got: Verified, wanted: Verified) -> None:
-    for name, a, b in zip(got._fields, got, wanted, strict=True):
-        assert a.dtype == b.dtype, name
-        assert torch.equal(a.nan_to_num(-9), b.nan_to_num(-9)), name
+def assert_the_references(x: Tensor, draft: Tensor, adaptor: Adaptor, **options: Any) -> None:
+    options["support"] = True
+    wanted = reference.verify(x, draft, adaptor, **options)
+    assert_same(verify(x, draft, adaptor, **options), wanted)
 
 
 def ended(drawn: Any, draft: Tensor, lengths: Tensor) -> Verified:
@@ -68,7 +69,7 @@ def test_without_draft_logits_every_token_is_samples(v, dtype, cpu_capability):
         each = seeds[:, None].expand(n, k + 1)
         drawn = sample(x, adaptor, seeds=each, positions=first[:, None] + torch.arange(k + 1))
         got = verify(x, draft, adaptor, draft_lengths=lengths, seeds=seeds, positions=first)
-        same(got, ended(drawn, draft, lengths))
+        assert_same(got, ended(drawn, draft, lengths))
         if drafts == "own":
             assert torch.equal(got.accepted, lengths)
 
@@ -83,9 +84,13 @@ def test_every_instruction_set_is_the_reference(dtype, cpu_capability):
         seeds, first = torch.randint(2**62, (n,)), torch.randint(1000, (n,))
         options = {"seeds": seeds, "positions": first, "draft_logits": y, "draft_adaptor": by}
         draft = drafted(y, by, seeds, first)
-        same(verify(x, draft, adaptor, **options), reference.verify(x, draft, adaptor, **options))
+        assert_same(
+            verify(x, draft, adaptor, **options), reference.verify(x, draft, adaptor, **options)
+        )
         del options["draft_logits"], options["draft_adaptor"]
-        same(verify(x, draft, adaptor, **options), reference.verify(x, draft, adaptor, **options))
+        assert_same(
+            verify(x, draft, adaptor, **options), reference.verify(x, draft, adaptor, **options)
+        )
 
 
 def test_edits_masks_padding_and_knobs_of_sequences(cpu_capability):
@@ -106,7 +111,9 @@ def test_edits_masks_padding_and_knobs_of_sequences(cpu_capability):
         "seeds": seeds,
     }
     draft = drafted(y[..., :90], Adaptor(top_p=0.9), seeds, torch.zeros(n).long())
-    same(verify(x, draft, adaptor, **options), reference.verify(x, draft, adaptor, **options))
+    assert_same(
+        verify(x, draft, adaptor, **options), reference.verify(x, draft, adaptor, **options)
+    )
 
 
 def test_rows_behind_a_rejection_and_drafts_behind_their_length_are_not_looked_at():
@@ -138,7 +145,7 @@ def test_a_bad_row_ends_its_sequence_alone():
     assert got.accepted.tolist() == [1, 0, 1, 2, 2]
     bad = got.status > 0
     assert (got.tokens[bad] == -1).all() and got.logprobs[bad].isnan().all()
-    same(got, reference.verify(x, draft, greedy, **options))
+    assert_same(got, reference.verify(x, draft, greedy, **options))
 
 
 def assert_law(tokens: Tensor, p: Tensor, name: str) -> None:
@@ -191,7 +198,7 @@ def test_seeds_come_from_a_generator():
     first, second = (
         verify(x, draft, Adaptor(), generator=torch.Generator().manual_seed(3)) for _ in range(2)
     )
-    same(first, second)
+    assert_same(first, second)
 
 
 def test_one_row_on_many_threads():
@@ -203,10 +210,10 @@ def test_one_row_on_many_threads():
     try:
         for number in (1, 4):
             torch.set_num_threads(number)
-            results.append(verify(x, draft, ADAPTORS[1], seeds=seeds, **options))
+            results.append(verify(x, draft, ADAPTORS[1], seeds=seeds, support=True, **options))
     finally:
         torch.set_num_threads(threads)
-    same(*results)
+    assert_same(*results)
 
 
 @pytest.mark.parametrize(

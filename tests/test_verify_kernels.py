@@ -5,7 +5,8 @@ import os
 import pytest
 import torch
 
-from fastadapt import Adaptor, Edits, verify
+from bits import assert_same
+from fastadapt import Adaptor, Edits, Support, Verified, verify
 from fastadapt._ops.common import AS_THEY_ARE, RowEdits
 from fastadapt._ops.verification import verification_outputs
 
@@ -40,19 +41,19 @@ def assert_the_cpus(x, draft, adaptor, seeds, *, plan=PLAN, changes=AS_THEY_ARE,
     lengths, positions = options.get("draft_lengths"), options.get("positions")
     y, by = options.get("draft_logits"), options.get("draft_adaptor", adaptor)
     drafts = (None, None) if y is None else (y.reshape(-1, x.shape[2]), by.packed)
-    out = verification_outputs(x, draft)
+    out = [*verification_outputs(x, draft)]
     for t in out:
         t.fill_(77)
     launch.verify(
         x.view(-1, x.shape[2]), adaptor.packed, adaptor.filter_code, draft, lengths, *drafts,
-        by.filter_code, seeds, positions, *changes, out, plan=plan,
+        by.filter_code, seeds, positions, True, *changes, out, plan=plan,
     )  # fmt: skip
     if changes.ids is not None:
         options["edits"] = Edits.__new__(Edits)._fill(changes.ids, changes.offsets, changes.columns)
-    wanted = verify(x, draft, adaptor, seeds=seeds, **options)
-    for name, a, b in zip(wanted._fields, out, wanted, strict=True):
-        assert a.dtype == b.dtype, name
-        assert torch.equal(a.nan_to_num(-9), b.nan_to_num(-9)), name
+    wanted = verify(x, draft, adaptor, seeds=seeds, support=True, **options)
+    *tensors, ids, ends = out
+    full = tensors[3].view(-1) == x.shape[2]
+    assert_same(Verified(*tensors, Support(ids, ends, full)), wanted)
     return wanted
 
 

@@ -1,6 +1,6 @@
 """What operators of every family share: rows, checks, registration, launches on a device."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any, NamedTuple, TypeVar
@@ -69,6 +69,7 @@ def register(
     library: torch.library.Library,
     implementations: Implementations,
     launches: Callable[[], ModuleType],
+    fakes: Mapping[str, Callable[..., object]] | None = None,
 ) -> None:
     """Registers each operator of a library: for the CPU, for CUDA and as a fake.
 
@@ -77,11 +78,13 @@ def register(
         implementations: by the name of each operator.
         launches: imports the module whose functions of these names fill outputs on CUDA: their
             arguments are those of the operator and the outputs.
+        fakes: of operators whose outputs on CUDA are not all allocated before the launch.
     """
+    fakes = fakes or {}
     for name, (cpu, empty) in implementations.items():
         library.impl(name, cpu, "CPU")
         library.impl(name, on_cuda(name, empty, launches), "CUDA")
-        torch.library.register_fake(f"fastadapt::{name}", empty, lib=library)
+        torch.library.register_fake(f"fastadapt::{name}", fakes.get(name, empty), lib=library)
 
 
 def register_everywhere(library: torch.library.Library, implementations: Implementations) -> None:

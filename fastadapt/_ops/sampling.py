@@ -22,10 +22,10 @@ from fastadapt._ops.common import (
     rows_of,
 )
 from fastadapt._ops.filter_code import packed_filters, temperature_last
+from fastadapt._ops.lists import joined, unknown
 from fastadapt._ops.outputs import (
     LogOdds,
     Pair,
-    Scores,
     edited_gradients,
     log_odds_outputs,
     sample_fields,
@@ -38,11 +38,11 @@ EDITS = "Tensor? ids, Tensor? offsets, Tensor? columns, Tensor? allowed"  # of a
 _library.define(f"filter_logits(Tensor logits, Tensor knobs, int order, {EDITS}) -> Tensor")
 _library.define(
     "sample(Tensor logits, Tensor knobs, int order, Tensor seeds, Tensor? positions,"
-    f" bool base_logprobs, bool log_mass, int top_n, {EDITS}) -> Tensor[]"
+    f" bool base_logprobs, bool log_mass, int top_n, bool support, {EDITS}) -> Tensor[]"
 )
 _library.define(
     "score(Tensor logits, Tensor tokens, Tensor[] knobs, int[] orders, int ignore_index,"
-    f" {EDITS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    f" bool support, {EDITS}) -> Tensor[]"
 )
 _library.define(
     "adapted_log_odds(Tensor logits, Tensor tokens, Tensor knobs, int order, int ignore_index,"
@@ -94,9 +94,11 @@ def _sample_cpu(
     base_logprobs: bool,
     log_mass: bool,
     top_n: int,
+    support: bool,
     *edits: Tensor | None,
 ) -> list[Tensor]:
     """Draws a token per row; allocates only the outputs asked for."""
+    lists = _C.IdLists(logits.shape[0]) if support else None
     out = sample_outputs(logits, base_logprobs, log_mass, top_n)
     fields = sample_fields(out, base_logprobs, log_mass, top_n)
     tokens, logprobs, kept, status, *asked = fields
@@ -117,9 +119,10 @@ def _sample_cpu(
         top_ids=top_ids,
         top_logprobs=top_logprobs,
         rank=rank,
+        supports=lists,
         num_threads=torch.get_num_threads(),
     )
-    return out
+    return out + joined(lists, logits.shape[0])
 
 
 def _score_cpu(
@@ -128,12 +131,15 @@ def _score_cpu(
     knobs: list[Tensor],
     orders: list[int],
     ignore_index: int,
+    support: bool,
     *edits: Tensor | None,
-) -> Scores:
+) -> list[Tensor]:
     """Scores tokens under all adaptors in one visit of each row."""
     check_ids("tokens", tokens, logits.shape[1], ignore_index)
     out = score_outputs(logits, len(knobs))
     logprobs, log_norm, kept, base_logprobs, entropy = out
+    rows = len(knobs) * logits.shape[0]
+    lists = _C.IdLists(rows) if support else None
     _C.score(
         rows=rows_of(logits),
         knobs=[knobs_of(k, o) for k, o in zip(knobs, orders, strict=True)],
@@ -145,9 +151,10 @@ def _score_cpu(
         kept=kept,
         base_logprobs=base_logprobs,
         entropy=entropy,
+        supports=lists,
         num_threads=torch.get_num_threads(),
     )
-    return out
+    return [*out, *joined(lists, rows)]
 
 
 def _adapted_log_odds_cpu(
@@ -242,7 +249,7 @@ OPERATORS: Implementations = {
     ),
     "score": (
         _score_cpu,
-        lambda x, tokens, knobs, orders, *rest: score_outputs(x, len(knobs)),
+        lambda x, tokens, knobs, orders, *rest: list(score_outputs(x, len(knobs))),
     ),
     "adapted_log_odds": (
         _adapted_log_odds_cpu,
@@ -255,9 +262,22 @@ OPERATORS: Implementations = {
 }
 
 
+def _fake_sample(logits: Tensor, *rest: Any) -> list[Tensor]:
+    """What a draw returns."""
+    base, log_mass, top_n, support = rest[4:8]
+    ids = unknown(logits, logits.shape[0], wanted=support)
+    return sample_outputs(logits, base, log_mass, top_n) + ids
+
+
+def _fake_score(logits: Tensor, tokens: Tensor, knobs: list[Tensor], *rest: Any) -> list[Tensor]:
+    """What scores are."""
+    ids = unknown(logits, len(knobs) * logits.shape[0], wanted=rest[2])
+    return [*score_outputs(logits, len(knobs)), *ids]
+
+
 def _register() -> None:
     """Implementations, fakes and autograd of every operator."""
-    register(_library, OPERATORS, _launches)
+    register(_library, OPERATORS, _launches, {"sample": _fake_sample, "score": _fake_score})
     for name in ("filter_logits", "sample", "score"):
         _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
     torch.library.register_autograd(

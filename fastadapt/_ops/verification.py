@@ -6,20 +6,22 @@ four tensors of a `RowEdits`, of rows, come last.
 """
 
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastadapt import _C
 from fastadapt._ops.common import Implementations, check_ids, register, rows_of
-from fastadapt._ops.outputs import Verification, verification_outputs
+from fastadapt._ops.lists import joined, unknown
+from fastadapt._ops.outputs import verification_outputs
 from fastadapt._ops.sampling import EDITS, edits_of, knobs_of
 
 _library = torch.library.Library("fastadapt", "FRAGMENT")
 _library.define(
     "verify(Tensor logits, Tensor knobs, int order, Tensor draft, Tensor? lengths,"
     " Tensor? draft_logits, Tensor? draft_knobs, int draft_order, Tensor seeds, Tensor? positions,"
-    f" {EDITS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    f" bool support, {EDITS}) -> Tensor[]"
 )
 
 
@@ -34,13 +36,15 @@ def _verify_cpu(
     draft_order: int,
     seeds: Tensor,
     positions: Tensor | None,
+    support: bool,
     *edits: Tensor | None,
-) -> Verification:
+) -> list[Tensor]:
     """Verifies the drafts of each sequence until one is rejected."""
     n, k = draft.shape
     v = logits.shape[1]
     _check_drafts(draft, lengths, v)
     tokens, accepted, logprobs, kept, status = out = verification_outputs(logits, draft)
+    lists = _C.IdLists(n * (k + 1)) if support else None
     _C.verify(
         rows=(*rows_of(logits)[:2], n, v, logits.stride(0)),
         knobs=knobs_of(knobs, order),
@@ -57,9 +61,10 @@ def _verify_cpu(
         logprobs=logprobs,
         kept=kept,
         status=status,
+        supports=lists,
         num_threads=torch.get_num_threads(),
     )
-    return out
+    return [*out, *joined(lists, n * (k + 1))]
 
 
 def _check_drafts(draft: Tensor, lengths: Tensor | None, v: int) -> None:
@@ -82,13 +87,22 @@ def _launches() -> ModuleType:
 
 
 OPERATORS: Implementations = {
-    "verify": (_verify_cpu, lambda x, knobs, order, draft, *rest: verification_outputs(x, draft)),
+    "verify": (
+        _verify_cpu,
+        lambda x, knobs, order, draft, *rest: list(verification_outputs(x, draft)),
+    ),
 }
+
+
+def _fake(logits: Tensor, knobs: Tensor, order: int, draft: Tensor, *rest: Any) -> list[Tensor]:
+    """What verification returns."""
+    ids = unknown(logits, logits.shape[0], wanted=rest[6])
+    return [*verification_outputs(logits, draft), *ids]
 
 
 def _register() -> None:
     """Implementations and fake; outputs have no gradients."""
-    register(_library, OPERATORS, _launches)
+    register(_library, OPERATORS, _launches, {"verify": _fake})
     _library.impl("verify", torch.library.fallthrough_kernel, "Autograd")
 
 

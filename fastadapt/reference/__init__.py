@@ -63,7 +63,7 @@ from fastadapt.reference.losses import (
 from fastadapt.reference.ranks import of_first_rank, whole_rows
 from fastadapt.reference.support import linear_support_log_odds, support_log_odds
 from fastadapt.reference.verification import verify
-from fastadapt.results import Sample, Score
+from fastadapt.results import Sample, Score, Support
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -140,6 +140,7 @@ def sample(
     base_logprobs: bool = False,
     log_mass: bool = False,
     top_logprobs: int = 0,
+    support: bool = False,
     edits: Changes | None = None,
     allowed: Tensor | None = None,
     num_tokens: int | None = None,
@@ -195,7 +196,9 @@ def sample(
         result["top_logprobs"] = torch.where(ok[:, None], values, float("nan"))
         position = (base.ranking == tokens[:, None]).int().argmax(-1) + 1
         result["rank"] = torch.where(ok, position, 0).int()
-    return Sample(**{k: v.reshape(shape + v.shape[1:]) for k, v in result.items()})
+    fields = {k: v.reshape(shape + v.shape[1:]) for k, v in result.items()}
+    survived = (distribution.alive & ok[:, None])[:, :num_tokens]
+    return Sample(**fields, support=Support.from_mask(survived) if support else None)
 
 
 def score(
@@ -204,6 +207,7 @@ def score(
     adaptors: Sequence[Knobs],
     *,
     ignore_index: int = -100,
+    support: bool = False,
     edits: Changes | None = None,
     allowed: Tensor | None = None,
     num_tokens: int | None = None,
@@ -229,11 +233,12 @@ def score(
     y = torch.where(used, flat, 0)
     base = Distribution(x, None)
     log_z = base.log(base.w.sum(-1))
-    columns = []
+    columns, supports = [], []
     for adaptor in adaptors:
         distribution = Distribution(x, adaptor)
         ok = (distribution.status == 0) & used
         log_s = distribution.log((distribution.w * distribution.alive).sum(-1))
+        supports.append(Support.from_mask((distribution.alive & ok[:, None])[:, :num_tokens]))
         inside = distribution.alive.gather(1, y[:, None])[:, 0]
         logprobs = torch.where(inside, _log_ratio(distribution, y, log_s), float("-inf"))
         inverse = distribution.inverse[:, 0].double()
@@ -253,6 +258,7 @@ def score(
         kept.view(many),
         base_logprobs.view(shape),
         entropy.view(shape),
+        tuple(supports) if support else None,
     )
 
 

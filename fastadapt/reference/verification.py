@@ -8,7 +8,7 @@ from torch import Tensor
 from fastadapt._ops.philox import philox
 from fastadapt.reference.distribution import FILTERS, Distribution, Knobs
 from fastadapt.reference.edits import Changes, edited
-from fastadapt.results import Verified
+from fastadapt.results import Support, Verified
 
 BAD_DRAFT = 5
 KNOBS = (
@@ -28,6 +28,7 @@ def verify(
     seeds: Tensor | None = None,
     positions: Tensor | None = None,
     generator: torch.Generator | None = None,
+    support: bool = False,
     edits: Changes | None = None,
     allowed: Tensor | None = None,
     num_tokens: int | None = None,
@@ -88,7 +89,9 @@ def verify(
             if not stands:
                 break
             accepted[row] += 1
-    return Verified(tokens, accepted, logprobs, kept, status)
+    survived = (p.alive & (kept.view(-1, 1) > 0))[:, :num_tokens]
+    of_rows = Support.from_mask(survived) if support else None
+    return Verified(tokens, accepted, logprobs, kept, status, of_rows)
 
 
 def _repeated(adaptor: Knobs, times: int) -> Knobs:

@@ -31,6 +31,8 @@ class Sample(NamedTuple):
         top_logprobs: (..., n), float32, nats; their base log-probabilities, or None.
         rank: (...), int32; 1 + the number of tokens ranked before the drawn one by
             (logit descending, id ascending), 0 in a bad row, or None.
+        support: the ids that survived in each row, rows folded to N, or None. Full where all V
+            are left, empty in a bad row.
     """
 
     tokens: Tensor
@@ -42,6 +44,7 @@ class Sample(NamedTuple):
     top_ids: Tensor | None = None
     top_logprobs: Tensor | None = None
     rank: Tensor | None = None
+    support: Support | None = None
 
 
 class Verified(NamedTuple):
@@ -64,6 +67,8 @@ class Verified(NamedTuple):
             and behind the end.
         status: (N, k + 1), uint8; as of `Sample`, and 5 where the row of `draft_logits` is bad; 0
             behind the end, where no row is judged.
+        support: the ids that survived in each of N (k + 1) rows, as of `Sample`, none behind the
+            end; or None.
     """
 
     tokens: Tensor
@@ -71,6 +76,7 @@ class Verified(NamedTuple):
     logprobs: Tensor
     kept: Tensor
     status: Tensor
+    support: Support | None = None
 
 
 class Score(NamedTuple):
@@ -89,6 +95,8 @@ class Score(NamedTuple):
         kept: (..., A), int32; number of finite tokens in the support.
         base_logprobs: (...), float32, nats; log-probability at temperature 1, unfiltered.
         entropy: (...), float32, nats; entropy of that base distribution.
+        supports: for each adaptor, the ids in the support of each row, as of `Sample`, none in an
+            ignored row; or None.
     """
 
     logprobs: Tensor
@@ -96,3 +104,4 @@ class Score(NamedTuple):
     kept: Tensor
     base_logprobs: Tensor
     entropy: Tensor
+    supports: tuple[Support, ...] | None = None

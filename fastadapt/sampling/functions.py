@@ -9,7 +9,7 @@ from torch import Tensor
 from fastadapt._ops.checks import flag, fold_rows, integer, no_tangent, per_row
 from fastadapt._ops.outputs import sample_fields
 from fastadapt.adaptor import Adaptor
-from fastadapt.results import Sample, Score
+from fastadapt.results import Sample, Score, Support
 from fastadapt.sampling.edits import Edits
 from fastadapt.sampling.rows import (
     edited_rows,
@@ -93,6 +93,7 @@ def sample(
     base_logprobs: bool = False,
     log_mass: bool = False,
     top_logprobs: int = 0,
+    support: bool = False,
     edits: Edits | None = None,
     allowed: Tensor | None = None,
     num_tokens: int | None = None,
@@ -123,6 +124,8 @@ def sample(
         log_mass (bool): also return the log of the kept mass at the adaptor's temperature.
         top_logprobs (int): n > 0: also return the n most probable ids with their base
             log-probabilities, and the rank of the drawn token. At most 1024 and at most V.
+        support (bool): also return the ids that survived, however many, to train on exactly what
+            was drawn from (`linear_support_log_odds`). On a GPU this waits for the device.
         edits (Edits | None): as in `filter_logits`. The base distribution is of edited logits too.
         allowed (Tensor | None): as in `filter_logits`.
         num_tokens (int | None): as in `filter_logits`; V is then this.
@@ -144,8 +147,8 @@ def sample(
 
         return sample_split(
             logits, adaptor, group, seeds=seeds, positions=positions, generator=generator,
-            base_logprobs=base_logprobs, log_mass=log_mass, top_logprobs=top_logprobs, edits=edits,
-            allowed=allowed, num_tokens=num_tokens,
+            base_logprobs=base_logprobs, log_mass=log_mass, top_logprobs=top_logprobs,
+            support=support, edits=edits, allowed=allowed, num_tokens=num_tokens,
         )  # fmt: skip
     rows = fold_rows("logits", logits, double=False)
     knobs = knobs_for(rows, adaptor)
@@ -155,16 +158,22 @@ def sample(
     top_logprobs = integer("top_logprobs", top_logprobs, 0, most)
     flag("base_logprobs", base_logprobs)
     flag("log_mass", log_mass)
+    flag("support", support)
     if positions is not None:
         positions = per_row("positions", positions, torch.int64, shape, rows)
     seeds = seeds_of(seeds, generator, shape, rows)
     out = torch.ops.fastadapt.sample(
         rows, knobs, adaptor.filter_code, seeds, positions, base_logprobs, log_mass, top_logprobs,
-        *changes,
+        support, *changes,
     )  # fmt: skip
+    survived = None
+    if support:
+        *out, ids, offsets = out
+        survived = Support(ids, offsets, out[2] == rows.shape[1])
     if logits.dim() != 2:
         out = [t.view(shape + t.shape[1:]) for t in out]
-    return Sample(*sample_fields(out, base_logprobs, log_mass, top_logprobs))
+    fields = sample_fields(out, base_logprobs, log_mass, top_logprobs)
+    return Sample(*fields, support=survived)
 
 
 def score(
@@ -173,6 +182,7 @@ def score(
     adaptors: Sequence[Adaptor],
     *,
     ignore_index: int = -100,
+    support: bool = False,
     edits: Edits | None = None,
     allowed: Tensor | None = None,
     num_tokens: int | None = None,
@@ -196,6 +206,7 @@ def score(
         tokens (Tensor): `logits.shape[:-1]`, int64, ids in [0, V) or `ignore_index`.
         adaptors (Sequence[Adaptor]): A of them, 1 to 256.
         ignore_index (int): rows with this token give zeros.
+        support (bool): also return the ids of each support, one `Support` for each adaptor.
         edits (Edits | None): as in `sample`.
         allowed (Tensor | None): as in `sample`.
         num_tokens (int | None): as in `sample`.
@@ -212,18 +223,25 @@ def score(
         from fastadapt.sampling.sharded import score_split
 
         return score_split(
-            logits, tokens, adaptors, group, ignore_index=ignore_index, edits=edits,
-            allowed=allowed, num_tokens=num_tokens,
+            logits, tokens, adaptors, group, ignore_index=ignore_index, support=support,
+            edits=edits, allowed=allowed, num_tokens=num_tokens,
         )  # fmt: skip
     rows = fold_rows("logits", logits, double=False)
     rows, changes = edited_rows(rows, logits.shape[:-1], edits, allowed, num_tokens)
     flat = per_row("tokens", tokens, torch.int64, logits.shape[:-1], rows)
     ignore_index = integer("ignore_index", ignore_index)
+    flag("support", support)
     scored(adaptors)
     knobs = [knobs_for(rows, a, f"adaptors[{i}]") for i, a in enumerate(adaptors)]
     orders = [adaptor.filter_code for adaptor in adaptors]
-    out = torch.ops.fastadapt.score(rows, flat, knobs, orders, ignore_index, *changes)
-    return Score(*(t.view(tokens.shape + t.shape[1:]) for t in out))
+    out = torch.ops.fastadapt.score(rows, flat, knobs, orders, ignore_index, support, *changes)
+    supports = None
+    if support:
+        *out, ids, offsets = out
+        full = (out[2] == rows.shape[1]).t().reshape(-1)
+        supports = (*Support(ids, offsets, full).split([flat.shape[0]] * len(knobs)),)
+    fields = (t.view(tokens.shape + t.shape[1:]) for t in out)
+    return Score(*fields)._replace(supports=supports)
 
 
 def adapted_log_odds(

@@ -69,6 +69,7 @@ def draw_of(
     base_logprobs: bool = False,
     log_mass: bool = False,
     top_logprobs: int = 0,
+    support: bool = False,
     **edits: Any,
 ) -> Program[list[Tensor]]:
     """A rank's part in a draw, checked.
@@ -83,6 +84,7 @@ def draw_of(
         base_logprobs (bool): the same on all ranks, as are the flags that follow.
         log_mass (bool): as above.
         top_logprobs (int): as above.
+        support (bool): must be False: the ids that survive are on many ranks.
         edits: `edits`, `allowed` and `num_tokens`, of the whole vocabulary.
 
     Raises:
@@ -95,6 +97,7 @@ def draw_of(
     top_n = integer("top_logprobs", top_logprobs, 0, 1024)
     flag("base_logprobs", base_logprobs)
     flag("log_mass", log_mass)
+    _without_support(support)
     if positions is None:
         positions = torch.zeros(shape, dtype=torch.int64, device=rows.device)
     positions = per_row("positions", positions, torch.int64, shape, rows)
@@ -113,6 +116,7 @@ def score_of(
     rank: int,
     *,
     ignore_index: int = -100,
+    support: bool = False,
     **edits: Any,
 ) -> Program[tuple[Tensor, ...]]:
     """A rank's part in a score, checked; see `draw_of`.
@@ -123,6 +127,7 @@ def score_of(
         adaptors (Sequence[Adaptor]): their temperatures are above 0.
         rank (int): which slice it is.
         ignore_index (int): the same on all ranks.
+        support (bool): must be False, as in `draw_of`.
         edits: as in `draw_of`.
 
     Raises:
@@ -134,10 +139,18 @@ def score_of(
     scored(adaptors)
     flat = per_row("tokens", tokens, torch.int64, shape, rows)
     ignore_index = integer("ignore_index", ignore_index)
+    _without_support(support)
     laws = [law_of(rows, a, f"adaptors[{i}]") for i, a in enumerate(adaptors)]
     words = (ignore_index, *(name for law in laws for name in law.filters))
     given = _given(rank, rows, shape, edits, words, laws, [flat])
     return score(given, Marks(laws, flat, ignore_index))
+
+
+def _without_support(support: bool) -> None:
+    """Raises where supports are asked for."""
+    flag("support", support)
+    if support:
+        raise NotImplementedError("support: expected False with a group, got True")
 
 
 def law_of(rows: Tensor, adaptor: Adaptor, name: str = "adaptor") -> Law:

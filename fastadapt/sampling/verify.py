@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 
 from fastadapt._ops import verification  # noqa: F401  registers the operator
-from fastadapt._ops.checks import fold_rows, per_row
+from fastadapt._ops.checks import flag, fold_rows, per_row
 from fastadapt.adaptor import Adaptor
-from fastadapt.results import Verified
+from fastadapt.results import Support, Verified
 from fastadapt.sampling.edits import Edits
 from fastadapt.sampling.rows import edited_rows, knobs_for, seeds_of
 
@@ -22,6 +22,7 @@ def verify(
     seeds: Tensor | None = None,
     positions: Tensor | None = None,
     generator: torch.Generator | None = None,
+    support: bool = False,
     edits: Edits | None = None,
     allowed: Tensor | None = None,
     num_tokens: int | None = None,
@@ -60,6 +61,7 @@ def verify(
         seeds (Tensor | None): (N,), int64, as in `sample`. None: drawn from `generator`.
         positions (Tensor | None): (N,), int64, of the first row of each sequence. None: 0.
         generator (torch.Generator | None): as in `sample`.
+        support (bool): as in `sample`, of N (k + 1) rows.
         edits (Edits | None): as in `filter_logits`, of N (k + 1) rows.
         allowed (Tensor | None): (N, k + 1, ceil(V / 32)), as in `filter_logits`.
         num_tokens (int | None): as in `filter_logits`, of both logits.
@@ -80,6 +82,7 @@ def verify(
     rows, changes = edited_rows(rows, logits.shape[:2], edits, allowed, num_tokens)
     draft = per_row("draft", draft, torch.int64, torch.Size((n, k)), rows).view(n, k)
     each = torch.Size((n,))
+    flag("support", support)
     if draft_lengths is not None:
         draft_lengths = per_row("draft_lengths", draft_lengths, torch.int64, each, rows)
     if positions is not None:
@@ -93,9 +96,13 @@ def verify(
         raise ValueError("draft_adaptor: expected None without draft_logits, got an Adaptor")
     out = torch.ops.fastadapt.verify(
         rows, knobs, adaptor.filter_code, draft, draft_lengths, draft_rows, draft_knobs,
-        by.filter_code, seeds_of(seeds, generator, each, rows), positions, *changes,
+        by.filter_code, seeds_of(seeds, generator, each, rows), positions, support, *changes,
     )  # fmt: skip
-    return Verified(*out)
+    if not support:
+        return Verified(*out)
+    *out, ids, offsets = out
+    full = out[3].view(-1) == rows.shape[1]
+    return Verified(*out)._replace(support=Support(ids, offsets, full))
 
 
 def _draft_rows(draft_logits: Tensor, logits: Tensor) -> Tensor:

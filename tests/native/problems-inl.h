@@ -266,6 +266,34 @@ struct Problem {
   }
 };
 
+// The ids that rows list.
+class Listed {
+ public:
+  explicit Listed(int64_t n) : lists_(static_cast<size_t>(n)) {}
+
+  Supports supports() {
+    return {[](void* self, int64_t list, int64_t count) {
+              auto& ids = static_cast<Listed*>(self)->lists_[static_cast<size_t>(list)];
+              ids.assign(static_cast<size_t>(count) + 64, -1);
+              return ids.data();
+            },
+            this};
+  }
+
+  // A byte for each of V tokens: 1 if a row of so many kept has it; 9 where ids do not ascend.
+  void write(int64_t list, int64_t kept, int64_t v, uint8_t* bytes) const {
+    const auto& ids = lists_[static_cast<size_t>(list)];
+    std::memset(bytes, kept == v, static_cast<size_t>(v));
+    for (size_t i = 0; i + 64 < ids.size(); ++i) {
+      const bool good = ids[i] >= 0 && ids[i] < v && (i == 0 || ids[i - 1] < ids[i]);
+      bytes[good ? ids[i] : 0] = good ? 1 : 9;
+    }
+  }
+
+ private:
+  std::vector<std::vector<int32_t>> lists_;
+};
+
 // Sequences of one draft and two rows each, the drafts' own rows behind them. Where the rows of a
 // problem are one and the same, so are both laws, and every draft of some mass stands.
 template <class Call>
@@ -284,6 +312,8 @@ void verified(const KernelTable& table, const Problem& p, const Rows& rows, Arra
   a.kept = o->add<int32_t>("verified kept", 2 * n);
   a.status = o->add<uint8_t>("verified status", 2 * n);
   a.accepted = o->add<int64_t>("accepted", n);
+  Listed listed(2 * n);
+  a.supports = listed.supports();
   a.k = 1;
   a.draft = p.draft.data();
   if (p.base) {
@@ -291,7 +321,9 @@ void verified(const KernelTable& table, const Problem& p, const Rows& rows, Arra
                     rows.stride};
     a.draft_knobs = p.knobs.back();
   }
+  uint8_t* survived = o->add<uint8_t>("verified support", 2 * n * rows.v);
   call(table.verify, a);
+  for (int64_t i = 0; i < 2 * n; ++i) listed.write(i, a.kept[i], rows.v, survived + i * rows.v);
 }
 
 // All outputs of all functions, always in the same order; call(function, args) runs one of them.
@@ -305,6 +337,7 @@ Arrays outputs(const KernelTable& table, const Problem& p, Call&& call) {
   if (!wide) {
     const FilterArgs f{rows, p.knobs[0], p.edits(), o.add<uint8_t>("filtered", n * v, p.element)};
     call(table.filter, f);
+    Listed drawn(n), marked(n * a);
     const SampleArgs s{rows,
                        p.knobs[0],
                        p.edits(),
@@ -319,8 +352,11 @@ Arrays outputs(const KernelTable& table, const Problem& p, Call&& call) {
                        t,
                        t ? o.add<int64_t>("top_ids", n * t) : nullptr,
                        t ? o.add<float>("top_logprobs", n * t) : nullptr,
-                       t ? o.add<int32_t>("rank", n) : nullptr};
+                       t ? o.add<int32_t>("rank", n) : nullptr,
+                       drawn.supports()};
+    uint8_t* survived = o.add<uint8_t>("sample.support", n * v);
     call(table.sample, s);
+    for (int64_t r = 0; r < n; ++r) drawn.write(r, s.kept[r], v, survived + r * v);
     const ScoreArgs c{rows,
                       y,
                       kIgnored,
@@ -331,8 +367,12 @@ Arrays outputs(const KernelTable& table, const Problem& p, Call&& call) {
                       o.add<float>("score.log_norm", n * a),
                       o.add<int32_t>("score.kept", n * a),
                       o.add<float>("score.base_logprobs", n),
-                      o.add<float>("score.entropy", n)};
+                      o.add<float>("score.entropy", n),
+                      p.mass ? marked.supports() : Supports{}};
+    if (p.mass) survived = o.add<uint8_t>("score.support", n * a * v);
     call(table.score, c);
+    for (int64_t i = 0; p.mass && i < n * a; ++i)
+      marked.write(i, c.kept[i % n * a + i / n], v, survived + i * v);
     verified(table, p, rows, &o, call);
   }
   const LogOddsArgs m{rows,

@@ -366,6 +366,9 @@ struct Case {
     }
     if (got("tokens", token) != token) return "tokens";
     if (got("kept", static_cast<int32_t>(kept)) != kept) return "kept";
+    const uint8_t* survived = o.get<uint8_t>("sample.support") + r * p.v;
+    for (int64_t i = 0; i < p.v; ++i)
+      if (survived[i] != alive[static_cast<size_t>(i)]) return "sample.support";
     if (!close(got("logprobs", 0.f), logprob)) return "logprobs";
     if (!close(got("log_mass", static_cast<float>(log_mass)), log_mass)) return "log_mass";
     const Scaled base(x, 1);
@@ -404,6 +407,10 @@ struct Case {
         log_norm = law.m - base.m * inv_t + log_of(law.left.mass) - log_z * inv_t;
       }
       if (o.get<int32_t>("score.kept")[r * n + i] != kept) return "score.kept";
+      const uint8_t* survived =
+          p.mass ? o.get<uint8_t>("score.support") + (i * p.n + r) * p.v : nullptr;
+      for (int64_t j = 0; survived && j < p.v; ++j)
+        if (survived[j] != (kept > 0 && law.left.alive[j])) return "score.support";
       if (!close(o.get<float>("score.logprobs")[r * n + i], logprob)) return "score.logprobs";
       if (!close(o.get<float>("score.log_norm")[r * n + i], log_norm)) return "score.log_norm";
     }

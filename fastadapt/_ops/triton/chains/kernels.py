@@ -224,6 +224,19 @@ def filter_kernel(rows, packed, asked, scratch, sizes, lists, out, PDL: tl.const
 
 
 @triton.jit(do_not_specialize=["packed", "asked"])
+def ids_kernel(rows, packed, asked, scratch, sizes, lists, starts, out, PDL: tl.constexpr):
+    """Copies a block of the ids of a list to where a row's start, (N,); not where below 0."""
+    follow(PDL)
+    at, block = tl.program_id(0), tl.program_id(1)
+    start = tl.load(starts + at)
+    if start >= 0:
+        held, survivors, _ = _survivors(rows, scratch, lists, at)
+        place = block * sizes.BLOCK + tl.arange(0, sizes.BLOCK)
+        here = place < survivors.v
+        tl.store(out + start + place, tl.load(held.ids + place, mask=here, other=0), mask=here)
+
+
+@triton.jit(do_not_specialize=["packed", "asked"])
 def largest_kernel(rows, packed, asked, scratch, sizes, PDL: tl.constexpr):
     """Makes what the masses of survivors are relative to the largest logit of their row."""
     follow(PDL)

@@ -32,6 +32,7 @@ from fastadapt._ops.triton.launch_scan import (
     scan_rows,
     slices,
     some,
+    steps_of,
 )
 from fastadapt._ops.triton.rows import (
     ALL_WEIGHED,
@@ -217,19 +218,81 @@ def log_odds_of_rows(
         launch.log_odds(scanned, labels, (log_odds, support, stats), kernels.support_kernel, lists)
 
 
+def survivors(
+    logits: Tensor,
+    knobs: Tensor,
+    order: int,
+    kept: Tensor,
+    seeds: Tensor | None = None,
+    positions: Tensor | None = None,
+    plan: Plan = PLAN,
+) -> list[Tensor]:
+    """Returns ids and offsets (N + 1,) of what rows keep, which are decided again for them.
+
+    As many as `kept` (N,) says, which was counted before; a row that keeps all lists none. This
+    waits for the device, once. Seeds and positions throw the coin of XTC, as in the draw.
+    """
+    counts = torch.where(kept == logits.shape[1], 0, kept)
+    offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+    ids = kept.new_empty(int(offsets[-1]))
+    starts = torch.where(counts > 0, offsets[:-1], -1)
+    steps = STEPS if is_chain(order) else steps_of(order, knobs.shape[1])
+    bits = [] if positions is None else [POSITIONS.value]
+    asked = asked_of(knobs, 0 if is_chain(order) else steps.order, *bits)
+    more = words_of_list(logits.shape[1]) if is_chain(order) else 0
+    for at in slices(logits, 1, plan, more) if len(ids) else []:
+        own, begins = (some(logits, at), knobs_of_rows(knobs, at)), some(starts, at)
+        if is_chain(order):
+            chance = [] if seeds is None else [seeds, seeds if positions is None else positions]
+            scanned, lists = _decided(*own, order, asked, plan, *(some(t, at) for t in chance))
+            kernel: Any = kernels.ids_kernel
+            given: tuple[Tensor, ...] = lists, begins
+        else:
+            scanned = launch.decided(*own, asked, steps, plan)
+            kernel, given = write.ids_kernel, (_starts_of_blocks(scanned, begins),)
+        grid = scanned.virtual, scanned.layout.blocks
+        scanned.launch(kernel, grid, *scanned.given(scanned.layout.long), *given, ids, warps=4)
+    return [ids, offsets]
+
+
+def _starts_of_blocks(scanned: Scan, starts: Tensor) -> Tensor:
+    """Returns where the ids of each block start, (N, blocks), given where those of rows do."""
+    grid = scanned.virtual, scanned.layout.blocks
+    counts = starts.new_empty(grid, dtype=torch.int32)
+    given = scanned.given(scanned.layout.long)
+    scanned.launch(write.count_kernel, grid, *given, counts, warps=4)
+    before = counts.cumsum(1) - counts
+    return torch.where(starts[:, None] < 0, -1, starts[:, None] + before)
+
+
 def filter_logits(logits: Tensor, *rest: Any) -> None:
     """Writes the filtered logits, in the dtype of the output."""
     _edit(filter_rows, logits, *rest)
 
 
-def sample(logits: Tensor, *rest: Any) -> None:
-    """Draws."""
-    _edit(sample_rows, logits, *rest)
+def sample(logits: Tensor, knobs: Tensor, order: int, *rest: Any) -> None:
+    """Draws, and lists what was drawn from."""
+    seeds, positions, base_logprobs, log_mass, top_n, support, *edits, out = rest
+    rows, chance = edited(logits, RowEdits(*edits)), (seeds, positions)
+    sample_rows(rows, knobs, order, *chance, base_logprobs, log_mass, top_n, out)
+    if support:
+        out += survivors(rows, knobs, order, out[2], *chance)
 
 
-def score(logits: Tensor, *rest: Any) -> None:
-    """Scores tokens under all adaptors."""
-    _edit(score_rows, logits, *rest)
+def score(logits: Tensor, tokens: Tensor, knobs: list[Tensor], *rest: Any) -> None:
+    """Scores tokens under all adaptors, and lists their supports, one behind the other."""
+    orders, ignore_index, support, *edits, out = rest
+    rows = edited(logits, RowEdits(*edits))
+    score_rows(rows, tokens, knobs, orders, ignore_index, out)
+    if not support:
+        return
+    listed = [
+        survivors(rows, own, order, out[2][:, i])
+        for i, (own, order) in enumerate(zip(knobs, orders, strict=True))
+    ]
+    counts = torch.cat([offsets.diff() for _, offsets in listed])
+    ids = torch.cat([ids for ids, _ in listed])
+    out += [ids, torch.nn.functional.pad(counts.cumsum(0), (1, 0))]
 
 
 def adapted_log_odds(logits: Tensor, *rest: Any) -> None:

@@ -37,14 +37,13 @@ def verify(
     draft_order: int,
     seeds: Tensor,
     positions: Tensor | None,
+    support: bool,
     *rest: Any,
     plan: Plan = PLAN,
 ) -> None:
     """Verifies drafts; all rows are read, as one program does not wait for another's verdict."""
     *edits, out = rest
     n, k = draft.shape
-    if n == 0:
-        return
     rows = edited(logits, RowEdits(*edits))
     sequences = Sequences(
         draft,
@@ -52,8 +51,28 @@ def verify(
         seeds,
         torch.zeros_like(seeds) if positions is None else positions,
     )
-    if draft_logits is None or draft_knobs is None or k == 0:
-        return _as_sampled(rows, knobs, order, sequences, out, plan)
+    if n > 0 and k > 0 and draft_logits is not None and draft_knobs is not None:
+        drafts = draft_logits, draft_knobs, draft_order
+        _by_law(rows, knobs, order, drafts, sequences, out, plan)
+    elif n > 0:
+        _as_sampled(rows, knobs, order, sequences, out, plan)
+    if support:
+        chance, own = _chance_of(sequences, k + 1), _of_rows(knobs, k + 1)
+        out += chains.survivors(rows, own, order, out[3].view(-1), *chance, plan)
+
+
+def _by_law(
+    rows: Tensor,
+    knobs: Tensor,
+    order: int,
+    drafts: tuple[Tensor, Tensor, int],
+    sequences: Sequences,
+    out: Verification,
+    plan: Plan,
+) -> None:
+    """Judges drafts by what they were drawn from: logits, knobs and an order."""
+    draft_logits, draft_knobs, draft_order = drafts
+    k = sequences.draft.shape[1]
     more = chains.words_of_law(rows.shape[1]) if is_chain(order) or is_chain(draft_order) else 0
     for at in slices(rows[:: k + 1], 2 * k + 1, plan, more):  # virtual rows of a sequence
         part = Sequences(*(some(t, at) for t in sequences))

@@ -1,0 +1,27 @@
+"""The ids that rows keep, as operators return them behind their other outputs: ids and offsets."""
+
+import torch
+from torch import Tensor
+
+from fastadapt import _C
+
+
+def joined(lists: "_C.IdLists | None", n: int) -> list[Tensor]:
+    """Returns ids (count,) int32 and offsets (n + 1,) int64 of lists; nothing of None."""
+    if lists is None:
+        return []
+    ids = torch.empty(lists.count(), dtype=torch.int32)
+    offsets = torch.empty(n + 1, dtype=torch.int64)
+    lists.join(offsets, ids)
+    return [ids, offsets]
+
+
+def unknown(like: Tensor, n: int, *, wanted: bool) -> list[Tensor]:
+    """Returns the same for a fake: how many ids there are depends on values."""
+    if not wanted:
+        return []
+    count = torch.library.get_ctx().new_dynamic_size()
+    return [
+        like.new_empty(count, dtype=torch.int32),
+        like.new_empty(n + 1, dtype=torch.int64),
+    ]
