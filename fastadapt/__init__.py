@@ -32,6 +32,7 @@ from fastadapt.losses import (
     Responses,
     RewardPenalizeLoss,
     candidate_unlikelihood_penalty,
+    clipped_ratio_loss,
     dpo_loss,
     entropy_bonus,
     exmate_loss,
@@ -44,12 +45,14 @@ from fastadapt.losses import (
     mate_penalty,
     mle_loss,
     previous_tokens,
+    reinforce_loss,
     sequence_logps,
     smoothed_mle_loss,
     support_log_odds,
     top_k_divergence,
     unlikelihood_loss,
     unlikelihood_penalty,
+    weighted_reinforce_loss,
     z_loss,
 )
 from fastadapt.results import Sample, Score, Support, Verified
@@ -81,6 +84,7 @@ __all__ = [
     "adapted_log_odds",
     "candidate_log_odds",
     "candidate_unlikelihood_penalty",
+    "clipped_ratio_loss",
     "dpo_loss",
     "entropy_bonus",
     "exmate_loss",
@@ -97,6 +101,7 @@ __all__ = [
     "mate_penalty",
     "mle_loss",
     "previous_tokens",
+    "reinforce_loss",
     "sample",
     "score",
     "sequence_logps",
@@ -108,6 +113,7 @@ __all__ = [
     "unlikelihood_penalty",
     "verify",
     "warm_up",
+    "weighted_reinforce_loss",
     "z_loss",
 ]
 

@@ -14,6 +14,11 @@ from fastadapt.losses.formulas import (
 )
 from fastadapt.losses.linear_mle import linear_mle_loss
 from fastadapt.losses.mixture import CONTAIN_MLE, FORMULAS, RewardPenalizeLoss
+from fastadapt.losses.policy import (
+    clipped_ratio_loss,
+    reinforce_loss,
+    weighted_reinforce_loss,
+)
 from fastadapt.losses.preference import dpo_loss
 from fastadapt.losses.regularisers import entropy_bonus, smoothed_mle_loss, z_loss
 from fastadapt.losses.responses import Responses, label_logps, sequence_logps
@@ -25,6 +30,7 @@ __all__ = [
     "Responses",
     "RewardPenalizeLoss",
     "candidate_unlikelihood_penalty",
+    "clipped_ratio_loss",
     "dpo_loss",
     "entropy_bonus",
     "exmate_loss",
@@ -37,12 +43,14 @@ __all__ = [
     "mate_penalty",
     "mle_loss",
     "previous_tokens",
+    "reinforce_loss",
     "sequence_logps",
     "smoothed_mle_loss",
     "support_log_odds",
     "top_k_divergence",
     "unlikelihood_loss",
     "unlikelihood_penalty",
+    "weighted_reinforce_loss",
     "z_loss",
 ]
 __dir__ = __all__.copy  # what is not public is not listed

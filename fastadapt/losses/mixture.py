@@ -19,7 +19,7 @@ from fastadapt.losses.formulas import (
     unlikelihood_penalty,
 )
 from fastadapt.losses.preference import dpo_loss, log_ratios
-from fastadapt.losses.responses import Responses, Rows, accumulated, checked
+from fastadapt.losses.responses import Responses, Rows, accumulated, checked, mean_of
 
 FORMULAS: dict[str, Callable[..., Tensor]] = {
     "mle": mle_loss,
@@ -207,11 +207,11 @@ class RewardPenalizeLoss(nn.Module):
     ) -> dict[str, Tensor]:
         """Returns the metrics of log-probabilities, pairs and rewards."""
         g = checked("chosen", chosen)
-        metrics = {"logps/chosen": _mean(g.logps(), g.lengths > 0)}
+        metrics = {"logps/chosen": mean_of(g.logps(), g.lengths > 0)}
         if rejected is None:
             return metrics
         b = checked("rejected", rejected)
-        metrics["logps/rejected"] = _mean(b.logps(), b.lengths > 0)
+        metrics["logps/rejected"] = mean_of(b.logps(), b.lengths > 0)
         if g.size == b.size:
             metrics |= _compare("pairs", g, b, g.logps(), b.logps())
         if "dpo" in self.weights:
@@ -219,8 +219,8 @@ class RewardPenalizeLoss(nn.Module):
             of_chosen = beta * log_ratios("ref_chosen_logps", g, ref_chosen_logps)
             of_rejected = beta * log_ratios("ref_rejected_logps", b, ref_rejected_logps)
             pairs = g.lengths + b.lengths > 0
-            metrics["rewards/chosen"] = _mean(of_chosen, pairs)
-            metrics["rewards/rejected"] = _mean(of_rejected, pairs)
+            metrics["rewards/chosen"] = mean_of(of_chosen, pairs)
+            metrics["rewards/rejected"] = mean_of(of_rejected, pairs)
             metrics |= _compare("rewards", g, b, of_chosen, of_rejected)
         return metrics
 
@@ -273,15 +273,10 @@ def _at(log_odds: Tensor, side: Responses) -> Responses:
     return Responses(log_odds, mask, segments, size, tokens, sequences)
 
 
-def _mean(x: Tensor, counted: Tensor) -> Tensor:
-    """Returns the mean over the responses or pairs that count, 0 if there are none."""
-    return torch.where(counted, x, 0).sum() / counted.sum().clamp(min=1)
-
-
 def _compare(name: str, g: Rows, b: Rows, x: Tensor, y: Tensor) -> dict[str, Tensor]:
     """Returns by how much and how often the chosen response of a pair is ahead."""
     pairs = g.lengths + b.lengths > 0
     return {
-        f"{name}/margins": _mean(x - y, pairs),
-        f"{name}/accuracies": _mean((x > y).to(x.dtype), pairs),
+        f"{name}/margins": mean_of(x - y, pairs),
+        f"{name}/accuracies": mean_of((x > y).to(x.dtype), pairs),
     }

@@ -182,9 +182,17 @@ class Rows(NamedTuple):
         """Returns the mean of per-response values over the responses that have tokens."""
         return torch.where(self.lengths > 0, x, 0).sum() / self.sequences
 
+    def spread(self, x: Tensor) -> Tensor:
+        """Returns per-response values (B,) at each of their tokens; packed, at ignored ones too."""
+        return x[:, None].expand_as(self.kept) if self.segments is None else x[self.segments]
+
     def reduced(self, x: Tensor, reduction: str) -> Tensor:
-        """Returns a mean of per-token values: "token_mean", or "sequence_sum" of their sums."""
-        return self.token_mean(x) if reduction == "token_mean" else self.sequence_mean(self.sum(x))
+        """Returns a mean of per-token values: over tokens, or of responses' sums or means."""
+        if reduction == "token_mean":
+            return self.token_mean(x)
+        sums = self.sum(x)
+        mean = reduction == "sequence_mean"
+        return self.sequence_mean(sums / self.lengths.clamp(min=1) if mean else sums)
 
     def logps(self, *, mean: bool = False) -> Tensor:
         """Returns S = log P of each response, (B,), or S / T on request."""
@@ -201,9 +209,8 @@ class Rows(NamedTuple):
             top = top.scatter_reduce(0, self.segments, x.detach(), "amax")
         some = top > float("-inf")
         top = torch.where(some, top, 0)
-        spread = top[:, None] if self.segments is None else top[self.segments]
         # log 0 would be right where there is nothing, but its gradient is NaN
-        total = torch.where(some, self.sum(torch.exp(x - spread)), 1)
+        total = torch.where(some, self.sum(torch.exp(x - self.spread(top))), 1)
         return torch.where(some, top + total.log(), float("-inf"))
 
 
@@ -300,6 +307,11 @@ def per_token(name: str, value: Tensor, chosen: Responses, rows: Rows) -> Tensor
     """Returns one number a token in the dtype of sums, 0 where nothing counts, after checks."""
     beside(name, value, chosen)
     return torch.where(rows.kept, accumulated(name, value), 0)
+
+
+def mean_of(x: Tensor, counted: Tensor) -> Tensor:
+    """Returns the mean of the values that count, 0 if there are none."""
+    return torch.where(counted, x, 0).sum() / counted.sum().clamp(min=1)
 
 
 def accumulated(name: str, log_odds: Tensor) -> Tensor:

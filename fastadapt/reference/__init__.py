@@ -60,6 +60,11 @@ from fastadapt.reference.losses import (
     unlikelihood_loss,
     unlikelihood_penalty,
 )
+from fastadapt.reference.policy import (
+    clipped_ratio_loss,
+    reinforce_loss,
+    weighted_reinforce_loss,
+)
 from fastadapt.reference.ranks import of_first_rank, whole_rows
 from fastadapt.reference.support import linear_support_log_odds, support_log_odds
 from fastadapt.reference.verification import verify
@@ -74,6 +79,7 @@ __all__ = [
     "adapted_log_odds",
     "candidate_log_odds",
     "candidate_unlikelihood_penalty",
+    "clipped_ratio_loss",
     "dpo_loss",
     "entropy_bonus",
     "exmate_loss",
@@ -90,6 +96,7 @@ __all__ = [
     "mate_penalty",
     "mle_loss",
     "previous_tokens",
+    "reinforce_loss",
     "sample",
     "score",
     "sequence_logps",
@@ -99,6 +106,7 @@ __all__ = [
     "unlikelihood_loss",
     "unlikelihood_penalty",
     "verify",
+    "weighted_reinforce_loss",
     "z_loss",
 ]
 __dir__ = __all__.copy  # what is not public is not listed
