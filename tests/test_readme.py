@@ -85,7 +85,7 @@ def test_examples_of_losses_run():
     """In one scope, in their order; what was ignored has no gradient, all else has one."""
     scope: dict[str, object] = {}
     blocks = _examples("docs/training.md", "\n## Training a model\n")
-    assert len(blocks) == 9
+    assert len(blocks) == 11
     for block in _examples("docs/sampling.md")[:1] + blocks:
         exec(compile(block, "docs", "exec"), scope)
     assert scope["drawn"].status.tolist() == [0, 0, 0, 0]
@@ -94,3 +94,4 @@ def test_examples_of_losses_run():
     assert (gradient[:, 28:] == 0).all() and (gradient[:, :28].abs().sum(-1) > 0).all()
     assert scope["logits"].grad.abs().sum() > 0
     assert (scope["logps"] < 0).any() and scope["logps"].isfinite().all()
+    assert abs(scope["ratios"]["ratios/mean"] - 1) < 1e-4 and scope["nsr"] > 0
