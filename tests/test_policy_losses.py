@@ -441,6 +441,23 @@ def test_bounds_are_inclusive():
         assert float(metrics["ratios/clipped"]) == 0
 
 
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+def test_bounds_beyond_the_dtype_are_none(advantage):
+    """In float32; an importance weight stays finite."""
+    sampled, advantages = one(0.0), torch.tensor([advantage])
+    mu = label_logps(sampled.log_odds.detach()) - 2
+    for level in ("token", "sequence"):
+        loss, metrics = clipped_ratio_loss(
+            sampled, mu, advantages, epsilon_high=1e300, delta=2e300, level=level
+        )
+        assert loss.item() == pytest.approx(-advantage * math.exp(2), rel=1e-6)
+        assert float(metrics["ratios/clipped"]) == 0
+    for off, wanted in ((0.0, math.exp(2)), (200.0, torch.finfo(torch.float32).max)):
+        loss, metrics = reinforce_loss(sampled, advantages, mu - off, max_weight=1e300)
+        assert loss.item() == pytest.approx(advantage * wanted * math.log(2), rel=1e-6)
+        assert float(metrics["ratios/truncated"]) == (off > 0)
+
+
 @each_case
 def test_nothing_that_counts_is_zero_with_a_graph(case):
     for shape in ((0, 0), (0, 3), (2, 0), (2, 3)):

@@ -114,15 +114,13 @@ def clipped_ratio_loss(
         weights = _per_response("advantages", advantages, rows)
         lengths = rows.sum(inside.to(token_ratios.dtype))
         counted, log_ratios = lengths > 0, rows.sum(token_ratios) / lengths.clamp(min=1)
-        weights = torch.where(counted, weights, 0)
     losses, low, high = _clipped(log_ratios, weights, bounds)
     per_token_losses = losses if level == "token" else rows.spread(losses)
     loss = rows.reduced(torch.where(inside, per_token_losses, 0), reduction)
     with torch.no_grad():
-        metrics = _ratio_metrics(log_ratios, counted)
+        metrics = _ratio_metrics(log_ratios, counted) | _divergence(token_ratios, inside)
         metrics["ratios/clipped"] = mean_of((low | high).to(loss.dtype), counted)
         metrics["ratios/clipped_low"] = mean_of(low.to(loss.dtype), counted)
-        metrics["kl/sampler"] = mean_of(token_ratios.expm1() - token_ratios, inside)
         metrics["tokens/outside_support"] = tokens.outside()
     return loss, metrics
 
@@ -311,9 +309,12 @@ def _clipped(
     """Returns the surrogate, and where it stands still because of the lower or an upper bound."""
     ratios = log_ratios.detach().exp()
     gain, cost = advantages > 0, advantages < 0
-    low = cost & (ratios < bounds.low)
-    high = (gain & (ratios > bounds.high)) | (cost & (ratios > bounds.far))
-    at = torch.where(gain, ratios.clamp(max=bounds.high), ratios.clamp(bounds.low, bounds.far))
+    # a bound beyond the dtype is none
+    top = torch.finfo(ratios.dtype).max
+    least, most, far = (b if b <= top else float("inf") for b in bounds)
+    low = cost & (ratios < least)
+    high = (gain & (ratios > most)) | (cost & (ratios > far))
+    at = torch.where(gain, ratios.clamp(max=most), ratios.clamp(least, far))
     still = low | high | (advantages == 0)
     # a ratio that overflows must not meet a 0, of the advantage or of the gradient
     moving = torch.where(still, 0, log_ratios).exp()
@@ -330,6 +331,11 @@ def _ratio_metrics(log_ratios: Tensor, counted: Tensor) -> dict[str, Tensor]:
     }
 
 
+def _divergence(log_ratios: Tensor, inside: Tensor) -> dict[str, Tensor]:
+    """Returns the estimate of the KL divergence of tokens."""
+    return {"kl/sampler": mean_of(log_ratios.expm1() - log_ratios, inside)}
+
+
 def _truncated(
     tokens: _Tokens, sampled: Responses, sampler_logps: Tensor | None, max_weight: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -339,19 +345,19 @@ def _truncated(
         if sampler_logps is None:
             return torch.ones_like(tokens.logps), outside
         log_ratios = tokens.log_ratios(sampled, sampler_logps)
-        metrics = _ratio_metrics(log_ratios, tokens.inside)
+        metrics = _ratio_metrics(log_ratios, tokens.inside) | _divergence(log_ratios, tokens.inside)
         weights = log_ratios.exp()
-        truncated = (weights > max_weight).to(weights.dtype)
+        most = min(max_weight, torch.finfo(weights.dtype).max)
+        truncated = (weights > most).to(weights.dtype)
         metrics["ratios/truncated"] = mean_of(truncated, tokens.inside)
-        metrics["kl/sampler"] = mean_of(log_ratios.expm1() - log_ratios, tokens.inside)
-        return weights.clamp(max=max_weight), metrics | outside
+        return weights.clamp(max=most), metrics | outside
 
 
 def _advantages(advantages: Tensor, sampled: Responses, rows: Rows) -> Tensor:
-    """Returns the advantage of each token, held constant, 0 where nothing counts, after checks."""
+    """Returns the advantage of each token that counts, held constant, after checks."""
     instance("advantages", advantages, Tensor, "a Tensor")
     if advantages.shape == (rows.size,):
-        return torch.where(rows.kept, rows.spread(_per_response("advantages", advantages, rows)), 0)
+        return rows.spread(_per_response("advantages", advantages, rows))
     if advantages.shape != sampled.log_odds.shape:
         shapes = f"({rows.size},) or {tuple(sampled.log_odds.shape)}"
         raise ValueError(f"advantages: expected shape {shapes}, got {tuple(advantages.shape)}")
