@@ -118,6 +118,7 @@ def a_model_draws_from_its_slices(rank: int, group: Any) -> None:
         "logits_processor: .* got RepetitionPenaltyLogitsProcessor": {"repetition_penalty": 1.2},
         "output_scores": {"output_scores": True, "return_dict_in_generate": True},
         "output_logprobs": {"output_logprobs": True, "return_dict_in_generate": True},
+        "output_supports": {"output_supports": True, "return_dict_in_generate": True},
         "prompt_lookup_num_tokens": {"prompt_lookup_num_tokens": 2},
         "do_sample": {"do_sample": False},
     }

@@ -17,6 +17,8 @@ from fastadapt.adaptor import Adaptor
 from fastadapt.hf._chain import Chain
 from fastadapt.hf._run import Run
 from fastadapt.hf._streams import Streams
+from fastadapt.hf._told import Supports
+from fastadapt.results import Support
 from fastadapt.sampling.functions import filter_logits, sample, score
 
 _STATUS = {
@@ -37,6 +39,7 @@ class Draw(LogitsProcessor):
         input_ids (Tensor): (N, T), int64; the prompts.
         streams: the random streams of the rows.
         tell: gets what there is to tell of each step's tokens, as `Told.add`; None: nothing.
+        supports: gets what each step's tokens are drawn from; None: nothing does.
         config: the call's generation config.
         split: the group over whose ranks the vocabulary is split, and the size of the whole; None:
             scores are whole.
@@ -48,13 +51,16 @@ class Draw(LogitsProcessor):
         input_ids: Tensor,
         streams: Streams,
         tell: Callable[..., None] | None,
+        supports: Supports | None,
         config: GenerationConfig,
         split: tuple[Any, int] | None = None,
     ) -> None:
         """Prepares one call of the generation loop."""
         rows, self.prompt_length = input_ids.shape[:2]
-        self.chain, self.streams, self.tell = chain, streams, tell
-        self.split: dict[str, Any] = {} if split is None else {"group": split[0]}
+        self.chain, self.streams, self.tell, self.supports = chain, streams, tell, supports
+        self.options: dict[str, Any] = {} if split is None else {"group": split[0]}
+        if supports is not None:
+            self.options["support"] = True
         self.width = None if split is None else split[1]
         self.before: Any = LogitsProcessorList(chain.before)
         self.edits = Run(chain.edits)
@@ -83,7 +89,7 @@ class Draw(LogitsProcessor):
                 seeds = torch.randint(2**63 - 1, (len(scores),), device=scores.device)
             adaptor = adaptor.tossed(seeds, positions)
         changes: dict[str, Any] = {"edits": edits, "allowed": allowed}
-        options = {**changes, **self.split}
+        options = {**changes, **self.options}
         drawn = sample(scores, adaptor, seeds=seeds, positions=positions, **options)
         ended = self.finished | (self.status != 0)
         self.status = torch.where(ended, self.status, drawn.status)
@@ -92,9 +98,12 @@ class Draw(LogitsProcessor):
         if self.records:
             kept = filter_logits(scores, adaptor, **changes) if kept is None else kept
             self.scores.append(kept.log_softmax(-1) if self.chain.normalised else kept)
+        over = self.finished | (self.status != 0)
         if self.tell is not None:
-            over = self.finished | (self.status != 0)
             self.tell(logits, drawn.tokens, drawn.logprobs, drawn.kept, over)
+        if self.supports is not None:
+            assert drawn.support is not None  # noqa: S101, for the type checker
+            self.supports.add(drawn.support, over)
         tokens = torch.where(drawn.status == 0, drawn.tokens, self.pad_token)
         return self._rows_of(tokens[:, None], scores)
 
@@ -145,25 +154,33 @@ class Watch(LogitsProcessor):
     Args:
         processors: as `model.generate` prepares them.
         input_ids (Tensor): (N, T), int64; the prompts.
-        tell: gets what there is to tell of each step's tokens, as `Told.add`.
+        tell: gets what there is to tell of each step's tokens, as `Told.add`; None: nothing.
+        supports: gets the ids of each step that have a finite processed score; None: nothing does.
     """
 
     def __init__(
-        self, processors: LogitsProcessorList, input_ids: Tensor, tell: Callable[..., None]
+        self,
+        processors: LogitsProcessorList,
+        input_ids: Tensor,
+        tell: Callable[..., None] | None,
+        supports: Supports | None,
     ) -> None:
         """Prepares one call of the generation loop."""
         self.processors: Any = processors
-        self.tell = tell
+        self.tell, self.supports = tell, supports
         self.finished = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Returns what the processors make of the scores, (N, V)."""
-        logits = scores.clone() if self.processors else scores
+        logits = scores.clone() if self.tell is not None and self.processors else scores
         scores = self.processors(input_ids, scores)
-        tokens = scores.argmax(-1)
-        rows = _narrowed(scores) if scores.dtype == torch.float64 else scores
-        by = score(rows, tokens, [Adaptor()])
-        self.tell(logits, tokens, by.logprobs[:, 0], by.kept[:, 0], self.finished)
+        if self.tell is not None:
+            tokens = scores.argmax(-1)
+            rows = _narrowed(scores) if scores.dtype == torch.float64 else scores
+            by = score(rows, tokens, [Adaptor()])
+            self.tell(logits, tokens, by.logprobs[:, 0], by.kept[:, 0], self.finished)
+        if self.supports is not None:
+            self.supports.add(Support.from_mask(scores.isfinite()), self.finished)
         return scores
 
     def end_rows(self, done: Tensor) -> Tensor:

@@ -1,20 +1,17 @@
 """What a generation takes where each rank has a slice of the logits."""
 
-from typing import Any
-
 from transformers import GenerationConfig
 
 from fastadapt.hf._chain import Chain
 
 
-def refuse_whole_rows(chain: Chain, config: GenerationConfig, *, tells: bool, drafts: bool) -> None:
+def refuse_whole_rows(chain: Chain, config: GenerationConfig, **asked: bool) -> None:
     """Raises for what needs a whole row of logits in one place.
 
     Args:
         chain: of processors.
         config: of the call.
-        tells: whether log-probabilities are asked for.
-        drafts: whether tokens are drafted.
+        **asked: by the names of arguments, whether there is more that needs whole rows.
 
     Raises:
         NotImplementedError: it is asked for.
@@ -24,11 +21,6 @@ def refuse_whole_rows(chain: Chain, config: GenerationConfig, *, tells: bool, dr
         raise NotImplementedError(
             f"logits_processor: expected warpers alone with a group, got {', '.join(processors)}"
         )
-    asked: dict[str, Any] = {
-        "output_scores": config.output_scores,
-        "output_logprobs": tells,
-        "assistant_model or prompt_lookup_num_tokens": drafts,
-    }
-    for name, value in asked.items():
+    for name, value in {"output_scores": config.output_scores, **asked}.items():
         if value:
             raise NotImplementedError(f"{name}: expected none with a group, whose rows are split")

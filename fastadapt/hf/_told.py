@@ -1,4 +1,4 @@
-"""What a generation tells of its tokens: a few numbers each, without the rows they come from."""
+"""What a generation tells of its tokens: a few numbers each and the ids they were chosen from."""
 
 from typing import Any, NamedTuple
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastadapt.adaptor import Adaptor
+from fastadapt.results import Support
 from fastadapt.sampling.functions import score
 
 _IGNORED = -100
@@ -66,3 +67,27 @@ class Told:
         """Puts the numbers of the first steps into the output of `model.generate`."""
         for name, values in zip(Fields._fields, zip(*self.steps[:steps], strict=True), strict=True):
             output[name] = torch.stack(values, 1)
+
+
+class Supports:
+    """Collects the ids that each step's tokens were chosen from."""
+
+    def __init__(self) -> None:
+        self.steps: list[tuple[Support, Tensor]] = []
+
+    def add(self, support: Support, over: Tensor) -> None:
+        """Adds a step.
+
+        Args:
+            support: of N rows; those of rows that are over mean nothing.
+            over: (N,), bool; rows that ended before this step.
+        """
+        self.steps.append((support, over))
+
+    def put(self, output: Any, steps: int) -> None:
+        """Puts one support a sequence, a row a token, into the output of `model.generate`."""
+        supports, over = zip(*self.steps[:steps], strict=True)
+        live = ~torch.stack(over, 1)  # (N, steps)
+        sequences, at = live.nonzero().unbind(1)  # sequence by sequence
+        rows = Support.cat(supports).index(at * live.shape[0] + sequences)
+        output["supports"] = rows.split(live.sum(1).tolist())

@@ -21,17 +21,16 @@ from transformers import (
     StoppingCriteriaList,
 )
 from transformers.generation.streamers import BaseStreamer
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-from transformers.integrations.fsdp import is_fsdp_managed_module
 
-from fastadapt._ops.checks import flag, instance, integers
+from fastadapt._ops.checks import instance, integers
 from fastadapt.adaptor import Adaptor
+from fastadapt.hf._asked import has_drafts, is_asked, is_sharded
 from fastadapt.hf._chain import chain_of
 from fastadapt.hf._drafted import Drafted, WithDrafts, check_assistant
 from fastadapt.hf._draw import Draw, Stopping, Watch
 from fastadapt.hf._split import refuse_whole_rows
 from fastadapt.hf._streams import Seeds, Streams, seeds_of
-from fastadapt.hf._told import Told
+from fastadapt.hf._told import Supports, Told
 from fastadapt.hf._unreachable import refuse_unreachable
 from fastadapt.sampling.functions import filter_logits
 
@@ -151,6 +150,10 @@ class Generate:
             distributions has; `ranks`, int32, 1 + how many tokens stand before it in the model's
             own logits (logit descending, id ascending). All are 0 after a sequence's end. Where
             those logits have no such token they are -inf and 0, where they have NaN, NaN and 0.
+        output_supports: with `return_dict_in_generate=True` the output also has `supports`, a list
+            of one `Support` per returned sequence: the ids that each of its tokens was drawn from,
+            one row a token, through the sequence's end (in a greedy search those whose processed
+            score is finite). The counts of a row that is not full are its `kept`.
         streamer, synced_gpus: never reach a callable and are refused; pass them to `using` instead.
             `synced_gpus` is otherwise chosen as transformers does.
         stop_strings: its tokenizer never reaches a callable; pass
@@ -173,9 +176,9 @@ class Generate:
     Raises:
         ValueError: a mode other than sampling and greedy search (beams, contrastive, DoLa,
             constraints), an argument that cannot reach here (above), `seeds` without
-            `do_sample=True`, `positions` without seeds, `output_logprobs` without
-            `return_dict_in_generate=True`, or seeds, positions or per-row knobs that do not fit
-            the batch.
+            `do_sample=True`, `positions` without seeds, `output_logprobs` or
+            `output_supports` without `return_dict_in_generate=True`, or seeds, positions or per-row
+            knobs that do not fit the batch.
         TypeError: seeds or positions that are not integers, a flag that is not a bool.
         RuntimeError: an unfinished row has NaN, +inf or nothing finite. On a CPU at once; elsewhere
             the row ends with the pad token and the error follows after the loop, so that no step
@@ -221,11 +224,12 @@ class Generate:
         seeds: Seeds | None = None,
         positions: Sequence[int] | Tensor | None = None,
         output_logprobs: bool = False,
+        output_supports: bool = False,
         stop_strings: object = None,
         **model_kwargs: Any,
     ) -> Any:
         """Run the loop; called by `model.generate`, which prepares the arguments."""
-        synced_gpus = _is_sharded(model) if self.synced_gpus is None else self.synced_gpus
+        synced_gpus = is_sharded(model) if self.synced_gpus is None else self.synced_gpus
         refuse_unreachable(model, synced_gpus)
         if stop_strings is not None:  # named above, it is kept from the generation config
             raise ValueError(
@@ -234,8 +238,10 @@ class Generate:
             )
         if self.assistant_model is not None:
             check_assistant(model, self.assistant_model)
-        drafts = _has_drafts(generation_config, self.assistant_model)
-        told = Told() if _is_asked("output_logprobs", output_logprobs, generation_config) else None
+        drafts = has_drafts(generation_config, self.assistant_model)
+        told = Told() if is_asked("output_logprobs", output_logprobs, generation_config) else None
+        asked = is_asked("output_supports", output_supports, generation_config)
+        supports = Supports() if asked else None
         streams = self._streams(model, seeds, positions, input_ids, generation_config)
         tell = None if told is None else told.add
         for_drafts: list[LogitsProcessor] = list(logits_processor)
@@ -245,10 +251,14 @@ class Generate:
             _check_rows(chain.adaptor, input_ids.shape[0])
             split = None
             if self.group is not None:
-                told_of = {"tells": tell is not None, "drafts": drafts}
-                refuse_whole_rows(chain, generation_config, **told_of)
+                others = {
+                    "output_logprobs": output_logprobs,
+                    "output_supports": output_supports,
+                    "assistant_model or prompt_lookup_num_tokens": drafts,
+                }
+                refuse_whole_rows(chain, generation_config, **others)
                 split = self.group, model.config.get_text_config().vocab_size
-            draw = Draw(chain, input_ids, streams, tell, generation_config, split)
+            draw = Draw(chain, input_ids, streams, tell, supports, generation_config, split)
             generation_config = copy.copy(generation_config)
             generation_config.do_sample = False
             for_drafts = [*chain.before, *chain.edits]
@@ -256,8 +266,8 @@ class Generate:
             raise NotImplementedError(
                 "do_sample: expected True with a group (a temperature of 0 is greedy), got False"
             )
-        elif tell is not None:
-            draw = Watch(logits_processor, input_ids, tell)
+        elif tell is not None or supports is not None:
+            draw = Watch(logits_processor, input_ids, tell, supports)
         if draw is not None:
             logits_processor = LogitsProcessorList([Drafted(draw) if drafts else draw])
             stopping_criteria = Stopping(stopping_criteria, draw)
@@ -284,8 +294,9 @@ class Generate:
             )
         if isinstance(draw, Draw):
             draw.finish(output)
-        if told is not None:
-            told.put(output, output.sequences.shape[1] - input_ids.shape[1])
+        for found in (told, supports):
+            if found is not None:
+                found.put(output, output.sequences.shape[1] - input_ids.shape[1])
         return output
 
     def _streams(
@@ -350,25 +361,6 @@ Examples:
 """
 
 
-def _is_asked(name: str, value: bool, config: GenerationConfig) -> bool:
-    """Returns a flag whose results are in a dictionary; raises where there is none."""
-    flag(name, value)
-    if value and not config.return_dict_in_generate:
-        raise ValueError(f"{name}: expected return_dict_in_generate=True beside it, got False")
-    return value
-
-
-def _has_drafts(config: GenerationConfig, assistant_model: Any) -> bool:
-    """Whether tokens are drafted; raises unless one sequence a row is sampled or searched."""
-    mode = config.get_generation_mode(assistant_model)
-    if mode not in ("sample", "greedy_search", "assisted_generation"):
-        raise ValueError(
-            f"generation mode: expected sampling or greedy search, got {mode.value}; "
-            "set num_beams=1 and no contrastive, DoLa or constraint option"
-        )
-    return mode == "assisted_generation"
-
-
 def _check_rows(adaptor: Adaptor, rows: int) -> None:
     """Raises unless per-row knobs fit the batch."""
     if adaptor.rows is not None and adaptor.rows != rows:
@@ -377,16 +369,3 @@ def _check_rows(adaptor: Adaptor, rows: int) -> None:
             f"num_return_sequences), got {adaptor.rows}; repeat_interleave expands them as "
             "transformers expands the prompts"
         )
-
-
-def _is_sharded(model: Any) -> bool:
-    """Whether ranks share the weights and so must call the model equally often."""
-    zero3 = is_deepspeed_zero3_enabled()
-    if not (zero3 or is_fsdp_managed_module(model)):
-        return False
-    distributed = torch.distributed
-    return (
-        distributed.is_available()
-        and distributed.is_initialized()
-        and distributed.get_world_size() > 1
-    )
