@@ -44,7 +44,7 @@ OURS = {
     "reference": {"reference", "results"},
     "training": PUBLIC | {"training"},
     "hf": PUBLIC | {"_ops", "hf", "training"},
-    "trl": PUBLIC | {"training", "trl"},
+    "trl": PUBLIC | {"hf", "training", "trl"},
     "sglang": PUBLIC | {"sglang"},
     "vllm": PUBLIC | {"vllm"},
     "tracking": PUBLIC | {"tracking", "training"},
@@ -253,7 +253,7 @@ def _forbidden(module: str) -> Iterator[str]:
                 yield f"{line}: calls {called}"
             named = _dotted(node.args[0]).split(".")[0] if node.args else ""
             # one exception: what trl's models score labels with, put back by the same `with` block
-            serves = module == "trl/trainer.py" and named == "trl_utils"
+            serves = module == "trl/_served.py" and named == "trl_utils"
             if called in {"setattr", "delattr"} and named in imported and not serves:
                 yield f"{line}: {called} on {_dotted(node.args[0])}, which is imported"
         elif isinstance(node, ast.Global):

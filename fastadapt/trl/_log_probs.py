@@ -27,6 +27,7 @@ from fastadapt.training.head import (
 from fastadapt.training.head_check import Answer, fitted, known_states, products_of, remembered
 from fastadapt.training.lora import Lora, lora_of
 from fastadapt.training.quantised import is_quantised
+from fastadapt.trl._support import Head, Source, scored_on
 
 # What the forward of trl 1.16 passes, in this order.
 ARGUMENTS = (
@@ -46,6 +47,7 @@ _OURS = {  # outputs of the same pass, by their names in trl
     "is_top1": "hit",
 }
 _NAMES = {"log_probs", "mean_logits", *_OURS}
+_ON_SUPPORTS = {"log_probs", "entropy"}
 _FORWARD = "_fused_forward"  # of trl 1.16
 _RECORD = "_fastadapt_trl_head"
 _MEAN_ROWS = 1024  # of the head at a time, where its logits are capped
@@ -74,6 +76,35 @@ class LogOdds:
         return score(*arguments)
 
 
+class SupportLogProbs:
+    """Replaces it by one whose log-probabilities and entropies are those on given supports.
+
+    One object serves all calls of a trainer, so that graphs that torch.compile has cut at it stay.
+
+    Args:
+        trains_entropy: whether a loss contains the entropy, which then has a gradient.
+    """
+
+    def __init__(self, trains_entropy: bool) -> None:
+        self.trains_entropy = trains_entropy
+        self.source: Source | None = None
+
+    @contextlib.contextmanager
+    def reading(self, source: Source) -> Iterator[None]:
+        """Takes the supports of all rows that are scored in the block from a source."""
+        self.source = source
+        try:
+            yield
+        finally:
+            self.source = None
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def apply(self, *arguments: Any) -> Outputs:
+        """Returns log-probabilities (N,), and the other outputs of trl's function."""
+        scored = score(*[*arguments, self.source, self.trains_entropy])
+        return (label_logps(scored[0]), *scored[1:])
+
+
 def score(
     hidden: Tensor,
     weight: Tensor,
@@ -84,17 +115,20 @@ def score(
     softcap: float | None,
     logit_scale: float,
     outputs: Sequence[str],
+    source: Source | None = None,
+    trains_entropy: bool = False,
 ) -> Outputs:
     """Returns log-odds of N rows and what trl asks for.
 
     That is the entropy, the logarithm of the sum of all squared probabilities (for WPO), the mean
     logit, and whether the label is largest. The entropy has a gradient where the head has one; that
     of a frozen head, which would cost a product more in every step, and of one that is gathered for
-    the call is refused.
+    the call is refused. With a source both are those on the support that it has for each row.
     """
-    missing = sorted(set(outputs) - _NAMES)
+    names = _NAMES if source is None else _ON_SUPPORTS
+    missing = sorted(set(outputs) - names)
     if missing:
-        raise ValueError(f"outputs: expected some of {sorted(_NAMES)}, got {missing}")
+        raise ValueError(f"outputs: expected some of {sorted(names)}, got {missing}")
     caller, layer, width, lora = _forward_of_trl(), None, None, None
     if caller is not None:
         layer = layer_of(causal_of(caller["self"]))
@@ -106,8 +140,11 @@ def score(
     # a temperature divides the capped logits: both the cap and what is below it shrink
     scale = logit_scale / temperature
     cap = None if softcap is None else softcap / temperature
-    names = [name for name in outputs if name in _OURS]
+    asked = [name for name in outputs if name in _OURS]
     gathered = layer is not None and is_gathered(layer)
+    if source is not None and (lora is not None or (gathered and trains_entropy)):
+        what = "a head without an adapter" if lora is not None else "no entropy in the loss"
+        raise HeadError(f"model: expected {what} beside supports, got {type(layer).__name__}")
     made: dict[str, Tensor] = {}  # outputs beside the log-odds
     # whether the entropy's gradient costs no product more
     trained = weight.requires_grad or (lora is not None and lora.b.requires_grad)
@@ -122,6 +159,11 @@ def score(
         if not torch.is_autocast_enabled(hidden.device.type):
             weight = weight.to(hidden.dtype)
             bias = None if bias is None else bias.to(hidden.dtype)
+        if source is not None:
+            head = Head(weight, bias, cap, scale)
+            support = source(hidden, targets, head)
+            log_odds, made["entropy"] = scored_on(hidden, targets, support, head, trains_entropy)
+            return log_odds
         log_odds, *found = linear_log_odds(
             hidden,
             weight,
@@ -130,10 +172,10 @@ def score(
             softcap=cap,
             logit_scale=scale,
             lora=adapter,
-            outputs=["hit", *(_OURS[name] for name in names)],
+            outputs=["hit", *(_OURS[name] for name in asked)],
             differentiable=trained and not gathered,
         )
-        made.update(zip(names, found[1:], strict=True))
+        made.update(zip(asked, found[1:], strict=True))
         if "mean_logits" in outputs:
             with torch.no_grad():
                 made["mean_logits"] = _mean_logits(hidden, weight, bias, cap, scale, adapter)

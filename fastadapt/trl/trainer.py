@@ -10,14 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-import trl
 from torch import Tensor
-from trl.trainer import utils as trl_utils
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
 
@@ -26,10 +23,9 @@ from fastadapt.losses import Responses, RewardPenalizeLoss
 from fastadapt.training.compiled import head_outside_graphs
 from fastadapt.training.head import causal_of
 from fastadapt.training.lora import has_adapter
-from fastadapt.trl._log_probs import ARGUMENTS, LogOdds, LogProbs
+from fastadapt.trl._log_probs import LogOdds, LogProbs
+from fastadapt.trl._served import check_hook, served
 
-# What the forward of trl 1.16 looks up.
-_FUNCTION, _COMPACTS = "_ChunkedLogProbFunction", "_use_triton"
 _UNSUPPORTED = {
     "loss_type": "loss=",
     "loss_weights": "loss=",
@@ -77,7 +73,7 @@ def fused_log_probs() -> Iterator[None]:
     Raises:
         RuntimeError: the installed trl has no such hook, or another one; 1.16.0 has it.
     """
-    with _served(LogProbs):
+    with served(LogProbs):
         yield
 
 
@@ -149,7 +145,7 @@ class RewardPenalizeTrainer(DPOTrainer):
         loss_options: Mapping[str, Any] | None = None,
         **rest: Any,
     ) -> None:
-        _check_hook()
+        check_hook()
         if args is not None:
             instance("args", args, DPOConfig, "a DPOConfig")
         args = DPOConfig() if args is None else copy.copy(args)  # the caller's stays as it is
@@ -183,7 +179,7 @@ class RewardPenalizeTrainer(DPOTrainer):
         """Computes the reference by our operator, equal to the policy's first step to the bit."""
         if "dpo" not in self.objective.weights:
             return dataset
-        with _served(LogProbs):
+        with served(LogProbs):
             return super()._precompute_ref_logps(dataset, name, batch_size)
 
     def get_batch_samples(
@@ -215,7 +211,7 @@ class RewardPenalizeTrainer(DPOTrainer):
         extra = {"output_router_logits": True} if self.aux_loss_enabled else {}
         mask = inputs["completion_mask"][:, 1:].bool()
         labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
-        with _served(LogOdds), head_outside_graphs(model):
+        with served(LogOdds), head_outside_graphs(model):
             outputs = model(**keep, **extra, labels=labels, fused_lm_head=True)
         # prompt-learning adapters put their own positions before those of the tokens
         log_odds = outputs.log_probs[:, -mask.shape[1] :]
@@ -258,7 +254,7 @@ class RewardPenalizeTrainer(DPOTrainer):
             return inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
         reference_of: Any = self.compute_ref_log_probs  # trl has no types
         reference = self.model if self.ref_model is None else self.ref_model
-        with _served(LogProbs), head_outside_graphs(reference):
+        with served(LogProbs), head_outside_graphs(reference):
             chosen, rejected = reference_of(reference, inputs)
         return chosen, rejected
 
@@ -334,20 +330,6 @@ def _counted(outputs: Any, mask: Tensor, sides: int) -> dict[str, tuple[Tensor, 
 
 
 @contextlib.contextmanager
-def _served(function: type) -> Iterator[None]:
-    """Replaces trl's function within the block; only used rows are scored."""
-    _check_hook()
-    before = {name: getattr(trl_utils, name) for name in (_FUNCTION, _COMPACTS)}
-    try:
-        setattr(trl_utils, _FUNCTION, function)
-        setattr(trl_utils, _COMPACTS, lambda device: True)
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(trl_utils, name, value)
-
-
-@contextlib.contextmanager
 def _without_adapter_on_its_head(model: Any) -> Iterator[None]:
     """Makes a model name the layer below an adapter as its head, within the block.
 
@@ -369,21 +351,6 @@ def _without_adapter_on_its_head(model: Any) -> Iterator[None]:
         yield
     finally:
         object.__delattr__(causal, "get_output_embeddings")
-
-
-def _check_hook() -> None:
-    """Raises unless trl calls the function that we replace, with known arguments."""
-    found = getattr(trl_utils, _FUNCTION, None)
-    if found in (LogProbs, LogOdds):
-        return
-    arguments: tuple[str, ...] = ()
-    if found is not None and hasattr(trl_utils, _COMPACTS):
-        arguments = tuple(inspect.signature(found.forward).parameters)[1:]
-    if arguments != ARGUMENTS:
-        raise RuntimeError(
-            f"trl {trl.__version__}: expected trl.trainer.utils.{_FUNCTION}, called with "
-            f"{', '.join(ARGUMENTS)}, as in trl 1.16.0, got {', '.join(arguments) or 'none'}"
-        )
 
 
 def _check_config(args: DPOConfig) -> None:
