@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 datasets = pytest.importorskip("datasets", reason="needs trl")
 pytest.importorskip("trl")
@@ -15,8 +15,9 @@ from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer  # noqa: E402
 from fastadapt import Adaptor, Support, filter_logits  # noqa: E402
 from fastadapt.trl import SupportGRPOTrainer, SupportRLOOTrainer, fused_log_probs  # noqa: E402
 from fastadapt.trl import support_trainers as module  # noqa: E402
+from fastadapt.trl._log_probs import Head  # noqa: E402
 from fastadapt.trl._sampled import Recorder  # noqa: E402
-from fastadapt.trl._support import Decided, Head, Replayed, scored_on  # noqa: E402
+from fastadapt.trl._support import Decided, Replayed, scored_on  # noqa: E402
 
 KINDS = {"grpo": (SupportGRPOTrainer, GRPOConfig), "rloo": (SupportRLOOTrainer, RLOOConfig)}
 FILTERS = {"temperature": 0.7, "top_p": 0.9}
@@ -331,9 +332,9 @@ def test_supports_are_decided_by_the_filters(softcap, monkeypatch):
     made, _, labels = _problem()
     head = Head(made["weight"], made["bias"], softcap, 1 / 0.7)
     filters = Adaptor(top_p=0.8, min_p=0.02)
-    decided = Decided(filters)
-    first = decided(made["hidden"][:25], labels[:25], head)
-    second = decided(made["hidden"][25:], labels[25:], head)
+    decided = Decided(filters, False)
+    first = decided.of(made["hidden"][:25], labels[:25], head)
+    second = decided.of(made["hidden"][25:], labels[25:], head)
     z = (made["hidden"] @ made["weight"].t() + made["bias"]).detach() / 0.7
     z = z if softcap is None else softcap * (z / softcap).tanh()
     kept = filter_logits(z, filters) > -torch.inf
@@ -345,16 +346,16 @@ def test_supports_are_decided_by_the_filters(softcap, monkeypatch):
 
 
 def test_replayed_supports_are_of_these_tokens():
-    made, mask, labels = _problem()
-    support, head = Support.from_mask(mask), None
-    replayed = Replayed(support, labels)
-    assert replayed(made["hidden"], labels[:3], head) == support[:3]
-    assert replayed(made["hidden"], labels[3:9], head) == support[3:9]
+    _, mask, labels = _problem()
+    support = Support.from_mask(mask)
+    replayed = Replayed(support, labels, False)
+    assert replayed.of(labels[:3]) == support[:3]
+    assert replayed.of(labels[3:9]) == support[3:9]
     with pytest.raises(RuntimeError, match="labels: expected the sampled tokens in their order"):
-        replayed(made["hidden"], labels[3:9], head)
+        replayed.of(labels[3:9])
     outside = torch.where(mask.all(1), labels, mask.int().argmin(1))
     with pytest.raises(RuntimeError, match=f"each token in its own, got {int(outside[1])} outside"):
-        Replayed(support, outside)(made["hidden"], outside, head)
+        Replayed(support, outside, False).of(outside)
 
 
 def test_a_recorder_says_what_it_did_not_see():
@@ -422,6 +423,69 @@ def test_an_adapter_is_trained_and_evaluated(letter_model, tokenizer, tmp_path):
     assert entries[-1]["kl"] != 0
     found = trainer.evaluate()
     assert found["eval_support/ratio"] == pytest.approx(1, abs=BOUND)
+
+
+def test_rollouts_of_others_are_scored_on_recomputed_supports(
+    letter_model, tokenizer, tmp_path, monkeypatch
+):
+    """Tokens of an environment, which no filter would keep, stay out of loss and metrics."""
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+    policy = AutoModelForCausalLM.from_pretrained(letter_model)
+
+    def rollout(prompts, trainer):
+        ids, logps, masks = [], [], []
+        prompt_ids = tokenizer(prompts)["input_ids"]
+        for given in prompt_ids:
+            made, of, mask = list(given), [], [1, 1, 0, 0, 1, 1]
+            for own in mask:
+                with torch.no_grad():
+                    z = policy(torch.tensor([made])).logits[0, -1] / FILTERS["temperature"]
+                kept = filter_logits(z, Adaptor(top_p=FILTERS["top_p"]))
+                made.append(int(kept.softmax(-1).multinomial(1)) if own else int(z.argmin()))
+                of.append(float(kept.log_softmax(-1)[made[-1]]) if own else 0.0)
+            ids, logps, masks = [*ids, made[len(given) :]], [*logps, of], [*masks, mask]
+        return {
+            "prompt_ids": prompt_ids,
+            "completion_ids": ids,
+            "logprobs": logps,
+            "env_mask": masks,
+        }
+
+    seen, named = Seen(), {"support": "recompute", "rollout_func": rollout}
+    trainer = make("grpo", letter_model, tokenizer, tmp_path, seen, named, beta=0.1, max_steps=1)
+    (entry,) = _log(trainer)
+    assert entry["support/ratio"] == pytest.approx(1, abs=BOUND)
+    assert entry["support/ratio_far"] == entry["support/removed"] == 0
+    assert entry["grad_norm"] > 0 and entry["entropy"] is not None
+    inputs, logps = seen.losses[0]
+    assert inputs["removed"].sum(0).tolist() == [0, 0, 4, 4, 0, 0] and logps.isfinite().all()
+    assert torch.equal(inputs["sampler_logps"], inputs["sampling_per_token_logps"])
+
+
+@pytest.mark.parametrize("support", ["replay", "recompute"])
+def test_a_trainer_in_half_precision(support, letter_model, tokenizer, tmp_path):
+    """Logits of another rounding than the sampler's leave each token in its support."""
+    named = {"support": support}
+    for entry in _log(make("grpo", letter_model, tokenizer, tmp_path, None, named, bf16=True)):
+        assert entry["support/ratio"] == pytest.approx(1, abs=0.03)
+        assert entry["grad_norm"] > 0
+
+
+def test_a_compiled_policy(letter_model, tokenizer, tmp_path):
+    """Its forward is cut where the head is scored; steps of one length share their graphs."""
+    torch._dynamo.reset()
+    counted, logs, graphs = torch._dynamo.utils.counters["stats"], [], []
+    for compiled in ({}, {"torch_compile": True, "torch_compile_backend": "eager"}):
+        fixed = {"generation_kwargs": {"min_new_tokens": 8}, "max_steps": 3, **compiled}
+        trainer = make("grpo", letter_model, tokenizer, tmp_path, **fixed)
+        trainer.train_dataset = datasets.Dataset.from_dict({"prompt": ["a b c"] * 16})
+        before = counted["unique_graphs"]
+        logs.append(_log(trainer))
+        graphs.append(counted["unique_graphs"] - before)
+    assert graphs[0] == 0 < graphs[1]
+    for one, other in zip(*logs, strict=True):
+        for name in ("loss", "grad_norm", "entropy", "support/ratio"):
+            assert other[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6), name
 
 
 REFUSED = {

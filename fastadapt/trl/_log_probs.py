@@ -6,7 +6,7 @@ import contextlib
 import copy
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,6 @@ from fastadapt.training.head import (
 from fastadapt.training.head_check import Answer, fitted, known_states, products_of, remembered
 from fastadapt.training.lora import Lora, lora_of
 from fastadapt.training.quantised import is_quantised
-from fastadapt.trl._support import Head, Source, scored_on
 
 # What the forward of trl 1.16 passes, in this order.
 ARGUMENTS = (
@@ -55,6 +54,24 @@ _MEAN_ROWS = 1024  # of the head at a time, where its logits are capped
 Outputs = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
+class Head(NamedTuple):
+    """A head whose logits are `softcap * tanh(scale * (h @ weight.T + bias) / softcap)`."""
+
+    weight: Tensor
+    bias: Tensor | None
+    softcap: float | None
+    scale: float
+
+
+class Source(Protocol):
+    """Scores labels on the supports of their rows."""
+
+    trains_entropy: bool  # whether the entropies have a gradient
+
+    def __call__(self, hidden: Tensor, labels: Tensor, head: Head) -> tuple[Tensor, Tensor]:
+        """Returns log-odds and entropies of the next rows, (N,) each."""
+
+
 class LogProbs:
     """Replaces trl's autograd function: log-probabilities of labels."""
 
@@ -77,21 +94,17 @@ class LogOdds:
 
 
 class SupportLogProbs:
-    """Replaces it by one whose log-probabilities and entropies are those on given supports.
+    """Replaces it by one whose log-probabilities and entropies are those on supports.
 
     One object serves all calls of a trainer, so that graphs that torch.compile has cut at it stay.
-
-    Args:
-        trains_entropy: whether a loss contains the entropy, which then has a gradient.
     """
 
-    def __init__(self, trains_entropy: bool) -> None:
-        self.trains_entropy = trains_entropy
+    def __init__(self) -> None:
         self.source: Source | None = None
 
     @contextlib.contextmanager
     def reading(self, source: Source) -> Iterator[None]:
-        """Takes the supports of all rows that are scored in the block from a source."""
+        """Has a source score all rows of the block."""
         self.source = source
         try:
             yield
@@ -101,7 +114,7 @@ class SupportLogProbs:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def apply(self, *arguments: Any) -> Outputs:
         """Returns log-probabilities (N,), and the other outputs of trl's function."""
-        scored = score(*[*arguments, self.source, self.trains_entropy])
+        scored = score(*[*arguments, self.source])
         return (label_logps(scored[0]), *scored[1:])
 
 
@@ -116,14 +129,13 @@ def score(
     logit_scale: float,
     outputs: Sequence[str],
     source: Source | None = None,
-    trains_entropy: bool = False,
 ) -> Outputs:
     """Returns log-odds of N rows and what trl asks for.
 
     That is the entropy, the logarithm of the sum of all squared probabilities (for WPO), the mean
     logit, and whether the label is largest. The entropy has a gradient where the head has one; that
     of a frozen head, which would cost a product more in every step, and of one that is gathered for
-    the call is refused. With a source both are those on the support that it has for each row.
+    the call is refused. With a source both are on the support that it has for each row.
     """
     names = _NAMES if source is None else _ON_SUPPORTS
     missing = sorted(set(outputs) - names)
@@ -142,7 +154,7 @@ def score(
     cap = None if softcap is None else softcap / temperature
     asked = [name for name in outputs if name in _OURS]
     gathered = layer is not None and is_gathered(layer)
-    if source is not None and (lora is not None or (gathered and trains_entropy)):
+    if source is not None and (lora is not None or (gathered and source.trains_entropy)):
         what = "a head without an adapter" if lora is not None else "no entropy in the loss"
         raise HeadError(f"model: expected {what} beside supports, got {type(layer).__name__}")
     made: dict[str, Tensor] = {}  # outputs beside the log-odds
@@ -160,10 +172,8 @@ def score(
             weight = weight.to(hidden.dtype)
             bias = None if bias is None else bias.to(hidden.dtype)
         if source is not None:
-            head = Head(weight, bias, cap, scale)
-            support = source(hidden, targets, head)
-            log_odds, made["entropy"] = scored_on(hidden, targets, support, head, trains_entropy)
-            return log_odds
+            on_support, made["entropy"] = source(hidden, targets, Head(weight, bias, cap, scale))
+            return on_support
         log_odds, *found = linear_log_odds(
             hidden,
             weight,

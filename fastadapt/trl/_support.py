@@ -1,8 +1,6 @@
-"""Log-odds and entropies on the support of each row, and where the supports come from."""
+"""Log-odds and entropies on the support of each row, replayed or decided again."""
 
 import contextlib
-from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,36 +12,30 @@ from fastadapt.linear import linear_log_odds
 from fastadapt.losses.support import linear_support_log_odds
 from fastadapt.results import Support
 from fastadapt.sampling.functions import filter_logits
+from fastadapt.trl._log_probs import Head
 
 _NUMBERS = 1 << 22  # of logits, or of a head's rows, that are held at a time
 
 
-class Head(NamedTuple):
-    """A head whose logits are `softcap * tanh(scale * (h @ weight.T + bias) / softcap)`."""
-
-    weight: Tensor
-    bias: Tensor | None
-    softcap: float | None
-    scale: float
-
-
-# Gives the supports of the next rows: of hidden states (N, H) and labels (N,) under a head.
-Source = Callable[[Tensor, Tensor, Head], Support]
-
-
 class Replayed:
-    """The supports that tokens were drawn from, handed out in the order of the rows.
+    """Scores tokens on the supports that they were drawn from, in the order of the rows.
 
     Args:
         support: of N rows.
         labels: (N,), int64; the tokens.
+        trains_entropy: whether the entropies have a gradient.
     """
 
-    def __init__(self, support: Support, labels: Tensor) -> None:
+    def __init__(self, support: Support, labels: Tensor, trains_entropy: bool) -> None:
         self.support, self.labels, self.at = support, labels, 0
+        self.trains_entropy = trains_entropy
 
-    def __call__(self, hidden: Tensor, labels: Tensor, head: Head) -> Support:
-        """Returns those of the next rows.
+    def __call__(self, hidden: Tensor, labels: Tensor, head: Head) -> tuple[Tensor, Tensor]:
+        """Returns log-odds and entropies of the next rows, (N,) each."""
+        return scored_on(hidden, labels, self.of(labels), head, self.trains_entropy)
+
+    def of(self, labels: Tensor) -> Support:
+        """Returns the supports of the next rows.
 
         Raises:
             RuntimeError: other tokens than were drawn, or one that is not in its support.
@@ -59,17 +51,17 @@ class Replayed:
 
 
 class Decided:
-    """The supports that an adaptor leaves of the logits of the rows that are scored.
+    """Scores tokens on the supports that an adaptor leaves of their own rows' logits.
 
     A row's own token is kept, so that its log-probability is finite.
 
     Args:
         adaptor: its filters; the head's scale holds the temperature.
-
+        trains_entropy: whether the entropies have a gradient.
     """
 
-    def __init__(self, adaptor: Adaptor) -> None:
-        self.adaptor = adaptor
+    def __init__(self, adaptor: Adaptor, trains_entropy: bool) -> None:
+        self.adaptor, self.trains_entropy = adaptor, trains_entropy
         self._parts: list[Support] = []
         self._removed: list[Tensor] = []
 
@@ -83,9 +75,14 @@ class Decided:
         """Which tokens the adaptor would not have kept, of all rows so far, (N,) bool."""
         return torch.cat(self._removed)
 
+    def __call__(self, hidden: Tensor, labels: Tensor, head: Head) -> tuple[Tensor, Tensor]:
+        """Returns log-odds and entropies of the next rows, (N,) each."""
+        support = self.of(hidden, labels, head)
+        return scored_on(hidden, labels, support, head, self.trains_entropy)
+
     @torch.no_grad()
-    def __call__(self, hidden: Tensor, labels: Tensor, head: Head) -> Support:
-        """Decides, and notes what was decided."""
+    def of(self, hidden: Tensor, labels: Tensor, head: Head) -> Support:
+        """Decides the supports of the next rows."""
         parts: list[Support] = []
         block = max(1, _NUMBERS // head.weight.shape[0])
         for first in range(0, max(1, labels.shape[0]), block):

@@ -53,7 +53,8 @@ class _OnSupports:
         super().__init__(*arguments, **named)
         trainer: Any = self
         self._mode, self._draws = support, check_sampler(trainer, support)
-        self._scorer = SupportLogProbs(bool(getattr(trainer, "_entropy_bonus_enabled", False)))
+        self._scorer = SupportLogProbs()
+        self._trains_entropy = bool(getattr(trainer, "_entropy_bonus_enabled", False))
         if support == "recompute":
             self._adaptor = filters_of(trainer)
 
@@ -97,8 +98,8 @@ class _OnSupports:
         mask = inputs["completion_mask"].bool()
         if "tool_mask" in inputs:
             mask = mask & inputs["tool_mask"].bool()
-        kept = (inputs.get(name) for name in ("supports", "sampler_logps", "removed"))
-        with self._at_work(Batch(*kept, mask)):
+        supports, logps = inputs.get("supports"), inputs.get("sampler_logps")
+        with self._at_work(Batch(supports, logps, inputs.get("removed"), mask)):
             return parent._compute_loss(model, inputs)  # noqa: SLF001, it overrides
 
     def _get_per_token_logps_and_entropies(
@@ -126,9 +127,9 @@ class _OnSupports:
         source: Replayed | Decided
         if batch.supports is not None:
             labels = input_ids[:, -logits_to_keep:][scored]
-            source = Replayed(rows_of(batch.supports, scored), labels)
+            source = Replayed(rows_of(batch.supports, scored), labels, self._trains_entropy)
         elif self._mode == "recompute":
-            source = Decided(self._adaptor)
+            source = Decided(self._adaptor, self._trains_entropy)
         else:
             raise RuntimeError("supports: expected those of a generation of this trainer, got none")
         with served(self._scorer), self._scorer.reading(source):
@@ -219,7 +220,6 @@ class SupportGRPOTrainer(_OnSupports, GRPOTrainer, _Records):
         ...     processing_class=tokenizer,
         ... )
         >>> result = trainer.train()
-        {'loss': ...}
         {'train_runtime': ...}
         >>> abs(trainer.state.log_history[0]["support/ratio"] - 1) < 1e-3
         True

@@ -23,7 +23,7 @@ from trl.trainer.dpo_config import DPOConfig
 
 from fastadapt._cli.errors import CommandError
 from fastadapt._cli.train.folder import seal, unseal
-from fastadapt.trl import RewardPenalizeTrainer, fused_log_probs
+from fastadapt.trl.trainer import RewardPenalizeTrainer, fused_log_probs
 
 _OF_TORCHS_WRITER = "PytorchStreamWriter|inline_container"
 _REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
