@@ -252,10 +252,31 @@ class SupportRLOOTrainer(_OnSupports, RLOOTrainer, _Records):
     one of distributions on what was sampled from, too.
 
     Examples:
-        >>> import inspect
+        >>> import datasets, tokenizers, transformers, trl
         >>> from fastadapt.trl import SupportRLOOTrainer
-        >>> inspect.signature(SupportRLOOTrainer).parameters["support"].default
-        'replay'
+        >>> words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1, "?": 2}, "?"))
+        >>> tokenizer = transformers.PreTrainedTokenizerFast(
+        ...     tokenizer_object=words, eos_token="?", pad_token="?"
+        ... )
+        >>> config = transformers.LlamaConfig(
+        ...     vocab_size=3, hidden_size=64, intermediate_size=64, num_hidden_layers=1
+        ... )
+        >>> sizes = {"max_completion_length": 4, "num_generations": 4, "max_steps": 1}
+        >>> sizes["per_device_train_batch_size"] = 4
+        >>> args = trl.RLOOConfig(
+        ...     "out", min_p=0.1, beta=0.0, bf16=False, save_strategy="no", **sizes
+        ... )
+        >>> trainer = SupportRLOOTrainer(
+        ...     transformers.LlamaForCausalLM(config),
+        ...     reward_funcs=lambda completions, **_: [float("b" in text) for text in completions],
+        ...     args=args,
+        ...     train_dataset=datasets.Dataset.from_dict({"prompt": ["a", "b"] * 4}),
+        ...     processing_class=tokenizer,
+        ... )
+        >>> result = trainer.train()
+        {'train_runtime': ...}
+        >>> result.global_step
+        1
 
     Args:
         *arguments: those of `RLOOTrainer`.
