@@ -431,7 +431,7 @@ def test_submodules_without_their_extra(first_steps: list[str]) -> None:
 @pytest.mark.parametrize("raised", ["ModuleNotFoundError", "RuntimeError"])
 def test_what_cannot_be_imported_says_what_to_install(raised: str, tmp_path: Path) -> None:
     """transformers turns a missing package of its own into a RuntimeError of several lines."""
-    extras = {"hf": ("transformers", "demo"), "trl": ("transformers", "train")}
+    extras = {"hf": ("transformers", "demo"), "trl": ("trl", "train")}
     code = (
         "import sys\n"
         "class Without:\n"

@@ -20,6 +20,7 @@ from fastadapt.trl._sampled import Recorder  # noqa: E402
 from fastadapt.trl._support import Decided, Replayed, scored_on  # noqa: E402
 
 KINDS = {"grpo": (SupportGRPOTrainer, GRPOConfig), "rloo": (SupportRLOOTrainer, RLOOConfig)}
+TRLS = {"grpo": GRPOTrainer, "rloo": RLOOTrainer}
 FILTERS = {"temperature": 0.7, "top_p": 0.9}
 BOUND = 1e-3  # nats a token: float32 logits with a cache and without
 
@@ -163,28 +164,6 @@ def test_without_replay_the_ratio_is_the_kept_mass(kind, letter_model, tokenizer
         assert entry["support/ratio"] < 0.97 and "support/kept" not in entry
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_off_is_trls_own(kind, letter_model, tokenizer, tmp_path):
-    """Given the same rollouts: a policy that does not move has the same losses and gradients."""
-    seen = Seen()
-    off = make(kind, letter_model, tokenizer, tmp_path, seen, {"support": "off"}, max_steps=1)
-    off.train()
-    inputs = seen.losses[0][0]
-    own = (GRPOTrainer if kind == "grpo" else RLOOTrainer)._compute_loss
-    for model in (off.model,):
-        model.zero_grad()
-        ours = off.compute_loss(model, inputs)
-        monkey = pytest.MonkeyPatch()
-        with monkey.context() as patch:
-            patch.setattr(module._OnSupports, "_get_per_token_logps_and_entropies", _parents)
-            theirs = own(off, model, inputs)
-        assert torch.equal(ours, theirs)
-
-
-def _parents(self, *given, **named):
-    return super(module._OnSupports, self)._get_per_token_logps_and_entropies(*given, **named)
-
-
 SPLITS = {
     "iterations": {"num_iterations": 2, "max_steps": 4},
     "steps": {"steps_per_generation": 4, "gradient_accumulation_steps": 2, "max_steps": 4},
@@ -237,6 +216,24 @@ def _gradients(model):
     return found
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_off_is_trls_own(kind, letter_model, tokenizer, tmp_path, monkeypatch):
+    """Of the same rollouts: the loss and its gradients, to the bit."""
+    off = {"named": {"support": "off"}}
+    trainer, model, inputs = _trained(kind, letter_model, tokenizer, tmp_path, **off)
+    model.zero_grad()
+    loss = trainer.compute_loss(model, inputs)
+    loss.backward()
+    ours = _gradients(model)
+    name = "_get_per_token_logps_and_entropies"
+    monkeypatch.setattr(module._OnSupports, name, getattr(TRLS[kind], name))
+    expected = TRLS[kind]._compute_loss(trainer, model, inputs)
+    expected.backward()
+    assert torch.equal(loss, expected)
+    for at, gradient in _gradients(model).items():
+        assert torch.equal(ours[at], gradient), at
+
+
 GRADIENTS = {
     "grpo": ("grpo", {}),
     "grpo_entropy": ("grpo", {"entropy_coef": 0.3}),
@@ -265,7 +262,7 @@ def test_gradients_are_those_of_masked_logits(name, letter_model, tokenizer, tmp
         return logs.gather(-1, inputs["completion_ids"][..., None])[..., 0], entropy, None
 
     monkeypatch.setattr(module._OnSupports, "_get_per_token_logps_and_entropies", dense)
-    expected = trainer.compute_loss(model, inputs)
+    expected = TRLS[kind]._compute_loss(trainer, model, inputs)
     expected.backward()
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
     theirs = _gradients(model)
@@ -486,6 +483,33 @@ def test_a_compiled_policy(letter_model, tokenizer, tmp_path):
     for one, other in zip(*logs, strict=True):
         for name in ("loss", "grad_norm", "entropy", "support/ratio"):
             assert other[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_another_trl_does_not_train_as_ever(kind, letter_model, tokenizer, tmp_path, monkeypatch):
+    """One that scores in another place, or with another function, fails at its first score."""
+    trainer, model, inputs = _trained(kind, letter_model, tokenizer, tmp_path, beta=0.0)
+    parent = TRLS[kind]
+
+    def elsewhere(self, *_):
+        return torch.zeros(())
+
+    def otherwise(self, model, ids, mask, keep, *_, **__):
+        zeros = torch.zeros(len(ids), keep)
+        return zeros, zeros, None
+
+    with monkeypatch.context() as patch:
+        patch.setattr(parent, "_compute_loss", elsewhere)
+        with pytest.raises(
+            RuntimeError, match=r"trl 1\..*: expected a loss that scores its tokens"
+        ):
+            trainer.compute_loss(model, inputs)
+    with monkeypatch.context() as patch:
+        patch.setattr(parent, "_get_per_token_logps_and_entropies", otherwise)
+        with pytest.raises(RuntimeError, match=r"labels: expected \d+ to be scored, got 0"):
+            trainer.compute_loss(model, inputs)
+    with pytest.raises(RuntimeError, match="supports: expected those of a generation"):
+        trainer.compute_loss(model, {k: v for k, v in inputs.items() if k != "supports"})
 
 
 REFUSED = {

@@ -76,6 +76,7 @@ class Batch:
             none decided.
         mask: (B, T), bool; the tokens of the loss; None: there is no loss yet.
         drawn: the sampler's log-probabilities of a generation, (length,) a sequence.
+        scored: whether its tokens have been scored on supports.
     """
 
     supports: list[Support] | None = None
@@ -83,6 +84,7 @@ class Batch:
     removed: Tensor | None = None
     mask: Tensor | None = None
     drawn: list[Tensor] = field(default_factory=list)
+    scored: bool = False
 
 
 def padded(rows: Sequence[Tensor], width: int) -> Tensor:

@@ -49,6 +49,15 @@ class Replayed:
             raise RuntimeError(f"support: expected each token in its own, got {token} outside")
         return support
 
+    def check_end(self) -> None:
+        """Raises unless all rows have been scored.
+
+        Raises:
+            RuntimeError: fewer were.
+        """
+        if self.at != len(self.support):
+            raise RuntimeError(f"labels: expected {len(self.support)} to be scored, got {self.at}")
+
 
 class Decided:
     """Scores tokens on the supports that an adaptor leaves of their own rows' logits.

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import torch
+import trl
 from torch import Tensor
 from transformers import Trainer
 from trl.trainer.grpo_trainer import GRPOTrainer
@@ -99,8 +100,14 @@ class _OnSupports:
         if "tool_mask" in inputs:
             mask = mask & inputs["tool_mask"].bool()
         supports, logps = inputs.get("supports"), inputs.get("sampler_logps")
-        with self._at_work(Batch(supports, logps, inputs.get("removed"), mask)):
-            return parent._compute_loss(model, inputs)  # noqa: SLF001, it overrides
+        with self._at_work(Batch(supports, logps, inputs.get("removed"), mask)) as batch:
+            loss = parent._compute_loss(model, inputs)  # noqa: SLF001, it overrides
+        if self._mode != "off" and not batch.scored:
+            raise RuntimeError(
+                f"trl {trl.__version__}: expected a loss that scores its tokens by "
+                "_get_per_token_logps_and_entropies, as in trl 1.16.0, got another"
+            )
+        return loss
 
     def _get_per_token_logps_and_entropies(
         self,
@@ -137,6 +144,9 @@ class _OnSupports:
         if isinstance(source, Decided):
             batch.supports = source.support.split(scored.sum(1).tolist())
             batch.removed = torch.zeros_like(scored).masked_scatter(scored, source.removed)
+        else:
+            source.check_end()
+        batch.scored = True
         self._note(made[0], batch, source, scored)
         return made
 
