@@ -99,7 +99,6 @@ def differing_rows(case: Case) -> tuple[int, int]:
     edits = {**NO_EDITS, **case.edits}
     ranks = range(len(case.sizes))
     whole = case.sampled(case.logits)
-    expected = [x for x in whole if x is not None]
     parts = side_by_side(
         [draw_of(case.slice(i), case.adaptor, i, **case.options, **edits) for i in ranks]
     )
@@ -108,10 +107,11 @@ def differing_rows(case: Case) -> tuple[int, int]:
     scored = side_by_side(
         [score_of(case.slice(i), tokens, case.adaptors, i, **edits) for i in ranks]
     )
-    return _differing(expected, parts), _differing(scores, scored)
+    return _differing(whole, parts), _differing(scores, scored)
 
 
-def _differing(whole: Sequence[Tensor], parts: Sequence[Sequence[Tensor]]) -> int:
+def _differing(result: Sample | Score, parts: Sequence[Sequence[Tensor]]) -> int:
+    whole = [x for x in result if isinstance(x, Tensor)]  # what is asked for
     bad = torch.zeros(len(whole[0]), dtype=torch.bool)
     for part in parts:
         for a, b in zip(whole, part, strict=True):
