@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -62,6 +63,7 @@ BENCHMARK = Benchmark(
         "tokens": Option(32, "at most, of a generation", least=1),
         "top_p": Option(0.9),
         "learning_rate": Option(2e-5),
+        "at_once": Option(1, "runs side by side, of --threads each", least=1),
     },
     ("trl", "transformers"),
 )
@@ -77,18 +79,24 @@ def reward_of(text: str) -> float:
 @BENCHMARK
 def main(options: argparse.Namespace, record: dict[str, Any]) -> None:
     """Train every way from every seed."""
-    names = ("model", "steps", "prompts", "generations", "tokens", "top_p", "learning_rate")
+    names = (
+        *("model", "steps", "prompts", "generations", "tokens", "top_p", "learning_rate"),
+        "at_once",
+    )
     record["settings"] = {**settings_of(options, *names), "dtype": "bfloat16 autocast"}
-    record["runs"] = []
     runs = list(itertools.product(options.seeds, options.supports))
-    with progress("training", len(runs) * options.steps) as step:
-        for seed, support in runs:
-            *seen, last = ((x, step())[0] for x in in_fresh_process(train, support, seed, options))
+    with progress("training", len(runs)) as step, ThreadPoolExecutor(options.at_once) as pool:
+
+        def one(run: tuple[int, str]) -> dict[str, Any]:
+            *seen, last = in_fresh_process(train, *run, options)
             curves = {name: [line.get(key) for line in seen] for name, key in CURVES.items()}
-            record["runs"].append({"support": support, "seed": seed, "curves": curves, **last})
+            step()
+            return {"seed": run[0], "support": run[1], "curves": curves, **last}
+
+        record["runs"] = list(pool.map(one, runs))
 
 
-def train(support: str, seed: int, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def train(seed: int, support: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Trains one way: yields what trl logs of each step, then the time of a step."""
     import datasets
     from trl import GRPOConfig
