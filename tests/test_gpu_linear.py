@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastadapt import linear_log_odds, linear_mle_loss
+from fastadapt import Support, linear_log_odds, linear_mle_loss, linear_support_log_odds
 from fastadapt._ops.linear.plans import plan_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("device")]
@@ -216,3 +216,30 @@ def test_a_linear_head_of_one_rank_through_nccl(device, tmp_path):
                 torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
     finally:
         torch.distributed.destroy_process_group()
+
+
+def support_results(hidden, weight, labels, bias, upstream, support, **options):
+    """Log-odds on a support and the gradients of hidden states, head (made dense) and bias."""
+    leaves = [x.detach().requires_grad_() for x in (hidden, weight, bias)]
+    own = support.to(hidden.device)
+    out = linear_support_log_odds(leaves[0], leaves[1], labels, own, bias=leaves[2], **options)
+    gradients = torch.autograd.grad(out, leaves, upstream.to(out.dtype))
+    return [out.detach(), *(g.to_dense() for g in gradients)]
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+def test_supports_equal_the_cpu(on_device, dtype, sparse):
+    """And give the same bits twice, but for the bias."""
+    n, v = 300, 2000
+    hidden, weight, labels, bias, upstream = linear_head(n, 200, v, dtype)
+    mask = torch.rand(n, v) < torch.rand(n, 1) ** 4
+    mask[torch.arange(n), labels.clamp(min=0)] = True
+    inputs = hidden, weight, labels, bias, upstream, Support.from_mask(mask)
+    ours = on_device(support_results, *inputs, sparse=sparse)
+    wanted = support_results(*inputs, sparse=sparse)
+    tolerance = {torch.float64: 1e-11, torch.float32: 2e-5}.get(dtype, 2e-2)
+    for a, b in zip(ours, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+    again = on_device(support_results, *inputs, sparse=sparse)
+    assert all(torch.equal(a, b) for a, b in zip(ours[:3], again[:3], strict=True))

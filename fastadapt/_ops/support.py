@@ -4,12 +4,13 @@ The pairs of row and id stand in compressed rows. What is summed is summed pair 
 by one thread: by ascending ids for the hidden states, by ascending rows for the head.
 """
 
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastadapt._ops.common import no_double_backward
+from fastadapt._ops.common import device_of, no_double_backward
 from fastadapt._ops.linear.cpu import CpuWork, dot, mix
 
 BLOCK_NUMBERS = 1 << 18  # of the wide sums of ids' gradients that are made at once
@@ -28,7 +29,11 @@ def _products(
 ) -> Tensor:
     """hidden (N, H) times rows of the weight (V, H), (count,) float64 of float32 sums."""
     out = hidden.new_empty(ids.shape[0], dtype=torch.float64)
-    dot(hidden, weight, ids, out, offsets=offsets)
+    if hidden.is_cuda:
+        with device_of(hidden):
+            _launches().dot(hidden, weight, _rows(offsets, ids), ids, out)
+    else:
+        dot(hidden, weight, ids, out, offsets=offsets)
     return out
 
 
@@ -46,17 +51,14 @@ def _backward(
 
     Pairs without an upstream gradient are dropped: those of tokens without a reward.
     """
-    wide = torch.promote_types(hidden.dtype, torch.float32)
-    rows = torch.arange(hidden.shape[0], device=ids.device).repeat_interleave(offsets.diff())
+    rows = _rows(offsets, ids)
     some = dproducts.nonzero()[:, 0]
     gain, ids, rows = dproducts[some], ids[some], rows[some]
     offsets = _ends(rows.bincount(minlength=hidden.shape[0]))
     dhidden, dweight, found = _zeros(hidden, weight, wanted, sparse)
     if wanted[0]:
-        sums = dhidden if dhidden.dtype == wide else torch.zeros_like(dhidden, dtype=wide)
-        mix(sums, weight, gain=gain, index=ids, offsets=offsets)
-        if sums is not dhidden:
-            CpuWork.scatter(sums, None, None, dhidden)
+        places = torch.arange(hidden.shape[0], device=ids.device)
+        _sum_parts(weight, gain, ids, offsets, places, dhidden)
     if wanted[1]:
         by_id, order = ids.sort(stable=True)
         gain, rows = gain[order], rows[order]
@@ -64,17 +66,41 @@ def _backward(
         ends = _ends(counts)
         if sparse:
             dweight = weight.new_empty(found.shape[0], weight.shape[1])
-        block = max(1, BLOCK_NUMBERS // weight.shape[1])
-        buffer = weight.new_empty(min(block, found.shape[0]), weight.shape[1], dtype=wide)
-        for first in range(0, found.shape[0], block):
-            some = found[first : first + block]
-            sums = buffer[: some.shape[0]].zero_()
-            mix(sums, hidden, gain=gain, index=rows, offsets=ends[first:])
-            if sparse:
-                CpuWork.scatter(sums, None, None, dweight[first:])
-            else:
-                CpuWork.scatter(sums, None, some, dweight)
+        places = torch.arange(found.shape[0], device=ids.device) if sparse else found
+        _sum_parts(hidden, gain, rows, ends, places, dweight)
     return dhidden, dweight, found if sparse else found[:0]
+
+
+def _sum_parts(
+    source: Tensor, gain: Tensor, index: Tensor, offsets: Tensor, places: Tensor, out: Tensor
+) -> None:
+    """Writes out[places[p]], the sum of gain[k] source[index[k]] over part p of a list."""
+    if source.is_cuda:
+        with device_of(source):
+            _launches().mix(source, gain, index, offsets, places, out)
+        return
+    h = source.shape[1]
+    block = max(1, BLOCK_NUMBERS // h)
+    wide = torch.promote_types(source.dtype, torch.float32)
+    buffer = source.new_empty(min(block, places.shape[0]), h, dtype=wide)
+    for first in range(0, places.shape[0], block):
+        some = places[first : first + block]
+        sums = buffer[: some.shape[0]].zero_()
+        mix(sums, source, gain=gain, index=index, offsets=offsets[first:])
+        CpuWork.scatter(sums, None, some, out)
+
+
+def _launches() -> ModuleType:
+    """Those for CUDA tensors."""
+    from fastadapt._ops.triton.supports import launch
+
+    return launch
+
+
+def _rows(offsets: Tensor, ids: Tensor) -> Tensor:
+    """Returns the row of each pair."""
+    of_rows = torch.arange(offsets.shape[0] - 1, device=ids.device)
+    return of_rows.repeat_interleave(offsets.diff(), output_size=ids.shape[0])
 
 
 def _ends(counts: Tensor) -> Tensor:
@@ -142,12 +168,13 @@ def _gradient(ctx: Any, dproducts: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _register() -> None:
-    """Implementations on the CPU, fakes and autograd."""
+    """Implementations, fakes and autograd."""
     for name, function, fake in (
         ("support_products", _products, _fake_products),
         ("support_products_backward", _backward, _fake_backward),
     ):
-        _library.impl(name, function, "CPU")
+        for device in ("CPU", "CUDA"):
+            _library.impl(name, function, device)
         torch.library.register_fake(f"fastadapt::{name}", fake, lib=_library)
     torch.library.register_autograd(
         "fastadapt::support_products", _gradient, setup_context=_save, lib=_library

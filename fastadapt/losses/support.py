@@ -55,10 +55,12 @@ def linear_support_log_odds(
     Dot products have float32 sums (float64 for float64 inputs), whatever the inputs' dtype, and
     are rounded nowhere before the log-sum-exp, which is of float64. The gradient of the head is
     summed for each id by ascending rows, in float32, by one thread, and rounded once: the same bits
-    in every run and for any number of threads, and so are those of the hidden states and the bias.
-    Rows whose upstream gradient is 0 are dropped from the backward.
-    Beside its inputs and gradients the call holds a few numbers for each id of the support, N H
-    numbers of float32 for half hidden states, and 1 MiB.
+    in every run and for any number of threads, and so are those of the hidden states and, on a CPU,
+    the bias. Rows whose upstream gradient is 0 are dropped from the backward. On a GPU, where the
+    kernels have run in Triton's interpreter alone, sums have another order than on a CPU, and a
+    call waits for the device.
+    Beside its inputs and gradients the call holds a few numbers for each id of the support, and
+    1 MiB.
 
     Examples:
         >>> hidden, weight = torch.ones(2, 4), torch.zeros(5, 4, requires_grad=True)
@@ -67,8 +69,8 @@ def linear_support_log_odds(
         tensor([-0.6931,    -inf], grad_fn=<ViewBackward0>)
 
     Args:
-        hidden (Tensor): (..., H), float32, bfloat16, float16, or float64 (for checks), on the CPU;
-            cast to the dtype of `weight` where that is float32, or where autocast is on.
+        hidden (Tensor): (..., H), float32, bfloat16, float16, or float64 (for checks); cast to the
+            dtype of `weight` where that is float32, or where autocast is on.
         weight (Tensor): (V, H), dtype of `hidden`, or float32; a last stride other than 1 costs a
             copy.
         labels (Tensor): `hidden.shape[:-1]`, int64, ids in [0, V) or `ignore_index`.
@@ -91,12 +93,12 @@ def linear_support_log_odds(
         TypeError: inputs of another dtype than `hidden`'s, a support that is no `Support`.
         ValueError: shapes or devices that do not agree, a label or an id of the support out of
             range, ids that do not ascend, `sparse` with full rows.
-        NotImplementedError: tensors that are not on the CPU, a group, a DTensor.
+        NotImplementedError: tensors of another device than CPU or CUDA, a group, a DTensor.
     """
     name = "linear_support_log_odds"
     for part, x in (("hidden", hidden), ("weight", weight), ("labels", labels)):
         instance(part, x, Tensor, "a Tensor")
-        _on_the_cpu(name, part, x)
+        _on_a_known_device(name, part, x)
         if is_distributed(x):
             raise NotImplementedError(f"{name}: {part}: expected no DTensor")
     if group is not None:
@@ -148,8 +150,8 @@ def support_log_odds(
         tensor([-1.])
 
     Args:
-        logits (Tensor): (..., V), float32, bfloat16, float16, or float64 (for checks), on the CPU;
-            divided by the temperature, if there was one.
+        logits (Tensor): (..., V), float32, bfloat16, float16, or float64 (for checks); divided
+            by the temperature, if there was one.
         labels (Tensor): `logits.shape[:-1]`, int64, ids in [0, V) or `ignore_index`.
         support (Support): of as many rows as there are labels, in their order.
         ignore_index (int): rows with this label give 0 and no gradient.
@@ -164,7 +166,7 @@ def support_log_odds(
     name = "support_log_odds"
     for part, x in (("logits", logits), ("labels", labels)):
         instance(part, x, Tensor, "a Tensor")
-        _on_the_cpu(name, part, x)
+        _on_a_known_device(name, part, x)
     rows = fold_rows("logits", logits)
     no_tangent("logits", logits)
     y, used = _labels(labels, support, logits.shape[:-1], rows, rows.shape[1], ignore_index)
@@ -192,10 +194,12 @@ class _Pairs(NamedTuple):
     without: Tensor  # (N,) float64, the log-odds of all other rows
 
 
-def _on_the_cpu(function: str, name: str, x: Tensor) -> None:
-    """Raises for a tensor on another device: there is no kernel for it."""
-    if x.device.type != "cpu":
-        raise NotImplementedError(f"{function}: {name}: expected a CPU tensor, got {x.device}")
+def _on_a_known_device(function: str, name: str, x: Tensor) -> None:
+    """Raises for a tensor where there is no kernel for it."""
+    if x.device.type not in ("cpu", "cuda"):
+        raise NotImplementedError(
+            f"{function}: {name}: expected a CPU or CUDA tensor, got one on {x.device}"
+        )
 
 
 def _labels(
@@ -246,7 +250,11 @@ def _among(z: Tensor, pairs: _Pairs) -> Tensor:
     place = (pairs.takes.cumsum(0) - 1)[pairs.rows[pairs.others]]
     top = z.new_full((n,), float("-inf")).scatter_reduce(0, place, others.detach(), "amax")
     top = top.masked_fill(top == float("-inf"), 0.0)
-    mass = z.new_zeros(n).index_add(0, place, (others - top[place]).exp())
+    # one sum by one thread on a GPU too, where index_add would have atomics
+    lengths = place.bincount(minlength=n)
+    mass = torch.segment_reduce(
+        (others - top[place]).exp(), "sum", lengths=lengths, axis=0, unsafe=True
+    )
     alone = mass == 0
     m = own - (top + mass.masked_fill(alone, 1.0).log())
     m = torch.where(alone & ~own.isnan(), float("inf"), m)
