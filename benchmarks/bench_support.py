@@ -31,10 +31,11 @@ from fastadapt import Support, linear_log_odds, linear_support_log_odds
 from fastadapt._ops.memory import PeakMemory, return_freed_blocks
 from harness import SEED, Axis, Benchmark, Flag, Option
 from times_and_peaks import measure_grid
-from timing import in_turns, milliseconds, ratios
+from timing import in_turns, milliseconds, quartiles, ratios
 
 SHAPES = tuple(itertools.product((2048,), (576, 2048), (49_152, 128_256, 262_144)))
 OURS, DENSE = "fastadapt", "linear_log_odds"
+SPARSE, ZEROS = "sparse", "zeros"  # what a dense gradient of ours is made of
 MEDIAN, P99, MOST = 2.0, 82.0, 4096
 NORMAL_P99 = 2.3263  # of the standard normal
 BENCHMARK = Benchmark(
@@ -108,8 +109,11 @@ def call_of(name: str, cell: Cell, inputs: Inputs) -> Callable[[int], object]:
     """A forward and a backward."""
 
     def run(turn: int) -> object:
-        if name == OURS:
-            log_odds = linear_support_log_odds(*inputs[:4], sparse=cell.head == "sparse")
+        if name == ZEROS:
+            return torch.zeros_like(inputs.weight)
+        if name in (OURS, SPARSE):
+            sparse = "sparse" in (name, cell.head)
+            log_odds = linear_support_log_odds(*inputs[:4], sparse=sparse)
         else:
             log_odds = linear_log_odds(*inputs[:3])
         return torch.autograd.grad(log_odds, inputs.wanted, inputs.upstream)
@@ -137,10 +141,15 @@ def cells(options: argparse.Namespace) -> Iterator[Cell]:
 def measure_times(cell: Cell, names: list[str], options: argparse.Namespace) -> dict[str, Any]:
     """Time one cell, in milliseconds."""
     inputs = make_inputs(cell, options.seed)
-    calls = {name: call_of(name, cell, inputs) for name in names}
+    apart = [SPARSE, ZEROS] if cell.head == "dense" else []
+    calls = {name: call_of(name, cell, inputs) for name in [*names, *apart]}
     took = in_turns(calls, rounds=options.rounds, budget_s=options.seconds, least_rounds=3)
-    counts = inputs.support.counts
+    counts, sums = inputs.support.counts, {}
+    if apart:
+        parts = zip(*(took[name] for name in (OURS, *apart)), strict=True)
+        sums["to_sum"] = quartiles([ours / (sparse + zeros) for ours, sparse, zeros in parts], 3)
     return {
+        **sums,
         "rounds": len(took[OURS]),
         "ids": int(counts.sum()),
         "alone": int((counts == 1).sum()),

@@ -29,6 +29,7 @@ from limits import (
     chain_times,
     memory_shares,
 )
+from support_limits import SUPPORT_LIMITS
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -43,7 +44,7 @@ UNMEASURED = {
     **dict.fromkeys(
         (
             *("divergence", "edits", "filters", "history", "tracker", "tradeoff", "trainer"),
-            *("sharded", "verify", "vllm"),
+            *("sharded", "verify", "vllm", "kept", "support", "ratios", "train_supports"),
         ),
         "Not yet measured.\n",
     ),
@@ -150,9 +151,9 @@ def each(names: Iterable[str], titles: Mapping[str, str], *forms: str) -> Column
 def summary(record: Record) -> str:
     """What a benchmark prints: its block, or where there can be none what it must show."""
     name = record["benchmark"]
-    if name in TABLES and record["host"].get("gpu", True):
+    if name in TABLES | TABLES_OF_SUPPORTS and record["host"].get("gpu", True):
         return block(name, record)
-    return str(_templates().demands(record)) if name in LIMITS else ""
+    return str(_templates().demands(record)) if name in LIMITS | SUPPORT_LIMITS else ""
 
 
 def comparison(record: Record) -> Any:
@@ -160,6 +161,13 @@ def comparison(record: Record) -> Any:
     from compare_report import Comparison
 
     return Comparison(record)
+
+
+def runs_of(record: Record) -> tuple[Any, str | None]:
+    """The rows of runs of GRPO, and the difference of two ways."""
+    import support_report
+
+    return support_report.arms(dict(record)), support_report.difference(dict(record))
 
 
 @functools.cache
@@ -181,7 +189,8 @@ def _templates() -> Any:
         "chain_times": chain_times,
         "comparison": comparison,
         "each": each,
-        "limits_of": lambda record: LIMITS[record["benchmark"]](record),
+        "limits_of": lambda record: (LIMITS | SUPPORT_LIMITS)[record["benchmark"]](record),
+        "runs_of": runs_of,
         "memory_shares": memory_shares,
         "table": table,
         "gpu_cell": GPU_CELL,
@@ -211,6 +220,9 @@ TABLES: dict[str, Callable[..., str]] = {
 } | dict.fromkeys(
     ("gpu_sampling_earlier", "gpu_sampling_peers"), functools.partial(block, "gpu_sampling")
 )
+TABLES_OF_SUPPORTS: dict[str, Callable[..., str]] = {
+    name: functools.partial(block, name) for name in ("ratios", "train_supports", "support", "kept")
+}
 # of blocks that are not made of the one result of their name
 SOURCES = {
     "headline": ("sampling", "generation", "losses", "trainer"),
@@ -222,6 +234,7 @@ PAGES: dict[str, dict[str, Callable[..., str]]] = {
     "docs/choosing.md": {"choosing": functools.partial(block, "choosing")},
     "docs/sharded.md": {"sharded": functools.partial(block, "sharded")},
     "docs/results.md": {"compare_losses": functools.partial(block, "compare_losses")},
+    "docs/supports.md": TABLES_OF_SUPPORTS,
 }
 
 

@@ -20,7 +20,7 @@ def report():
 
 PAGES = (
     *("README.md", "docs/benchmarks.md", "docs/choosing.md", "docs/results.md"),
-    "docs/sharded.md",
+    *("docs/sharded.md", "docs/supports.md"),
 )
 
 
