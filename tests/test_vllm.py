@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import stat
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,13 +15,14 @@ import torch
 
 from fastadapt import Adaptor, Edits, History, filter_logits, reference, sample
 from fastadapt.adaptor import FILTERS
-from fastadapt.vllm import _request
+from fastadapt.vllm import _request, supports
 from fastadapt.vllm._batch import Batch
 from fastadapt.vllm._request import KNOBS, requested
 from fastadapt.vllm._row import Row
 from fastadapt.vllm._texts import Texts
 
 V = 97
+FOLDER = "fastadapt_support_folder"  # of `additional_config`, not a key of requests
 
 
 @dataclass
@@ -118,6 +120,19 @@ def test_greedy_requests_are_the_engines_without_a_bias():
     biased = _asked(engine={"temperature": 0.0}, bias_ids=[1], bias_values=[2.0])
     assert biased.adaptor.temperature == 0 and biased.bias == {1: 2.0}
     assert _asked(temperature=0).adaptor.temperature == 0
+
+
+def test_a_request_that_is_recorded_is_drawn_here():
+    """Greedy ones too: what their tokens are drawn from is one id."""
+    for engine in ({}, {"temperature": 0.0}):
+        asked = _asked(engine=engine, support_id="a-1")
+        assert asked.support_id == "a-1" and asked.adaptor.temperature == engine.get(
+            "temperature", 1
+        )
+    assert _asked(support_id="ä" * 128).support_id == "ä" * 128
+    text = requested(Params(extra_args={"fastadapt": '{"support_id": "a"}'}))
+    assert text is not None and text.support_id == "a"
+    assert _asked(top_p=0.9).support_id is None
 
 
 LAST = ["top_k", "typical_p", "xtc", "temperature"]
@@ -248,6 +263,18 @@ def test_whole_temperatures_of_any_size_are_one_batch():
         ({}, {"bias_ids": [1.5], "bias_values": [1.0]}, "fastadapt_bias_ids: expected an integer"),
         ({}, {"bias_ids": [1], "bias_values": [float("inf")]}, "fastadapt_bias_values: expected"),
         ({}, {"bias_ids": [1], "bias_values": [float("nan")]}, "fastadapt_bias_values: expected"),
+        ({}, {"support_id": 7}, "^fastadapt_support_id: expected a text of 1 to 256 bytes, got 7"),
+        (
+            {},
+            {"support_id": ""},
+            "^fastadapt_support_id: expected a text of 1 to 256 bytes, got ''",
+        ),
+        ({}, {"support_id": "ä" * 129}, "^fastadapt_support_id: expected a text of 1 to 256 bytes"),
+        (
+            {"n": 3},
+            {"support_id": "a"},
+            "^fastadapt_support_id: expected n=1.*got n=3; send 3 requests, each with an id of its",
+        ),
         (
             {"repetition_penalty": 1.1},
             {"bias_ids": [1], "bias_values": [1.0]},
@@ -325,7 +352,7 @@ def test_the_page_has_keys_that_are_taken():
     named = re.findall(r"`(\w+)`", row.split("first or last")[0])
     assert tuple(named) == (*FILTERS, "temperature")
     for name in re.findall(r"fastadapt_(\w+)", page):
-        assert name in (*KNOBS, *_request.BESIDE), name
+        assert name in (*KNOBS, *_request.BESIDE, FOLDER.removeprefix("fastadapt_")), name
     for name in (*_request.ENGINE, *(f"{penalty}_penalty" for penalty in _request.PENALTIES)):
         assert f"`{name}`" in page, name
 
@@ -497,10 +524,19 @@ def test_ids_beyond_the_vocabulary_have_no_logit():
     assert Texts(V).edits([row]).ids.tolist() == [2, 3]
 
 
-def _config(*, replica: int = 0, **changed: Any) -> Any:
+def _config(*, replica: int = 0, rank: int = 0, folder: Path | None = None, **changed: Any) -> Any:
     model = {"logprobs_mode": "raw_logprobs", "seed": 0} | changed
-    parallel = SimpleNamespace(data_parallel_rank=replica)
-    return SimpleNamespace(model_config=SimpleNamespace(**model), parallel_config=parallel)
+    parallel = SimpleNamespace(
+        data_parallel_rank=replica,
+        rank=rank,
+        tensor_parallel_size=2,
+        prefill_context_parallel_size=1,
+    )
+    return SimpleNamespace(
+        model_config=SimpleNamespace(**model),
+        parallel_config=parallel,
+        additional_config={} if folder is None else {FOLDER: str(folder)},
+    )
 
 
 @pytest.fixture
@@ -539,6 +575,37 @@ def test_the_class_is_of_both_interfaces(vllm):
 def test_processed_logprobs_are_refused(vllm, mode):
     with pytest.raises(ValueError, match=f"logprobs_mode: expected raw_.*got {mode}"):
         vllm.FusedSampler(_config(logprobs_mode=mode), torch.device("cpu"), False)
+
+
+@pytest.mark.parametrize(
+    ("additional", "message"),
+    [
+        (
+            {"fastadapt_support": "/tmp"},
+            "^additional_config: expected fastadapt_support_folder, got fastadapt_support$",
+        ),
+        ({FOLDER: "here"}, f"^{FOLDER}: expected the absolute path of a folder, got 'here'"),
+        ({FOLDER: None}, f"^{FOLDER}: expected the absolute path of a folder, got None"),
+        ({FOLDER: "/dev/null/x"}, f"^{FOLDER}: expected a folder, got '/dev/null/x'"),
+    ],
+)
+def test_folders_that_cannot_be_are_refused(vllm, additional, message):
+    config = _config()
+    config.additional_config = additional
+    with pytest.raises(ValueError, match=message):
+        vllm.FusedSampler(config, torch.device("cpu"), False)
+
+
+@pytest.mark.parametrize("additional", [{}, {"other": 1, 2: 3}, object()])
+def test_other_additional_config_is_not_ours(vllm, additional):
+    config = _config()
+    config.additional_config = additional
+    vllm.FusedSampler(config, torch.device("cpu"), False)
+
+
+def test_a_folder_is_its_owners(vllm, tmp_path):
+    _first(vllm, folder=tmp_path / "a" / "b")
+    assert stat.S_IMODE((tmp_path / "a" / "b").stat().st_mode) == 0o700
 
 
 def _first(vllm: Any, **changed: Any) -> Any:
@@ -650,6 +717,181 @@ def test_a_preempted_request_goes_on_at_its_position(vllm):
     assert tokens[0] == tokens[1]
 
 
+def _kept(asked: Any, logits: torch.Tensor, edits: Edits) -> torch.Tensor:
+    """What a row keeps, by `filter_logits`."""
+    return filter_logits(logits[None], asked.adaptor, edits=edits)[0]
+
+
+RECORDED: list[dict[str, Any]] = [
+    {"extra_args": _keys(typical_p=0.9), "seed": 1},
+    {"extra_args": _keys(top_p=0.8, seed=2), **PENALISED},
+    {"top_p": 0.5},
+    {"extra_args": _keys(min_p=0.02, seed=3, order="hf"), "temperature": 0.8},
+    {"temperature": 0.0},
+    {"extra_args": _keys(top_p=0.7, bias_ids=[4], bias_values=[2.0])},
+    {},
+]
+
+
+class _Told:
+    """What requests' rows kept, as the test knows it."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        self.outputs: dict[str, list[int]] = {}
+        self.kept: dict[str, list[torch.Tensor]] = {}
+
+    def params(self, vllm: Any, rng: random.Random) -> Any:
+        """A request that asks, or does not."""
+        chosen = dict(RECORDED[rng.randrange(len(RECORDED))])
+        if rng.random() < 0.7:
+            self.number += 1
+            extra = _keys(support_id=f"request {self.number}")
+            chosen["extra_args"] = chosen.get("extra_args", {}) | extra
+        return vllm.SamplingParams(**chosen)
+
+    def compare(self, folder: Path) -> int:
+        """All of them with what is recorded; returns how many tokens there are."""
+        got = supports(folder, self.outputs)
+        for of, one in got.items():
+            kept = torch.stack(self.kept[of])
+            assert torch.equal(one.support.to_mask(V), kept > -float("inf"))
+            law = kept.double().log_softmax(-1).gather(1, one.tokens[:, None])[:, 0]
+            torch.testing.assert_close(one.logprobs.double(), law, rtol=0, atol=2e-5)
+        assert len(got) <= len(list(folder.iterdir())) <= self.number
+        return sum(map(len, self.outputs.values()))
+
+
+def test_the_v1_interface_records_its_rows(vllm, tmp_path):
+    """Of requests that come, go, move, are preempted, and whose prompt is read in parts."""
+    rng, told = random.Random(11), _Told()
+    sampler = _first(vllm, folder=tmp_path)
+    held: dict[int, Any] = {}
+    waiting: list[Any] = []
+
+    def update(**changes: Any) -> None:
+        known = {"removed": (), "added": (), "moved": ()} | changes
+        sampler.update_state(vllm.BatchUpdate(batch_size=len(held), **known))
+
+    def step() -> None:
+        given = 2 * torch.randn(len(held), V)
+        logits = sampler.apply(given.clone())
+        for at, (params, prompt, output, _) in held.items():
+            if rng.random() < 0.2:  # a part of a prompt or text: its token is dropped
+                continue
+            asked = requested(params)
+            if asked is not None and asked.support_id is not None:
+                row = Row(asked, 0, prompt, output)
+                token = _drawn(logits, at)
+                told.outputs.setdefault(asked.support_id, []).append(token)
+                kept = told.kept.setdefault(asked.support_id, [])
+                kept.append(_kept(asked, given[at], _edits(row)))
+            output.append(int(logits[at].argmax()))
+
+    def new(at: int) -> Any:
+        prompt = [rng.randrange(V) for _ in range(4)]
+        held[at] = (told.params(vllm, rng), prompt, [], None)
+        return (at, *held[at][:3])
+
+    update(added=[new(at) for at in range(6)])
+    for _ in range(60):
+        step()
+        what, at = rng.randrange(4), rng.randrange(len(held))
+        if what == 0:
+            update(added=[new(at)])
+        elif what == 1:  # preempted for another, and back later
+            waiting.append(held[at])
+            update(added=[new(at)])
+        elif what == 2 and waiting:
+            params, prompt, output, _ = held[at] = waiting.pop(0)
+            update(added=[(at, params, prompt, output)])
+        elif what == 3:
+            other = (at + 1) % len(held)
+            held[at], held[other] = held[other], held[at]
+            update(moved=[(at, other, vllm.MoveDirectionality.SWAP)])
+    assert told.compare(tmp_path) > 100
+
+
+@pytest.mark.parametrize("most", [0, 3])
+def test_the_v2_interface_records_its_rows(vllm, tmp_path, most):
+    """With drafts that stand or fall, preempted requests, and texts that are read in parts."""
+    rng, told = random.Random(12), _Told()
+    runner = _Slots(vllm.second, 9)
+    sampler = vllm.FusedSampler(_config(folder=tmp_path), runner.states)
+    held: dict[int, Any] = {}
+    waiting: list[Any] = []
+
+    def admit(slot: int, params: Any, prompt: int, total: int) -> None:
+        runner.prompt_len.np[slot], runner.prefill_len.np[slot] = prompt, total
+        sampler.add_request(slot, params)
+        held[slot] = [params, prompt, total, total]
+
+    def new(slot: int) -> None:
+        length = rng.randint(2, 5)
+        admit(slot, told.params(vllm, rng), length, length)
+
+    for slot in range(6):
+        new(slot)
+    for _ in range(60):
+        slots = rng.sample(list(held), rng.randint(1, len(held)))
+        parts = [rng.random() < 0.2 and held[s][2] == held[s][3] for s in slots]
+        drafts = [0 if part else rng.randint(0, most) for part in parts]
+        ends = [
+            rng.randint(1, held[s][2] - 1) if part else held[s][2]
+            for s, part in zip(slots, parts, strict=True)
+        ]
+        given = 2 * torch.randn(sum(drafts) + len(drafts), V)
+        logits = sampler.apply(given.clone(), runner.of(slots, ends, drafts))
+        at = 0
+        for slot, part, k in zip(slots, parts, drafts, strict=True):
+            asked, rows = requested(held[slot][0]), range(at, at + k + 1)
+            at += k + 1
+            if part:
+                continue
+            stand = rng.randint(1, k + 1)
+            held[slot][2] += stand
+            if asked is not None and asked.support_id is not None:
+                edits = Edits.from_rows([asked.bias], "pre")
+                for i in rows[:stand]:
+                    told.outputs.setdefault(asked.support_id, []).append(_drawn(logits, i))
+                    kept = told.kept.setdefault(asked.support_id, [])
+                    kept.append(_kept(asked, given[i], edits))
+        what, slot = rng.randrange(4), rng.randrange(9)
+        if what == 0:
+            new(slot)
+        elif what == 1 and slot in held:
+            waiting.append(held.pop(slot))
+            new(slot)
+        elif what == 2 and waiting:
+            admit(slot, *waiting.pop(0)[:3])
+    assert told.compare(tmp_path) > 100
+
+
+def test_the_first_of_the_ranks_records(vllm, tmp_path, monkeypatch):
+    """All draw the same tokens; of two replicas of two ranks each the first ones write."""
+    params = vllm.SamplingParams(extra_args=_keys(top_p=0.8, support_id="a"), seed=3)
+    given, tokens, files = torch.randn(1, V), [], []
+    for rank in range(4):
+        folder = tmp_path / str(rank)
+        sampler = _first(vllm, folder=folder, rank=rank)
+        update = {"removed": (), "added": [(0, params, [1], [])], "moved": ()}
+        sampler.update_state(vllm.BatchUpdate(batch_size=1, **update))
+        tokens.append(_drawn(sampler.apply(given.clone()), 0))
+        files.append(len(list(folder.iterdir())))
+    assert len(set(tokens)) == 1 and files == [1, 0, 1, 0]
+
+
+def test_an_engine_without_a_folder_says_so_once(vllm, caplog):
+    sampler = _first(vllm)
+    params = vllm.SamplingParams(extra_args=_keys(top_p=0.8, support_id="a"))
+    added = [(at, params, [1], []) for at in range(3)]
+    update = vllm.BatchUpdate(batch_size=3, removed=(), added=added, moved=())
+    sampler.update_state(update)
+    logits = sampler.apply(torch.randn(3, V))
+    assert [_drawn(logits, at) >= 0 for at in range(3)] == [True] * 3
+    assert caplog.text.count("fastadapt_support_id: no records") == 1
+
+
 def test_requests_without_a_seed_differ_and_ranks_agree(vllm):
     params = vllm.SamplingParams(extra_args=_keys(top_p=1.0))
     added = [(at, params, [1], []) for at in range(32)]
@@ -670,11 +912,13 @@ class _Slots:
     """Stand-in of the V2 runner: what `LogitsProcRequestState` and `LogitsContext` hold."""
 
     def __init__(self, second: Any, slots: int) -> None:
-        self.prompt_len = SimpleNamespace(np=np.zeros(slots, dtype=np.int32))
+        self.prompt_len, self.prefill_len = (
+            SimpleNamespace(np=np.zeros(slots, dtype=np.int32)) for _ in range(2)
+        )
         none: Any = None
         self.states = second.LogitsProcRequestState(
             device=torch.device("cpu"), max_num_reqs=slots, vocab_size=V, all_token_ids=none,
-            prompt_len=self.prompt_len, prefill_len=none, total_len=none,
+            prompt_len=self.prompt_len, prefill_len=self.prefill_len, total_len=none,
         )  # fmt: skip
         self.context = second.LogitsContext
 
@@ -705,7 +949,7 @@ def test_the_v2_interface_follows_its_slots(vllm, most):
     def admit(slot: int) -> None:
         params = vllm.SamplingParams(**ASKED[rng.randrange(len(ASKED))])
         length = rng.randint(1, 5)
-        runner.prompt_len.np[slot] = length
+        runner.prompt_len.np[slot] = runner.prefill_len.np[slot] = length
         asked = requested(params)
         assert sampler.add_request(slot, params) == (asked is not None)
         held[slot] = [asked, length, length]

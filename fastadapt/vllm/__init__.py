@@ -1,10 +1,11 @@
-"""vLLM: a logits processor that draws the rows of requests with our knobs."""
+"""vLLM: a logits processor that draws requests' rows with our knobs, and what it drew from."""
 
 from typing import Any
 
 from fastadapt._ops.config import needs
+from fastadapt.vllm._records import Drawn, forget, supports
 
-__all__ = ["FusedSampler"]
+__all__ = ["Drawn", "FusedSampler", "forget", "supports"]
 __dir__ = __all__.copy  # what is not public is not listed
 
 

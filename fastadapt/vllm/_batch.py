@@ -10,6 +10,7 @@ from torch import Tensor
 from fastadapt.adaptor import INTEGER_KNOBS, Adaptor
 from fastadapt.results import Sample
 from fastadapt.sampling.functions import sample
+from fastadapt.vllm._records import record
 from fastadapt.vllm._request import KNOBS
 from fastadapt.vllm._row import Row
 from fastadapt.vllm._texts import Texts
@@ -41,7 +42,7 @@ class Batch:
         self.prompts = torch.tensor([row.prompt_length for _, row in rows]).to(logits.device)
         members: dict[Any, list[int]] = {}
         for i, (_, row) in enumerate(self.rows):
-            members.setdefault(_common(row.request.adaptor), []).append(i)
+            members.setdefault(_common(row), []).append(i)
         groups = [] if before is None else before.groups
         known: dict[Any, Texts] = {group.key: group.texts for group in groups}
         self.groups: list[Group] = [
@@ -105,6 +106,7 @@ class Group:
         device = logits.device
         self.key, self.texts = key, texts
         self.rows = [row for _, row in rows]
+        self.recorded = self.rows[0].sheet is not None  # as all of them
         self.at = torch.tensor([place for place, _ in rows]).to(device)
         self.of_batch = torch.tensor(of_batch).to(device)
         self.seeds = torch.tensor([row.seed for row in self.rows]).to(device)
@@ -119,13 +121,17 @@ class Group:
         if self.bias is not None:
             rows.scatter_add_(1, *self.bias)
         edits = self.texts.edits(self.rows) if penalties else None
+        at = positions[self.of_batch]
         drawn = sample(
             rows,
             self.adaptor,
             seeds=self.seeds,
-            positions=positions[self.of_batch],
+            positions=at,
+            support=self.recorded,
             edits=None if edits is None else edits.to(logits.device),
         )
+        if self.recorded:
+            record([row.sheet for row in self.rows], at, drawn)
         fill, tokens = _outcome(drawn)
         if everything:
             logits.copy_(fill[:, None].expand_as(logits))
@@ -138,19 +144,40 @@ class Group:
         """Returns logits with the rows of this group drawn and one-hot; see `Batch.draw_drafts`."""
         mine = places[:, None] == self.of_batch  # (L, rows)
         here, local = mine.any(1), mine.int().argmax(1)
-        rows = logits
+        if not self.recorded:
+            drawn = self._drawn(logits, local, positions, support=False)
+            return torch.where(here[:, None], _one_hot(drawn, logits), logits)
+        at = here.nonzero()[:, 0]  # waits for the device, as a record does
+        local, positions = local[at], positions[at]
+        drawn = self._drawn(logits[at], local, positions, support=True)
+        record([self.rows[i].sheet for i in local.tolist()], positions, drawn)
+        return logits.index_copy(0, at, _one_hot(drawn, logits))
+
+    def _drawn(self, rows: Tensor, local: Tensor, positions: Tensor, *, support: bool) -> Sample:
+        """Draws rows, each by the knobs, seed and bias of one of the rows here.
+
+        Args:
+            rows (Tensor): (L, V), float32; not changed.
+            local (Tensor): (L,), int64: whose.
+            positions (Tensor): (L,), int64.
+            support: whether to return what was kept too.
+        """
         if self.bias is not None:
             ids, values = (x[local] for x in self.bias)
-            rows = logits.scatter_add(1, ids, values)
+            rows = rows.scatter_add(1, ids, values)
         knobs: dict[str, Any] = {
             name: knob[local] if isinstance(knob, Tensor) else knob
             for name, knob in self.knobs.items()
         }
-        drawn = sample(rows, Adaptor(**knobs), seeds=self.seeds[local], positions=positions)
-        fill, tokens = _outcome(drawn)
-        one_hot = fill[:, None].repeat(1, logits.shape[1])
-        one_hot.scatter_(1, tokens[:, None], fill.clamp(min=0)[:, None])
-        return torch.where(here[:, None], one_hot, logits)
+        seeds = self.seeds[local]
+        return sample(rows, Adaptor(**knobs), seeds=seeds, positions=positions, support=support)
+
+
+def _one_hot(drawn: Sample, logits: Tensor) -> Tensor:
+    """Returns rows as wide as logits, each with its token alone."""
+    fill, tokens = _outcome(drawn)
+    one_hot = fill[:, None].repeat(1, logits.shape[1])
+    return one_hot.scatter_(1, tokens[:, None], fill.clamp(min=0)[:, None])
 
 
 def _outcome(drawn: Sample) -> tuple[Tensor, Tensor]:
@@ -164,10 +191,11 @@ def _outcome(drawn: Sample) -> tuple[Tensor, Tensor]:
     return torch.where(drew, BANNED, nan), drawn.tokens.clamp(min=0)
 
 
-def _common(adaptor: Adaptor) -> tuple[Any, ...]:
-    """Returns the knobs that cannot differ from row to row: those that are no numbers."""
-    values = {name: getattr(adaptor, name) for name in KNOBS}
-    return tuple((name, x) for name, x in values.items() if not _is_number(x))
+def _common(row: Row) -> tuple[Any, ...]:
+    """Returns what cannot differ from row to row: knobs that are no numbers, and being recorded."""
+    values = {name: getattr(row.request.adaptor, name) for name in KNOBS}
+    knobs = ((name, x) for name, x in values.items() if not _is_number(x))
+    return row.sheet is not None, *knobs
 
 
 def _knobs(adaptors: Sequence[Adaptor], device: torch.device) -> dict[str, Any]:

@@ -13,10 +13,11 @@ from torch import Tensor
 from fastadapt._ops.checks import instance, integer, nearest, shown
 from fastadapt.adaptor import INTEGER_KNOBS, NAMED_ORDERS, RANGES, Adaptor
 from fastadapt.sampling.numbers import real
+from fastadapt.vllm._records import MOST_BYTES
 
 KEY = "fastadapt"
 KNOBS = tuple(f.name for f in fields(Adaptor) if f.init)
-BESIDE = ("seed", "bias_ids", "bias_values")
+BESIDE = ("seed", "bias_ids", "bias_values", "support_id")
 # The engine's own knobs, by the values at which they do nothing and count as not given.
 ENGINE: Mapping[str, Any] = {"temperature": 1, "top_p": 1, "top_k": 0, "min_p": 0, "seed": None}
 A_SERVER = "which a server may have from the model's generation_config"
@@ -34,6 +35,7 @@ class Request:
         repetition: the engine's penalty of tokens in prompt or output.
         presence: that of tokens in the output.
         frequency: that of tokens in the output, times their count.
+        support_id: under which it is recorded what its tokens were drawn from; None: it is not.
     """
 
     adaptor: Adaptor
@@ -42,6 +44,7 @@ class Request:
     repetition: float
     presence: float
     frequency: float
+    support_id: str | None
 
     @property
     def penalised(self) -> bool:
@@ -52,8 +55,8 @@ class Request:
 def requested(params: Any) -> Request | None:
     """Returns what a request asks of us; None where the engine draws it as ever.
 
-    That is so without a key of ours, and in a greedy request without a bias whose filters keep the
-    argmax: all do, but for XTC and typical before a temperature that comes last.
+    That is so without a key of ours, and in a greedy request without a bias or a support's id whose
+    filters keep the argmax: all do, but for XTC and typical before a temperature that comes last.
 
     Args:
         params: vLLM's `SamplingParams`, or what has the same attributes.
@@ -67,6 +70,7 @@ def requested(params: Any) -> Request | None:
     if given is None:
         return None
     bias = _checked(_bias, given.pop("bias_ids", ()), given.pop("bias_values", ()))
+    support_id = _support_id(given.pop("support_id"), params.n) if "support_id" in given else None
     if "seed" in given:
         given["seed"] = _checked(integer, "seed", given["seed"])
         if params.n > 1:
@@ -89,9 +93,10 @@ def requested(params: Any) -> Request | None:
             "penalises before our bias, the other after it; logit_bias is added before it in both)"
             f", got repetition_penalty={penalties['repetition']}"
         )
-    if params.temperature == 0 and not bias and _keeps_argmax(adaptor):
+    recorded = support_id is not None
+    if params.temperature == 0 and not bias and not recorded and _keeps_argmax(adaptor):
         return None
-    return Request(adaptor=adaptor, seed=seed, bias=bias, **penalties)
+    return Request(adaptor=adaptor, seed=seed, bias=bias, support_id=support_id, **penalties)
 
 
 def _given(extra: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -238,6 +243,24 @@ def _bias(ids: Sequence[Any], values: Sequence[Any]) -> dict[int, float]:
             raise ValueError(f"bias_ids: expected each id once, got {one} twice")
         found[one] = value if value == -inf else real("bias_values", value, signed=True)
     return found
+
+
+def _support_id(value: Any, n: int) -> str:
+    """Returns the id of a request's records.
+
+    Raises:
+        ValueError: no text, none or too long a one, or of several sequences, which vLLM does not
+            tell apart.
+    """
+    if not isinstance(value, str) or not 1 <= len(value.encode("utf-8", "replace")) <= MOST_BYTES:
+        expected = f"a text of 1 to {MOST_BYTES} bytes"
+        raise ValueError(f"{KEY}_support_id: expected {expected}, got {shown(value)}")
+    if n > 1:
+        raise ValueError(
+            f"{KEY}_support_id: expected n=1, since vLLM does not tell the sequences of a request "
+            f"apart, got n={n}; send {n} requests, each with an id of its own"
+        )
+    return value
 
 
 def _penalty(params: Any, name: str) -> float:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from fastadapt.vllm._records import Sheet
 from fastadapt.vllm._request import Request
 
 
@@ -16,6 +17,7 @@ class Row:
         prompt: its tokens, where the engine gives them.
         output: the engine's own list, which grows, and shrinks where tokens are taken back.
         prompt_length: of the prompt, where the engine gives no tokens.
+        sheet: where it is recorded what its tokens were drawn from, if it is.
     """
 
     request: Request
@@ -23,3 +25,4 @@ class Row:
     prompt: Sequence[int] = ()
     output: Sequence[int] = ()
     prompt_length: int = 0
+    sheet: Sheet | None = None
