@@ -8,7 +8,7 @@ and in one piece: 48 bytes and 4 for each id of the support, as the machine's in
 import hashlib
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from struct import Struct
 from typing import NamedTuple
@@ -203,10 +203,10 @@ def _path(folder: Path, of: str) -> Path:
     return folder / f"{digest[:32]}.drawn"
 
 
-def _of_one(folder: Path, of: str, outputs: Sequence[int]) -> Drawn:
+def _of_one(folder: Path, of: str, outputs: object) -> Drawn:
     """Returns what the tokens of one id were drawn from."""
     path, name = _path(folder, of), f"outputs[{of!r}]"
-    if isinstance(outputs, str) or not hasattr(outputs, "__iter__"):
+    if not isinstance(outputs, Iterable) or isinstance(outputs, str | bytes):
         raise TypeError(f"{name}: expected token ids, got {type(outputs).__name__}")
     tokens = [integer(name, token) for token in outputs]
     try:
