@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import inspect
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -12,7 +13,8 @@ import pytest
 import torch
 
 import fastadapt
-from fastadapt import Adaptor, filter_logits, sample
+import fastadapt.sglang
+from fastadapt import Adaptor, filter_logits, label_logps, sample, support_log_odds
 
 ALL = 1 << 30  # SGLang's top_k without a top-k
 V = 1003
@@ -224,6 +226,53 @@ def test_masks_are_the_sets_of_filter_logits(make, sanitized, engine, monkeypatc
             assert (told - law[ids]).abs().max() < 1e-5
 
 
+def test_supports_are_those_of_the_draw(make):
+    """Of the lists that a request gets, on the way that the engine's own class makes them."""
+    n = 60
+    logits, requests = rows_of(n), requests_of(n)
+    batch = batch_of(
+        requests, sampling_seed=torch.arange(n), sampling_mask_batch_indices=torch.arange(n)
+    )
+    tokens, output = draw(make(cap=V), logits, batch)
+    mask = output.sampling_mask_output
+    rows = [ids[:k].numpy() for ids, k in zip(mask.token_ids, mask.lengths, strict=True)]
+    lists = [ids.tolist() for ids in rows]
+    if OWN:
+        sent = importlib.import_module("sglang.srt.sampling.sampling_mask").SamplingMaskRows()
+        for ids, logprob in zip(rows, mask.selected_logprobs, strict=True):
+            sent.append(ids, logprob[None].numpy())
+        told, logprobs = sent.take().to_lists(support_logprobs=False)
+        assert told == lists and logprobs == mask.selected_logprobs.tolist()
+    kept = [filter_logits(logits[i], adaptor_of(requests[i])) for i in range(n)]
+    support = fastadapt.sglang.support_of(lists).check(V)
+    assert torch.equal(support.to_mask(V), torch.stack(kept) > float("-inf"))
+    assert bool(support.contains(tokens.long()).all())
+    scaled = logits / torch.tensor([max(one[0], 1e-6) for one in requests])[:, None]
+    logps = label_logps(support_log_odds(scaled, tokens.long(), support))
+    torch.testing.assert_close(logps, mask.selected_logprobs, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("mask", "error", "message"),
+    [
+        (None, TypeError, "^mask: expected a list of ids for each token, got NoneType"),
+        ([3], TypeError, r"^mask\[0\]: expected a list of ids, got int"),
+        ([[1], "12"], TypeError, r"^mask\[1\]: expected a list of ids, got str"),
+        ([[1.5]], TypeError, r"^mask\[0\]: expected an integer, got 1.5"),
+        ([[1], []], ValueError, r"^mask\[1\]: expected ids, each once, got 0"),
+        ([[1, 1]], ValueError, r"^mask\[0\]: expected ids, each once, got 2"),
+        ([[-1]], ValueError, r"^mask\[0\]: expected 0 to 2147483647, got -1"),
+    ],
+)
+def test_what_is_no_mask_is_refused(mask, error, message):
+    with pytest.raises(error, match=message):
+        fastadapt.sglang.support_of(mask)
+
+
+def test_no_tokens_are_no_rows():
+    assert len(fastadapt.sglang.support_of([])) == 0
+
+
 def test_masks_beyond_the_cap(make):
     logits = rows_of(3)
     batch = batch_of(
@@ -368,8 +417,9 @@ def test_the_entry_point_needs_nothing_of_sglang():
     assert project["entry-points"] == {
         "sglang.srt.plugins": {"fastadapt": "fastadapt.sglang:register"}
     }
-    source = inspect.getsource(fastadapt.sglang)
-    assert not [line for line in source.splitlines() if line.startswith(("import", "from"))]
+    code = "import sys, fastadapt.sglang; print('sglang' in sys.modules)"
+    run = [sys.executable, "-P", "-c", code]
+    assert subprocess.run(run, check=True, capture_output=True, text=True).stdout == "False\n"
 
 
 @pytest.mark.skipif(not OWN, reason="needs SGLang's own classes")

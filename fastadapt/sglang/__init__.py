@@ -1,6 +1,8 @@
 """SGLang: the sampling backend `fastadapt`, one fused call for filters and draw of a batch."""
 
-__all__ = ["register"]
+from fastadapt.sglang._masks import support_of
+
+__all__ = ["register", "support_of"]
 __dir__ = __all__.copy  # what is not public is not listed
 
 
