@@ -1,6 +1,7 @@
 """Records of what vLLM's tokens were drawn from: their format, and which of them count."""
 
 import logging
+import stat
 import struct
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,8 @@ def test_what_is_read_is_what_was_drawn(tmp_path, adaptor):
     assert got.support == drawn.support
     assert torch.equal(got.logprobs, drawn.logprobs) and torch.equal(got.tokens, drawn.tokens)
     assert got.logprobs.dtype == torch.float32 and got.tokens.dtype == torch.int64
+    with torch.device("meta"):  # another default device
+        assert supports(tmp_path, {"a": drawn.tokens.tolist()})["a"].support == drawn.support
     few = supports(str(tmp_path), {"a": drawn.tokens[:2].numpy()})["a"]  # the rest was dropped
     assert few.support == drawn.support[:2] and len(few.logprobs) == 2
 
@@ -251,6 +254,10 @@ def test_an_error_of_the_file_system_is_the_readers(tmp_path, caplog):
     record([sheet], torch.tensor([3]), _one(3))
     with pytest.raises(LookupError, match="'a': expected records"):
         _read(folder, [1, 2, 2, 3])
+    folder.rmdir()
+    _write(folder, "b", [(0, [4, 5])])  # requests after it have theirs
+    assert _read(folder, [4, 5], "b") == [4, 5]
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
 
 
 def test_a_short_write_ends_the_records(tmp_path, monkeypatch, caplog):

@@ -68,13 +68,16 @@ class Sheet:
         """Writes nothing yet."""
         self.path, self.first = _path(folder, of), first
         self.writer = int.from_bytes(os.urandom(8), "little", signed=True)
-        self.failed = False
+        self.begun = self.failed = False
 
     def append(self, records: bytes) -> None:
         """Appends records by one call; a reader ignores the last one until it is whole."""
         if self.failed or not records:
             return
         try:
+            if not self.begun:  # somebody may have removed the folder with what it had
+                self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                self.begun = True
             with self.path.open("ab", buffering=0) as file:
                 written = file.write(records)
             self.failed = written != len(records)
@@ -213,9 +216,10 @@ def _of_one(folder: Path, of: str, outputs: object) -> Drawn:
         data = path.read_bytes() if tokens else b""
     except FileNotFoundError as error:
         raise LookupError(
-            f"{shown(of)}: expected records of it in {folder}, got none: an engine writes them that"
-            f' has additional_config={{"fastadapt_support_folder": {str(folder)!r}}}, of requests '
-            f'with extra_args={{"fastadapt_support_id": {shown(of)}}}'
+            f"{shown(of)}: expected records of it in {folder}, got none: an engine writes them "
+            "with FusedSampler among its logits_processors and "
+            f'additional_config={{"fastadapt_support_folder": {str(folder)!r}}}, of requests with '
+            f'extra_args={{"fastadapt_support_id": {shown(of)}}}'
         ) from error
     last = _last(of, _records(path, data))
     for position, token in enumerate(tokens):
@@ -290,11 +294,16 @@ def _intact(path: Path, part: bytes, checksum: bytes) -> None:
 def _joined(records: Sequence[_Record]) -> Drawn:
     """Returns the rows of records."""
     ids = bytearray().join(one.ids for one in records)
-    counts = torch.tensor([0, *(len(one.ids) // 4 for one in records)], dtype=torch.int64)
-    joined = torch.frombuffer(ids, dtype=torch.int32) if ids else torch.empty(0, dtype=torch.int32)
-    full = torch.tensor([one.full for one in records], dtype=torch.bool)
+    joined = torch.empty(len(ids) // 4, dtype=torch.int32, device="cpu")
+    if ids:
+        joined.copy_(torch.frombuffer(ids, dtype=torch.int32))
+    counts = [0, *(len(one.ids) // 4 for one in records)]
     return Drawn(
-        Support(joined, counts.cumsum(0), full).check(),
-        torch.tensor([one.logprob for one in records], dtype=torch.float32),
-        torch.tensor([one.token for one in records], dtype=torch.int64),
+        Support(
+            joined,
+            torch.tensor(counts, dtype=torch.int64, device="cpu").cumsum(0),
+            torch.tensor([one.full for one in records], dtype=torch.bool, device="cpu"),
+        ),
+        torch.tensor([one.logprob for one in records], dtype=torch.float32, device="cpu"),
+        torch.tensor([one.token for one in records], dtype=torch.int64, device="cpu"),
     )

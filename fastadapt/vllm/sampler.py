@@ -21,6 +21,10 @@ class FusedSampler(FirstProcessor, SecondProcessor):  # type: ignore[misc]  # An
     ever, and so are greedy ones (temperature 0) without a bias, unless the temperature comes last
     in `fastadapt_order` and XTC or typical may drop the argmax before it.
 
+    A request with `fastadapt_support_id`, a text of its own, is recorded: what each of its tokens
+    was drawn from is kept in the folder that the engine's `additional_config` names by
+    `fastadapt_support_folder`, for `supports` to read. Such a greedy request is drawn here too.
+
     The engine's temperature, top_p, top_k, min_p and seed count as ours where ours are not given;
     where both are given and differ, the request is refused. Filters run in the order "vllm" unless
     `fastadapt_order` says otherwise. Penalties and all else that the engine does to logits before
@@ -46,7 +50,8 @@ class FusedSampler(FirstProcessor, SecondProcessor):  # type: ignore[misc]  # An
         is_pin_memory: from the V1 runner alone; not needed.
 
     Raises:
-        ValueError: `logprobs_mode` is of processed logits, which would be those of one-hot rows.
+        ValueError: `logprobs_mode` is of processed logits, which would be those of one-hot rows;
+            `additional_config` has another key of ours, or a folder that cannot be.
     """
 
     def __init__(self, config: Any, where: Any, is_pin_memory: bool | None = None) -> None:
