@@ -124,6 +124,28 @@ def test_equals_the_reference(seed: int, options: dict[str, float]) -> None:
     close(got, run(reference.linear_support_log_odds, case, **options), 1e-11)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_log_odds_of_the_whole_vocabulary_beside_them(seed: int) -> None:
+    case, results = make_case(40, 17, 11, seed=seed, bias=seed % 2 > 0), []
+    for function in (linear_support_log_odds, reference.linear_support_log_odds):
+        head = case.hidden, case.weight, case.labels, case.support
+        on_support, whole = function(*head, bias=case.bias, softcap=2.0, full=True)
+        both = torch.stack([on_support, whole * 0.7])
+        finite = both.isfinite()
+        upstream = torch.stack([case.upstream, case.upstream.flip(0)])
+        gradients = torch.autograd.grad(both[finite], case.leaves, upstream[finite])
+        results.append((both.detach(), *gradients))
+    close(*results, 1e-11)
+    whole, full = results[0][0][1] / 0.7, case.support.full
+    torch.testing.assert_close(results[0][0][0][full], whole[full])
+    alone = linear_log_odds(*case[:2], case.labels, case.bias, softcap=2.0)
+    assert torch.equal(
+        linear_support_log_odds(*head, bias=case.bias, softcap=2.0, full=True)[1], alone
+    )
+    with pytest.raises(ValueError, match="sparse: expected False with full=True"):
+        linear_support_log_odds(*head, bias=case.bias, sparse=True, full=True)
+
+
 @pytest.mark.parametrize("h", [1, 7, 16, 70])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALVES])
 def test_every_instruction_set(cpu_capability: str, dtype: torch.dtype, h: int) -> None:

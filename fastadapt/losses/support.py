@@ -6,7 +6,7 @@ label, m = z_y - logsumexp(z_j, j in S, j != y), so that log p = -softplus(-m) i
 the truncated distribution.
 """
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
+@overload
 def linear_support_log_odds(
     hidden: Tensor,
     weight: Tensor,
@@ -43,8 +44,42 @@ def linear_support_log_odds(
     logit_scale: float = 1.0,
     ignore_index: int = -100,
     sparse: bool = False,
+    full: Literal[True],
     group: "ProcessGroup | None" = None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def linear_support_log_odds(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    support: Support,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    sparse: bool = False,
+    full: Literal[False] = False,
+    group: "ProcessGroup | None" = None,
+) -> Tensor: ...
+
+
+def linear_support_log_odds(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    support: Support,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    sparse: bool = False,
+    full: bool = False,
+    group: "ProcessGroup | None" = None,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Returns each label's log-odds against the other ids of its own support, from a linear head.
 
     Equals `adapted_log_odds` of the logits of `linear_log_odds` if the support is the adaptor's and
@@ -82,17 +117,21 @@ def linear_support_log_odds(
         sparse (bool): whether the gradient of `weight`, which is then a leaf, is a coalesced sparse
             COO tensor, of those ids alone that have a gradient, as `torch.nn.Embedding` has it.
             False: dense, (V, H), 0 elsewhere. Not with full rows, whose gradient has every id.
+        full (bool): whether the log-odds against the whole vocabulary are returned too, of all
+            rows, from one pass of `linear_log_odds`: for what is of the whole distribution, such as
+            a divergence from a reference. Rows that are full have them in both. Not with `sparse`.
         group (torch.distributed.ProcessGroup | None): must be None: a head in slices is not served.
 
     Returns:
-        Tensor: shape of `labels`, float32 (float64 for float64 inputs), nats. -inf and no gradient
-        where the label is not in its support, +inf and no gradient where it is alone there; NaN
-        where one of the others is NaN or +inf. Raises when differentiated twice.
+        Tensor | tuple[Tensor, Tensor]: shape of `labels`, float32 (float64 for float64 inputs),
+        nats; two with `full`. -inf and no gradient where the label is not in its support, +inf and
+        no gradient where it is alone there; NaN where one of the others is NaN or +inf. Raises when
+        differentiated twice.
 
     Raises:
         TypeError: inputs of another dtype than `hidden`'s, a support that is no `Support`.
         ValueError: shapes or devices that do not agree, a label or an id of the support out of
-            range, ids that do not ascend, `sparse` with full rows.
+            range, ids that do not ascend, `sparse` with full rows or `full`.
         NotImplementedError: tensors of another device than CPU or CUDA, a group, a DTensor.
     """
     name = "linear_support_log_odds"
@@ -107,6 +146,9 @@ def linear_support_log_odds(
         number("softcap", softcap, positive=True)
     number("logit_scale", logit_scale, signed=True)
     flag("sparse", sparse)
+    flag("full", full)
+    if full and sparse and weight.requires_grad:
+        raise ValueError("sparse: expected False with full=True, got True")
     states = head_rows(hidden, weight, bias, empty=False)
     y, used = _labels(labels, support, hidden.shape[:-1], states, weight.shape[0], ignore_index)
     at = (support.full & used).nonzero()[:, 0]
@@ -120,18 +162,18 @@ def linear_support_log_odds(
     z = x * logit_scale
     z = z if softcap is None else softcap * (z / softcap).tanh()
     log_odds = _among(z, pairs).to(torch.promote_types(states.dtype, torch.float32))
-    if at.shape[0] > 0:
-        dense = linear_log_odds(
-            states.index_select(0, at),
-            weight,
-            y[at],
-            bias,
-            softcap=softcap,
-            logit_scale=logit_scale,
-            ignore_index=ignore_index,
-        )
-        log_odds = log_odds.index_copy(0, at, dense.to(log_odds.dtype))
-    return log_odds.view(labels.shape)
+    if at.shape[0] == 0 and not full:
+        return log_odds.view(labels.shape)
+    rows, own = (states, y) if full else (states.index_select(0, at), y[at])
+    head = weight, own, bias
+    options: dict[str, Any] = {
+        "softcap": softcap,
+        "logit_scale": logit_scale,
+        "ignore_index": ignore_index,
+    }
+    dense = linear_log_odds(rows, *head, **options).to(log_odds.dtype)
+    log_odds = log_odds.index_copy(0, at, dense[at] if full else dense).view(labels.shape)
+    return (log_odds, dense.view(labels.shape)) if full else log_odds
 
 
 def support_log_odds(

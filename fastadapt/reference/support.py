@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastadapt.reference.log_odds import head_logits
+from fastadapt.reference.log_odds import head_logits, label_log_odds
 from fastadapt.results import Support
 
 if TYPE_CHECKING:
@@ -23,8 +23,9 @@ def linear_support_log_odds(
     logit_scale: float = 1.0,
     ignore_index: int = -100,
     sparse: bool = False,
+    full: bool = False,
     group: "ProcessGroup | None" = None,
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """Reference of `fastadapt.linear_support_log_odds`; every gradient is dense.
 
     Examples:
@@ -35,7 +36,10 @@ def linear_support_log_odds(
         tensor([-0.6931,    -inf])
     """
     z = head_logits(hidden, weight, bias, softcap, logit_scale, group, None)
-    return support_log_odds(z, labels, support, ignore_index=ignore_index)
+    on_support = support_log_odds(z, labels, support, ignore_index=ignore_index)
+    if not full:
+        return on_support
+    return on_support, label_log_odds(z, labels, ignore_index=ignore_index)
 
 
 def support_log_odds(
