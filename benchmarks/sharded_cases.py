@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastadapt import Adaptor, Edits, sample, score
 from fastadapt._ops.sharded.exchange import side_by_side
-from fastadapt.results import Sample, Score
+from fastadapt.results import Sample, Score, Support
 from fastadapt.sampling.sharded import draw_of, score_of
 
 INF = float("inf")
@@ -63,7 +63,8 @@ class Case(NamedTuple):
 
     def scored(self, logits: Tensor, tokens: Tensor, **group: Any) -> Score:
         """The scores of tokens."""
-        return score(logits, tokens, self.adaptors, **self.edits, **group)
+        wanted = {"support": self.options["support"]}
+        return score(logits, tokens, self.adaptors, **wanted, **self.edits, **group)
 
     def tokens(self, drawn: Sample) -> Tensor:
         """Tokens to score: some of those drawn, any others, and ignored ones."""
@@ -87,6 +88,7 @@ def made(seed: int, ranks: int | None = None) -> Case:
         "positions": torch.randint(2**40, (n,), generator=g) if r.random() < 0.7 else None,
         "base_logprobs": r.random() < 0.5,
         "log_mass": r.random() < 0.5,
+        "support": r.random() < 0.5,
     }
     edits = _edits(n, v, r, g) if r.random() < 0.4 else {}
     options["top_logprobs"] = min(edits.get("num_tokens") or v, r.choice([0, 0, 0, 1, 5, 100]))
@@ -105,7 +107,12 @@ def differing_rows(case: Case) -> tuple[int, int]:
     tokens = case.tokens(whole)
     scores = case.scored(case.logits, tokens)
     scored = side_by_side(
-        [score_of(case.slice(i), tokens, case.adaptors, i, **edits) for i in ranks]
+        [
+            score_of(
+                case.slice(i), tokens, case.adaptors, i, support=case.options["support"], **edits
+            )
+            for i in ranks
+        ]
     )
     return _differing(whole, parts), _differing(scores, scored)
 
@@ -113,7 +120,13 @@ def differing_rows(case: Case) -> tuple[int, int]:
 def _differing(result: Sample | Score, parts: Sequence[Sequence[Tensor]]) -> int:
     whole = [x for x in result if isinstance(x, Tensor)]  # what is asked for
     bad = torch.zeros(len(whole[0]), dtype=torch.bool)
+    kept = result.support if isinstance(result, Sample) else result.supports
     for part in parts:
+        if kept is not None:
+            *part, ids, offsets, full = part
+            wanted = kept if isinstance(kept, Support) else Support.cat(kept)
+            if Support(ids, offsets, full) != wanted:
+                return len(bad)
         for a, b in zip(whole, part, strict=True):
             if a.dtype != b.dtype or a.shape != b.shape:
                 return len(bad)

@@ -268,6 +268,7 @@ void define_slices(py::module_& m) {
          {FIELD(rows), FIELD(first), FIELD(count), FIELD(x), FIELD(ids)});
   define(m, "slice_find", &T::slice_find, Needs::kSharedRow,
          {SLICE_FIELDS, FIELD(target), FIELD(x), FIELD(ids)});
+  define(m, "slice_list", &T::slice_list, Needs::kBuffers, {SLICE_FIELDS, FIELD(supports)});
   define(m, "masses", &T::masses, Needs::kNothing, {FIELD(n), FIELD(d), FIELD(w), FIELD(u)});
   define(m, "targets", &T::targets, Needs::kNothing,
          {FIELD(n), FIELD(seeds), FIELD(positions), FIELD(totals), FIELD(targets)});
@@ -344,7 +345,7 @@ PYBIND11_MODULE(_C, m) {
   define_kernels(m);
   define_history(m);
   py::class_<IdLists>(m, "IdLists")
-      .def(py::init<int64_t>())
+      .def(py::init<int64_t, int64_t>())
       .def("count", &IdLists::count)
       .def("join", [](const IdLists& self, py::handle offsets, py::handle ids) {
         self.join(pointer<int64_t>(offsets), pointer<int32_t>(ids));

@@ -16,11 +16,12 @@ constexpr int kMaxTeam = 64;
 // Entries of a row that are worth a thread of a team: about 4 us of work.
 constexpr int64_t kLeastPart = 1 << 14;
 
-// Where the ids go that rows keep, a list each: rows that keep all have none.
+// Where the ids go that rows keep, a list each: rows that keep a whole vocabulary have none.
 struct Supports {
   // Room for so many ids, and for 64 more that mean nothing, of a list; it may throw.
   int32_t* (*room)(void* lists, int64_t list, int64_t count);  // or null: nobody asks
   void* lists;
+  int64_t whole;  // the size of that vocabulary, at least V
 };
 
 }  // namespace fastadapt

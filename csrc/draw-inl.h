@@ -171,9 +171,10 @@ static void top_tokens(const Row<T>& base, double log_z, int64_t n, int64_t* ids
   }
 }
 
-// Room for the ids that a row of V keeps, or null: nobody asks for them, or they are all.
-static int32_t* room_for(const Supports& supports, int64_t list, int64_t kept, int64_t v) {
-  return supports.room && kept < v ? supports.room(supports.lists, list, kept) : nullptr;
+// Room for the ids that a row keeps, or null: nobody asks for them, or they are a vocabulary.
+static int32_t* room_for(const Supports& supports, int64_t list, int64_t kept) {
+  return supports.room && kept < supports.whole ? supports.room(supports.lists, list, kept)
+                                                : nullptr;
 }
 
 static void bad_sample(const SampleArgs& a, int64_t r, Status status) {
@@ -205,7 +206,7 @@ static void draw(const SampleArgs& a, int64_t r, const T* x, const RowStats& sta
   double logprob = 0, log_s = 0, m = row.view.m;
   if (k.greedy()) {
     token = greedy_token(row, stats, k, scratch);
-    if (int32_t* ids = room_for(a.supports, r, 1, v)) *ids = static_cast<int32_t>(token);
+    if (int32_t* ids = room_for(a.supports, r, 1)) *ids = static_cast<int32_t>(token);
   } else {
     Survivors<T> survivors(row, k, scratch);
     if (survivors.status() != kOk) return bad_sample(a, r, survivors.status());
@@ -214,7 +215,7 @@ static void draw(const SampleArgs& a, int64_t r, const T* x, const RowStats& sta
       weigh_row(row, false, false, scratch);
       kept = row.finite;
       s = row.sums.z;
-      if (int32_t* ids = room_for(a.supports, r, kept, v)) survivors.list_ids(ids);
+      if (int32_t* ids = room_for(a.supports, r, kept)) survivors.list_ids(ids);
       token = locate(
           row.view, Everything{}, draw_target(random.first, s),
           [&](int64_t b) { return scratch.blocks[b]; }, scratch);
@@ -224,7 +225,7 @@ static void draw(const SampleArgs& a, int64_t r, const T* x, const RowStats& sta
         kept = t.count;
         s = t.z;
         m = view.m;
-        if (int32_t* ids = room_for(a.supports, r, kept, v)) survivors.list_ids(ids);
+        if (int32_t* ids = room_for(a.supports, r, kept)) survivors.list_ids(ids);
         token = locate(
             view, test, draw_target(random.first, s),
             [&](int64_t b) { return survivors.mass_of_block(b); }, scratch);

@@ -343,6 +343,7 @@ struct SliceTallyArgs;
 struct SliceBestArgs;
 struct SliceTopArgs;
 struct SliceFindArgs;
+struct SliceListArgs;
 struct MassesArgs;
 struct TargetsArgs;
 struct LogsArgs;
@@ -358,6 +359,7 @@ struct KernelTable {
   void (*slice_best)(const SliceBestArgs&, const Scratch&, int64_t begin, int64_t end);
   void (*slice_top)(const SliceTopArgs&, const Scratch&, int64_t begin, int64_t end);
   void (*slice_find)(const SliceFindArgs&, const Scratch&, int64_t begin, int64_t end);
+  void (*slice_list)(const SliceListArgs&, const Scratch&, int64_t begin, int64_t end);
   void (*masses)(const MassesArgs&, const Scratch&, int64_t begin, int64_t end);
   void (*targets)(const TargetsArgs&, const Scratch&, int64_t begin, int64_t end);
   void (*logs)(const LogsArgs&, const Scratch&, int64_t begin, int64_t end);

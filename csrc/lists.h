@@ -13,10 +13,10 @@ namespace fastadapt {
 
 class IdLists {
  public:
-  explicit IdLists(int64_t n) : lists_(static_cast<size_t>(n)) {}
+  IdLists(int64_t n, int64_t whole) : whole_(whole), lists_(static_cast<size_t>(n)) {}
 
   // Threads may fill different lists at the same time.
-  Supports supports() { return {room, this}; }
+  Supports supports() { return {room, this, whole_}; }
 
   // How many ids there are.
   int64_t count() const {
@@ -52,6 +52,7 @@ class IdLists {
     return here.ids.get();
   }
 
+  int64_t whole_;
   std::vector<List> lists_;
 };
 

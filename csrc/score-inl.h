@@ -77,7 +77,7 @@ static void score_adaptor(const ScoreArgs& a, int64_t r, int64_t adaptor, const 
     a.log_norm[at] = static_cast<float>(shift + log_s - token.log_z * inv_t);
     a.kept[at] = static_cast<int32_t>(t.count);
     const int64_t list = adaptor * a.rows.n + r;
-    if (int32_t* ids = room_for(a.supports, list, t.count, a.rows.v)) survivors.list_ids(ids);
+    if (int32_t* ids = room_for(a.supports, list, t.count)) survivors.list_ids(ids);
   });
 }
 

@@ -201,6 +201,15 @@ static void slice_find_row(const SliceFindArgs& a, int64_t p, const Scratch& scr
   a.ids[p] = id + a.first;
 }
 
+template <class T>
+static void slice_list_row(const SliceListArgs& a, int64_t p, const Scratch& scratch) {
+  const View<T> view = slice_view<T>(a, p);
+  const int64_t n = write_ids(view, 0, view.n, SupportTest(a, p), scratch.list_id);
+  if (n == 0) return;
+  int32_t* ids = a.supports.room(a.supports.lists, p, n);
+  for (int64_t i = 0; i < n; ++i) ids[i] = static_cast<int32_t>(scratch.list_id[i] + a.first);
+}
+
 static void masses_of(const MassesArgs& a, const Scratch&, int64_t begin, int64_t end) {
   for_row(a.d, begin, end, 1.0f, [&](int64_t i, F d) {
     float w[W], u[W];

@@ -59,6 +59,11 @@ struct SliceFindArgs : SliceArgs {
   int64_t* ids;           // (P,)
 };
 
+// The ids of all survivors, a list a problem; none where there are none.
+struct SliceListArgs : SliceArgs {
+  Supports supports;
+};
+
 // The rule's arithmetic on n numbers, for what all ranks decide alike.
 struct MassesArgs : Vectors {
   const float* d;  // distances to the largest scaled logit

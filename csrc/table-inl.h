@@ -35,6 +35,7 @@ const KernelTable kTable = {
     FASTADAPT_WITHOUT_DOUBLE(SliceBestArgs, slice_best_row),
     FASTADAPT_WITHOUT_DOUBLE(SliceTopArgs, slice_top_row),
     FASTADAPT_WITHOUT_DOUBLE(SliceFindArgs, slice_find_row),
+    FASTADAPT_WITHOUT_DOUBLE(SliceListArgs, slice_list_row),
     masses_of,
     targets_of,
     logs_of,

@@ -145,7 +145,7 @@ static int64_t list_survivors(const Law& law, int64_t v, int32_t* id) {
 template <class T>
 static void list_row(const VerifyArgs& a, int64_t r, const T* x, const Law& law) {
   const int64_t v = a.rows.v;
-  int32_t* ids = room_for(a.supports, r, law.kept, v);
+  int32_t* ids = room_for(a.supports, r, law.kept);
   if (!ids) return;
   if (!law.everything) return static_cast<void>(list_survivors(law, v, ids));
   write_ids(View<T>{x, v, law.inv_t, law.m, nullptr, nullptr}, 0, v, Everything{}, ids);

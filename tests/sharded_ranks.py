@@ -106,19 +106,20 @@ def a_model_draws_from_its_slices(rank: int, group: Any) -> None:
         FusedLogitsWarper(Adaptor(temperature=0.0)).generate_kwargs(),
     ]
     calls = [{**options, **draw} for draw in draws]
-    expected = [model.generate(prompt, custom_generate=generate, **call) for call in calls]
+    telling = {"return_dict_in_generate": True, "output_supports": True}
+    expected = [model.generate(prompt, custom_generate=generate, **c, **telling) for c in calls]
     ends = [0, 120, 301]
     weight = model.lm_head.weight.data[ends[rank] : ends[rank + 1]]
     model.lm_head = torch.nn.Linear(32, len(weight), bias=False)
     model.lm_head.weight.data = weight
     split = generate.using(group=group)
-    for call, tokens in zip(calls, expected, strict=True):
-        assert torch.equal(model.generate(prompt, custom_generate=split, **call), tokens)
+    for call, wanted in zip(calls, expected, strict=True):
+        made = model.generate(prompt, custom_generate=split, **call, **telling)
+        assert torch.equal(made.sequences, wanted.sequences) and made.supports == wanted.supports
     refused: dict[str, dict[str, Any]] = {
         "logits_processor: .* got RepetitionPenaltyLogitsProcessor": {"repetition_penalty": 1.2},
         "output_scores": {"output_scores": True, "return_dict_in_generate": True},
         "output_logprobs": {"output_logprobs": True, "return_dict_in_generate": True},
-        "output_supports": {"output_supports": True, "return_dict_in_generate": True},
         "prompt_lookup_num_tokens": {"prompt_lookup_num_tokens": 2},
         "do_sample": {"do_sample": False},
     }

@@ -96,7 +96,8 @@ def assert_sample(
     for name, a, b in zip(ours._fields, ours, kernel, strict=False):
         assert same(a, b), (adaptor, name, a, b)
     if not fields:
-        own = logits, adaptor.packed, adaptor.filter_code, ours.kept, seeds, positions, plan
+        counts = launch.listed_of(ours.kept, logits.shape[1])
+        own = logits, adaptor.packed, adaptor.filter_code, counts, seeds, positions, plan
         ids, offsets = launch.survivors(*own)
         wanted = sample(logits, adaptor, seeds=seeds, positions=positions, support=True).support
         assert Support(ids, offsets, ours.kept == logits.shape[1]) == wanted, adaptor
@@ -304,7 +305,7 @@ def test_edited_rows() -> None:
     allowed = torch.randint(-(2**31), 2**31 - 1, (2, 7)).int() | 1 << 3
     adaptor = Adaptor(top_n_sigma=1.0, xtc_probability=0.5, xtc_threshold=0.02)
     out = OPERATORS["sample"][1](logits, adaptor.packed, 0, seeds, None, False, False, 0)
-    own = logits, adaptor.packed, adaptor.filter_code, seeds, None, False, False, 0, True
+    own = logits, adaptor.packed, adaptor.filter_code, seeds, None, False, False, 0, 200
     launch.sample(*own, edits.ids, edits.offsets, edits.columns, allowed, out)
     ours = sample(logits, adaptor, seeds=seeds, edits=edits, allowed=allowed, support=True)
     *fields, ids, offsets = out

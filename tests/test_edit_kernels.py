@@ -93,9 +93,7 @@ def test_all_functions_equal_the_cpu(dtype, kind):
     assert same(launch.edited(x, changes), edited(x, **public(changes)))
     adaptor, seeds = Adaptor(temperature=0.8, top_p=0.9), torch.arange(4)
     knobs = adaptor.packed, adaptor.filter_code
-    *fields, ids, offsets = launched(
-        "sample", x, *knobs, seeds, None, False, False, 0, True, *changes
-    )
+    *fields, ids, offsets = launched("sample", x, *knobs, seeds, None, False, False, 0, V, *changes)
     drawn = sample(x, adaptor, seeds=seeds, support=True, **public(changes))
     support = Support(ids, offsets, fields[2] == V)
     assert_same(drawn, [*fields, *[None] * 5, support])
@@ -104,7 +102,7 @@ def test_all_functions_equal_the_cpu(dtype, kind):
     assert same(out.to(dtype), filter_logits(x, adaptor, **public(changes)))
     tokens = drawn.tokens.clamp(min=0)
     own = [knobs[0]] * 2, [knobs[1]] * 2
-    *fields, ids, offsets = launched("score", x, tokens, *own, -100, True, *changes)
+    *fields, ids, offsets = launched("score", x, tokens, *own, -100, V, *changes)
     full = (fields[2] == V).t().reshape(-1)
     supports = (*Support(ids, offsets, full).split([4, 4]),)
     wanted = score(x, tokens, [adaptor] * 2, support=True, **public(changes))

@@ -114,7 +114,8 @@ def assert_sample(
     for name, a, b in zip(ours._fields, ours, kernel, strict=False):
         assert same(a, b), (adaptor, name, a, b)
     if fields:
-        own = logits, adaptor.packed, adaptor.filter_code, ours.kept, seeds, positions, plan
+        counts = chains.listed_of(ours.kept, logits.shape[1])
+        own = logits, adaptor.packed, adaptor.filter_code, counts, seeds, positions, plan
         ids, offsets = chains.survivors(*own)
         wanted = sample(logits, adaptor, seeds=seeds, positions=positions, support=True).support
         assert Support(ids, offsets, ours.kept == logits.shape[1]) == wanted, adaptor

@@ -992,6 +992,11 @@ LABELS = torch.tensor([[-100, 1, 2], [3, -100, -100]])
         ),
         (lambda: Responses.from_labels(PAIR.log_odds, PAIR.mask), TypeError, "takes a mask"),
         (
+            lambda: Responses.from_labels(PAIR.log_odds, LABELS.clamp(min=-1)),
+            ValueError,
+            "labels: expected ids from 0 on or -100, got -1",
+        ),
+        (
             lambda: Responses.from_labels(PAIR.log_odds, LABELS.int()),
             TypeError,
             "labels: expected a tensor of torch.int64, got torch.int32",

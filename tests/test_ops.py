@@ -39,7 +39,7 @@ def op_cases(device):
     )
     draft, first = torch.tensor([[3, 5]], device=device), seeds[:1]
     return {
-        "verify": (x, knobs, 0, draft, None, None, None, 0, first, None, False, *AS_THEY_ARE),
+        "verify": (x, knobs, 0, draft, None, None, None, 0, first, None, 0, *AS_THEY_ARE),
         "verify_all": (
             x,
             knobs,
@@ -51,14 +51,14 @@ def op_cases(device):
             0,
             first,
             first,
-            True,
+            50,
             *(t.detach() for t in edits),
         ),  # fmt: skip
         "filter_logits": (x.bfloat16(), knobs, 1, *edits),
-        "sample": (x, knobs, 0, seeds, seeds, False, False, 0, False, *AS_THEY_ARE),
-        "sample_all": (x.half(), knobs, 0, seeds, seeds, True, True, 4, True, *edits),
-        "score": (x, y, [knobs, neutral], [0, 1], -100, False, *edits),
-        "score_all": (x, y, [knobs, neutral], [0, 1], -100, True, *edits),
+        "sample": (x, knobs, 0, seeds, seeds, False, False, 0, 0, *AS_THEY_ARE),
+        "sample_all": (x.half(), knobs, 0, seeds, seeds, True, True, 4, 50, *edits),
+        "score": (x, y, [knobs, neutral], [0, 1], -100, 0, *edits),
+        "score_all": (x, y, [knobs, neutral], [0, 1], -100, 50, *edits),
         "adapted_log_odds": (x.clone().requires_grad_(), y, knobs, 0, -100, *edits),
         "adapted_log_odds_backward": (
             log_odds,
@@ -222,7 +222,7 @@ def test_meta_tensors_have_the_right_shapes():
     x = torch.empty(5, 100, device="meta", dtype=torch.bfloat16)
     seeds = torch.empty(5, device="meta", dtype=torch.int64)
     knobs = torch.empty(8, 1, device="meta", dtype=torch.float64)
-    outputs = OPS.sample(x, knobs, 0, seeds, seeds, True, False, 3, False, *AS_THEY_ARE)
+    outputs = OPS.sample(x, knobs, 0, seeds, seeds, True, False, 3, 0, *AS_THEY_ARE)
     shapes = [tuple(t.shape) for t in outputs]
     assert shapes == [(5,)] * 5 + [(5, 3), (5, 3), (5,)]
 
@@ -258,7 +258,7 @@ def test_operator_refuses_what_the_kernel_cannot_take():
             OPS.filter_logits(x, Adaptor().packed, code, *AS_THEY_ARE)
     with pytest.raises(ValueError, match="adaptors: expected 1 to 256, got 257"):
         own = [Adaptor().packed] * 257, [0] * 257
-        OPS.score(x, torch.zeros(3).long(), *own, -100, False, *AS_THEY_ARE)
+        OPS.score(x, torch.zeros(3).long(), *own, -100, 0, *AS_THEY_ARE)
     wide = torch.zeros(1).expand(1, 2**22 + 1)
     with pytest.raises(ValueError, match="expected 1 to 4194304 entries a row, got 4194305"):
         fastadapt.filter_logits(wide.contiguous(), Adaptor())
@@ -275,7 +275,7 @@ def test_knob_out_of_range_in_the_operator_is_a_status(rows, device):
         packed = good.packed.clone()
         packed[knob, 1] = value
         out = OPS.sample(
-            x, packed, 0, seeds, torch.zeros_like(seeds), False, False, 0, False, *AS_THEY_ARE
+            x, packed, 0, seeds, torch.zeros_like(seeds), False, False, 0, 0, *AS_THEY_ARE
         )
         assert out[3].tolist() == [0, 4, 0]
         assert out[0].tolist() == [clean.tokens[0], -1, clean.tokens[2]]
@@ -287,7 +287,7 @@ def test_bad_temperature_in_the_operator_scores_nan(rows, device, temperature):
     x, packed = rows("spread", 2, 40), Adaptor().packed.to(device, copy=True)
     packed[0] = temperature
     tokens = torch.zeros(2, dtype=torch.int64, device=device)
-    logprobs, log_norm, kept, *_ = OPS.score(x, tokens, [packed], [0], -100, False, *AS_THEY_ARE)
+    logprobs, log_norm, kept, *_ = OPS.score(x, tokens, [packed], [0], -100, 0, *AS_THEY_ARE)
     assert logprobs.isnan().all()
     assert log_norm.isnan().all()
     assert kept.tolist() == [[0], [0]]

@@ -48,8 +48,8 @@ class Case(NamedTuple):
         return getattr(package, self.name)(batch.responses, *given, **self.options | changed)
 
 
-CLIPPED = ("sampler_logps", "advantages")
-EACH = ("sampler_logps", "token_advantages")
+CLIPPED = ("advantages", "sampler_logps")
+EACH = ("token_advantages", "sampler_logps")
 WIDE = {"epsilon": 0.1, "epsilon_high": 0.28, "delta": 1.6}
 CASES = [
     *(Case("clipped_ratio_loss", CLIPPED, {"reduction": name}) for name in REDUCTIONS),
@@ -187,7 +187,7 @@ def divisors(x: Batch, reduction: str) -> Tensor:
 def test_clipped_gradient_is_the_stated_one(level, reduction):
     x = Batch(8, 5)
     loss, metrics = clipped_ratio_loss(
-        x.responses, x.sampler_logps, x.advantages, level=level, reduction=reduction
+        x.responses, x.advantages, x.sampler_logps, level=level, reduction=reduction
     )
     p, a = torch.sigmoid(x.log_odds.detach()), x.advantages[:, None]
     logs = torch.where(x.mask, p.log() - x.sampler_logps, 0)
@@ -246,7 +246,7 @@ def test_numbers_by_hand():
     sampled = Responses(m, torch.ones(2, 2, dtype=torch.bool))
     mu = torch.tensor([[1 / 4, 3 / 4]] * 2, dtype=torch.float64).log()
     advantages = torch.tensor([1.0, -3.0], dtype=torch.float64)
-    loss, metrics = clipped_ratio_loss(sampled, mu, advantages, epsilon_high=0.28)
+    loss, metrics = clipped_ratio_loss(sampled, advantages, mu, epsilon_high=0.28)
     assert float(loss) == pytest.approx((-1.28 - 1 + 6 + 3) / 4, rel=1e-14)
     wanted = {
         "ratios/mean": 1.5,
@@ -257,10 +257,10 @@ def test_numbers_by_hand():
         "tokens/outside_support": 0.0,
     }
     assert {k: float(v) for k, v in metrics.items()} == pytest.approx(wanted, rel=1e-12, abs=1e-15)
-    loss, _ = clipped_ratio_loss(sampled, mu, advantages, delta=1.5)
+    loss, _ = clipped_ratio_loss(sampled, advantages, mu, delta=1.5)
     assert float(loss) == pytest.approx((-1.2 - 1 + 4.5 + 3) / 4, rel=1e-14)
     loss, metrics = clipped_ratio_loss(
-        sampled, mu, advantages, level="sequence", reduction="sequence_mean"
+        sampled, advantages, mu, level="sequence", reduction="sequence_mean"
     )
     assert float(loss) == pytest.approx((-1.2 + 3 * 2**0.5) / 2, rel=1e-14)
     assert float(metrics["ratios/mean"]) == pytest.approx(2**0.5, rel=1e-14)
@@ -293,7 +293,7 @@ def test_on_policy_all_have_the_gradient_of_reinforce():
     plain = x.gradient(reinforce_loss(x.responses, x.advantages, reduction="sequence_mean")[0])
     for level in ("token", "sequence"):
         loss, metrics = clipped_ratio_loss(
-            x.responses, mu, x.advantages, level=level, reduction="sequence_mean"
+            x.responses, x.advantages, mu, level=level, reduction="sequence_mean"
         )
         torch.testing.assert_close(x.gradient(loss), plain, rtol=1e-12, atol=1e-14)
         assert float(metrics["ratios/mean"]) == 1 and float(metrics["kl/sampler"]) == 0
@@ -356,7 +356,7 @@ def test_is_the_loss_of_trl(theirs, reduction, total, level, delta):
     wanted, logged = loss_of_trl(x, theirs, **options)
     sampled = x.responses._replace(total_tokens=total)
     loss, metrics = clipped_ratio_loss(
-        sampled, x.sampler_logps, x.advantages, reduction=reduction, **options
+        sampled, x.advantages, x.sampler_logps, reduction=reduction, **options
     )
     torch.testing.assert_close(loss, wanted, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(x.gradient(loss), x.gradient(wanted), rtol=0, atol=1e-12)
@@ -388,7 +388,7 @@ def one(m: float, dtype: torch.dtype = torch.float32) -> Responses:
 def test_ratios_far_off(advantage, mu, m, level):
     """Where a bound or an advantage of 0 holds the loss, its gradient is 0 and not inf * 0."""
     sampled, mu = one(m), torch.tensor([[mu]])
-    call = (sampled, mu, torch.tensor([advantage]))
+    call = (sampled, torch.tensor([advantage]), mu)
     log = float(label_logps(sampled.log_odds.detach()) - mu)
     held = advantage == 0 or log > 0.2 if advantage >= 0 else log < -0.3
     for delta in (None, 3.0):
@@ -421,7 +421,7 @@ def test_a_token_outside_does_not_stop_its_response():
     mu = torch.tensor([[-1.0, -0.5, -0.2]], dtype=torch.float64)
     sampled = Responses(m, torch.ones(1, 3, dtype=torch.bool))
     advantages = torch.tensor([-1.0])
-    loss, metrics = clipped_ratio_loss(sampled, mu, advantages, level="sequence", epsilon=1.0)
+    loss, metrics = clipped_ratio_loss(sampled, advantages, mu, level="sequence", epsilon=1.0)
     logs = label_logps(m.detach())[0] - mu[0]
     s = float(((logs[0] + logs[2]) / 2).exp())
     assert loss.item() == pytest.approx(2 / 3 * s, rel=1e-14)
@@ -435,7 +435,7 @@ def test_bounds_are_inclusive():
     for advantage in (1.0, -1.0):
         sampled = one(0.0, torch.float64)
         mu = label_logps(sampled.log_odds.detach())
-        loss, metrics = clipped_ratio_loss(sampled, mu, torch.tensor([advantage]), epsilon=0.0)
+        loss, metrics = clipped_ratio_loss(sampled, torch.tensor([advantage]), mu, epsilon=0.0)
         (gradient,) = torch.autograd.grad(loss, sampled.log_odds)
         assert float(gradient) == pytest.approx(-advantage / 2)
         assert float(metrics["ratios/clipped"]) == 0
@@ -448,7 +448,7 @@ def test_bounds_beyond_the_dtype_are_none(advantage):
     mu = label_logps(sampled.log_odds.detach()) - 2
     for level in ("token", "sequence"):
         loss, metrics = clipped_ratio_loss(
-            sampled, mu, advantages, epsilon_high=1e300, delta=2e300, level=level
+            sampled, advantages, mu, epsilon_high=1e300, delta=2e300, level=level
         )
         assert loss.item() == pytest.approx(-advantage * math.exp(2), rel=1e-6)
         assert float(metrics["ratios/clipped"]) == 0
@@ -548,7 +548,7 @@ def test_on_the_support_the_first_ratio_is_1():
     mean = {}
     for name, m in (("support", on_support), ("vocabulary", dense)):
         sampled = Responses.from_labels(m, drawn.tokens)
-        loss, metrics = clipped_ratio_loss(sampled, drawn.logprobs, advantages)
+        loss, metrics = clipped_ratio_loss(sampled, advantages, drawn.logprobs)
         assert torch.autograd.grad(loss, head)[0].isfinite().all()
         mean[name] = float(metrics["ratios/mean"])
         assert float(metrics["tokens/outside_support"]) == 0
@@ -565,28 +565,28 @@ MU, A = torch.zeros(2, 3), torch.zeros(2)
 @pytest.mark.parametrize(
     ("name", "given", "options", "error", "message"),
     [
-        ("clipped_ratio_loss", (MU, MU, A), {}, TypeError, "sampled: expected Responses, got Ten"),
+        ("clipped_ratio_loss", (MU, A, MU), {}, TypeError, "sampled: expected Responses, got Ten"),
         (
             "clipped_ratio_loss",
-            (ONE, MU[:1], A),
+            (ONE, A, MU[:1]),
             {},
             ValueError,
             "sampler_logps: expected shape (2",
         ),
-        ("clipped_ratio_loss", (ONE, None, A), {}, TypeError, "sampler_logps: expected a Tensor"),
+        ("clipped_ratio_loss", (ONE, A, None), {}, TypeError, "sampler_logps: expected a Tensor"),
         (
             "clipped_ratio_loss",
-            (ONE, MU.long(), A),
+            (ONE, A, MU.long()),
             {},
             TypeError,
             "sampler_logps: expected float3",
         ),
         (
-            *("clipped_ratio_loss", (ONE, MU, torch.zeros(3)), {}, ValueError),
+            *("clipped_ratio_loss", (ONE, torch.zeros(3), MU), {}, ValueError),
             "advantages: expected shape (2,) or (2, 3), got (3,)",
         ),
         (
-            *("clipped_ratio_loss", (ONE, MU, A[:, None]), {}, ValueError),
+            *("clipped_ratio_loss", (ONE, A[:, None], MU), {}, ValueError),
             "advantages: expected shape (2,) or (2, 3), got (2, 1)",
         ),
         (
@@ -594,59 +594,59 @@ MU, A = torch.zeros(2, 3), torch.zeros(2)
             "advantages: expected shape (2,), got (2, 3)",
         ),
         (
-            *("clipped_ratio_loss", (FLAT, torch.zeros(4), torch.zeros(3)), {}, ValueError),
+            *("clipped_ratio_loss", (FLAT, torch.zeros(3), torch.zeros(4)), {}, ValueError),
             "advantages: expected shape (2,) or (4,), got (3,)",
         ),
         (
             "clipped_ratio_loss",
-            (ONE, MU, 1.0),
+            (ONE, 1.0, MU),
             {},
             TypeError,
             "advantages: expected a Tensor, got f",
         ),
         (
             "clipped_ratio_loss",
-            (ONE, MU, A.long()),
+            (ONE, A.long(), MU),
             {},
             TypeError,
             "advantages: expected float32, f",
         ),
         (
             "clipped_ratio_loss",
-            (ONE, MU, MU.long()),
+            (ONE, MU.long(), MU),
             {},
             TypeError,
             "advantages: expected float32,",
         ),
         (
-            *("clipped_ratio_loss", (ONE, MU, A.to("meta")), {}, ValueError),
+            *("clipped_ratio_loss", (ONE, A.to("meta"), MU), {}, ValueError),
             "advantages: expected device cpu, got meta",
         ),
         (
-            *("clipped_ratio_loss", (ONE, MU, A), {"epsilon": 1.5}, ValueError),
+            *("clipped_ratio_loss", (ONE, A, MU), {"epsilon": 1.5}, ValueError),
             "epsilon: expected a value in [0, 1], got 1.5",
         ),
         (
             "clipped_ratio_loss",
-            (ONE, MU, A),
+            (ONE, A, MU),
             {"epsilon": -0.1},
             ValueError,
             "epsilon: expected a val",
         ),
         (
-            *("clipped_ratio_loss", (ONE, MU, A), {"epsilon_high": "0.3"}, TypeError),
+            *("clipped_ratio_loss", (ONE, A, MU), {"epsilon_high": "0.3"}, TypeError),
             "epsilon_high: expected a number, got '0.3'",
         ),
         (
-            *("clipped_ratio_loss", (ONE, MU, A), {"delta": 1.1}, ValueError),
+            *("clipped_ratio_loss", (ONE, A, MU), {"delta": 1.1}, ValueError),
             "delta: expected a value > 1 + epsilon_high = 1.2, got 1.1",
         ),
         (
-            *("clipped_ratio_loss", (ONE, MU, A), {"level": "response"}, ValueError),
+            *("clipped_ratio_loss", (ONE, A, MU), {"level": "response"}, ValueError),
             "level: expected one of token, sequence, got 'response'",
         ),
         (
-            *("clipped_ratio_loss", (ONE, MU, A), {"reduction": "mean"}, ValueError),
+            *("clipped_ratio_loss", (ONE, A, MU), {"reduction": "mean"}, ValueError),
             "reduction: expected one of token_mean, sequence_mean, sequence_sum, got 'mean'",
         ),
         (

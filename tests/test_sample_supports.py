@@ -55,7 +55,7 @@ def left_by(x: Tensor, adaptor: Adaptor, **options: Any) -> Support:
     """That of the filtered logits, of rows that are not bad."""
     left = filter_logits(x, adaptor, **options) > -INF
     good = sample(x, adaptor, seeds=torch.zeros(len(x)).long(), **options).status == 0
-    return Support.from_mask((left & good[:, None])[:, : options.get("num_tokens")])
+    return Support.from_mask(left & good[:, None])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -133,6 +133,20 @@ def test_edits_masks_and_padding(rows, cpu_capability):
             drawn = sample(x, adaptor, seeds=torch.arange(n), support=True, **changes)
             wanted = reference.sample(x, adaptor, seeds=torch.arange(n), support=True, **changes)
             assert_same(drawn, wanted)
+
+
+def test_padding_is_not_in_what_a_token_is_scored_on():
+    """A row that keeps all real tokens is not full where the head has more."""
+    hidden, weight = torch.randn(6, 16), torch.randn(64, 16)
+    x, words = hidden @ weight.T, torch.tensor([[-1, (1 << 28) - 1]] * 6).int()
+    for changes in ({"num_tokens": 60}, {"allowed": words}):
+        drawn = sample(x, Adaptor(), support=True, **changes)
+        assert drawn.support.counts.tolist() == [60] * 6
+        log_odds = linear_support_log_odds(hidden, weight, drawn.tokens, drawn.support)
+        logps = torch.nn.functional.logsigmoid(log_odds)
+        torch.testing.assert_close(logps, drawn.logprobs, rtol=0, atol=1e-5)
+        scored = score(x, drawn.tokens, [Adaptor()], support=True, **changes)
+        assert scored.supports == (drawn.support,)
 
 
 def test_shapes_and_no_rows():

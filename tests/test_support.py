@@ -56,6 +56,12 @@ def test_a_part_is_pickled_alone() -> None:
     assert len(pickle.dumps(part)) < 5000 < len(pickle.dumps(support)) // 10
 
 
+def test_no_row_keeps_what_is_no_id() -> None:
+    support = Support.from_mask(torch.tensor([[True, True], [True, False], [False, False]]))
+    for token in (-1, -100):
+        assert not bool(support.contains(torch.full((3,), token)).any())
+
+
 def test_support_of_an_adaptor() -> None:
     logits = torch.randn(64, 500, generator=torch.Generator().manual_seed(3)) * 3
     mask = filter_logits(logits, Adaptor(top_p=0.9)) > -torch.inf

@@ -142,8 +142,12 @@ def test_log_odds_of_the_whole_vocabulary_beside_them(seed: int) -> None:
     assert torch.equal(
         linear_support_log_odds(*head, bias=case.bias, softcap=2.0, full=True)[1], alone
     )
+    trained = [*head[:1], head[1].detach().requires_grad_(), *head[2:]]
     with pytest.raises(ValueError, match="sparse: expected False with full=True"):
-        linear_support_log_odds(*head, bias=case.bias, sparse=True, full=True)
+        linear_support_log_odds(*trained, bias=case.bias, sparse=True, full=True)
+    trained[1] = trained[1] * 2
+    with pytest.raises(ValueError, match="sparse: expected a weight that is a leaf"):
+        linear_support_log_odds(*trained, bias=case.bias, sparse=True)
 
 
 @pytest.mark.parametrize("h", [1, 7, 16, 70])

@@ -536,3 +536,16 @@ def test_what_cannot_be_replayed(
     monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
     with pytest.raises(ValueError, match=message):
         make("grpo", letter_model, tokenizer, tmp_path, None, named, **changes)
+
+
+def test_options_of_the_models_own_configuration_count(letter_model, tokenizer, tmp_path):
+    """What transformers fills in where the trainer has no option."""
+    model = AutoModelForCausalLM.from_pretrained(letter_model)
+    model.generation_config.min_p = 0.3
+    given = (model, tokenizer, tmp_path, None, {"support": "recompute"})
+    assert make("grpo", *given)._adaptor.min_p == 0.3
+    assert make("grpo", *given, min_p=0.1)._adaptor.min_p == 0.1
+    model.generation_config.sequence_bias = [[[1], 5.0]]
+    for named in ({}, {"support": "recompute"}):
+        with pytest.raises(ValueError, match="sequence_bias: expected None"):
+            make("grpo", model, tokenizer, tmp_path, None, named)

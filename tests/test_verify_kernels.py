@@ -46,7 +46,7 @@ def assert_the_cpus(x, draft, adaptor, seeds, *, plan=PLAN, changes=AS_THEY_ARE,
         t.fill_(77)
     launch.verify(
         x.view(-1, x.shape[2]), adaptor.packed, adaptor.filter_code, draft, lengths, *drafts,
-        by.filter_code, seeds, positions, True, *changes, out, plan=plan,
+        by.filter_code, seeds, positions, x.shape[2], *changes, out, plan=plan,
     )  # fmt: skip
     if changes.ids is not None:
         options["edits"] = Edits.__new__(Edits)._fill(changes.ids, changes.offsets, changes.columns)

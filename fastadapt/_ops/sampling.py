@@ -3,8 +3,9 @@
 PyTorch's dispatcher chooses the implementation by device. Inputs arrive checked and folded by
 `sampling`; rows may have any stride, the last dimension is contiguous. Knobs are the packed
 (14, R) float64 tensor of an `Adaptor`, an order is its `filter_code`, and the four tensors of a
-`RowEdits` come last. Operators without a gradient fall through autograd: their outputs are
-detached.
+`RowEdits` come last. Where `whole` is not 0, ids and offsets of what rows keep come behind the
+other outputs, none for a row that keeps so many: a whole vocabulary, whose padding is not in the
+logits here. Operators without a gradient fall through autograd: their outputs are detached.
 """
 
 from types import ModuleType
@@ -38,11 +39,11 @@ EDITS = "Tensor? ids, Tensor? offsets, Tensor? columns, Tensor? allowed"  # of a
 _library.define(f"filter_logits(Tensor logits, Tensor knobs, int order, {EDITS}) -> Tensor")
 _library.define(
     "sample(Tensor logits, Tensor knobs, int order, Tensor seeds, Tensor? positions,"
-    f" bool base_logprobs, bool log_mass, int top_n, bool support, {EDITS}) -> Tensor[]"
+    f" bool base_logprobs, bool log_mass, int top_n, int whole, {EDITS}) -> Tensor[]"
 )
 _library.define(
     "score(Tensor logits, Tensor tokens, Tensor[] knobs, int[] orders, int ignore_index,"
-    f" bool support, {EDITS}) -> Tensor[]"
+    f" int whole, {EDITS}) -> Tensor[]"
 )
 _library.define(
     "adapted_log_odds(Tensor logits, Tensor tokens, Tensor knobs, int order, int ignore_index,"
@@ -94,11 +95,11 @@ def _sample_cpu(
     base_logprobs: bool,
     log_mass: bool,
     top_n: int,
-    support: bool,
+    whole: int,
     *edits: Tensor | None,
 ) -> list[Tensor]:
     """Draws a token per row; allocates only the outputs asked for."""
-    lists = _C.IdLists(logits.shape[0]) if support else None
+    lists = _C.IdLists(logits.shape[0], whole) if whole else None
     out = sample_outputs(logits, base_logprobs, log_mass, top_n)
     fields = sample_fields(out, base_logprobs, log_mass, top_n)
     tokens, logprobs, kept, status, *asked = fields
@@ -131,7 +132,7 @@ def _score_cpu(
     knobs: list[Tensor],
     orders: list[int],
     ignore_index: int,
-    support: bool,
+    whole: int,
     *edits: Tensor | None,
 ) -> list[Tensor]:
     """Scores tokens under all adaptors in one visit of each row."""
@@ -139,7 +140,7 @@ def _score_cpu(
     out = score_outputs(logits, len(knobs))
     logprobs, log_norm, kept, base_logprobs, entropy = out
     rows = len(knobs) * logits.shape[0]
-    lists = _C.IdLists(rows) if support else None
+    lists = _C.IdLists(rows, whole) if whole else None
     _C.score(
         rows=rows_of(logits),
         knobs=[knobs_of(k, o) for k, o in zip(knobs, orders, strict=True)],
@@ -264,14 +265,14 @@ OPERATORS: Implementations = {
 
 def _fake_sample(logits: Tensor, *rest: Any) -> list[Tensor]:
     """What a draw returns."""
-    base, log_mass, top_n, support = rest[4:8]
-    ids = unknown(logits, logits.shape[0], wanted=support)
+    base, log_mass, top_n, whole = rest[4:8]
+    ids = unknown(logits, logits.shape[0], wanted=whole > 0)
     return sample_outputs(logits, base, log_mass, top_n) + ids
 
 
 def _fake_score(logits: Tensor, tokens: Tensor, knobs: list[Tensor], *rest: Any) -> list[Tensor]:
     """What scores are."""
-    ids = unknown(logits, len(knobs) * logits.shape[0], wanted=rest[2])
+    ids = unknown(logits, len(knobs) * logits.shape[0], wanted=rest[2] > 0)
     return [*score_outputs(logits, len(knobs)), *ids]
 
 

@@ -21,7 +21,7 @@ _library = torch.library.Library("fastadapt", "FRAGMENT")
 _library.define(
     "verify(Tensor logits, Tensor knobs, int order, Tensor draft, Tensor? lengths,"
     " Tensor? draft_logits, Tensor? draft_knobs, int draft_order, Tensor seeds, Tensor? positions,"
-    f" bool support, {EDITS}) -> Tensor[]"
+    f" int whole, {EDITS}) -> Tensor[]"
 )
 
 
@@ -36,7 +36,7 @@ def _verify_cpu(
     draft_order: int,
     seeds: Tensor,
     positions: Tensor | None,
-    support: bool,
+    whole: int,
     *edits: Tensor | None,
 ) -> list[Tensor]:
     """Verifies the drafts of each sequence until one is rejected."""
@@ -44,7 +44,7 @@ def _verify_cpu(
     v = logits.shape[1]
     _check_drafts(draft, lengths, v)
     tokens, accepted, logprobs, kept, status = out = verification_outputs(logits, draft)
-    lists = _C.IdLists(n * (k + 1)) if support else None
+    lists = _C.IdLists(n * (k + 1), whole) if whole else None
     _C.verify(
         rows=(*rows_of(logits)[:2], n, v, logits.stride(0)),
         knobs=knobs_of(knobs, order),
@@ -96,7 +96,7 @@ OPERATORS: Implementations = {
 
 def _fake(logits: Tensor, knobs: Tensor, order: int, draft: Tensor, *rest: Any) -> list[Tensor]:
     """What verification returns."""
-    ids = unknown(logits, logits.shape[0], wanted=rest[6])
+    ids = unknown(logits, logits.shape[0], wanted=rest[6] > 0)
     return [*verification_outputs(logits, draft), *ids]
 
 

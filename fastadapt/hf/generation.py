@@ -153,7 +153,8 @@ class Generate:
         output_supports: with `return_dict_in_generate=True` the output also has `supports`, a list
             of one `Support` per returned sequence: the ids that each of its tokens was drawn from,
             one row a token, through the sequence's end (in a greedy search those whose processed
-            score is finite). The counts of a row that is not full are its `kept`.
+            score is finite). The counts of a row that is not full are its `kept`. What a penalty,
+            a bias or guidance did to their scores it does not say.
         streamer, synced_gpus: never reach a callable and are refused; pass them to `using` instead.
             `synced_gpus` is otherwise chosen as transformers does.
         stop_strings: its tokenizer never reaches a callable; pass
@@ -253,7 +254,6 @@ class Generate:
             if self.group is not None:
                 others = {
                     "output_logprobs": output_logprobs,
-                    "output_supports": output_supports,
                     "assistant_model or prompt_lookup_num_tokens": drafts,
                 }
                 refuse_whole_rows(chain, generation_config, **others)

@@ -35,8 +35,8 @@ NEGATIVE_PENALTIES = ("log_prob", "unlikelihood")
 
 def clipped_ratio_loss(
     sampled: Responses,
-    sampler_logps: Tensor,
     advantages: Tensor,
+    sampler_logps: Tensor,
     *,
     epsilon: float = 0.2,
     epsilon_high: float | None = None,
@@ -74,18 +74,18 @@ def clipped_ratio_loss(
     Examples:
         >>> sampled = Responses(torch.tensor([[0.0, 2.0]]), torch.tensor([[True, True]]))
         >>> sampler_logps = torch.tensor([[-0.6931, -0.5]])
-        >>> loss, metrics = clipped_ratio_loss(sampled, sampler_logps, torch.tensor([1.0]))
+        >>> loss, metrics = clipped_ratio_loss(sampled, torch.tensor([1.0]), sampler_logps)
         >>> loss, metrics["ratios/clipped"]
         (tensor(-1.1000), tensor(0.5000))
 
     Args:
         sampled (Responses): the log-odds of the tokens that were drawn; see there for layouts,
             dtypes and divisors.
-        sampler_logps (Tensor): μ, the shape of the log-odds, float32, float64, bfloat16 or float16,
-            nats, finite where a token counts; such as `sample(...).logprobs`. Held constant.
         advantages (Tensor): A, one a response, (B,), or at level "token" one a token, the shape of
             the log-odds (of a packed batch with N = B it is one a response); a float dtype. Held
             constant.
+        sampler_logps (Tensor): μ, the shape of the log-odds, float32, float64, bfloat16 or float16,
+            nats, finite where a token counts; such as `sample(...).logprobs`. Held constant.
         epsilon (float): ε in [0, 1].
         epsilon_high (float | None): ε_high >= 0; DAPO's "clip-higher" has 0.28. None: ε.
         delta (float | None): δ > 1 + ε_high, a bound of r for A < 0. None: none.

@@ -94,7 +94,8 @@ class Responses(NamedTuple):
 
         Raises:
             TypeError: wrong dtypes.
-            ValueError: shapes or devices that do not fit; for logits, as `label_log_odds`.
+            ValueError: shapes or devices that do not fit; on a CPU a negative label that is not
+                ignored (`verify` and bad rows have -1); for logits, as `label_log_odds`.
         """
         ignore_index = integer("ignore_index", ignore_index)
         dims = 2 if segments is None else 1
@@ -104,6 +105,11 @@ class Responses(NamedTuple):
         accumulated("log_odds", log_odds)
         _like("labels", labels, torch.int64, log_odds, dims)
         kept = labels != ignore_index
+        if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+            negative = labels[kept & (labels < 0)]
+            if len(negative) > 0:
+                got = int(negative[0])
+                raise ValueError(f"labels: expected ids from 0 on or {ignore_index}, got {got}")
         if segments is None:
             return cls(log_odds, kept, None, num_segments, total_tokens, total_sequences)
         _like("segments", segments, torch.int64, log_odds, dims)

@@ -85,7 +85,8 @@ def linear_support_log_odds(
     Equals `adapted_log_odds` of the logits of `linear_log_odds` if the support is the adaptor's and
     `logit_scale` is 1 / temperature. With K ids in a row it costs K dot products of H numbers and
     as much for each gradient, not V: no logit outside the support is made, forward or backward.
-    Rows that are full are those of `linear_log_odds`, at its cost, against all V ids.
+    Rows that are full are those of `linear_log_odds`, at its cost and with its rounding, against
+    all V ids. The numbers of ids are read, so `torch.compile` breaks its graph here.
 
     Dot products have float32 sums (float64 for float64 inputs), whatever the inputs' dtype, and
     are rounded nowhere before the log-sum-exp, which is of float64. The gradient of the head is
@@ -115,8 +116,9 @@ def linear_support_log_odds(
         logit_scale (float): finite, multiplies the logits before the cap: 1 / temperature.
         ignore_index (int): rows with this label give 0 and no gradient.
         sparse (bool): whether the gradient of `weight`, which is then a leaf, is a coalesced sparse
-            COO tensor, of those ids alone that have a gradient, as `torch.nn.Embedding` has it.
-            False: dense, (V, H), 0 elsewhere. Not with full rows, whose gradient has every id.
+            COO tensor, of those ids alone that have a gradient, as `torch.nn.Embedding` has it:
+            for `torch.optim.SparseAdam` and `SGD`, not for `clip_grad_norm_`. False: dense, (V, H),
+            0 elsewhere. Not with full rows, whose gradient has every id.
         full (bool): whether the log-odds against the whole vocabulary are returned too, of all
             rows, from one pass of `linear_log_odds`: for what is of the whole distribution, such as
             a divergence from a reference. Rows that are full have them in both. Not with `sparse`.
@@ -131,7 +133,8 @@ def linear_support_log_odds(
     Raises:
         TypeError: inputs of another dtype than `hidden`'s, a support that is no `Support`.
         ValueError: shapes or devices that do not agree, a label or an id of the support out of
-            range, ids that do not ascend, `sparse` with full rows or `full`.
+            range, ids that do not ascend; where the weight is trained, `sparse` with full rows or
+            `full`, or of a weight that is no leaf.
         NotImplementedError: tensors of another device than CPU or CUDA, a group, a DTensor.
     """
     name = "linear_support_log_odds"
@@ -147,12 +150,15 @@ def linear_support_log_odds(
     number("logit_scale", logit_scale, signed=True)
     flag("sparse", sparse)
     flag("full", full)
-    if full and sparse and weight.requires_grad:
+    sparse &= weight.requires_grad
+    if sparse and full:
         raise ValueError("sparse: expected False with full=True, got True")
+    if sparse and not weight.is_leaf:
+        raise ValueError("sparse: expected a weight that is a leaf, got what another call made")
     states = head_rows(hidden, weight, bias, empty=False)
     y, used = _labels(labels, support, hidden.shape[:-1], states, weight.shape[0], ignore_index)
     at = (support.full & used).nonzero()[:, 0]
-    if sparse and weight.requires_grad and at.shape[0] > 0:
+    if sparse and at.shape[0] > 0:
         raise ValueError(f"sparse: expected False with full rows, got {at.shape[0]} of these")
     pairs = _pairs_of(y, used, support)
     aligned = weight if weight.stride(1) == 1 else weight.contiguous()

@@ -205,7 +205,7 @@ def sample(
         position = (base.ranking == tokens[:, None]).int().argmax(-1) + 1
         result["rank"] = torch.where(ok, position, 0).int()
     fields = {k: v.reshape(shape + v.shape[1:]) for k, v in result.items()}
-    survived = (distribution.alive & ok[:, None])[:, :num_tokens]
+    survived = distribution.alive & ok[:, None]
     return Sample(**fields, support=Support.from_mask(survived) if support else None)
 
 
@@ -246,7 +246,7 @@ def score(
         distribution = Distribution(x, adaptor)
         ok = (distribution.status == 0) & used
         log_s = distribution.log((distribution.w * distribution.alive).sum(-1))
-        supports.append(Support.from_mask((distribution.alive & ok[:, None])[:, :num_tokens]))
+        supports.append(Support.from_mask(distribution.alive & ok[:, None]))
         inside = distribution.alive.gather(1, y[:, None])[:, 0]
         logprobs = torch.where(inside, _log_ratio(distribution, y, log_s), float("-inf"))
         inverse = distribution.inverse[:, 0].double()

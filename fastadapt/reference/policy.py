@@ -16,8 +16,8 @@ Metrics = dict[str, Tensor]
 
 def clipped_ratio_loss(
     sampled: Side,
-    sampler_logps: Tensor,
     advantages: Tensor,
+    sampler_logps: Tensor,
     *,
     epsilon: float = 0.2,
     epsilon_high: float | None = None,
@@ -31,7 +31,7 @@ def clipped_ratio_loss(
         >>> from fastadapt import reference
         >>> sampled = Responses(torch.tensor([[0.0, 2.0]]), torch.tensor([[True, True]]))
         >>> sampler_logps = torch.tensor([[-0.6931, -0.5]])
-        >>> reference.clipped_ratio_loss(sampled, sampler_logps, torch.tensor([1.0]))[0]
+        >>> reference.clipped_ratio_loss(sampled, torch.tensor([1.0]), sampler_logps)[0]
         tensor(-1.1000)
     """
     high = 1 + (epsilon if epsilon_high is None else epsilon_high)

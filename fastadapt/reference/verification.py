@@ -89,7 +89,7 @@ def verify(
             if not stands:
                 break
             accepted[row] += 1
-    survived = (p.alive & (kept.view(-1, 1) > 0))[:, :num_tokens]
+    survived = p.alive & (kept.view(-1, 1) > 0)
     of_rows = Support.from_mask(survived) if support else None
     return Verified(tokens, accepted, logprobs, kept, status, of_rows)
 

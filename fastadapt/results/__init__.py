@@ -31,8 +31,8 @@ class Sample(NamedTuple):
         top_logprobs: (..., n), float32, nats; their base log-probabilities, or None.
         rank: (...), int32; 1 + the number of tokens ranked before the drawn one by
             (logit descending, id ascending), 0 in a bad row, or None.
-        support: the ids that survived in each row, rows folded to N, or None. Full where all V
-            are left, empty in a bad row.
+        support: the ids that survived in each row, rows folded to N, or None. Full where that is
+            the last dimension of the logits, padding of `num_tokens` too; empty in a bad row.
     """
 
     tokens: Tensor

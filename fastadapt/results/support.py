@@ -23,8 +23,8 @@ class Support:
     The ids of row r are `ids[offsets[r]:offsets[r + 1]]`, ascending, each once. A row that keeps
     every id is `full` and stores none; a row that is not and stores none keeps nothing.
 
-    Shapes, dtypes and devices are checked when one is made, values by `check`, which whatever reads
-    them calls.
+    Shapes, dtypes and devices are checked when one is made, values by `check`, which the log-odds,
+    `to_mask` and `from_bytes` call.
 
     Examples:
         >>> support = Support.from_mask(torch.tensor([[True, False, True], [True, True, True]]))
@@ -41,8 +41,8 @@ class Support:
     Attributes:
         ids: (count,), int32, row by row.
         offsets: (N + 1,), int64, from 0 to count.
-        full: (N,), bool; rows that keep everything that was allowed. Scored, they are so against
-            the whole vocabulary that is given there: where a mask allowed fewer, store the ids.
+        full: (N,), bool; rows that keep the whole vocabulary, against which they are scored: where
+            a mask, an edit or padding leaves fewer, there are ids.
     """
 
     ids: Tensor
@@ -214,7 +214,7 @@ class Support:
         return Support(self.ids[places], ends, self.full[rows])
 
     def contains(self, tokens: Tensor) -> Tensor:
-        """Whether each row keeps its token, (N,) bool, of tokens (N,) int64.
+        """Whether each row keeps its token, (N,) bool, of tokens (N,) int64; never a negative one.
 
         Raises:
             TypeError: another dtype.
@@ -222,7 +222,7 @@ class Support:
         """
         tokens = per_row("tokens", tokens, torch.int64, self.full.shape, self.ids)
         rows = self.rows
-        found = self.full.clone()
+        found = self.full & (tokens >= 0)
         found[rows[self.ids == tokens[rows]]] = True
         return found
 

@@ -125,7 +125,8 @@ def sample(
         top_logprobs (int): n > 0: also return the n most probable ids with their base
             log-probabilities, and the rank of the drawn token. At most 1024 and at most V.
         support (bool): also return the ids that survived, however many, to train on exactly what
-            was drawn from (`linear_support_log_odds`). On a GPU this waits for the device.
+            was drawn from (`linear_support_log_odds`); not what edits did to their logits. On a GPU
+            this waits for the device.
         edits (Edits | None): as in `filter_logits`. The base distribution is of edited logits too.
         allowed (Tensor | None): as in `filter_logits`.
         num_tokens (int | None): as in `filter_logits`; V is then this.
@@ -164,12 +165,12 @@ def sample(
     seeds = seeds_of(seeds, generator, shape, rows)
     out = torch.ops.fastadapt.sample(
         rows, knobs, adaptor.filter_code, seeds, positions, base_logprobs, log_mass, top_logprobs,
-        support, *changes,
+        logits.shape[-1] if support else 0, *changes,
     )  # fmt: skip
     survived = None
     if support:
         *out, ids, offsets = out
-        survived = Support(ids, offsets, out[2] == rows.shape[1])
+        survived = Support(ids, offsets, out[2] == logits.shape[-1])
     if logits.dim() != 2:
         out = [t.view(shape + t.shape[1:]) for t in out]
     fields = sample_fields(out, base_logprobs, log_mass, top_logprobs)
@@ -234,11 +235,12 @@ def score(
     scored(adaptors)
     knobs = [knobs_for(rows, a, f"adaptors[{i}]") for i, a in enumerate(adaptors)]
     orders = [adaptor.filter_code for adaptor in adaptors]
-    out = torch.ops.fastadapt.score(rows, flat, knobs, orders, ignore_index, support, *changes)
+    whole = logits.shape[-1] if support else 0
+    out = torch.ops.fastadapt.score(rows, flat, knobs, orders, ignore_index, whole, *changes)
     supports = None
     if support:
         *out, ids, offsets = out
-        full = (out[2] == rows.shape[1]).t().reshape(-1)
+        full = (out[2] == whole).t().reshape(-1)
         supports = (*Support(ids, offsets, full).split([flat.shape[0]] * len(knobs)),)
     fields = (t.view(tokens.shape + t.shape[1:]) for t in out)
     return Score(*fields)._replace(supports=supports)

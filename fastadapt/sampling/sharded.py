@@ -16,7 +16,7 @@ from fastadapt._ops.sharded.opening import Given, refused
 from fastadapt._ops.sharded.programs import Draw, Marks, draw, score
 from fastadapt._ops.sharded.support import NEUTRAL
 from fastadapt.adaptor import KNOBS, Adaptor
-from fastadapt.results import Sample, Score
+from fastadapt.results import Sample, Score, Support
 from fastadapt.sampling.edits import Edits
 from fastadapt.sampling.rows import check_edits, ids_below, knobs_for, scored, seeds_of, words_of
 
@@ -30,9 +30,13 @@ def sample_split(logits: Tensor, adaptor: Adaptor, group: "ProcessGroup", **opti
     """`fastadapt.sample` of this rank's slice; options are its keyword arguments."""
     asked = (options["base_logprobs"], options["log_mass"])
     out = _run(logits, group, lambda: draw_of(logits, adaptor, group.rank(), **options))
-    shape = logits.shape[:-1]
+    shape, survived = logits.shape[:-1], None
+    if options["support"]:
+        *out, ids, offsets, full = out
+        survived = Support(ids, offsets, full)
     out = [t.view(shape + t.shape[1:]) for t in out]
-    return Sample(*sample_fields(out, *asked, options["top_logprobs"]))
+    fields = sample_fields(out, *asked, options["top_logprobs"])
+    return Sample(*fields, support=survived)
 
 
 def score_split(
@@ -44,7 +48,12 @@ def score_split(
 ) -> Score:
     """`fastadapt.score` of this rank's slice; options are its keyword arguments."""
     out = _run(logits, group, lambda: score_of(logits, tokens, adaptors, group.rank(), **options))
-    return Score(*(t.view(tokens.shape + t.shape[1:]) for t in out))
+    supports = None
+    if options["support"]:
+        *out, ids, offsets, full = out
+        supports = (*Support(ids, offsets, full).split([tokens.numel()] * len(adaptors)),)
+    fields = (t.view(tokens.shape + t.shape[1:]) for t in out)
+    return Score(*fields)._replace(supports=supports)
 
 
 def _run(logits: object, group: object, program: Callable[[], Program[Any]]) -> Any:
@@ -84,7 +93,7 @@ def draw_of(
         base_logprobs (bool): the same on all ranks, as are the flags that follow.
         log_mass (bool): as above.
         top_logprobs (int): as above.
-        support (bool): must be False: the ids that survive are on many ranks.
+        support (bool): as above.
         edits: `edits`, `allowed` and `num_tokens`, of the whole vocabulary.
 
     Raises:
@@ -97,15 +106,16 @@ def draw_of(
     top_n = integer("top_logprobs", top_logprobs, 0, 1024)
     flag("base_logprobs", base_logprobs)
     flag("log_mass", log_mass)
-    _without_support(support)
+    flag("support", support)
     if positions is None:
         positions = torch.zeros(shape, dtype=torch.int64, device=rows.device)
     positions = per_row("positions", positions, torch.int64, shape, rows)
     own = seeds is None
     seeds = seeds_of(seeds, generator, shape, rows)
-    asked = Draw(law, seeds, positions, own, bool(base_logprobs), bool(log_mass), top_n)
+    wanted = (bool(base_logprobs), bool(log_mass), top_n, support)
+    asked = Draw(law, seeds, positions, own, *wanted)
     alike = [positions] if own else [positions, seeds]
-    words = (*law.filters, own, asked.base_logprobs, asked.log_mass, top_n)
+    words = (*law.filters, own, *wanted)
     return draw(_given(rank, rows, shape, edits, words, [law], alike), asked)
 
 
@@ -118,7 +128,7 @@ def score_of(
     ignore_index: int = -100,
     support: bool = False,
     **edits: Any,
-) -> Program[tuple[Tensor, ...]]:
+) -> Program[list[Tensor]]:
     """A rank's part in a score, checked; see `draw_of`.
 
     Args:
@@ -127,7 +137,7 @@ def score_of(
         adaptors (Sequence[Adaptor]): their temperatures are above 0.
         rank (int): which slice it is.
         ignore_index (int): the same on all ranks.
-        support (bool): must be False, as in `draw_of`.
+        support (bool): the same on all ranks.
         edits: as in `draw_of`.
 
     Raises:
@@ -139,18 +149,11 @@ def score_of(
     scored(adaptors)
     flat = per_row("tokens", tokens, torch.int64, shape, rows)
     ignore_index = integer("ignore_index", ignore_index)
-    _without_support(support)
-    laws = [law_of(rows, a, f"adaptors[{i}]") for i, a in enumerate(adaptors)]
-    words = (ignore_index, *(name for law in laws for name in law.filters))
-    given = _given(rank, rows, shape, edits, words, laws, [flat])
-    return score(given, Marks(laws, flat, ignore_index))
-
-
-def _without_support(support: bool) -> None:
-    """Raises where supports are asked for."""
     flag("support", support)
-    if support:
-        raise NotImplementedError("support: expected False with a group, got True")
+    laws = [law_of(rows, a, f"adaptors[{i}]") for i, a in enumerate(adaptors)]
+    words = (ignore_index, support, *(name for law in laws for name in law.filters))
+    given = _given(rank, rows, shape, edits, words, laws, [flat])
+    return score(given, Marks(laws, flat, ignore_index, support))
 
 
 def law_of(rows: Tensor, adaptor: Adaptor, name: str = "adaptor") -> Law:

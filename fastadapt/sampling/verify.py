@@ -94,14 +94,15 @@ def verify(
         draft_rows = _draft_rows(draft_logits, logits)[:, : rows.shape[1]]
     elif draft_adaptor is not None:
         raise ValueError("draft_adaptor: expected None without draft_logits, got an Adaptor")
+    whole = logits.shape[-1] if support else 0
     out = torch.ops.fastadapt.verify(
         rows, knobs, adaptor.filter_code, draft, draft_lengths, draft_rows, draft_knobs,
-        by.filter_code, seeds_of(seeds, generator, each, rows), positions, support, *changes,
+        by.filter_code, seeds_of(seeds, generator, each, rows), positions, whole, *changes,
     )  # fmt: skip
     if not support:
         return Verified(*out)
     *out, ids, offsets = out
-    full = out[3].view(-1) == rows.shape[1]
+    full = out[3].view(-1) == whole
     return Verified(*out)._replace(support=Support(ids, offsets, full))
 
 

@@ -33,7 +33,7 @@ def check_sampler(trainer: Any, support: str) -> bool:
     Raises:
         ValueError: it does not.
     """
-    options = {} if trainer.use_vllm else vars(trainer.generation_config)
+    options = {} if trainer.use_vllm else options_of(trainer)
     does_not_tell = {
         "use_vllm=True": trainer.use_vllm,
         "use_transformers_continuous_batching=True": trainer.use_transformers_continuous_batching,
@@ -57,13 +57,19 @@ def check_sampler(trainer: Any, support: str) -> bool:
     return not found
 
 
+def options_of(trainer: Any) -> dict[str, Any]:
+    """Returns what transformers generates by: the trainer's options, else the model's."""
+    own = {k: x for k, x in vars(trainer.generation_config).items() if x is not None}
+    return {**vars(trainer.model.generation_config), **own}
+
+
 def filters_of(trainer: Any) -> Adaptor:
     """Returns the filters of a trainer's sampler, after its temperature."""
     if trainer.use_vllm:
         own = {name: getattr(trainer, name) for name in _KNOBS_OF_VLLM}
         knobs, order = {**own, **_extra(trainer)}, "vllm"
     else:
-        knobs, order = vars(trainer.generation_config), "hf"
+        knobs, order = options_of(trainer), "hf"
     names = _KNOBS_OF_VLLM if trainer.use_vllm else _KNOBS
     given = {name: knobs[name] for name in names if knobs.get(name) is not None}
     if "top_k" in given:

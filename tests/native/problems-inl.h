@@ -269,7 +269,7 @@ struct Problem {
 // The ids that rows list.
 class Listed {
  public:
-  explicit Listed(int64_t n) : lists_(static_cast<size_t>(n)) {}
+  Listed(int64_t n, int64_t whole) : whole_(whole), lists_(static_cast<size_t>(n)) {}
 
   Supports supports() {
     return {[](void* self, int64_t list, int64_t count) {
@@ -277,13 +277,13 @@ class Listed {
               ids.assign(static_cast<size_t>(count) + 64, -1);
               return ids.data();
             },
-            this};
+            this, whole_};
   }
 
   // A byte for each of V tokens: 1 if a row of so many kept has it; 9 where ids do not ascend.
   void write(int64_t list, int64_t kept, int64_t v, uint8_t* bytes) const {
     const auto& ids = lists_[static_cast<size_t>(list)];
-    std::memset(bytes, kept == v, static_cast<size_t>(v));
+    std::memset(bytes, kept == whole_, static_cast<size_t>(v));
     for (size_t i = 0; i + 64 < ids.size(); ++i) {
       const bool good = ids[i] >= 0 && ids[i] < v && (i == 0 || ids[i - 1] < ids[i]);
       bytes[good ? ids[i] : 0] = good ? 1 : 9;
@@ -291,6 +291,7 @@ class Listed {
   }
 
  private:
+  int64_t whole_;
   std::vector<std::vector<int32_t>> lists_;
 };
 
@@ -312,7 +313,7 @@ void verified(const KernelTable& table, const Problem& p, const Rows& rows, Arra
   a.kept = o->add<int32_t>("verified kept", 2 * n);
   a.status = o->add<uint8_t>("verified status", 2 * n);
   a.accepted = o->add<int64_t>("accepted", n);
-  Listed listed(2 * n);
+  Listed listed(2 * n, rows.v + p.placed);
   a.supports = listed.supports();
   a.k = 1;
   a.draft = p.draft.data();
@@ -337,7 +338,7 @@ Arrays outputs(const KernelTable& table, const Problem& p, Call&& call) {
   if (!wide) {
     const FilterArgs f{rows, p.knobs[0], p.edits(), o.add<uint8_t>("filtered", n * v, p.element)};
     call(table.filter, f);
-    Listed drawn(n), marked(n * a);
+    Listed drawn(n, v + p.placed), marked(n * a, v + p.placed);
     const SampleArgs s{rows,
                        p.knobs[0],
                        p.edits(),

@@ -9,6 +9,7 @@ from fastadapt._ops.common import check_ids
 from fastadapt._ops.sharded.arithmetic import draw_target, key_of, log_mass
 from fastadapt._ops.sharded.exchange import Program, Request
 from fastadapt._ops.sharded.filters import Filters
+from fastadapt._ops.sharded.kept import kept_ids
 from fastadapt._ops.sharded.lists import Law, Lists, listed
 from fastadapt._ops.sharded.opening import Given, Opened, opened
 from fastadapt._ops.sharded.state import State
@@ -25,6 +26,7 @@ class Draw(NamedTuple):
     base_logprobs: bool
     log_mass: bool
     top_n: int
+    support: bool
 
 
 class Marks(NamedTuple):
@@ -33,10 +35,11 @@ class Marks(NamedTuple):
     laws: list[Law]
     tokens: Tensor  # (N,)
     ignore_index: int
+    support: bool
 
 
 def draw(given: Given, asked: Draw) -> Program[list[Tensor]]:
-    """Draws a token per row; the fields of `Sample` that are asked for."""
+    """Draws a token per row; the fields of `Sample` that are asked for, three of a support."""
     whole = yield from opened(given)
     if asked.top_n > whole.real:
         raise ValueError(f"top_logprobs: expected 0 to {whole.real}, got {asked.top_n}")
@@ -84,11 +87,18 @@ def draw(given: Given, asked: Draw) -> Program[list[Tensor]]:
         rank = yield from _rank(whole, lists, base, x, tokens, ok)
         out += [torch.where(ok[:, None], ids, -1), torch.where(ok[:, None], values, nan)]
         out.append(torch.where(ok, rank, 0).int())
+    if asked.support:
+        # of a row at temperature 0 the best survives
+        first = Tokens.of(state.support, lists.x[:, :1], lists.ids[:, :1]).by_rank[:, 0]
+        cut = torch.where(law.greedy, first, state.support.cut)
+        survivors = state.support._replace(cut=cut)
+        listed_ids = yield from kept_ids(whole.part, survivors, out[2])
+        out += [*listed_ids, out[2] == whole.part.whole]
     return out
 
 
-def score(given: Given, asked: Marks) -> Program[tuple[Tensor, ...]]:
-    """Scores tokens; the fields of `Score`."""
+def score(given: Given, asked: Marks) -> Program[list[Tensor]]:
+    """Scores tokens; the fields of `Score`, then supports, one adaptor's after the other's."""
     whole = yield from opened(given)
     tokens, n = asked.tokens, len(asked.tokens)
     check_ids("tokens", tokens, whole.real, asked.ignore_index)
@@ -113,6 +123,7 @@ def score(given: Given, asked: Marks) -> Program[tuple[Tensor, ...]]:
     bad = torch.where(used, float("nan"), 0.0)
 
     columns: list[tuple[Tensor, ...]] = [()] * len(asked.laws)
+    found: list[tuple[Tensor, Tensor]] = [(tokens, tokens)] * len(asked.laws)  # ids, their numbers
     for rest in dict.fromkeys(law.rest for law in asked.laws):
         group = [i for i, law in enumerate(asked.laws) if law.rest == rest]
         of_group = [asked.laws[i].knobs for i in group]
@@ -138,10 +149,21 @@ def score(given: Given, asked: Marks) -> Program[tuple[Tensor, ...]]:
         )
         for i, *column in zip(group, *(v.view(many, n) for v in values), strict=True):
             columns[i] = tuple(column)
+        if asked.support:
+            ids, offsets = yield from kept_ids(whole.part, state.support, values[2])
+            counts = offsets.diff().view(many, n)
+            parts = ids.split(counts.sum(1).tolist())
+            for i, part, number in zip(group, parts, counts, strict=True):
+                found[i] = part, number
     logprobs, log_norm, kept = (torch.stack(c, -1) for c in zip(*columns, strict=True))
     base_logprobs = torch.where(base_ok, _log_ratio(x, base, log_z), bad)
     entropy = torch.where(base_ok, (log_z + u.double() / z.double()).float(), bad)
-    return logprobs, log_norm, kept, base_logprobs, entropy
+    out = [logprobs, log_norm, kept, base_logprobs, entropy]
+    if asked.support:
+        ids, counts = (torch.cat(x) for x in zip(*found, strict=True))
+        full = (kept == whole.part.whole).t().reshape(-1)
+        out += [ids, torch.nn.functional.pad(counts.view(-1).cumsum(0), (1, 0)), full]
+    return out
 
 
 def _status(x_max: Tensor, inverse: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from fastadapt import _C
 from fastadapt._ops.common import rows_of
+from fastadapt._ops.lists import joined
 from fastadapt._ops.sharded.arithmetic import MINUS_INF, ordered
 from fastadapt._ops.sharded.support import Support
 
@@ -108,6 +109,16 @@ class Slice:
             num_threads=torch.get_num_threads(),
         )
         return x, ids
+
+    def ids(self, support: Support) -> tuple[Tensor, Tensor]:
+        """The survivors of each problem, ascending: ids (count,) int32, offsets (P + 1,) int64."""
+        lists = _C.IdLists(len(support.row), self.whole)
+        if self.v:
+            _C.slice_list(
+                **self._problems(support), supports=lists, num_threads=torch.get_num_threads()
+            )
+        ids, offsets = joined(lists, len(support.row))
+        return ids, offsets
 
     @staticmethod
     def _empty(n: int, count: int) -> tuple[Tensor, Tensor]:

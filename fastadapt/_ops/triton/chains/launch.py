@@ -218,23 +218,27 @@ def log_odds_of_rows(
         launch.log_odds(scanned, labels, (log_odds, support, stats), kernels.support_kernel, lists)
 
 
+def listed_of(kept: Tensor, whole: int) -> Tensor:
+    """Returns how many ids rows list, (N,): as many as they keep, none of those that keep all."""
+    return torch.where(kept == whole, 0, kept)
+
+
 def survivors(
     logits: Tensor,
     knobs: Tensor,
     order: int,
-    kept: Tensor,
+    counts: Tensor,
     seeds: Tensor | None = None,
     positions: Tensor | None = None,
     plan: Plan = PLAN,
 ) -> list[Tensor]:
     """Returns ids and offsets (N + 1,) of what rows keep, which are decided again for them.
 
-    As many as `kept` (N,) says, which was counted before; a row that keeps all lists none. This
-    waits for the device, once. Seeds and positions throw the coin of XTC, as in the draw.
+    As many as `counts` (N,) says, which was counted before, or none of a row. This waits for the
+    device, once. Seeds and positions throw the coin of XTC, as in the draw.
     """
-    counts = torch.where(kept == logits.shape[1], 0, kept)
     offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
-    ids = kept.new_empty(int(offsets[-1]))
+    ids = counts.new_empty(int(offsets[-1]))
     starts = torch.where(counts > 0, offsets[:-1], -1)
     steps = STEPS if is_chain(order) else steps_of(order, knobs.shape[1])
     bits = [] if positions is None else [POSITIONS.value]
@@ -272,22 +276,22 @@ def filter_logits(logits: Tensor, *rest: Any) -> None:
 
 def sample(logits: Tensor, knobs: Tensor, order: int, *rest: Any) -> None:
     """Draws, and lists what was drawn from."""
-    seeds, positions, base_logprobs, log_mass, top_n, support, *edits, out = rest
+    seeds, positions, base_logprobs, log_mass, top_n, whole, *edits, out = rest
     rows, chance = edited(logits, RowEdits(*edits)), (seeds, positions)
     sample_rows(rows, knobs, order, *chance, base_logprobs, log_mass, top_n, out)
-    if support:
-        out += survivors(rows, knobs, order, out[2], *chance)
+    if whole:
+        out += survivors(rows, knobs, order, listed_of(out[2], whole), *chance)
 
 
 def score(logits: Tensor, tokens: Tensor, knobs: list[Tensor], *rest: Any) -> None:
     """Scores tokens under all adaptors, and lists their supports, one behind the other."""
-    orders, ignore_index, support, *edits, out = rest
+    orders, ignore_index, whole, *edits, out = rest
     rows = edited(logits, RowEdits(*edits))
     score_rows(rows, tokens, knobs, orders, ignore_index, out)
-    if not support:
+    if not whole:
         return
     listed = [
-        survivors(rows, own, order, out[2][:, i])
+        survivors(rows, own, order, listed_of(out[2][:, i], whole))
         for i, (own, order) in enumerate(zip(knobs, orders, strict=True))
     ]
     counts = torch.cat([offsets.diff() for _, offsets in listed])

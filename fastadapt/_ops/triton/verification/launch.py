@@ -37,7 +37,7 @@ def verify(
     draft_order: int,
     seeds: Tensor,
     positions: Tensor | None,
-    support: bool,
+    whole: int,
     *rest: Any,
     plan: Plan = PLAN,
 ) -> None:
@@ -56,9 +56,11 @@ def verify(
         _by_law(rows, knobs, order, drafts, sequences, out, plan)
     elif n > 0:
         _as_sampled(rows, knobs, order, sequences, out, plan)
-    if support:
+    if whole:
         chance, own = _chance_of(sequences, k + 1), _of_rows(knobs, k + 1)
-        out += chains.survivors(rows, own, order, out[3].view(-1), *chance, plan)
+        out += chains.survivors(
+            rows, own, order, chains.listed_of(out[3].view(-1), whole), *chance, plan
+        )
 
 
 def _by_law(
