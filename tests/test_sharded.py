@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastadapt import Adaptor, Edits, sample, score
+from fastadapt import Adaptor, Edits, Support, sample, score
 from fastadapt._ops.sharded import arithmetic
 from fastadapt._ops.sharded.exchange import Request, Traffic, packed, side_by_side, unpacked
 from fastadapt.sampling.sharded import draw_of, edits_of_slice, law_of, score_of, words_of_slice
@@ -183,3 +183,17 @@ def test_a_group_needs_torch_distributed():
             call(torch.distributed.ProcessGroup(0, 1))
         with pytest.raises(TypeError, match="group: expected a ProcessGroup or None, got str"):
             call("world")
+
+
+def test_ties_that_one_filter_has_parted_stay_apart():
+    """Top-k keeps all ties of its last value, of those that were left to it."""
+    torch.manual_seed(0)
+    logits = torch.randint(2, (40, 1000)).float() * 1.5
+    seeds = torch.arange(40)
+    for order in (("top_p", "top_k"), ("top_p", "epsilon_cutoff", "typical_p", "top_k")):
+        knobs = {"top_p": torch.rand(40), "top_k": torch.randint(1, 100, (40,))}
+        adaptor = Adaptor(**knobs, epsilon_cutoff=1e-4, typical_p=0.95, order=order)
+        whole = sample(logits, adaptor, seeds=seeds, support=True)
+        for got in drawn(logits, adaptor, 8, seeds=seeds, support=True):
+            assert torch.equal(got[2], whole.kept) and torch.equal(got[0], whole.tokens)
+            assert Support(*got[-3:]) == whole.support

@@ -170,7 +170,7 @@ def sample(
     survived = None
     if support:
         *out, ids, offsets = out
-        survived = Support(ids, offsets, out[2] == logits.shape[-1])
+        survived = Support.unchecked(ids, offsets, out[2] == logits.shape[-1])
     if logits.dim() != 2:
         out = [t.view(shape + t.shape[1:]) for t in out]
     fields = sample_fields(out, base_logprobs, log_mass, top_logprobs)
@@ -241,7 +241,7 @@ def score(
     if support:
         *out, ids, offsets = out
         full = (out[2] == whole).t().reshape(-1)
-        supports = (*Support(ids, offsets, full).split([flat.shape[0]] * len(knobs)),)
+        supports = (*Support.unchecked(ids, offsets, full).split([flat.shape[0]] * len(knobs)),)
     fields = (t.view(tokens.shape + t.shape[1:]) for t in out)
     return Score(*fields)._replace(supports=supports)
 

@@ -33,7 +33,7 @@ def sample_split(logits: Tensor, adaptor: Adaptor, group: "ProcessGroup", **opti
     shape, survived = logits.shape[:-1], None
     if options["support"]:
         *out, ids, offsets, full = out
-        survived = Support(ids, offsets, full)
+        survived = Support.unchecked(ids, offsets, full)
     out = [t.view(shape + t.shape[1:]) for t in out]
     fields = sample_fields(out, *asked, options["top_logprobs"])
     return Sample(*fields, support=survived)
@@ -51,7 +51,7 @@ def score_split(
     supports = None
     if options["support"]:
         *out, ids, offsets, full = out
-        supports = (*Support(ids, offsets, full).split([tokens.numel()] * len(adaptors)),)
+        supports = (*Support.unchecked(ids, offsets, full).split([tokens.numel()] * len(adaptors)),)
     fields = (t.view(tokens.shape + t.shape[1:]) for t in out)
     return Score(*fields)._replace(supports=supports)
 

@@ -58,7 +58,8 @@ class Filters:
         support = self.state.support
         for name, value in tests.items():
             old = getattr(support, name)
-            support = support._replace(**{name: torch.where(where, value, old)})
+            # all ties of a value may be more than an earlier filter has left of them
+            support = support._replace(**{name: torch.where(where, torch.maximum(old, value), old)})
         self.state.support = support
         self.state.complete = self.state.complete | where
         self.state.refresh(where)
