@@ -142,9 +142,9 @@ def unlike(one: tuple[Any, ...], other: tuple[Any, ...]) -> list[str]:
     return [name for name, a, b in pairs if not _same_bits(a, b)]
 
 
-def _same_bits(a: Tensor | None, b: Tensor | None) -> bool:
-    if a is None or b is None:
-        return a is b
+def _same_bits(a: Any, b: Any) -> bool:
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+        return bool(a == b)  # supports, or None
     return a.dtype == b.dtype and torch.equal(_bits(a), _bits(b))
 
 

@@ -37,11 +37,11 @@ def ratios_limits(record: Record) -> list[Limit]:
     cells = {(c["dtype"], c["way"]): c for c in record["cells"]}
     exact, half = (cells.get((dtype, "replay")) for dtype in ("float32", "bfloat16"))
     outside = sum(c["outside"] for c in (exact, half) if c)
+    largest = exact and 1e3 * exact["largest_log"]
+    label = "largest absolute log ratio, replayed, float32"
     return [
-        Limit(
-            "largest |log ratio|, replayed, float32", exact and exact["largest_log"], 1e-3, "nats"
-        ),
-        Limit("replayed tokens outside their support", outside if exact else None, 0, ""),
+        Limit(label, largest, 1, "thousandths of a nat"),
+        Limit("replayed tokens outside their support", outside if exact else None, 0, "tokens"),
     ]
 
 

@@ -54,7 +54,8 @@ def reference_gathers(rank: int, ranks: int, group: Any) -> None:
     got = reference.sample(mine, case.adaptor, **options)
     assert unlike(case.sampled(case.logits), got) == []
     tokens = case.tokens(got)
-    got = reference.score(mine, tokens, case.adaptors, **case.edits, group=group)
+    wanted = {"support": case.options["support"], **case.edits}
+    got = reference.score(mine, tokens, case.adaptors, **wanted, group=group)
     assert unlike(case.scored(case.logits, tokens), got) == []
 
 
