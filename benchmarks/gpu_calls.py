@@ -26,7 +26,9 @@ from fastadapt import (
 from fastadapt._ops.common import RowEdits
 from fastadapt._ops.linear.divergence import KINDS
 from fastadapt._ops.linear.driver import RECOMPUTE
+from fastadapt._ops.triton.chains.launch import survivors
 from fastadapt._ops.triton.edits.launch import edited
+from fastadapt._ops.triton.supports import launch as supports
 
 DTYPES = {
     "float32": torch.float32,
@@ -106,7 +108,8 @@ def calls(dtype: str, thorough: bool, ones: bool) -> Iterator[Call]:
                 yield Call(f"{name}, {dtype}{size}", run)
         for name, run in _adapted(rows).items():
             yield Call(f"{name}, {dtype}{size}", run)
-        for name, run in {**_losses(rows), **_linear(rows), **_pairs(rows)}.items():
+        found = {**_losses(rows), **_linear(rows), **_pairs(rows), **_on_supports(rows)}
+        for name, run in found.items():
             yield Call(f"{name}, {dtype}{size}", run, exact=False)
         if dtype == "float32" and v > 1:  # the product that sums reads half precision alone
             for name, run in _products(rows.bfloat16()).items():
@@ -137,6 +140,8 @@ def _sampling(rows: Tensor, thorough: bool) -> dict[str, Callable[[], object]]:
     for name, adaptor, adaptors in (("", chosen, several), (", chain", CHAIN, [CHAIN])):
         found[f"filter{name}"] = partial(filter_logits, rows, adaptor)
         found[f"score{name}"] = partial(score, rows, tokens, adaptors)
+        own = rows, adaptor.packed, adaptor.filter_code, torch.ones(n, dtype=torch.int32)
+        found[f"supports{name}"] = partial(survivors, *own, tokens)
     return found
 
 
@@ -212,6 +217,19 @@ def _linear(rows: Tensor) -> dict[str, Callable[[], object]]:
         for kept, budget in (("", 0), (", logits kept", 1 << 30)):
             found[f"trained {name}{kept}"] = partial(_train_head, problem, budget)
     return found
+
+
+def _on_supports(rows: Tensor) -> dict[str, Callable[[], object]]:
+    """Products of pairs of a row and an id, and sums by them."""
+    n, width = len(rows), WIDTH if rows.shape[1] > 1 else 1
+    hidden, pairs, ends = rows.new_zeros(n, width), torch.arange(n), torch.arange(n + 1)
+    numbers = torch.zeros(n, dtype=torch.float64)
+    return {
+        "products of supports": partial(supports.dot, hidden, hidden, pairs, pairs, numbers),
+        "sums of supports": partial(
+            supports.mix, hidden, numbers, pairs, ends, pairs, torch.empty_like(hidden)
+        ),
+    }
 
 
 def _products(rows: Tensor) -> dict[str, Callable[[], object]]:

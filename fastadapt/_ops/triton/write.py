@@ -122,28 +122,32 @@ def fitted(s, m, inverse, TYPE: tl.constexpr):
     return s
 
 
-@triton.jit
-def scaled_block(rows, packed, asked, scratch, sizes, at, block):
-    """Loads a block of a row: ids, logits, their largest, 1 / T, and which of them survive."""
-    bounds = load_bounds(marks_of(scratch, at) + scratch.BOUNDS)
-    inverse = inverse_of(temperature_of(packed, asked, at))
-    m = largest_of(parts_of(scratch, asked, at, rows.v, sizes), sizes.SPLITS) * inverse + 0.0
-    ids = block * sizes.BLOCK + tl.arange(0, sizes.BLOCK)
-    x = tl.load(row_at(rows, at) + ids, mask=ids < rows.v, other=float("-inf")).to(tl.float32)
-    return ids, x, m, inverse, survives(x * inverse, ids, m, bounds)
-
-
 @triton.jit(do_not_specialize=["packed", "asked"])
 def filter_kernel(rows, packed, asked, scratch, sizes, out, PDL: tl.constexpr):
     """Writes scaled survivors and -inf for the rest; a bad row is copied."""
     follow(PDL)
     at, block = tl.program_id(0), tl.program_id(1)
-    ids, x, m, inverse, alive = scaled_block(rows, packed, asked, scratch, sizes, at, block)
-    kept = tl.where(alive, fitted(x * inverse, m, inverse, out.dtype.element_ty), float("-inf"))
-    status = tl.load(marks_of(scratch, at) + scratch.BOUNDS + BOUNDS_STATUS)
-    kept = tl.where(status == OK, kept, x)
+    bounds = marks_of(scratch, at) + scratch.BOUNDS
+    inverse = inverse_of(temperature_of(packed, asked, at))
+    m = largest_of(parts_of(scratch, asked, at, rows.v, sizes), sizes.SPLITS) * inverse + 0.0
+    ids = block * sizes.BLOCK + tl.arange(0, sizes.BLOCK)
+    x = tl.load(row_at(rows, at) + ids, mask=ids < rows.v, other=float("-inf")).to(tl.float32)
+    s = x * inverse
+    alive = survives(s, ids, m, load_bounds(bounds))
+    kept = tl.where(alive, fitted(s, m, inverse, out.dtype.element_ty), float("-inf"))
+    kept = tl.where(tl.load(bounds + BOUNDS_STATUS) == OK, kept, x)
     out += at.to(tl.int64) * rows.v + ids
     tl.store(out, kept.to(out.dtype.element_ty), mask=ids < rows.v)
+
+
+@triton.jit
+def survivors_of(rows, packed, asked, scratch, sizes, at, block):
+    """Returns the ids of a block of a row, and which of them survive."""
+    inverse = inverse_of(temperature_of(packed, asked, at))
+    m = largest_of(parts_of(scratch, asked, at, rows.v, sizes), sizes.SPLITS) * inverse + 0.0
+    ids = block * sizes.BLOCK + tl.arange(0, sizes.BLOCK)
+    s = load_scaled(Row(row_at(rows, at), rows.v, inverse, m), ids)
+    return ids, survives(s, ids, m, load_bounds(marks_of(scratch, at) + scratch.BOUNDS))
 
 
 @triton.jit(do_not_specialize=["packed", "asked"])
@@ -151,7 +155,7 @@ def count_kernel(rows, packed, asked, scratch, sizes, counts, PDL: tl.constexpr)
     """Counts the survivors of a block, (N, blocks)."""
     follow(PDL)
     at, block = tl.program_id(0), tl.program_id(1)
-    *_, alive = scaled_block(rows, packed, asked, scratch, sizes, at, block)
+    _, alive = survivors_of(rows, packed, asked, scratch, sizes, at, block)
     place = at.to(tl.int64) * tl.num_programs(1) + block
     tl.store(counts + place, tl.sum(alive.to(tl.int32), 0))
 
@@ -163,7 +167,7 @@ def ids_kernel(rows, packed, asked, scratch, sizes, starts, out, PDL: tl.constex
     at, block = tl.program_id(0), tl.program_id(1)
     start = tl.load(starts + at.to(tl.int64) * tl.num_programs(1) + block)
     if start >= 0:
-        ids, *_, alive = scaled_block(rows, packed, asked, scratch, sizes, at, block)
+        ids, alive = survivors_of(rows, packed, asked, scratch, sizes, at, block)
         place = start + tl.cumsum(alive.to(tl.int32), 0) - 1
         tl.store(out + place, ids, mask=alive)
 
