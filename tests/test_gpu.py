@@ -118,8 +118,8 @@ def every_verb(x, y, upstream, adaptor, seeds, positions):
     (gradient,) = torch.autograd.grad(log_odds, x, upstream)
     drawn = sample(x, adaptor, seeds=seeds, positions=positions, **ASKED)
     return [
-        *drawn,
-        *score(x, y, [adaptor, *MANY]),
+        *drawn[:9],
+        *score(x, y, [adaptor, *MANY])[:5],
         filter_logits(x, adaptor),
         log_odds.detach(),
         gradient,
@@ -249,7 +249,7 @@ def test_logits_on_another_device_than_the_current_one(rows):
     with torch.cuda.device(0):
         got = sample(x.to("cuda:1"), ADAPTORS["all"], seeds=seeds.to("cuda:1"), **ASKED)
     assert got.tokens.device == torch.device("cuda:1")
-    assert_same_bits([t.cpu() for t in got], [t.cpu() for t in wanted])
+    assert_same_bits([t.cpu() for t in got[:9]], [t.cpu() for t in wanted[:9]])
 
 
 def test_bad_knobs_on_the_device_are_a_status(rows, device):
@@ -272,7 +272,7 @@ def test_bad_knobs_on_the_device_are_a_status(rows, device):
     assert drawn.tokens.tolist() == [-1] * 8 + clean.tokens[8:].tolist()
     assert drawn.logprobs[:8].isnan().all()
     assert drawn.kept[:8].tolist() == [0] * 8
-    assert_same_bits([t[8:] for t in drawn], [t[8:] for t in clean])
+    assert_same_bits([t[8:] for t in drawn[:9]], [t[8:] for t in clean[:9]])
     assert torch.equal(filter_logits(x, adaptor)[:8], x[:8])
     scored = score(x, y, [adaptor, Adaptor()])
     assert scored.logprobs[:, 0].isnan().tolist() == [True] * 8 + [False] * 2
@@ -342,7 +342,7 @@ def test_more_entries_than_32_bits_count(large):
     assert (drawn.status == 0).all()
     y = drawn.tokens
     scored, wanted = score(large, y, MANY), score(few, wanted.tokens, MANY)
-    assert_same_bits([t[here].cpu() for t in scored], wanted, "score")
+    assert_same_bits([t[here].cpu() for t in scored[:5]], wanted[:5], "score")
     assert torch.equal(filter_logits(large, adaptor)[here].cpu(), filter_logits(few, adaptor))
     large.requires_grad_()
     log_odds = adapted_log_odds(large, y, adaptor)

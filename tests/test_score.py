@@ -126,7 +126,7 @@ def test_ignored_rows_are_zero_and_outside_is_minus_infinity(rows):
     x = rows("spread", 3, 100)
     y = torch.tensor([-100, int(x[1].argmin()), int(x[2].argmax())], device=x.device)
     got = score(x, y, [Adaptor(top_k=3)])
-    for field in got:
+    for field in got[:5]:
         assert (field[0] == 0).all()
     assert got.logprobs[1, 0] == float("-inf")
     assert got.logprobs[2, 0] > -5
@@ -137,4 +137,4 @@ def test_ignored_rows_are_zero_and_outside_is_minus_infinity(rows):
 def test_shapes_fold(rows):
     x = rows("spread", 6, 100).view(2, 3, 100)
     got = score(x, torch.zeros(2, 3, dtype=torch.int64, device=x.device), ADAPTORS[:2])
-    assert [tuple(t.shape) for t in got] == [(2, 3, 2)] * 3 + [(2, 3)] * 2
+    assert [tuple(t.shape) for t in got[:5]] == [(2, 3, 2)] * 3 + [(2, 3)] * 2
