@@ -198,6 +198,14 @@ def test_compiled(call):
         assert torch.equal(a, b)
 
 
+def test_another_default_device_changes_nothing():
+    x, seeds = torch.randn(4, 100), torch.arange(4)
+    wanted = sample(x, Adaptor(top_p=0.5), seeds=seeds, support=True)
+    with torch.device("meta"):
+        got = sample(x, Adaptor(top_p=0.5), seeds=seeds, support=True)
+    assert_same(got, wanted)
+
+
 def test_what_is_no_flag_is_refused():
     x = torch.randn(2, 10)
     with pytest.raises(TypeError, match="support: expected True or False"):

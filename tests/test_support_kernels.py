@@ -5,7 +5,8 @@ import os
 import pytest
 import torch
 
-from fastadapt._ops.support import _ends, _sum_parts, support_products
+from fastadapt._ops.lists import ends_of
+from fastadapt._ops.support import _sum_parts, support_products
 
 triton = pytest.importorskip("triton", reason="triton is not installed: it has wheels for Linux")
 if os.environ.get("TRITON_INTERPRET") != "1":
@@ -47,9 +48,9 @@ def test_sums(dtype, h):
     index, gain = torch.randint(30, (27,)), torch.randn(27, dtype=torch.float64)
     places = torch.tensor([4, 0, 6, 1, 2])
     ours, cpus = (torch.full((8, h), 7.0, dtype=dtype) for _ in range(2))
-    launch.mix(source, gain, index, _ends(counts), places, ours)
-    _sum_parts(source, gain, index, _ends(counts), places, cpus)
+    launch.mix(source, gain, index, ends_of(counts), places, ours)
+    _sum_parts(source, gain, index, ends_of(counts), places, cpus)
     rounding = {torch.bfloat16: 2**-7, torch.float16: 2**-10}.get(dtype, 0)
     torch.testing.assert_close(ours, cpus, rtol=rounding, atol=BOUND.get(dtype, 1e-5))
     assert bool((ours[[3, 5, 7]] == 7).all()) and bool((ours[0] == 0).all())
-    launch.mix(source, gain, index, _ends(counts[:0]), places[:0], ours)
+    launch.mix(source, gain, index, ends_of(counts[:0]), places[:0], ours)

@@ -6,12 +6,17 @@ from torch import Tensor
 from fastadapt import _C
 
 
+def ends_of(counts: Tensor) -> Tensor:
+    """Returns the offsets (n + 1,) int64 of lists of so many entries (n,)."""
+    return torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+
+
 def joined(lists: "_C.IdLists | None", n: int) -> list[Tensor]:
     """Returns ids (count,) int32 and offsets (n + 1,) int64 of lists; nothing of None."""
     if lists is None:
         return []
-    ids = torch.empty(lists.count(), dtype=torch.int32)
-    offsets = torch.empty(n + 1, dtype=torch.int64)
+    ids = torch.empty(lists.count(), dtype=torch.int32, device="cpu")
+    offsets = torch.empty(n + 1, dtype=torch.int64, device="cpu")
     lists.join(offsets, ids)
     return [ids, offsets]
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastadapt._ops.common import device_of, no_double_backward
 from fastadapt._ops.linear.cpu import CpuWork, dot, mix
+from fastadapt._ops.lists import ends_of
 
 BLOCK_NUMBERS = 1 << 18  # of the wide sums of ids' gradients that are made at once
 
@@ -54,7 +55,7 @@ def _backward(
     rows = _rows(offsets, ids)
     some = dproducts.nonzero()[:, 0]
     gain, ids, rows = dproducts[some], ids[some], rows[some]
-    offsets = _ends(rows.bincount(minlength=hidden.shape[0]))
+    offsets = ends_of(rows.bincount(minlength=hidden.shape[0]))
     dhidden, dweight, found = _zeros(hidden, weight, wanted, sparse)
     if wanted[0]:
         places = torch.arange(hidden.shape[0], device=ids.device)
@@ -63,7 +64,7 @@ def _backward(
         by_id, order = ids.sort(stable=True)
         gain, rows = gain[order], rows[order]
         found, counts = by_id.unique_consecutive(return_counts=True)
-        ends = _ends(counts)
+        ends = ends_of(counts)
         if sparse:
             dweight = weight.new_empty(found.shape[0], weight.shape[1])
         places = torch.arange(found.shape[0], device=ids.device) if sparse else found
@@ -101,11 +102,6 @@ def _rows(offsets: Tensor, ids: Tensor) -> Tensor:
     """Returns the row of each pair."""
     of_rows = torch.arange(offsets.shape[0] - 1, device=ids.device)
     return of_rows.repeat_interleave(offsets.diff(), output_size=ids.shape[0])
-
-
-def _ends(counts: Tensor) -> Tensor:
-    """Returns the offsets (N + 1,) of rows of so many pairs."""
-    return torch.nn.functional.pad(counts.cumsum(0), (1, 0))
 
 
 def _zeros(

@@ -23,6 +23,7 @@ from fastadapt._ops.checks import (
 )
 from fastadapt._ops.common import check_ids
 from fastadapt._ops.linear.vocab_parallel import is_distributed
+from fastadapt._ops.lists import ends_of
 from fastadapt._ops.support import support_products
 from fastadapt.linear import linear_log_odds
 from fastadapt.log_odds import label_log_odds
@@ -274,7 +275,7 @@ def _pairs_of(labels: Tensor, used: Tensor, support: Support) -> _Pairs:
     takes = used & holds & (counts > 1)
     some = takes[rows].nonzero()[:, 0]
     ids, rows = support.ids[some].long(), rows[some]
-    offsets = torch.nn.functional.pad((counts * takes).cumsum(0), (1, 0))
+    offsets = ends_of(counts * takes)
     is_label = ids == labels[rows]
     outside = torch.where(holds, float("inf"), float("-inf")).double()
     return _Pairs(

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from fastadapt._ops.lists import ends_of
 from fastadapt._ops.sharded.exchange import Program, Request
 from fastadapt._ops.sharded.slice import Slice
 from fastadapt._ops.sharded.support import Support
@@ -22,7 +23,7 @@ def kept_ids(part: Slice, support: Support, kept: Tensor) -> Program[tuple[Tenso
         Tensor, Tensor: ids (count,) int32, offsets (P + 1,) int64.
     """
     counts = torch.where(kept == part.whole, 0, kept).long()
-    offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+    offsets = ends_of(counts)
     index = counts.nonzero()[:, 0]
     if len(index) == 0:
         return counts.new_empty(0, dtype=torch.int32), offsets
@@ -32,6 +33,6 @@ def kept_ids(part: Slice, support: Support, kept: Tensor) -> Program[tuple[Tenso
     # slices stand in the order of ranks, so a stable sort by problem leaves ids ascending
     sent = yield Request("gather", torch.nn.functional.pad(mine, (0, max(sizes) - len(mine))))
     ids = torch.cat([row[:size] for row, size in zip(sent, sizes, strict=True)])
-    places = torch.arange(len(index)).expand_as(of_ranks).flatten()
+    places = torch.arange(len(index), device=index.device).expand_as(of_ranks).flatten()
     order = places.repeat_interleave(of_ranks.flatten()).argsort(stable=True)
     return ids[order], offsets

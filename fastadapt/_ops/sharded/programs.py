@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastadapt._ops.common import check_ids
+from fastadapt._ops.lists import ends_of
 from fastadapt._ops.sharded.arithmetic import draw_target, key_of, log_mass
 from fastadapt._ops.sharded.exchange import Program, Request
 from fastadapt._ops.sharded.filters import Filters
@@ -162,7 +163,7 @@ def score(given: Given, asked: Marks) -> Program[list[Tensor]]:
     if asked.support:
         ids, counts = (torch.cat(x) for x in zip(*found, strict=True))
         full = (kept == whole.part.whole).t().reshape(-1)
-        out += [ids, torch.nn.functional.pad(counts.view(-1).cumsum(0), (1, 0)), full]
+        out += [ids, ends_of(counts.view(-1)), full]
     return out
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastadapt._ops.common import RowEdits
 from fastadapt._ops.filter_code import packed_filters, temperature_last
+from fastadapt._ops.lists import ends_of
 from fastadapt._ops.outputs import LogOdds, Scores, score_outputs
 from fastadapt._ops.triton import launch, write
 from fastadapt._ops.triton.bundles import Labels, Rows, Scored
@@ -237,7 +238,7 @@ def survivors(
     As many as `counts` (N,) says, which was counted before, or none of a row. This waits for the
     device, once. Seeds and positions throw the coin of XTC, as in the draw.
     """
-    offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+    offsets = ends_of(counts)
     ids = counts.new_empty(int(offsets[-1]))
     starts = torch.where(counts > 0, offsets[:-1], -1)
     steps = STEPS if is_chain(order) else steps_of(order, knobs.shape[1])
@@ -296,7 +297,7 @@ def score(logits: Tensor, tokens: Tensor, knobs: list[Tensor], *rest: Any) -> No
     ]
     counts = torch.cat([offsets.diff() for _, offsets in listed])
     ids = torch.cat([ids for ids, _ in listed])
-    out += [ids, torch.nn.functional.pad(counts.cumsum(0), (1, 0))]
+    out += [ids, ends_of(counts)]
 
 
 def adapted_log_odds(logits: Tensor, *rest: Any) -> None:
