@@ -11,14 +11,8 @@ from torch import Tensor
 
 from fastadapt._ops.checks import instance, integer, one_of
 from fastadapt.losses.formulas import check_candidates
-from fastadapt.losses.responses import (
-    REDUCTIONS,
-    Responses,
-    accumulated,
-    beside,
-    checked,
-    per_token,
-)
+from fastadapt.losses.responses import Responses, accumulated, beside
+from fastadapt.losses.rows import REDUCTIONS, checked, per_token
 
 DIVERGENCES = ("kl", "reverse_kl")
 

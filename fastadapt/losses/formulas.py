@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastadapt._ops.checks import number, one_of
-from fastadapt.losses.responses import REDUCTIONS, Responses, Rows, accumulated, beside, checked
+from fastadapt.losses.responses import Responses, accumulated, beside
+from fastadapt.losses.rows import REDUCTIONS, checked, sequence_log_odds
 
 UNLIKELIHOOD_LEVELS = ("token", "sequence", "sequence_mean")
 EXMATE_NORMS = ("sequence_mean", "batch_token_mean", "sequence_sum", "token")
@@ -86,7 +87,7 @@ def unlikelihood_penalty(rejected: Responses, *, level: str = "token") -> Tensor
     rows = checked("rejected", rejected)
     if level == "token":
         return rows.token_mean(-F.logsigmoid(-rows.log_odds))
-    log_odds = _sequence_log_odds(rows, mean=level == "sequence_mean")
+    log_odds = sequence_log_odds(rows, mean=level == "sequence_mean")
     return rows.sequence_mean(-F.logsigmoid(-log_odds))
 
 
@@ -162,15 +163,15 @@ def exmate_penalty(rejected: Responses, *, norm: str = "sequence_mean") -> Tenso
     one_of("norm", norm, EXMATE_NORMS)
     rows = checked("rejected", rejected)
     if norm == "token":
-        # not sigmoid, whose gradient p (1 - p) has lost 1 - p
+        # not sigmoid, whose gradient p (1 - p) has lost 1 - p near 1
         return rows.token_mean(F.logsigmoid(rows.log_odds).exp())
     if norm == "batch_token_mean":
         if rejected.total_tokens is not None:
             raise ValueError(
                 "rejected.total_tokens: expected None for batch_token_mean, one mean of it"
             )
-        some = rows.kept.any()
-        return torch.where(some, rows.token_mean(F.logsigmoid(rows.log_odds)).exp(), 0)
+        mean = rows.sum(F.logsigmoid(rows.log_odds)).sum() / rows.tokens
+        return torch.where(rows.kept.any(), mean.exp(), 0).to(rows.dtype)
     return rows.sequence_mean(rows.logps(mean=norm == "sequence_mean").exp())
 
 
@@ -253,24 +254,3 @@ def check_candidates(chosen: Responses, candidates: Tensor, candidate_mask: Tens
         expected = f"torch.bool {tuple(candidates.shape)}"
         found = f"{candidate_mask.dtype} {tuple(candidate_mask.shape)}"
         raise ValueError(f"candidate_mask: expected {expected}, got {found}")
-
-
-def _sequence_log_odds(rows: Rows, *, mean: bool) -> Tensor:
-    """Returns log P/(1-P), (B,), of responses or (mean) of their mean token probability.
-
-    Through L = log(-S), which has digits where S underflows: 1/P - 1 = expm1(e^L).
-    """
-    m, s = rows.log_odds, rows.logps(mean=mean)
-    # log(-l) = -m - e^-m/2 + O(e^-2m) from m = 20 on, exact in float64; each branch is clamped to
-    # where it is finite, since a where passes 0 * inf on, and past where it is taken: the slope of
-    # clamp at its bound is 1 up to torch 2.13 and 0 in 2.15
-    low, high = m.clamp(-1e30, 21), m.clamp(min=19)
-    log_nll = torch.where(m > 20, -high - torch.exp(-high) / 2, (-F.logsigmoid(low)).log())
-    log_s = rows.logsumexp(log_nll)
-    if mean:
-        # the log of an integer is float32
-        log_s = log_s - rows.lengths.clamp(min=1).to(log_s.dtype).log()
-    x = log_s.clamp(-80, 1).exp()
-    near = -log_s - (torch.expm1(x) / x).log()  # P near 1
-    far = s - torch.log1p(-s.clamp(max=-0.5).exp())  # P < 1/e
-    return torch.where(log_s > 0, far, near)

@@ -8,7 +8,7 @@ from fastadapt._ops.linear import mle as mle_ops
 from fastadapt._ops.linear.mle import plan_of as plan_of
 from fastadapt._ops.linear.plans import low_rank
 from fastadapt._ops.linear.vocab_parallel import rows_of_slice
-from fastadapt.losses.responses import divisor
+from fastadapt.losses.rows import divisor
 
 REDUCTIONS = ("mean", "sum")
 

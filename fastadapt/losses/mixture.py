@@ -1,60 +1,23 @@
 """Weighted sums of losses, with metrics to watch during training."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastadapt._ops.checks import nearest, number, shown
-from fastadapt.losses.formulas import (
-    candidate_unlikelihood_penalty,
-    exmate_loss,
-    exmate_penalty,
-    mate_loss,
-    mate_penalty,
-    mle_loss,
-    unlikelihood_loss,
-    unlikelihood_penalty,
-)
-from fastadapt.losses.preference import dpo_loss, log_ratios
-from fastadapt.losses.responses import Responses, Rows, accumulated, checked, mean_of
+from fastadapt.losses.catalogue import CATALOGUE, CONTAIN_MLE, FORMULAS, name_of
+from fastadapt.losses.preference.pairs import reference
+from fastadapt.losses.responses import Responses, accumulated
+from fastadapt.losses.rows import Rows, checked, mean_of
 
-FORMULAS: dict[str, Callable[..., Tensor]] = {
-    "mle": mle_loss,
-    "unlikelihood": unlikelihood_loss,
-    "exmate": exmate_loss,
-    "mate": mate_loss,
-    "dpo": dpo_loss,
-    "unlikelihood_penalty": unlikelihood_penalty,
-    "candidate_unlikelihood_penalty": candidate_unlikelihood_penalty,
-    "exmate_penalty": exmate_penalty,
-    "mate_penalty": mate_penalty,
-}
-"""Every loss, by the name that `RewardPenalizeLoss` knows it by.
-
-A formula takes the parameters of `RewardPenalizeLoss.forward` by name; its other parameters are
-options of the mixture.
-
-Examples:
-    >>> from fastadapt.losses import FORMULAS
-    >>> FORMULAS["dpo"] is dpo_loss
-    True
-    >>> [name for name in FORMULAS if name.startswith("exmate")]
-    ['exmate', 'exmate_penalty']
-"""
-
-CONTAIN_MLE = frozenset({"mle", "unlikelihood", "exmate", "mate"})
-"""The losses that contain MLE on the chosen responses; a mixture takes one of them at most.
-
-Examples:
-    >>> from fastadapt.losses import CONTAIN_MLE
-    >>> sorted(CONTAIN_MLE)
-    ['exmate', 'mate', 'mle', 'unlikelihood']
-"""
+Weight = float | Callable[[float], float]
+"""The weight of a loss: a number >= 0, or a function of the run's progress in [0, 1] to one."""
 
 _REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
+_UNUSED = {*_REFERENCE, "candidates", "candidate_mask"}  # may be given beside losses without them
 
 
 class RewardPenalizeLoss(nn.Module):
@@ -69,51 +32,60 @@ class RewardPenalizeLoss(nn.Module):
         >>> loss.backward()
         >>> metrics["loss/dpo"]
         tensor(0.5981)
+        >>> warm = RewardPenalizeLoss(
+        ...     {"mle": lambda progress: 1 - progress, "simpo": 1.0, "dpo": 0.5},
+        ...     beta=0.1,
+        ...     simpo={"beta": 2.0, "gamma": 1.0},
+        ... )
+        >>> warm.weights_at(0.25)
+        {'mle': 0.75, 'simpo': 1.0, 'dpo': 0.5}
 
     Args:
-        weights (Mapping[str, float]): names of `FORMULAS` and their weights: "mle", "unlikelihood",
-            "exmate", "mate", "dpo", "unlikelihood_penalty", "candidate_unlikelihood_penalty",
-            "exmate_penalty", "mate_penalty". Finite, >= 0: a penalty is added, not subtracted.
+        weights (Mapping[str, float | Callable[[float], float]]): names of `FORMULAS`
+            (`fastadapt.losses.describe` says what each is), or of `ALIASES`, and their weights:
+            numbers, finite and >= 0, since a penalty is added and not subtracted; or functions to
+            such of how much of the run is done, from 0 to 1, as `ramp` returns.
         **options (Any): keyword arguments of the losses named (`beta`, `coefficient`, `norm`,
-            ...), each given to every one of them that has it, and checked at once.
+            ...), each given to every one of them that has it, and checked at once. A mapping under
+            the name of a loss holds options of that loss alone, which go before the others.
 
     Raises:
-        TypeError: not a mapping, or a weight or an option of another type.
-        ValueError: no loss or an unknown one; more than one that contains MLE ("mle",
-            "unlikelihood", "exmate", "mate"), which would count twice; a weight or an option out of
-            range; an option of none of them.
+        TypeError: not a mapping, or a weight or an option of another type. ValueError: no loss or
+            an unknown one; more than one that contains MLE (`CONTAIN_MLE`), which would count
+            twice; a weight or an option out of range; an option of none of them.
     """
 
-    def __init__(self, weights: Mapping[str, float], **options: Any) -> None:
+    def __init__(self, weights: Mapping[str, Weight], **options: Any) -> None:
         super().__init__()
         self.weights = _checked(weights)
         self.options = dict(options)
-        inputs = inspect.signature(self.forward).parameters
-        self._inputs: dict[str, dict[str, bool]] = {}  # of each loss, and whether it must be there
-        self._options: dict[str, dict[str, Any]] = {}
-        self._beta = options.get("beta", inspect.signature(dpo_loss).parameters["beta"].default)
-        known: set[str] = set()
-        for name in self.weights:
-            own = inspect.signature(FORMULAS[name]).parameters
-            self._inputs[name] = {k: p.default is p.empty for k, p in own.items() if k in inputs}
-            self._options[name] = {k: options[k] for k in own if k in options and k not in inputs}
-            known |= own.keys() - inputs.keys()
-        left = sorted(options.keys() - known)
-        if left:
-            names = ", ".join(sorted(known)) or "none"
+        # of each loss: its inputs, and whether each must be there; and the options that it is given
+        self._inputs = {name: _inputs_of(name) for name in self.weights}
+        self._options = _shared(options, self.weights)
+        twice = [name for name in self.weights if self._contains_mle(name)]
+        if len(twice) > 1:
             raise ValueError(
-                f"options: expected those of {', '.join(self.weights)}, got {left}; they have "
-                f"{names}{nearest(left, known)}"
+                f"weights: expected one loss that contains MLE, got {', '.join(twice)}; "
+                "name the bare penalties beside it, such as exmate_penalty"
             )
         self._try_options()
 
     def _try_options(self) -> None:
         """Calls every loss once on one token, so that wrong options raise here."""
-        log_odds = torch.zeros(1, 1, dtype=torch.float32, device="cpu")
+        one = torch.zeros(1, 1, dtype=torch.float32, device="cpu")
         mask = torch.ones(1, 1, dtype=torch.bool, device="cpu")
-        one = Responses(log_odds, mask)
-        inputs = {"candidates": log_odds[None], "candidate_mask": mask[None]}
-        self._terms({"chosen": one, "rejected": one, **dict.fromkeys(_REFERENCE), **inputs})
+        inputs = {
+            **dict.fromkeys(("chosen", "rejected", "gold"), Responses(one, mask)),
+            **dict.fromkeys(("logsumexp", "mean_logits"), one),
+            **dict.fromkeys(("chosen_divergences", "rejected_divergences"), one),
+            **dict.fromkeys(("reference_point", "reward_shift"), one[0, 0]),
+            **{"candidates": one[None], "candidate_mask": mask[None]},
+        }
+        self._terms(inputs)
+
+    def _contains_mle(self, name: str) -> bool:
+        """Whether a loss contains MLE with the options that it is given."""
+        return name in CONTAIN_MLE and self._options[name].get("nll_weight", 1.0) != 0
 
     def extra_repr(self) -> str:
         """Shows the weights and options."""
@@ -121,8 +93,23 @@ class RewardPenalizeLoss(nn.Module):
         return f"{self.weights}{options}"
 
     def needs(self, name: str) -> bool:
-        """Returns whether any of the losses needs the input of `forward` with this name."""
+        """Returns whether any of the losses must have the input of `forward` with this name."""
         return any(wanted.get(name, False) for wanted in self._inputs.values())
+
+    def takes(self, name: str) -> bool:
+        """Returns whether any of the losses has an input of this name, needed or not."""
+        return any(name in wanted for wanted in self._inputs.values())
+
+    def options_of(self, name: str) -> dict[str, Any]:
+        """Returns the options that a loss of the mixture is given; others are its defaults."""
+        return dict(self._options[name])
+
+    def weights_at(self, progress: float) -> dict[str, float]:
+        """Returns the weights when a share of the run, in [0, 1], is done."""
+        return {
+            name: number(f"weights[{name!r}]", weight(progress) if callable(weight) else weight)
+            for name, weight in self.weights.items()
+        }
 
     def forward(
         self,
@@ -131,8 +118,8 @@ class RewardPenalizeLoss(nn.Module):
         ref_chosen_logps: Tensor | None = None,
         ref_rejected_logps: Tensor | None = None,
         *,
-        candidates: Tensor | None = None,
-        candidate_mask: Tensor | None = None,
+        progress: float = 0.0,
+        **inputs: Responses | Tensor | None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns the loss and its metrics.
 
@@ -143,12 +130,13 @@ class RewardPenalizeLoss(nn.Module):
         - "logps/chosen", "logps/rejected": mean log P of a response.
         - "pairs/margins", "pairs/accuracies": mean log P⁺ - log P⁻, and how often it is > 0.
           Only with as many chosen as rejected responses: the i-th against the i-th.
-        - "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies": of DPO,
-          with the reward β (S - S_ref). Only with "dpo".
+        - "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies": the same of
+          the reward β (S - S_ref), with the β of the first loss that takes a reference. Only with
+          such a loss; the last two as above.
         - "gradients/chosen", "gradients/rejected": shares, in [0, 1], of Σ ‖∂L/∂z_t‖₁ = 2 Σ |g_t|
           that fall on chosen and on rejected labels, from one more forward and a backward of these
           formulas on the log-odds alone; the rows of logits are not visited. 0 both where no
-          gradient is. A row in both counts in both; candidates count in neither.
+          gradient is. A row in both counts in both; candidates and gold responses count in neither.
 
         Args:
             chosen (Responses): the responses to reward.
@@ -156,47 +144,57 @@ class RewardPenalizeLoss(nn.Module):
                 alone.
             ref_chosen_logps (Tensor | None): as in `dpo_loss`.
             ref_rejected_logps (Tensor | None): as in `dpo_loss`.
-            candidates (Tensor | None): as in `candidate_unlikelihood_penalty`.
-            candidate_mask (Tensor | None): as in `candidate_unlikelihood_penalty`.
+            progress (float): how much of the run is done, in [0, 1], for weights that follow it.
+            **inputs (Responses | Tensor | None): what else the losses named take, by the names of
+                their parameters: `candidates` and `candidate_mask`, `gold`, `pair_weights`,
+                `reference_point`, `reward_shift`, `logsumexp` and `mean_logits`,
+                `chosen_divergences` and `rejected_divergences`.
 
         Returns:
-            tuple[Tensor, dict[str, Tensor]]: the loss, a scalar, and its metrics, detached scalars
-            of its dtype.
+            tuple[Tensor, dict[str, Tensor]]: the loss, a scalar, and its metrics, detached scalars.
 
         Raises:
-            TypeError, ValueError: those of the losses; an input that one needs is None.
+            TypeError, ValueError: those of the losses; an input that one needs is None; one that
+                none of them takes, but for the reference and candidates.
         """
-        inputs = {
+        self._check_taken(inputs)
+        given = {
             "chosen": chosen,
             "rejected": rejected,
             "ref_chosen_logps": ref_chosen_logps,
             "ref_rejected_logps": ref_rejected_logps,
-            "candidates": candidates,
-            "candidate_mask": candidate_mask,
+            **inputs,
         }
-        terms = self._terms(inputs)
-        loss = self._total(terms)
+        weights = self.weights_at(progress)
+        terms = self._terms(given)
+        loss = _total(weights, terms)
         metrics = {f"loss/{name}": term.detach() for name, term in terms.items()}
         with torch.no_grad():
             metrics |= self._sides(chosen, rejected, ref_chosen_logps, ref_rejected_logps)
-        metrics |= self._gradient_shares(chosen, rejected, inputs)
+        metrics |= self._gradient_shares(chosen, rejected, given, weights)
         return loss, metrics
+
+    def _check_taken(self, inputs: Mapping[str, object]) -> None:
+        """Raises for an input that no loss of the mixture takes."""
+        for name, value in inputs.items():
+            if not self.takes(name) and (value is not None and name not in _UNUSED):
+                known = {k for wanted in self._inputs.values() for k in wanted}
+                names = ", ".join(sorted(known))
+                raise ValueError(
+                    f"{name}: expected inputs of {', '.join(self.weights)}, which take {names}; "
+                    f"got {shown(value)}{nearest([name], known)}"
+                )
 
     def _terms(self, inputs: Mapping[str, object]) -> dict[str, Tensor]:
         """Returns each loss before its weight."""
         terms = {}
         for name, wanted in self._inputs.items():
-            missing = [k for k, required in wanted.items() if required and inputs[k] is None]
+            missing = [k for k, must in wanted.items() if must and inputs.get(k) is None]
             if missing:
                 raise ValueError(f"{missing[0]}: expected it for the loss {name}, got None")
-            own = {k: inputs[k] for k in wanted}
+            own = {k: inputs.get(k) for k in wanted}
             terms[name] = FORMULAS[name](**own, **self._options[name])
         return terms
-
-    def _total(self, terms: Mapping[str, Tensor]) -> Tensor:
-        """Returns the weighted sum."""
-        weighted = [weight * terms[name] for name, weight in self.weights.items()]
-        return torch.stack(weighted).sum()
 
     def _sides(
         self,
@@ -214,25 +212,39 @@ class RewardPenalizeLoss(nn.Module):
         metrics["logps/rejected"] = mean_of(b.logps(), b.lengths > 0)
         if g.size == b.size:
             metrics |= _compare("pairs", g, b, g.logps(), b.logps())
-        if "dpo" in self.weights:
-            beta = self._beta
-            of_chosen = beta * log_ratios("ref_chosen_logps", g, ref_chosen_logps)
-            of_rejected = beta * log_ratios("ref_rejected_logps", b, ref_rejected_logps)
-            pairs = g.lengths + b.lengths > 0
-            metrics["rewards/chosen"] = mean_of(of_chosen, pairs)
-            metrics["rewards/rejected"] = mean_of(of_rejected, pairs)
-            metrics |= _compare("rewards", g, b, of_chosen, of_rejected)
+        beta = self._beta()
+        if beta is not None:
+            of_chosen = beta * (g.logps() - reference("ref_chosen_logps", g, ref_chosen_logps))
+            of_rejected = beta * (
+                b.logps() - reference("ref_rejected_logps", b, ref_rejected_logps)
+            )
+            metrics["rewards/chosen"] = mean_of(of_chosen, g.lengths > 0)
+            metrics["rewards/rejected"] = mean_of(of_rejected, b.lengths > 0)
+            if g.size == b.size:
+                metrics |= _compare("rewards", g, b, of_chosen, of_rejected)
         return metrics
 
+    def _beta(self) -> float | None:
+        """Returns β of the first loss with a reference, None without one."""
+        for name, wanted in self._inputs.items():
+            if "ref_chosen_logps" in wanted:
+                usual = inspect.signature(FORMULAS[name]).parameters["beta"].default
+                return float(self._options[name].get("beta", usual))
+        return None
+
     def _gradient_shares(
-        self, chosen: Responses, rejected: Responses | None, inputs: Mapping[str, object]
+        self,
+        chosen: Responses,
+        rejected: Responses | None,
+        inputs: Mapping[str, object],
+        weights: Mapping[str, float],
     ) -> dict[str, Tensor]:
         """Returns each side's share of Σ |g_t|, by the gradient in the log-odds."""
         sides = {"chosen": chosen} if rejected is None else {"chosen": chosen, "rejected": rejected}
 
         def loss_of(log_odds: Mapping[str, Tensor]) -> Tensor:
             moved = {k: _at(log_odds[k], side) for k, side in sides.items()}
-            return self._total(self._terms({**inputs, **moved}))
+            return _total(weights, self._terms({**inputs, **moved}))
 
         points = {k: accumulated(k, side.log_odds).detach() for k, side in sides.items()}
         with torch.inference_mode(False):  # inside inference mode torch 2.8 makes zeros
@@ -242,29 +254,77 @@ class RewardPenalizeLoss(nn.Module):
         return {f"gradients/{k}": m / torch.where(total > 0, total, 1) for k, m in masses.items()}
 
 
-def _checked(weights: object) -> dict[str, float]:
-    """Checks the weights and returns them as numbers by name."""
+def _total(weights: Mapping[str, float], terms: Mapping[str, Tensor]) -> Tensor:
+    """Returns the weighted sum."""
+    return torch.stack([weight * terms[name] for name, weight in weights.items()]).sum()
+
+
+def _inputs_of(name: str) -> dict[str, bool]:
+    """Returns the inputs of a loss, all but keyword options, and whether each must be there."""
+    own = inspect.signature(FORMULAS[name]).parameters.values()
+    return {p.name: p.default is p.empty for p in own if p.kind is not p.KEYWORD_ONLY}
+
+
+def _options_known(name: str) -> set[str]:
+    """Returns the names of a loss's options."""
+    own = inspect.signature(FORMULAS[name]).parameters.values()
+    return {p.name for p in own if p.kind is p.KEYWORD_ONLY}
+
+
+def _shared(options: Mapping[str, Any], losses: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Returns the options of each loss: those that all share, and before them its own."""
+    known = {name: _options_known(name) for name in losses}
+    alone = {name_of(k): v for k, v in options.items() if name_of(k) in CATALOGUE}
+    shared = {k: v for k, v in options.items() if name_of(k) not in CATALOGUE}
+    for name, own in alone.items():
+        if name not in known or not isinstance(own, Mapping):
+            expected = "one of the losses named" if name not in known else "a mapping of options"
+            raise ValueError(f"options: expected {expected} under {name}, got {shown(own)}")
+        _check_known(own, {name: known[name]})
+    _check_known(shared, known)
+    return {
+        name: {k: v for k, v in shared.items() if k in own} | dict(alone.get(name, {}))
+        for name, own in known.items()
+    }
+
+
+def _check_known(options: Iterable[str], known: Mapping[str, set[str]]) -> None:
+    """Raises for options that none of these losses has."""
+    having = set().union(*known.values())
+    left = sorted(set(options) - having)
+    if left:
+        others = [name for name in FORMULAS if left[0] in _options_known(name)]
+        elsewhere = f"; {left[0]} is an option of {', '.join(others)}" if others else ""
+        names = ", ".join(sorted(having)) or "none"
+        raise ValueError(
+            f"options: expected those of {', '.join(known)}, got {left}; they have "
+            f"{names}{elsewhere or nearest(left, having)}"
+        )
+
+
+def _checked(weights: object) -> dict[str, Weight]:
+    """Checks the weights and returns them by the losses' own names."""
     if not isinstance(weights, Mapping):
         named = [weights] if isinstance(weights, str) else weights
         listed = list(named) if isinstance(named, list | tuple | set | frozenset) else []
-        names = [name for name in listed if isinstance(name, str) and name in FORMULAS]
+        names = [name for name in listed if isinstance(name, str) and name_of(name) in FORMULAS]
         like = dict.fromkeys(names or ["dpo", "exmate"], 1.0)
         raise TypeError(
             f"weights: expected losses with their weights, such as {like}, got {shown(weights)}"
         )
-    unknown = [name for name in weights if name not in FORMULAS]
+    unknown = [name for name in weights if name_of(name) not in FORMULAS]
     if unknown or not weights:
         raise ValueError(
             f"weights: expected some of {', '.join(FORMULAS)}, got {unknown}"
             f"{nearest(unknown, FORMULAS)}"
         )
-    twice = [name for name in weights if name in CONTAIN_MLE]
-    if len(twice) > 1:
-        raise ValueError(
-            f"weights: expected one loss that contains MLE, got {', '.join(twice)}; "
-            "name the bare penalties beside it, such as exmate_penalty"
-        )
-    return {name: number(f"weights[{name!r}]", weight) for name, weight in weights.items()}
+    found: dict[str, Weight] = {}
+    for name, weight in weights.items():
+        if name_of(name) in found:
+            raise ValueError(f"weights: expected each loss once, got {name_of(name)} twice")
+        own = weight if callable(weight) else number(f"weights[{name!r}]", weight)
+        found[name_of(name)] = own
+    return found
 
 
 def _at(log_odds: Tensor, side: Responses) -> Responses:

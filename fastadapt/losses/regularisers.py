@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastadapt._ops.checks import number, one_of
-from fastadapt.losses.responses import REDUCTIONS, Responses, checked, per_token
+from fastadapt.losses.responses import Responses
+from fastadapt.losses.rows import REDUCTIONS, checked, per_token
 
 
 def z_loss(chosen: Responses, logsumexp: Tensor, *, reduction: str = "token_mean") -> Tensor:

@@ -1,16 +1,13 @@
-"""Responses as log-odds of their label tokens, in two layouts, and means over them."""
+"""Responses as log-odds of their label tokens, in two layouts."""
 
-from numbers import Integral
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from fastadapt._ops.checks import instance, integer, shown
+from fastadapt._ops.checks import instance, integer
 from fastadapt.log_odds import label_log_odds
 
-REDUCTIONS = ("token_mean", "sequence_sum")
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # what is meant where a tensor of another dtype comes
 _OTHER_WAY = {
@@ -103,7 +100,7 @@ class Responses(NamedTuple):
         if of_labels and labels.dim() == dims and log_odds.shape[:-1] == labels.shape:
             log_odds = label_log_odds(log_odds, labels, ignore_index=ignore_index)
         accumulated("log_odds", log_odds)
-        _like("labels", labels, torch.int64, log_odds, dims)
+        like_log_odds("labels", labels, torch.int64, log_odds, dims)
         kept = labels != ignore_index
         if labels.device.type == "cpu" and not torch.compiler.is_compiling():
             negative = labels[kept & (labels < 0)]
@@ -112,7 +109,7 @@ class Responses(NamedTuple):
                 raise ValueError(f"labels: expected ids from 0 on or {ignore_index}, got {got}")
         if segments is None:
             return cls(log_odds, kept, None, num_segments, total_tokens, total_sequences)
-        _like("segments", segments, torch.int64, log_odds, dims)
+        like_log_odds("segments", segments, torch.int64, log_odds, dims)
         ids = torch.where(kept, segments, -1)
         return cls(log_odds, None, ids, num_segments, total_tokens, total_sequences)
 
@@ -148,7 +145,7 @@ class Responses(NamedTuple):
             TypeError, ValueError: as `from_labels`. A value > 0 becomes NaN, and the loss with it.
         """
         logp = accumulated("logps", logps)
-        _like("labels", labels, torch.int64, logps, 2 if segments is None else 1)
+        like_log_odds("labels", labels, torch.int64, logps, 2 if segments is None else 1)
         below = logp < 0
         inside = torch.where(below, logp, -1)  # the gradient elsewhere would be 0 * inf
         edge = torch.where(logp == 0, float("inf"), float("nan"))
@@ -164,140 +161,6 @@ class Responses(NamedTuple):
         )
 
 
-class Rows(NamedTuple):
-    """Checked responses: log-odds in the dtype of the sums, 0 where nothing counts."""
-
-    log_odds: Tensor
-    kept: Tensor
-    segments: Tensor | None
-    size: int  # B
-    tokens: int | Tensor  # divisors of the means, at least 1
-    sequences: int | Tensor
-    lengths: Tensor  # (B,)
-
-    def sum(self, x: Tensor) -> Tensor:
-        """Returns the sum of per-token values of each response, (B,)."""
-        x = torch.where(self.kept, x, 0)
-        return x.sum(-1) if self.segments is None else _scatter_sum(x, self.segments, self.size)
-
-    def token_mean(self, x: Tensor) -> Tensor:
-        """Returns the mean of per-token values over all tokens of the batch."""
-        return torch.where(self.kept, x, 0).sum() / self.tokens
-
-    def sequence_mean(self, x: Tensor) -> Tensor:
-        """Returns the mean of per-response values over the responses that have tokens."""
-        return torch.where(self.lengths > 0, x, 0).sum() / self.sequences
-
-    def spread(self, x: Tensor) -> Tensor:
-        """Returns per-response values (B,) at each of their tokens; packed, at ignored ones too."""
-        return x[:, None].expand_as(self.kept) if self.segments is None else x[self.segments]
-
-    def reduced(self, x: Tensor, reduction: str) -> Tensor:
-        """Returns a mean of per-token values: over tokens, or of responses' sums or means."""
-        if reduction == "token_mean":
-            return self.token_mean(x)
-        sums = self.sum(x)
-        mean = reduction == "sequence_mean"
-        return self.sequence_mean(sums / self.lengths.clamp(min=1) if mean else sums)
-
-    def logps(self, *, mean: bool = False) -> Tensor:
-        """Returns S = log P of each response, (B,), or S / T on request."""
-        sums = self.sum(F.logsigmoid(self.log_odds))
-        return sums / self.lengths.clamp(min=1) if mean else sums
-
-    def logsumexp(self, x: Tensor) -> Tensor:
-        """Returns the log-sum-exp over each response, (B,); -inf without tokens."""
-        x = torch.where(self.kept, x, float("-inf"))
-        if self.segments is None:
-            top = x.detach().amax(-1) if x.shape[-1] else x.new_zeros(self.size)
-        else:
-            top = x.new_full((self.size,), float("-inf"))
-            top = top.scatter_reduce(0, self.segments, x.detach(), "amax")
-        some = top > float("-inf")
-        top = torch.where(some, top, 0)
-        # log 0 would be right where there is nothing, but its gradient is NaN
-        total = torch.where(some, self.sum(torch.exp(x - self.spread(top))), 1)
-        return torch.where(some, top + total.log(), float("-inf"))
-
-
-def label_logps(log_odds: Tensor) -> Tensor:
-    """Returns the log-probabilities of labels: `log p = -softplus(-m)`.
-
-    Equivalent to `torch.log(torch.sigmoid(log_odds))`, with all digits whatever the log-odds: where
-    p rounds to 1, log p = -e^-m. `log(1 - p)` is `label_logps(-log_odds)`.
-
-    Examples:
-        >>> label_logps(torch.tensor([0.0, 10.0]))
-        tensor([-6.9315e-01, -4.5399e-05])
-
-    Args:
-        log_odds (Tensor): any shape, float32, float64, bfloat16 or float16, nats.
-
-    Returns:
-        Tensor: the same shape, float32 (float64 for float64), nats.
-
-    Raises:
-        TypeError: not a tensor of such a dtype.
-    """
-    # not softplus: it turns linear at its threshold, or overflows where there is none
-    return F.logsigmoid(accumulated("log_odds", log_odds))
-
-
-def sequence_logps(responses: Responses) -> Tensor:
-    """Returns log P of each response, the sum of its label log-probabilities.
-
-    Examples:
-        >>> labels = torch.tensor([[5, 7, 2], [5, -100, -100]])
-        >>> responses = Responses.from_labels(torch.zeros(2, 3), labels)
-        >>> sequence_logps(responses)
-        tensor([-2.0794, -0.6931])
-
-    Args:
-        responses (Responses): see there.
-
-    Returns:
-        Tensor: (B,), float32 (float64 for float64 log-odds), nats; 0 for a response without tokens.
-        Under `torch.no_grad()` these are the reference log-probabilities that `dpo_loss` takes.
-
-    Raises:
-        TypeError, ValueError: wrong dtypes, shapes or devices in `responses`.
-    """
-    return checked("responses", responses).logps()
-
-
-def checked(name: str, responses: Responses) -> Rows:
-    """Checks one argument and returns its rows; reads the device only for an unknown B."""
-    instance(name, responses, Responses, "Responses")
-    log_odds, mask, segments, size, tokens, sequences = responses
-    m = accumulated(f"{name}.log_odds", log_odds)
-    if mask is not None and segments is None:
-        _like(f"{name}.mask", mask, torch.bool, log_odds, 2)
-        if size is not None:
-            raise ValueError(f"{name}.num_segments: expected None beside a mask, got {size}")
-        kept, size, lengths = mask, log_odds.shape[0], mask.sum(-1)
-    elif segments is not None and mask is None:
-        _like(f"{name}.segments", segments, torch.int64, log_odds, 1)
-        if size is None:
-            size = max(int(segments.max()) + 1, 1) if segments.numel() else 1
-        least = min(segments.numel(), 1)
-        if isinstance(size, bool) or not isinstance(size, (int, Integral)) or size < least:
-            got = shown(size)
-            raise ValueError(f"{name}.num_segments: expected an integer >= {least}, got {got}")
-        on_cpu = segments.device.type == "cpu" and not torch.compiler.is_compiling()
-        if on_cpu and bool((segments >= size).any()):
-            raise ValueError(f"{name}.segments: expected ids < {size}, got {int(segments.max())}")
-        kept = segments >= 0
-        segments = segments.clamp(min=0)
-        lengths = _scatter_sum(kept.long(), segments, size)
-    else:
-        got = "neither" if mask is None else "both"
-        raise ValueError(f"{name}: expected a mask (B, T) or segments (N,), got {got}")
-    m = torch.where(kept, m, 0)
-    tokens = divisor(f"{name}.total_tokens", tokens, kept)
-    sequences = divisor(f"{name}.total_sequences", sequences, lengths > 0)
-    return Rows(m, kept, segments, size, tokens, sequences, lengths)
-
-
 def beside(name: str, value: Tensor, responses: Responses, *, columns: bool = False) -> None:
     """Raises unless a tensor has the shape of the log-odds, with `columns` (..., K), and device."""
     instance(name, value, Tensor, "a Tensor")
@@ -309,17 +172,6 @@ def beside(name: str, value: Tensor, responses: Responses, *, columns: bool = Fa
         raise ValueError(f"{name}: expected device {like.device}, got {value.device}")
 
 
-def per_token(name: str, value: Tensor, chosen: Responses, rows: Rows) -> Tensor:
-    """Returns one number a token in the dtype of sums, 0 where nothing counts, after checks."""
-    beside(name, value, chosen)
-    return torch.where(rows.kept, accumulated(name, value), 0)
-
-
-def mean_of(x: Tensor, counted: Tensor) -> Tensor:
-    """Returns the mean of the values that count, 0 if there are none."""
-    return torch.where(counted, x, 0).sum() / counted.sum().clamp(min=1)
-
-
 def accumulated(name: str, log_odds: Tensor) -> Tensor:
     """Converts log-odds to the dtype in which sums are made."""
     if not isinstance(log_odds, Tensor) or log_odds.dtype not in _FLOATS:
@@ -328,7 +180,7 @@ def accumulated(name: str, log_odds: Tensor) -> Tensor:
     return log_odds if log_odds.dtype == torch.float64 else log_odds.float()
 
 
-def _like(name: str, value: Tensor, dtype: torch.dtype, log_odds: Tensor, dim: int) -> None:
+def like_log_odds(name: str, value: Tensor, dtype: torch.dtype, log_odds: Tensor, dim: int) -> None:
     """Raises unless a tensor has a dtype, and the shape, device and rank of the log-odds."""
     if not isinstance(value, Tensor) or value.dtype != dtype:
         got = value.dtype if isinstance(value, Tensor) else type(value).__name__
@@ -342,35 +194,3 @@ def _like(name: str, value: Tensor, dtype: torch.dtype, log_odds: Tensor, dim: i
         )
     if value.device != log_odds.device:
         raise ValueError(f"{name}: expected device {log_odds.device}, got {value.device}")
-
-
-def divisor(name: str, total: int | Tensor | None, counted: Tensor) -> int | Tensor:
-    """Returns the divisor of a mean, at least 1, so that nothing counted gives 0 and not NaN."""
-    if total is None:
-        return counted.sum().clamp(min=1)
-    found = _checked_divisor(name, total, counted)
-    on_cpu = counted.device.type == "cpu" and not torch.compiler.is_compiling()
-    # nothing may depend on a tensor's value: it may be traced, mapped over or on a GPU
-    if not isinstance(total, Tensor) and total == 0 and on_cpu and bool(counted.any()):
-        raise ValueError(f"{name}: expected at least 1 where some count, got 0")
-    return found
-
-
-def _checked_divisor(name: str, total: int | Tensor, counted: Tensor) -> int | Tensor:
-    """Checks a divisor that was given."""
-    if isinstance(total, Tensor):
-        if total.numel() != 1:
-            raise ValueError(f"{name}: expected one value, got shape {tuple(total.shape)}")
-        if total.dtype == torch.bool or total.is_complex():
-            raise TypeError(f"{name}: expected an integer or a tensor of one, got {total.dtype}")
-        return total.reshape(()).to(counted.device).clamp(min=1)
-    if isinstance(total, bool) or not isinstance(total, (int, Integral)):
-        raise TypeError(f"{name}: expected an integer or a tensor, got {shown(total)}")
-    if total < 0:
-        raise ValueError(f"{name}: expected an integer >= 0, got {total}")
-    return max(total if isinstance(total, int) else int(total), 1)
-
-
-def _scatter_sum(x: Tensor, ids: Tensor, size: int) -> Tensor:
-    """Returns the sums of x by id, (size,)."""
-    return x.new_zeros(size).index_add(0, ids, x)

@@ -1,19 +1,44 @@
-"""The closed forms behind `analytic_gradients`: ∂L/∂l of every loss, ∂L/∂m where stabler.
+"""The closed forms behind `analytic_gradients`: the catalogue's expressions, evaluated.
 
-Notation as in `fastadapt.losses.formulas`; all is float64 and nothing is differentiated.
+A loss's coefficients are stated once, as the expressions that tables print, and evaluated here in
+float64; nothing is differentiated. An expression has numbers of tokens or of responses in it, not
+both.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import inspect
+from collections.abc import Mapping
+from types import CodeType
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastadapt.losses.preference import log_ratios
-from fastadapt.losses.responses import Rows
+from fastadapt.losses.catalogue import CATALOGUE, Gradient
+from fastadapt.losses.preference.pairs import Pairs, Sides, paired, scored, token_weights
+from fastadapt.losses.rows import Rows
+
+# The letters by which expressions name the options of the losses.
+OPTION_SYMBOLS = {
+    "alphapo_alpha": "α",
+    "beta": "β",
+    "coefficient": "λ",
+    "delta": "δ",
+    "desirable_weight": "λ⁺",
+    "discopop_tau": "τ",
+    "dpop_lambda": "λ",
+    "focal_gamma": "γ",
+    "gamma": "γ",
+    "label_smoothing": "ε",
+    "nll_weight": "ν",
+    "tdpo_alpha": "α",
+    "undesirable_weight": "λ⁻",
+}
+_INPUT_SYMBOLS = {"reference_point": "z", "reward_shift": "δ"}
+_OF_TOKENS = ("l", "m", "p")
 
 
 class Slopes(NamedTuple):
@@ -24,7 +49,7 @@ class Slopes(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """The inputs of the closed forms."""
+    """The inputs of the closed forms; `others` are those of `RewardPenalizeLoss.forward`."""
 
     chosen: Rows
     rejected: Rows | None
@@ -32,129 +57,226 @@ class Inputs(NamedTuple):
     candidates: Tensor | None
     candidate_mask: Tensor | None
     total_sequences: Any
+    others: Mapping[str, Any] = {}
 
 
-def _per_token(rows: Rows, x: Tensor) -> Tensor:
-    """Repeats values of responses, (B,), at each of their tokens."""
-    return x[:, None] if rows.segments is None else x[rows.segments]
+def closed_form(name: str, x: Inputs, options: Mapping[str, Any]) -> dict[str, Slopes]:
+    """Returns the slopes of one loss on each of its sides."""
+    row, entry = gradient_of(name, options), CATALOGUE[name]
+    if "candidates" in entry.needs:
+        assert x.candidates is not None
+        evaluate = _Symbols(name, x, options, "candidates")
+        log_odds = None if row.log_odds is None else evaluate(row.log_odds)
+        return {"candidates": Slopes(-evaluate(row.rejected), log_odds)}
+    sides = ["chosen"] if entry.limits is None and row.rejected == "0" else ["chosen", "rejected"]
+    return {side: _slopes(name, row, x, options, side, alone=len(sides) == 1) for side in sides}
 
 
-def _rejected(x: Inputs) -> Rows:
-    """Returns the rejected side, which the objective has checked to be there."""
-    assert x.rejected is not None
-    return x.rejected
+def gradient_of(name: str, options: Mapping[str, Any]) -> Gradient:
+    """Returns the catalogue's row for a loss with these options."""
+    own = _with_defaults(name, options)
+    rows = CATALOGUE[name].gradients
+    return next(r for r in rows if all(own[k] == v for k, v in r.given.items()))
 
 
-def _mle(x: Inputs, *, reduction: str = "token_mean") -> dict[str, Slopes]:
-    """Returns -1/N, or -1/B."""
-    divisor = x.chosen.tokens if reduction == "token_mean" else x.chosen.sequences
-    return {"chosen": Slopes(torch.full_like(x.chosen.log_odds, -1.0) / divisor)}
+def response_slopes(name: str, x: Inputs, options: Mapping[str, Any], side: str) -> Tensor:
+    """Returns ∂L/∂S of each response of a side times the number of responses, (B,).
 
-
-def _unlikelihood_penalty(x: Inputs, *, level: str = "token") -> dict[str, Slopes]:
-    """Returns p/(1-p) per token, P/(1-P) per response, or e^S̄/(1-e^S̄)."""
-    b = _rejected(x)
-    if level == "token":
-        return {
-            "rejected": Slopes(b.log_odds.exp() / b.tokens, torch.sigmoid(b.log_odds) / b.tokens)
-        }
-    mean = level == "sequence_mean"
-    odds = 1 / torch.expm1(-b.logps(mean=mean)) / b.sequences
-    if mean:
-        odds = odds / b.lengths.clamp(min=1)
-    return {"rejected": Slopes(_per_token(b, odds).expand_as(b.log_odds))}
-
-
-def _candidate_penalty(x: Inputs) -> dict[str, Slopes]:
-    """Returns p_c/(1-p_c) at each candidate."""
-    assert x.candidates is not None
-    m, n = x.candidates, x.chosen.tokens
-    return {"candidates": Slopes(m.exp() / n, torch.sigmoid(m) / n)}
-
-
-def _exmate_penalty(x: Inputs, *, norm: str = "sequence_mean") -> dict[str, Slopes]:
-    """Returns the probability that the penalty equals."""
-    b = _rejected(x)
-    if norm == "token":
-        return {"rejected": Slopes(torch.sigmoid(b.log_odds) / b.tokens)}
-    if norm == "batch_token_mean":
-        whole = b.token_mean(F.logsigmoid(b.log_odds)).exp() / b.tokens
-        return {"rejected": Slopes(whole.expand_as(b.log_odds))}
-    weight = b.logps(mean=norm == "sequence_mean").exp() / b.sequences
-    if norm == "sequence_mean":
-        weight = weight / b.lengths.clamp(min=1)
-    return {"rejected": Slopes(_per_token(b, weight).expand_as(b.log_odds))}
-
-
-def _mate_penalty(x: Inputs) -> dict[str, Slopes]:
-    """Returns 1/N, whatever p is."""
-    b = _rejected(x)
-    return {"rejected": Slopes(torch.ones_like(b.log_odds) / b.tokens)}
-
-
-def _with_mle(penalty: Callable[..., dict[str, Slopes]]) -> Callable[..., dict[str, Slopes]]:
-    """Adds MLE and a coefficient times a penalty."""
-
-    def total(x: Inputs, *, coefficient: float = 1.0, **options: Any) -> dict[str, Slopes]:
-        (slopes,) = penalty(x, **options).values()
-        log_odds = None if slopes.log_odds is None else coefficient * slopes.log_odds
-        return {**_mle(x), "rejected": Slopes(coefficient * slopes.logp, log_odds)}
-
-    return total
-
-
-def _dpo(
-    x: Inputs,
-    *,
-    beta: float = 0.1,
-    loss_type: str = "sigmoid",
-    label_smoothing: float = 0.0,
-    length_normalized: bool = False,
-) -> dict[str, Slopes]:
-    """Returns -k on the chosen and k on the rejected response, over T if length-normalised."""
-    g, b = x.chosen, _rejected(x)
-    gap = log_ratios("ref_chosen_logps", g, x.refs[0], mean=length_normalized)
-    gap = gap - log_ratios("ref_rejected_logps", b, x.refs[1], mean=length_normalized)
-    pairs = g.lengths + b.lengths > 0
-    count = pairs.sum().clamp(min=1) if x.total_sequences is None else g.sequences
-    k = dpo_weight(gap, beta=beta, loss_type=loss_type, label_smoothing=label_smoothing) / count
-    slopes = {}
-    for name, rows, sign in (("chosen", g, -1.0), ("rejected", b, 1.0)):
-        own = k / rows.lengths.clamp(min=1) if length_normalized else k
-        slopes[name] = Slopes((sign * _per_token(rows, own)).expand_as(rows.log_odds))
-    return slopes
-
-
-def dpo_weight(
-    gap: Tensor, *, beta: float = 0.1, loss_type: str = "sigmoid", label_smoothing: float = 0.0
-) -> Tensor:
-    """Returns k = -∂L/∂S⁺ = ∂L/∂S⁻ of each pair, for a loss of `dpo_loss`.
-
-    Args:
-        gap: u/β, that is (S⁺ - S⁺_ref) - (S⁻ - S⁻_ref), nats.
-        beta: as in `dpo_loss`, and so the others.
-        loss_type: as there.
-        label_smoothing: as there.
+    For losses whose coefficients are those of responses: the k of DPO, on the rejected side.
     """
-    u, eps = beta * gap, label_smoothing
-    if loss_type == "hinge":
-        return beta * (u < 1).to(gap.dtype)
-    if loss_type == "ipo":
-        return 1 / beta - 2 * gap
-    k = beta * ((1 - eps) * torch.sigmoid(-u) - eps * torch.sigmoid(u))
-    if loss_type == "robust":
-        k = beta * ((1 - eps) * torch.sigmoid(-u) + eps * torch.sigmoid(u)) / (1 - 2 * eps)
-    return k
+    evaluate = _Symbols(name, x, options, side)
+    row = gradient_of(name, options)
+    of_each: Tensor = evaluate.of_responses(getattr(row, side)) * evaluate["B"]
+    return -of_each
 
 
-CLOSED_FORMS: dict[str, Callable[..., dict[str, Slopes]]] = {
-    "mle": _mle,
-    "unlikelihood": _with_mle(_unlikelihood_penalty),
-    "exmate": _with_mle(_exmate_penalty),
-    "mate": _with_mle(_mate_penalty),
-    "dpo": _dpo,
-    "unlikelihood_penalty": _unlikelihood_penalty,
-    "candidate_unlikelihood_penalty": _candidate_penalty,
-    "exmate_penalty": _exmate_penalty,
-    "mate_penalty": _mate_penalty,
-}
+def _slopes(
+    name: str, row: Gradient, x: Inputs, options: Mapping[str, Any], side: str, *, alone: bool
+) -> Slopes:
+    """Returns the slopes of a loss on one side."""
+    evaluate = _Symbols(name, x, options, side)
+    c = evaluate(getattr(row, side))
+    stated = row.log_odds is not None and (alone or side == "rejected")
+    return Slopes(-c, evaluate(row.log_odds or "") if stated else None)
+
+
+class _Symbols(dict[str, Any]):
+    """What the symbols of a loss's expressions are on one side, made where they are asked for."""
+
+    def __init__(self, name: str, x: Inputs, options: Mapping[str, Any], side: str) -> None:
+        super().__init__(
+            σ=torch.sigmoid,
+            exp=lambda v: torch.exp(torch.as_tensor(v, dtype=torch.float64)),
+            expm1=torch.expm1,
+            log=lambda v: torch.log(torch.as_tensor(v, dtype=torch.float64)),
+            relu=torch.relu,
+            matched=_matched,
+            inf=float("inf"),
+        )
+        self.options = _with_defaults(name, options)
+        self.update(
+            {_plain(s): self.options.get(k) for k, s in OPTION_SYMBOLS.items() if k in self.options}
+        )
+        self.update({s: x.others[k] for k, s in _INPUT_SYMBOLS.items() if k in x.others})
+        self.x, self.side = x, side
+        self.needs = CATALOGUE[name].needs
+        self.u = gradient_of(name, options).u
+        self.tokenwise = False
+
+    def __call__(self, text: str) -> Tensor:
+        """Returns an expression's value at each token, weights of tokens and pairs included."""
+        self.tokenwise = False
+        value = self._value(text)
+        if self.side == "candidates":
+            assert self.x.candidates is not None
+            return value.expand_as(self.x.candidates)
+        rows = self.rows
+        if self.tokenwise or value.dim() == 0:
+            value = value.expand_as(rows.log_odds)
+        else:
+            value = rows.spread(value).expand_as(rows.log_odds)
+        return value * self._weights() if "ld_alpha" in self.options else value
+
+    def of_responses(self, text: str) -> Tensor:
+        """Returns an expression's value at each response."""
+        return self._value(text).expand(self.rows.size)
+
+    def _value(self, text: str) -> Tensor:
+        """Evaluates an expression; its names are the package's own, of the catalogue."""
+        found = eval(_compiled(text), {"__builtins__": {}}, self)  # noqa: S307
+        return torch.as_tensor(found, dtype=torch.float64)
+
+    def __missing__(self, name: str) -> Any:
+        """Makes a symbol: of the own side without a suffix, else of the side it names."""
+        made: Any
+        if name == "u":
+            made = self._value(self.u)
+        elif name in _OF_TOKENS:
+            self.tokenwise = True
+            return self._of_tokens(name)
+        elif name in ("N", "B", "Q", "M", "L"):
+            made = self._of_batch(name)
+        else:
+            kind, _, side = name.partition("_")
+            made = self._of_response(kind, side or self.side)
+        self[name] = made
+        return made
+
+    @property
+    def rows(self) -> Rows:
+        """The own side; candidates stand in rows of the chosen one."""
+        return self._rows("rejected" if self.side == "rejected" else "chosen")
+
+    @functools.cached_property
+    def pairs(self) -> Pairs:
+        """The pairs of a loss of pairs."""
+        given = self.x.total_sequences is not None
+        both = "reference" not in self.needs
+        return paired(self._rows("chosen"), self._rows("rejected"), given=given, both=both)
+
+    def _rows(self, side: str) -> Rows:
+        """Returns a side, which the objective has checked to be there."""
+        rows = self.x.chosen if side == "chosen" else self.x.rejected
+        assert rows is not None
+        return rows
+
+    def _of_tokens(self, name: str) -> Tensor:
+        """Returns a number of each token, or of each candidate."""
+        m = self.rows.log_odds
+        if self.side == "candidates":
+            assert self.x.candidates is not None
+            m = self.x.candidates
+        return {"m": lambda: m, "p": lambda: torch.sigmoid(m), "l": lambda: F.logsigmoid(m)}[name]()
+
+    def _of_batch(self, name: str) -> Any:
+        """Returns a number of the whole side, or of both."""
+        if name in ("N", "Q") and self.x.others.get("gold") is not None and "gold" in self.options:
+            return float("inf")  # the likelihood is that of other responses
+        if name == "N":
+            return torch.as_tensor(self.rows.tokens).double()
+        if name == "B" and "pairs" in self.needs:
+            # a pair that does not count has a share of 0
+            return torch.where(self.pairs.counted, self.pairs.number, float("inf")).double()
+        if name in ("B", "Q"):
+            return torch.as_tensor(self.rows.sequences).double()
+        if name == "L":
+            rows = self._rows("rejected")
+            return rows.sum(F.logsigmoid(rows.log_odds)).sum() / rows.tokens
+        counts = [
+            rows.sequences if self.x.total_sequences is not None else (rows.lengths > 0).sum()
+            for rows in (self._rows("chosen"), self._rows("rejected"))
+        ]
+        return torch.as_tensor(counts[0] + counts[1]).clamp(min=1).double()
+
+    def _of_response(self, kind: str, side: str) -> Tensor:
+        """Returns a number of each response of a side, (B,)."""
+        rows = self._rows(side)
+        at = int(side == "rejected")
+        alpha = self.options.get("ld_alpha")
+        if kind == "T":
+            return rows.lengths.clamp(min=1).double()
+        if kind == "D":
+            given = self.x.others[f"{side}_divergences"].double()
+            return rows.sum(given)
+        reference = self.x.refs[at]
+        constant = torch.zeros(rows.size).double() if reference is None else reference.double()
+        if kind == "R":
+            return constant
+        own = rows.logps() if alpha is None else self.pairs.logps(ld_alpha=alpha)[at]
+        if kind in ("S", "P"):
+            return own if kind == "S" else own.exp()
+        if kind != "r":
+            raise KeyError(kind)
+        ratio = own - constant
+        if "f_divergence" not in self.options:
+            return ratio
+        return scored(Sides(ratio, ratio), self.options["f_divergence"], self.options["f_alpha"])[0]
+
+    def _weights(self) -> Tensor:
+        """Returns what the gradient of a pair's tokens is multiplied by."""
+        rows, pairs = self.rows, self.pairs
+        weights = torch.ones(rows.size, dtype=torch.float64, device=rows.log_odds.device)
+        if self.x.others.get("pair_weights") is not None:
+            weights = self.x.others["pair_weights"].double()
+        if "f_divergence" in self.options:
+            weights = weights * self._score_slope()
+        per_token = rows.spread(weights).expand_as(rows.log_odds)
+        alpha = self.options.get("ld_alpha")
+        if alpha is not None:
+            per_token = per_token * token_weights(rows, pairs.shared, alpha)
+        return per_token
+
+    def _score_slope(self) -> Tensor:
+        """Returns the derivative of the own side's scores in r, (B,)."""
+        kind, alpha = self.options["f_divergence"], self.options["f_alpha"]
+        ratio = self._of_response("S", self.side) - self._of_response("R", self.side)
+        slopes = {
+            "reverse_kl": lambda: torch.ones_like(ratio),
+            "forward_kl": lambda: torch.exp(-ratio),
+            "js_divergence": lambda: torch.sigmoid(-ratio),
+            "alpha_divergence": lambda: torch.exp(ratio * (alpha - 1)),
+        }
+        return slopes[kind]()
+
+
+def _with_defaults(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns all parameters of a loss that have a default, with the options given."""
+    own = inspect.signature(CATALOGUE[name].formula).parameters.values()
+    return {p.name: p.default for p in own if p.default is not p.empty} | dict(options)
+
+
+@functools.lru_cache(maxsize=256)
+def _compiled(text: str) -> CodeType:
+    """Returns the code of an expression of the catalogue."""
+    return compile(_plain(text), text, "eval")
+
+
+def _plain(text: str) -> str:
+    """Returns a text whose superscripts, which no name may have, are spelt out."""
+    return text.replace("⁺", "_chosen").replace("⁻", "_rejected")
+
+
+def _matched(x: Tensor, y: Tensor) -> Tensor:
+    """Returns x minus the value of y that has the same rank, (B,)."""
+    rank = x.argsort(stable=True).argsort(stable=True)
+    return x - y.sort(stable=True).values[rank]

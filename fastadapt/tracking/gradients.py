@@ -25,8 +25,8 @@ from torch import Tensor
 
 from fastadapt._ops.checks import one_of
 from fastadapt.losses import FORMULAS, Responses, RewardPenalizeLoss
-from fastadapt.losses.responses import checked
-from fastadapt.tracking.closed_forms import CLOSED_FORMS, Inputs, Slopes
+from fastadapt.losses.rows import checked
+from fastadapt.tracking.closed_forms import Inputs, Slopes, closed_form
 
 Loss = str | Mapping[str, float] | RewardPenalizeLoss
 SPACES = ("log_odds", "probabilities")
@@ -60,6 +60,7 @@ def analytic_gradients(
     *,
     candidates: Tensor | None = None,
     candidate_mask: Tensor | None = None,
+    inputs: Mapping[str, Any] | None = None,
     given: str = "log_odds",
     sum_squares: Mapping[str, Tensor] | None = None,
     **options: Any,
@@ -75,6 +76,7 @@ def analytic_gradients(
         ref_rejected_logps (Tensor | None): as in `dpo_loss`.
         candidates (Tensor | None): as in `candidate_unlikelihood_penalty`.
         candidate_mask (Tensor | None): the same.
+        inputs (Mapping[str, Any] | None): others of `RewardPenalizeLoss.forward`, by name.
         given (str): "log_odds", or "probabilities": the values in `chosen`, `rejected` and
             `candidates` are p in (0, 1) and not m.
         sum_squares (Mapping[str, Tensor] | None): of "chosen" and "rejected", shape of the
@@ -105,16 +107,18 @@ def analytic_gradients(
             ref_rejected_logps,
             candidates=candidates,
             candidate_mask=candidate_mask,
+            **(inputs or {}),
         )
-    inputs = Inputs(
+    found = Inputs(
         checked("chosen", _wide(chosen)),
         None if rejected is None else checked("rejected", _wide(rejected)),
         (ref_chosen_logps, ref_rejected_logps),
         None if candidates is None else candidates.detach().double(),
         candidate_mask,
         chosen.total_sequences,
+        dict(inputs or {}),
     )
-    return gradients_of(objective, inputs, sum_squares)
+    return gradients_of(objective, found, sum_squares)
 
 
 def gradients_of(
@@ -130,8 +134,8 @@ def gradients_of(
         counted = inputs.candidate_mask & inputs.chosen.kept[..., None]
         sides["candidates"] = (inputs.candidates, counted)
     totals = {side: [torch.zeros_like(m), torch.zeros_like(m)] for side, (m, _) in sides.items()}
-    for name, weight in objective.weights.items():
-        for side, slopes in CLOSED_FORMS[name](inputs, **options_of(objective, name)).items():
+    for name, weight in objective.weights_at(0.0).items():
+        for side, slopes in closed_form(name, inputs, objective.options_of(name)).items():
             totals[side][0] += weight * slopes.logp
             totals[side][1] += weight * _log_odds_slope(slopes, sides[side][0])
     return {
@@ -148,17 +152,11 @@ def loss_value(objective: RewardPenalizeLoss, inputs: Mapping[str, Any]) -> Tens
         inputs: the arguments of `RewardPenalizeLoss.forward` by name; what no loss takes is unused.
     """
     terms = []
-    for name, weight in objective.weights.items():
+    for name, weight in objective.weights_at(0.0).items():
         own = signature(FORMULAS[name]).parameters
         taken = {k: v for k, v in inputs.items() if k in own}
-        terms.append(weight * FORMULAS[name](**taken, **options_of(objective, name)))
+        terms.append(weight * FORMULAS[name](**taken, **objective.options_of(name)))
     return torch.stack(terms).sum()
-
-
-def options_of(objective: RewardPenalizeLoss, name: str) -> dict[str, Any]:
-    """Returns the options that one loss of an objective takes."""
-    own = signature(FORMULAS[name]).parameters
-    return {k: v for k, v in objective.options.items() if k in own}
 
 
 def as_objective(loss: Loss, options: Mapping[str, Any]) -> RewardPenalizeLoss:

@@ -11,11 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastadapt.losses import Responses, RewardPenalizeLoss
-from fastadapt.losses.preference import log_ratios
-from fastadapt.losses.responses import Rows, checked
-from fastadapt.tracking.closed_forms import Inputs, dpo_weight
+from fastadapt.losses.rows import Rows, checked
+from fastadapt.tracking.closed_forms import Inputs, response_slopes
 from fastadapt.tracking.displacement import Displacement
-from fastadapt.tracking.gradients import SideGradients, gradients_of, options_of
+from fastadapt.tracking.gradients import SideGradients, gradients_of
 from fastadapt.tracking.pair_contexts import shared_rows
 from fastadapt.training.pairs import IGNORED, PairBatch
 
@@ -92,6 +91,7 @@ def loss_metrics(
         None if inputs.get("candidates") is None else inputs["candidates"].double(),
         inputs.get("candidate_mask"),
         chosen.total_sequences,
+        inputs,
     )
     assert rows.rejected is not None
     slopes = gradients_of(objective, rows)
@@ -173,12 +173,9 @@ def _weights(objective: RewardPenalizeLoss, x: Inputs) -> Row:
     assert x.rejected is not None
     row: Row = {}
     for name in objective.weights:
-        own = options_of(objective, name)
+        own = objective.options_of(name)
         if name == "dpo":
-            mean = own.pop("length_normalized", False)
-            gap = log_ratios("ref_chosen_logps", x.chosen, x.refs[0], mean=mean)
-            gap = gap - log_ratios("ref_rejected_logps", x.rejected, x.refs[1], mean=mean)
-            row["weight/dpo_k"] = float(dpo_weight(gap, **own).mean())
+            row["weight/dpo_k"] = float(response_slopes(name, x, own, "rejected").mean())
         elif name.startswith("exmate"):
             p = _exmate_probability(x.rejected, own.get("norm", "sequence_mean"))
             row["weight/exmate"] = own.get("coefficient", 1.0) * float(p)

@@ -201,7 +201,8 @@ class RewardPenalizeTracker:
         if self._due:
             bound = self._signature.bind(*args, **kwargs)
             with torch.no_grad():
-                self._record(float(loss), bound.arguments)
+                others = bound.arguments.pop("inputs", {})
+                self._record(float(loss), {**bound.arguments, **others})
             self._recorded, self._hidden, self._returned = self._step, None, None
         if not self._follows:
             self._step += 1

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastadapt.linear import linear_log_odds
-from fastadapt.losses.responses import label_logps
+from fastadapt.losses.rows import label_logps
 from fastadapt.training.compiled import head_outside_graphs
 from fastadapt.training.head import (
     HeadError,

@@ -1,0 +1,68 @@
+"""A loss in words, for people at a prompt."""
+
+import inspect
+
+from fastadapt._ops.checks import nearest
+from fastadapt.losses.catalogue.listing import CATALOGUE, name_of
+
+_WORDS = {
+    "pairs": "the i-th chosen against the i-th rejected response",
+    "unpaired": "any numbers of responses of each side",
+    "reference": "log P of both sides under a reference (ref_chosen_logps, ref_rejected_logps)",
+    "lengths": "divides by the responses' lengths",
+    "batch": "depends on which responses share a call",
+    "gold": "a third response (gold)",
+    "candidates": "log-odds of other ids in the chosen rows (candidates, candidate_mask)",
+    "sum_squares": "the sum of squared probabilities of each row",
+    "mean_logits": "the log-sum-exp and the mean logit of each row (logsumexp, mean_logits)",
+    "divergences": "the KL divergence of each row (chosen_divergences, rejected_divergences)",
+}
+
+
+def describe(name: str) -> str:
+    """Returns what is known of a loss: formula, source, options, gradient, limits, needs, use.
+
+    Examples:
+        >>> from fastadapt.losses import describe
+        >>> print(describe("simpo").splitlines()[0])
+        simpo: SimPO (Meng et al. 2024, arXiv 2405.14734, eq. 6)
+
+    Args:
+        name (str): of `FORMULAS`, or an alias such as "sigmoid".
+
+    Returns:
+        str: several lines.
+
+    Raises:
+        ValueError: a loss that there is not.
+    """
+    known = name_of(name)
+    if known not in CATALOGUE:
+        names = ", ".join(CATALOGUE)
+        raise ValueError(f"name: expected one of {names}, got {name!r}{nearest([name], CATALOGUE)}")
+    entry = CATALOGUE[known]
+    options = [
+        f"{key}={p.default!r}"
+        for key, p in inspect.signature(entry.formula).parameters.items()
+        if p.kind is p.KEYWORD_ONLY
+    ]
+    lines = [
+        f"{known}: {entry.title} ({entry.source})",
+        _formula(inspect.getdoc(entry.formula) or ""),
+        f"Take it: {entry.when}",
+        f"Options: {', '.join(options) or 'none'}",
+    ]
+    for need in sorted(entry.needs):
+        lines.append(f"Needs {need}: {_WORDS[need]}")
+    for row in entry.gradients:
+        about = f" ({row.title})" if row.title else ""
+        where = f", u = {row.u}" if row.u else ""
+        lines.append(f"c = -∂L/∂l{about}: chosen {row.chosen}; rejected {row.rejected}{where}")
+    if entry.limits is not None:
+        lines.append(f"c rejected as P⁻ → 0: {entry.limits[0]}; as P⁻ → 1: {entry.limits[1]}")
+    return "\n".join(lines)
+
+
+def _formula(doc: str) -> str:
+    """Returns the first sentence of a docstring without its first word."""
+    return doc.split("\n\n")[0].removeprefix("Returns ").strip()
