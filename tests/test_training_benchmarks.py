@@ -162,23 +162,28 @@ def test_figure_is_of_the_result():
     assert report.figure_is_current("compare_losses", compare_report.FIGURE)
 
 
-@pytest.mark.parametrize("head", bench_trainer.HEADS)
-def test_steps_of_both_trainers_are_the_same(model, data, head):
+CELLS = [("dpo", head) for head in bench_trainer.HEADS]
+CELLS += [(loss, "trainable") for loss in bench_trainer.PEERS if loss != "dpo"]
+
+
+@pytest.mark.parametrize("loss, head", CELLS, ids=["-".join(cell) for cell in CELLS])
+def test_steps_of_both_trainers_are_the_same(model, data, loss, head):
     options = SimpleNamespace(
         model=str(model), data=data, steps=2, batch=2, max_length=40, seed=0, threads=None
     )
-    (seen,) = bench_trainer.measure_time("float32", head, options)
+    cell = bench_trainer.Cell(loss, "float32", head)
+    (seen,) = bench_trainer.measure_time(cell, options)
     for one, other in zip(*(seen["losses"][name] for name in bench_trainer.TRAINERS), strict=True):
         assert one == pytest.approx(other, rel=1e-5)
     assert seen["response_tokens"] > 0 and all(x > 0 for x in seen["trl_to_fastadapt"])
     peaks = {name: {"before": 1, "extra": 1000} for name in bench_trainer.TRAINERS}
-    cell = {"dtype": "float32", "head": head, **seen, "peak_mb": peaks}
+    entry = {**cell._asdict(), **seen, "peak_mb": peaks}
     settings = {"model": "m", "batch": 2, "max_length": 40, "steps": 2, "rank": 8}
     versions = {"torch": "2.0", "transformers": "5.0"}
     host = {"cpu": "a machine", "torch_threads": 1, "versions": versions, "commit": "0123456789"}
-    table = report.TABLES["trainer"]({"settings": settings, "cells": [cell], "host": host})
+    table = report.TABLES["trainer"]({"settings": settings, "cells": [entry], "host": host})
     trained = {"trainable": "all parameters", "frozen": "LoRA 8"}[head]
-    assert f"| float32, {trained} |" in table and "| 1,000 | 1,000 |" in table
+    assert f"| {loss} | float32, {trained} |" in table and "| 1,000 | 1,000 |" in table
 
 
 def _training(linear, logits, extras):
