@@ -45,6 +45,7 @@ UNMEASURED = {
         (
             *("divergence", "edits", "filters", "history", "tracker", "tradeoff", "trainer"),
             *("sharded", "verify", "vllm", "kept", "support", "ratios", "train_supports"),
+            "families",
         ),
         "Not yet measured.\n",
     ),
@@ -56,6 +57,7 @@ Columns = Mapping[str, str | Sequence[str]]  # the title of each, and the format
 def main(
     pages: Sequence[str] = (
         *("README.md", "docs/benchmarks.md", "docs/choosing.md", "docs/sharded.md"),
+        "docs/losses.md",
     ),
     source: str = "sampling",
     drawing: Path = FIGURE,
@@ -233,6 +235,7 @@ PAGES: dict[str, dict[str, Callable[..., str]]] = {
     "docs/benchmarks.md": TABLES,
     "docs/choosing.md": {"choosing": functools.partial(block, "choosing")},
     "docs/sharded.md": {"sharded": functools.partial(block, "sharded")},
+    "docs/losses.md": {"families": functools.partial(block, "families")},
     "docs/results.md": {"compare_losses": functools.partial(block, "compare_losses")},
     "docs/supports.md": TABLES_OF_SUPPORTS,
 }
