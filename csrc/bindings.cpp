@@ -343,6 +343,7 @@ PYBIND11_MODULE(_C, m) {
   using namespace fastadapt;
   m.doc() = "CPU kernels of fastadapt: the arguments of csrc/kernels.h by name, nothing allocated.";
   define_kernels(m);
+  define_among(m);
   define_history(m);
   py::class_<IdLists>(m, "IdLists")
       .def(py::init<int64_t, int64_t>())

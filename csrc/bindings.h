@@ -23,6 +23,7 @@ T* pointer(py::handle tensor) {
   return reinterpret_cast<T*>(ask(tensor, data_ptr));
 }
 
+void define_among(py::module_& m);    // among_bindings.cpp
 void define_history(py::module_& m);  // history_bindings.cpp
 
 }  // namespace fastadapt

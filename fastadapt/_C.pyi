@@ -30,6 +30,25 @@ class Problems(TypedDict):  # rows.n of them
     centre: Tensor
     band: Tensor
 
+def pairs_among(
+    labels: Tensor,
+    used: Tensor,
+    full: Tensor,
+    ids: Tensor,
+    offsets: Tensor,
+    out_ids: Tensor,
+    ends: Tensor,
+    own: Tensor,
+    without: Tensor,
+    n: int,
+) -> int: ...
+def log_odds_among(
+    z: Tensor, ends: Tensor, own: Tensor, without: Tensor, m: Tensor, n: int
+) -> None: ...
+def log_odds_among_backward(
+    dm: Tensor, z: Tensor, ends: Tensor, own: Tensor, dz: Tensor, n: int
+) -> None: ...
+
 class IdLists:  # each made in its time, to be joined in compressed rows
     def __init__(self, n: int, whole: int) -> None: ...
     def count(self) -> int: ...

@@ -79,7 +79,8 @@ REGISTER = {
         "_ops/linear/operator.py",
         "_ops/linear/divergence.py",
         "_ops/linear/mle.py",
-        "_ops/support.py",
+        "_ops/supports/products.py",
+        "_ops/supports/among.py",
     ),
 }
 # these say what to install where an import fails

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastadapt._ops.lists import ends_of
-from fastadapt._ops.support import _sum_parts, support_products
+from fastadapt._ops.supports.products import _sum_parts, support_products
 
 triton = pytest.importorskip("triton", reason="triton is not installed: it has wheels for Linux")
 if os.environ.get("TRITON_INTERPRET") != "1":

@@ -17,7 +17,7 @@ from fastadapt import (
     reference,
     support_log_odds,
 )
-from fastadapt._ops import support as ops
+from fastadapt._ops.supports import products as ops
 
 INF = float("inf")
 HALVES = [torch.bfloat16, torch.float16]

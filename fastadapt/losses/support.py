@@ -6,7 +6,7 @@ label, m = z_y - logsumexp(z_j, j in S, j != y), so that log p = -softplus(-m) i
 the truncated distribution.
 """
 
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -23,8 +23,8 @@ from fastadapt._ops.checks import (
 )
 from fastadapt._ops.common import check_ids
 from fastadapt._ops.linear.vocab_parallel import is_distributed
-from fastadapt._ops.lists import ends_of
-from fastadapt._ops.support import support_products
+from fastadapt._ops.supports.among import log_odds_among, pairs_of
+from fastadapt._ops.supports.products import support_products
 from fastadapt.linear import linear_log_odds
 from fastadapt.log_odds import label_log_odds
 from fastadapt.results import Support
@@ -161,14 +161,14 @@ def linear_support_log_odds(
     at = (support.full & used).nonzero()[:, 0]
     if sparse and at.shape[0] > 0:
         raise ValueError(f"sparse: expected False with full rows, got {at.shape[0]} of these")
-    pairs = _pairs_of(y, used, support)
+    pairs = pairs_of(y, used, support.full, support.ids, support.offsets)
     aligned = weight if weight.stride(1) == 1 else weight.contiguous()
-    x = support_products(states.to(weight.dtype), aligned, pairs.ids, pairs.offsets, sparse=sparse)
+    x = support_products(states.to(weight.dtype), aligned, pairs.ids, pairs.ends, sparse=sparse)
     if bias is not None:
         x = x + bias.double().index_select(0, pairs.ids)
-    z = x * logit_scale
+    z = x if logit_scale == 1 else x * logit_scale
     z = z if softcap is None else softcap * (z / softcap).tanh()
-    log_odds = _among(z, pairs).to(torch.promote_types(states.dtype, torch.float32))
+    log_odds = log_odds_among(z, pairs).to(torch.promote_types(states.dtype, torch.float32))
     if at.shape[0] == 0 and not full:
         return log_odds.view(labels.shape)
     rows, own = (states, y) if full else (states.index_select(0, at), y[at])
@@ -223,24 +223,12 @@ def support_log_odds(
     wide = torch.promote_types(rows.dtype, torch.float32)
     if 0 < at.shape[0] == rows.shape[0]:
         return label_log_odds(rows, y, ignore_index=ignore_index).view(labels.shape)
-    pairs = _pairs_of(y, used, support)
-    log_odds = _among(rows[pairs.rows, pairs.ids].double(), pairs).to(wide)
+    pairs = pairs_of(y, used, support.full, support.ids, support.offsets)
+    log_odds = log_odds_among(rows[pairs.rows, pairs.ids].double(), pairs).to(wide)
     if at.shape[0] > 0:
         dense = label_log_odds(rows.index_select(0, at), y[at], ignore_index=ignore_index)
         log_odds = log_odds.index_copy(0, at, dense)
     return log_odds.view(labels.shape)
-
-
-class _Pairs(NamedTuple):
-    """Row and id of what takes part: of rows whose label stands among others of its support."""
-
-    ids: Tensor  # (count,) int64, ascending in a row
-    rows: Tensor  # (count,) int64, ascending
-    offsets: Tensor  # (N + 1,) int64
-    own: Tensor  # (n,) int64, the places of the labels' pairs
-    others: Tensor  # (count - n,) int64, the places of all other pairs
-    takes: Tensor  # (N,) bool, the n rows
-    without: Tensor  # (N,) float64, the log-odds of all other rows
 
 
 def _on_a_known_device(function: str, name: str, x: Tensor) -> None:
@@ -265,46 +253,3 @@ def _labels(
     check_ids("labels", y, v, ignore_index)
     support.check(v)
     return y, y != ignore_index
-
-
-def _pairs_of(labels: Tensor, used: Tensor, support: Support) -> _Pairs:
-    """Selects what takes part; an empty row, an ignored one or a single id costs no product."""
-    counts, rows = support.counts, support.rows
-    holds = torch.zeros_like(used)
-    holds[rows[support.ids == labels[rows]]] = True
-    takes = used & holds & (counts > 1)
-    some = takes[rows].nonzero()[:, 0]
-    ids, rows = support.ids[some].long(), rows[some]
-    offsets = ends_of(counts * takes)
-    is_label = ids == labels[rows]
-    outside = torch.where(holds, float("inf"), float("-inf")).double()
-    return _Pairs(
-        ids,
-        rows,
-        offsets,
-        is_label.nonzero()[:, 0],
-        (~is_label).nonzero()[:, 0],
-        takes,
-        outside.masked_fill(~used | support.full, 0.0),
-    )
-
-
-def _among(z: Tensor, pairs: _Pairs) -> Tensor:
-    """Returns the log-odds (N,) of logits (count,), float64: a few numbers for each pair.
-
-    Sums are by ascending ids; others that are all -inf leave +inf without a gradient.
-    """
-    n = pairs.own.shape[0]
-    own, others = z.index_select(0, pairs.own), z.index_select(0, pairs.others)
-    place = (pairs.takes.cumsum(0) - 1)[pairs.rows[pairs.others]]
-    top = z.new_full((n,), float("-inf")).scatter_reduce(0, place, others.detach(), "amax")
-    top = top.masked_fill(top == float("-inf"), 0.0)
-    # one sum by one thread on a GPU too, where index_add would have atomics
-    lengths = place.bincount(minlength=n)
-    mass = torch.segment_reduce(
-        (others - top[place]).exp(), "sum", lengths=lengths, axis=0, unsafe=True
-    )
-    alone = mass == 0
-    m = own - (top + mass.masked_fill(alone, 1.0).log())
-    m = torch.where(alone & ~own.isnan(), float("inf"), m)
-    return pairs.without.index_copy(0, pairs.takes.nonzero()[:, 0], m)

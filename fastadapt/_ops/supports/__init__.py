@@ -1,0 +1,1 @@
+"""Operators under the log-odds of labels among lists of ids."""
