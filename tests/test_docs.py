@@ -74,6 +74,7 @@ def test_example_runs(module, name, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     given = {"fastadapt": fastadapt, "torch": torch}
     given |= {public: getattr(fastadapt, public) for public in fastadapt.__all__}
+    given |= {public: getattr(fastadapt.losses, public) for public in fastadapt.losses.__all__}
     text = _docstring(module, name)
     example = doctest.DocTestParser().get_doctest(text, given, name, None, None)
     assert example.examples, f"{module}.{name}: expected an example in its docstring"

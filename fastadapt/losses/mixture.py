@@ -205,11 +205,11 @@ class RewardPenalizeLoss(nn.Module):
     ) -> dict[str, Tensor]:
         """Returns the metrics of log-probabilities, pairs and rewards."""
         g = checked("chosen", chosen)
-        metrics = {"logps/chosen": mean_of(g.logps(), g.lengths > 0)}
+        metrics = {"logps/chosen": mean_of(g.logps(), g.lengths > 0, g.dtype)}
         if rejected is None:
             return metrics
         b = checked("rejected", rejected)
-        metrics["logps/rejected"] = mean_of(b.logps(), b.lengths > 0)
+        metrics["logps/rejected"] = mean_of(b.logps(), b.lengths > 0, b.dtype)
         if g.size == b.size:
             metrics |= _compare("pairs", g, b, g.logps(), b.logps())
         beta = self._beta()
@@ -218,8 +218,8 @@ class RewardPenalizeLoss(nn.Module):
             of_rejected = beta * (
                 b.logps() - reference("ref_rejected_logps", b, ref_rejected_logps)
             )
-            metrics["rewards/chosen"] = mean_of(of_chosen, g.lengths > 0)
-            metrics["rewards/rejected"] = mean_of(of_rejected, b.lengths > 0)
+            metrics["rewards/chosen"] = mean_of(of_chosen, g.lengths > 0, g.dtype)
+            metrics["rewards/rejected"] = mean_of(of_rejected, b.lengths > 0, b.dtype)
             if g.size == b.size:
                 metrics |= _compare("rewards", g, b, of_chosen, of_rejected)
         return metrics
@@ -337,6 +337,6 @@ def _compare(name: str, g: Rows, b: Rows, x: Tensor, y: Tensor) -> dict[str, Ten
     """Returns by how much and how often the chosen response of a pair is ahead."""
     pairs = g.lengths + b.lengths > 0
     return {
-        f"{name}/margins": mean_of(x - y, pairs),
-        f"{name}/accuracies": mean_of((x > y).to(x.dtype), pairs),
+        f"{name}/margins": mean_of(x - y, pairs, g.dtype),
+        f"{name}/accuracies": mean_of((x > y).double(), pairs, g.dtype),
     }

@@ -119,9 +119,10 @@ def clipped_ratio_loss(
     per_token_losses = losses if level == "token" else rows.spread(losses)
     loss = rows.reduced(torch.where(inside, per_token_losses, 0), reduction)
     with torch.no_grad():
-        metrics = _ratio_metrics(log_ratios, counted) | _divergence(token_ratios, inside)
-        metrics["ratios/clipped"] = mean_of((low | high).to(loss.dtype), counted)
-        metrics["ratios/clipped_low"] = mean_of(low.to(loss.dtype), counted)
+        metrics = _ratio_metrics(log_ratios, counted, rows.dtype)
+        metrics |= _divergence(token_ratios, inside, rows.dtype)
+        metrics["ratios/clipped"] = mean_of((low | high).double(), counted, rows.dtype)
+        metrics["ratios/clipped_low"] = mean_of(low.double(), counted, rows.dtype)
         metrics["tokens/outside_support"] = tokens.outside()
     return loss, metrics
 
@@ -271,7 +272,7 @@ class _Tokens(NamedTuple):
 
     def outside(self) -> Tensor:
         """Returns how many tokens that count are outside their support."""
-        return (self.rows.kept & ~self.inside).sum().to(self.logps.dtype)
+        return (self.rows.kept & ~self.inside).sum().to(self.rows.dtype)
 
 
 def _tokens(sampled: Responses) -> _Tokens:
@@ -322,19 +323,19 @@ def _clipped(
     return -advantages * torch.where(low | high, at, moving), low, high
 
 
-def _ratio_metrics(log_ratios: Tensor, counted: Tensor) -> dict[str, Tensor]:
+def _ratio_metrics(log_ratios: Tensor, counted: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
     """Returns the mean of the ratios and the share that is far from 1."""
     ratios = log_ratios.exp()
     beyond = ((ratios < 0.9) | (ratios > 1.1)).to(ratios.dtype)
     return {
-        "ratios/mean": mean_of(ratios, counted),
-        "ratios/beyond_0.1": mean_of(beyond, counted),
+        "ratios/mean": mean_of(ratios, counted, dtype),
+        "ratios/beyond_0.1": mean_of(beyond, counted, dtype),
     }
 
 
-def _divergence(log_ratios: Tensor, inside: Tensor) -> dict[str, Tensor]:
+def _divergence(log_ratios: Tensor, inside: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
     """Returns the estimate of the KL divergence of tokens."""
-    return {"kl/sampler": mean_of(log_ratios.expm1() - log_ratios, inside)}
+    return {"kl/sampler": mean_of(log_ratios.expm1() - log_ratios, inside, dtype)}
 
 
 def _truncated(
@@ -346,11 +347,12 @@ def _truncated(
         if sampler_logps is None:
             return torch.ones_like(tokens.logps), outside
         log_ratios = tokens.log_ratios(sampled, sampler_logps)
-        metrics = _ratio_metrics(log_ratios, tokens.inside) | _divergence(log_ratios, tokens.inside)
+        inside, dtype = tokens.inside, tokens.rows.dtype
+        metrics = _ratio_metrics(log_ratios, inside, dtype) | _divergence(log_ratios, inside, dtype)
         weights = log_ratios.exp()
-        most = min(max_weight, torch.finfo(weights.dtype).max)
+        most = min(max_weight, torch.finfo(dtype).max)  # a finite weight, in the results too
         truncated = (weights > most).to(weights.dtype)
-        metrics["ratios/truncated"] = mean_of(truncated, tokens.inside)
+        metrics["ratios/truncated"] = mean_of(truncated, inside, dtype)
         return weights.clamp(max=most), metrics | outside
 
 

@@ -181,9 +181,9 @@ def per_token(name: str, value: Tensor, chosen: Responses, rows: Rows) -> Tensor
     return torch.where(rows.kept, accumulated(name, value).double(), 0)
 
 
-def mean_of(x: Tensor, counted: Tensor) -> Tensor:
-    """Returns the mean of the values that count, 0 if there are none."""
-    return torch.where(counted, x, 0).sum() / counted.sum().clamp(min=1)
+def mean_of(x: Tensor, counted: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns the mean of the values that count, 0 if there are none, in a dtype of results."""
+    return (torch.where(counted, x, 0).sum() / counted.sum().clamp(min=1)).to(dtype)
 
 
 def divisor(name: str, total: int | Tensor | None, counted: Tensor) -> int | Tensor:

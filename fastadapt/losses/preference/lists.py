@@ -20,7 +20,7 @@ def rrhf_loss(responses: Responses, scores: Tensor, lists: Tensor) -> Tensor:
         >>> mask = torch.ones(3, 2, dtype=torch.bool)
         >>> responses = Responses(torch.tensor([[0.0, 2.0], [1.0, 1.0], [0.0, -2.0]]), mask)
         >>> rrhf_loss(responses, torch.tensor([0.9, 0.1, 0.4]), torch.tensor([0, 0, 0]))
-        tensor(1.9203)
+        tensor(2.0136)
 
     Args:
         responses (Responses): B responses of all lists; see there for layouts, dtypes and divisors.

@@ -265,7 +265,7 @@ def exo_pair_loss(
         >>> chosen = Responses(torch.tensor([[0.0, 2.0]]), mask)
         >>> rejected = Responses(torch.tensor([[0.0, -2.0]]), mask)
         >>> exo_pair_loss(chosen, rejected, label_smoothing=0.1)
-        tensor(0.3545)
+        tensor(0.4063)
     """
     share = smoothing_of(label_smoothing, positive=True)
     pairs = pairs_of(chosen, rejected)

@@ -39,7 +39,7 @@ def cpo_loss(
         >>> chosen = Responses(torch.tensor([[0.0, 2.0]]), mask)
         >>> rejected = Responses(torch.tensor([[0.0, -2.0]]), mask)
         >>> cpo_loss(chosen, rejected)
-        tensor(1.0081)
+        tensor(1.0082)
 
     Args:
         chosen (Responses): as in `dpo_loss`.
@@ -106,7 +106,7 @@ def alphapo_loss(
         >>> chosen = Responses(torch.tensor([[0.0, 2.0]]), mask)
         >>> rejected = Responses(torch.tensor([[0.0, -2.0]]), mask)
         >>> alphapo_loss(chosen, rejected)
-        tensor(0.1466)
+        tensor(0.1249)
     """
     share = smoothing_of(label_smoothing)
     alpha = number("alphapo_alpha", alphapo_alpha, signed=True)
@@ -133,7 +133,7 @@ def orpo_loss(
         >>> chosen = Responses(torch.tensor([[0.0, 2.0]]), mask)
         >>> rejected = Responses(torch.tensor([[0.0, -2.0]]), mask)
         >>> orpo_loss(chosen, rejected)
-        tensor(0.4263)
+        tensor(0.4252)
 
     Args:
         chosen (Responses): as in `dpo_loss`.
@@ -221,7 +221,7 @@ def tpo_loss(
         >>> chosen = Responses(torch.tensor([[0.0, 2.0]]), mask)
         >>> rejected = Responses(torch.tensor([[0.0, -2.0]]), mask)
         >>> tpo_loss(chosen, rejected, chosen, beta=0.1)
-        tensor(1.0081)
+        tensor(1.0082)
 
     Args:
         chosen (Responses): as in `dpo_loss`.

@@ -35,7 +35,7 @@ def nca_pair_loss(
         >>> chosen = Responses(torch.tensor([[0.0, 2.0]]), mask)
         >>> rejected = Responses(torch.tensor([[0.0, -2.0]]), mask)
         >>> nca_pair_loss(chosen, rejected)
-        tensor(1.3366)
+        tensor(1.3425)
     """
     pairs, rewards = _rewards(
         chosen, rejected, ref_chosen_logps, ref_rejected_logps, beta, ld_alpha
@@ -65,7 +65,7 @@ def bco_pair_loss(
         >>> chosen = Responses(torch.tensor([[0.0, 2.0]]), mask)
         >>> rejected = Responses(torch.tensor([[0.0, -2.0]]), mask)
         >>> bco_pair_loss(chosen, rejected)
-        tensor(1.3019)
+        tensor(1.2970)
     """
     pairs, rewards = _rewards(
         chosen, rejected, ref_chosen_logps, ref_rejected_logps, beta, ld_alpha
@@ -94,7 +94,7 @@ def sppo_hard_loss(
         >>> chosen = Responses(torch.tensor([[0.0, 2.0]]), mask)
         >>> rejected = Responses(torch.tensor([[0.0, -2.0]]), mask)
         >>> sppo_hard_loss(chosen, rejected, beta=0.5)
-        tensor(6.6317)
+        tensor(6.6253)
     """
     beta = number("beta", beta, positive=True)
     pairs, ratios = _rewards(chosen, rejected, ref_chosen_logps, ref_rejected_logps, 1.0, ld_alpha)
@@ -124,7 +124,7 @@ def apo_zero_loss(
         >>> chosen = Responses(torch.tensor([[0.0, 2.0]]), mask)
         >>> rejected = Responses(torch.tensor([[0.0, -2.0]]), mask)
         >>> apo_zero_loss(chosen, rejected)
-        tensor(0.9506)
+        tensor(0.9505)
     """
     pairs, rewards = _rewards(
         chosen, rejected, ref_chosen_logps, ref_rejected_logps, beta, ld_alpha
@@ -154,7 +154,7 @@ def apo_down_loss(
         >>> chosen = Responses(torch.tensor([[0.0, 2.0]]), mask)
         >>> rejected = Responses(torch.tensor([[0.0, -2.0]]), mask)
         >>> apo_down_loss(chosen, rejected)
-        tensor(0.9298)
+        tensor(0.9297)
     """
     pairs, rewards = _rewards(
         chosen, rejected, ref_chosen_logps, ref_rejected_logps, beta, ld_alpha
@@ -184,7 +184,7 @@ def cal_dpo_loss(
         >>> chosen = Responses(torch.tensor([[0.0, 2.0]]), mask)
         >>> rejected = Responses(torch.tensor([[0.0, -2.0]]), mask)
         >>> cal_dpo_loss(chosen, rejected, beta=0.5)
-        tensor(6.7587)
+        tensor(6.7523)
     """
     beta = number("beta", beta, positive=True)
     pairs, ratios = _rewards(chosen, rejected, ref_chosen_logps, ref_rejected_logps, 1.0, ld_alpha)
@@ -215,7 +215,7 @@ def dpop_loss(
         >>> chosen = Responses(torch.tensor([[0.0, 2.0]]), mask)
         >>> rejected = Responses(torch.tensor([[0.0, -2.0]]), mask)
         >>> dpop_loss(chosen, rejected, dpop_lambda=5.0)
-        tensor(0.8655)
+        tensor(0.8037)
     """
     beta, factor = number("beta", beta, positive=True), number("dpop_lambda", dpop_lambda)
     pairs, ratios = _rewards(chosen, rejected, ref_chosen_logps, ref_rejected_logps, 1.0, ld_alpha)
@@ -247,7 +247,7 @@ def tdpo_loss(
         >>> rejected = Responses(torch.tensor([[0.0, -2.0]]), mask)
         >>> kl = torch.tensor([[0.5, 0.1]])
         >>> tdpo_loss(chosen, rejected, kl, 3 * kl)
-        tensor(0.6253)
+        tensor(0.6256)
 
     Args:
         chosen (Responses): as in `dpo_loss`.

@@ -34,7 +34,7 @@ def kto_loss(
         >>> chosen = Responses(torch.tensor([[0.0, 2.0]]), mask)
         >>> rejected = Responses(torch.tensor([[0.0, -2.0]]), mask)
         >>> kto_loss(chosen, rejected, torch.tensor(0.0))
-        tensor(0.4753)
+        tensor(0.4752)
 
     Args:
         chosen (Responses): the good responses; see there for layouts and dtypes. The mean divides
@@ -114,7 +114,7 @@ def apo_zero_unpaired_loss(
         >>> chosen = Responses(torch.tensor([[0.0, 2.0]]), mask)
         >>> rejected = Responses(torch.tensor([[0.0, -2.0]]), mask)
         >>> apo_zero_unpaired_loss(chosen, rejected)
-        tensor(0.4753)
+        tensor(0.4752)
     """
     return kto_loss(
         chosen,
@@ -147,7 +147,7 @@ def bco_loss(
         >>> chosen = Responses(torch.tensor([[0.0, 2.0]]), mask)
         >>> rejected = Responses(torch.tensor([[0.0, -2.0]]), mask)
         >>> bco_loss(chosen, rejected, torch.tensor(-0.2))
-        tensor(0.6452)
+        tensor(0.6444)
 
     Args:
         chosen (Responses): as in `kto_loss`.
