@@ -4,8 +4,9 @@ import inspect
 
 from fastadapt._ops.checks import nearest
 from fastadapt.losses.catalogue.listing import CATALOGUE, name_of
+from fastadapt.losses.catalogue.symbols import SYMBOLS, symbols_in
 
-_WORDS = {
+NEEDS_IN_WORDS = {
     "pairs": "the i-th chosen against the i-th rejected response",
     "unpaired": "any numbers of responses of each side",
     "reference": "log P of both sides under a reference (ref_chosen_logps, ref_rejected_logps)",
@@ -53,13 +54,15 @@ def describe(name: str) -> str:
         f"Options: {', '.join(options) or 'none'}",
     ]
     for need in sorted(entry.needs):
-        lines.append(f"Needs {need}: {_WORDS[need]}")
+        lines.append(f"Needs {need}: {NEEDS_IN_WORDS[need]}")
     for row in entry.gradients:
         about = f" ({row.title})" if row.title else ""
         where = f", u = {row.u}" if row.u else ""
         lines.append(f"c = -∂L/∂l{about}: chosen {row.chosen}; rejected {row.rejected}{where}")
     if entry.limits is not None:
         lines.append(f"c rejected as P⁻ → 0: {entry.limits[0]}; as P⁻ → 1: {entry.limits[1]}")
+    texts = [part for row in entry.gradients for part in (row.chosen, row.rejected, row.u)]
+    lines.append("; ".join(f"{symbol}: {SYMBOLS[symbol]}" for symbol in symbols_in(texts)))
     return "\n".join(lines)
 
 

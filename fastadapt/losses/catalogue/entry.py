@@ -20,7 +20,7 @@ NEEDS = (
 
 
 class Gradient(NamedTuple):
-    """The coefficients of a loss, as expressions in the symbols of `catalogue.SYMBOLS`.
+    """The coefficients of a loss, as expressions in the symbols of `SYMBOLS`.
 
     Attributes:
         chosen: c = -∂L/∂l at each chosen token, before the weights of pairs and tokens.
@@ -53,8 +53,9 @@ class Entry(NamedTuple):
         source: paper or code, and the equation.
         needs: what it needs beside the log-odds of the chosen side, of `NEEDS`.
         gradients: its coefficients, by options.
-        limits: c of a rejected token where P⁻ goes to 0 and to 1, expressions as in `Gradient`;
-            none for losses of one side.
+        limits: c of a rejected token where P⁻ goes to 0 and to 1 with the default options,
+            expressions as in `Gradient`, "inf" and "-inf" where it grows without end; none for
+            losses of the chosen side, and where they depend on an option's sign.
         when: when to take it, in a sentence.
     """
 

@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from fastadapt.losses.catalogue.entry import Entry, Gradient
+from fastadapt.losses.catalogue.symbols import times
 from fastadapt.losses.formulas import (
     candidate_unlikelihood_penalty,
     exmate_loss,
@@ -48,8 +49,8 @@ def _with_mle(penalty: tuple[Gradient, ...]) -> tuple[Gradient, ...]:
     return tuple(
         row._replace(
             chosen="1/N",
-            rejected=f"λ*({row.rejected})",
-            log_odds=None if row.log_odds is None else f"λ*({row.log_odds})",
+            rejected=times("λ", row.rejected),
+            log_odds=None if row.log_odds is None else times("λ", row.log_odds),
         )
         for row in penalty
     )

@@ -91,10 +91,10 @@ ENTRIES = {
         frozenset({"pairs", "lengths"}),
         (
             Gradient(
-                "1/N + β/(B*T)*σ(-u)/(1 - exp(S/T))",
-                "-β/(B*T)*σ(-u)/(1 - exp(S/T))",
+                "1/N - β/(B*T)*σ(-u)/expm1(S/T)",
+                "β/(B*T)*σ(-u)/expm1(S/T)",
                 "C",
-                "log(exp(-S⁻/T⁻) - 1) - log(exp(-S⁺/T⁺) - 1)",
+                "log(expm1(-S⁻/T⁻)) - log(expm1(-S⁺/T⁺))",
             ),
         ),
         ("0", "-inf"),

@@ -18,11 +18,13 @@ class GradientCheck(NamedTuple):
 
     Attributes:
         autograd: from automatic differentiation, in m, l and p.
-        differences: from central differences of the loss, in the same three.
+        differences: from central differences of the loss, in the same three, along a direction in
+            which each token of a side moves up or down by a share of the room it has; they also
+            move what a loss holds constant. None: not taken.
     """
 
     autograd: float
-    differences: float
+    differences: float | None
 
 
 def check_gradients(
@@ -34,6 +36,7 @@ def check_gradients(
     *,
     candidates: Tensor | None = None,
     candidate_mask: Tensor | None = None,
+    inputs: Mapping[str, Any] | None = None,
     step: float = 1e-5,
     **options: Any,
 ) -> GradientCheck:
@@ -59,6 +62,7 @@ def check_gradients(
         ref_rejected_logps,
         candidates=candidates,
         candidate_mask=candidate_mask,
+        inputs=inputs,
     )
     log_odds = {"chosen": chosen.log_odds, "rejected": None, "candidates": candidates}
     if rejected is not None:
@@ -66,7 +70,8 @@ def check_gradients(
     points = {k: m.detach().double() for k, m in log_odds.items() if m is not None}
 
     def value(of: Mapping[str, Tensor]) -> Tensor:
-        inputs = {
+        given = {
+            **(inputs or {}),
             "chosen": chosen._replace(log_odds=of["chosen"]),
             "rejected": None if rejected is None else rejected._replace(log_odds=of["rejected"]),
             "ref_chosen_logps": ref_chosen_logps,
@@ -74,14 +79,14 @@ def check_gradients(
             "candidates": of.get("candidates"),
             "candidate_mask": candidate_mask,
         }
-        return loss_value(objective, inputs)
+        return loss_value(objective, given)
 
     spaces: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
         "log_odds": (lambda m: m, lambda x: x),
         "logp": (F.logsigmoid, lambda x: x - torch.log(-torch.expm1(x))),
         "probability": (torch.sigmoid, logit),
     }
-    worst = [0.0, 0.0]
+    worst, generator = [0.0, 0.0], torch.Generator().manual_seed(0)
     for space, (to, back) in spaces.items():
         x = {k: to(m) for k, m in points.items()}
         wanted = {k: getattr(closed[k], space) for k in x}
@@ -93,33 +98,34 @@ def check_gradients(
             found = exact[k]
             found = torch.zeros_like(x[k]) if found is None else found
             worst[0] = max(worst[0], _error(wanted[k], found))
-            near = {j: (v.clone(), back) for j, v in x.items()}
-            worst[1] = max(worst[1], _error(wanted[k], _differences(value, near, k, space, step)))
+            signs = torch.randint(2, x[k].shape, generator=generator) * 2 - 1
+            direction = step * signs * _room(x[k], space)
+            found = _differences(value, {j: (v, back) for j, v in x.items()}, k, direction) / step
+            along = (wanted[k] * direction).sum() / step
+            worst[1] = max(worst[1], _error(along, found))
     return GradientCheck(*worst)
 
 
 def _differences(
     value: Callable[[Mapping[str, Tensor]], Tensor],
-    near: Mapping[str, tuple[Tensor, Callable[[Tensor], Tensor]]],
+    at: Mapping[str, tuple[Tensor, Callable[[Tensor], Tensor]]],
     side: str,
-    space: str,
-    step: float,
+    direction: Tensor,
 ) -> Tensor:
-    """Returns central differences of the loss in each token of one side."""
-    x = near[side][0]
-    out = torch.zeros_like(x)
+    """Returns the central difference of the loss when one side moves along a direction."""
+    ends = []
     with torch.no_grad():
-        for i in range(x.numel()):
-            at = float(x.view(-1)[i])
-            # within the range of the variable: p in (0, 1), log p < 0
-            room = {"log_odds": 1.0, "logp": min(1.0, -at), "probability": min(at, 1 - at)}[space]
-            h, ends = step * room, []
-            for shifted in (at + h, at - h):
-                x.view(-1)[i] = shifted
-                ends.append(value({k: back(v) for k, (v, back) in near.items()}))
-            x.view(-1)[i] = at
-            out.view(-1)[i] = (ends[0] - ends[1]) / (2 * h)
-    return out
+        for sign in (1, -1):
+            moved = {k: x + sign * direction if k == side else x for k, (x, _) in at.items()}
+            ends.append(value({k: at[k][1](x) for k, x in moved.items()}))
+    return (ends[0] - ends[1]) / 2
+
+
+def _room(x: Tensor, space: str) -> Tensor:
+    """Returns the distance to the end of the variable's range, at most 1."""
+    if space == "log_odds":
+        return torch.ones_like(x)
+    return (-x).clamp(max=1) if space == "logp" else torch.minimum(x, 1 - x)
 
 
 def _error(found: Tensor, wanted: Tensor) -> float:

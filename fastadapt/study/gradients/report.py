@@ -129,7 +129,8 @@ def _table_section() -> list[str]:
         "## Coefficients",
         f"`fastadapt gradients table` prints the {len(ROWS)} rows. Largest error to automatic "
         f"differentiation: {max(c.autograd for c in checks):.0e}; to central differences of the "
-        f"losses: {max(c.differences for c in checks):.0e} (float64, relative to 1 + |gradient|).",
+        f"losses: {max(c.differences or 0 for c in checks):.0e} (float64, relative to 1 + "
+        "|gradient|).",
         "![weights](weights.png)",
         "The gradient of each penalty for one rejected token of probability P⁻. Unlikelihood "
         "diverges as P⁻ → 1 in P and in log P; what the row of logits gets is bounded by its "

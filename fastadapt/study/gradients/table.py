@@ -1,282 +1,260 @@
-"""The table of coefficients, with the error of each row against autograd and differences.
+"""The tables of coefficients, with the error of each row against autograd and differences.
 
-A row states c_t = -∂L/∂l_t on chosen and on rejected tokens and g_t = ∂L/∂m_t on rejected ones as
-expressions, which the tests evaluate; the errors printed are those of `analytic_gradients`, made
-when the table is. So neither can drift from the code of the losses.
+A row states c_t = -∂L/∂l_t on chosen and on rejected tokens as the catalogue does, in expressions
+that `analytic_gradients` evaluates; the errors printed are those of its values, made when the table
+is. So neither can drift from the code of the losses.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
-from fastadapt.losses import Responses
+from fastadapt.losses import CATALOGUE, Responses
+from fastadapt.losses.catalogue import SYMBOLS, Gradient, families, symbols_in, times
 from fastadapt.study.gradients.check import GradientCheck, check_gradients
-from fastadapt.study.gradients.named_losses import one_token
+from fastadapt.study.gradients.named_losses import has_rejected_side, one_token
+from fastadapt.tracking.closed_forms import OPTION_SYMBOLS, gradient_of
 
 SEED = 0
 PROBABILITIES = (1e-9, 1e-3, 0.5, 0.999, 1 - 1e-9)
-OPTIONS = {"alpha": 0.7, "lambda": 0.6, "mu": 0.4, "beta": 0.3, "epsilon": 0.2}
-
-SYMBOLS = """\
-N, B, T: tokens and responses of that side, tokens of that response (of the chosen side for \
-candidates); p, l = log p, m = log p/(1-p) \
-of the token; S = Σ l, P = exp(S) of the response; L = Σ l / N over all rejected tokens; \
-u = β [(S⁺ - S⁺ref) - (S⁻ - S⁻ref)], k = β σ(-u). c = -∂L/∂l, g = ∂L/∂m, and \
-∂L/∂z = g (onehot(y) - q) = c (softmax(z) - onehot(y)). Phase: what must be known before the \
-gradient of a token is: A nothing, B its row, C its response or pair, D the whole batch."""
-
-
-class TableRow(NamedTuple):
-    """One loss: weights, options, c of chosen and rejected tokens, g of rejected ones, phase."""
-
-    name: str
-    weights: Mapping[str, float]
-    options: Mapping[str, Any]
-    chosen: str
-    rejected: str
-    log_odds: str
-    phase: str
-
-
-A, LA, MU, BETA, EPS = OPTIONS.values()
-
-ROWS = (
-    TableRow("MLE, token mean", {"mle": 1}, {}, "1/N", "0", "0", "A"),
-    TableRow("MLE, sum", {"mle": 1}, {"reduction": "sequence_sum"}, "1/B", "0", "0", "A"),
-    TableRow(
-        "MATE",
-        {"mate": 1},
-        {"coefficient": LA},
-        "1/N",
-        "-λ/N",
-        "λ/N * σ(-m)",
-        "A",
+MU = 0.4  # weight of the other losses in the mixtures
+# values of options for the checks, where a row has their symbols: others than the defaults
+OPTIONS = {
+    "alphapo_alpha": 0.4,
+    "beta": 0.3,
+    "coefficient": 0.6,
+    "delta": 4.0,
+    "desirable_weight": 1.2,
+    "discopop_tau": 0.3,
+    "dpop_lambda": 2.0,
+    "focal_gamma": 1.5,
+    "gamma": 0.3,
+    "label_smoothing": 0.2,
+    "nll_weight": 0.7,
+    "tdpo_alpha": 0.8,
+    "undesirable_weight": 0.9,
+}
+# Differences move the probability that DFT holds constant.
+NO_DIFFERENCES = frozenset({"dft"})
+MIXTURES: dict[str, tuple[dict[str, float], dict[str, Any]]] = {
+    "DPO + μ MLE": ({"dpo": 1.0, "mle": MU}, {}),
+    "DPO + μ ExMATE": ({"dpo": 1.0, "exmate": MU}, {}),
+    "DPO + μ ExMATE, published code": (
+        {"dpo": 1.0, "exmate": MU},
+        {"norm": "batch_token_mean"},
     ),
-    TableRow(
-        "unlikelihood, token",
-        {"unlikelihood": 1},
-        {"coefficient": A},
-        "1/N",
-        "-α/N * exp(m)",
-        "α/N * σ(m)",
-        "B",
-    ),
-    TableRow(
-        "unlikelihood of candidates (in the place of rejected tokens)",
-        {"mle": 1, "candidate_unlikelihood_penalty": A},
+    "DPO + μ unlikelihood": ({"dpo": 1.0, "unlikelihood": MU}, {}),
+    "MLE + μ unlikelihood of candidates": (
+        {"mle": 1.0, "candidate_unlikelihood_penalty": MU},
         {},
-        "1/N",
-        "-α/N * exp(m)",
-        "α/N * σ(m)",
-        "B",
     ),
-    TableRow(
-        "unlikelihood, sequence",
-        {"mle": 1, "unlikelihood_penalty": A},
-        {"level": "sequence"},
-        "1/N",
-        "-α/B / expm1(-S)",
-        "α/B / expm1(-S) * σ(-m)",
-        "C",
-    ),
-    TableRow(
-        "unlikelihood, sequence mean",
-        {"mle": 1, "unlikelihood_penalty": A},
-        {"level": "sequence_mean"},
-        "1/N",
-        "-α/(B*T) / expm1(-S/T)",
-        "α/(B*T) / expm1(-S/T) * σ(-m)",
-        "C",
-    ),
-    TableRow(
-        "ExMATE, token",
-        {"exmate": 1},
-        {"coefficient": LA, "norm": "token"},
-        "1/N",
-        "-λ/N * p",
-        "λ/N * p * σ(-m)",
-        "B",
-    ),
-    TableRow(
-        "ExMATE, sequence mean",
-        {"exmate": 1},
-        {"coefficient": LA},
-        "1/N",
-        "-λ/(B*T) * exp(S/T)",
-        "λ/(B*T) * exp(S/T) * σ(-m)",
-        "C",
-    ),
-    TableRow(
-        "ExMATE, sequence sum",
-        {"exmate": 1},
-        {"coefficient": LA, "norm": "sequence_sum"},
-        "1/N",
-        "-λ/B * P",
-        "λ/B * P * σ(-m)",
-        "C",
-    ),
-    TableRow(
-        "ExMATE, published code",
-        {"exmate": 1},
-        {"coefficient": LA, "norm": "batch_token_mean"},
-        "1/N",
-        "-λ/N * exp(L)",
-        "λ/N * exp(L) * σ(-m)",
-        "D",
-    ),
-    TableRow("DPO", {"dpo": 1}, {"beta": BETA}, "k/B", "-k/B", "k/B * σ(-m)", "C"),
-    TableRow(
-        "DPO, length-normalised",
-        {"dpo": 1},
-        {"beta": BETA, "length_normalized": True},
-        "k/(B*T)",
-        "-k/(B*T)",
-        "k/(B*T) * σ(-m)",
-        "C",
-    ),
-    TableRow(
-        "DPO, conservative",
-        {"dpo": 1},
-        {"beta": BETA, "label_smoothing": EPS},
-        "β/B * ((1-ε)*σ(-u) - ε*σ(u))",
-        "-β/B * ((1-ε)*σ(-u) - ε*σ(u))",
-        "β/B * ((1-ε)*σ(-u) - ε*σ(u)) * σ(-m)",
-        "C",
-    ),
-    TableRow(
-        "DPO, robust",
-        {"dpo": 1},
-        {"beta": BETA, "label_smoothing": EPS, "loss_type": "robust"},
-        "β/B * ((1-ε)*σ(-u) + ε*σ(u)) / (1-2*ε)",
-        "-β/B * ((1-ε)*σ(-u) + ε*σ(u)) / (1-2*ε)",
-        "β/B * ((1-ε)*σ(-u) + ε*σ(u)) / (1-2*ε) * σ(-m)",
-        "C",
-    ),
-    TableRow(
-        "DPO, hinge",
-        {"dpo": 1},
-        {"beta": BETA, "loss_type": "hinge"},
-        "β/B * (u < 1)",
-        "-β/B * (u < 1)",
-        "β/B * (u < 1) * σ(-m)",
-        "C",
-    ),
-    TableRow(
-        "IPO",
-        {"dpo": 1},
-        {"beta": BETA, "loss_type": "ipo"},
-        "(1/β - 2*u/β) / B",
-        "-(1/β - 2*u/β) / B",
-        "(1/β - 2*u/β) / B * σ(-m)",
-        "C",
-    ),
-    TableRow(
-        "DPO + MLE",
-        {"dpo": 1, "mle": MU},
-        {"beta": BETA},
-        "k/B + μ/N",
-        "-k/B",
-        "k/B * σ(-m)",
-        "C",
-    ),
-    TableRow(
-        "DPO + ExMATE",
-        {"dpo": 1, "exmate": MU},
-        {"beta": BETA, "coefficient": LA},
-        "k/B + μ/N",
-        "-k/B - μ*λ/(B*T) * exp(S/T)",
-        "(k/B + μ*λ/(B*T) * exp(S/T)) * σ(-m)",
-        "C",
-    ),
-    TableRow(
-        "DPO + ExMATE, published code",
-        {"dpo": 1, "exmate": MU},
-        {"beta": BETA, "coefficient": LA, "norm": "batch_token_mean"},
-        "k/B + μ/N",
-        "-k/B - μ*λ/N * exp(L)",
-        "(k/B + μ*λ/N * exp(L)) * σ(-m)",
-        "D",
-    ),
-    TableRow(
-        "DPO + unlikelihood",
-        {"dpo": 1, "unlikelihood": MU},
-        {"beta": BETA, "coefficient": A},
-        "k/B + μ/N",
-        "-k/B - μ*α/N * exp(m)",
-        "k/B * σ(-m) + μ*α/N * σ(m)",
-        "C",
-    ),
+}
+LETTERS = (
+    "c = -∂L/∂l and g = ∂L/∂m of a token, and ∂L/∂z = g (onehot(y) - q) = c (softmax(z) - "
+    "onehot(y)), q the softmax over the other entries; g = -c σ(-m), and stands in the table where "
+    "it is bounded though c is not. Phase: what must be known before the gradient of a token is: "
+    "A nothing, B its row, C its response or pair, D the whole batch. With an f-divergence c is "
+    "multiplied by the slope of the score, with ld_alpha by the weight of the token, with "
+    "pair_weights by that of the pair."
 )
 
 
-def example_batch(*, length: int = 4) -> dict[str, Any]:
-    """Returns three pairs of unequal lengths and two candidates a row, log-odds from -5 to 5."""
+class TableRow(NamedTuple):
+    """One loss or mixture: its weights, options and expressions, as in `Gradient`."""
+
+    name: str
+    family: str
+    weights: Mapping[str, float]
+    options: Mapping[str, Any]
+    gradient: Gradient
+
+
+def _rows_of(name: str, family: str) -> list[TableRow]:
+    """Returns the rows of a loss, one for each variant."""
+    entry = CATALOGUE[name]
+    found = []
+    for row in entry.gradients:
+        title = f"{entry.title}, {row.title}" if row.title else entry.title
+        options = {**_options([name], [row]), **row.given}
+        found.append(TableRow(f"{title} (`{name}`)", family, {name: 1.0}, options, row))
+    return found
+
+
+def _mixed(title: str, weights: Mapping[str, float], options: Mapping[str, Any]) -> TableRow:
+    """Returns the row of a mixture, whose expressions are sums of those of its losses."""
+    parts = {
+        name: gradient_of(name, {k: v for k, v in options.items() if k in _parameters(name)})
+        for name in weights
+    }
+    stated = [row.u for row in parts.values() if row.u]
+    if len(stated) > 1:
+        raise ValueError(f"weights: expected one loss with a u of its own, got {list(weights)}")
+
+    def total(texts: Mapping[str, str]) -> str:
+        return " + ".join(
+            text if weights[name] == 1 else times("μ", text)
+            for name, text in texts.items()
+            if text != "0"
+        )
+
+    unbounded = any(row.log_odds for row in parts.values())
+    slopes = {k: r.log_odds or f"{r.rejected.removeprefix('-')}*σ(-m)" for k, r in parts.items()}
+    there = {k: text for k, text in slopes.items() if parts[k].rejected != "0"}
+    row = Gradient(
+        total({k: r.chosen for k, r in parts.items()}),
+        total({k: r.rejected for k, r in parts.items()}),
+        max(r.phase for r in parts.values()),
+        "".join(stated),
+        total(there) if unbounded else None,
+    )
+    own = {**_options(weights, parts.values()), **options}
+    return TableRow(title, "mixtures", weights, own, row)
+
+
+def _options(names: Any, rows: Any) -> dict[str, Any]:
+    """Returns values for the options whose symbols the rows have."""
+    texts = [part for r in rows for part in (r.chosen, r.rejected, r.u)]
+    known = set().union(*map(_parameters, names))
+    symbols = symbols_in(texts)
+    return {k: v for k, v in OPTIONS.items() if k in known and OPTION_SYMBOLS[k] in symbols}
+
+
+def _parameters(name: str) -> set[str]:
+    """Returns the names of a loss's parameters."""
+    return set(inspect.signature(CATALOGUE[name].formula).parameters)
+
+
+ROWS = (
+    *(
+        row
+        for family, names in families().items()
+        for name in names
+        for row in _rows_of(name, family)
+    ),
+    *(_mixed(title, *mixture) for title, mixture in MIXTURES.items()),
+)
+
+
+def example_batch(*, length: int = 3) -> dict[str, Any]:
+    """Returns three pairs of unequal lengths with all that losses take, log-odds from -5 to 5.
+
+    "inputs" holds the others of `RewardPenalizeLoss.forward`.
+    """
     generator = torch.Generator().manual_seed(SEED)
-    mask = torch.arange(length) < torch.tensor([[length], [length - 1], [2]])
+    mask = torch.arange(length) < torch.tensor([[length], [length - 1], [1]])
     draw = [torch.randn(3, length, generator=generator).double() for _ in range(2)]
     chosen, rejected = (
         Responses(2 * x, m) for x, m in zip(draw, (mask, mask.flip(0)), strict=True)
     )
     refs = torch.randn(2, 3, generator=generator).double() - 5
     candidates = 2 * torch.randn(3, length, 2, generator=generator).double() - 2
+    there = torch.rand(candidates.shape, generator=generator) < 0.6
+    tokens = torch.rand(4, 3, length, generator=generator).double()
     return {
         "chosen": chosen,
         "rejected": rejected,
         "ref_chosen_logps": refs[0],
         "ref_rejected_logps": refs[1],
         "candidates": candidates,
-        "candidate_mask": torch.rand(candidates.shape, generator=generator) < 0.6,
+        "candidate_mask": there,
+        "inputs": {
+            "gold": Responses(torch.randn(2, length, generator=generator).double(), mask[:2]),
+            "pair_weights": torch.rand(3, generator=generator).double() + 0.5,
+            "reference_point": torch.tensor(0.7).double(),
+            "reward_shift": torch.tensor(-0.3).double(),
+            "logsumexp": 5 * tokens[0],
+            "mean_logits": tokens[1] - 4,
+            "chosen_divergences": tokens[2],
+            "rejected_divergences": tokens[3],
+        },
     }
 
 
 def check_row(row: TableRow) -> GradientCheck:
-    """Returns the errors of one row's closed forms on `example_batch`."""
-    return check_gradients(row.weights, **example_batch(), **row.options)
+    """Returns the errors of one row's closed forms on `example_batch`.
+
+    The likelihood is that of the chosen responses where a loss can do without gold ones, and pairs
+    have equal weights, as the expressions say it.
+    """
+    batch = example_batch()
+    needed = {name for loss in row.weights for name in _required(loss)}
+    batch["inputs"] = {k: v for k, v in batch["inputs"].items() if k in needed}
+    check = check_gradients(row.weights, **batch, **row.options)
+    return check._replace(differences=None) if NO_DIFFERENCES & set(row.weights) else check
+
+
+def _required(name: str) -> set[str]:
+    """Returns the parameters of a loss that have no default."""
+    own = inspect.signature(CATALOGUE[name].formula).parameters.values()
+    return {p.name for p in own if p.default is p.empty}
 
 
 def table() -> str:
     """Returns the coefficients, and the weights at given probabilities, in Markdown."""
-    lines = [
-        "| loss | c, chosen tokens | c, rejected tokens | g, rejected tokens | phase | to autograd "
-        "| to differences |",
-        "|---|---|---|---|---|---|---|",
+    parts = []
+    for family in dict.fromkeys(row.family for row in ROWS):
+        rows = [row for row in ROWS if row.family == family]
+        parts.append("\n".join([f"### {family}", "", *_family(rows)]))
+    parts += [symbols_text(), "\n".join(_weights_table())]
+    return "\n\n".join(parts) + "\n"
+
+
+def symbols_text() -> str:
+    """Returns what all symbols of the tables are."""
+    mixed = "; μ: weight of the other losses of a mixture"
+    return f"{'; '.join(f'{k}: {v}' for k, v in SYMBOLS.items())}{mixed}. {LETTERS}"
+
+
+def _family(rows: Sequence[TableRow]) -> list[str]:
+    """Tabulates the rows of a family, without columns that none of them fills."""
+    checks = [check_row(row) for row in rows]
+    parts = [row.gradient for row in rows]
+    columns = {"loss": [row.name for row in rows], "c, chosen": [_code(x.chosen) for x in parts]}
+    if any(x.rejected != "0" for x in parts):
+        columns["c, rejected"] = [_code(x.rejected) for x in parts]
+    if any(x.u for x in parts):
+        columns["u"] = [_code(x.u) for x in parts]
+    if any(x.log_odds for x in parts):
+        columns["g"] = [_code(x.log_odds) for x in parts]
+    columns["phase"] = [x.phase for x in parts]
+    columns["to autograd"] = [f"{x.autograd:.0e}" for x in checks]
+    columns["to differences"] = [
+        "-" if x.differences is None else f"{x.differences:.0e}" for x in checks
     ]
-    for row in ROWS:
-        check = check_row(row)
-        cells = (f"`{text}`" for text in (row.chosen, row.rejected, row.log_odds))
-        lines.append(
-            f"| {row.name} | {' | '.join(cells)} | {row.phase} "
-            f"| {check.autograd:.0e} | {check.differences:.0e} |"
-        )
-    lines += ["", SYMBOLS, "", *_weights_table()]
-    return "\n".join(lines) + "\n"
+    return markdown(columns)
+
+
+def markdown(columns: Mapping[str, Sequence[str]]) -> list[str]:
+    """Returns the lines of a table in Markdown."""
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    return lines + [f"| {' | '.join(cells)} |" for cells in zip(*columns.values(), strict=True)]
+
+
+def _code(text: str | None) -> str:
+    """Formats an expression, or what is not there."""
+    return f"`{text}`" if text else "-"
 
 
 def _weights_table() -> list[str]:
-    """Tabulates each penalty's gradient in three spaces by the rejected token's probability."""
-    head = " | ".join(f"p = {_short(p)}" for p in PROBABILITIES)
+    """Tabulates each loss's gradient in three spaces by the rejected token's probability."""
     lines = [
-        "One rejected token of probability p, coefficient 1 (DPO: β = 0.1, no reference, a chosen "
-        "token of p = 0.5): ∂L/∂p, ∂L/∂l, ∂L/∂m.",
+        "One rejected token of probability p beside a chosen one of 0.5, the default options, no "
+        "reference, the reference point, the shift and divergences 0: ∂L/∂p, ∂L/∂l, ∂L/∂m.",
         "",
-        f"| penalty | {head} |",
-        "|---|" + "---|" * len(PROBABILITIES),
     ]
-    for name, loss in (
-        ("MATE", "mate_penalty"),
-        ("unlikelihood", "unlikelihood_penalty"),
-        ("ExMATE", "exmate_penalty"),
-        ("DPO", "dpo"),
-    ):
-        cells = []
-        for p in PROBABILITIES:
-            slopes = one_token(loss, p)
-            cells.append(", ".join(_short(x) for x in slopes))
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return lines
+    found: dict[tuple[str, ...], list[str]] = {}
+    for name, entry in CATALOGUE.items():
+        if has_rejected_side(entry):
+            cells = tuple(", ".join(map(_short, one_token(name, p))) for p in PROBABILITIES)
+            found.setdefault(cells, []).append(name)
+    columns = {"loss": [", ".join(names) for names in found.values()]}
+    for p, column in zip(PROBABILITIES, zip(*found, strict=True), strict=True):
+        columns[f"p = {_short(p)}"] = list(column)
+    return lines + markdown(columns)
 
 
 def _short(x: float) -> str:
