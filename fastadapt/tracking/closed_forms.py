@@ -110,7 +110,7 @@ class _Symbols(dict[str, Any]):
             expm1=torch.expm1,
             log=lambda v: torch.log(torch.as_tensor(v, dtype=torch.float64)),
             relu=torch.relu,
-            matched=_matched,
+            matched=self._matched,
             inf=float("inf"),
         )
         self.options = _with_defaults(name, options)
@@ -232,6 +232,13 @@ class _Symbols(dict[str, Any]):
             return ratio
         return scored(Sides(ratio, ratio), self.options["f_divergence"], self.options["f_alpha"])[0]
 
+    def _matched(self, x: Tensor, y: Tensor) -> Tensor:
+        """Returns x minus the value of y of the same rank among the pairs that count, (B,)."""
+        counted = self.pairs.counted
+        x, y = (torch.where(counted, v, float("inf")) for v in (x, y))
+        rank = x.argsort(stable=True).argsort(stable=True)
+        return torch.where(counted, x - y.sort(stable=True).values[rank], 0.0)
+
     def _weights(self) -> Tensor:
         """Returns what the gradient of a pair's tokens is multiplied by."""
         rows, pairs = self.rows, self.pairs
@@ -274,9 +281,3 @@ def _compiled(text: str) -> CodeType:
 def _plain(text: str) -> str:
     """Returns a text whose superscripts, which no name may have, are spelt out."""
     return text.replace("⁺", "_chosen").replace("⁻", "_rejected")
-
-
-def _matched(x: Tensor, y: Tensor) -> Tensor:
-    """Returns x minus the value of y that has the same rank, (B,)."""
-    rank = x.argsort(stable=True).argsort(stable=True)
-    return x - y.sort(stable=True).values[rank]
