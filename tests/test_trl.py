@@ -355,11 +355,58 @@ def test_without_dpo_there_is_no_reference(folder, tokenizer, tmp_path):
     ("changes", "named", "message"),
     [
         ({"loss_type": ["ipo"]}, {}, r"args.loss_type: expected \['sigmoid'\] \(loss= here\)"),
-        ({"ld_alpha": 0.5}, {}, "args.ld_alpha: expected None"),
-        ({"use_weighting": True}, {}, "args.use_weighting: expected False"),
-        ({}, {"loss": {"sigmoid": 1.0}}, "weights: expected some of"),
-        ({}, {"loss": {"candidate_unlikelihood_penalty": 1.0}}, "expected losses of labels, got"),
-        ({}, {"loss_options": {"beta": 0.3}}, "expected args.beta for beta"),
+        (
+            {"ld_alpha": 0.5},
+            {"loss": {"exmate": 1.0}},
+            "args.ld_alpha: expected None, or a loss whose ld_alpha it is, got 0.5 for exmate",
+        ),
+        (
+            {"use_weighting": True},
+            {"loss": {"simpo": 1.0}},
+            "args.use_weighting: expected False for losses without pair_weights: simpo",
+        ),
+        ({}, {"loss": {"sigmod": 1.0}}, "weights: expected some of"),
+        (
+            {},
+            {"loss": {"candidate_unlikelihood_penalty": 1.0}},
+            "loss: expected losses of labels; .* got candidate_unlikelihood_penalty, which needs",
+        ),
+        (
+            {"beta": 0.2},
+            {"loss_options": {"beta": 0.3}},
+            "args.beta: expected 0.1, or a loss whose beta it is, got 0.2 for dpo, exmate",
+        ),
+        ({"label_smoothing": 0.1}, {}, "cdpo"),
+        (
+            {"discopop_tau": 0.1},
+            {},
+            "args.discopop_tau: expected 0.05, or a loss whose discopop_tau it is",
+        ),
+        (
+            {"ld_alpha": 0.5},
+            {"loss": {"dpo": 1.0, "kto": 1.0}},
+            "ld_alpha: expected the same of all losses that look at the reference",
+        ),
+        (
+            {"precompute_ref_log_probs": True},
+            {"loss": {"kto": 1.0}},
+            "args.precompute_ref_log_probs: expected False for kto",
+        ),
+        (
+            {"per_device_train_batch_size": 1},
+            {"loss": {"kto": 1.0}},
+            "args.per_device_train_batch_size: expected at least 2 for kto",
+        ),
+        (
+            {"sync_ref_model": True},
+            {"loss": {"simpo": 1.0}},
+            "args.sync_ref_model: expected False without a reference: simpo",
+        ),
+        (
+            {},
+            {"nll_on_prompt": True},
+            "nll_on_prompt: expected False for losses without gold: dpo, exmate",
+        ),
         (
             {"gradient_accumulation_steps": 2},
             {"loss_options": {"norm": "batch_token_mean"}},

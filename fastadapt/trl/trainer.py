@@ -1,4 +1,4 @@
-"""Hooks for trl: a trainer for any mixture of losses, and faster scoring in its own trainers.
+"""Hooks for trl: a trainer of pairs for any mixture of losses, and faster scoring in its own.
 
 trl's models compute the log-probabilities of labels through one autograd function, which their
 forward looks up at each call; both hooks put `linear_log_odds` in its place for a while. So it
@@ -18,24 +18,18 @@ from torch import Tensor
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
 
-from fastadapt._ops.checks import instance
-from fastadapt.losses import Responses, RewardPenalizeLoss
-from fastadapt.training.compiled import head_outside_graphs
-from fastadapt.training.head import causal_of
-from fastadapt.training.lora import has_adapter
-from fastadapt.trl._log_probs import LogOdds, LogProbs
+from fastadapt._ops.checks import flag, instance
+from fastadapt.losses import Responses, desensitized_logps, sequence_logps, wpo_weights
+from fastadapt.training.pairs import IGNORED
+from fastadapt.trl._arguments import KINDS_OF_DPO, OF_DPO, ld_alpha_of, options_of, refuse
+from fastadapt.trl._inputs import after_other_prompts
+from fastadapt.trl._log_probs import LogProbs
+from fastadapt.trl._mixtures import ROWS, MixtureTrainer, without_adapter_on_its_head
+from fastadapt.trl._scoring import Scored
 from fastadapt.trl._served import check_hook, served
 
-_UNSUPPORTED = {
-    "loss_type": "loss=",
-    "loss_weights": "loss=",
-    "f_divergence_type": "the reverse KL divergence",
-    "ld_alpha": "whole responses",
-    "use_weighting": "equal weights",
-}
-_NOT_OF_THE_MODEL = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps")
-# Of text: one row a response, the chosen ones first.
-_ROWS = frozenset({"input_ids", "attention_mask", "completion_mask", "token_type_ids"})
+_REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
+_REPLACED = {"loss_type": "loss=", "loss_weights": "loss="}
 
 
 @contextlib.contextmanager
@@ -77,20 +71,24 @@ def fused_log_probs() -> Iterator[None]:
         yield
 
 
-class RewardPenalizeTrainer(DPOTrainer):
+class RewardPenalizeTrainer(MixtureTrainer, DPOTrainer):
     """trl's `DPOTrainer` with any mixture of this package's losses.
 
     Data, reference (precomputed, the adapter switched off, or a model), PEFT, evaluation,
     checkpoints and resuming are trl's. LoRA may be on the head too, where trl refuses it. A step's
     loss is that of all pairs it takes, however they are split over micro-batches and, with
     `average_tokens_across_devices`, processes: token means divide by all the tokens and sequence
-    means by all the pairs of the step. With `{"dpo": 1.0}` it follows trl's loss. Steps of a
-    mixture of the chosen responses alone (`{"mle": 1.0}`) leave the rejected ones out, and so do
-    their metrics; evaluation looks at both. With `torch_compile=True` the bodies of model and
-    reference are compiled, and their heads run outside of the graphs.
+    means by all the pairs of the step. What looks at the batch is that of a micro-batch, as in trl:
+    the sorting of "aot", the mean reward of "bco_pair" and the reference point of "kto". A
+    reference is there for losses that look at one. Weights that are functions see the share of the
+    run's steps that are done. Steps of a mixture of the chosen responses alone (`{"mle": 1.0}`)
+    leave the rejected ones out, and so do their metrics; evaluation looks at both. With
+    `torch_compile=True` the bodies of model and reference are compiled, and their heads run outside
+    of the graphs. With `padding_free=True`, of text, the rows of a batch go through the models as
+    one; the model is asked first whether it keeps their sequences apart.
 
-    Logged are trl's metrics of DPO and, of `RewardPenalizeLoss`, "loss/NAME", "pairs/margins",
-    "pairs/accuracies", "gradients/chosen" and "gradients/rejected"; "rewards/..." only with "dpo".
+    Logged are trl's metrics of DPO and those of `RewardPenalizeLoss`; "kl" is KTO's reference
+    point, "rewards/shift" BCO's mean of all rewards of the run.
 
     Examples:
         >>> import datasets, tokenizers, transformers, trl
@@ -113,25 +111,30 @@ class RewardPenalizeTrainer(DPOTrainer):
 
     Args:
         model: as for `DPOTrainer`; a model and not its name where LoRA is on the head.
-        ref_model: the same; without "dpo" in the mixture none is loaded.
-        args (DPOConfig | None): the same; `beta` and `label_smoothing` go to "dpo". What says
-            another loss (`loss_type`, `loss_weights`, `f_divergence_type`, `ld_alpha`,
-            `use_weighting`) stays as it is by default.
-        loss (Mapping[str, float]): names and weights, as for `RewardPenalizeLoss`.
-        loss_options (Mapping[str, Any] | None): its options: `coefficient`, `norm`, `level`,
-            `loss_type`, ...
+        ref_model: the same; without a loss that looks at a reference none is loaded.
+        args (DPOConfig | None): the same. `beta` goes to every loss that is a loss type of trl's,
+            and to any other that has a β where it is not the default; `label_smoothing`,
+            `ld_alpha`, `f_divergence_type`, `f_alpha_divergence_coef` and `discopop_tau`, where
+            changed, to all losses that have such an option; what `loss_options` says stays.
+            `use_weighting` weighs pairs as WPO does. `loss_type` and `loss_weights` stay as they
+            are by default.
+        loss (Mapping[str, Any]): names and weights, as for `RewardPenalizeLoss`.
+        loss_options (Mapping[str, Any] | None): its options: `coefficient`, `norm`, `level`, ...;
+            under the name of a loss a mapping of those of that loss alone.
+        nll_on_prompt (bool): the likelihood inside "orpo", "cpo" and "slic" is that of prompt and
+            response of the chosen row, as in trl's `ORPOTrainer`.
         **rest: the other arguments of `DPOTrainer`, by name.
 
     Raises:
-        ValueError: a loss or an option that there is not, or one in `args` that is not supported;
-            the norm "batch_token_mean", which no sum over micro-batches gives, with several of
-            them.
+        ValueError: a loss or an option that there is not; a loss whose inputs no trainer has; an
+            argument that reaches no loss; the norm "batch_token_mean", which no sum over
+            micro-batches gives, with several of them; `padding_free` with a model that mixes
+            sequences.
         RuntimeError: as `fused_log_probs`.
     """
 
     loss_is_scaled_for_ga = True
-    objective: RewardPenalizeLoss
-    _splits: bool
+    _not_of_the_model = frozenset({"completion_mask", *_REFERENCE})
     _tag_names = DPOTrainer._tag_names + ["fastadapt"]  # of the model card
     _name = "RewardPenalize"
 
@@ -141,223 +144,165 @@ class RewardPenalizeTrainer(DPOTrainer):
         ref_model: Any = None,
         args: DPOConfig | None = None,
         *,
-        loss: Mapping[str, float],
+        loss: Mapping[str, Any],
         loss_options: Mapping[str, Any] | None = None,
+        nll_on_prompt: bool = False,
         **rest: Any,
     ) -> None:
         check_hook()
         if args is not None:
             instance("args", args, DPOConfig, "a DPOConfig")
-        args = DPOConfig() if args is None else copy.copy(args)  # the caller's stays as it is
-        _check_config(args)
-        options = dict(loss_options or {})
-        if isinstance(loss, Mapping) and "dpo" in loss:
-            options = {"beta": args.beta, "label_smoothing": args.label_smoothing} | options
-            if options["beta"] != args.beta:
-                raise ValueError(f"loss_options: expected args.beta for beta, got {options}")
-        elif ref_model is None:
-            args.precompute_ref_log_probs = True  # trl then loads no reference
-        self.objective = RewardPenalizeLoss(loss, **options)
-        if self.objective.needs("candidates"):
-            raise ValueError(f"loss: expected losses of labels, got {list(self.objective.weights)}")
-        self._splits = options.get("norm") != "batch_token_mean"
+        asked = DPOConfig() if args is None else args
+        args = copy.copy(asked)  # the caller's stays as it is
+        refuse(args, _REPLACED)
+        flag("nll_on_prompt", nll_on_prompt)
+        _check_rows(rest.get("train_dataset"))
+        options = options_of(loss, loss_options, args, OF_DPO, KINDS_OF_DPO)
+        self._nll_on_prompt = nll_on_prompt
+        self._set_objective(loss, options, args, ref_model)
+        self._ld_alpha = ld_alpha_of(self.mixture)
+        self._check_inputs(args)
+        args.padding_free = False  # rows are packed here
         with contextlib.ExitStack() as self._until_checked:
-            self._until_checked.enter_context(_without_adapter_on_its_head(model))
+            self._until_checked.enter_context(without_adapter_on_its_head(model))
             super().__init__(model, ref_model, args, **rest)
-        parts = self.args.gradient_accumulation_steps * self.accelerator.num_processes
-        if not self._splits and parts > 1:
+        self._finish(asked)
+
+    def _check_inputs(self, args: DPOConfig) -> None:
+        """Raises if the arguments ask for inputs that no loss takes, or that cannot be made."""
+        names = ", ".join(self.mixture.weights)
+        for asked, name, argument in (
+            (self._nll_on_prompt, "gold", "nll_on_prompt"),
+            (args.use_weighting, "pair_weights", "args.use_weighting"),
+        ):
+            if asked and not self.mixture.takes(name):
+                raise ValueError(f"{argument}: expected False for losses without {name}: {names}")
+        if not self.mixture.takes("reference_point"):
+            return
+        if args.precompute_ref_log_probs:
             raise ValueError(
-                f"norm: expected one that splits over {parts} micro-batches, got batch_token_mean"
+                "args.precompute_ref_log_probs: expected False for kto, whose reference point is "
+                "of the completions of other prompts, got True"
+            )
+        if args.per_device_train_batch_size < 2:
+            raise ValueError(
+                "args.per_device_train_batch_size: expected at least 2 for kto, whose reference "
+                "point is of the completions of other prompts, got 1"
             )
 
-    def create_accelerator_and_postprocess(self) -> None:
-        """Also shows again what was hidden from trl, which has looked by now and scores next."""
-        self._until_checked.close()
-        super().create_accelerator_and_postprocess()
-
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
-        """Computes the reference by our operator, equal to the policy's first step to the bit."""
-        if "dpo" not in self.objective.weights:
+        """Computes the reference by our operator, if a loss looks at it."""
+        if not self._uses_reference:
             return dataset
-        with served(LogProbs):
+        known = self._precompute_model_hash  # trl keeps what it computes by this
+        self._precompute_model_hash = f"fastadapt {known} {self._ld_alpha}"
+        try:
             return super()._precompute_ref_logps(dataset, name, batch_size)
+        finally:
+            self._precompute_model_hash = known
 
-    def get_batch_samples(
-        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
-    ) -> tuple[list[Any], Any]:
-        """Also counts the divisors of a step, (3,): chosen and rejected tokens, and pairs."""
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if not batches:
-            return batches, None
-        counts = torch.stack([_counts(batch["completion_mask"]) for batch in batches]).sum(0)
-        counts = counts.to(device)
-        if self.args.average_tokens_across_devices and self.accelerator.num_processes > 1:
-            counts = self.accelerator.gather(counts[None]).sum(0) // self._tp_size
-        return batches, counts
+    def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Returns log P of the chosen and the rejected responses under the reference."""
+        with self._as_reference():
+            parts = (x.chunk(2) for x in self._completions(model, inputs))
+            chosen, rejected = (Responses(*side) for side in zip(*parts, strict=True))
+        if self._ld_alpha is not None:
+            return desensitized_logps(chosen, rejected, self._ld_alpha)
+        return sequence_logps(chosen), sequence_logps(rejected)
 
-    def compute_loss(
-        self,
-        model: Any,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
-        """Returns the loss of a batch, or its share of the step's loss."""
-        sides = 1 if model.training and self._needs_chosen_alone(inputs) else 2
-        if sides == 1:
-            inputs = {k: v.chunk(2)[0] if k in _ROWS else v for k, v in inputs.items()}
-        keep = {k: v for k, v in inputs.items() if k not in _NOT_OF_THE_MODEL}
-        keep["use_cache"] = False
-        extra = {"output_router_logits": True} if self.aux_loss_enabled else {}
-        mask = inputs["completion_mask"][:, 1:].bool()
-        labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
-        with served(LogOdds), head_outside_graphs(model):
-            outputs = model(**keep, **extra, labels=labels, fused_lm_head=True)
-        # prompt-learning adapters put their own positions before those of the tokens
-        log_odds = outputs.log_probs[:, -mask.shape[1] :]
-        chosen, rejected = self._sides(log_odds, mask, num_items_in_batch, sides)
-        loss, metrics = self.objective(chosen, rejected, *self._reference(inputs))
-        parts = self._parts(num_items_in_batch)
-        if self.aux_loss_enabled:
-            loss = loss + self.router_aux_loss_coef * outputs.aux_loss / parts
-        counted = _counted(outputs, mask, sides)
-        self._note(inputs, counted, {**metrics, **_scaled(metrics, parts)})
-        if self._averages(num_items_in_batch):
-            loss = loss * (self.accelerator.num_processes // self._tp_size)
-        if not return_outputs:
-            return loss
-        with torch.no_grad():
-            return loss, model(**keep)
+    def _counts(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Returns (4,): the chosen tokens, the rejected tokens, the pairs and the gold tokens."""
+        chosen, rejected = inputs["completion_mask"][:, 1:].bool().chunk(2)
+        pairs = (chosen.any(-1) | rejected.any(-1)).sum()
+        gold = inputs["attention_mask"][:, 1:].bool().chunk(2)[0]
+        return torch.stack([chosen.sum(), rejected.sum(), pairs, gold.sum()])
 
-    def _needs_chosen_alone(self, inputs: Mapping[str, Any]) -> bool:
-        """Whether the loss needs only the chosen responses and the batch is text."""
-        known = _ROWS.union(_NOT_OF_THE_MODEL)
-        return not self.objective.needs("rejected") and inputs.keys() <= known
+    def _own(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Leaves the rejected rows out where the loss needs none of them and the batch is text."""
+        alone = not self.mixture.takes("rejected") and inputs.keys() <= {*ROWS, *_REFERENCE}
+        self._width = 1 if alone and self.model.training else 2
+        if self._width == 2:
+            return inputs
+        return {k: v.chunk(2)[0] if k in ROWS else v for k, v in inputs.items()}
+
+    def _labels(self, inputs: Mapping[str, Any]) -> Tensor:
+        """Returns the completions, and the prompts of the chosen rows too if they are scored."""
+        labels = super()._labels(inputs)
+        if not self._nll_on_prompt:
+            return labels
+        ids, there = inputs["input_ids"], inputs["attention_mask"].bool()
+        whole = torch.where(there, ids, IGNORED).chunk(self._width)[0]
+        return torch.cat([whole, labels[len(whole) :]])
+
+    def _on_sides(self, inputs: Mapping[str, Any], x: Tensor) -> tuple[Tensor, ...]:
+        """Returns the values of the chosen rows and of the rejected rows."""
+        return x.chunk(self._width)
 
     def _sides(
-        self, log_odds: Tensor, mask: Tensor, counts: Tensor | int | None, sides: int
+        self, inputs: Mapping[str, Any], scored: Scored, counts: Tensor | None
     ) -> tuple[Responses, Responses | None]:
         """Returns the chosen and, if present, the rejected responses, with the step's divisors."""
+        mask = inputs["completion_mask"][:, 1:].bool()
         divisors: list[dict[str, Any]] = [{}, {}]
-        if isinstance(counts, Tensor) and self._splits:
-            chosen, rejected, pairs = counts.unbind()
+        if counts is not None:
+            chosen, rejected, pairs, _ = counts.unbind()
             divisors = [{"total_tokens": n, "total_sequences": pairs} for n in (chosen, rejected)]
-        parts = zip(log_odds.chunk(sides), mask.chunk(sides), divisors[:sides], strict=True)
-        first, *rest = (Responses(m, kept, **totals) for m, kept, totals in parts)
+        own = zip(
+            self._on_sides(inputs, scored.log_odds), self._on_sides(inputs, mask), strict=True
+        )
+        first, *rest = (
+            Responses(log_odds, kept, **totals)
+            for (log_odds, kept), totals in zip(own, divisors[: self._width], strict=True)
+        )
         return first, rest[0] if rest else None
 
     def _reference(self, inputs: dict[str, Any]) -> tuple[Tensor | None, Tensor | None]:
-        """Returns log P of both sides under the reference, (B,) each, if a loss needs it."""
-        if "dpo" not in self.objective.weights:
+        """Returns log P of both sides under the reference, (B,) each, if a loss looks at it."""
+        if not self._uses_reference:
             return None, None
         if self.precompute_ref_logps:
             return inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
-        reference_of: Any = self.compute_ref_log_probs  # trl has no types
-        reference = self.model if self.ref_model is None else self.ref_model
-        with served(LogProbs), head_outside_graphs(reference):
-            chosen, rejected = reference_of(reference, inputs)
-        return chosen, rejected
+        with self._as_reference() as reference:
+            return self.compute_ref_log_probs(reference, inputs)
 
-    def _averages(self, counts: Tensor | int | None) -> bool:
-        """Whether the step's loss is a mean over all processes' tokens."""
-        return counts is not None and bool(self.args.average_tokens_across_devices)
-
-    def _parts(self, counts: Tensor | int | None) -> int:
-        """Returns how many micro-batches of this process share a step's loss."""
-        return 1 if counts is None else int(self.current_gradient_accumulation_steps)
-
-    def _note(
+    def _more(
         self,
+        model: Any,
         inputs: dict[str, Any],
-        counted: dict[str, tuple[Tensor, Tensor | None]],
-        metrics: Mapping[str, Tensor],
-    ) -> None:
-        """Stores the metrics of a batch for the log, over all processes, in one transfer."""
-        model: Any = self.model
-        mode = "train" if model.training else "eval"
-        with torch.no_grad():
-            named = {**counted, "tokens": (inputs["attention_mask"].sum().float(), None)}
-            ours = {_TRL_NAMES.get(k, k): (v.float(), None) for k, v in metrics.items()}
-            named |= ours
-            names, values = list(named), [v for v, _ in named.values()]
-            weights = [torch.ones_like(v) if w is None else w for v, w in named.values()]
-            table = torch.stack([torch.stack(values), torch.stack(weights)]).float()
-            if self._averages_metrics:
-                table = self.accelerator.gather(table[None])
-            sums = table.view(-1, 2, len(names)).sum(0).tolist()
-        seen = {k: v / w if w else 0.0 for k, v, w in zip(names, *sums, strict=True)}
-        tokens = seen.pop("tokens") * sums[1][names.index("tokens")]
-        if mode == "train":
-            self._total_train_tokens += round(tokens) // self._tp_size
-        for name, value in seen.items():
-            self._metrics[mode][name].append(value)
-        self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+        scored: Scored,
+        sides: tuple[Responses, Responses | None],
+        counts: Tensor | None,
+    ) -> dict[str, Any]:
+        """Returns the gold responses, weights of pairs and KTO's reference point that are asked."""
+        given: dict[str, Any] = {}
+        if self._nll_on_prompt:
+            there = self._on_sides(inputs, inputs["attention_mask"][:, 1:].bool())[0]
+            total = None if counts is None else counts[3]
+            log_odds = self._on_sides(inputs, scored.log_odds)[0]
+            given["gold"] = Responses(log_odds, there, total_tokens=total)
+        if self.args.use_weighting:
+            squares = self._on_sides(inputs, scored.log_sum_squares)  # type: ignore[arg-type]
+            given["pair_weights"] = wpo_weights(*sides, *squares)  # type: ignore[arg-type]
+        if self.mixture.takes("reference_point"):
+            given["reference_point"] = self._reference_point(model, inputs)
+        return given
 
-    @property
-    def _averages_metrics(self) -> bool:
-        """Whether there are other processes."""
-        return bool(self.accelerator.num_processes > 1)
-
-
-_TRL_NAMES = {"logps/chosen": "logps/chosen", "logps/rejected": "logps/rejected"}
+    def _reference_point(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        """Returns KTO's z: the mean log-ratio of completions of other prompts, at least 0."""
+        tokens = {k: v for k, v in inputs.items() if k in ROWS or k == "mm_token_type_ids"}
+        moved = {**inputs, **after_other_prompts(tokens, 2, self.args.max_length)}
+        own = self._row_logps(model, moved)
+        with self._as_reference() as reference:
+            ratios = own - self._row_logps(reference, moved)
+        total, count = self._over_ranks(ratios.sum(), ratios.new_tensor(len(ratios)))
+        return (total / count).clamp(min=0)
 
 
-def _counts(completion_mask: Tensor) -> Tensor:
-    """Returns (3,): the chosen tokens, the rejected tokens and the pairs of a batch."""
-    chosen, rejected = completion_mask[:, 1:].bool().chunk(2)
-    pairs = (chosen.any(-1) | rejected.any(-1)).sum()
-    return torch.stack([chosen.sum(), rejected.sum(), pairs])
-
-
-def _scaled(metrics: Mapping[str, Tensor], parts: int) -> dict[str, Tensor]:
-    """Scales the shares of a step's loss by their number, so that their mean is the loss."""
-    return {k: v * parts for k, v in metrics.items() if k.startswith("loss/")}
-
-
-@torch.no_grad()
-def _counted(outputs: Any, mask: Tensor, sides: int) -> dict[str, tuple[Tensor, Tensor | None]]:
-    """Returns what trl's DPO logs of tokens: sums, and the tokens they are over."""
-    t = mask.shape[1]
-    parts = mask.chunk(sides)
-    means = (outputs.mean_logits[:, -t:] * mask).chunk(sides)
-    hits = outputs.is_top1[:, -t:].chunk(sides)[0] & parts[0]
-    logits = zip(("logits/chosen", "logits/rejected"), means, parts, strict=False)
-    return {
-        "entropy": ((outputs.entropy[:, -t:] * mask).sum(), mask.sum()),
-        **{name: (mean.sum(), part.sum()) for name, mean, part in logits},
-        "mean_token_accuracy": (hits.sum(), parts[0].sum()),
-    }
-
-
-@contextlib.contextmanager
-def _without_adapter_on_its_head(model: Any) -> Iterator[None]:
-    """Makes a model name the layer below an adapter as its head, within the block.
-
-    trl's trainers look for an adapter there when they are made and refuse it: their own scoring
-    would leave it out.
-    """
-    causal: Any = causal_of(model) if isinstance(model, torch.nn.Module) else None
-    if not hasattr(causal, "get_output_embeddings"):
-        yield
-        return
-    own = causal.get_output_embeddings
-
-    def below() -> Any:
-        layer = own()
-        return layer.base_layer if has_adapter(layer) else layer
-
-    object.__setattr__(causal, "get_output_embeddings", below)
-    try:
-        yield
-    finally:
-        object.__delattr__(causal, "get_output_embeddings")
-
-
-def _check_config(args: DPOConfig) -> None:
-    """Raises if the arguments ask for another loss than the mixture."""
-    for name, instead in _UNSUPPORTED.items():
-        default = DPOConfig.__dataclass_fields__[name]
-        usual = default.default_factory() if callable(default.default_factory) else default.default
-        value = getattr(args, name)
-        if value != usual:
-            raise ValueError(f"args.{name}: expected {usual!r} ({instead} here), got {value!r}")
+def _check_rows(dataset: Any) -> None:
+    """Raises if rows are single responses with labels."""
+    first: Any = {} if dataset is None else next(iter(dataset), {})
+    if isinstance(first, Mapping) and "label" in first and "chosen" not in first:
+        raise ValueError(
+            f"train_dataset: expected pairs with chosen and rejected, got columns {sorted(first)}; "
+            "UnpairedRewardPenalizeTrainer takes completions with a label each"
+        )

@@ -23,7 +23,7 @@ from trl.trainer.dpo_config import DPOConfig
 
 from fastadapt._cli.errors import CommandError
 from fastadapt._cli.train.folder import seal, unseal
-from fastadapt.trl.trainer import RewardPenalizeTrainer, fused_log_probs
+from fastadapt.trl.trainer import RewardPenalizeTrainer
 
 _OF_TORCHS_WRITER = "PytorchStreamWriter|inline_container"
 _REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
@@ -69,6 +69,8 @@ class StageTrainer(RewardPenalizeTrainer):
         config = copy.copy(config)
         config.precompute_ref_log_probs = True  # a reference beside the model is never loaded
         config.max_length = None  # the pairs have been cut
+        for name in ("beta", "label_smoothing"):  # the options hold those of this stage
+            setattr(config, name, DPOConfig.__dataclass_fields__[name].default)
         check_parameters(model, f"{label}, before its first step")
         super().__init__(
             model.eval(),
@@ -111,7 +113,7 @@ class StageTrainer(RewardPenalizeTrainer):
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         """Adds log P under the present model for the pairs that will be used, NaN for others."""
-        if "dpo" not in self.objective.weights:
+        if not self._uses_reference:
             return dataset
         path = self.folder / f"reference-{name}.safetensors"
         known = _read(path, len(dataset))
@@ -172,8 +174,7 @@ class StageTrainer(RewardPenalizeTrainer):
             if places:
                 inputs = self._prepare_inputs(self.data_collator([dataset[i] for i in places]))
                 reference_of: Any = self.compute_ref_log_probs  # trl has no types
-                with fused_log_probs():
-                    logps = reference_of(self.model, inputs)
+                logps = reference_of(self.model, inputs)
                 values = torch.stack(logps).double().cpu()
                 rejected = [
                     i for i, fine in zip(places, values.isfinite().all(0), strict=True) if not fine
