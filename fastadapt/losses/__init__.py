@@ -22,6 +22,7 @@ from fastadapt.losses.formulas import (
 )
 from fastadapt.losses.linear_mle import linear_mle_loss
 from fastadapt.losses.mixture import RewardPenalizeLoss
+from fastadapt.losses.negatives import linear_top_k, repeated_ngrams
 from fastadapt.losses.policy import (
     clipped_ratio_loss,
     reinforce_loss,
@@ -106,6 +107,7 @@ __all__ = [
     "linear_divergence",
     "linear_mle_loss",
     "linear_support_log_odds",
+    "linear_top_k",
     "mate_loss",
     "mate_penalty",
     "mle_loss",
@@ -115,6 +117,7 @@ __all__ = [
     "previous_tokens",
     "ramp",
     "reinforce_loss",
+    "repeated_ngrams",
     "robust_loss",
     "rrhf_loss",
     "sequence_logps",

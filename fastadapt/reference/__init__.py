@@ -32,6 +32,7 @@ from fastadapt.reference.adapted import (
 from fastadapt.reference.distribution_losses import (
     entropy_bonus,
     previous_tokens,
+    repeated_ngrams,
     smoothed_mle_loss,
     top_k_divergence,
     z_loss,
@@ -44,6 +45,7 @@ from fastadapt.reference.log_odds import (
     linear_candidate_log_odds,
     linear_log_odds,
     linear_mle_loss,
+    linear_top_k,
 )
 from fastadapt.reference.losses import (
     candidate_unlikelihood_penalty,
@@ -140,6 +142,7 @@ __all__ = [
     "linear_log_odds",
     "linear_mle_loss",
     "linear_support_log_odds",
+    "linear_top_k",
     "mate_loss",
     "mate_penalty",
     "mle_loss",
@@ -147,6 +150,7 @@ __all__ = [
     "orpo_loss",
     "previous_tokens",
     "reinforce_loss",
+    "repeated_ngrams",
     "robust_loss",
     "rrhf_loss",
     "sample",

@@ -83,6 +83,30 @@ def previous_tokens(
     return index, mask.to(labels.device)
 
 
+def repeated_ngrams(
+    labels: Tensor, n: int = 4, *, ignore_index: int = -100
+) -> tuple[Tensor, Tensor]:
+    """Reference of `fastadapt.repeated_ngrams`: the same sets, in other places.
+
+    Examples:
+        >>> from fastadapt import reference
+        >>> index, mask = reference.repeated_ngrams(torch.tensor([[5, 7, 5, 8]]), n=2)
+        >>> index[0, 3][mask[0, 3]]
+        tensor([7])
+    """
+    b, t = labels.shape
+    index, mask = labels.new_zeros(b, t, t), torch.zeros(b, t, t, dtype=torch.bool)
+    for row, ids in enumerate(labels.tolist()):
+        for at, label in enumerate(ids):
+            before = ids[at - n + 1 : at] if at >= n - 1 else [ignore_index]
+            seen = {ids[s] for s in range(n - 1, at) if ids[s - n + 1 : s] == before}
+            if ignore_index in [label, *before]:
+                seen = set()
+            for place, c in enumerate(sorted(seen - {label, ignore_index})):
+                index[row, at, place], mask[row, at, place] = c, True
+    return index, mask.to(labels.device)
+
+
 def top_k_divergence(
     chosen: Side,
     candidates: Tensor,

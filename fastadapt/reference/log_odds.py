@@ -121,6 +121,40 @@ def linear_candidate_log_odds(
     return (log_odds, *(found if differentiable else (x.detach() for x in found)))
 
 
+def linear_top_k(
+    hidden: Tensor,
+    weight: Tensor,
+    k: int,
+    labels: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    lora: tuple[Tensor, Tensor, float] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Reference of `fastadapt.linear_top_k`: sorts all logits.
+
+    Examples:
+        >>> from fastadapt import reference
+        >>> hidden, weight = torch.ones(1, 1), torch.tensor([[3.0], [1.0], [2.0]])
+        >>> reference.linear_top_k(hidden, weight, 2, labels=torch.tensor([0]))[0]
+        tensor([[2, 1]])
+    """
+    z = head_logits(hidden, weight, bias, softcap, logit_scale, None, lora).detach()
+    used = torch.ones(z.shape[:-1], dtype=torch.bool, device=z.device)
+    if labels is not None:
+        used = labels != ignore_index
+        own = torch.where(used, labels, 0)[..., None]
+        z = z.scatter(-1, own, float("-inf"))
+    values, index = z.sort(stable=True, dim=-1, descending=True)
+    more = (0, max(0, k - z.shape[-1]))
+    values = torch.nn.functional.pad(values[..., :k], more, value=float("-inf"))
+    index = torch.nn.functional.pad(index[..., :k], more)
+    there = (values > float("-inf")) & used[..., None]
+    return torch.where(there, index, 0), there
+
+
 def linear_mle_loss(
     hidden: Tensor,
     weight: Tensor,
