@@ -124,6 +124,15 @@ def test_example(script, letter_model, monkeypatch, tmp_path, capsys):
     assert not list(tmp_path.iterdir()), "an example left files"
 
 
+@pytest.mark.parametrize("loss", ["exmate", "dpo", "orpo", "kto"])
+def test_the_example_of_any_loss_takes_others(letter_model, monkeypatch, capsys, loss):
+    script = next(script for script in EXAMPLES if script.stem == "train_any_loss")
+    monkeypatch.setattr(sys, "argv", [str(script), letter_model, "--loss", loss])
+    runpy.run_path(str(script), run_name="__main__")
+    said = capsys.readouterr().out
+    assert said.startswith(f"{loss}: ") and said.count("nats a token") == 4
+
+
 WITHOUT_EXTRAS = """
 import runpy, sys
 for name in ("transformers", "trl", "datasets"):
