@@ -166,6 +166,9 @@ class RewardPenalizeTrainer(MixtureTrainer, DPOTrainer):
         with contextlib.ExitStack() as self._until_checked:
             self._until_checked.enter_context(without_adapter_on_its_head(model))
             super().__init__(model, ref_model, args, **rest)
+        for name, on in (("args.padding_free", self._packs), ("nll_on_prompt", nll_on_prompt)):
+            if on and self._is_vision_dataset:
+                raise ValueError(f"{name}: expected False with images, got True")
         self._finish(asked)
 
     def _check_inputs(self, args: DPOConfig) -> None:
