@@ -38,13 +38,22 @@ def scope(tmp_path, monkeypatch, letter_model):
     return {
         "model": letter_model,
         "pairs": datasets.Dataset.from_list(ROWS),
+        "rows": datasets.Dataset.from_list(
+            [{"prompt": r["prompt"], "completion": r["chosen"], "label": True} for r in ROWS]
+        ),
         "texts": datasets.Dataset.from_list([{"text": row["chosen"]} for row in ROWS]),
         "tokens": ids,
         "collator": DataCollatorForLanguageModeling(tokenizer, mlm=False),
     }
 
 
-@pytest.mark.parametrize("marker", ["RewardPenalizeTrainer(", "SFTTrainer(", "LogitsFreeTrainer("])
+TRAINERS = (
+    *(" RewardPenalizeTrainer(", "UnpairedRewardPenalizeTrainer("),
+    *("SFTTrainer(", "LogitsFreeTrainer("),
+)
+
+
+@pytest.mark.parametrize("marker", TRAINERS)
 def test_trainers(marker, scope):
     if marker == "LogitsFreeTrainer(":
         scope["model"] = LlamaForCausalLM.from_pretrained(scope["model"])
