@@ -85,7 +85,7 @@ def test_examples_of_losses_run():
     """In one scope, in their order; what was ignored has no gradient, all else has one."""
     scope: dict[str, object] = {}
     blocks = _examples("docs/training.md", "\n## Training a model\n")
-    assert len(blocks) == 11
+    assert len(blocks) == 12
     for block in _examples("docs/sampling.md")[:1] + blocks:
         exec(compile(block, "docs", "exec"), scope)
     assert scope["drawn"].status.tolist() == [0, 0, 0, 0]

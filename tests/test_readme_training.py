@@ -48,7 +48,7 @@ def scope(tmp_path, monkeypatch, letter_model):
 
 
 TRAINERS = (
-    *(" RewardPenalizeTrainer(", "UnpairedRewardPenalizeTrainer("),
+    *('loss={"dpo"', "UnpairedRewardPenalizeTrainer(", "negatives="),
     *("SFTTrainer(", "LogitsFreeTrainer("),
 )
 

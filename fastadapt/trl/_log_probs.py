@@ -55,12 +55,16 @@ Outputs = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | No
 
 
 class Head(NamedTuple):
-    """A head whose logits are `softcap * tanh(scale * (h @ weight.T + bias) / softcap)`."""
+    """A head whose logits are `softcap * tanh(scale * (h @ weight.T + bias) / softcap)`.
+
+    With an adapter, as `linear_log_odds` takes it, its product is added before the bias.
+    """
 
     weight: Tensor
     bias: Tensor | None
     softcap: float | None
     scale: float
+    lora: tuple[Tensor, Tensor, float] | None = None
 
 
 class Source(Protocol):
@@ -70,6 +74,15 @@ class Source(Protocol):
 
     def __call__(self, hidden: Tensor, labels: Tensor, head: Head) -> tuple[Tensor, Tensor]:
         """Returns log-odds and entropies of the next rows, (N,) each."""
+
+
+class Beside(Protocol):
+    """Scores more than the labels of the same rows, by the same head."""
+
+    found: Tensor | None  # its numbers of the last call
+
+    def of(self, hidden: Tensor, labels: Tensor, head: Head) -> Tensor:
+        """Returns numbers of the rows, (C,), as wide as log-odds."""
 
 
 class LogProbs:
@@ -93,11 +106,19 @@ class LogOdds:
         return score(*arguments)
 
 
-class SupportLogProbs:
-    """Replaces it by one whose log-probabilities and entropies are those on supports.
+class Scorer:
+    """What replaces it and knows a batch.
 
     One object serves all calls of a trainer, so that graphs that torch.compile has cut at it stay.
     """
+
+    def apply(self, *arguments: Any) -> Outputs:
+        """Returns log-probabilities or log-odds (N,), and the other outputs of trl's function."""
+        raise NotImplementedError
+
+
+class SupportLogProbs(Scorer):
+    """Replaces it by one whose log-probabilities and entropies are those on supports."""
 
     def __init__(self) -> None:
         self.source: Source | None = None
@@ -129,13 +150,15 @@ def score(
     logit_scale: float,
     outputs: Sequence[str],
     source: Source | None = None,
+    beside: Beside | None = None,
 ) -> Outputs:
     """Returns log-odds of N rows and what trl asks for.
 
     That is the entropy, the logarithm of the sum of all squared probabilities (for WPO), the mean
     logit, and whether the label is largest. The entropy has a gradient where the head has one; that
     of a frozen head, which would cost a product more in every step, and of one that is gathered for
-    the call is refused. With a source both are on the support that it has for each row.
+    the call is refused. With a source both are on the support that it has for each row. What is
+    scored `beside` is left there.
     """
     names = _NAMES if source is None else _ON_SUPPORTS
     missing = sorted(set(outputs) - names)
@@ -186,6 +209,9 @@ def score(
             differentiable=trained and not gathered,
         )
         made.update(zip(asked, found[1:], strict=True))
+        if beside is not None:
+            more = beside.of(hidden, targets, Head(weight, bias, cap, scale, adapter))
+            log_odds = torch.cat([log_odds, more])
         if "mean_logits" in outputs:
             with torch.no_grad():
                 made["mean_logits"] = _mean_logits(hidden, weight, bias, cap, scale, adapter)
@@ -198,6 +224,9 @@ def score(
         (log_odds,) = found
     else:
         log_odds = scored(hidden, weight, bias)
+    if beside is not None:
+        n = targets.shape[0]
+        log_odds, beside.found = log_odds.split([n, log_odds.shape[0] - n])
     squares = made.get("log_sum_sq_probs")
     if squares is not None:  # 0 in rows that are ignored
         squares = torch.where(squares == 0, 0.0, squares.log()).detach()

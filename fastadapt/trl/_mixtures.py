@@ -17,12 +17,13 @@ from fastadapt.training.lora import has_adapter
 from fastadapt.training.pairs import IGNORED
 from fastadapt.trl._arguments import option_of, parameters_of
 from fastadapt.trl._inputs import RewardShift
+from fastadapt.trl._log_probs import LogOdds
+from fastadapt.trl._negatives import Batch, CandidateLogOdds, scorer_of
 from fastadapt.trl._scoring import Scored, check_packing, score_rows
 
 ROWS = frozenset({"input_ids", "attention_mask", "completion_mask", "token_type_ids"})  # of text
 _OF_RESPONSES = {"logps", "rewards"}  # means over the responses of a side
 _NOT_MADE = {  # inputs that a trainer has not, and what has them
-    "candidates": "losses of labels; RewardPenalizeLoss takes candidates from a loop of your own",
     "logsumexp": "losses of labels; LogitsFreeTrainer(label_smoothing_factor=) smooths labels",
     "chosen_divergences": "losses of labels; RewardPenalizeLoss takes divergences per token, such "
     "as those of linear_divergence, from a loop of your own",
@@ -72,6 +73,10 @@ class MixtureTrainer:
             raise ValueError(f"args.sync_ref_model: expected False without a reference: {names}")
         self._splits = options.get("norm") != "batch_token_mean"
         self._packs, self._asked_packing = getattr(args, "padding_free", False), False
+
+    def _set_candidates(self, negatives: str | None, options: Mapping[str, Any] | None) -> None:
+        """Says what candidates the chosen rows have, if a loss takes any."""
+        self._candidates: CandidateLogOdds | None = scorer_of(negatives, options, self.mixture)
 
     def _finish(self, args: Any) -> None:
         """Does what is left when trl's trainer is made.
@@ -166,7 +171,12 @@ class MixtureTrainer:
         """Returns the loss of a batch, or its share of the step's loss."""
         inputs = self._own(inputs)
         extra = {"output_router_logits": True} if self.aux_loss_enabled else {}
-        scored = self._score(model, inputs, self._labels(inputs), **extra)
+        labels = self._labels(inputs)
+        with contextlib.ExitStack() as stack:
+            if self._candidates is not None:
+                batch = self._of_candidates(inputs, labels)
+                stack.enter_context(self._candidates.reading(batch))
+            scored = self._score(model, inputs, labels, **extra)
         split = isinstance(num_items_in_batch, Tensor) and self._splits
         counts = num_items_in_batch if split else None
         sides = self._sides(inputs, scored, counts)  # type: ignore[arg-type]
@@ -175,7 +185,12 @@ class MixtureTrainer:
         given |= self._more(model, inputs, scored, sides, counts)  # type: ignore[arg-type]
         if self.mixture.takes("reward_shift"):
             given["reward_shift"] = self._reward_shift(model, sides, reference)
+        if self._candidates is not None:
+            rows = self._candidates.inputs(batch)
+            given |= {name: self._on_sides(inputs, x)[0] for name, x in rows.items()}
         loss, metrics = self.mixture(*sides, progress=self.progress, **given)
+        if self._candidates is not None:
+            metrics["negatives/per_token"] = self._candidates.per_token
         told = {"reference_point": "kl", "reward_shift": "rewards/shift"}
         metrics |= {told[k]: given[k] for k in told if given.get(k) is not None}
         parts = 1 if num_items_in_batch is None else int(self.current_gradient_accumulation_steps)
@@ -201,7 +216,16 @@ class MixtureTrainer:
             check_packing(model, self.model.config)
             self._asked_packing = True
         own = self._of_the_model(inputs)
-        return score_rows(model, own, labels, packs=self._packs, **more)
+        scorer = LogOdds if self._candidates is None else self._candidates
+        return score_rows(model, own, labels, scorer, packs=self._packs, **more)
+
+    def _of_candidates(self, inputs: Mapping[str, Any], labels: Tensor) -> Batch:
+        """Returns the tokens of a batch, and which of them have candidates: the chosen ones."""
+        mask = inputs["completion_mask"][:, 1:].bool()
+        rows = torch.arange(len(mask), device=mask.device)
+        chosen = torch.isin(rows, self._on_sides(inputs, rows)[0])
+        there = inputs["attention_mask"].bool()
+        return Batch(inputs["input_ids"], labels[:, 1:], mask & chosen[:, None], there)
 
     @contextlib.contextmanager
     def _as_reference(self) -> Iterator[Any]:

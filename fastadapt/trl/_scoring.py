@@ -12,7 +12,7 @@ from torch import Tensor
 from fastadapt.training.compiled import head_outside_graphs
 from fastadapt.training.head import HeadError, causal_of, evaluating
 from fastadapt.training.pairs import IGNORED
-from fastadapt.trl._log_probs import LogOdds
+from fastadapt.trl._log_probs import LogOdds, Scorer
 from fastadapt.trl._served import served
 
 _PACKED = {"input_ids", "attention_mask"}  # what a packed row is made of
@@ -35,7 +35,13 @@ class Scored(NamedTuple):
 
 
 def score_rows(
-    model: Any, inputs: Mapping[str, Any], labels: Tensor, *, packs: bool = False, **more: Any
+    model: Any,
+    inputs: Mapping[str, Any],
+    labels: Tensor,
+    scorer: type | Scorer = LogOdds,
+    *,
+    packs: bool = False,
+    **more: Any,
 ) -> Scored:
     """Scores the labels of rows by one forward.
 
@@ -43,13 +49,14 @@ def score_rows(
         model: a model that trl has given its forward, or what wraps it.
         inputs: what the model takes, R rows.
         labels: (R, T), int64; the tokens themselves, or -100.
+        scorer: what returns their log-odds.
         packs: whether the rows go through the model as one, without padding.
         **more: other arguments of the model.
     """
     given, own, unpacked = dict(inputs), labels, _aligned(labels.shape[1] - 1)
     if packs:
         given, own, unpacked = _packed(inputs, labels)
-    with served(LogOdds), head_outside_graphs(model):
+    with served(scorer), head_outside_graphs(model):
         outputs = model(**given, **more, labels=own, use_cache=False, fused_lm_head=True)
     names = ("entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
     found = [getattr(outputs, name) for name in names]

@@ -7,14 +7,14 @@ from collections.abc import Iterator
 import trl
 from trl.trainer import utils as trl_utils
 
-from fastadapt.trl._log_probs import ARGUMENTS, LogOdds, LogProbs, SupportLogProbs
+from fastadapt.trl._log_probs import ARGUMENTS, LogOdds, LogProbs, Scorer
 
 # What the forward of trl 1.16 looks up.
 _FUNCTION, _COMPACTS = "_ChunkedLogProbFunction", "_use_triton"
 
 
 @contextlib.contextmanager
-def served(function: type | SupportLogProbs) -> Iterator[None]:
+def served(function: type | Scorer) -> Iterator[None]:
     """Replaces trl's function within the block; only used rows are scored."""
     check_hook()
     before = {name: getattr(trl_utils, name) for name in (_FUNCTION, _COMPACTS)}
@@ -30,7 +30,7 @@ def served(function: type | SupportLogProbs) -> Iterator[None]:
 def check_hook() -> None:
     """Raises unless trl calls the function that we replace, with known arguments."""
     found = getattr(trl_utils, _FUNCTION, None)
-    if found in (LogProbs, LogOdds) or isinstance(found, SupportLogProbs):
+    if found in (LogProbs, LogOdds) or isinstance(found, Scorer):
         return
     arguments: tuple[str, ...] = ()
     if found is not None and hasattr(trl_utils, _COMPACTS):

@@ -123,6 +123,13 @@ class RewardPenalizeTrainer(MixtureTrainer, DPOTrainer):
             under the name of a loss a mapping of those of that loss alone.
         nll_on_prompt (bool): the likelihood inside "orpo", "cpo" and "slic" is that of prompt and
             response of the chosen row, as in trl's `ORPOTrainer`.
+        negatives (str | None): what "candidate_unlikelihood_penalty" makes less likely in the rows
+            of the chosen responses, never the label: "previous", the earlier tokens; "top_k", the
+            most probable ids, the model's mistakes; "repeated_ngrams", tokens that would complete
+            an n-gram again. Logged is "negatives/per_token", how many a token has.
+        negative_options (Mapping[str, Any] | None): `window` (None: all) of "previous"; `k` (1) of
+            "top_k"; `n` (4) of "repeated_ngrams"; of the first and the last `context`: "response",
+            or "sequence", the prompt before it too.
         **rest: the other arguments of `DPOTrainer`, by name.
 
     Raises:
@@ -147,6 +154,8 @@ class RewardPenalizeTrainer(MixtureTrainer, DPOTrainer):
         loss: Mapping[str, Any],
         loss_options: Mapping[str, Any] | None = None,
         nll_on_prompt: bool = False,
+        negatives: str | None = None,
+        negative_options: Mapping[str, Any] | None = None,
         **rest: Any,
     ) -> None:
         check_hook()
@@ -160,6 +169,7 @@ class RewardPenalizeTrainer(MixtureTrainer, DPOTrainer):
         options = options_of(loss, loss_options, args, OF_DPO, KINDS_OF_DPO)
         self._nll_on_prompt = nll_on_prompt
         self._set_objective(loss, options, args, ref_model)
+        self._set_candidates(negatives, negative_options)
         self._ld_alpha = ld_alpha_of(self.mixture)
         self._check_inputs(args)
         args.padding_free = False  # rows are packed here

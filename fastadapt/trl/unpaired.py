@@ -66,6 +66,8 @@ class UnpairedRewardPenalizeTrainer(MixtureTrainer, KTOTrainer):
         loss (Mapping[str, Any]): names and weights, as for `RewardPenalizeLoss`; those of
             `CATALOGUE` that do not need "pairs".
         loss_options (Mapping[str, Any] | None): its options.
+        negatives (str | None): as of `RewardPenalizeTrainer`, in the rows labelled True.
+        negative_options (Mapping[str, Any] | None): as there.
         **rest: the other arguments of `KTOTrainer`, by name.
 
     Raises:
@@ -89,6 +91,8 @@ class UnpairedRewardPenalizeTrainer(MixtureTrainer, KTOTrainer):
         *,
         loss: Mapping[str, Any],
         loss_options: Mapping[str, Any] | None = None,
+        negatives: str | None = None,
+        negative_options: Mapping[str, Any] | None = None,
         **rest: Any,
     ) -> None:
         check_hook()
@@ -99,6 +103,7 @@ class UnpairedRewardPenalizeTrainer(MixtureTrainer, KTOTrainer):
         refuse(args, _REPLACED)
         options = options_of(loss, loss_options, args, OF_KTO, KINDS_OF_KTO)
         self._set_objective(loss, options, args, ref_model)
+        self._set_candidates(negatives, negative_options)
         paired = [name for name in self.mixture.weights if "pairs" in CATALOGUE[name].needs]
         if paired:
             raise ValueError(
