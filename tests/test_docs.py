@@ -20,7 +20,7 @@ NEEDS = {
     "fastadapt.losses": (),
     "fastadapt.reference": (),
     "fastadapt.hf": ("transformers",),
-    "fastadapt.tracking": ("transformers",),
+    "fastadapt.tracking": ("transformers", "trl"),
     "fastadapt.training": ("transformers",),
     "fastadapt.training.pairs": ("transformers",),
     "fastadapt.sglang": ("sglang",),

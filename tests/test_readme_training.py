@@ -63,6 +63,14 @@ def test_trainers(marker, scope):
     assert scope["trainer"].state.log_history[-1]["train_loss"] > 0
 
 
+@pytest.mark.parametrize("marker", ["tracker=tracker", "track(trainer"])
+def test_trackers_of_trl(marker, scope):
+    exec(compile(_block("python", marker), PAGE.name, "exec"), scope)
+    records = scope["tracker"].records
+    assert records[0]["step"] == 0 and records[0]["weight/rejected"] > 0
+    assert records[0]["rho/pairs"] > 0
+
+
 def test_tracker(scope):
     model = LlamaForCausalLM.from_pretrained(scope["model"])
     scope |= {
@@ -72,7 +80,7 @@ def test_tracker(scope):
         "objective": RewardPenalizeLoss({"dpo": 1.0, "exmate": 1.0}),
         "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
     }
-    exec(compile(_block("python", "RewardPenalizeTracker("), PAGE.name, "exec"), scope)
+    exec(compile(_block("python", "RewardPenalizeTracker(objective"), PAGE.name, "exec"), scope)
     tracker = scope["tracker"]
     assert len(scope["batches"]) == 2 and len(tracker.records) == 1 and len(tracker.pairs) == 8
 

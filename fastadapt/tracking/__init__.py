@@ -3,9 +3,9 @@
 from typing import Any
 
 from fastadapt._ops.config import needs_extra
-from fastadapt.tracking.tracker import RewardPenalizeTracker
+from fastadapt.tracking.tracker import RewardPenalizeTracker, track
 
-__all__ = ["RewardPenalizeTracker", "TrackerCallback"]
+__all__ = ["RewardPenalizeTracker", "TrackerCallback", "track"]
 __dir__ = __all__.copy  # what is not public is not listed
 
 

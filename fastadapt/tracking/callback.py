@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from transformers import TrainerCallback
 
 from fastadapt._ops.checks import instance
-from fastadapt.tracking.tracker import RewardPenalizeTracker
+from fastadapt.tracking.recorder import Recorder
+
+_STATE = "RewardPenalizeTracker"  # its place in the state of the trainer
 
 
 class TrackerCallback(TrainerCallback):
@@ -16,7 +19,12 @@ class TrackerCallback(TrainerCallback):
     The objective of the tracker is what the trainer's loss calls, in `compute_loss_func` or in an
     overridden `compute_loss`. Steps are those of the optimizer: of the micro-batches of a step that
     is due the first is recorded. For ρ, shared rows and the cells (x⁺, y⁻) and (x⁻, y⁺) the loss
-    function hands the tracker its batch: `tracker.see(batch)`.
+    function hands the tracker its batch: `tracker.see(batch)`; `fastadapt.tracking.track` does that
+    for the trainers of pairs.
+
+    Records are kept in the trainer's state, `trainer_state.json` of each checkpoint, those of the
+    first process. A run that is resumed from one begins with them, and leaves out what was recorded
+    after it; a checkpoint that has none is warned of.
 
     Examples:
         >>> from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
@@ -43,13 +51,28 @@ class TrackerCallback(TrainerCallback):
         TypeError: no tracker.
     """
 
-    def __init__(self, tracker: RewardPenalizeTracker) -> None:
-        instance("tracker", tracker, RewardPenalizeTracker, "a RewardPenalizeTracker")
+    def __init__(self, tracker: Recorder) -> None:
+        instance("tracker", tracker, Recorder, "a RewardPenalizeTracker")
         self.tracker = tracker
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Attaches the tracker."""
+        """Attaches the tracker, and finds the records of a run that is resumed."""
+        kept = state.stateful_callbacks.get(_STATE)
+        if state.global_step > 0 and kept is None:
+            warnings.warn(
+                f"the checkpoint has no records of a tracker: those before step "
+                f"{state.global_step} are missing",
+                stacklevel=2,
+            )
+        elif state.global_step > 0:
+            self.tracker.restore(kept["records"], kept["pairs"])
+        # the same lists, so that a checkpoint has what is recorded by then
+        state.stateful_callbacks[_STATE] = {
+            "records": self.tracker.records,
+            "pairs": self.tracker.pairs,
+        }
         self.tracker.at_step(state.global_step)
+        self.tracker.detach()  # what a run that failed has left attached
         self.tracker.attach()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -14,7 +14,6 @@ from fastadapt.losses import Responses, RewardPenalizeLoss
 from fastadapt.losses.rows import Rows, checked
 from fastadapt.tracking.closed_forms import Inputs, response_slopes
 from fastadapt.tracking.displacement import Displacement
-from fastadapt.tracking.gradients import SideGradients, gradients_of
 from fastadapt.tracking.pair_contexts import shared_rows
 from fastadapt.training.pairs import IGNORED, PairBatch
 
@@ -23,12 +22,17 @@ QUANTILES = {"p10": 0.1, "p50": 0.5, "p90": 0.9}
 UNDERFLOW = math.log(torch.finfo(torch.float32).tiny)  # of log P
 DEAD_ZONE = math.log1p(-1e-5) - math.log(1e-5)  # log-odds beyond which a clamp at 1e-5 acts
 NAIVE_INF = 24 * math.log(2)  # log-odds beyond which 1 - p rounds to 0 in float32
+SLOPES = (
+    *("weight/chosen", "weight/rejected"),
+    *("mass/chosen", "mass/rejected", "mass/other"),
+)  # what `slope_metrics` says
+_SIDES = ("chosen", "rejected")
 _CELLS = ("chosen_in_chosen", "rejected_in_rejected", "rejected_in_chosen", "chosen_in_rejected")
 
 
 def cell_metrics(
     chosen: Responses,
-    rejected: Responses,
+    rejected: Responses | None,
     batch: PairBatch | None,
     cross: tuple[Responses, Responses] | None,
 ) -> Row:
@@ -36,8 +40,8 @@ def cell_metrics(
 
     Args:
         chosen: (x⁺, y⁺).
-        rejected: (x⁻, y⁻).
-        batch: their tokens; None: it is not known whether x⁺ = x⁻.
+        rejected: (x⁻, y⁻); None: the step has none.
+        batch: their tokens; None: it is not known whether x⁺ = x⁻, or they are no pairs.
         cross: (x⁻, y⁺) and (x⁺, y⁻); None: they are what the others are where x⁺ = x⁻ or y⁺ = y⁻.
     """
     cells: dict[str, Responses | None] = {
@@ -59,12 +63,11 @@ def cell_metrics(
                 rows = checked(name, side)
                 values = rows.logps(mean=mean)[rows.lengths > 0]
             row |= _spread(f"{name}/{unit}", values)
-    g, b = (
-        checked(name, side).logps() for name, side in (("chosen", chosen), ("rejected", rejected))
-    )
-    if len(g) == len(b):
-        row["margin"] = float((g - b).mean())
-        row["accuracy"] = float((g > b).float().mean())
+    g = checked("chosen", chosen).logps()
+    b = None if rejected is None else checked("rejected", rejected).logps()
+    pairs = b is not None and len(g) == len(b) > 0
+    row["margin"] = float((g - b).mean()) if b is not None and pairs else None
+    row["accuracy"] = float((g > b).float().mean()) if b is not None and pairs else None
     return row
 
 
@@ -73,45 +76,101 @@ def cells_coincide(batch: PairBatch) -> bool:
     return _same_prompts(batch) or _same_responses(batch)
 
 
-def loss_metrics(
-    objective: RewardPenalizeLoss, inputs: Mapping[str, Any], batch: PairBatch | None
-) -> Row:
-    """Returns gradient masses, the weights of the losses and the counters.
+def slopes_of(objective: RewardPenalizeLoss, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Returns ∂L/∂m of each side, float64, from the gradient of the loss itself.
+
+    One more forward and backward of the formulas, in float64, whatever the losses are.
 
     Args:
         objective: the loss.
-        inputs: the arguments of its call, without graphs.
-        batch: the tokens; None: no row is taken for shared.
+        inputs: the arguments of its call.
     """
-    chosen, rejected = inputs["chosen"], inputs["rejected"]
-    rows = Inputs(
-        checked("chosen", chosen._replace(log_odds=chosen.log_odds.double())),
-        checked("rejected", rejected._replace(log_odds=rejected.log_odds.double())),
-        (inputs.get("ref_chosen_logps"), inputs.get("ref_rejected_logps")),
-        None if inputs.get("candidates") is None else inputs["candidates"].double(),
-        inputs.get("candidate_mask"),
-        chosen.total_sequences,
-        inputs,
-    )
-    assert rows.rejected is not None
-    slopes = gradients_of(objective, rows)
-    masses = gradient_mass(slopes, rows.chosen, rows.rejected, batch)
-    row: Row = {f"mass/{name}": float(x) for name, x in masses.items()}
-    row |= _weights(objective, rows)
-    m, kept = rows.rejected.log_odds, rows.rejected.kept
-    values = [x for side in slopes.values() for x in (side.logp, side.log_odds)]
-    wild = sum(int((~x.isfinite()).sum()) for x in [*values, rows.chosen.log_odds, m])
-    used = rows.rejected.lengths > 0
-    return row | {
-        "count/underflow": int(((rows.rejected.logps() < UNDERFLOW) & used).sum()),
-        "count/dead_zone": int(((m > DEAD_ZONE) & kept).sum()),
-        "count/naive_inf": int(((m > NAIVE_INF) & kept).sum()),
-        "count/nonfinite": wild,
+    wide = {name: _wide(x) for name, x in inputs.items()}
+    sides = {name: wide[name] for name in _SIDES if wide.get(name) is not None}
+    points = {k: side.log_odds.requires_grad_() for k, side in sides.items()}
+    with torch.enable_grad():
+        # not a call, which would run hooks
+        loss, _ = objective.forward(**wide)
+        found = torch.autograd.grad(loss, list(points.values()), allow_unused=True)
+    return {
+        k: torch.zeros_like(x) if g is None else g
+        for (k, x), g in zip(points.items(), found, strict=True)
     }
 
 
-def rho_metrics(found: Displacement) -> Row:
+def slope_metrics(
+    slopes: Mapping[str, Tensor],
+    chosen: Responses,
+    rejected: Responses | None,
+    batch: PairBatch | None,
+) -> Row:
+    """Returns gradient masses and how hard a step pushes each side.
+
+    Args:
+        slopes: ∂L/∂m of each side, float64.
+        chosen: as of the loss, and so the others.
+        rejected: None: the step has none.
+        batch: the tokens; None: no row is taken for shared.
+    """
+    row: Row = {}
+    kept = {}
+    for name, side, sign in (("chosen", chosen, -1.0), ("rejected", rejected, 1.0)):
+        row[f"weight/{name}"] = None
+        if side is None:
+            continue
+        rows = checked(name, side._replace(log_odds=side.log_odds.double()))
+        kept[name] = rows
+        row[f"weight/{name}"] = _weight(sign * slopes[name], rows)
+    masses = gradient_mass(slopes, kept["chosen"], kept.get("rejected"), batch)
+    return row | {f"mass/{name}": float(x) for name, x in masses.items()}
+
+
+def counters(
+    chosen: Responses, rejected: Responses | None, slopes: Mapping[str, Tensor] | None
+) -> Row:
+    """Returns how many rejected responses and tokens, and numbers, are beyond what floats say."""
+    rows = checked("chosen", chosen._replace(log_odds=chosen.log_odds.double()))
+    wild = [rows.log_odds, *({} if slopes is None else slopes).values()]
+    row: Row = {"count/underflow": 0, "count/dead_zone": 0, "count/naive_inf": 0}
+    if rejected is not None:
+        rows = checked("rejected", rejected._replace(log_odds=rejected.log_odds.double()))
+        m, kept = rows.log_odds, rows.kept
+        wild.append(m)
+        row = {
+            "count/underflow": int(((rows.logps() < UNDERFLOW) & (rows.lengths > 0)).sum()),
+            "count/dead_zone": int(((m > DEAD_ZONE) & kept).sum()),
+            "count/naive_inf": int(((m > NAIVE_INF) & kept).sum()),
+        }
+    return row | {"count/nonfinite": sum(int((~x.isfinite()).sum()) for x in wild)}
+
+
+def named_weights(objective: RewardPenalizeLoss, inputs: Mapping[str, Any]) -> Row:
+    """Returns the factors of losses that have a name, on the gradients of their rejected side."""
+    row: Row = {}
+    wide = {name: _wide(x) for name, x in inputs.items()}
+    if wide.get("rejected") is None:
+        return row
+    g, b = (checked(name, wide[name]) for name in _SIDES)
+    refs = wide.get("ref_chosen_logps"), wide.get("ref_rejected_logps")
+    given = Inputs(g, b, refs, None, None, wide["chosen"].total_sequences, wide)
+    for name in objective.weights:
+        own = objective.options_of(name)
+        if name == "dpo":
+            row["weight/dpo_k"] = float(response_slopes(name, given, own, "rejected").mean())
+        elif name.startswith("exmate"):
+            p = _exmate_probability(b, own.get("norm", "sequence_mean"))
+            row["weight/exmate"] = own.get("coefficient", 1.0) * float(p)
+        elif name.startswith("unlikelihood"):
+            odds = b.log_odds[b.kept].exp()
+            row["weight/unlikelihood_odds"] = float(odds.median()) if len(odds) else None
+            row["weight/unlikelihood_odds/max"] = float(odds.max()) if len(odds) else None
+    return row
+
+
+def rho_metrics(found: Displacement | None) -> Row:
     """Returns the median and the largest ρ, how many are above 1, and how many there are."""
+    if found is None:
+        return {"rho/median": None, "rho/max": None, "rho/above_one": 0, "rho/pairs": 0}
     rho = found.rho[found.rho.isfinite()]
     return {
         "rho/median": float(rho.median()) if len(rho) else None,
@@ -122,7 +181,7 @@ def rho_metrics(found: Displacement) -> Row:
 
 
 def gradient_mass(
-    slopes: Mapping[str, SideGradients], chosen: Rows, rejected: Rows, batch: PairBatch | None
+    slopes: Mapping[str, Tensor], chosen: Rows, rejected: Rows | None, batch: PairBatch | None
 ) -> dict[str, Tensor]:
     """Returns Σ |∂L/∂z| on the labels of chosen and of rejected responses and on all other entries.
 
@@ -136,13 +195,13 @@ def gradient_mass(
     A shared label counts as one of the chosen response.
 
     Args:
-        slopes: of "chosen" and "rejected".
+        slopes: ∂L/∂m of "chosen" and, where there are any, of "rejected".
         chosen: the chosen responses, padded where there is a batch.
-        rejected: the rejected ones.
+        rejected: the rejected ones, or None.
         batch: their tokens; None: all rows are taken for rows of their own.
     """
-    g, b = slopes["chosen"].log_odds, slopes["rejected"].log_odds
-    if batch is None:
+    g, b = slopes["chosen"], slopes.get("rejected", slopes["chosen"].new_zeros(0))
+    if batch is None or rejected is None:
         return {
             "chosen": g.abs().sum(),
             "rejected": b.abs().sum(),
@@ -168,22 +227,26 @@ def gradient_mass(
     }
 
 
-def _weights(objective: RewardPenalizeLoss, x: Inputs) -> Row:
-    """Returns the factors of each loss on the gradients of its rejected side."""
-    assert x.rejected is not None
-    row: Row = {}
-    for name in objective.weights:
-        own = objective.options_of(name)
-        if name == "dpo":
-            row["weight/dpo_k"] = float(response_slopes(name, x, own, "rejected").mean())
-        elif name.startswith("exmate"):
-            p = _exmate_probability(x.rejected, own.get("norm", "sequence_mean"))
-            row["weight/exmate"] = own.get("coefficient", 1.0) * float(p)
-        elif name.startswith("unlikelihood"):
-            odds = x.rejected.log_odds[x.rejected.kept].exp()
-            row["weight/unlikelihood_odds"] = float(odds.median()) if len(odds) else None
-            row["weight/unlikelihood_odds/max"] = float(odds.max()) if len(odds) else None
-    return row
+def _weight(slopes: Tensor, rows: Rows) -> float | None:
+    """Returns the mean over responses of B ∂L/∂S, of what falls on each of its tokens' log p.
+
+    For a loss of S alone that is its derivative; B is what the loss divides by.
+    """
+    rest = torch.sigmoid(-rows.log_odds)
+    by_logp = torch.where((rest > 0) & rows.kept, slopes / rest, 0.0)
+    some = rows.lengths > 0
+    if not bool(some.any()):
+        return None
+    each = rows.sum(by_logp)[some] / rows.lengths[some]
+    return float(each.mean() * rows.sequences)
+
+
+def _wide(x: Any) -> Any:
+    """Returns a side or a tensor of floats without its graph, in float64."""
+    if isinstance(x, Responses):
+        return x._replace(log_odds=x.log_odds.detach().double())
+    floats = isinstance(x, Tensor) and x.is_floating_point()
+    return x.detach().double() if floats else x
 
 
 def _exmate_probability(rejected: Rows, norm: str) -> Tensor:

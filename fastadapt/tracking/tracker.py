@@ -1,42 +1,21 @@
-"""Tracks chosen and rejected responses during training, without changing the run.
-
-The tracker listens to two modules through forward hooks: the objective, whose arguments are the
-log-odds that the step has computed anyway, and the head of the model, which is called with the
-hidden states (or its body, where a forward of trl scores what that returns). Both are detached;
-nothing that the step uses is changed, and no random number is drawn.
-"""
+"""The tracker: what a run does to chosen and rejected responses, as dictionaries."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterable, Iterator
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from fastadapt._ops.checks import instance, integer
-from fastadapt.losses import Responses, RewardPenalizeLoss
-from fastadapt.tracking.displacement import Displacement, displacement
-from fastadapt.tracking.metrics import (
-    Row,
-    cell_metrics,
-    cells_coincide,
-    loss_metrics,
-    rho_metrics,
-)
-from fastadapt.tracking.pair_contexts import cross_cells
-from fastadapt.training import LogOddsOf, Reference, response_log_odds, sides
-from fastadapt.training.head import causal_of, evaluating, layer_of
-from fastadapt.training.head_check import ask, head_of
-from fastadapt.training.pairs import PairBatch
+from fastadapt._ops.checks import flag, instance, integer
+from fastadapt.losses import RewardPenalizeLoss
+from fastadapt.tracking.recorder import Recorder
+from fastadapt.training import LogOddsOf, response_log_odds
+from fastadapt.training.head import causal_of
 
 INTERVAL = 10  # objective calls between two records
-Batches = tuple[PairBatch, Reference | None]
-T = TypeVar("T", bound="RewardPenalizeTracker")
 
 
-class RewardPenalizeTracker:
+class RewardPenalizeTracker(Recorder):
     """Records, at an interval, what training does to chosen and rejected responses.
 
     Examples:
@@ -56,8 +35,10 @@ class RewardPenalizeTracker:
         ([0, 2], 2)
 
     In a loop of your own, `tracker.see(batch)` before each step takes the place of `watch`. With
-    transformers' `Trainer` use `fastadapt.tracking.TrackerCallback`. Only calls of
-    the objective that build a graph count, so that evaluations in between are not recorded.
+    transformers' `Trainer` use `fastadapt.tracking.TrackerCallback`, with
+    `fastadapt.trl.RewardPenalizeTrainer` its argument `tracker`, with trl's `DPOTrainer`
+    `fastadapt.tracking.track`. Only calls of the objective that build a graph count, so that
+    evaluations in between are not recorded.
 
     A record is a dictionary of floats, ints and None:
 
@@ -69,10 +50,15 @@ class RewardPenalizeTracker:
       pairs; else they need `extra_forwards`, and without it, or without a batch, they are None.
       What the step computed is in the mode of training; extra forwards are in that of evaluation,
       before the step.
-    - "margin" S⁺ - S⁻ and "accuracy", the share of pairs with S⁺ > S⁻.
+    - "margin" S⁺ - S⁻ and "accuracy", the share of pairs with S⁺ > S⁻; None where the sides have
+      no equal number of responses. Cells of a side that a step has not are None too.
     - "mass/chosen", "mass/rejected", "mass/other": Σ |∂L/∂z| on the labels of chosen responses, on
       those of rejected ones and on all other entries of the rows of logits. Where a batch is known,
       rows that a pair shares are one row, in which the two sides cancel or add up.
+    - "weight/chosen" -B ∂L/∂S⁺ and "weight/rejected" B ∂L/∂S⁻, by the gradient of the loss itself,
+      whatever it is: means over responses, with ∂L/∂S the mean of ∂L/∂l over a response's tokens
+      and B what the side's means divide by. Through DPO both are k. Responses that are `gold`, and
+      candidates, are in neither, nor in the masses.
     - "weight/dpo_k" k (mean), "weight/exmate" coefficient times probability (mean),
       "weight/unlikelihood_odds" and ".../max" e^m (median, largest), of the losses there are.
     - "count/underflow": rejected responses whose P is below the normal float32 range.
@@ -85,11 +71,13 @@ class RewardPenalizeTracker:
     rejected_norm, cross, flagged.
 
     Args:
-        objective (RewardPenalizeLoss): the loss of the run.
+        objective (RewardPenalizeLoss | None): the loss of the run. None: that of the trainer which
+            it is given to.
         interval (int): of every so many steps the first is recorded.
         model (Any): a causal language model of transformers, for ρ and for extra forwards; None:
-            log-odds alone are seen. The two products of N H V that ρ takes are the larger part of
-            the tracker's cost.
+            that of the trainer; without one log-odds alone are seen.
+        rho (bool): whether ρ is recorded where there is a model. Its two products of N H V are the
+            larger part of the tracker's cost.
         extra_forwards (bool): run the model on (x⁻, y⁺) and (x⁺, y⁻) where they are not among
             what the step computes.
         log_odds_of (LogOddsOf): as in `training_steps`, for the extra forwards.
@@ -102,173 +90,92 @@ class RewardPenalizeTracker:
 
     def __init__(
         self,
-        objective: RewardPenalizeLoss,
+        objective: RewardPenalizeLoss | None = None,
         *,
         interval: int = INTERVAL,
         model: Any = None,
+        rho: bool = True,
         extra_forwards: bool = False,
         log_odds_of: LogOddsOf = response_log_odds,
     ) -> None:
-        instance("objective", objective, torch.nn.Module, "a RewardPenalizeLoss")
+        if objective is not None:
+            instance("objective", objective, torch.nn.Module, "a RewardPenalizeLoss")
         interval = integer("interval", interval, 1)
+        flag("rho", rho)
         if model is not None:
             causal_of(model)
-        if extra_forwards and model is None:
+        if extra_forwards and model is None and objective is not None:
             raise ValueError("extra_forwards: expected a model to run, got None")
-        self.records: list[Row] = []
-        self.pairs: list[Row] = []
-        self.interval = interval
-        self.objective, self._model = objective, model
-        self._extra, self._log_odds_of = extra_forwards, log_odds_of
-        self._signature = inspect.signature(objective.forward)
-        self._step = 0
-        self._recorded: int | None = None
-        self._follows = False  # the step comes from outside
-        self._batch: PairBatch | None = None
-        self._hidden: Tensor | None = None  # what the head read
-        self._returned: Tensor | None = None  # what the body returned
-        self._handles: list[Any] = []
+        super().__init__(objective, interval, model, rho, extra_forwards, log_odds_of)
 
-    def __enter__(self: T) -> T:
-        """Attaches the tracker."""
-        self.attach()
-        return self
+    def follow(self, trainer: Any) -> None:
+        """Records a trainer's run: attaches to it with a callback, and is handed its batches.
 
-    def __exit__(self, *_: object) -> None:
-        """Detaches the tracker."""
-        self.detach()
-
-    def attach(self) -> None:
-        """Starts listening to the objective and the model.
+        Args:
+            trainer: of transformers' kind, whose `objective` is a `RewardPenalizeLoss`; or trl's
+                `DPOTrainer`.
 
         Raises:
-            RuntimeError: it listens already.
+            TypeError, ValueError: as `fastadapt.tracking.track`.
         """
-        if self._handles:
-            raise RuntimeError("tracker: expected one that is not attached, got an attached one")
-        hook = self.objective.register_forward_hook(self._on_loss, with_kwargs=True)
-        self._handles.append(hook)
-        if self._model is not None:
-            self._handles += [
-                layer_of(self._model).register_forward_pre_hook(self._on_head),
-                causal_of(self._model).base_model.register_forward_hook(self._on_body),
-            ]
+        from fastadapt.tracking.following import Following
 
-    def detach(self) -> None:
-        """Stops listening; the records stay."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        self._hidden = self._returned = self._batch = None
-
-    def watch(self, batches: Iterable[Batches]) -> Iterator[Batches]:
-        """Yields the batches unchanged, and remembers each while its step is taken."""
-        for item in batches:
-            self.see(item[0])
-            yield item
-
-    def see(self, batch: PairBatch) -> None:
-        """Remembers the batch of the next step."""
-        instance("batch", batch, PairBatch, "a PairBatch")
-        self._batch = batch
-
-    def at_step(self, step: int) -> None:
-        """Sets the number of the step, which the caller counts from now on."""
-        self._step, self._follows = step, True
-
-    @property
-    def _due(self) -> bool:
-        """Whether this step is recorded."""
-        return self._step % self.interval == 0 and self._recorded != self._step
-
-    def _on_body(self, body: Any, inputs: Any, output: Any) -> None:
-        """Keeps the body's output in a step to be recorded."""
-        if self._due and torch.is_grad_enabled():
-            self._returned = output.last_hidden_state.detach()
-
-    def _on_head(self, head: Any, inputs: tuple[Any, ...]) -> None:
-        """Keeps the hidden states of a step to be recorded."""
-        if self._due and torch.is_grad_enabled():
-            self._hidden = inputs[0].detach()
-
-    def _on_loss(
-        self, objective: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> None:
-        """Counts a call that builds a graph, and records it if its turn has come."""
-        loss = output[0]
-        if not (torch.is_grad_enabled() and loss.requires_grad):
-            return
-        if self._due:
-            bound = self._signature.bind(*args, **kwargs)
-            with torch.no_grad():
-                others = bound.arguments.pop("inputs", {})
-                self._record(float(loss), {**bound.arguments, **others})
-            self._recorded, self._hidden, self._returned = self._step, None, None
-        if not self._follows:
-            self._step += 1
-
-    def _record(self, loss: float, inputs: dict[str, Any]) -> None:
-        """Adds one record."""
-        chosen, rejected = (_detached(inputs.get(side)) for side in ("chosen", "rejected"))
-        if chosen is None or rejected is None:
-            raise ValueError("objective: expected calls with both sides, got one")
-        inputs = {**inputs, "chosen": chosen, "rejected": rejected}
-        batch = self._batch
-        if batch is not None and batch.labels.shape != (
-            2 * len(chosen.log_odds),
-            chosen.log_odds.shape[-1],
-        ):
-            raise ValueError(
-                f"batch: expected one seen for these log_odds, {tuple(chosen.log_odds.shape)} a "
-                f"side, got labels {tuple(batch.labels.shape)}"
-            )
-        row: Row = {"step": self._step, "loss": loss}
-        row |= cell_metrics(chosen, rejected, batch, self._cross(batch))
-        row |= loss_metrics(self.objective, inputs, batch)
-        if self._model is not None:
-            found = self._displacement(batch)
-            row |= rho_metrics(found)
-            self.pairs += [
-                {"step": self._step, "pair": i, **values}
-                for i, values in enumerate(_per_pair(found))
-            ]
-        self.records.append(row)
-
-    def _displacement(self, batch: PairBatch | None) -> Displacement:
-        """Returns ρ of the batch, from the hidden states of the step."""
-        states = self._returned if self._hidden is None else self._hidden
-        if batch is None or states is None:
-            missing = "batch that was seen" if batch is None else "forward pass"
-            raise ValueError(f"model: expected a {missing} before the loss, got none")
-        head = head_of(self._model)
-        if self._hidden is None and not ask(self._model).direct:
-            raise ValueError("model: expected one whose head reads what its body returns")
-        return displacement(states[:, : batch.labels.shape[1]], batch.labels, head)
-
-    def _cross(self, batch: PairBatch | None) -> tuple[Responses, Responses] | None:
-        """Computes the cells (x⁻, y⁺) and (x⁺, y⁻) in evaluation mode, if asked for."""
-        if not self._extra or batch is None or cells_coincide(batch):
-            return None
-        cross = cross_cells(batch)
-        with evaluating(self._model):
-            return sides(cross, self._log_odds_of(self._model, cross))
+        trainer.add_callback(Following(self, trainer))
 
 
-def _detached(side: Responses | None) -> Responses | None:
-    """Returns a side without its graph."""
-    return None if side is None else side._replace(log_odds=side.log_odds.detach())
+def track(
+    trainer: Any,
+    *,
+    interval: int = INTERVAL,
+    rho: bool = True,
+    extra_forwards: bool = False,
+) -> RewardPenalizeTracker:
+    """Records what a trainer's run does to its pairs, from one call before `train()`.
 
+    Of `fastadapt.trl.RewardPenalizeTrainer` and its like records are those of its objective. Of
+    trl's `DPOTrainer`, whatever its `loss_type`, they have the same names: log-probabilities are
+    those that its model returns, inside `fused_log_probs()` or not, the loss is what
+    `compute_loss` returns, and what the gradient says ("mass/...", "weight/chosen",
+    "weight/rejected") is read in the run's own backward. "weight/dpo_k" is there for the loss type
+    "sigmoid" alone. Outside `fused_log_probs()` a probability near 1 has few digits of 1 - p.
 
-def _per_pair(found: Displacement) -> Iterator[Row]:
-    """Yields the numbers of each pair."""
-    columns = zip(
-        found.rho.tolist(),
-        found.chosen.tolist(),
-        found.rejected.tolist(),
-        found.cross.tolist(),
-        found.flagged.tolist(),
-        strict=True,
-    )
-    names = ("rho", "chosen_norm", "rejected_norm", "cross", "flagged")
-    for values in columns:
-        yield dict(zip(names, values, strict=True))
+    Examples:
+        >>> import datasets, tokenizers, transformers, trl
+        >>> from fastadapt.tracking import track
+        >>> words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1, "?": 2}, "?"))
+        >>> tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="?")
+        >>> config = transformers.LlamaConfig(
+        ...     vocab_size=3, hidden_size=64, intermediate_size=64, num_hidden_layers=1
+        ... )
+        >>> model, ref_model = (transformers.LlamaForCausalLM(config) for _ in range(2))
+        >>> pairs = [{"prompt": "a", "chosen": "b", "rejected": "a"}] * 24
+        >>> trainer = trl.DPOTrainer(
+        ...     model,
+        ...     ref_model,
+        ...     args=trl.DPOConfig("out", bf16=False, save_strategy="no", num_train_epochs=1),
+        ...     train_dataset=datasets.Dataset.from_list(pairs),
+        ...     processing_class=tokenizer,
+        ... )
+        >>> tracker = track(trainer, interval=2)
+        >>> result = trainer.train()
+        {'train_runtime': ...}
+        >>> [record["step"] for record in tracker.records]
+        [0, 2]
+
+    Args:
+        trainer: trl's `DPOTrainer`, or one with a `RewardPenalizeLoss` as its `objective`.
+        interval (int): as of `RewardPenalizeTracker`, and so the others.
+        rho (bool): as there.
+        extra_forwards (bool): as there.
+
+    Returns:
+        RewardPenalizeTracker: whose `records` and `pairs` grow in the run, and are kept with its
+        checkpoints.
+
+    Raises:
+        TypeError: no trainer of pairs.
+        ValueError: an interval below 1; ρ of a head that is not whole on each process.
+    """
+    tracker = RewardPenalizeTracker(interval=interval, rho=rho, extra_forwards=extra_forwards)
+    tracker.follow(trainer)
+    return tracker

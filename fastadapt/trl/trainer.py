@@ -130,6 +130,8 @@ class RewardPenalizeTrainer(MixtureTrainer, DPOTrainer):
         negative_options (Mapping[str, Any] | None): `window` (None: all) of "previous"; `k` (1) of
             "top_k"; `n` (4) of "repeated_ngrams"; of the first and the last `context`: "response",
             or "sequence", the prompt before it too.
+        tracker (fastadapt.tracking.RewardPenalizeTracker | None): one without an objective, which
+            then records this run, its checkpoints included.
         **rest: the other arguments of `DPOTrainer`, by name.
 
     Raises:
@@ -156,6 +158,7 @@ class RewardPenalizeTrainer(MixtureTrainer, DPOTrainer):
         nll_on_prompt: bool = False,
         negatives: str | None = None,
         negative_options: Mapping[str, Any] | None = None,
+        tracker: Any = None,
         **rest: Any,
     ) -> None:
         check_hook()
@@ -202,6 +205,14 @@ class RewardPenalizeTrainer(MixtureTrainer, DPOTrainer):
                 "args.per_device_train_batch_size: expected at least 2 for kto, whose reference "
                 "point is of the completions of other prompts, got 1"
             )
+        if tracker is not None:
+            follow = getattr(tracker, "follow", None)
+            if follow is None:
+                raise TypeError(
+                    "tracker: expected a RewardPenalizeTracker, such as "
+                    f"RewardPenalizeTracker(interval=10), got {tracker!r}"
+                )
+            follow(self)
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         """Computes the reference by our operator, if a loss looks at it."""

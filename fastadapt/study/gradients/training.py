@@ -168,8 +168,10 @@ def _train(
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=options.learning_rate, weight_decay=0.0, fused=True
     )
+    objective = tracker.objective
+    assert objective is not None
     with tracker:
-        steps = training_steps(model, tracker.watch(turns), tracker.objective, optimizer)
+        steps = training_steps(model, tracker.watch(turns), objective, optimizer)
         for i, _ in enumerate(steps, start=1):
             on_step(i)
 
