@@ -19,6 +19,7 @@ from fastadapt import Responses, RewardPenalizeLoss  # noqa: E402
 from fastadapt.tracking import RewardPenalizeTracker, track  # noqa: E402
 from fastadapt.tracking.following import log_odds_of, pair_batch  # noqa: E402
 from fastadapt.tracking.metrics import slopes_of  # noqa: E402
+from fastadapt.tracking.recorder import _of_tokens  # noqa: E402
 from fastadapt.trl import RewardPenalizeTrainer, fused_log_probs  # noqa: E402
 
 
@@ -286,14 +287,45 @@ def test_a_run_that_failed_can_be_started_again(letter_model, tokenizer, tmp_pat
     assert "compute_loss" not in trainer.__dict__
 
 
+BATCH = {
+    "input_ids": torch.tensor([[1, 2, 3, 0], [1, 4, 0, 0]]),
+    "attention_mask": torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]]),
+    "completion_mask": torch.tensor([[0, 1, 1, 0], [0, 1, 0, 0]]),
+}
+
+
 def test_batches_of_pairs_and_others():
-    ids = torch.tensor([[1, 2, 3, 0], [1, 4, 0, 0]])
-    there = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]])
-    completion = torch.tensor([[0, 1, 1, 0], [0, 1, 0, 0]])
-    inputs = {"input_ids": ids, "attention_mask": there, "completion_mask": completion}
-    assert pair_batch(inputs).labels.tolist() == [[2, 3, -100], [4, -100, -100]]
-    assert pair_batch({**inputs, "label": torch.tensor([True, False])}) is None
-    assert pair_batch({"input_ids": ids}) is None
+    assert pair_batch(BATCH).labels.tolist() == [[2, 3, -100], [4, -100, -100]]
+    assert pair_batch({**BATCH, "label": torch.tensor([True, False])}) is None
+    assert pair_batch({"input_ids": BATCH["input_ids"]}) is None
+
+
+def test_as_many_responses_that_are_no_pairs():
+    """Said by who hands the batch on."""
+    x = torch.randn(1, 3, requires_grad=True)
+    side = Responses(x, torch.ones(1, 3, dtype=torch.bool))
+    objective = RewardPenalizeLoss({"exmate": 1.0})
+    with RewardPenalizeTracker(objective, interval=1) as tracker:
+        tracker.see(None)
+        objective(side, side)
+    with tracker:
+        tracker.see(pair_batch(BATCH))
+        objective(side, side)
+    assert [row["margin"] for row in tracker.records] == [None, 0.0]
+
+
+def test_states_of_packed_rows_and_of_prompts_that_are_learnt():
+    batch = pair_batch(BATCH)
+    states = torch.randn(2, 4, 5)
+    packed = states[batch.attention_mask.bool()][None]
+    expected = states[:, :-1].masked_fill(batch.attention_mask[:, :-1, None] == 0, 0.0)
+    assert torch.equal(_of_tokens(packed, batch), expected)
+    virtual = torch.cat([torch.randn(2, 7, 5), states], 1)
+    for given in (virtual, states, states[:, :-1]):
+        assert torch.equal(_of_tokens(given, batch), states[:, :-1])
+    for given in (states[:1], states[:, :2]):
+        with pytest.raises(ValueError, match="batch: expected one whose tokens reached the head"):
+            _of_tokens(given, batch)
 
 
 def test_what_is_refused(letter_model, tokenizer, tmp_path):

@@ -69,7 +69,8 @@ class Following(TrackerCallback):
         def compute(model: Any, inputs: Mapping[str, Any], *rest: Any, **named: Any) -> Any:
             if not torch.is_grad_enabled() or not self.tracker.due:
                 return compute_loss(model, inputs, *rest, **named)
-            self.tracker.see(pair_batch(inputs))
+            if inputs.keys() >= _TOKENS:
+                self.tracker.see(pair_batch(inputs))
             if not self._follows_loss:
                 return compute_loss(model, inputs, *rest, **named)
             returned: list[Any] = []
@@ -131,7 +132,10 @@ class Following(TrackerCallback):
 
 
 def pair_batch(inputs: Mapping[str, Any]) -> PairBatch | None:
-    """Returns a batch of trl, chosen responses before rejected ones, or None if it has no pairs."""
+    """Returns a batch of trl, chosen responses before rejected ones, or None if it has no pairs.
+
+    Those of unpaired responses have a label each.
+    """
     if not inputs.keys() >= _TOKENS or "label" in inputs:
         return None
     tokens = inputs["input_ids"]

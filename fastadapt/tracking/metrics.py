@@ -35,6 +35,8 @@ def cell_metrics(
     rejected: Responses | None,
     batch: PairBatch | None,
     cross: tuple[Responses, Responses] | None,
+    *,
+    pairs: bool = True,
 ) -> Row:
     """Returns the four cells with quantiles, the margin and the accuracy.
 
@@ -43,6 +45,7 @@ def cell_metrics(
         rejected: (x⁻, y⁻); None: the step has none.
         batch: their tokens; None: it is not known whether x⁺ = x⁻, or they are no pairs.
         cross: (x⁻, y⁺) and (x⁺, y⁻); None: they are what the others are where x⁺ = x⁻ or y⁺ = y⁻.
+        pairs: whether the i-th chosen response is against the i-th rejected one.
     """
     cells: dict[str, Responses | None] = {
         "chosen_in_chosen": chosen,
@@ -65,10 +68,9 @@ def cell_metrics(
             row |= _spread(f"{name}/{unit}", values)
     g = checked("chosen", chosen).logps()
     b = None if rejected is None else checked("rejected", rejected).logps()
-    pairs = b is not None and len(g) == len(b) > 0
-    row["margin"] = float((g - b).mean()) if b is not None and pairs else None
-    row["accuracy"] = float((g > b).float().mean()) if b is not None and pairs else None
-    return row
+    if b is None or not pairs or len(g) == 0:
+        return row | {"margin": None, "accuracy": None}
+    return row | {"margin": float((g - b).mean()), "accuracy": float((g > b).float().mean())}
 
 
 def cells_coincide(batch: PairBatch) -> bool:

@@ -69,7 +69,7 @@ class Recorder:
         self._recorded: int | None = None
         self._follows = False  # the step comes from outside
         self._batch: PairBatch | None = None
-        self._told = False  # whether a step was said to have no pairs
+        self._unpaired = False  # whether the step was said to have no pairs
         self._hidden: Tensor | None = None  # what the head read
         self._returned: Tensor | None = None  # what the body returned
         self._handles: list[Any] = []
@@ -119,10 +119,10 @@ class Recorder:
             yield item
 
     def see(self, batch: PairBatch | None) -> None:
-        """Remembers the batch of the next step; None: of pairs it is not."""
+        """Remembers the batch of the next step; None: its responses are no pairs."""
         if batch is not None:
             instance("batch", batch, PairBatch, "a PairBatch")
-        self._batch, self._told = batch, batch is None
+        self._batch, self._unpaired = batch, batch is None
 
     def take(self, objective: RewardPenalizeLoss | None, model: Any) -> None:
         """Takes the loss and the model of a run, where it has none of its own.
@@ -199,7 +199,8 @@ class Recorder:
             slopes: ∂L/∂m of each side; None: not known yet, and what they say is None until
                 `slope_metrics` is added to the record.
         """
-        pairs = rejected is not None and len(chosen.log_odds) == len(rejected.log_odds)
+        same = rejected is not None and len(chosen.log_odds) == len(rejected.log_odds)
+        pairs = same and not self._unpaired
         batch = self._batch if pairs else None
         if batch is not None and batch.labels.shape != (
             2 * len(chosen.log_odds),
@@ -210,14 +211,14 @@ class Recorder:
                 f"side, got labels {tuple(batch.labels.shape)}"
             )
         row: Row = {"step": self._step, "loss": loss}
-        row |= cell_metrics(chosen, rejected, batch, self._cross(batch))
+        row |= cell_metrics(chosen, rejected, batch, self._cross(batch), pairs=pairs)
         if slopes is None:
             row |= dict.fromkeys(SLOPES)
         else:
             row |= slope_metrics(slopes, chosen, rejected, batch)
         row |= counters(chosen, rejected, slopes)
         if self.needs_head:
-            found = None if self._unpaired(pairs) else self._displacement(batch)
+            found = self._displacement(batch) if pairs else None
             row |= rho_metrics(found)
             self.pairs += [
                 {"step": self._step, "pair": i, **values}
@@ -226,10 +227,6 @@ class Recorder:
         self.records.append(row)
         self._recorded, self._hidden, self._returned = self._step, None, None
         return row
-
-    def _unpaired(self, pairs: bool) -> bool:
-        """Whether the step has no pairs, so that there is no ρ."""
-        return not pairs or (self._told and self._batch is None)
 
     def _displacement(self, batch: PairBatch | None) -> Displacement:
         """Returns ρ of the batch, from the hidden states of the step."""
