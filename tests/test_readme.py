@@ -19,7 +19,7 @@ def report():
 
 
 PAGES = (
-    *("README.md", "docs/benchmarks.md", "docs/choosing.md", "docs/results.md"),
+    *("README.md", "docs/benchmarks.md", "docs/choosing.md", "docs/losses.md", "docs/results.md"),
     *("docs/sharded.md", "docs/supports.md"),
 )
 

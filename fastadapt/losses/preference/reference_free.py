@@ -126,7 +126,7 @@ def orpo_loss(
     The odds are P̄/(1-P̄), P̄ = e^S̄ the geometric mean of a response's token probabilities (Hong
     et al. 2024, arXiv 2403.07691, eq. 6 and 7; β is its λ). Per pair ∂L/∂S⁺ = -β σ(-h) / ((1 - P̄⁺)
     T⁺), h the difference of the log-odds: finite in the log-odds of the tokens, though 1 - P̄ goes
-    to 0, where trl's clamp of it ends the gradient.
+    to 0, where trl has an infinite loss and a gradient of NaN from log-odds of 17 on.
 
     Examples:
         >>> mask = torch.tensor([[True, True]])

@@ -203,15 +203,19 @@ def table() -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def symbols_list() -> list[tuple[str, str]]:
+    """Returns the symbols of the tables with their meanings."""
+    sides = "⁺, ⁻", "after a number of a response: of the chosen, of the rejected one"
+    return [*SYMBOLS.items(), sides, ("μ", "weight of the other losses of a mixture")]
+
+
 def symbols_text() -> str:
     """Returns what all symbols of the tables are."""
-    mixed = "; μ: weight of the other losses of a mixture"
-    return f"{'; '.join(f'{k}: {v}' for k, v in SYMBOLS.items())}{mixed}. {LETTERS}"
+    return f"{'; '.join(f'{k}: {v}' for k, v in symbols_list())}. {LETTERS}"
 
 
-def _family(rows: Sequence[TableRow]) -> list[str]:
-    """Tabulates the rows of a family, without columns that none of them fills."""
-    checks = [check_row(row) for row in rows]
+def columns_of(rows: Sequence[TableRow]) -> dict[str, list[str]]:
+    """Returns the columns of a table of coefficients, without those that no row fills."""
     parts = [row.gradient for row in rows]
     columns = {"loss": [row.name for row in rows], "c, chosen": [_code(x.chosen) for x in parts]}
     if any(x.rejected != "0" for x in parts):
@@ -220,7 +224,13 @@ def _family(rows: Sequence[TableRow]) -> list[str]:
         columns["u"] = [_code(x.u) for x in parts]
     if any(x.log_odds for x in parts):
         columns["g"] = [_code(x.log_odds) for x in parts]
-    columns["phase"] = [x.phase for x in parts]
+    return columns | {"phase": [x.phase for x in parts]}
+
+
+def _family(rows: Sequence[TableRow]) -> list[str]:
+    """Tabulates the rows of a family with their errors."""
+    checks = [check_row(row) for row in rows]
+    columns = columns_of(rows)
     columns["to autograd"] = [f"{x.autograd:.0e}" for x in checks]
     columns["to differences"] = [
         "-" if x.differences is None else f"{x.differences:.0e}" for x in checks
