@@ -183,6 +183,14 @@ class RewardPenalizeTrainer(MixtureTrainer, DPOTrainer):
             if on and self._is_vision_dataset:
                 raise ValueError(f"{name}: expected False with images, got True")
         self._finish(asked)
+        if tracker is not None:
+            follow = getattr(tracker, "follow", None)
+            if follow is None:
+                raise TypeError(
+                    "tracker: expected a RewardPenalizeTracker, such as "
+                    f"RewardPenalizeTracker(interval=10), got {tracker!r}"
+                )
+            follow(self)
 
     def _check_inputs(self, args: DPOConfig) -> None:
         """Raises if the arguments ask for inputs that no loss takes, or that cannot be made."""
@@ -205,14 +213,6 @@ class RewardPenalizeTrainer(MixtureTrainer, DPOTrainer):
                 "args.per_device_train_batch_size: expected at least 2 for kto, whose reference "
                 "point is of the completions of other prompts, got 1"
             )
-        if tracker is not None:
-            follow = getattr(tracker, "follow", None)
-            if follow is None:
-                raise TypeError(
-                    "tracker: expected a RewardPenalizeTracker, such as "
-                    f"RewardPenalizeTracker(interval=10), got {tracker!r}"
-                )
-            follow(self)
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         """Computes the reference by our operator, if a loss looks at it."""
