@@ -13,14 +13,18 @@ datasets = pytest.importorskip("datasets", reason="needs trl")
 pytest.importorskip("trl")
 
 from peft import LoraConfig  # noqa: E402
-from trl import DPOConfig, DPOTrainer  # noqa: E402
+from trl import DPOConfig, DPOTrainer, KTOConfig  # noqa: E402
 
 from fastadapt import Responses, RewardPenalizeLoss  # noqa: E402
 from fastadapt.tracking import RewardPenalizeTracker, track  # noqa: E402
 from fastadapt.tracking.following import log_odds_of, pair_batch  # noqa: E402
 from fastadapt.tracking.metrics import slopes_of  # noqa: E402
 from fastadapt.tracking.recorder import _of_tokens  # noqa: E402
-from fastadapt.trl import RewardPenalizeTrainer, fused_log_probs  # noqa: E402
+from fastadapt.trl import (  # noqa: E402
+    RewardPenalizeTrainer,
+    UnpairedRewardPenalizeTrainer,
+    fused_log_probs,
+)
 
 
 @pytest.fixture(scope="module")
@@ -170,6 +174,44 @@ def test_our_trainer_records_any_mixture(letter_model, tokenizer, tmp_path, loss
         else:
             assert row["weight/rejected"] >= 0 and row["rho/pairs"] == 4
     assert ("weight/exmate" in records[0]) == ("exmate" in loss)
+
+
+def test_packed_rows_have_the_same_records(letter_model, tokenizer, tmp_path):
+    found = []
+    for packs in (False, True):
+        named = {"loss": {"simpo": 1.0}, "tracker": RewardPenalizeTracker(interval=1)}
+        changes = {"padding_free": packs, "max_steps": 2}
+        kind = RewardPenalizeTrainer
+        _trainer(letter_model, tokenizer, tmp_path, kind, named=named, **changes).train()
+        found.append(named["tracker"].records)
+    for one, other in zip(*found, strict=True):
+        for name in ("loss", "margin", "mass/rejected", "weight/chosen", "rho/median"):
+            assert one[name] == pytest.approx(other[name], rel=1e-3), name
+
+
+def test_unpaired_rows_have_no_margin(letter_model, tokenizer, tmp_path):
+    """Also where a batch has as many of both."""
+    rows = [
+        {"prompt": pair["prompt"], "completion": pair[side], "label": side == "chosen"}
+        for pair in _pairs(8)
+        for side in ("chosen", "rejected")
+    ]
+    tracker = RewardPenalizeTracker(interval=1)
+    settings = {"max_steps": 2, "save_strategy": "no", "use_cpu": True, "bf16": False}
+    trainer = UnpairedRewardPenalizeTrainer(
+        letter_model,
+        args=KTOConfig(str(tmp_path), per_device_train_batch_size=16, report_to=[], **settings),
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=tokenizer,
+        loss={"kto": 1.0, "mle": 0.2},
+        tracker=tracker,
+    )
+    trainer.train()
+    assert [row["step"] for row in tracker.records] == [0, 1] and tracker.pairs == []
+    for row in tracker.records:
+        assert row["margin"] is row["rho/median"] is row["rejected_in_chosen/sum"] is None
+        assert row["weight/chosen"] > 0 and row["weight/rejected"] > 0
+        assert row["chosen_in_chosen/sum"] < 0 and row["mass/rejected"] > 0
 
 
 def test_sides_of_unequal_sizes():
@@ -331,7 +373,7 @@ def test_states_of_packed_rows_and_of_prompts_that_are_learnt():
 def test_what_is_refused(letter_model, tokenizer, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(letter_model)
     plain = Trainer(model, TrainingArguments(str(tmp_path), use_cpu=True), train_dataset=[])
-    with pytest.raises(TypeError, match="trainer: expected one with an objective"):
+    with pytest.raises(TypeError, match="trainer: expected one with a mixture"):
         track(plain)
     trainer = _trainer(letter_model, tokenizer, tmp_path)
     with pytest.raises(ValueError, match="interval: expected at least 1, got 0"):

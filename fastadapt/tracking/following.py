@@ -1,6 +1,6 @@
 """Follows a trainer's run: its batches are handed to a tracker, and of trl's DPO its losses too.
 
-trl's `DPOTrainer` has no objective to listen to. Its `compute_loss` is called through a function
+trl's `DPOTrainer` has no mixture to listen to. Its `compute_loss` is called through a function
 that sees the batch, what the model returned (log-probabilities of the labels) and the loss; the
 slopes ∂L/∂log p come with the run's own backward, from hooks that change nothing.
 """
@@ -35,14 +35,14 @@ class Following(TrackerCallback):
 
     def __init__(self, tracker: Recorder, trainer: Any) -> None:
         super().__init__(tracker)
-        objective = getattr(trainer, "objective", None)
+        objective = getattr(trainer, "mixture", None)
         if objective is None and not hasattr(trainer, "loss_types"):
             raise TypeError(
-                "trainer: expected one with an objective, a RewardPenalizeLoss, or trl's "
+                "trainer: expected one with a mixture, a RewardPenalizeLoss, or trl's "
                 f"DPOTrainer, got {type(trainer).__name__}"
             )
         if objective is not None:
-            instance("trainer.objective", objective, RewardPenalizeLoss, "a RewardPenalizeLoss")
+            instance("trainer.mixture", objective, RewardPenalizeLoss, "a RewardPenalizeLoss")
         tracker.take(objective, trainer.model)
         if tracker.needs_head:
             _check_whole(trainer.model)

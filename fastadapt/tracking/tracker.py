@@ -112,7 +112,7 @@ class RewardPenalizeTracker(Recorder):
         """Records a trainer's run: attaches to it with a callback, and is handed its batches.
 
         Args:
-            trainer: of transformers' kind, whose `objective` is a `RewardPenalizeLoss`; or trl's
+            trainer: of transformers' kind, whose `mixture` is a `RewardPenalizeLoss`; or trl's
                 `DPOTrainer`.
 
         Raises:
@@ -163,7 +163,7 @@ def track(
         [0, 2]
 
     Args:
-        trainer: trl's `DPOTrainer`, or one with a `RewardPenalizeLoss` as its `objective`.
+        trainer: trl's `DPOTrainer`, or one with a `RewardPenalizeLoss` as its `mixture`.
         interval (int): as of `RewardPenalizeTracker`, and so the others.
         rho (bool): as there.
         extra_forwards (bool): as there.

@@ -78,13 +78,15 @@ class MixtureTrainer:
         """Says what candidates the chosen rows have, if a loss takes any."""
         self._candidates: CandidateLogOdds | None = scorer_of(negatives, options, self.mixture)
 
-    def _finish(self, args: Any) -> None:
+    def _finish(self, args: Any, tracker: Any = None) -> None:
         """Does what is left when trl's trainer is made.
 
         Args:
             args: as they were asked for, where trl has got others.
+            tracker: what records the run, or None.
 
         Raises:
+            TypeError: no tracker.
             ValueError: a step has parts that the mixture cannot be split over.
         """
         for name in ("padding_free", "precompute_ref_log_probs", "loss_type"):
@@ -97,6 +99,14 @@ class MixtureTrainer:
             raise ValueError(
                 f"norm: expected one that splits over {parts} micro-batches, got batch_token_mean"
             )
+        if tracker is not None:
+            follow = getattr(tracker, "follow", None)
+            if follow is None:
+                raise TypeError(
+                    "tracker: expected a RewardPenalizeTracker, such as "
+                    f"RewardPenalizeTracker(interval=10), got {tracker!r}"
+                )
+            follow(self)
 
     def create_accelerator_and_postprocess(self) -> None:
         """Also shows again what was hidden from trl, which has looked by now and scores next."""

@@ -182,15 +182,7 @@ class RewardPenalizeTrainer(MixtureTrainer, DPOTrainer):
         for name, on in (("args.padding_free", self._packs), ("nll_on_prompt", nll_on_prompt)):
             if on and self._is_vision_dataset:
                 raise ValueError(f"{name}: expected False with images, got True")
-        self._finish(asked)
-        if tracker is not None:
-            follow = getattr(tracker, "follow", None)
-            if follow is None:
-                raise TypeError(
-                    "tracker: expected a RewardPenalizeTracker, such as "
-                    f"RewardPenalizeTracker(interval=10), got {tracker!r}"
-                )
-            follow(self)
+        self._finish(asked, tracker)
 
     def _check_inputs(self, args: DPOConfig) -> None:
         """Raises if the arguments ask for inputs that no loss takes, or that cannot be made."""

@@ -68,6 +68,8 @@ class UnpairedRewardPenalizeTrainer(MixtureTrainer, KTOTrainer):
         loss_options (Mapping[str, Any] | None): its options.
         negatives (str | None): as of `RewardPenalizeTrainer`, in the rows labelled True.
         negative_options (Mapping[str, Any] | None): as there.
+        tracker (fastadapt.tracking.RewardPenalizeTracker | None): as there; without pairs there is
+            no margin and no ρ.
         **rest: the other arguments of `KTOTrainer`, by name.
 
     Raises:
@@ -93,6 +95,7 @@ class UnpairedRewardPenalizeTrainer(MixtureTrainer, KTOTrainer):
         loss_options: Mapping[str, Any] | None = None,
         negatives: str | None = None,
         negative_options: Mapping[str, Any] | None = None,
+        tracker: Any = None,
         **rest: Any,
     ) -> None:
         check_hook()
@@ -115,7 +118,7 @@ class UnpairedRewardPenalizeTrainer(MixtureTrainer, KTOTrainer):
         with contextlib.ExitStack() as self._until_checked:
             self._until_checked.enter_context(without_adapter_on_its_head(model))
             super().__init__(model, ref_model, args, **rest)
-        self._finish(asked)
+        self._finish(asked, tracker)
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         """Computes the reference by our operator, if a loss looks at it."""
