@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import fastadapt
-from fastadapt._cli import gradients, tradeoff
+from fastadapt._cli import gradients, losses, tradeoff
 from fastadapt._cli.errors import INTERRUPTED, CommandError, CommandParser, fail
 from fastadapt._cli.train import command as train
 
@@ -119,6 +119,7 @@ def _parser() -> argparse.ArgumentParser:
 
     tradeoff.add_parser(commands)
     gradients.add_parser(commands)
+    losses.add_parser(commands)
     return parser
 
 

@@ -16,13 +16,13 @@ _DESCRIPTION = (
     "several, without making logits. Writes OUTPUT_DIR/model, metrics.jsonl and checkpoints."
 )
 _DATA = ("data", "split", "eval_data", "eval_split", "eval_fraction", "chat", "truncation")
-_LOSSES = ("loss", "stages", "coefficient", "norm", "level")
+_LOSSES = ("loss", "stages", "coefficient", "norm", "level", "loss_options")
 # Of trl's flags those that most runs need, as a person would say them; --help_all has the rest.
 _TRLS = {
     "output_dir": "folder of the run (required)",
     "max_length": "most tokens of a prompt and its response (default: 1024)",
-    "beta": "of DPO (default: 0.1)",
-    "label_smoothing": "of DPO (default: 0)",
+    "beta": "of all losses that have one (default: each its own)",
+    "label_smoothing": "share of swapped labels, of cdpo, robust, ... (default: each its own)",
     "learning_rate": "of all stages (default: 1e-05)",
     "lr_scheduler_type": "linear, cosine, ... (default: constant_with_warmup)",
     "warmup_steps": "of each stage (default: 0)",

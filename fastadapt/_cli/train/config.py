@@ -18,8 +18,10 @@ from fastadapt._cli.train.options import RunArguments, check_losses
 
 # Where this command begins from other values than trl's.
 DEFAULTS: dict[str, Any] = {
+    "beta": None,  # each loss has its own
     "bf16": False,
     "gradient_checkpointing": None,
+    "label_smoothing": None,
     "learning_rate": 1e-5,
     "logging_steps": 1,
     "lr_scheduler_type": "constant_with_warmup",
@@ -30,8 +32,10 @@ DEFAULTS: dict[str, Any] = {
 }
 # What trl's arguments say that is said otherwise here, or by nobody.
 _INSTEAD = {
-    "f_divergence_type": "only the reverse KL divergence is here",
-    "ld_alpha": "responses count whole",
+    "discopop_tau": "--loss_options discopop_tau=0.1",
+    "f_alpha_divergence_coef": "--loss_options f_alpha=0.3",
+    "f_divergence_type": "--loss_options f_divergence=forward_kl",
+    "ld_alpha": "--loss_options ld_alpha=0.5",
     "loss_type": "losses are named by --loss or --stages",
     "loss_weights": "weights stand in --loss or --stages, as dpo=1+exmate=0.5",
     "model_init_kwargs": "the model is loaded in float32",
@@ -53,6 +57,7 @@ _DECIDE_NOTHING = (
     *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor"),
     *("max_steps", "num_train_epochs"),
 )
+_OF_LOSSES = ("beta", "label_smoothing")  # flags of trl's that are options of losses here
 _CONSTANT = ("constant", "constant_with_warmup")
 
 
@@ -88,6 +93,11 @@ def parse(argv: Sequence[str]) -> tuple[RunArguments, DPOConfig]:
             # transformers has a new name for what trl calls gradient_checkpointing
             warnings.simplefilter("ignore", FutureWarning)
             run, config = parser.parse_args_and_config(words)
+        for name in _OF_LOSSES:
+            if (value := getattr(config, name)) is None:
+                setattr(config, name, DPOConfig.__dataclass_fields__[name].default)
+            else:
+                run.of_trl[name] = value
         _check(run, config)
     except ValueError as error:
         message = one_line(error)
@@ -110,6 +120,8 @@ def settings_of(run: RunArguments, config: DPOConfig, pairs: str) -> dict[str, A
         pairs: a digest of the data.
     """
     ours = {name: value for name, value in vars(run).items() if name not in ("resume", "data")}
+    del ours["of_trl"]
+    ours["loss_options"] = run.options_of_losses() or None
     ours |= {"loss": None, "stages": list(run.mixtures()), "eval_data": bool(run.eval_data)}
     theirs = {
         name: value
@@ -196,12 +208,7 @@ def _check(run: RunArguments, config: DPOConfig) -> None:
     if config.eval_on_start and not evaluates:
         raise ValueError("eval_on_start: expected --eval_data or --eval_fraction too, got neither")
     stages = run.mixtures()
-    options = run.loss_options()
-    for name, usual in (("beta", 0.1), ("label_smoothing", 0.0)):
-        if any("dpo" in stage for stage in stages):
-            options[name] = getattr(config, name)
-        elif getattr(config, name) != usual:
-            raise ValueError(f"{name}: expected a stage with dpo, got none")
+    options = run.options_of_losses()
     check_losses(stages, options, config.gradient_accumulation_steps * config.world_size)
     available = get_available_reporting_integrations()
     for name in config.report_to or ():

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import inspect
+import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from fastadapt._cli.errors import did_you_mean
-from fastadapt.losses import FORMULAS, Responses, RewardPenalizeLoss
+from fastadapt.losses import ALIASES, CATALOGUE, FORMULAS, Responses, RewardPenalizeLoss, name_of
 
 Stages = tuple[dict[str, float], ...]
-# whose numbers a batch of pairs has; candidates are other ids
-OFFERED = [
-    name
-    for name, loss in FORMULAS.items()
-    if "candidates" not in inspect.signature(loss).parameters
-]
+# of the needs of losses, what a batch of pairs with a reference that was computed before serves
+SERVED = frozenset({"pairs", "unpaired", "reference", "lengths", "batch"})
+# KTO's reference point takes a forward of the reference in each step.
+OFFERED = [name for name, entry in CATALOGUE.items() if entry.needs <= SERVED and name != "kto"]
 TRUNCATIONS = ("prompt", "response", "error")
 _OF_THE_LOSSES = ("coefficient", "norm", "level")
 
@@ -49,6 +48,12 @@ class RunArguments:
     coefficient: float | None = _flag("of the penalty inside a loss (default: 1)")
     norm: str | None = _flag("of ExMATE: sequence_mean, batch_token_mean, sequence_sum or token")
     level: str | None = _flag("of unlikelihood: token, sequence or sequence_mean")
+    loss_options: list[str] | None = _flag(
+        "others, NAME=VALUE or LOSS.NAME=VALUE: gamma=1 dpo.beta=0.3; `fastadapt losses NAME` "
+        "lists a loss's own"
+    )
+    # trl's flags that are options of losses, those that were given
+    of_trl: dict[str, float] = field(default_factory=dict, init=False)
     split: str = _flag("split of --data, if it is a data set of the hub", "train")
     eval_data: list[str] | None = _flag("pairs to evaluate on")
     eval_split: str = _flag("split of --eval_data, if it is a data set of the hub", "test")
@@ -84,6 +89,7 @@ class RunArguments:
         for rate in self.learning_rates or ():
             if not 0 < rate < math.inf:
                 raise ValueError(f"learning_rates: expected values above 0, got {rate}")
+        parse_options(self.loss_options or ())
         count = len(self.mixtures())
         if self.learning_rates and len(self.learning_rates) != count:
             got = len(self.learning_rates)
@@ -93,10 +99,43 @@ class RunArguments:
         """Returns the mixture of each stage."""
         return parse_stages(self.loss, self.stages)
 
-    def loss_options(self) -> dict[str, Any]:
-        """Returns the options of the losses that were set."""
+    def options_of_losses(self) -> dict[str, Any]:
+        """Returns the options of the losses that were set, as `RewardPenalizeLoss` takes them."""
         named = {name: getattr(self, name) for name in _OF_THE_LOSSES}
-        return {name: value for name, value in named.items() if value is not None}
+        set_here = {name: value for name, value in named.items() if value is not None}
+        return {**self.of_trl, **set_here, **parse_options(self.loss_options or ())}
+
+
+def parse_options(words: Iterable[str]) -> dict[str, Any]:
+    """Reads NAME=VALUE, an option of all losses that have it, and LOSS.NAME=VALUE, of one.
+
+    A value is a number, true, false or null, else text.
+
+    Raises:
+        ValueError: a word of another form, an option that is said twice.
+    """
+    found: dict[str, Any] = {}
+    for word in words:
+        name, equals, text = word.partition("=")
+        loss, dot, own = name.rpartition(".")
+        if not equals or not own or (dot and not loss):
+            raise ValueError(f"loss_options: expected NAME=VALUE or LOSS.NAME=VALUE, got {word!r}")
+        if dot and name_of(loss) not in CATALOGUE:
+            hint = did_you_mean(loss, CATALOGUE)
+            raise ValueError(f"loss_options: expected a loss before the dot, got {loss!r}{hint}")
+        into = found.setdefault(name_of(loss), {}) if dot else found
+        if own in into:
+            raise ValueError(f"loss_options: expected each option once, got {name!r} twice")
+        into[own] = _value(text)
+    return found
+
+
+def _value(text: str) -> Any:
+    """Reads a value of an option."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def parse_stages(loss: str | None, stages: str | None) -> Stages:
@@ -122,9 +161,9 @@ def parse_stages(loss: str | None, stages: str | None) -> Stages:
 
 
 def objective_of(stage: Mapping[str, float], options: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the options that the losses of a stage take."""
-    own = {name for loss in stage for name in inspect.signature(FORMULAS[loss]).parameters}
-    return {name: value for name, value in options.items() if name in own}
+    """Returns the options that the losses of a stage take, those of one loss alone under it."""
+    own = {name for loss in stage for name in _options_of(loss)}
+    return {name: value for name, value in options.items() if name in own or name in stage}
 
 
 def check_losses(stages: Stages, options: Mapping[str, Any], micro_batches: int) -> None:
@@ -144,8 +183,11 @@ def check_losses(stages: Stages, options: Mapping[str, Any], micro_batches: int)
     for stage in stages:
         own = objective_of(stage, options)
         used |= set(own)
-        RewardPenalizeLoss(stage, **own)(toy, toy, reference, reference)
-        if own.get("norm") == "batch_token_mean" and micro_batches > 1:
+        objective = RewardPenalizeLoss(stage, **own)
+        shift = {"reward_shift": torch.zeros(())} if objective.needs("reward_shift") else {}
+        objective(toy, toy, reference, reference, **shift)
+        norms = [objective.options_of(name).get("norm") for name in stage]
+        if "batch_token_mean" in norms and micro_batches > 1:
             raise ValueError(
                 f"norm: expected one that splits over {micro_batches} micro-batches, "
                 "got 'batch_token_mean'"
@@ -153,18 +195,30 @@ def check_losses(stages: Stages, options: Mapping[str, Any], micro_batches: int)
     unused = sorted(set(options) - used)
     if unused:
         names = ", ".join(name for stage in stages for name in stage)
-        raise ValueError(f"{unused[0]}: expected a loss that has it, got {names}")
+        expected = "a stage with it" if unused[0] in CATALOGUE else "a loss that has it"
+        known = {name for stage in stages for loss in stage for name in _options_of(loss)}
+        hint = did_you_mean(unused[0], known)
+        raise ValueError(f"{unused[0]}: expected {expected}, got {names}{hint}")
+
+
+def _options_of(loss: str) -> list[str]:
+    """Returns the names of a loss's options."""
+    own = inspect.signature(FORMULAS[loss]).parameters.values()
+    return [p.name for p in own if p.kind is p.KEYWORD_ONLY]
 
 
 def _mixture(flag: str, text: str) -> dict[str, float]:
     """Parses the losses of one stage, each with its weight or 1."""
     mixture: dict[str, float] = {}
     for part in text.split("+"):
-        name, equals, written = part.strip().partition("=")
+        word, equals, written = part.strip().partition("=")
+        name = name_of(word)
         if name not in OFFERED:
-            known = ", ".join(OFFERED)
-            hint = did_you_mean(name, OFFERED)
-            raise ValueError(f"{flag}: expected some of {known}, got {name!r}{hint}")
+            known, hint = ", ".join(OFFERED), did_you_mean(word, [*OFFERED, *ALIASES])
+            if name in CATALOGUE:
+                lacking = sorted(CATALOGUE[name].needs - SERVED) or ["reference_point"]
+                hint = f", which needs what this command has not: {', '.join(lacking)}"
+            raise ValueError(f"{flag}: expected some of {known}, got {word!r}{hint}")
         if name in mixture:
             raise ValueError(f"{flag}: expected each loss once in a stage, got {name!r} twice")
         try:

@@ -195,7 +195,7 @@ class Job:
                 self._stage_config(number),
                 label=label,
                 loss=stage,
-                loss_options=objective_of(stage, self.arguments.loss_options()),
+                loss_options=objective_of(stage, self.arguments.options_of_losses()),
                 train=train,
                 held_out=held_out,
                 tokenizer=self.tokenizer,

@@ -2,8 +2,16 @@
 
 from fastadapt.losses.catalogue.describe import describe
 from fastadapt.losses.catalogue.entry import Entry, Gradient
-from fastadapt.losses.catalogue.families import FAMILIES, families, family_of
-from fastadapt.losses.catalogue.listing import ALIASES, CATALOGUE, CONTAIN_MLE, FORMULAS, name_of
+from fastadapt.losses.catalogue.listing import (
+    ALIASES,
+    CATALOGUE,
+    CONTAIN_MLE,
+    FAMILIES,
+    FORMULAS,
+    families,
+    family_of,
+    name_of,
+)
 from fastadapt.losses.catalogue.symbols import SYMBOLS, symbols_in, times
 
 __all__ = [

@@ -3,7 +3,7 @@
 import inspect
 
 from fastadapt._ops.checks import nearest
-from fastadapt.losses.catalogue.listing import CATALOGUE, name_of
+from fastadapt.losses.catalogue.listing import ALIASES, CATALOGUE, name_of
 from fastadapt.losses.catalogue.symbols import SYMBOLS, symbols_in
 
 NEEDS_IN_WORDS = {
@@ -39,8 +39,8 @@ def describe(name: str) -> str:
     """
     known = name_of(name)
     if known not in CATALOGUE:
-        names = ", ".join(CATALOGUE)
-        raise ValueError(f"name: expected one of {names}, got {name!r}{nearest([name], CATALOGUE)}")
+        names, hint = ", ".join(CATALOGUE), nearest([name], [*CATALOGUE, *ALIASES])
+        raise ValueError(f"name: expected one of {names}, got {name!r}{hint}")
     entry = CATALOGUE[known]
     options = [
         f"{key}={p.default!r}"

@@ -59,6 +59,16 @@ Examples:
 """
 
 
+# that pages and tables keep apart, by what a loss needs
+FAMILIES = (
+    "likelihood of the chosen side",
+    "penalties on the rejected side",
+    "pairs with a reference",
+    "pairs without a reference",
+    "single responses with a reference",
+)
+
+
 def name_of(name: str) -> str:
     """Returns the name of a loss in `FORMULAS`, given that or an alias; unknown ones as they are.
 
@@ -68,3 +78,20 @@ def name_of(name: str) -> str:
         ('dpo', 'orpo')
     """
     return ALIASES.get(name, name)
+
+
+def family_of(entry: Entry) -> str:
+    """Returns the family of a loss, of `FAMILIES`."""
+    if "pairs" in entry.needs:
+        return FAMILIES[2] if "reference" in entry.needs else FAMILIES[3]
+    if "reference" in entry.needs:
+        return FAMILIES[4]
+    return FAMILIES[1] if entry.needs & {"unpaired", "candidates"} else FAMILIES[0]
+
+
+def families() -> dict[str, list[str]]:
+    """Returns the names of the losses of each family."""
+    found: dict[str, list[str]] = {family: [] for family in FAMILIES}
+    for name, entry in CATALOGUE.items():
+        found[family_of(entry)].append(name)
+    return found
