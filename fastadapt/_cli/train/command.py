@@ -106,7 +106,7 @@ def short_help() -> str:
     """Returns the help of the flags that most runs need, without importing trl."""
     from fastadapt._cli.train.options import RunArguments
 
-    ours = {field.name: field.metadata["help"] for field in fields(RunArguments)}
+    ours = {field.name: field.metadata["help"] for field in fields(RunArguments) if field.init}
     parser = argparse.ArgumentParser(
         prog="fastadapt train",
         usage="fastadapt train --data FILE --output_dir FOLDER (--loss | --stages) LOSSES [flags]",
