@@ -1,12 +1,10 @@
 """The losses against the table of their gradients, their references, the truth and other libraries.
 
-`CASES` has a row for every loss and option: adding a loss means adding its row.
+Batches and cases are in `loss_cases.py`; what is of preferences alone in
+`test_preference_losses.py`, and trl in `test_losses_against_trl.py`.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from inspect import signature
-from types import SimpleNamespace
 
 import mpmath
 import pytest
@@ -16,177 +14,44 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import fastadapt
-from fastadapt import Adaptor, Responses, RewardPenalizeLoss, adapted_log_odds, reference
-from fastadapt.losses import CONTAIN_MLE, FORMULAS
-
-V = 11
-
-
-def log_odds_of(z, y):
-    """z_y - logsumexp of the others, by autograd."""
-    others = z.scatter(-1, y[..., None], float("-inf"))
-    return z.gather(-1, y[..., None])[..., 0] - others.logsumexp(-1)
-
-
-class Side:
-    """Logits, labels and a mask, and the quantities of the table in probability space."""
-
-    def __init__(self, B=3, T=5, dtype=torch.float64, scale=2.0):
-        self.z = (torch.randn(B, T, V, dtype=dtype) * scale).requires_grad_()
-        self.y = torch.randint(V, (B, T))
-        self.mask = torch.rand(B, T) < 0.7
-        self.mask[:, 1] = True
-        self.log_odds = log_odds_of(self.z, self.y)
-        self.responses = Responses(self.log_odds, self.mask)
-        self.s = self.z.detach().softmax(-1)
-        self.p = self.s.gather(-1, self.y[..., None])[..., 0]
-        self.logp = self.z.detach().log_softmax(-1).gather(-1, self.y[..., None])[..., 0]
-        self.N, self.B = self.mask.sum().double(), B
-        self.T = self.mask.sum(-1, keepdim=True).double()
-        self.S = (self.logp * self.mask).sum(-1, keepdim=True)
-        self.P, self.root = self.S.exp(), (self.S / self.T).exp()
-
-
-class Batch:
-    """Chosen and rejected responses, a reference and candidates."""
-
-    def __init__(self, B=3, T=5, dtype=torch.float64):
-        self.chosen, self.rejected = Side(B, T, dtype), Side(B, T, dtype)
-        self.refs = (torch.randn(B, dtype=dtype) - 8, torch.randn(B, dtype=dtype) - 8)
-        self.ids = torch.rand(B, T, V).argsort(-1)[..., :4]  # no id twice in a row
-        self.candidate_mask = (torch.rand(B, T, 4) < 0.6) & (self.ids != self.chosen.y[..., None])
-        rows = self.chosen.z[..., None, :].expand(B, T, 4, V)
-        self.candidates = log_odds_of(rows, self.ids)
-
-    def inputs(self):
-        """The arguments of `RewardPenalizeLoss.forward`."""
-        return {
-            "chosen": self.chosen.responses,
-            "rejected": self.rejected.responses,
-            "ref_chosen_logps": self.refs[0],
-            "ref_rejected_logps": self.refs[1],
-            "candidates": self.candidates,
-            "candidate_mask": self.candidate_mask,
-        }
-
-    def gaps(self, normalized=False):
-        """(B, 1): the difference of the log-ratios, u / beta."""
-        g, b = self.chosen, self.rejected
-        x, y = g.S - self.refs[0][:, None], b.S - self.refs[1][:, None]
-        return x / g.T - y / b.T if normalized else x - y
-
-
-@dataclass(frozen=True)
-class Case:
-    """A loss with options, and its c_t in the table: ∂L/∂z = c_t (s - e_y)."""
-
-    name: str
-    options: dict
-    c: Callable[[Batch], tuple] | None
-
-    def __str__(self):
-        return "-".join([self.name, *map(str, self.options.values())])
-
-    def __call__(self, inputs, functions=FORMULAS):
-        """The loss of the inputs that it takes."""
-        names = signature(FORMULAS[self.name]).parameters
-        taken = {k: v for k, v in inputs.items() if k in names}
-        return functions[self.name](**taken, **self.options)
-
+from fastadapt import Adaptor, Responses, RewardPenalizeLoss, adapted_log_odds, losses, reference
+from fastadapt.losses import CATALOGUE, CONTAIN_MLE, FORMULAS
+from loss_cases import (
+    BESIDE,
+    CASES,
+    ONE_EACH,
+    REFERENCES,
+    Batch,
+    Case,
+    Side,
+    V,
+    log_odds_of,
+    odds,
+)
 
 DPO_INPUTS = ("chosen", "rejected", "ref_chosen_logps", "ref_rejected_logps")
-REFERENCES = {name: getattr(reference, f.__name__) for name, f in FORMULAS.items()}
-
-
-def dpo_case(k, **options):
-    """A DPO loss, by its -∂L/∂S⁺ per pair as a function of u / beta."""
-
-    def c(x):
-        g, b = x.chosen, x.rejected
-        weight = k(x.gaps(options.get("length_normalized", False))) / g.B
-        if options.get("length_normalized"):
-            return weight / g.T, -weight / b.T
-        return weight, -weight
-
-    return Case("dpo", {"beta": 0.3} | options, c)
-
-
-def odds(p):
-    return p / (1 - p)
-
-
-def mle(x):
-    return 1 / x.chosen.N
-
-
-def sigma(x):
-    return 1 / (1 + torch.exp(-x))
-
-
-CASES = [
-    Case("mle", {}, lambda x: (mle(x), 0)),
-    Case("mle", {"reduction": "sequence_sum"}, lambda x: (1 / x.chosen.B, 0)),
-    Case(
-        "unlikelihood",
-        {"coefficient": 0.7},
-        lambda x: (mle(x), -0.7 / x.rejected.N * odds(x.rejected.p)),
-    ),
-    Case("unlikelihood_penalty", {}, lambda x: (0, -1 / x.rejected.N * odds(x.rejected.p))),
-    Case(
-        "unlikelihood_penalty",
-        {"level": "sequence"},
-        lambda x: (0, -1 / x.rejected.B * odds(x.rejected.P)),
-    ),
-    Case(
-        "unlikelihood_penalty",
-        {"level": "sequence_mean"},
-        lambda x: (0, -1 / (x.rejected.B * x.rejected.T) * odds(x.rejected.root)),
-    ),
-    Case("candidate_unlikelihood_penalty", {}, None),  # not of this form: see the test below
-    Case("mate", {"coefficient": 0.05}, lambda x: (mle(x), -0.05 / x.rejected.N)),
-    Case("mate_penalty", {}, lambda x: (0, -1 / x.rejected.N)),
-    Case(
-        "exmate",
-        {"coefficient": 0.05, "norm": "batch_token_mean"},
-        lambda x: (
-            mle(x),
-            -0.05 / x.rejected.N * ((x.rejected.logp * x.rejected.mask).sum() / x.rejected.N).exp(),
-        ),
-    ),
-    Case("exmate", {}, lambda x: (mle(x), -x.rejected.root / (x.rejected.B * x.rejected.T))),
-    Case("exmate_penalty", {}, lambda x: (0, -x.rejected.root / (x.rejected.B * x.rejected.T))),
-    Case("exmate_penalty", {"norm": "sequence_sum"}, lambda x: (0, -x.rejected.P / x.rejected.B)),
-    Case("exmate_penalty", {"norm": "token"}, lambda x: (0, -x.rejected.p / x.rejected.N)),
-    dpo_case(lambda d: 0.3 * sigma(-0.3 * d)),
-    dpo_case(lambda d: 0.3 * (0.8 * sigma(-0.3 * d) - 0.2 * sigma(0.3 * d)), label_smoothing=0.2),
-    dpo_case(lambda d: 0.3 * sigma(-0.3 * d), length_normalized=True),
-    dpo_case(lambda d: 0.3 * (0.3 * d < 1).double(), loss_type="hinge"),
-    dpo_case(lambda d: -2 * (d - 1 / 0.6), loss_type="ipo"),
-    dpo_case(lambda d: -2 * (d - 1 / 0.6), loss_type="ipo", length_normalized=True),
-    dpo_case(
-        lambda d: 0.3 * (0.8 * sigma(-0.3 * d) + 0.2 * sigma(0.3 * d)) / 0.6,
-        loss_type="robust",
-        label_smoothing=0.2,
-    ),
+each_case = pytest.mark.parametrize("case", CASES, ids=str)
+each_loss = pytest.mark.parametrize("case", ONE_EACH, ids=str)
+# the published norm is one whose value depends on how the batch is split
+SPLITTABLE = [
+    case
+    for case in CASES
+    if case.options.get("norm") != "batch_token_mean" and "batch" not in CATALOGUE[case.name].needs
 ]
-IDS = [str(case) for case in CASES]
-each_case = pytest.mark.parametrize("case", CASES, ids=IDS)
-# the published norm is the one whose value depends on how the batch is split
-SPLITTABLE = [c for c in CASES if c.options.get("norm") != "batch_token_mean"]
-ONE_EACH = list({case.name: case for case in CASES}.values())
-
-
-def packed(side, order):
-    """A padded side in the packed layout, its tokens in another order, ignored ones among them."""
-    ids = torch.arange(side.mask.shape[0])[:, None].expand_as(side.mask)
-    ids = torch.where(side.mask, ids, -1).flatten()[order]
-    return Responses(side.log_odds.flatten()[order], segments=ids, num_segments=len(side.mask))
 
 
 def test_every_loss_has_a_case_and_a_reference():
     assert {case.name for case in CASES} == set(FORMULAS)
     public = {f.__name__ for f in FORMULAS.values()}
-    assert public <= set(fastadapt.__all__) and public <= set(reference.__all__)
+    assert public <= set(losses.__all__) and public <= set(reference.__all__)
+
+
+@pytest.mark.parametrize("name", sorted(set(losses.__all__) & set(reference.__all__)))
+def test_references_have_the_signatures_of_the_losses(name):
+    own, other = (signature(getattr(package, name)).parameters for package in (losses, reference))
+    assert [(p.name, p.kind, p.default) for p in own.values()] == [
+        (p.name, p.kind, p.default) for p in other.values()
+    ]
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.c], ids=str)
@@ -196,14 +61,16 @@ def test_gradient_is_that_of_the_table(case):
         x, upstream = Batch(), torch.randn((), dtype=torch.float64)
         loss = case(x.inputs())
         assert loss.dtype == torch.float64 and loss.shape == ()
-        z = [x.chosen.z, x.rejected.z]
-        gradients = torch.autograd.grad(loss, z, upstream, allow_unused=True)
-        for side, c, gradient in zip((x.chosen, x.rejected), case.c(x), gradients, strict=True):
+        gradients = torch.autograd.grad(loss, x.leaves, upstream, allow_unused=True)
+        wanted = case.c(x)
+        wanted = (*wanted, *[0] * (3 - len(wanted)))
+        sides = (x.chosen, x.rejected, x.gold)
+        for side, c, gradient in zip(sides, wanted, gradients, strict=True):
             c = torch.as_tensor(c, dtype=torch.float64) * side.mask
             onehot = F.one_hot(side.y, V)
-            wanted = upstream * c[..., None] * (side.s - onehot)
-            gradient = torch.zeros_like(wanted) if gradient is None else gradient
-            torch.testing.assert_close(gradient, wanted, rtol=0, atol=1e-12)
+            expected = upstream * c[..., None] * (side.s - onehot)
+            gradient = torch.zeros_like(expected) if gradient is None else gradient
+            torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_candidates_gradient_is_that_of_the_table():
@@ -223,9 +90,17 @@ def test_candidates_gradient_is_that_of_the_table():
     torch.testing.assert_close(gradient, wanted, rtol=0, atol=1e-12)
 
 
+TABLE = {case.name: case.c for case in ONE_EACH}
+
+
+def options_of(name, options):
+    """Those of the options that a loss has."""
+    return {k: v for k, v in options.items() if k in signature(FORMULAS[name]).parameters}
+
+
 MIXES = [
     ({"dpo": 1.0, "mle": 0.4}, {"beta": 0.3}),
-    ({"dpo": 1.0, "exmate": 0.5}, {"beta": 0.3}),
+    ({"dpo": 1.0, "exmate": 0.5}, {"beta": 0.3, "coefficient": 0.7}),
     ({"dpo": 0.5, "unlikelihood": 2.0}, {"beta": 0.3, "coefficient": 0.7}),
     ({"mle": 1.0, "unlikelihood_penalty": 0.3, "exmate_penalty": 0.2, "mate_penalty": 0.1}, {}),
 ]
@@ -237,7 +112,7 @@ def test_mixture_is_the_weighted_sum_of_the_table(weights, options):
     loss, metrics = RewardPenalizeLoss(weights, **options)(*(x.inputs()[k] for k in DPO_INPUTS))
     chosen, rejected, total = 0.0, 0.0, 0.0
     for name, weight in weights.items():
-        case = next(c for c in CASES if c.name == name and c.options.items() <= options.items())
+        case = Case(name, options_of(name, options), TABLE[name])
         value = case(x.inputs(), REFERENCES)
         torch.testing.assert_close(metrics[f"loss/{name}"], value.detach(), rtol=1e-12, atol=1e-12)
         c_chosen, c_rejected = case.c(x)
@@ -263,26 +138,23 @@ def test_mixture_is_the_weighted_sum_of_the_table(weights, options):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_equals_its_reference(case, layout, dtype):
     x = Batch(B=4, T=6, dtype=dtype)
-    x.rejected.mask[2] = False  # a response without tokens
+    x.rejected.mask[2] = False  # a response without tokens, whose log P is 0
+    x.refs[1][2] = -0.5
     x.rejected.responses = Responses(x.rejected.log_odds, x.rejected.mask)
-    inputs = x.inputs()
-    if layout == "packed":
-        order = torch.randperm(24)
-        inputs["chosen"], inputs["rejected"] = packed(x.chosen, order), packed(x.rejected, order)
-        inputs["candidates"] = x.candidates.flatten(0, 1)[order]
-        inputs["candidate_mask"] = x.candidate_mask.flatten(0, 1)[order]
+    inputs = x.inputs() if layout == "padded" else x.packed_inputs(torch.randperm(24))
     tolerance = 1e-12 if dtype == torch.float64 else 2e-5
     values = [case(inputs, f) for f in (FORMULAS, REFERENCES)]
     assert values[0].dtype == values[1].dtype == dtype
     torch.testing.assert_close(*values, rtol=tolerance, atol=tolerance)
-    leaves = [x.chosen.z, x.rejected.z]
     gradients = [
-        torch.autograd.grad(v, leaves, allow_unused=True, retain_graph=True) for v in values
+        torch.autograd.grad(v, x.leaves, allow_unused=True, retain_graph=True) for v in values
     ]
     for ours, expected in zip(*gradients, strict=True):
-        assert (ours is None) == (expected is None)
-        if ours is not None:
-            torch.testing.assert_close(ours, expected, rtol=0, atol=tolerance)
+        ours, expected = (torch.zeros(()) if g is None else g for g in (ours, expected))
+        ours = ours.expand_as(expected) if ours.dim() == 0 else ours
+        torch.testing.assert_close(
+            ours, expected.expand_as(ours), rtol=tolerance, atol=tolerance, check_dtype=False
+        )
 
 
 @pytest.mark.parametrize("segments", [[2, 0, -1, 2, 0], [-1] * 5, []], ids=str)
@@ -371,6 +243,17 @@ def test_sequence_unlikelihood_in_float64(m):
     assert gradient.tolist()[0] == pytest.approx(slopes, rel=1e-12)
 
 
+DIVERGENCES_OF_SIDES = ("chosen_divergences", "rejected_divergences")
+
+
+def overflows(case, m):
+    """Whether the gradient, of a square or an exponential of log p, is beyond float32."""
+    square = case.name in ("sppo_hard", "cal_dpo") or case.options.get("loss_type") == "ipo"
+    kinds = ("forward_kl", "alpha_divergence")
+    power = case.options.get("f_divergence") in kinds or case.name == "alphapo"
+    return (square and m < -1e18) or (power and m < -80)
+
+
 @given(any_float32)
 @example(3.4e38)
 @example(-3.4e38)
@@ -379,14 +262,14 @@ def test_every_gradient_is_finite_for_every_float32(m):
     for case in CASES:
         if case.name == "candidate_unlikelihood_penalty":
             continue  # the formula of unlikelihood_penalty
-        if case.options.get("loss_type") == "ipo" and abs(m) > 1e18:
-            continue  # a square of log p that overflows, as it must
+        if overflows(case, m):
+            continue
         leaf = torch.tensor([m], requires_grad=True)
-        side = Responses(leaf, segments=one)
-        inputs = dict.fromkeys(DPO_INPUTS[2:], torch.tensor([-1.0])) | {
-            "chosen": side,
-            "rejected": side,
-        }
+        side, zero = Responses(leaf, segments=one, num_segments=1), torch.zeros(1)
+        inputs = dict.fromkeys(DPO_INPUTS[2:], torch.tensor([-1.0]))
+        inputs |= dict.fromkeys(("chosen", "rejected", "gold"), side)
+        inputs |= dict.fromkeys(("reference_point", "reward_shift", "pair_weights"), zero + 1)
+        inputs |= dict.fromkeys(("logsumexp", "mean_logits", *DIVERGENCES_OF_SIDES), zero)
         (gradient,) = torch.autograd.grad(case(inputs), leaf)
         assert gradient.isfinite().all(), (case, m)
 
@@ -418,12 +301,13 @@ def test_dpo_gradient_is_zero_on_a_shared_prefix():
     ]
     masks = [mask, mask & (torch.arange(7) < 5)]  # unequal lengths
     sides = [Responses(m, k) for m, k in zip(log_odds, masks, strict=True)]
-    for loss_type in ("sigmoid", "hinge", "ipo", "robust"):
-        loss = fastadapt.dpo_loss(*sides, loss_type=loss_type)
+    whole = [lambda *x: losses.ipo_loss(*x, length_normalized=False)]
+    for function in (losses.dpo_loss, losses.hinge_loss, losses.robust_loss, *whole):
+        loss = function(*sides)
         shared, *apart = torch.autograd.grad(loss, [prefix, *tails], retain_graph=True)
         assert (shared == 0).all()
         assert all(g.abs().sum() > 0 for g in apart)
-    normalized = fastadapt.dpo_loss(*sides, length_normalized=True)
+    normalized = losses.sigmoid_norm_loss(*sides)
     assert torch.autograd.grad(normalized, prefix)[0].abs().sum() > 0
 
 
@@ -455,16 +339,14 @@ def test_micro_batches_add_up(case):
     x = Batch(B=5)
     inputs = x.inputs()
     whole = case(inputs)
-    totals = {"total_sequences": 5}
-    sides = {
-        k: inputs[k]._replace(
-            total_tokens=inputs[k].mask.sum() if i else int(inputs[k].mask.sum()), **totals
-        )
-        for i, k in enumerate(("chosen", "rejected"))
-    }
+    sides = {}
+    for i, k in enumerate(("chosen", "rejected", "gold")):
+        count = inputs[k].mask.sum()
+        total = count if i else int(count)
+        sides[k] = inputs[k]._replace(total_tokens=total, total_sequences=5)
     parts = []
     for rows in (slice(0, 2), slice(2, 5)):
-        part = {k: v[rows] for k, v in inputs.items() if k not in sides}
+        part = {k: v[rows] if v.dim() else v for k, v in inputs.items() if k not in sides}
         for k, side in sides.items():
             part[k] = side._replace(log_odds=side.log_odds[rows], mask=side.mask[rows])
         parts.append(case(part))
@@ -512,82 +394,6 @@ def test_mle_is_the_loss_of_transformers():
         torch.testing.assert_close(*gradients, rtol=0, atol=1e-7)
 
 
-class TrlStub(SimpleNamespace):
-    """What trl's `DPOTrainer._compute_loss` reads of its trainer."""
-
-    def __init__(self, loss_type, beta, label_smoothing):
-        def gather(x):
-            return x
-
-        accelerator = SimpleNamespace(
-            device=torch.device("cpu"), gather=gather, gather_for_metrics=gather
-        )
-        super().__init__(
-            model=SimpleNamespace(training=True), accelerator=accelerator, beta=beta,
-            loss_types=[loss_type], loss_weights=[1.0],
-            label_smoothing=label_smoothing, f_divergence_type="reverse_kl", ld_alpha=None,
-            precompute_ref_logps=True, aux_loss_enabled=False, use_weighting=False, _tp_size=1,
-            _total_train_tokens=0, _metrics={"train": _Lists(), "eval": _Lists()},
-        )  # fmt: skip
-
-
-class _Lists(dict):
-    """A defaultdict of lists."""
-
-    def __missing__(self, key):
-        self[key] = []
-        return self[key]
-
-
-@pytest.mark.parametrize(
-    "theirs, options",
-    [
-        ("sigmoid", {}),
-        ("sigmoid_norm", {"length_normalized": True}),
-        ("hinge", {"loss_type": "hinge"}),
-        ("ipo", {"loss_type": "ipo", "length_normalized": True}),
-        ("robust", {"loss_type": "robust", "label_smoothing": 0.1}),
-    ],
-)
-def test_dpo_is_the_loss_of_trl(theirs, options):
-    """Loss and gradient through trl's own function, with a trainer of a few attributes."""
-    trl = pytest.importorskip("trl.trainer.dpo_trainer", reason="trl is not installed")
-    if not hasattr(trl.DPOTrainer, "_compute_loss"):
-        pytest.skip("this trl computes its loss elsewhere")
-    x, beta = Batch(B=4), 0.3
-    log_odds = torch.cat([x.chosen.log_odds, x.rejected.log_odds])
-    completion = torch.cat([x.chosen.mask, x.rejected.mask])
-    zeros = torch.zeros_like(log_odds)
-    outputs = SimpleNamespace(
-        log_probs=torch.where(completion, fastadapt.label_logps(log_odds), 0),
-        entropy=zeros, mean_logits=zeros, is_top1=completion, aux_loss=None,
-    )  # fmt: skip
-    with_prompt = F.pad(completion, (1, 0)).long()  # the first token of a row has no prediction
-    inputs = {
-        "input_ids": with_prompt, "completion_mask": with_prompt, "attention_mask": with_prompt,
-        "ref_chosen_logps": x.refs[0], "ref_rejected_logps": x.refs[1],
-    }  # fmt: skip
-
-    class Model(torch.nn.Module):
-        def forward(self, **_):
-            return outputs
-
-    stub = TrlStub(theirs, beta, options.get("label_smoothing", 0.0))
-    wanted = trl.DPOTrainer._compute_loss(stub, Model(), inputs, return_outputs=False)
-    sides = x.chosen.responses, x.rejected.responses
-    objective = RewardPenalizeLoss({"dpo": 1.0}, beta=beta, **options)
-    loss, metrics = objective(*sides, *x.refs)
-    torch.testing.assert_close(loss, wanted, rtol=1e-12, atol=1e-12)
-    leaves = [x.chosen.z, x.rejected.z]
-    gradients = [torch.autograd.grad(v, leaves, retain_graph=True) for v in (loss, wanted)]
-    for ours, other in zip(*gradients, strict=True):
-        torch.testing.assert_close(ours, other, rtol=0, atol=1e-12)
-    logged = {k: v[0] for k, v in stub._metrics["train"].items() if k.startswith("rewards/")}
-    assert len(logged) == 4
-    for key, value in logged.items():
-        assert float(metrics[key]) == pytest.approx(value, abs=1e-6), key
-
-
 def test_metrics_by_hand():
     """Two pairs, p = 1/2 and 3/4, 1/4: every number is a logarithm of small integers."""
     log3 = float(torch.tensor(3.0, dtype=torch.float64).log())
@@ -631,7 +437,7 @@ def test_metrics_by_hand():
 def test_gradient_shares_take_each_row_by_its_size():
     """IPO pushes pairs up or down: rows of both signs are on each side."""
     x = Batch(B=4)
-    objective = RewardPenalizeLoss({"dpo": 1.0, "mle": 2.0}, loss_type="ipo", beta=1.0)
+    objective = RewardPenalizeLoss({"ipo": 1.0, "mle": 2.0}, beta=1.0)
     loss, metrics = objective(x.chosen.responses, x.rejected.responses)
     log_odds = [x.chosen.log_odds, x.rejected.log_odds]
     slopes = torch.autograd.grad(loss, log_odds, retain_graph=True)
@@ -681,6 +487,10 @@ def test_nothing_reads_the_device(layout):
         side,
         candidates=torch.randn(shape, device="meta"),
         candidate_mask=torch.ones(shape, dtype=torch.bool, device="meta"),
+        gold=side,
+        pair_weights=torch.ones(3, device="meta"),
+        **dict.fromkeys(("reference_point", "reward_shift"), torch.ones((), device="meta")),
+        **dict.fromkeys(("logsumexp", "mean_logits", *DIVERGENCES_OF_SIDES), side.log_odds),
     )
     loss.backward()
     assert {v.device.type for v in metrics.values()} == {"meta"} and m.grad.shape == m.shape
@@ -698,10 +508,12 @@ def test_nothing_to_learn_from_is_zero_with_a_graph(case, kind):
         side, refs = Responses(leaf, segments=ids), torch.randn(2, 1)
     shape = (*leaf.shape, 2)
     inputs = {
-        "chosen": side, "rejected": side,
-        "ref_chosen_logps": refs[0], "ref_rejected_logps": refs[1],
+        **dict.fromkeys(("chosen", "rejected", "gold"), side),
+        "ref_chosen_logps": refs[0], "ref_rejected_logps": refs[1], "pair_weights": refs[0],
         "candidates": leaf[..., None].expand(shape),
         "candidate_mask": torch.zeros(shape, dtype=torch.bool),
+        **dict.fromkeys(("logsumexp", "mean_logits", *DIVERGENCES_OF_SIDES), leaf),
+        **dict.fromkeys(("reference_point", "reward_shift"), torch.ones(())),
     }  # fmt: skip
     loss = case(inputs)
     assert loss.item() == 0 and loss.requires_grad
@@ -717,10 +529,14 @@ def test_what_does_not_count_changes_nothing(case):
     results = []
     for junk in (0.0, float("nan"), float("inf")):
         inputs, leaves = x.inputs(), []
-        for k in ("chosen", "rejected"):
-            m = inputs[k].log_odds.detach().masked_fill(~inputs[k].mask, junk).requires_grad_()
+        for k in ("chosen", "rejected", "gold"):
+            out = ~inputs[k].mask
+            m = inputs[k].log_odds.detach().masked_fill(out, junk).requires_grad_()
             inputs[k] = inputs[k]._replace(log_odds=m)
             leaves.append(m)
+            for beside in (name for name in BESIDE.get(k, ()) if "candidate" not in name):
+                leaves.append(inputs[beside].detach().masked_fill(out, junk).requires_grad_())
+                inputs[beside] = leaves[-1]
         c = x.candidates.detach().masked_fill(~x.candidate_mask, junk).requires_grad_()
         inputs["candidates"] = c
         loss = case(inputs)
@@ -732,13 +548,13 @@ def test_what_does_not_count_changes_nothing(case):
 
 @each_case
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_lower_precision_is_summed_in_float32(case, dtype):
+def test_lower_precision_is_summed_in_float64(case, dtype):
     x = Batch(B=2, T=4, dtype=torch.float32)
     results = []
     for kind in (dtype, torch.float32):
         inputs = x.inputs()
         leaves = []
-        for k in ("chosen", "rejected"):
+        for k in ("chosen", "rejected", "gold"):
             m = inputs[k].log_odds.detach().to(dtype).to(kind).requires_grad_()
             inputs[k] = inputs[k]._replace(log_odds=m)
             leaves.append(m)
@@ -754,14 +570,16 @@ def test_lower_precision_is_summed_in_float32(case, dtype):
 
 def with_leaves(x):
     """The inputs with log-odds that are leaves, chosen padded and rejected packed."""
-    inputs = x.inputs() | {"rejected": packed(x.rejected, torch.randperm(x.rejected.mask.numel()))}
-    for k in ("chosen", "rejected"):
+    inputs = x.packed_inputs(torch.randperm(x.rejected.mask.numel()), ["rejected"])
+    inputs = {k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+    sides = ("chosen", "rejected", "gold")
+    for k in sides:
         inputs[k] = inputs[k]._replace(log_odds=inputs[k].log_odds.detach().requires_grad_())
-    inputs["candidates"] = x.candidates.detach().requires_grad_()
-    return inputs, [inputs["chosen"].log_odds, inputs["rejected"].log_odds, inputs["candidates"]]
+    inputs["candidates"].requires_grad_()
+    return inputs, [*(inputs[k].log_odds for k in sides), inputs["candidates"]]
 
 
-@pytest.mark.parametrize("case", ONE_EACH, ids=str)
+@each_loss
 def test_compiles_without_a_graph_break(case):
     torch.compiler.reset()  # one compiled `case` a test, or the limit of variants is met
     inputs, leaves = with_leaves(Batch(dtype=torch.float32))
@@ -904,17 +722,27 @@ LABELS = torch.tensor([[-100, 1, 2], [3, -100, -100]])
         (lambda: fastadapt.mle_loss(PAIR, reduction="mean"), ValueError, "one of token_mean, seq"),
         (lambda: fastadapt.unlikelihood_penalty(PAIR, level="x"), ValueError, "level: .*got 'x'"),
         (lambda: fastadapt.exmate_penalty(PAIR, norm="sum"), ValueError, "norm: .*got 'sum'"),
-        (lambda: fastadapt.dpo_loss(PAIR, PAIR, loss_type="kto"), ValueError, "got 'kto'"),
+        (lambda: losses.cpo_loss(PAIR, PAIR, loss_type="kto"), ValueError, "got 'kto'"),
         (lambda: fastadapt.dpo_loss(PAIR, PAIR, beta=0), ValueError, "beta: expected a value > 0"),
         (
-            lambda: fastadapt.dpo_loss(PAIR, PAIR, label_smoothing=0.5),
+            lambda: losses.cdpo_loss(PAIR, PAIR, label_smoothing=0.5),
             ValueError,
             r"label_smoothing: expected a value in \[0, 0.5\), got 0.5",
         ),
         (
-            lambda: fastadapt.dpo_loss(PAIR, PAIR, loss_type="ipo", label_smoothing=0.1),
+            lambda: losses.exo_pair_loss(PAIR, PAIR, label_smoothing=0.0),
+            ValueError,
+            "label_smoothing: expected a value > 0, got 0",
+        ),
+        (
+            lambda: losses.cpo_loss(PAIR, PAIR, loss_type="ipo", label_smoothing=0.1),
             ValueError,
             "label_smoothing: expected 0 for ipo, got 0.1",
+        ),
+        (
+            lambda: losses.dpo_loss(PAIR, PAIR, label_smoothing=0.1),
+            ValueError,
+            "label_smoothing: expected 0 for dpo, got 0.1; the conservative DPO is cdpo",
         ),
         (
             lambda: fastadapt.dpo_loss(PAIR, PAIR, torch.zeros(2)),
@@ -947,7 +775,7 @@ LABELS = torch.tensor([[-100, 1, 2], [3, -100, -100]])
             "candidate_mask: expected shape",
         ),
         (lambda: RewardPenalizeLoss({}), ValueError, "weights: expected some of mle, "),
-        (lambda: RewardPenalizeLoss({"kto": 1.0}), ValueError, r"got \['kto'\]"),
+        (lambda: RewardPenalizeLoss({"grpo": 1.0}), ValueError, r"got \['grpo'\]"),
         (
             lambda: RewardPenalizeLoss({"mle": 1.0, "exmate": 1.0}),
             ValueError,
@@ -1069,10 +897,11 @@ def test_weights_that_are_none(weights, error, message):
         ({"beta": float("nan")}, ValueError, "beta: expected a value > 0, got nan"),
         ({"beta": float("inf")}, ValueError, "beta: expected a finite value, got inf"),
         ({"Beta": 0.1}, ValueError, r"got \['Beta'\]; they have .*; did you mean beta\?"),
-        ({"loss_type": "sigmod"}, ValueError, r"got 'sigmod'; did you mean sigmoid\?"),
-        ({"loss_type": ["sigmoid"]}, TypeError, r"loss_type: .* got \['sigmoid'\]"),
+        ({"f_divergence": "reverse-kl"}, ValueError, r"f_divergence: .*; did you mean reverse_kl"),
+        ({"f_divergence": ["js_divergence"]}, TypeError, r"f_divergence: .* got \['js_diver"),
+        ({"f_alpha": "1"}, TypeError, "f_alpha: expected a number, got '1'"),
+        ({"ld_alpha": 1.5}, ValueError, r"ld_alpha: expected a value in \[0, 1\], got 1.5"),
         ({"label_smoothing": "0"}, TypeError, "label_smoothing: expected a number, got '0'"),
-        ({"length_normalized": "false"}, TypeError, "expected True or False, got 'false'"),
         ({"coefficient": None}, TypeError, "coefficient: expected a number, got None"),
         ({"coefficient": -1}, ValueError, "coefficient: expected a value >= 0, got -1"),
         ({"norm": "sequence-mean"}, ValueError, r"norm: .*; did you mean sequence_mean\?"),

@@ -5,12 +5,20 @@ Where a loss is a function of u alone, ∂L/∂S⁺ = -∂L/∂S⁻ = β L'(u) p
 responses share, the same tokens after the same prompt, get a gradient of exactly 0.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastadapt._ops.checks import flag, number
-from fastadapt.losses.preference.pairs import logistic, margin, pairs_of, smoothing_of
+from fastadapt.losses.preference.pairs import (
+    logistic,
+    margin,
+    pairs_of,
+    probability,
+    smoothing_of,
+)
 from fastadapt.losses.responses import Responses
 
 
@@ -271,9 +279,8 @@ def exo_pair_loss(
     pairs = pairs_of(chosen, rejected)
     ratios = pairs.ratios(ref_chosen_logps, ref_rejected_logps, ld_alpha)
     u = margin(ratios, beta, f_divergence, f_alpha)
-    log_shares = torch.log(u.new_tensor([1 - share, share]))
-    right = torch.sigmoid(u) * (F.logsigmoid(u) - log_shares[0])
-    swapped = torch.sigmoid(-u) * (F.logsigmoid(-u) - log_shares[1])
+    right = probability(u) * (F.logsigmoid(u) - math.log1p(-share))
+    swapped = probability(-u) * (F.logsigmoid(-u) - math.log(share))
     return pairs.mean(right + swapped, pair_weights)
 
 
@@ -308,5 +315,5 @@ def discopop_loss(
     ratios = pairs.ratios(ref_chosen_logps, ref_rejected_logps, ld_alpha)
     u = margin(ratios, beta, f_divergence, f_alpha)
     exponential = torch.exp(F.logsigmoid(u / tau) - u)
-    losses = torch.sigmoid(-u / tau) * logistic(u) + exponential
+    losses = probability(-u / tau) * logistic(u) + exponential
     return pairs.mean(losses, pair_weights)

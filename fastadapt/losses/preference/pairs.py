@@ -157,12 +157,21 @@ def scored(ratios: Sides, f_divergence: str, f_alpha: float) -> Sides:
     one_of("f_divergence", f_divergence, F_DIVERGENCES)
     alpha = number("f_alpha", f_alpha, signed=True)
     if f_divergence == "forward_kl":
-        return Sides(*(-torch.expm1(-r) for r in ratios))
+        return Sides(*(-exponential(-r) for r in ratios))
     if f_divergence == "js_divergence":
         return Sides(*(math.log(2) + F.logsigmoid(r) for r in ratios))
     if f_divergence == "alpha_divergence" and alpha != 1:
-        return Sides(*(torch.expm1(r * (alpha - 1)) / (alpha - 1) for r in ratios))
+        return Sides(*(exponential(r * (alpha - 1)) / (alpha - 1) for r in ratios))
     return ratios
+
+
+def exponential(x: Tensor) -> Tensor:
+    """Returns e^x - 1, which goes on along its tangent from x = 700.
+
+    Near there float64 ends, and an infinite slope would meet the 0 of a margin that is won.
+    """
+    beyond = math.exp(700) * (x - 699)
+    return torch.where(x > 700, beyond, torch.expm1(x.clamp(max=700)))
 
 
 def margin(
@@ -185,6 +194,11 @@ def logistic(x: Tensor, smoothing: float = 0.0) -> Tensor:
     return right if smoothing == 0 else (1 - smoothing) * right - smoothing * F.logsigmoid(-x)
 
 
+def probability(x: Tensor) -> Tensor:
+    """Returns σ(x) with the slope σ(x) σ(-x): that of `sigmoid`, s - s², is 0 from x = 37 on."""
+    return F.logsigmoid(x).exp()
+
+
 def smoothing_of(value: object, *, positive: bool = False) -> float:
     """Returns a share of swapped labels, in [0, 1/2), or (0, 1/2)."""
     share = number("label_smoothing", value, positive=positive)
@@ -196,7 +210,8 @@ def smoothing_of(value: object, *, positive: bool = False) -> float:
 
 def token_weights(rows: Rows, shared: Tensor, ld_alpha: float) -> Tensor:
     """Returns 1 at the first `shared` tokens of each response and α at the others."""
-    return torch.where(_places(rows) < rows.spread(shared), 1.0, ld_alpha).double()
+    one = rows.log_odds.new_ones(())  # of two numbers torch.where would make float32
+    return torch.where(_places(rows) < rows.spread(shared), one, ld_alpha)
 
 
 def _places(rows: Rows) -> Tensor:

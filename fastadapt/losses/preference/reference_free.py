@@ -6,13 +6,20 @@ likelihood term take `gold`, the responses that it is of.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastadapt._ops.checks import number, one_of
-from fastadapt.losses.formulas import mle_loss
-from fastadapt.losses.preference.pairs import Sides, logistic, pairs_of, smoothing_of
+from fastadapt.losses.preference.pairs import (
+    Pairs,
+    Sides,
+    exponential,
+    logistic,
+    pairs_of,
+    smoothing_of,
+)
 from fastadapt.losses.responses import Responses
-from fastadapt.losses.rows import sequence_log_odds
+from fastadapt.losses.rows import Rows, checked, sequence_log_odds
 
 CPO_LOSS_TYPES = ("sigmoid", "hinge", "ipo")
 TPO_LOSS_TYPES = (*CPO_LOSS_TYPES, "tpo-l")
@@ -57,8 +64,9 @@ def cpo_loss(
         TypeError, ValueError: as `dpo_loss`.
     """
     one_of("loss_type", loss_type, CPO_LOSS_TYPES)
-    loss = _preference(chosen, rejected, beta, loss_type, label_smoothing)
-    return _with_likelihood(loss, chosen if gold is None else gold, nll_weight)
+    pairs = pairs_of(chosen, rejected, both=True)
+    loss = _preference(pairs, beta, loss_type, label_smoothing)
+    return _with_likelihood(loss, _imitated(pairs, gold), nll_weight)
 
 
 def simpo_loss(
@@ -81,10 +89,7 @@ def simpo_loss(
         >>> simpo_loss(chosen, rejected)
         tensor(0.2014)
     """
-    share = smoothing_of(label_smoothing)
-    pairs = pairs_of(chosen, rejected, both=True)
-    gap = number("beta", beta, positive=True) * pairs.logps(mean=True).gap
-    return pairs.mean(logistic(gap - number("gamma", gamma), share))
+    return _of_means(pairs_of(chosen, rejected, both=True), beta, gamma, label_smoothing)
 
 
 def alphapo_loss(
@@ -113,7 +118,7 @@ def alphapo_loss(
     pairs = pairs_of(chosen, rejected, both=True)
     rewards = pairs.logps(mean=True)
     if alpha != 0:
-        rewards = Sides(*(-torch.expm1(-alpha * x) / alpha for x in rewards))
+        rewards = Sides(*(-exponential(-alpha * x) / alpha for x in rewards))
     gap = number("beta", beta, positive=True) * rewards.gap
     return pairs.mean(logistic(gap - number("gamma", gamma), share))
 
@@ -155,7 +160,7 @@ def orpo_loss(
     # a response without tokens has log-odds of +inf: the gradient of inf - inf is NaN, used or not
     odds = Sides(*(torch.where(pairs.counted, x, 0) for x in odds))
     loss = pairs.mean(logistic(odds.gap))
-    return mle_loss(chosen if gold is None else gold) + beta * loss
+    return _with_likelihood(beta * loss, _imitated(pairs, gold), 1.0)
 
 
 def slic_loss(
@@ -195,8 +200,8 @@ def slic_loss(
     delta = number("delta", delta)
     pairs = pairs_of(chosen, rejected, both=True)
     loss = pairs.mean(torch.relu(delta - pairs.logps().gap))
-    likelihood = chosen if gold is None else gold
-    return _with_likelihood(loss, likelihood, nll_weight, reduction="sequence_sum")
+    gold_rows = _imitated(pairs, gold)
+    return _with_likelihood(loss, gold_rows, nll_weight, reduction="sequence_sum")
 
 
 def tpo_loss(
@@ -240,23 +245,27 @@ def tpo_loss(
         TypeError, ValueError: as `dpo_loss`.
     """
     one_of("loss_type", loss_type, TPO_LOSS_TYPES)
+    pairs = pairs_of(chosen, rejected, both=True)
     if loss_type == "tpo-l":
-        options = {"beta": beta, "gamma": gamma, "label_smoothing": label_smoothing}
-        loss = simpo_loss(chosen, rejected, **options)
+        loss = _of_means(pairs, beta, gamma, label_smoothing)
     else:
-        loss = _preference(chosen, rejected, beta, loss_type, label_smoothing)
-    return _with_likelihood(loss, gold, nll_weight)
+        loss = _preference(pairs, beta, loss_type, label_smoothing)
+    return _with_likelihood(loss, _imitated(pairs, gold), nll_weight)
 
 
-def _preference(
-    chosen: Responses, rejected: Responses, beta: float, loss_type: str, label_smoothing: float
-) -> Tensor:
+def _of_means(pairs: Pairs, beta: float, gamma: float, label_smoothing: float) -> Tensor:
+    """Returns SimPO's loss of checked pairs."""
+    share = smoothing_of(label_smoothing)
+    gap = number("beta", beta, positive=True) * pairs.logps(mean=True).gap
+    return pairs.mean(logistic(gap - number("gamma", gamma), share))
+
+
+def _preference(pairs: Pairs, beta: float, loss_type: str, label_smoothing: float) -> Tensor:
     """Returns the loss of the margin of log-probabilities, or of their token means for "ipo"."""
     beta = number("beta", beta, positive=True)
     share = smoothing_of(label_smoothing)
     if share and loss_type != "sigmoid":
         raise ValueError(f"label_smoothing: expected 0 for {loss_type}, got {share}")
-    pairs = pairs_of(chosen, rejected, both=True)
     gap = pairs.logps(mean=loss_type == "ipo").gap
     if loss_type == "ipo":
         return pairs.mean((gap - 1 / (2 * beta)).square())
@@ -264,9 +273,19 @@ def _preference(
     return pairs.mean(torch.relu(1 - u) if loss_type == "hinge" else logistic(u, share))
 
 
+def _imitated(pairs: Pairs, gold: Responses | None) -> Rows:
+    """Returns the rows of the likelihood: the chosen ones, already there, or checked gold ones.
+
+    Converted once, so that gradients of log-odds in bfloat16 are rounded once.
+    """
+    return pairs.chosen if gold is None else checked("gold", gold)
+
+
 def _with_likelihood(
-    loss: Tensor, gold: Responses, nll_weight: float, *, reduction: str = "token_mean"
+    loss: Tensor, gold: Rows, nll_weight: float, *, reduction: str = "token_mean"
 ) -> Tensor:
     """Adds the MLE loss of responses, which is not computed at a weight of 0."""
     weight = number("nll_weight", nll_weight)
-    return loss if weight == 0 else loss + weight * mle_loss(gold, reduction=reduction)
+    if weight == 0:
+        return loss
+    return loss - weight * gold.reduced(F.logsigmoid(gold.log_odds), reduction)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastadapt._ops.checks import number, one_of
-from fastadapt.losses.preference.pairs import Pairs, Sides, logistic, pairs_of
+from fastadapt.losses.preference.pairs import Pairs, Sides, logistic, pairs_of, probability
 from fastadapt.losses.responses import Responses
 from fastadapt.losses.rows import Rows, per_token
 
@@ -129,7 +129,7 @@ def apo_zero_loss(
     pairs, rewards = _rewards(
         chosen, rejected, ref_chosen_logps, ref_rejected_logps, beta, ld_alpha
     )
-    losses = torch.sigmoid(-rewards.chosen) + torch.sigmoid(rewards.rejected)
+    losses = probability(-rewards.chosen) + probability(rewards.rejected)
     return pairs.mean(losses, pair_weights)
 
 
@@ -159,7 +159,7 @@ def apo_down_loss(
     pairs, rewards = _rewards(
         chosen, rejected, ref_chosen_logps, ref_rejected_logps, beta, ld_alpha
     )
-    losses = torch.sigmoid(rewards.chosen) + torch.sigmoid(-rewards.gap)
+    losses = probability(rewards.chosen) + probability(-rewards.gap)
     return pairs.mean(losses, pair_weights)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastadapt._ops.checks import number
-from fastadapt.losses.preference.pairs import Sides, logistic, reference, scalar
+from fastadapt.losses.preference.pairs import Sides, logistic, probability, reference, scalar
 from fastadapt.losses.responses import Responses
 from fastadapt.losses.rows import Rows, checked
 
@@ -62,7 +62,7 @@ def kto_loss(
         number("desirable_weight", desirable_weight),
         number("undesirable_weight", undesirable_weight),
     )
-    return sides.mean(up * torch.sigmoid(-good), down * torch.sigmoid(bad))
+    return sides.mean(up * probability(-good), down * probability(bad))
 
 
 def kto_reference_point(mismatched: Responses, ref_logps: Tensor | None = None) -> Tensor:

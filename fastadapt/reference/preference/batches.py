@@ -148,8 +148,13 @@ def sorted_mean(
 ) -> Tensor:
     """Returns the smoothed logistic loss of two sorted lists against each other."""
     total = zero(chosen)
-    for high, low in zip(sorted(upper, key=float), sorted(lower, key=float), strict=True):
+    for high, low in zip(sorted(upper, key=_value), sorted(lower, key=_value), strict=True):
         right, swapped = preferred(beta * (high - low))
         total = total - (1 - smoothing) * right.log() - smoothing * swapped.log()
     divisor = max(len(upper), 1) if chosen.total_sequences is None else sequences(chosen)
     return (total / divisor).to(dtype_of(chosen.log_odds))
+
+
+def _value(x: Tensor) -> float:
+    """Returns what a number is sorted by."""
+    return float(x.detach())
