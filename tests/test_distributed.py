@@ -46,7 +46,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.mark.parametrize("way", ["pairs", "pairs with LoRA on the head", "texts"])
+@pytest.mark.parametrize("way", ["pairs", "pairs with LoRA on the head", "negatives", "texts"])
 def test_data_parallel(curves, way):
     one, two = (seen[way] for seen in curves)
     assert len(one) == len(two) == 4

@@ -25,6 +25,7 @@ from trl import DPOConfig
 
 from fastadapt.hf.trainer import LogitsFreeTrainer
 from fastadapt.losses import Responses, RewardPenalizeLoss, mle_loss
+from fastadapt.tracking import RewardPenalizeTracker
 from fastadapt.training import forward_log_odds
 from fastadapt.training.pairs import IGNORED
 from fastadapt.trl import RewardPenalizeTrainer
@@ -102,6 +103,25 @@ def train_pairs(
         loss={"dpo": 1.0, "exmate": 0.5},
     )
     return curve(trainer, ("loss", "grad_norm", "logps/chosen", "entropy", "num_tokens"))
+
+
+def train_negatives(folder: Path, model: str, size: int) -> list[dict[str, float]]:
+    """Mistakes of the chosen rows as negatives, with a tracker, two micro-batches a step."""
+    tracker = RewardPenalizeTracker(interval=1)
+    trainer = RewardPenalizeTrainer(
+        LlamaForCausalLM.from_pretrained(model),
+        args=DPOConfig(**settings(folder, size // 2), gradient_accumulation_steps=2),
+        train_dataset=datasets.Dataset.from_list(make_pairs(STEPS * BATCH)),
+        processing_class=AutoTokenizer.from_pretrained(model),
+        loss={"mle": 1.0, "candidate_unlikelihood_penalty": 0.5, "exmate_penalty": 0.5},
+        negatives="top_k",
+        negative_options={"k": 2},
+        tracker=tracker,
+    )
+    found = curve(trainer, ("loss", "grad_norm", "negatives/per_token"))
+    steps = [row["step"] for row in tracker.records]
+    assert steps == list(range(STEPS)) and tracker.records[0]["rho/pairs"] == size // 2
+    return found
 
 
 def train_texts(folder: Path, model: str, size: int) -> list[dict[str, float]]:
@@ -216,6 +236,7 @@ def everything(folder: Path, model: str, rank: int = 0, world: int = 1) -> dict[
     return {
         "pairs": train_pairs(folder, model, size),
         "pairs with LoRA on the head": train_pairs(folder, model, size, adapters=True),
+        "negatives": train_negatives(folder, model, size),
         "texts": train_texts(folder, model, size),
         "sharded": train_sharded(model, rank, world),
         "trained head alone": train_sharded(model, rank, world, "trained"),
