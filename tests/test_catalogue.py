@@ -11,6 +11,7 @@ from fastadapt.losses.catalogue import FAMILIES, SYMBOLS, families, symbols_in
 from fastadapt.losses.catalogue.describe import NEEDS_IN_WORDS
 from fastadapt.losses.catalogue.entry import NEEDS
 from fastadapt.losses.catalogue.symbols import times
+from fastadapt.losses.named import defaults_of
 from fastadapt.tracking.closed_forms import Inputs, _Symbols, gradient_of
 from fastadapt.tracking.gradients import checked
 
@@ -133,7 +134,7 @@ def test_lengths_are_needed_where_a_certain_token_changes_the_gradient(name):
         slopes.append(torch.cat([g.flatten() for g in grads if g is not None] or [torch.zeros(1)]))
     same = torch.allclose(*slopes, rtol=1e-9, atol=1e-12)
     assert same == ("lengths" not in CATALOGUE[name].needs)
-    row = gradient_of(name, {})
+    row = gradient_of(name, defaults_of(FORMULAS[name]))
     assert ("T" in symbols_in([row.chosen, row.rejected, row.u])) == (not same)
 
 
@@ -175,7 +176,9 @@ def test_limits_are_those_of_the_gradients(name, which, near, far):
     x = Inputs(rows.get("chosen"), rows.get("rejected"), refs, *candidates, None, others)
     side = "candidates" if "candidates" in inputs else "rejected"
     there = rows["chosen"].kept[..., None] if side == "candidates" else rows["rejected"].kept
-    wanted = _Symbols(name, x, options, side)(text).expand_as(found)
+    wanted = _Symbols(name, x, {**defaults_of(FORMULAS[name]), **options}, side)(text).expand_as(
+        found
+    )
     torch.testing.assert_close(found, torch.where(there, wanted, 0), rtol=1e-9, atol=1e-12)
 
 
@@ -229,7 +232,7 @@ def test_losses_that_contain_mle_reward_alone():
     """Without a rejected response their chosen tokens still have a gradient of -1/N (1 - p)."""
     found = set()
     for name, entry in CATALOGUE.items():
-        row = gradient_of(name, {})
+        row = gradient_of(name, defaults_of(FORMULAS[name]))
         likelihood = row.chosen in ("1/N", "1/B") or row.chosen.startswith(("1/N ", "ν/N ", "ν/Q "))
         if likelihood and "candidates" not in entry.needs:
             found.add(name)

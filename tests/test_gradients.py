@@ -32,7 +32,7 @@ def texts_of(row):
 def cases():
     """Every entry and variant of the catalogue, alone and with each option that changes it."""
     for name, entry in CATALOGUE.items():
-        own = signature(entry.formula).parameters
+        own = signature(FORMULAS[name]).parameters
         for row in entry.gradients:
             extras = [{}]
             if "f_divergence" in own:

@@ -1,14 +1,8 @@
 """Losses that reward chosen responses and penalise rejected ones, as formulas on log-odds."""
 
 from fastadapt.losses.candidates import previous_tokens, top_k_divergence
-from fastadapt.losses.catalogue import (
-    ALIASES,
-    CATALOGUE,
-    CONTAIN_MLE,
-    FORMULAS,
-    describe,
-    name_of,
-)
+from fastadapt.losses.catalogue.describe import describe
+from fastadapt.losses.catalogue.listing import CATALOGUE
 from fastadapt.losses.divergence import linear_divergence
 from fastadapt.losses.formulas import (
     candidate_unlikelihood_penalty,
@@ -21,7 +15,8 @@ from fastadapt.losses.formulas import (
     unlikelihood_penalty,
 )
 from fastadapt.losses.linear_mle import linear_mle_loss
-from fastadapt.losses.mixture import RewardPenalizeLoss
+from fastadapt.losses.mixture import FORMULAS, RewardPenalizeLoss
+from fastadapt.losses.named import ALIASES, CONTAIN_MLE, name_of
 from fastadapt.losses.negatives import linear_top_k, repeated_ngrams
 from fastadapt.losses.policy import (
     clipped_ratio_loss,

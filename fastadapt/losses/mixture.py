@@ -1,20 +1,119 @@
 """Weighted sums of losses, with metrics to watch during training."""
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastadapt._ops.checks import nearest, number, shown
-from fastadapt.losses.catalogue import CATALOGUE, CONTAIN_MLE, FORMULAS, name_of
-from fastadapt.losses.preference.pairs import reference
+from fastadapt.losses.formulas import (
+    candidate_unlikelihood_penalty,
+    exmate_loss,
+    exmate_penalty,
+    mate_loss,
+    mate_penalty,
+    mle_loss,
+    unlikelihood_loss,
+    unlikelihood_penalty,
+)
+from fastadapt.losses.named import (
+    CONTAIN_MLE,
+    Weight,
+    defaults_of,
+    inputs_of,
+    options_of,
+    weights_of,
+)
+from fastadapt.losses.preference.margins import (
+    cdpo_loss,
+    discopop_loss,
+    dpo_loss,
+    exo_pair_loss,
+    hinge_loss,
+    ipo_loss,
+    robust_loss,
+    sigmoid_norm_loss,
+)
+from fastadapt.losses.preference.reference_free import (
+    alphapo_loss,
+    cpo_loss,
+    orpo_loss,
+    simpo_loss,
+    slic_loss,
+    tpo_loss,
+)
+from fastadapt.losses.preference.rewards import (
+    apo_down_loss,
+    apo_zero_loss,
+    bco_pair_loss,
+    cal_dpo_loss,
+    dpop_loss,
+    nca_pair_loss,
+    sppo_hard_loss,
+    tdpo_loss,
+)
+from fastadapt.losses.preference.single import apo_zero_unpaired_loss, bco_loss, kto_loss
+from fastadapt.losses.preference.transport import aot_loss, aot_unpaired_loss
+from fastadapt.losses.regularisers import smoothed_mle_loss
 from fastadapt.losses.responses import Responses, accumulated
-from fastadapt.losses.rows import Rows, checked, mean_of
+from fastadapt.losses.rows import Rows, checked, mean_of, reference
+from fastadapt.losses.weighted import dft_loss, focal_mle_loss
 
-Weight = float | Callable[[float], float]
-"""The weight of a loss: a number >= 0, or a function of the run's progress in [0, 1] to one."""
+FORMULAS: dict[str, Callable[..., Tensor]] = {
+    "mle": mle_loss,
+    "smoothed_mle": smoothed_mle_loss,
+    "focal_mle": focal_mle_loss,
+    "dft": dft_loss,
+    "unlikelihood": unlikelihood_loss,
+    "exmate": exmate_loss,
+    "mate": mate_loss,
+    "unlikelihood_penalty": unlikelihood_penalty,
+    "exmate_penalty": exmate_penalty,
+    "mate_penalty": mate_penalty,
+    "candidate_unlikelihood_penalty": candidate_unlikelihood_penalty,
+    "dpo": dpo_loss,
+    "cdpo": cdpo_loss,
+    "robust": robust_loss,
+    "hinge": hinge_loss,
+    "ipo": ipo_loss,
+    "sigmoid_norm": sigmoid_norm_loss,
+    "exo_pair": exo_pair_loss,
+    "discopop": discopop_loss,
+    "nca_pair": nca_pair_loss,
+    "bco_pair": bco_pair_loss,
+    "sppo_hard": sppo_hard_loss,
+    "apo_zero": apo_zero_loss,
+    "apo_down": apo_down_loss,
+    "cal_dpo": cal_dpo_loss,
+    "dpop": dpop_loss,
+    "tdpo": tdpo_loss,
+    "aot": aot_loss,
+    "aot_unpaired": aot_unpaired_loss,
+    "cpo": cpo_loss,
+    "simpo": simpo_loss,
+    "alphapo": alphapo_loss,
+    "orpo": orpo_loss,
+    "slic": slic_loss,
+    "tpo": tpo_loss,
+    "kto": kto_loss,
+    "apo_zero_unpaired": apo_zero_unpaired_loss,
+    "bco": bco_loss,
+}
+"""Every loss, by the name that `RewardPenalizeLoss` knows it by.
+
+A formula takes the parameters of `RewardPenalizeLoss.forward` by name; its other parameters are
+options of the mixture.
+
+Examples:
+    >>> from fastadapt.losses import FORMULAS
+    >>> FORMULAS["dpo"] is dpo_loss
+    True
+    >>> [name for name in FORMULAS if name.startswith("exmate")]
+    ['exmate', 'exmate_penalty']
+"""
+
 
 _REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
 _UNUSED = {*_REFERENCE, "candidates", "candidate_mask"}  # may be given beside losses without them
@@ -57,11 +156,11 @@ class RewardPenalizeLoss(nn.Module):
 
     def __init__(self, weights: Mapping[str, Weight], **options: Any) -> None:
         super().__init__()
-        self.weights = _checked(weights)
+        self.weights = weights_of(weights, FORMULAS)
         self.options = dict(options)
         # of each loss: its inputs, and whether each must be there; and the options that it is given
-        self._inputs = {name: _inputs_of(name) for name in self.weights}
-        self._options = _shared(options, self.weights)
+        self._inputs = {name: inputs_of(FORMULAS[name]) for name in self.weights}
+        self._options = options_of(options, self.weights, FORMULAS)
         twice = [name for name in self.weights if self._contains_mle(name)]
         if len(twice) > 1:
             raise ValueError(
@@ -101,8 +200,12 @@ class RewardPenalizeLoss(nn.Module):
         return any(name in wanted for wanted in self._inputs.values())
 
     def options_of(self, name: str) -> dict[str, Any]:
-        """Returns the options that a loss of the mixture is given; others are its defaults."""
-        return dict(self._options[name])
+        """Returns all options of a loss of the mixture: those that it is given, and defaults."""
+        return defaults_of(FORMULAS[name]) | self._options[name]
+
+    def inputs_of(self, name: str) -> frozenset[str]:
+        """Returns the names of the inputs that a loss of the mixture takes."""
+        return frozenset(self._inputs[name])
 
     def weights_at(self, progress: float) -> dict[str, float]:
         """Returns the weights when a share of the run, in [0, 1], is done."""
@@ -257,74 +360,6 @@ class RewardPenalizeLoss(nn.Module):
 def _total(weights: Mapping[str, float], terms: Mapping[str, Tensor]) -> Tensor:
     """Returns the weighted sum."""
     return torch.stack([weight * terms[name] for name, weight in weights.items()]).sum()
-
-
-def _inputs_of(name: str) -> dict[str, bool]:
-    """Returns the inputs of a loss, all but keyword options, and whether each must be there."""
-    own = inspect.signature(FORMULAS[name]).parameters.values()
-    return {p.name: p.default is p.empty for p in own if p.kind is not p.KEYWORD_ONLY}
-
-
-def _options_known(name: str) -> set[str]:
-    """Returns the names of a loss's options."""
-    own = inspect.signature(FORMULAS[name]).parameters.values()
-    return {p.name for p in own if p.kind is p.KEYWORD_ONLY}
-
-
-def _shared(options: Mapping[str, Any], losses: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Returns the options of each loss: those that all share, and before them its own."""
-    known = {name: _options_known(name) for name in losses}
-    alone = {name_of(k): v for k, v in options.items() if name_of(k) in CATALOGUE}
-    shared = {k: v for k, v in options.items() if name_of(k) not in CATALOGUE}
-    for name, own in alone.items():
-        if name not in known or not isinstance(own, Mapping):
-            expected = "one of the losses named" if name not in known else "a mapping of options"
-            raise ValueError(f"options: expected {expected} under {name}, got {shown(own)}")
-        _check_known(own, {name: known[name]})
-    _check_known(shared, known)
-    return {
-        name: {k: v for k, v in shared.items() if k in own} | dict(alone.get(name, {}))
-        for name, own in known.items()
-    }
-
-
-def _check_known(options: Iterable[str], known: Mapping[str, set[str]]) -> None:
-    """Raises for options that none of these losses has."""
-    having = set().union(*known.values())
-    left = sorted(set(options) - having)
-    if left:
-        others = [name for name in FORMULAS if left[0] in _options_known(name)]
-        elsewhere = f"; {left[0]} is an option of {', '.join(others)}" if others else ""
-        names = ", ".join(sorted(having)) or "none"
-        raise ValueError(
-            f"options: expected those of {', '.join(known)}, got {left}; they have "
-            f"{names}{elsewhere or nearest(left, having)}"
-        )
-
-
-def _checked(weights: object) -> dict[str, Weight]:
-    """Checks the weights and returns them by the losses' own names."""
-    if not isinstance(weights, Mapping):
-        named = [weights] if isinstance(weights, str) else weights
-        listed = list(named) if isinstance(named, list | tuple | set | frozenset) else []
-        names = [name for name in listed if isinstance(name, str) and name_of(name) in FORMULAS]
-        like = dict.fromkeys(names or ["dpo", "exmate"], 1.0)
-        raise TypeError(
-            f"weights: expected losses with their weights, such as {like}, got {shown(weights)}"
-        )
-    unknown = [name for name in weights if name_of(name) not in FORMULAS]
-    if unknown or not weights:
-        raise ValueError(
-            f"weights: expected some of {', '.join(FORMULAS)}, got {unknown}"
-            f"{nearest(unknown, FORMULAS)}"
-        )
-    found: dict[str, Weight] = {}
-    for name, weight in weights.items():
-        if name_of(name) in found:
-            raise ValueError(f"weights: expected each loss once, got {name_of(name)} twice")
-        own = weight if callable(weight) else number(f"weights[{name!r}]", weight)
-        found[name_of(name)] = own
-    return found
 
 
 def _at(log_odds: Tensor, side: Responses) -> Responses:

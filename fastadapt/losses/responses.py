@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from fastadapt._ops.checks import instance, integer
-from fastadapt.log_odds import label_log_odds
 
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # what is meant where a tensor of another dtype comes
@@ -98,6 +97,8 @@ class Responses(NamedTuple):
         dims = 2 if segments is None else 1
         of_labels = isinstance(log_odds, Tensor) and isinstance(labels, Tensor)
         if of_labels and labels.dim() == dims and log_odds.shape[:-1] == labels.shape:
+            from fastadapt.log_odds import label_log_odds  # responses themselves need no operator
+
             log_odds = label_log_odds(log_odds, labels, ignore_index=ignore_index)
         accumulated("log_odds", log_odds)
         like_log_odds("labels", labels, torch.int64, log_odds, dims)

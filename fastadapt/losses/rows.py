@@ -1,4 +1,7 @@
-"""Checked responses, and sums and means over their tokens and over the responses."""
+"""Checked responses and pairs of them, and sums and means over tokens, responses and pairs.
+
+Notation: S is log P of a response, T its number of tokens, r = S - S_ref its log-ratio.
+"""
 
 from numbers import Integral
 from typing import NamedTuple
@@ -7,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastadapt._ops.checks import instance, shown
+from fastadapt._ops.checks import instance, number, shown
 from fastadapt.losses.responses import Responses, accumulated, beside, like_log_odds
+from fastadapt.losses.scores import Sides
 
 REDUCTIONS = ("token_mean", "sequence_sum")
 
@@ -74,6 +78,71 @@ class Rows(NamedTuple):
         # log 0 would be right where there is nothing, but its gradient is NaN
         total = torch.where(some, self.sum(torch.exp(x - self.spread(top))), 1)
         return torch.where(some, top + total.log(), float("-inf"))
+
+
+class Pairs(NamedTuple):
+    """Checked pairs, the i-th chosen with the i-th rejected response."""
+
+    chosen: Rows
+    rejected: Rows
+    counted: Tensor  # (B,), the pairs with tokens
+    number: int | Tensor  # divisor of the mean over pairs
+
+    @property
+    def lengths(self) -> Sides:
+        """The numbers of tokens, at least 1."""
+        return Sides(*(rows.lengths.clamp(min=1) for rows in (self.chosen, self.rejected)))
+
+    @property
+    def shared(self) -> Tensor:
+        """The length of the shorter response, (B,)."""
+        return torch.minimum(self.chosen.lengths, self.rejected.lengths)
+
+    def logps(self, *, mean: bool = False, ld_alpha: float | None = None) -> Sides:
+        """Returns S of both sides, S / T on request; with `ld_alpha` that of LD-DPO.
+
+        That counts tokens beyond the shorter response's length α times (Liu et al. 2024, arXiv
+        2409.06411, eq. 10).
+        """
+        sides = (self.chosen, self.rejected)
+        if ld_alpha is None:
+            return Sides(*(rows.logps(mean=mean) for rows in sides))
+        ld_alpha = number("ld_alpha", ld_alpha)
+        if ld_alpha > 1:
+            raise ValueError(f"ld_alpha: expected a value in [0, 1], got {ld_alpha}")
+        weights = (token_weights(rows, self.shared, ld_alpha) for rows in sides)
+        logps = (F.logsigmoid(rows.log_odds) for rows in sides)
+        parts = zip(sides, weights, logps, strict=True)
+        return Sides(*(rows.sum(w * x) for rows, w, x in parts))
+
+    def ratios(
+        self,
+        ref_chosen_logps: Tensor | None,
+        ref_rejected_logps: Tensor | None,
+        ld_alpha: float | None = None,
+    ) -> Sides:
+        """Returns r of both sides, S without a reference."""
+        own = self.logps(ld_alpha=ld_alpha)
+        constant = self.references(ref_chosen_logps, ref_rejected_logps)
+        return Sides(own.chosen - constant.chosen, own.rejected - constant.rejected)
+
+    def references(
+        self, ref_chosen_logps: Tensor | None, ref_rejected_logps: Tensor | None
+    ) -> Sides:
+        """Returns S_ref of both sides, held constant; 0 without a reference."""
+        if (ref_chosen_logps is None) != (ref_rejected_logps is None):
+            raise ValueError("ref_chosen_logps, ref_rejected_logps: expected both or none, got one")
+        return Sides(
+            reference("ref_chosen_logps", self.chosen, ref_chosen_logps),
+            reference("ref_rejected_logps", self.rejected, ref_rejected_logps),
+        )
+
+    def mean(self, losses: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Returns the mean of the pairs' losses, each times its weight."""
+        if weights is not None:
+            losses = losses * per_response("pair_weights", weights, self.chosen)
+        total = torch.where(self.counted, losses, 0).sum() / self.number
+        return total.to(self.chosen.dtype)
 
 
 def label_logps(log_odds: Tensor) -> Tensor:
@@ -173,6 +242,75 @@ def checked(name: str, responses: Responses) -> Rows:
     tokens = divisor(f"{name}.total_tokens", tokens, kept)
     sequences = divisor(f"{name}.total_sequences", sequences, lengths > 0)
     return Rows(m, kept, segments, size, tokens, sequences, lengths, dtype)
+
+
+def pairs_of(chosen: Responses, rejected: Responses, *, both: bool = False) -> Pairs:
+    """Checks two sides and returns their pairs.
+
+    A pair counts if one of its responses has a token; with `both`, for losses without a reference,
+    if both have.
+    """
+    g, b = checked("chosen", chosen), checked("rejected", rejected)
+    given = chosen.total_sequences is not None
+    if given != (rejected.total_sequences is not None):
+        raise ValueError("total_sequences: expected it for both sides or for none, got one")
+    if g.size != b.size:
+        raise ValueError(f"rejected: expected {g.size} responses, as many as chosen, got {b.size}")
+    return paired(g, b, given=given, both=both)
+
+
+def paired(chosen: Rows, rejected: Rows, *, given: bool, both: bool) -> Pairs:
+    """Returns the pairs of two checked sides, whose number of responses is `given` or counted."""
+    of_each = chosen.lengths > 0, rejected.lengths > 0
+    counted = of_each[0] & of_each[1] if both else of_each[0] | of_each[1]
+    return Pairs(
+        chosen, rejected, counted, chosen.sequences if given else counted.sum().clamp(min=1)
+    )
+
+
+def reference(name: str, rows: Rows, logps: Tensor | None) -> Tensor:
+    """Returns S_ref, (B,), held constant; 0 without a reference."""
+    if logps is None:
+        return rows.log_odds.new_zeros(rows.size)
+    return per_response(name, logps, rows)
+
+
+def per_response(name: str, value: object, rows: Rows) -> Tensor:
+    """Returns one number a response, (B,) float64, held constant, after checks."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{name}: expected a float tensor, got {got}")
+    if value.shape != (rows.size,):
+        raise ValueError(f"{name}: expected ({rows.size},), got {tuple(value.shape)}")
+    if value.device != rows.log_odds.device:
+        raise ValueError(f"{name}: expected device {rows.log_odds.device}, got {value.device}")
+    return value.detach().double()
+
+
+def scalar(name: str, value: object, rows: Rows) -> Tensor:
+    """Returns one number of a batch, () float64, held constant, after checks."""
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"{name}: expected one value, got shape {tuple(value.shape)}")
+        return accumulated(name, value).detach().double().reshape(()).to(rows.log_odds.device)
+    return rows.log_odds.new_tensor(number(name, value, signed=True))
+
+
+def token_weights(rows: Rows, shared: Tensor, ld_alpha: float) -> Tensor:
+    """Returns 1 at the first `shared` tokens of each response and α at the others."""
+    one = rows.log_odds.new_ones(())  # of two numbers torch.where would make float32
+    return torch.where(_places(rows) < rows.spread(shared), one, ld_alpha)
+
+
+def _places(rows: Rows) -> Tensor:
+    """Returns how many tokens of its response stand before each token, shape of the log-odds."""
+    if rows.segments is None:
+        return rows.kept.cumsum(-1) - 1
+    ids = torch.where(rows.kept, rows.segments, rows.size)
+    order = ids.argsort(stable=True)
+    ends = torch.cat([rows.lengths.new_zeros(1), rows.lengths]).cumsum(0)  # (B+1,)
+    places = torch.arange(len(ids), device=ids.device) - ends[ids[order]]
+    return torch.empty_like(places).index_copy(0, order, places)
 
 
 def per_token(name: str, value: Tensor, chosen: Responses, rows: Rows) -> Tensor:

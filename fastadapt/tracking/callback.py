@@ -7,9 +7,6 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from fastadapt._ops.checks import instance
-from fastadapt.tracking.recorder import Recorder
-
 _STATE = "RewardPenalizeTracker"  # its place in the state of the trainer
 
 
@@ -51,8 +48,10 @@ class TrackerCallback(TrainerCallback):
         TypeError: no tracker.
     """
 
-    def __init__(self, tracker: Recorder) -> None:
-        instance("tracker", tracker, Recorder, "a RewardPenalizeTracker")
+    def __init__(self, tracker: Any) -> None:
+        if not callable(getattr(tracker, "at_step", None)):
+            expected = "expected a RewardPenalizeTracker"
+            raise TypeError(f"tracker: {expected}, got {type(tracker).__name__}")
         self.tracker = tracker
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -8,18 +8,18 @@ both.
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Mapping
-from types import CodeType
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastadapt.losses.catalogue import CATALOGUE, Gradient
-from fastadapt.losses.preference.pairs import Pairs, Sides, paired, scored, token_weights
-from fastadapt.losses.rows import Rows
+from fastadapt.losses.catalogue.entry import Gradient
+from fastadapt.losses.catalogue.listing import CATALOGUE
+from fastadapt.losses.rows import Pairs, Rows, paired, token_weights
+from fastadapt.losses.scores import Sides, scored
+from fastadapt.tracking.expressions import value_of
 
 # The letters by which expressions name the options of the losses.
 OPTION_SYMBOLS = {
@@ -61,7 +61,7 @@ class Inputs(NamedTuple):
 
 
 def closed_form(name: str, x: Inputs, options: Mapping[str, Any]) -> dict[str, Slopes]:
-    """Returns the slopes of one loss on each of its sides."""
+    """Returns the slopes of one loss, with all its options, on each of its sides."""
     row, entry = gradient_of(name, options), CATALOGUE[name]
     if "candidates" in entry.needs:
         assert x.candidates is not None
@@ -73,10 +73,9 @@ def closed_form(name: str, x: Inputs, options: Mapping[str, Any]) -> dict[str, S
 
 
 def gradient_of(name: str, options: Mapping[str, Any]) -> Gradient:
-    """Returns the catalogue's row for a loss with these options."""
-    own = _with_defaults(name, options)
+    """Returns the catalogue's row for a loss with these options, all that it has."""
     rows = CATALOGUE[name].gradients
-    return next(r for r in rows if all(own[k] == v for k, v in r.given.items()))
+    return next(r for r in rows if all(options[k] == v for k, v in r.given.items()))
 
 
 def response_slopes(name: str, x: Inputs, options: Mapping[str, Any], side: str) -> Tensor:
@@ -113,7 +112,7 @@ class _Symbols(dict[str, Any]):
             matched=self._matched,
             inf=float("inf"),
         )
-        self.options = _with_defaults(name, options)
+        self.options = options
         self.update(
             {_plain(s): self.options.get(k) for k, s in OPTION_SYMBOLS.items() if k in self.options}
         )
@@ -142,9 +141,8 @@ class _Symbols(dict[str, Any]):
         return self._value(text).expand(self.rows.size)
 
     def _value(self, text: str) -> Tensor:
-        """Evaluates an expression; its names are the package's own, of the catalogue."""
-        found = eval(_compiled(text), {"__builtins__": {}}, self)  # noqa: S307
-        return torch.as_tensor(found, dtype=torch.float64)
+        """Returns the value of an expression."""
+        return torch.as_tensor(value_of(_plain(text), self), dtype=torch.float64)
 
     def __missing__(self, name: str) -> Any:
         """Makes a symbol: of the own side without a suffix, else of the side it names."""
@@ -190,7 +188,7 @@ class _Symbols(dict[str, Any]):
 
     def _of_batch(self, name: str) -> Any:
         """Returns a number of the whole side, or of both."""
-        if name in ("N", "Q") and self.x.others.get("gold") is not None and "gold" in self.options:
+        if name in ("N", "Q") and self.x.others.get("gold") is not None and "pairs" in self.needs:
             return float("inf")  # the likelihood is that of other responses
         if name == "N":
             return torch.as_tensor(self.rows.tokens).double()
@@ -243,7 +241,7 @@ class _Symbols(dict[str, Any]):
         """Returns what the gradient of a pair's tokens is multiplied by."""
         rows, pairs = self.rows, self.pairs
         weights = torch.ones(rows.size, dtype=torch.float64, device=rows.log_odds.device)
-        if self.x.others.get("pair_weights") is not None:
+        if self.x.others.get("pair_weights") is not None and "batch" not in self.needs:
             weights = self.x.others["pair_weights"].double()
         if "f_divergence" in self.options:
             weights = weights * self._score_slope()
@@ -264,18 +262,6 @@ class _Symbols(dict[str, Any]):
             "alpha_divergence": lambda: torch.exp(ratio * (alpha - 1)),
         }
         return slopes[kind]()
-
-
-def _with_defaults(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns all parameters of a loss that have a default, with the options given."""
-    own = inspect.signature(CATALOGUE[name].formula).parameters.values()
-    return {p.name: p.default for p in own if p.default is not p.empty} | dict(options)
-
-
-@functools.lru_cache(maxsize=256)
-def _compiled(text: str) -> CodeType:
-    """Returns the code of an expression of the catalogue."""
-    return compile(_plain(text), text, "eval")
 
 
 def _plain(text: str) -> str:

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from fastadapt._ops.checks import instance
-from fastadapt.losses import Responses, RewardPenalizeLoss
+from fastadapt.losses.mixture import RewardPenalizeLoss
+from fastadapt.losses.responses import Responses
 from fastadapt.tracking.callback import TrackerCallback
 from fastadapt.tracking.metrics import NAIVE_INF, Row, counters, slope_metrics
-from fastadapt.tracking.recorder import Recorder
 from fastadapt.training.head import HeadError, causal_of, is_gathered, layer_of
 from fastadapt.training.pairs import IGNORED, PairBatch
 
@@ -33,7 +33,7 @@ class Following(TrackerCallback):
         trainer: as of `track`.
     """
 
-    def __init__(self, tracker: Recorder, trainer: Any) -> None:
+    def __init__(self, tracker: Any, trainer: Any) -> None:
         super().__init__(tracker)
         objective = getattr(trainer, "mixture", None)
         if objective is None and not hasattr(trainer, "loss_types"):

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastadapt.losses import Responses, RewardPenalizeLoss
+from fastadapt.losses.mixture import RewardPenalizeLoss
+from fastadapt.losses.responses import Responses
 from fastadapt.losses.rows import Rows, checked
 from fastadapt.tracking.closed_forms import Inputs, response_slopes
 from fastadapt.tracking.displacement import Displacement

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from fastadapt._ops.checks import instance
-from fastadapt.losses import Responses, RewardPenalizeLoss
+from fastadapt.losses.mixture import RewardPenalizeLoss
+from fastadapt.losses.responses import Responses
 from fastadapt.tracking.displacement import Displacement, displacement
 from fastadapt.tracking.metrics import (
     SLOPES,
@@ -30,10 +31,11 @@ from fastadapt.tracking.metrics import (
     slopes_of,
 )
 from fastadapt.tracking.pair_contexts import cross_cells
-from fastadapt.training import LogOddsOf, Reference, sides
 from fastadapt.training.head import causal_of, evaluating, layer_of
 from fastadapt.training.head_check import ask, head_of
+from fastadapt.training.log_odds import LogOddsOf
 from fastadapt.training.pairs import PairBatch
+from fastadapt.training.steps import Reference, sides
 
 Batches = tuple[PairBatch, Reference | None]
 T = TypeVar("T", bound="Recorder")

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 
 from fastadapt._ops.checks import flag, instance, integer
-from fastadapt.losses import RewardPenalizeLoss
+from fastadapt.losses.mixture import RewardPenalizeLoss
 from fastadapt.tracking.recorder import Recorder
-from fastadapt.training import LogOddsOf, response_log_odds
 from fastadapt.training.head import causal_of
+from fastadapt.training.log_odds import LogOddsOf, response_log_odds
 
 INTERVAL = 10  # objective calls between two records
 

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from fastadapt._ops.checks import instance
-from fastadapt.losses import Responses, RewardPenalizeLoss, sequence_logps
+from fastadapt.losses.mixture import RewardPenalizeLoss
+from fastadapt.losses.responses import Responses
+from fastadapt.losses.rows import sequence_logps
 from fastadapt.training.log_odds import LogOddsOf, response_log_odds
 from fastadapt.training.pairs import IGNORED, PairBatch
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from fastadapt.losses import FORMULAS, RewardPenalizeLoss, name_of
+from fastadapt.losses.mixture import FORMULAS, RewardPenalizeLoss
+from fastadapt.losses.named import defaults_of, name_of
 
 OF_DPO = {  # options of losses, by trl's arguments for them
     "beta": "beta",
@@ -84,12 +84,6 @@ def options_of(
     return result
 
 
-def option_of(mixture: RewardPenalizeLoss, loss: str, name: str) -> Any:
-    """Returns the value of an option of a loss in a mixture."""
-    usual = parameters_of(loss)[name].default
-    return mixture.options_of(loss).get(name, usual)
-
-
 def ld_alpha_of(mixture: RewardPenalizeLoss) -> float | None:
     """Returns how the log P of a reference counts tokens beyond the shorter response's length.
 
@@ -99,7 +93,7 @@ def ld_alpha_of(mixture: RewardPenalizeLoss) -> float | None:
     found = {
         name: mixture.options_of(name).get("ld_alpha")
         for name in mixture.weights
-        if "ref_chosen_logps" in parameters_of(name)
+        if "ref_chosen_logps" in mixture.inputs_of(name)
     }
     values = set(found.values())
     if len(values) > 1:
@@ -110,19 +104,11 @@ def ld_alpha_of(mixture: RewardPenalizeLoss) -> float | None:
     return value
 
 
-def parameters_of(loss: str) -> Mapping[str, inspect.Parameter]:
-    """Returns the parameters of a loss: its inputs, and by keyword alone its options."""
-    return inspect.signature(FORMULAS[loss]).parameters
-
-
 def _options_of_losses(losses: object) -> dict[str, set[str]]:
     """Returns the names of the options of each loss that there is."""
     named = losses if isinstance(losses, Mapping) else {}
     names = [name_of(name) for name in named if name_of(name) in FORMULAS]
-    return {
-        name: {p.name for p in parameters_of(name).values() if p.kind is p.KEYWORD_ONLY}
-        for name in names
-    }
+    return {name: set(defaults_of(FORMULAS[name])) for name in names}
 
 
 def _usual(args: Any, name: str) -> Any:

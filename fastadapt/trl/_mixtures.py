@@ -11,11 +11,12 @@ from torch import Tensor
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
-from fastadapt.losses import Responses, RewardPenalizeLoss, sequence_logps
+from fastadapt.losses.mixture import RewardPenalizeLoss
+from fastadapt.losses.responses import Responses
+from fastadapt.losses.rows import sequence_logps
 from fastadapt.training.head import causal_of
 from fastadapt.training.lora import has_adapter
 from fastadapt.training.pairs import IGNORED
-from fastadapt.trl._arguments import option_of, parameters_of
 from fastadapt.trl._inputs import RewardShift
 from fastadapt.trl._log_probs import LogOdds
 from fastadapt.trl._negatives import Batch, CandidateLogOdds, scorer_of
@@ -63,7 +64,7 @@ class MixtureTrainer:
         self.mixture = RewardPenalizeLoss(loss, **options)
         for name, expected in _NOT_MADE.items():
             if self.mixture.needs(name):
-                needing = [k for k in self.mixture.weights if name in parameters_of(k)]
+                needing = [k for k in self.mixture.weights if name in self.mixture.inputs_of(k)]
                 names = ", ".join(needing)
                 raise ValueError(f"loss: expected {expected}; got {names}, which needs {name}")
         self._uses_reference = self.mixture.takes("ref_chosen_logps")
@@ -279,7 +280,7 @@ class MixtureTrainer:
         handler = self.callback_handler
         shift = next(x for x in handler.callbacks if isinstance(x, RewardShift))
         if model.training:
-            beta = option_of(self.mixture, "bco", "beta")
+            beta = self.mixture.options_of("bco")["beta"]
             rewards = [
                 beta * (sequence_logps(side).detach() - ref)
                 for side, ref in zip(sides, reference, strict=True)

@@ -19,7 +19,9 @@ from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
 
 from fastadapt._ops.checks import flag, instance
-from fastadapt.losses import Responses, desensitized_logps, sequence_logps, wpo_weights
+from fastadapt.losses.preference.weights import desensitized_logps, wpo_weights
+from fastadapt.losses.responses import Responses
+from fastadapt.losses.rows import sequence_logps
 from fastadapt.training.pairs import IGNORED
 from fastadapt.trl._arguments import KINDS_OF_DPO, OF_DPO, ld_alpha_of, options_of, refuse
 from fastadapt.trl._inputs import after_other_prompts

@@ -13,7 +13,8 @@ from trl.trainer.kto_config import KTOConfig
 from trl.trainer.kto_trainer import KTOTrainer
 
 from fastadapt._ops.checks import instance
-from fastadapt.losses import CATALOGUE, Responses
+from fastadapt.losses.catalogue.listing import CATALOGUE
+from fastadapt.losses.responses import Responses
 from fastadapt.trl._arguments import KINDS_OF_KTO, OF_KTO, options_of, refuse
 from fastadapt.trl._mixtures import MixtureTrainer, without_adapter_on_its_head
 from fastadapt.trl._scoring import Scored

@@ -3,8 +3,10 @@
 import inspect
 
 from fastadapt._ops.checks import nearest
-from fastadapt.losses.catalogue.listing import ALIASES, CATALOGUE, name_of
+from fastadapt.losses.catalogue.listing import CATALOGUE
 from fastadapt.losses.catalogue.symbols import SYMBOLS, symbols_in
+from fastadapt.losses.mixture import FORMULAS
+from fastadapt.losses.named import ALIASES, name_of
 
 NEEDS_IN_WORDS = {
     "pairs": "the i-th chosen against the i-th rejected response",
@@ -44,12 +46,12 @@ def describe(name: str) -> str:
     entry = CATALOGUE[known]
     options = [
         f"{key}={p.default!r}"
-        for key, p in inspect.signature(entry.formula).parameters.items()
+        for key, p in inspect.signature(FORMULAS[known]).parameters.items()
         if p.kind is p.KEYWORD_ONLY
     ]
     lines = [
         f"{known}: {entry.title} ({entry.source})",
-        _formula(inspect.getdoc(entry.formula) or ""),
+        _formula(inspect.getdoc(FORMULAS[known]) or ""),
         f"Take it: {entry.when}",
         f"Options: {', '.join(options) or 'none'}",
     ]

@@ -1,9 +1,7 @@
 """What is known of a loss beside its code: source, needs, gradient, when to take it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
-
-from torch import Tensor
 
 NEEDS = (
     "pairs",
@@ -49,7 +47,6 @@ class Entry(NamedTuple):
 
     Attributes:
         title: its usual name.
-        formula: its function.
         source: paper or code, and the equation.
         needs: what it needs beside the log-odds of the chosen side, of `NEEDS`.
         gradients: its coefficients, by options.
@@ -60,7 +57,6 @@ class Entry(NamedTuple):
     """
 
     title: str
-    formula: Callable[..., Tensor]
     source: str
     needs: frozenset[str]
     gradients: tuple[Gradient, ...]

@@ -1,24 +1,9 @@
 """Entries of the likelihood losses and of the penalties on rejected responses."""
 
-from collections.abc import Callable
 from typing import Any
-
-from torch import Tensor
 
 from fastadapt.losses.catalogue.entry import Entry, Gradient
 from fastadapt.losses.catalogue.symbols import times
-from fastadapt.losses.formulas import (
-    candidate_unlikelihood_penalty,
-    exmate_loss,
-    exmate_penalty,
-    mate_loss,
-    mate_penalty,
-    mle_loss,
-    unlikelihood_loss,
-    unlikelihood_penalty,
-)
-from fastadapt.losses.regularisers import smoothed_mle_loss
-from fastadapt.losses.weighted import dft_loss, focal_mle_loss
 
 WELLECK = "Welleck et al. 2020, arXiv 1908.04319"
 PARLAI = "ParlAI, projects/dialogue_unlikelihood"
@@ -58,7 +43,6 @@ def _with_mle(penalty: tuple[Gradient, ...]) -> tuple[Gradient, ...]:
 
 def _penalising(
     title: str,
-    formula: Callable[..., Tensor],
     source: str,
     gradients: tuple[Gradient, ...],
     limits: tuple[str, str],
@@ -68,7 +52,6 @@ def _penalising(
     """Returns the fields of a loss of rejected responses, whichever the chosen ones are."""
     return {
         "title": title,
-        "formula": formula,
         "source": source,
         "needs": frozenset({"unpaired", *needs}),
         "gradients": gradients,
@@ -80,7 +63,6 @@ def _penalising(
 ENTRIES = {
     "mle": Entry(
         "MLE",
-        mle_loss,
         "the cross-entropy of language models",
         frozenset(),
         (
@@ -92,7 +74,6 @@ ENTRIES = {
     ),
     "smoothed_mle": Entry(
         "label-smoothed MLE",
-        smoothed_mle_loss,
         "Szegedy et al. 2016, arXiv 1512.00567, section 7",
         frozenset({"mean_logits"}),
         (
@@ -105,7 +86,6 @@ ENTRIES = {
     ),
     "focal_mle": Entry(
         "focal MLE",
-        focal_mle_loss,
         "Lin et al. 2017, arXiv 1708.02002, eq. 4",
         frozenset(),
         tuple(
@@ -127,7 +107,6 @@ ENTRIES = {
     ),
     "dft": Entry(
         "DFT",
-        dft_loss,
         "Wu et al. 2025, arXiv 2508.05629, eq. 9",
         frozenset(),
         tuple(
@@ -151,7 +130,6 @@ ENTRIES = {
     "unlikelihood": Entry(
         **_penalising(
             "MLE + unlikelihood",
-            unlikelihood_loss,
             f"{PARLAI}; {WELLECK}",
             _with_mle(_UNLIKELIHOOD),
             ("0", "-inf"),
@@ -162,7 +140,6 @@ ENTRIES = {
     "exmate": Entry(
         **_penalising(
             "ExMATE",
-            exmate_loss,
             CAUSAL,
             _with_mle(_EXMATE),
             ("0", "-λ/(B*T)"),
@@ -174,7 +151,6 @@ ENTRIES = {
     "mate": Entry(
         **_penalising(
             "MATE",
-            mate_loss,
             CAUSAL,
             _with_mle(_MATE),
             ("-λ/N", "-λ/N"),
@@ -184,7 +160,6 @@ ENTRIES = {
     "unlikelihood_penalty": Entry(
         **_penalising(
             "unlikelihood, penalty alone",
-            unlikelihood_penalty,
             f"{PARLAI}; {WELLECK}",
             _UNLIKELIHOOD,
             ("0", "-inf"),
@@ -194,7 +169,6 @@ ENTRIES = {
     "exmate_penalty": Entry(
         **_penalising(
             "ExMATE, penalty alone",
-            exmate_penalty,
             CAUSAL,
             _EXMATE,
             ("0", "-1/(B*T)"),
@@ -205,7 +179,6 @@ ENTRIES = {
     "mate_penalty": Entry(
         **_penalising(
             "MATE, penalty alone",
-            mate_penalty,
             CAUSAL,
             _MATE,
             ("-1/N", "-1/N"),
@@ -214,7 +187,6 @@ ENTRIES = {
     ),
     "candidate_unlikelihood_penalty": Entry(
         "unlikelihood of candidates",
-        candidate_unlikelihood_penalty,
         f"{WELLECK}, eq. 5",
         frozenset({"candidates"}),
         (Gradient("0", "-exp(m)/N", "B", log_odds="σ(m)/N"),),

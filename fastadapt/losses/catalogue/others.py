@@ -1,17 +1,6 @@
 """Entries of the losses of pairs without a reference and of single responses."""
 
 from fastadapt.losses.catalogue.entry import Entry, Gradient
-from fastadapt.losses.preference import (
-    alphapo_loss,
-    apo_zero_unpaired_loss,
-    bco_loss,
-    cpo_loss,
-    kto_loss,
-    orpo_loss,
-    simpo_loss,
-    slic_loss,
-    tpo_loss,
-)
 
 _MEANS = "S⁺/T⁺ - S⁻/T⁻"
 _SINGLE = frozenset({"unpaired", "reference"})
@@ -19,7 +8,6 @@ _SINGLE = frozenset({"unpaired", "reference"})
 ENTRIES = {
     "cpo": Entry(
         "CPO",
-        cpo_loss,
         "Xu et al. 2024, arXiv 2401.08417, eq. 5",
         frozenset({"pairs"}),
         (
@@ -53,7 +41,6 @@ ENTRIES = {
     ),
     "simpo": Entry(
         "SimPO",
-        simpo_loss,
         "Meng et al. 2024, arXiv 2405.14734, eq. 6",
         frozenset({"pairs", "lengths"}),
         (Gradient("β/(B*T)*(σ(-u) - ε)", "-β/(B*T)*(σ(-u) - ε)", "C", f"β*({_MEANS}) - γ"),),
@@ -62,7 +49,6 @@ ENTRIES = {
     ),
     "alphapo": Entry(
         "AlphaPO",
-        alphapo_loss,
         "Gupta et al. 2025, arXiv 2501.03884, eq. 7",
         frozenset({"pairs", "lengths"}),
         (
@@ -86,7 +72,6 @@ ENTRIES = {
     ),
     "orpo": Entry(
         "ORPO",
-        orpo_loss,
         "Hong et al. 2024, arXiv 2403.07691, eq. 6 and 7",
         frozenset({"pairs", "lengths"}),
         (
@@ -102,7 +87,6 @@ ENTRIES = {
     ),
     "slic": Entry(
         "SLiC-HF",
-        slic_loss,
         "Zhao et al. 2023, arXiv 2305.10425, eq. 1",
         frozenset({"pairs"}),
         (Gradient("ν/Q + 1/B*(u < δ)", "-1/B*(u < δ)", "C", "S⁺ - S⁻"),),
@@ -111,7 +95,6 @@ ENTRIES = {
     ),
     "tpo": Entry(
         "TPO",
-        tpo_loss,
         "Saeidi et al. 2024, arXiv 2405.16681, eq. 6",
         frozenset({"pairs", "gold"}),
         (
@@ -153,7 +136,6 @@ ENTRIES = {
     ),
     "kto": Entry(
         "KTO",
-        kto_loss,
         "Ethayarajh et al. 2024, arXiv 2402.01306, eq. 7",
         _SINGLE,
         (Gradient("λ⁺*β/M*σ(u)*σ(-u)", "-λ⁻*β/M*σ(u)*σ(-u)", "D", "β*(r - z)"),),
@@ -162,7 +144,6 @@ ENTRIES = {
     ),
     "apo_zero_unpaired": Entry(
         "APO-zero, unpaired",
-        apo_zero_unpaired_loss,
         "D'Oosterlinck et al. 2024, arXiv 2408.06266, eq. 7",
         _SINGLE,
         (Gradient("λ⁺*β/M*σ(u)*σ(-u)", "-λ⁻*β/M*σ(u)*σ(-u)", "C", "β*r"),),
@@ -171,7 +152,6 @@ ENTRIES = {
     ),
     "bco": Entry(
         "BCO",
-        bco_loss,
         "Jung et al. 2024, arXiv 2404.04656, eq. 12",
         _SINGLE,
         (Gradient("β/M*σ(δ - β*r)", "-β/M*σ(β*r - δ)", "D"),),

@@ -1,26 +1,6 @@
 """Entries of the losses of pairs with a reference."""
 
 from fastadapt.losses.catalogue.entry import Entry, Gradient
-from fastadapt.losses.preference import (
-    aot_loss,
-    aot_unpaired_loss,
-    apo_down_loss,
-    apo_zero_loss,
-    bco_pair_loss,
-    cal_dpo_loss,
-    cdpo_loss,
-    discopop_loss,
-    dpo_loss,
-    dpop_loss,
-    exo_pair_loss,
-    hinge_loss,
-    ipo_loss,
-    nca_pair_loss,
-    robust_loss,
-    sigmoid_norm_loss,
-    sppo_hard_loss,
-    tdpo_loss,
-)
 
 _PAIRS = frozenset({"pairs", "reference"})
 _MARGIN = "β*(r⁺ - r⁻)"
@@ -34,7 +14,6 @@ def _opposite(pull: str, *, u: str = _MARGIN, **more: object) -> Gradient:
 ENTRIES = {
     "dpo": Entry(
         "DPO",
-        dpo_loss,
         "Rafailov et al. 2023, arXiv 2305.18290, eq. 7",
         _PAIRS,
         (_opposite("β/B*σ(-u)"),),
@@ -43,7 +22,6 @@ ENTRIES = {
     ),
     "cdpo": Entry(
         "conservative DPO",
-        cdpo_loss,
         "the code of arXiv 2305.18290",
         _PAIRS,
         (_opposite("β/B*(σ(-u) - ε)"),),
@@ -52,7 +30,6 @@ ENTRIES = {
     ),
     "robust": Entry(
         "robust DPO",
-        robust_loss,
         "Chowdhury et al. 2024, arXiv 2403.00409, eq. 6",
         _PAIRS,
         (_opposite("β/B*((1-ε)*σ(-u) + ε*σ(u))/(1-2*ε)"),),
@@ -61,7 +38,6 @@ ENTRIES = {
     ),
     "hinge": Entry(
         "hinge (RSO)",
-        hinge_loss,
         "Liu et al. 2023, arXiv 2309.06657, eq. 11",
         _PAIRS,
         (_opposite("β/B*(u < 1)"),),
@@ -70,7 +46,6 @@ ENTRIES = {
     ),
     "ipo": Entry(
         "IPO",
-        ipo_loss,
         "Azar et al. 2023, arXiv 2310.12036, eq. 17",
         _PAIRS | {"lengths"},
         (
@@ -93,7 +68,6 @@ ENTRIES = {
     ),
     "sigmoid_norm": Entry(
         "length-normalised DPO",
-        sigmoid_norm_loss,
         "Lambert et al. 2024, arXiv 2411.15124, eq. 6",
         _PAIRS | {"lengths"},
         (_opposite("β/(B*T)*σ(-u)", u="β*(r⁺/T⁺ - r⁻/T⁻)"),),
@@ -102,7 +76,6 @@ ENTRIES = {
     ),
     "exo_pair": Entry(
         "EXO",
-        exo_pair_loss,
         "Ji et al. 2024, arXiv 2402.00856, eq. 16",
         _PAIRS,
         (_opposite("β/B*σ(u)*σ(-u)*(log((1-ε)/ε) - u)"),),
@@ -111,7 +84,6 @@ ENTRIES = {
     ),
     "discopop": Entry(
         "DiscoPOP",
-        discopop_loss,
         "Lu et al. 2024, arXiv 2406.08414, eq. 5",
         _PAIRS,
         (
@@ -127,7 +99,6 @@ ENTRIES = {
     ),
     "nca_pair": Entry(
         "NCA",
-        nca_pair_loss,
         "Chen et al. 2024, arXiv 2402.05369, table 2",
         _PAIRS,
         (Gradient("β/B*(σ(-β*r⁺) - σ(β*r⁺)/2)", "-β/(2*B)*σ(β*r⁻)", "C"),),
@@ -136,7 +107,6 @@ ENTRIES = {
     ),
     "bco_pair": Entry(
         "BCO of pairs, no shift",
-        bco_pair_loss,
         "Jung et al. 2024, arXiv 2404.04656, eq. 12",
         _PAIRS,
         (Gradient("β/B*σ(-β*r⁺)", "-β/B*σ(β*r⁻)", "C"),),
@@ -145,7 +115,6 @@ ENTRIES = {
     ),
     "sppo_hard": Entry(
         "SPPO",
-        sppo_hard_loss,
         "Wu et al. 2024, arXiv 2405.00675, eq. 4.7",
         _PAIRS,
         (Gradient("2/B*(1/(2*β) - r⁺)", "-2/B*(1/(2*β) + r⁻)", "C"),),
@@ -154,7 +123,6 @@ ENTRIES = {
     ),
     "apo_zero": Entry(
         "APO-zero",
-        apo_zero_loss,
         "D'Oosterlinck et al. 2024, arXiv 2408.06266, eq. 7",
         _PAIRS,
         (Gradient("β/B*σ(β*r⁺)*σ(-β*r⁺)", "-β/B*σ(β*r⁻)*σ(-β*r⁻)", "C"),),
@@ -163,7 +131,6 @@ ENTRIES = {
     ),
     "apo_down": Entry(
         "APO-down",
-        apo_down_loss,
         "D'Oosterlinck et al. 2024, arXiv 2408.06266, eq. 8",
         _PAIRS,
         (Gradient("β/B*(σ(u)*σ(-u) - σ(β*r⁺)*σ(-β*r⁺))", "-β/B*σ(u)*σ(-u)", "C", "β*(r⁺ - r⁻)"),),
@@ -172,7 +139,6 @@ ENTRIES = {
     ),
     "cal_dpo": Entry(
         "Cal-DPO",
-        cal_dpo_loss,
         "Xiao et al. 2024, arXiv 2412.14516",
         _PAIRS,
         (Gradient("(σ(-u) + 1/β - 2*r⁺)/B", "-(σ(-u) + 1/β + 2*r⁻)/B", "C", "r⁺ - r⁻"),),
@@ -181,7 +147,6 @@ ENTRIES = {
     ),
     "dpop": Entry(
         "DPO-positive",
-        dpop_loss,
         "Pal et al. 2024, arXiv 2402.13228, eq. 3",
         _PAIRS,
         (
@@ -197,7 +162,6 @@ ENTRIES = {
     ),
     "tdpo": Entry(
         "TDPO",
-        tdpo_loss,
         "Zeng et al. 2024, arXiv 2404.11999, eq. 15 and 17",
         _PAIRS | {"divergences"},
         (
@@ -220,7 +184,6 @@ ENTRIES = {
     ),
     "aot": Entry(
         "AOT",
-        aot_loss,
         "Melnyk et al. 2024, arXiv 2406.05882, eq. 8",
         _PAIRS | {"batch"},
         (
@@ -237,7 +200,6 @@ ENTRIES = {
     ),
     "aot_unpaired": Entry(
         "AOT, unpaired",
-        aot_unpaired_loss,
         "Melnyk et al. 2024, arXiv 2406.05882, eq. 9",
         _PAIRS | {"batch"},
         (Gradient("β/B*(σ(-β*matched(r⁺, r⁻)) - ε)", "-β/B*(σ(β*matched(r⁻, r⁺)) - ε)", "D"),),

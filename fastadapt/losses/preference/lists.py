@@ -3,9 +3,8 @@
 import torch
 from torch import Tensor
 
-from fastadapt.losses.preference.pairs import per_response
 from fastadapt.losses.responses import Responses
-from fastadapt.losses.rows import Rows, checked
+from fastadapt.losses.rows import Rows, checked, per_response
 
 
 def rrhf_loss(responses: Responses, scores: Tensor, lists: Tensor) -> Tensor:

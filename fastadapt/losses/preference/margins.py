@@ -1,6 +1,6 @@
 """Losses of a pair's margin over a reference: DPO and those that bend or bound its logistic loss.
 
-Notation as in `pairs.py`: u = β Δ, or β times the gap of other scores than r with `f_divergence`.
+Notation as in `rows.py`: u = β Δ, or β times the gap of other scores than r with `f_divergence`.
 Where a loss is a function of u alone, ∂L/∂S⁺ = -∂L/∂S⁻ = β L'(u) per pair, and rows that both
 responses share, the same tokens after the same prompt, get a gradient of exactly 0.
 """
@@ -12,14 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastadapt._ops.checks import flag, number
-from fastadapt.losses.preference.pairs import (
-    logistic,
-    margin,
-    pairs_of,
-    probability,
-    smoothing_of,
-)
 from fastadapt.losses.responses import Responses
+from fastadapt.losses.rows import pairs_of
+from fastadapt.losses.scores import logistic, margin, probability, smoothing_of
 
 
 def dpo_loss(

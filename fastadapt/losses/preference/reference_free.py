@@ -1,6 +1,6 @@
 """Losses of pairs without a reference model: CPO, SimPO, AlphaPO, ORPO, SLiC-HF, TPO.
 
-A pair counts where both responses have tokens. Notation as in `pairs.py`; S̄ = S/T is the mean
+A pair counts where both responses have tokens. Notation as in `rows.py`; S̄ = S/T is the mean
 log-probability of a token of the response. Those that hold the policy near good text by a
 likelihood term take `gold`, the responses that it is of.
 """
@@ -10,16 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastadapt._ops.checks import number, one_of
-from fastadapt.losses.preference.pairs import (
-    Pairs,
-    Sides,
-    exponential,
-    logistic,
-    pairs_of,
-    smoothing_of,
-)
 from fastadapt.losses.responses import Responses
-from fastadapt.losses.rows import Rows, checked, sequence_log_odds
+from fastadapt.losses.rows import Pairs, Rows, checked, pairs_of, sequence_log_odds
+from fastadapt.losses.scores import Sides, exponential, logistic, smoothing_of
 
 CPO_LOSS_TYPES = ("sigmoid", "hinge", "ipo")
 TPO_LOSS_TYPES = (*CPO_LOSS_TYPES, "tpo-l")

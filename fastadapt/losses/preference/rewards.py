@@ -1,6 +1,6 @@
 """Losses of the two rewards of a pair, not of their difference alone; and those with a term beside.
 
-Notation as in `pairs.py`: β r is the reward of a response. Such a loss can say where each of the
+Notation as in `rows.py`: β r is the reward of a response. Such a loss can say where each of the
 two shall be, and not only how far apart.
 """
 
@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from fastadapt._ops.checks import number, one_of
-from fastadapt.losses.preference.pairs import Pairs, Sides, logistic, pairs_of, probability
 from fastadapt.losses.responses import Responses
-from fastadapt.losses.rows import Rows, per_token
+from fastadapt.losses.rows import Pairs, Rows, pairs_of, per_token
+from fastadapt.losses.scores import Sides, logistic, probability
 
 TDPO_VARIANTS = ("tdpo1", "tdpo2")
 

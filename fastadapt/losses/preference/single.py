@@ -1,6 +1,6 @@
 """Losses of single responses, good or bad, against a reference: KTO, APO-zero unpaired, BCO.
 
-Notation as in `pairs.py`. The two sides may have any numbers of responses, none included; the mean
+Notation as in `rows.py`. The two sides may have any numbers of responses, none included; the mean
 is over those of both.
 """
 
@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from fastadapt._ops.checks import number
-from fastadapt.losses.preference.pairs import Sides, logistic, probability, reference, scalar
 from fastadapt.losses.responses import Responses
-from fastadapt.losses.rows import Rows, checked
+from fastadapt.losses.rows import Rows, checked, reference, scalar
+from fastadapt.losses.scores import Sides, logistic, probability
 
 
 def kto_loss(

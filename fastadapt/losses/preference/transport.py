@@ -1,14 +1,15 @@
 """Alignment by optimal transport: the sorted margins, or rewards, of a batch against each other.
 
-Notation as in `pairs.py`.
+Notation as in `rows.py`.
 """
 
 import torch
 from torch import Tensor
 
 from fastadapt._ops.checks import number
-from fastadapt.losses.preference.pairs import Pairs, logistic, pairs_of, smoothing_of
 from fastadapt.losses.responses import Responses
+from fastadapt.losses.rows import Pairs, pairs_of
+from fastadapt.losses.scores import logistic, smoothing_of
 
 
 def aot_loss(

@@ -1,15 +1,14 @@
 """Weights of pairs, and of the tokens in them, for the losses with a reference.
 
-Notation as in `pairs.py`.
+Notation as in `rows.py`.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastadapt.losses.preference.pairs import pairs_of
 from fastadapt.losses.responses import Responses
-from fastadapt.losses.rows import Rows, per_token
+from fastadapt.losses.rows import Rows, pairs_of, per_token
 
 
 def wpo_weights(

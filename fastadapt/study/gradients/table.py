@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastadapt.losses import CATALOGUE, Responses
+from fastadapt.losses import CATALOGUE, FORMULAS, Responses, RewardPenalizeLoss
 from fastadapt.losses.catalogue import SYMBOLS, Gradient, families, symbols_in, times
 from fastadapt.study.gradients.check import GradientCheck, check_gradients
 from fastadapt.study.gradients.named_losses import has_rejected_side, one_token
@@ -87,7 +87,7 @@ def _rows_of(name: str, family: str) -> list[TableRow]:
 def _mixed(title: str, weights: Mapping[str, float], options: Mapping[str, Any]) -> TableRow:
     """Returns the row of a mixture, whose expressions are sums of those of its losses."""
     parts = {
-        name: gradient_of(name, {k: v for k, v in options.items() if k in _parameters(name)})
+        name: gradient_of(name, RewardPenalizeLoss(weights, **options).options_of(name))
         for name in weights
     }
     stated = [row.u for row in parts.values() if row.u]
@@ -125,7 +125,7 @@ def _options(names: Any, rows: Any) -> dict[str, Any]:
 
 def _parameters(name: str) -> set[str]:
     """Returns the names of a loss's parameters."""
-    return set(inspect.signature(CATALOGUE[name].formula).parameters)
+    return set(inspect.signature(FORMULAS[name]).parameters)
 
 
 ROWS = (
@@ -189,7 +189,7 @@ def check_row(row: TableRow) -> GradientCheck:
 
 def _required(name: str) -> set[str]:
     """Returns the parameters of a loss that have no default."""
-    own = inspect.signature(CATALOGUE[name].formula).parameters.values()
+    own = inspect.signature(FORMULAS[name]).parameters.values()
     return {p.name for p in own if p.default is p.empty}
 
 
