@@ -1,15 +1,18 @@
 """Every loss in `RewardPenalizeTrainer`: beside those of trl, packed, with images, with routers."""
 
+import copy
 import math
 import random
 
 import pytest
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 datasets = pytest.importorskip("datasets", reason="needs trl")
 pytest.importorskip("trl")
 
+from peft import LoraConfig  # noqa: E402
 from trl import DPOConfig, DPOTrainer  # noqa: E402
 
 from fastadapt.losses import CATALOGUE, ramp  # noqa: E402
@@ -340,14 +343,135 @@ def test_weights_follow_the_progress_of_the_run(folder, tokenizer, tmp_path):
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
 
-@pytest.mark.parametrize(
-    ("loss", "message"),
-    [
-        ("smoothed_mle", "LogitsFreeTrainer"),
-        ("tdpo", "linear_divergence"),
-        ("tpo", "gold"),
-    ],
-)
-def test_inputs_that_no_trainer_has(folder, tokenizer, tmp_path, loss, message):
-    with pytest.raises(ValueError, match=rf"loss: expected losses .*{message}.* got {loss}"):
-        _ours(folder, tokenizer, _settings(tmp_path), loss={loss: 1.0})
+def test_inputs_that_no_trainer_has(folder, tokenizer, tmp_path):
+    with pytest.raises(ValueError, match=r"loss: expected losses of .* got tpo, which needs gold"):
+        _ours(folder, tokenizer, _settings(tmp_path), loss={"tpo": 1.0})
+
+
+def _logits_of(model, tokenizer, rows, side):
+    """Logits (T, V) in float64 and labels of the completions of rows."""
+    found = []
+    for row in rows:
+        own = tokenizer(row["prompt"]).input_ids
+        ids = torch.tensor([own + tokenizer(row[side]).input_ids + [tokenizer.eos_token_id]])
+        logits = model(input_ids=ids).logits[0, len(own) - 1 : -1].double()
+        found.append((logits, ids[0, len(own) :]))
+    return found
+
+
+def _gradients_of_a_step(trainer):
+    """The change of every parameter by a step of size 1, the gradient of the loss."""
+    before = {k: v.detach().clone() for k, v in trainer.model.named_parameters()}
+    (log,) = _train(trainer)
+    return log, {k: before[k] - v.detach() for k, v in trainer.model.named_parameters()}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_smoothed_labels_have_the_gradient_of_the_logits(folder, tokenizer, tmp_path, packed):
+    rows, model = _pairs(4), AutoModelForCausalLM.from_pretrained(folder)
+    parts = _logits_of(model, tokenizer, rows, "chosen")
+    logits, labels = (torch.cat(x) for x in zip(*parts, strict=True))
+    wanted = torch.nn.functional.cross_entropy(logits, labels, label_smoothing=0.3)
+    wanted.backward()
+    trainer = _ours(
+        AutoModelForCausalLM.from_pretrained(folder),
+        tokenizer,
+        _settings(tmp_path, max_steps=1, learning_rate=1.0, max_grad_norm=0, padding_free=packed),
+        train_dataset=rows,
+        loss={"smoothed_mle": 1.0},
+        loss_options={"smoothed_mle": {"label_smoothing": 0.3}},
+    )
+    log, found = _gradients_of_a_step(trainer)
+    assert log["loss"] == pytest.approx(float(wanted), rel=1e-6)
+    for name, x in model.named_parameters():
+        torch.testing.assert_close(found[name], x.grad, rtol=1e-3, atol=2e-6, msg=name)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_divergences_of_tdpo_have_the_gradient_of_the_logits(folder, tokenizer, tmp_path, packed):
+    """Of TDPO2, with a reference that differs, and with the likelihood of the prompt beside it."""
+    torch.manual_seed(3)
+    reference = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        for x in reference.parameters():
+            x.add_(torch.randn_like(x), alpha=0.05)
+    rows, model = _pairs(4), AutoModelForCausalLM.from_pretrained(folder)
+    sides = {}
+    for side in ("chosen", "rejected"):
+        with torch.no_grad():
+            theirs = _logits_of(reference, tokenizer, rows, side)
+        ratios, above = [], []
+        parts = zip(_logits_of(model, tokenizer, rows, side), theirs, strict=True)
+        for (z, labels), (z_ref, _) in parts:
+            p, q = z.log_softmax(-1), z_ref.log_softmax(-1)
+            ratios.append((p - q).gather(1, labels[:, None]).sum())
+            above.append((q.exp() * (q - p)).sum())
+        sides[side] = torch.stack(ratios), torch.stack(above)
+    (good, over), (bad, below) = sides["chosen"], sides["rejected"]
+    gap = good - bad - 0.5 * (below - over.detach())
+    wanted = -torch.nn.functional.logsigmoid(0.3 * gap).mean()
+    wanted.backward()
+    arguments = _settings(
+        tmp_path, max_steps=1, learning_rate=1.0, max_grad_norm=0, padding_free=packed, beta=0.3
+    )
+    trainer = _ours(
+        AutoModelForCausalLM.from_pretrained(folder),
+        tokenizer,
+        arguments,
+        ref_model=reference,
+        train_dataset=rows,
+        loss={"tdpo": 1.0, "orpo": 0.0},
+        nll_on_prompt=True,
+    )
+    log, found = _gradients_of_a_step(trainer)
+    assert log["loss"] == pytest.approx(float(wanted), rel=1e-5)
+    for name, x in model.named_parameters():
+        torch.testing.assert_close(found[name], x.grad, rtol=1e-3, atol=1e-5, msg=name)
+    assert float(below.mean()) > 0.1  # the divergences count
+
+
+def test_tdpo_wants_the_reference_in_each_step(folder, tokenizer, tmp_path):
+    arguments = _settings(tmp_path, precompute_ref_log_probs=True)
+    with pytest.raises(ValueError, match="precompute_ref_log_probs: expected False for tdpo"):
+        _ours(folder, tokenizer, arguments, loss={"tdpo": 1.0})
+
+
+def test_logits_with_a_cap_have_no_mean_without_them(tokenizer, tmp_path):
+    sizes = {"vocab_size": 19, "hidden_size": 32, "intermediate_size": 48, "head_dim": 8}
+    more = {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 4}
+    config = transformers.Gemma2Config(**sizes, **more, final_logit_softcapping=5.0)
+
+    def make():
+        model = transformers.Gemma2ForCausalLM(copy.deepcopy(config))
+        with torch.no_grad():
+            model.lm_head.weight.mul_(40)  # so that the cap is felt
+        return model
+
+    trainer = _ours(make(), tokenizer, _settings(tmp_path), loss={"smoothed_mle": 1.0})
+    with pytest.raises(ValueError, match="model: expected logits without a cap for the mean"):
+        trainer.train()
+    trainer = _ours(
+        make(),
+        tokenizer,
+        _settings(tmp_path, max_steps=1),
+        ref_model=make(),
+        loss={"tdpo": 1.0},
+    )
+    assert _train(trainer)[0]["loss"] > 0
+
+
+def test_smoothed_labels_and_tdpo_with_adapters(folder, tokenizer, tmp_path):
+    """On the head too: it is frozen, and the reference is the policy without them."""
+    adapters = LoraConfig(r=4, target_modules=["lm_head", "q_proj"])
+    for loss in ({"smoothed_mle": 1.0}, {"tdpo": 1.0}):
+        trainer = _ours(
+            AutoModelForCausalLM.from_pretrained(folder),
+            tokenizer,
+            _settings(tmp_path, max_steps=8, learning_rate=0.5),
+            peft_config=adapters,
+            train_dataset=_pairs(4),
+            loss=loss,
+        )
+        log = _train(trainer)
+        assert log[-1]["loss"] < log[0]["loss"] and log[0]["grad_norm"] > 0
+    assert trainer.ref_model is None and abs(log[0]["rewards/margins"]) < 1e-6

@@ -85,6 +85,17 @@ class Beside(Protocol):
         """Returns numbers of the rows, (C,), as wide as log-odds."""
 
 
+class More(Protocol):
+    """Makes more of the rows that are scored, within the forward."""
+
+    @property
+    def smooths(self) -> bool:
+        """Whether log-sum-exp and mean logit have gradients."""
+
+    def see(self, hidden: Tensor, head: Head, logsumexp: Tensor | None) -> None:
+        """Takes rows (N, H), their head, and if they are smoothed the log-sum-exp, (N,)."""
+
+
 class LogProbs:
     """Replaces trl's autograd function: log-probabilities of labels."""
 
@@ -151,6 +162,7 @@ def score(
     outputs: Sequence[str],
     source: Source | None = None,
     beside: Beside | None = None,
+    more: More | None = None,
 ) -> Outputs:
     """Returns log-odds of N rows and what trl asks for.
 
@@ -158,7 +170,7 @@ def score(
     logit, and whether the label is largest. The entropy has a gradient where the head has one; that
     of a frozen head, which would cost a product more in every step, and of one that is gathered for
     the call is refused. With a source both are on the support that it has for each row. What is
-    scored `beside` is left there.
+    scored `beside`, and what `more` makes of the rows, is left there.
     """
     names = _NAMES if source is None else _ON_SUPPORTS
     missing = sorted(set(outputs) - names)
@@ -180,6 +192,13 @@ def score(
     if source is not None and (lora is not None or (gathered and source.trains_entropy)):
         what = "a head without an adapter" if lora is not None else "no entropy in the loss"
         raise HeadError(f"model: expected {what} beside supports, got {type(layer).__name__}")
+    if more is not None and gathered:
+        raise HeadError(
+            f"model: expected a head that is whole for smoothed labels and for divergences from a "
+            f"reference, got {type(layer).__name__} that is gathered for each call"
+        )
+    smooths = more is not None and more.smooths
+    smoothed = ["logsumexp"] if smooths else []
     made: dict[str, Tensor] = {}  # outputs beside the log-odds
     # whether the entropy's gradient costs no product more
     trained = weight.requires_grad or (lora is not None and lora.b.requires_grad)
@@ -205,15 +224,18 @@ def score(
             softcap=cap,
             logit_scale=scale,
             lora=adapter,
-            outputs=["hit", *(_OURS[name] for name in asked)],
-            differentiable=trained and not gathered,
+            outputs=["hit", *(_OURS[name] for name in asked), *smoothed],
+            differentiable=(trained or smooths) and not gathered,
         )
-        made.update(zip(asked, found[1:], strict=True))
+        made.update(zip([*asked, *smoothed], found[1:], strict=True))
+        head = Head(weight, bias, cap, scale, adapter)
+        if more is not None:
+            more.see(hidden, head, made.get("logsumexp"))
         if beside is not None:
-            more = beside.of(hidden, targets, Head(weight, bias, cap, scale, adapter))
-            log_odds = torch.cat([log_odds, more])
+            log_odds = torch.cat([log_odds, beside.of(hidden, targets, head)])
         if "mean_logits" in outputs:
-            with torch.no_grad():
+            plain = torch.autocast(hidden.device.type, enabled=False)
+            with plain, contextlib.nullcontext() if smooths else torch.no_grad():
                 made["mean_logits"] = _mean_logits(hidden, weight, bias, cap, scale, adapter)
         return log_odds
 

@@ -18,16 +18,14 @@ from fastadapt.training.head import causal_of
 from fastadapt.training.lora import has_adapter
 from fastadapt.training.pairs import IGNORED
 from fastadapt.trl._inputs import RewardShift
-from fastadapt.trl._log_probs import LogOdds
+from fastadapt.trl._log_probs import LogOdds, Scorer
+from fastadapt.trl._more_rows import LogOddsAnd
 from fastadapt.trl._negatives import Batch, CandidateLogOdds, scorer_of
 from fastadapt.trl._scoring import Scored, check_packing, score_rows
 
 ROWS = frozenset({"input_ids", "attention_mask", "completion_mask", "token_type_ids"})  # of text
 _OF_RESPONSES = {"logps", "rewards"}  # means over the responses of a side
 _NOT_MADE = {  # inputs that a trainer has not, and what has them
-    "logsumexp": "losses of labels; LogitsFreeTrainer(label_smoothing_factor=) smooths labels",
-    "chosen_divergences": "losses of labels; RewardPenalizeLoss takes divergences per token, such "
-    "as those of linear_divergence, from a loop of your own",
     "gold": "losses of chosen and rejected responses; RewardPenalizeLoss takes gold ones from a "
     "loop of your own",
 }
@@ -73,6 +71,9 @@ class MixtureTrainer:
             names = ", ".join(self.mixture.weights)
             raise ValueError(f"args.sync_ref_model: expected False without a reference: {names}")
         self._splits = options.get("norm") != "batch_token_mean"
+        smooths, diverges = (self.mixture.takes(x) for x in ("logsumexp", "chosen_divergences"))
+        self._rows = LogOddsAnd(smooths=smooths) if smooths or diverges else None
+        self._of_reference = LogOddsAnd(keeps=True) if diverges else None
         self._packs, self._asked_packing = getattr(args, "padding_free", False), False
 
     def _set_candidates(self, negatives: str | None, options: Mapping[str, Any] | None) -> None:
@@ -181,19 +182,28 @@ class MixtureTrainer:
     ) -> Any:
         """Returns the loss of a batch, or its share of the step's loss."""
         inputs = self._own(inputs)
-        extra = {"output_router_logits": True} if self.aux_loss_enabled else {}
+        extra: dict[str, Any] = {"output_router_logits": True} if self.aux_loss_enabled else {}
         labels = self._labels(inputs)
         with contextlib.ExitStack() as stack:
+            keeper = self._of_reference
+            if keeper is not None:
+                stack.enter_context(keeper.reading())
+            reference = self._reference(inputs)
             if self._candidates is not None:
                 batch = self._of_candidates(inputs, labels)
                 stack.enter_context(self._candidates.reading(batch))
+            if self._rows is not None:
+                teacher = None if keeper is None else keeper.known
+                stack.enter_context(self._rows.reading(teacher, self._candidates))
             scored = self._score(model, inputs, labels, **extra)
         split = isinstance(num_items_in_batch, Tensor) and self._splits
         counts = num_items_in_batch if split else None
         sides = self._sides(inputs, scored, counts)  # type: ignore[arg-type]
-        reference = self._reference(inputs)
         given = dict(zip(("ref_chosen_logps", "ref_rejected_logps"), reference, strict=True))
         given |= self._more(model, inputs, scored, sides, counts)  # type: ignore[arg-type]
+        if scored.logsumexp is not None:
+            for name in ("logsumexp", "mean_logits"):
+                given[name] = self._on_sides(inputs, getattr(scored, name))[0]
         if self.mixture.takes("reward_shift"):
             given["reward_shift"] = self._reward_shift(model, sides, reference)
         if self._candidates is not None:
@@ -221,13 +231,20 @@ class MixtureTrainer:
         """Returns what the model takes of a batch."""
         return {k: v for k, v in inputs.items() if k not in self._not_of_the_model}
 
-    def _score(self, model: Any, inputs: Mapping[str, Any], labels: Tensor, **more: Any) -> Scored:
+    def _score(
+        self,
+        model: Any,
+        inputs: Mapping[str, Any],
+        labels: Tensor,
+        scorer: type | Scorer | None = None,
+        **more: Any,
+    ) -> Scored:
         """Scores the labels of a batch, in rows or packed; packing is asked of the model once."""
         if self._packs and not self._asked_packing:
             check_packing(model, self.model.config)
             self._asked_packing = True
         own = self._of_the_model(inputs)
-        scorer = LogOdds if self._candidates is None else self._candidates
+        scorer = scorer or self._rows or self._candidates or LogOdds
         return score_rows(model, own, labels, scorer, packs=self._packs, **more)
 
     def _of_candidates(self, inputs: Mapping[str, Any], labels: Tensor) -> Batch:
@@ -252,10 +269,24 @@ class MixtureTrainer:
                 stack.enter_context(switch(policy, "ref" if "ref" in policy.peft_config else None))
             yield self.model if self.ref_model is None else self.ref_model
 
-    def _completions(self, model: Any, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        """Returns the log-odds of a batch's completions and their mask, without a gradient."""
+    def _completions(
+        self,
+        model: Any,
+        inputs: Mapping[str, Any],
+        labels: Tensor | None = None,
+        scorer: Scorer | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Returns the log-odds of a batch's completions and their mask, without a gradient.
+
+        Args:
+            model: policy or reference.
+            inputs: the batch.
+            labels: those to score; by default the completions.
+            scorer: what scores them; by default what scores the policy's.
+        """
+        labels = MixtureTrainer._labels(self, inputs) if labels is None else labels
         with torch.no_grad():
-            log_odds = self._score(model, inputs, MixtureTrainer._labels(self, inputs)).log_odds
+            log_odds = self._score(model, inputs, labels, scorer).log_odds
         return log_odds.detach(), inputs["completion_mask"][:, 1:].bool()
 
     def _row_logps(self, model: Any, inputs: Mapping[str, Any]) -> Tensor:

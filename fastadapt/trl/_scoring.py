@@ -32,6 +32,8 @@ class Scored(NamedTuple):
     hits: Tensor | None
     log_sum_squares: Tensor | None
     aux_loss: Tensor | None
+    logsumexp: Tensor | None = None
+    divergences: Tensor | None = None
 
 
 def score_rows(
@@ -61,8 +63,17 @@ def score_rows(
     names = ("entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
     found = [getattr(outputs, name) for name in names]
     entropy, means, hits, squares = (None if x is None else unpacked(x) for x in found)
+    made = {
+        name: unpacked(_spread(x, outputs.label_mask))
+        for name, x in getattr(scorer, "made", {}).items()
+    }
     log_odds = unpacked(outputs.log_probs)
-    return Scored(log_odds, entropy, means, hits, squares, outputs.aux_loss)
+    return Scored(log_odds, entropy, means, hits, squares, outputs.aux_loss, **made)
+
+
+def _spread(x: Tensor, mask: Tensor) -> Tensor:
+    """Returns values of the rows that a mask says at their places, 0 elsewhere, as trl does."""
+    return x.new_zeros(mask.shape).masked_scatter(mask, x)
 
 
 def check_packing(model: Any, config: Any) -> None:

@@ -195,13 +195,14 @@ class RewardPenalizeTrainer(MixtureTrainer, DPOTrainer):
         ):
             if asked and not self.mixture.takes(name):
                 raise ValueError(f"{argument}: expected False for losses without {name}: {names}")
+        for name, why in (
+            ("reference_point", "kto, which asks it of the completions of other prompts"),
+            ("chosen_divergences", "tdpo, which looks at all of its distributions"),
+        ):
+            if args.precompute_ref_log_probs and self.mixture.takes(name):
+                raise ValueError(f"args.precompute_ref_log_probs: expected False for {why}")
         if not self.mixture.takes("reference_point"):
             return
-        if args.precompute_ref_log_probs:
-            raise ValueError(
-                "args.precompute_ref_log_probs: expected False for kto, whose reference point is "
-                "of the completions of other prompts, got True"
-            )
         if args.per_device_train_batch_size < 2:
             raise ValueError(
                 "args.per_device_train_batch_size: expected at least 2 for kto, whose reference "
@@ -222,7 +223,10 @@ class RewardPenalizeTrainer(MixtureTrainer, DPOTrainer):
     def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Returns log P of the chosen and the rejected responses under the reference."""
         with self._as_reference():
-            parts = (x.chunk(2) for x in self._completions(model, inputs))
+            keeper = self._of_reference  # of the rows that the step scores, prompts among them
+            labels = None if keeper is None else self._labels(inputs)
+            found = self._completions(model, inputs, labels, keeper)
+            parts = (x.chunk(2) for x in found)
             chosen, rejected = (Responses(*side) for side in zip(*parts, strict=True))
         if self._ld_alpha is not None:
             return desensitized_logps(chosen, rejected, self._ld_alpha)
@@ -301,6 +305,10 @@ class RewardPenalizeTrainer(MixtureTrainer, DPOTrainer):
         if self.args.use_weighting:
             squares = self._on_sides(inputs, scored.log_sum_squares)  # type: ignore[arg-type]
             given["pair_weights"] = wpo_weights(*sides, *squares)  # type: ignore[arg-type]
+        if scored.divergences is not None:
+            of_sides = self._on_sides(inputs, scored.divergences)
+            names = ("chosen_divergences", "rejected_divergences")
+            given |= dict(zip(names, of_sides, strict=True))
         if self.mixture.takes("reference_point"):
             given["reference_point"] = self._reference_point(model, inputs)
         return given
