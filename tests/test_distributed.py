@@ -46,7 +46,13 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.mark.parametrize("way", ["pairs", "pairs with LoRA on the head", "negatives", "texts"])
+PARALLEL = [
+    *("pairs", "pairs with LoRA on the head", "pairs, other losses"),
+    *("single responses", "negatives", "texts"),
+]
+
+
+@pytest.mark.parametrize("way", PARALLEL)
 def test_data_parallel(curves, way):
     one, two = (seen[way] for seen in curves)
     assert len(one) == len(two) == 4

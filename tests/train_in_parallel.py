@@ -21,14 +21,14 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, LlamaForCausalLM, TrainingArguments
-from trl import DPOConfig
+from trl import DPOConfig, KTOConfig
 
 from fastadapt.hf.trainer import LogitsFreeTrainer
 from fastadapt.losses import Responses, RewardPenalizeLoss, mle_loss
 from fastadapt.tracking import RewardPenalizeTracker
 from fastadapt.training import forward_log_odds
 from fastadapt.training.pairs import IGNORED
-from fastadapt.trl import RewardPenalizeTrainer
+from fastadapt.trl import RewardPenalizeTrainer, UnpairedRewardPenalizeTrainer
 
 sys.path.append(str(Path(__file__).parent))  # `python -P` leaves it out
 from gloo_means import times_too_large  # noqa: E402
@@ -122,6 +122,40 @@ def train_negatives(folder: Path, model: str, size: int) -> list[dict[str, float
     steps = [row["step"] for row in tracker.records]
     assert steps == list(range(STEPS)) and tracker.records[0]["rho/pairs"] == size // 2
     return found
+
+
+def train_pairs_otherwise(folder: Path, model: str, size: int) -> list[dict[str, float]]:
+    """ORPO with the likelihood of prompts, BCO and smoothed labels, packed, two micro-batches."""
+    arguments = settings(folder, size // 2) | {"gradient_accumulation_steps": 2}
+    trainer = RewardPenalizeTrainer(
+        LlamaForCausalLM.from_pretrained(model),
+        LlamaForCausalLM.from_pretrained(model),
+        DPOConfig(**arguments, padding_free=True),
+        train_dataset=datasets.Dataset.from_list(make_pairs(STEPS * BATCH)),
+        processing_class=AutoTokenizer.from_pretrained(model),
+        loss={"orpo": 1.0, "bco": 1.0, "smoothed_mle": 0.5},
+        nll_on_prompt=True,
+    )
+    return curve(trainer, ("loss", "grad_norm", "rewards/shift", "logps/chosen", "num_tokens"))
+
+
+def train_singles(folder: Path, model: str, size: int) -> list[dict[str, float]]:
+    """Single responses, of which a process may have those of one side alone in a micro-batch."""
+    arguments = settings(folder, size // 2) | {"gradient_accumulation_steps": 2}
+    labels = random.Random(1)
+    rows = [
+        {"prompt": row["prompt"], "completion": row["chosen"], "label": labels.random() < 2 / 3}
+        for row in make_pairs(STEPS * BATCH)
+    ]
+    trainer = UnpairedRewardPenalizeTrainer(
+        LlamaForCausalLM.from_pretrained(model),
+        LlamaForCausalLM.from_pretrained(model),
+        KTOConfig(**arguments),
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(model),
+        loss={"apo_zero_unpaired": 1.0, "bco": 1.0, "mle": 0.5, "exmate_penalty": 0.5},
+    )
+    return curve(trainer, ("loss", "grad_norm", "rewards/shift", "logps/chosen", "num_tokens"))
 
 
 def train_texts(folder: Path, model: str, size: int) -> list[dict[str, float]]:
@@ -237,6 +271,8 @@ def everything(folder: Path, model: str, rank: int = 0, world: int = 1) -> dict[
         "pairs": train_pairs(folder, model, size),
         "pairs with LoRA on the head": train_pairs(folder, model, size, adapters=True),
         "negatives": train_negatives(folder, model, size),
+        "pairs, other losses": train_pairs_otherwise(folder, model, size),
+        "single responses": train_singles(folder, model, size),
         "texts": train_texts(folder, model, size),
         "sharded": train_sharded(model, rank, world),
         "trained head alone": train_sharded(model, rank, world, "trained"),
