@@ -27,7 +27,7 @@ ROWS = frozenset({"input_ids", "attention_mask", "completion_mask", "token_type_
 _OF_RESPONSES = {"logps", "rewards"}  # means over the responses of a side
 _NOT_MADE = {  # inputs that a trainer has not, and what has them
     "gold": "losses of chosen and rejected responses; RewardPenalizeLoss takes gold ones from a "
-    "loop of your own",
+    "loop of your own, and so does trl's experimental TPOTrainer",
 }
 
 
