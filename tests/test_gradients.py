@@ -6,6 +6,7 @@ autograd down to the logits; nothing of it passes through the closed forms.
 
 import math
 from inspect import signature
+from pathlib import Path
 
 import pytest
 import torch
@@ -342,6 +343,11 @@ def test_orpo_keeps_its_digits_near_one():
         (wanted,) = torch.autograd.grad(loss, at)
         found = analytic_gradients("orpo", *inputs)["rejected"].log_odds
         torch.testing.assert_close(found, wanted, rtol=1e-12, atol=0)
+
+
+def test_published_page_counts_the_rows():
+    page = Path(__file__).resolve().parents[1] / "docs" / "gradients" / "README.md"
+    assert f"`fastadapt gradients table` prints the {len(ROWS)} rows." in page.read_text("utf-8")
 
 
 def test_command_prints_the_tables(capsys):
