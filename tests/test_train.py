@@ -433,7 +433,7 @@ def test_model_that_is_not_there(train, tmp_path, capsys):
         (["--loss", "dpo+dpo"], "loss: expected each loss once in a stage, got 'dpo' twice"),
         (["--loss", "dpo,exmate"], "sum is --loss dpo+exmate, one after the other --stages dpo,"),
         (["--loss", "exmat"], "got 'exmat'; did you mean exmate?"),
-        (["--loss", "dpo+candidate_unlikelihood_penalty"], "got 'candidate_unlikelihood_penalty'"),
+        (["--loss", "dpo+candidate_unlikelihood_penalty"], "negatives: expected one of previous,"),
         (["--stages", "mle,dpoo"], "got 'dpoo'; did you mean dpo?"),
         (["--stages", "mle,"], "stages: expected some of mle"),
         (["--loss", "mle+exmate"], "expected one loss that contains MLE"),

@@ -12,6 +12,8 @@ from fastadapt._cli.train import stage as train_stage
 from fastadapt._cli.train.options import OFFERED, parse_options, parse_stages
 from fastadapt.losses import CATALOGUE, describe
 
+CANDIDATES = ("--loss", "candidate_unlikelihood_penalty", "--negatives")
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
@@ -51,6 +53,7 @@ def _one_line(capsys):
 
 def test_every_loss_that_is_offered_trains(train, tmp_path):
     flags = ["--max_steps", 1, "--save_strategy", "no", "--learning_rate", 1e-3]
+    flags += ["--negatives", "top_k", "--negative_options", "k=2"]
     assert train(tmp_path / "run", "--stages", ",".join(OFFERED), *flags) == 0
     steps = [entry for entry in _metrics(tmp_path / "run") if "loss" in entry]
     assert len(steps) == len(OFFERED)
@@ -62,7 +65,7 @@ def test_every_loss_that_is_offered_trains(train, tmp_path):
 
 
 def test_what_is_not_offered_needs_what_pairs_have_not():
-    left_out = {"smoothed_mle", "candidate_unlikelihood_penalty", "tdpo", "tpo", "kto"}
+    left_out = {"smoothed_mle", "tdpo", "tpo", "kto"}
     assert set(CATALOGUE) - set(OFFERED) == left_out
 
 
@@ -90,6 +93,16 @@ def test_options_reach_their_losses(train, tmp_path):
         "slic": {"delta": 4},
         "robust": {"beta": 0.3, "label_smoothing": 0.2, **divergence},
     }
+
+
+def test_negatives_are_those_asked_for(train, tmp_path):
+    flags = ["--loss", "mle+candidate_unlikelihood_penalty=0.5", "--save_strategy", "no"]
+    flags += ["--max_steps", 1, "--negatives", "top_k", "--negative_options"]
+    for k in (1, 5):
+        assert train(tmp_path / str(k), *flags, f"k={k}") == 0
+        (step,) = [entry for entry in _metrics(tmp_path / str(k)) if "loss" in entry]
+        assert k - 1 < step["negatives/per_token"] <= k
+        assert step["loss/candidate_unlikelihood_penalty"] > 0
 
 
 def test_margin_of_slic_is_as_said(train, tmp_path):
@@ -150,6 +163,12 @@ def test_options_are_those_of_the_run(train, tmp_path, capsys):
         (["--loss", "simpo", "--loss_options", "simp.beta=1"], "got 'simp'; did you mean simpo?"),
         (["--loss", "simpo", "--loss_options", "simpo.bet=1"], "did you mean beta?"),
         (["--loss", "simpo", "--loss_options", "gamma=1", "gamma=2"], "each option once, got 'ga"),
+        (["--loss", "mle", "--negatives", "top_k"], "negatives: expected a stage with candidate_"),
+        (["--loss", "mle", "--negative_options", "k=2"], "negative_options: expected a stage with"),
+        ([*CANDIDATES, "top"], "expected one of previous, top_k, repeated_ngrams, got 'top'"),
+        ([*CANDIDATES, "top_k", "--negative_options", "n=2"], "expected some of k for top_k, got"),
+        ([*CANDIDATES, "top_k", "--negative_options", "k=0"], "k: expected at least 1, got 0"),
+        ([*CANDIDATES, "top_k", "--negative_options", "a.k=1"], "expected NAME=VALUE, got 'a.k=1'"),
         (["--loss", "dpo", "--f_divergence_type", "js_divergence"], "f_divergence=forward_kl"),
         (["--loss", "dpo", "--ld_alpha", "0.5"], "--loss_options ld_alpha=0.5"),
         (["--loss", "discopop", "--discopop_tau", "0.5"], "--loss_options discopop_tau=0.1"),

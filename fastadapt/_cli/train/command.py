@@ -16,7 +16,10 @@ _DESCRIPTION = (
     "several, without making logits. Writes OUTPUT_DIR/model, metrics.jsonl and checkpoints."
 )
 _DATA = ("data", "split", "eval_data", "eval_split", "eval_fraction", "chat", "truncation")
-_LOSSES = ("loss", "stages", "coefficient", "norm", "level", "loss_options")
+_LOSSES = (
+    *("loss", "stages", "coefficient", "norm", "level", "loss_options"),
+    *("negatives", "negative_options"),
+)
 # Of trl's flags those that most runs need, as a person would say them; --help_all has the rest.
 _TRLS = {
     "output_dir": "folder of the run (required)",

@@ -14,7 +14,8 @@ from trl.scripts.utils import TrlParser
 from trl.trainer.dpo_config import DPOConfig
 
 from fastadapt._cli.errors import CommandParser, did_you_mean, one_line
-from fastadapt._cli.train.options import RunArguments, check_losses
+from fastadapt._cli.train.options import CANDIDATES, RunArguments, check_losses
+from fastadapt.trl._negatives import KINDS, Negatives
 
 # Where this command begins from other values than trl's.
 DEFAULTS: dict[str, Any] = {
@@ -209,6 +210,7 @@ def _check(run: RunArguments, config: DPOConfig) -> None:
         raise ValueError("eval_on_start: expected --eval_data or --eval_fraction too, got neither")
     stages = run.mixtures()
     options = run.options_of_losses()
+    _check_negatives(run)
     check_losses(stages, options, config.gradient_accumulation_steps * config.world_size)
     available = get_available_reporting_integrations()
     for name in config.report_to or ():
@@ -221,6 +223,19 @@ def _check(run: RunArguments, config: DPOConfig) -> None:
     sharded = config.deepspeed or config.fsdp
     if sharded and len(stages) > 1:
         raise ValueError("stages: expected one with FSDP or DeepSpeed, got several")
+
+
+def _check_negatives(run: RunArguments) -> None:
+    """Raises unless candidates are said where a stage has a loss of them, and nowhere else."""
+    there = any(CANDIDATES in stage for stage in run.mixtures())
+    if there and run.negatives is None:
+        kinds = ", ".join(KINDS)
+        raise ValueError(f"negatives: expected one of {kinds} beside {CANDIDATES}, got None")
+    for name in ("negatives", "negative_options"):
+        if not there and (value := getattr(run, name)) is not None:
+            raise ValueError(f"{name}: expected a stage with {CANDIDATES} beside, got {value!r}")
+    if run.negatives is not None:
+        Negatives(run.negatives, run.options_of_negatives())
 
 
 def _check_schedule(config: DPOConfig) -> None:

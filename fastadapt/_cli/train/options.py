@@ -16,8 +16,9 @@ from fastadapt.losses import ALIASES, CATALOGUE, FORMULAS, Responses, RewardPena
 
 Stages = tuple[dict[str, float], ...]
 # of the needs of losses, what a batch of pairs with a reference that was computed before serves
-SERVED = frozenset({"pairs", "unpaired", "reference", "lengths", "batch"})
+SERVED = frozenset({"pairs", "unpaired", "reference", "lengths", "batch", "candidates"})
 # KTO's reference point takes a forward of the reference in each step.
+CANDIDATES = "candidate_unlikelihood_penalty"
 OFFERED = [name for name, entry in CATALOGUE.items() if entry.needs <= SERVED and name != "kto"]
 TRUNCATIONS = ("prompt", "response", "error")
 _OF_THE_LOSSES = ("coefficient", "norm", "level")
@@ -51,6 +52,13 @@ class RunArguments:
     loss_options: list[str] | None = _flag(
         "others, NAME=VALUE or LOSS.NAME=VALUE: gamma=1 dpo.beta=0.3; `fastadapt losses NAME` "
         "lists a loss's own"
+    )
+    negatives: str | None = _flag(
+        "what candidate_unlikelihood_penalty makes less likely in the rows of chosen responses: "
+        "previous, top_k or repeated_ngrams"
+    )
+    negative_options: list[str] | None = _flag(
+        "of --negatives, NAME=VALUE: window=32, k=5, n=3, context=sequence"
     )
     # trl's flags that are options of losses, those that were given
     of_trl: dict[str, float] = field(default_factory=dict, init=False)
@@ -90,6 +98,7 @@ class RunArguments:
             if not 0 < rate < math.inf:
                 raise ValueError(f"learning_rates: expected values above 0, got {rate}")
         parse_options(self.loss_options or ())
+        self.options_of_negatives()
         count = len(self.mixtures())
         if self.learning_rates and len(self.learning_rates) != count:
             got = len(self.learning_rates)
@@ -105,8 +114,15 @@ class RunArguments:
         set_here = {name: value for name, value in named.items() if value is not None}
         return {**self.of_trl, **set_here, **parse_options(self.loss_options or ())}
 
+    def options_of_negatives(self) -> dict[str, Any]:
+        """Returns the options of the negatives that were set."""
+        words = self.negative_options or ()
+        if dotted := [word for word in words if "." in word.partition("=")[0]]:
+            raise ValueError(f"negative_options: expected NAME=VALUE, got {dotted[0]!r}")
+        return parse_options(words, "negative_options")
 
-def parse_options(words: Iterable[str]) -> dict[str, Any]:
+
+def parse_options(words: Iterable[str], flag: str = "loss_options") -> dict[str, Any]:
     """Reads NAME=VALUE, an option of all losses that have it, and LOSS.NAME=VALUE, of one.
 
     A value is a number, true, false or null, else text.
@@ -115,17 +131,18 @@ def parse_options(words: Iterable[str]) -> dict[str, Any]:
         ValueError: a word of another form, an option that is said twice.
     """
     found: dict[str, Any] = {}
+    more = " or LOSS.NAME=VALUE" if flag == "loss_options" else ""
     for word in words:
         name, equals, text = word.partition("=")
         loss, dot, own = name.rpartition(".")
         if not equals or not own or (dot and not loss):
-            raise ValueError(f"loss_options: expected NAME=VALUE or LOSS.NAME=VALUE, got {word!r}")
+            raise ValueError(f"{flag}: expected NAME=VALUE{more}, got {word!r}")
         if dot and name_of(loss) not in CATALOGUE:
             hint = did_you_mean(loss, CATALOGUE)
-            raise ValueError(f"loss_options: expected a loss before the dot, got {loss!r}{hint}")
+            raise ValueError(f"{flag}: expected a loss before the dot, got {loss!r}{hint}")
         into = found.setdefault(name_of(loss), {}) if dot else found
         if own in into:
-            raise ValueError(f"loss_options: expected each option once, got {name!r} twice")
+            raise ValueError(f"{flag}: expected each option once, got {name!r} twice")
         into[own] = _value(text)
     return found
 
@@ -184,8 +201,13 @@ def check_losses(stages: Stages, options: Mapping[str, Any], micro_batches: int)
         own = objective_of(stage, options)
         used |= set(own)
         objective = RewardPenalizeLoss(stage, **own)
-        shift = {"reward_shift": torch.zeros(())} if objective.needs("reward_shift") else {}
-        objective(toy, toy, reference, reference, **shift)
+        more = {
+            "reward_shift": torch.zeros(()),
+            "candidates": log_odds[..., None],
+            "candidate_mask": mask[..., None],
+        }
+        needed = {name: value for name, value in more.items() if objective.needs(name)}
+        objective(toy, toy, reference, reference, **needed)
         norms = [objective.options_of(name).get("norm") for name in stage]
         if "batch_token_mean" in norms and micro_batches > 1:
             raise ValueError(

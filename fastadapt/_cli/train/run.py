@@ -23,7 +23,7 @@ from fastadapt._cli.train.config import check_resumed, settings_of
 from fastadapt._cli.train.data import load_pairs, split_pairs
 from fastadapt._cli.train.folder import RunFolder, sole_writer, step_of
 from fastadapt._cli.train.log import Reporter, StageCallback
-from fastadapt._cli.train.options import RunArguments, objective_of
+from fastadapt._cli.train.options import CANDIDATES, RunArguments, objective_of
 from fastadapt._cli.train.stage import StageTrainer, check_parameters, writing
 from fastadapt.training.pair_forms import Pair
 from fastadapt.training.pairs import Truncation, tokenize_pair
@@ -189,6 +189,10 @@ class Job:
         """Runs the remaining steps of a stage."""
         stage, count = self.mixtures[number], len(self.mixtures)
         label = f"stage {number + 1}/{count} ({_named(stage)})"
+        negatives: dict[str, Any] = {}
+        if CANDIDATES in stage:
+            negatives["negatives"] = self.arguments.negatives
+            negatives["negative_options"] = self.arguments.options_of_negatives()
         try:
             trainer = StageTrainer(
                 model,
@@ -200,6 +204,7 @@ class Job:
                 held_out=held_out,
                 tokenizer=self.tokenizer,
                 advance=self.reporter.advance,
+                **negatives,
             )
         except ValueError as error:  # what a trainer refuses of a model or its arguments
             raise CommandError(f"{label}: {error}") from error

@@ -42,7 +42,7 @@ class StageTrainer(RewardPenalizeTrainer):
         config: of the stage; `output_dir` is its folder.
         label: names the stage in messages.
         loss: its mixture.
-        loss_options: as for `RewardPenalizeTrainer`.
+        loss_options: as for `RewardPenalizeTrainer`, and so `negatives` and `negative_options`.
         train: prompt_ids, chosen_ids, rejected_ids of each pair.
         held_out: the same of the pairs to evaluate on, or None.
         tokenizer: of the model.
@@ -64,6 +64,8 @@ class StageTrainer(RewardPenalizeTrainer):
         held_out: Dataset | None,
         tokenizer: Any,
         advance: Advance,
+        negatives: str | None = None,
+        negative_options: Mapping[str, Any] | None = None,
     ) -> None:
         self.label, self.advance = label, advance
         config = copy.copy(config)
@@ -80,6 +82,8 @@ class StageTrainer(RewardPenalizeTrainer):
             processing_class=tokenizer,
             loss=loss,
             loss_options=loss_options,
+            negatives=negatives,
+            negative_options=negative_options,
         )
         if "ref" in getattr(model, "peft_config", {}):
             model.delete_adapter("ref")  # trl's copy of the adapter, read above
