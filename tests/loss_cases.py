@@ -426,6 +426,7 @@ def free_cases():
 
         own = {"beta": 2.0, "gamma": 0.4, "alphapo_alpha": a}
         yield free_case("alphapo", bent, own, mean=True)
+    yield Case("alphapo", {"label_smoothing": EPS}, None)
 
     def of_odds(g, b):
         h = torch.log(odds(torch.exp(g))) - torch.log(odds(torch.exp(b)))
