@@ -517,8 +517,9 @@ def test_a_loss_has_options_of_its_own():
         assert torch.equal(metrics[f"loss/{name}"], value.detach())
     total = wanted["dpo"] + 0.5 * wanted["simpo"] + 2 * wanted["cpo"]
     torch.testing.assert_close(loss, total)
-    assert objective.options_of("simpo") == {"beta": 2.0, "gamma": 1.0}
-    assert objective.options_of("dpo") == {"beta": 0.3}
+    usual = {"label_smoothing": 0.0}
+    assert objective.options_of("simpo") == {"beta": 2.0, "gamma": 1.0, **usual}
+    assert objective.options_of("dpo")["beta"] == 0.3
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastadapt.losses import linear_divergence
+from fastadapt.losses.divergence import linear_divergence
 from fastadapt.training.head import HeadError
 from fastadapt.trl._log_probs import Beside, Head, Outputs, Scorer, score
 

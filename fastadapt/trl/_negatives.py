@@ -16,7 +16,9 @@ from torch import Tensor
 
 from fastadapt._ops.checks import instance, integer, nearest, one_of
 from fastadapt.linear import linear_candidate_log_odds
-from fastadapt.losses import RewardPenalizeLoss, linear_top_k, previous_tokens, repeated_ngrams
+from fastadapt.losses.candidates import previous_tokens
+from fastadapt.losses.mixture import RewardPenalizeLoss
+from fastadapt.losses.negatives import linear_top_k, repeated_ngrams
 from fastadapt.training.pairs import IGNORED
 from fastadapt.trl._log_probs import Head, Outputs, Scorer, score
 

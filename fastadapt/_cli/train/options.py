@@ -12,7 +12,10 @@ from typing import Any
 import torch
 
 from fastadapt._cli.errors import did_you_mean
-from fastadapt.losses import ALIASES, CATALOGUE, FORMULAS, Responses, RewardPenalizeLoss, name_of
+from fastadapt.losses.catalogue.listing import CATALOGUE
+from fastadapt.losses.mixture import FORMULAS, RewardPenalizeLoss
+from fastadapt.losses.named import ALIASES, name_of
+from fastadapt.losses.responses import Responses
 
 Stages = tuple[dict[str, float], ...]
 # of the needs of losses, what a batch of pairs with a reference that was computed before serves
