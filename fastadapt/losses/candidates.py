@@ -11,8 +11,9 @@ from torch import Tensor
 
 from fastadapt._ops.checks import instance, integer, one_of
 from fastadapt.losses.formulas import check_candidates
-from fastadapt.losses.responses import Responses, accumulated, beside
+from fastadapt.losses.responses import Responses
 from fastadapt.losses.rows import REDUCTIONS, checked, per_token
+from fastadapt.losses.shapes import accumulated, beside
 
 DIVERGENCES = ("kl", "reverse_kl")
 

@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastadapt._ops.checks import number, one_of
-from fastadapt.losses.responses import Responses, accumulated, beside
+from fastadapt.losses.responses import Responses
 from fastadapt.losses.rows import REDUCTIONS, checked, sequence_log_odds
+from fastadapt.losses.shapes import accumulated, beside
 
 UNLIKELIHOOD_LEVELS = ("token", "sequence", "sequence_mean")
 EXMATE_NORMS = ("sequence_mean", "batch_token_mean", "sequence_sum", "token")

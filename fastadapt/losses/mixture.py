@@ -57,8 +57,9 @@ from fastadapt.losses.preference.rewards import (
 from fastadapt.losses.preference.single import apo_zero_unpaired_loss, bco_loss, kto_loss
 from fastadapt.losses.preference.transport import aot_loss, aot_unpaired_loss
 from fastadapt.losses.regularisers import smoothed_mle_loss
-from fastadapt.losses.responses import Responses, accumulated
+from fastadapt.losses.responses import Responses
 from fastadapt.losses.rows import Rows, checked, mean_of, reference
+from fastadapt.losses.shapes import accumulated
 from fastadapt.losses.weighted import dft_loss, focal_mle_loss
 
 FORMULAS: dict[str, Callable[..., Tensor]] = {

@@ -26,8 +26,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastadapt._ops.checks import instance, number, one_of
-from fastadapt.losses.responses import Responses, accumulated
+from fastadapt.losses.responses import Responses
 from fastadapt.losses.rows import Rows, checked, mean_of, per_token
+from fastadapt.losses.shapes import accumulated
 
 POLICY_REDUCTIONS = ("token_mean", "sequence_mean", "sequence_sum")
 RATIO_LEVELS = ("token", "sequence")

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastadapt._ops.checks import instance, number, shown
-from fastadapt.losses.responses import Responses, accumulated, beside, like_log_odds
+from fastadapt._ops.checks import number, shown
 from fastadapt.losses.scores import Sides
+from fastadapt.losses.shapes import FIELDS, Labelled, accumulated, beside, like_log_odds
 
 REDUCTIONS = ("token_mean", "sequence_sum")
 
@@ -168,7 +168,7 @@ def label_logps(log_odds: Tensor) -> Tensor:
     return F.logsigmoid(accumulated("log_odds", log_odds))
 
 
-def sequence_logps(responses: Responses) -> Tensor:
+def sequence_logps(responses: Labelled) -> Tensor:
     """Returns log P of each response, the sum of its label log-probabilities.
 
     Examples:
@@ -211,10 +211,13 @@ def sequence_log_odds(rows: Rows, *, mean: bool) -> Tensor:
     return torch.where(log_s > 0, far, near)
 
 
-def checked(name: str, responses: Responses) -> Rows:
+def checked(name: str, responses: Labelled) -> Rows:
     """Checks one argument and returns its rows; reads the device only for an unknown B."""
-    instance(name, responses, Responses, "Responses")
-    log_odds, mask, segments, size, tokens, sequences = responses
+    if getattr(responses, "_fields", None) != FIELDS:
+        raise TypeError(f"{name}: expected Responses, got {type(responses).__name__}")
+    log_odds, mask, segments = responses.log_odds, responses.mask, responses.segments
+    size, tokens = responses.num_segments, responses.total_tokens
+    sequences = responses.total_sequences
     dtype = accumulated(f"{name}.log_odds", log_odds).dtype
     if mask is not None and segments is None:
         like_log_odds(f"{name}.mask", mask, torch.bool, log_odds, 2)
@@ -244,7 +247,7 @@ def checked(name: str, responses: Responses) -> Rows:
     return Rows(m, kept, segments, size, tokens, sequences, lengths, dtype)
 
 
-def pairs_of(chosen: Responses, rejected: Responses, *, both: bool = False) -> Pairs:
+def pairs_of(chosen: Labelled, rejected: Labelled, *, both: bool = False) -> Pairs:
     """Checks two sides and returns their pairs.
 
     A pair counts if one of its responses has a token; with `both`, for losses without a reference,
@@ -313,7 +316,7 @@ def _places(rows: Rows) -> Tensor:
     return torch.empty_like(places).index_copy(0, order, places)
 
 
-def per_token(name: str, value: Tensor, chosen: Responses, rows: Rows) -> Tensor:
+def per_token(name: str, value: Tensor, chosen: Labelled, rows: Rows) -> Tensor:
     """Returns one number a token in float64, 0 where nothing counts, after checks."""
     beside(name, value, chosen)
     return torch.where(rows.kept, accumulated(name, value).double(), 0)

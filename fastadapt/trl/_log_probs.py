@@ -28,18 +28,6 @@ from fastadapt.training.head_check import Answer, fitted, known_states, products
 from fastadapt.training.lora import Lora, lora_of
 from fastadapt.training.quantised import is_quantised
 
-# What the forward of trl 1.16 passes, in this order.
-ARGUMENTS = (
-    "hidden",
-    "weight",
-    "bias",
-    "targets",
-    "temperature",
-    "chunk_size",
-    "final_logit_softcapping",
-    "logit_scale",
-    "outputs",
-)
 _OURS = {  # outputs of the same pass, by their names in trl
     "entropy": "entropy",
     "log_sum_sq_probs": "sum_of_squares",
@@ -99,6 +87,8 @@ class More(Protocol):
 class LogProbs:
     """Replaces trl's autograd function: log-probabilities of labels."""
 
+    of_fastadapt = True
+
     @staticmethod
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def apply(*arguments: Any) -> Outputs:
@@ -109,6 +99,8 @@ class LogProbs:
 
 class LogOdds:
     """Replaces it by one that returns log-odds, for `RewardPenalizeTrainer`."""
+
+    of_fastadapt = True
 
     @staticmethod
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -122,6 +114,8 @@ class Scorer:
 
     One object serves all calls of a trainer, so that graphs that torch.compile has cut at it stay.
     """
+
+    of_fastadapt = True
 
     def apply(self, *arguments: Any) -> Outputs:
         """Returns log-probabilities or log-odds (N,), and the other outputs of trl's function."""

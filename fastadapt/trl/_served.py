@@ -3,18 +3,29 @@
 import contextlib
 import inspect
 from collections.abc import Iterator
+from typing import Any
 
 import trl
 from trl.trainer import utils as trl_utils
 
-from fastadapt.trl._log_probs import ARGUMENTS, LogOdds, LogProbs, Scorer
-
+# What the forward of trl 1.16 passes, in this order.
+ARGUMENTS = (
+    "hidden",
+    "weight",
+    "bias",
+    "targets",
+    "temperature",
+    "chunk_size",
+    "final_logit_softcapping",
+    "logit_scale",
+    "outputs",
+)
 # What the forward of trl 1.16 looks up.
 _FUNCTION, _COMPACTS = "_ChunkedLogProbFunction", "_use_triton"
 
 
 @contextlib.contextmanager
-def served(function: type | Scorer) -> Iterator[None]:
+def served(function: Any) -> Iterator[None]:
     """Replaces trl's function within the block; only used rows are scored."""
     check_hook()
     before = {name: getattr(trl_utils, name) for name in (_FUNCTION, _COMPACTS)}
@@ -30,7 +41,7 @@ def served(function: type | Scorer) -> Iterator[None]:
 def check_hook() -> None:
     """Raises unless trl calls the function that we replace, with known arguments."""
     found = getattr(trl_utils, _FUNCTION, None)
-    if found in (LogProbs, LogOdds) or isinstance(found, Scorer):
+    if getattr(found, "of_fastadapt", False):
         return
     arguments: tuple[str, ...] = ()
     if found is not None and hasattr(trl_utils, _COMPACTS):
