@@ -10,6 +10,7 @@ import argparse
 import re
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from fastadapt.losses import CATALOGUE
 from fastadapt.losses.catalogue import families
@@ -21,8 +22,8 @@ from fastadapt.study.gradients.table import (
     markdown,
     symbols_list,
 )
-from report import ROOT
 
+ROOT = Path(__file__).resolve().parent.parent
 PAGE = "docs/losses.md"
 
 
