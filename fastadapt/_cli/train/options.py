@@ -19,7 +19,9 @@ from fastadapt.losses.responses import Responses
 
 Stages = tuple[dict[str, float], ...]
 # of the needs of losses, what a batch of pairs with a reference that was computed before serves
-SERVED = frozenset({"pairs", "unpaired", "reference", "lengths", "batch", "candidates"})
+SERVED = frozenset(
+    {"pairs", "unpaired", "reference", "lengths", "batch", "candidates", "mean_logits"}
+)
 # KTO's reference point takes a forward of the reference in each step.
 CANDIDATES = "candidate_unlikelihood_penalty"
 OFFERED = [name for name, entry in CATALOGUE.items() if entry.needs <= SERVED and name != "kto"]
@@ -206,6 +208,7 @@ def check_losses(stages: Stages, options: Mapping[str, Any], micro_batches: int)
         objective = RewardPenalizeLoss(stage, **own)
         more = {
             "reward_shift": torch.zeros(()),
+            **dict.fromkeys(("logsumexp", "mean_logits"), log_odds),
             "candidates": log_odds[..., None],
             "candidate_mask": mask[..., None],
         }
