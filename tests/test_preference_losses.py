@@ -78,6 +78,19 @@ def test_exact_at_any_log_odds(case):
                     assert got.item() == pytest.approx(float(value), rel=rel, abs=atol), (m, dtype)
 
 
+@pytest.mark.parametrize("name", ["apo_zero", "apo_zero_unpaired", "kto"])
+def test_small_slopes_keep_their_digits(name):
+    """At rewards near 60, where σ rounds to 1 and `torch.sigmoid` has a slope of 0."""
+    leaves = [torch.zeros(1, 1, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    sides = [Responses(leaf, torch.ones(1, 1, dtype=torch.bool)) for leaf in leaves]
+    loss = Case(name, {"beta": 0.1}, None)(inputs_of(*sides, (-600.0, -600.0)))
+    slope = torch.autograd.grad(loss, leaves[1])[0].item()
+    point = float(POINT) if name == "kto" else 0.0
+    reward = 0.1 * (math.log(0.5) + 600 - point)
+    share = 1 if name == "apo_zero" else 2  # of the mean over both responses
+    assert slope == pytest.approx(0.1 * math.exp(-reward) / 2 / share, rel=1e-11, abs=0)
+
+
 LONG = 20_000
 
 
