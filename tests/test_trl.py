@@ -412,6 +412,11 @@ def test_without_dpo_there_is_no_reference(folder, tokenizer, tmp_path):
             {"loss_options": {"norm": "batch_token_mean"}},
             "norm: expected one that splits over 2 micro-batches",
         ),
+        (
+            {"gradient_accumulation_steps": 2},
+            {"loss_options": {"exmate": {"norm": "batch_token_mean"}}},
+            "norm: expected one that splits over 2 micro-batches",
+        ),
     ],
 )
 def test_what_is_not_supported(folder, tokenizer, tmp_path, changes, named, message):

@@ -70,7 +70,8 @@ class MixtureTrainer:
         if args.sync_ref_model and not self._uses_reference:
             names = ", ".join(self.mixture.weights)
             raise ValueError(f"args.sync_ref_model: expected False without a reference: {names}")
-        self._splits = options.get("norm") != "batch_token_mean"
+        norms = {self.mixture.options_of(name).get("norm") for name in self.mixture.weights}
+        self._splits = "batch_token_mean" not in norms
         smooths, diverges = (self.mixture.takes(x) for x in ("logsumexp", "chosen_divergences"))
         self._rows = LogOddsAnd(smooths=smooths) if smooths or diverges else None
         self._of_reference = LogOddsAnd(keeps=True) if diverges else None
