@@ -16,7 +16,7 @@ from fastadapt.losses.formulas import (
 )
 from fastadapt.losses.linear_mle import linear_mle_loss
 from fastadapt.losses.mixture import FORMULAS, RewardPenalizeLoss
-from fastadapt.losses.named import ALIASES, CONTAIN_MLE, name_of
+from fastadapt.losses.named import ALIASES, CONTAIN_MLE, name_of, ramp
 from fastadapt.losses.negatives import linear_top_k, repeated_ngrams
 from fastadapt.losses.policy import (
     clipped_ratio_loss,
@@ -59,7 +59,6 @@ from fastadapt.losses.preference import (
 from fastadapt.losses.regularisers import entropy_bonus, smoothed_mle_loss, z_loss
 from fastadapt.losses.responses import Responses
 from fastadapt.losses.rows import label_logps, sequence_logps
-from fastadapt.losses.schedules import ramp
 from fastadapt.losses.support import linear_support_log_odds, support_log_odds
 from fastadapt.losses.weighted import dft_loss, focal_mle_loss
 
