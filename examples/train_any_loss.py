@@ -1,4 +1,4 @@
-"""Any loss of pairs or of single responses, by its name, on the package's own pairs.
+"""A loss of pairs or of single responses, by its name, on the package's own pairs.
 
 python examples/train_any_loss.py [MODEL] [--loss LOSS]
 
@@ -21,9 +21,10 @@ from trl import DPOConfig, KTOConfig
 
 parser = argparse.ArgumentParser()
 parser.add_argument("model", nargs="?", help="folder, .gguf or hub (default: the demo's)")
-parser.add_argument("--loss", default="simpo", help="as `fastadapt losses` lists them")
+choices = [name for name, entry in CATALOGUE.items() if "gold" not in entry.needs]
+parser.add_argument("--loss", default="simpo", type=name_of, choices=choices, metavar="LOSS")
 given = parser.parse_args()
-loss = name_of(given.loss)
+loss = given.loss
 print(describe(loss), "\n")
 model, tokenizer = load_model(given.model, fetch=True)
 trained, others = list(PAIRS[:24]), list(PAIRS[24:])
@@ -86,6 +87,7 @@ with tempfile.TemporaryDirectory() as folder:
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
         loss={loss: 1.0},
+        negatives="previous" if "candidates" in CATALOGUE[loss].needs else None,
     )
     trainer.train()
 after = cells()

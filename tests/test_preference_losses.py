@@ -694,3 +694,36 @@ def test_metrics_have_the_dtype_of_results():
         assert loss.dtype == dtype
         assert {k: v.dtype for k, v in metrics.items()} == dict.fromkeys(metrics, dtype)
     assert fastadapt.sequence_logps(x.chosen.responses).dtype == torch.float64
+
+
+@pytest.mark.parametrize("side", ["chosen", "rejected"])
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+def test_nan_log_odds_are_not_hidden(side, layout):
+    """Of a loss that looks at that side, also of the sums in the log domain."""
+    m = {k: torch.tensor([[0.5, -1.0]]) for k in ("chosen", "rejected")}
+    m[side][0, 1] = float("nan")
+    mask, ids = torch.ones(1, 2, dtype=torch.bool), torch.zeros(2, dtype=torch.int64)
+    given = {
+        k: Responses(x, mask) if layout == "padded" else Responses(x[0], segments=ids)
+        for k, x in m.items()
+    }
+    gold = Responses(torch.zeros(1, 2), mask)
+    for name in ("dpo", "ipo", "simpo", "alphapo", "slic", "nca_pair", "exo_pair"):
+        assert FORMULAS[name](**given).isnan(), name
+    assert losses.orpo_loss(**given, gold=gold).isnan()
+    penalty = losses.unlikelihood_penalty(given["rejected"], level="sequence_mean")
+    assert penalty.isnan() == (side == "rejected")
+
+
+@pytest.mark.parametrize("progress", [-0.1, 1.5, float("nan")])
+def test_progress_is_a_share_of_the_run(progress):
+    objective = RewardPenalizeLoss({"mle": lambda x: x})
+    with pytest.raises(ValueError, match="progress: expected"):
+        objective.weights_at(progress)
+
+
+def test_pairs_have_one_number_of_pairs():
+    mask = torch.ones(4, 2, dtype=torch.bool)
+    sides = [Responses(torch.zeros(4, 2), mask, total_sequences=n) for n in (4, 8)]
+    with pytest.raises(ValueError, match="total_sequences: expected the same of both sides"):
+        losses.simpo_loss(*sides)

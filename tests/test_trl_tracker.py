@@ -382,7 +382,7 @@ def test_what_is_refused(letter_model, tokenizer, tmp_path):
     with pytest.raises(TypeError, match=r"such as RewardPenalizeTracker\(interval=10\), got 10"):
         _trainer(letter_model, tokenizer, tmp_path, RewardPenalizeTrainer, named=named)
     named["tracker"] = RewardPenalizeTracker(RewardPenalizeLoss({"exmate": 1.0}))
-    with pytest.raises(ValueError, match="tracker: expected one without an objective"):
+    with pytest.raises(ValueError, match="tracker: expected one that has recorded no other run"):
         _trainer(letter_model, tokenizer, tmp_path, RewardPenalizeTrainer, named=named)
     weight = trainer.model.get_output_embeddings().weight
     weight.ds_id, weight.ds_shape = 0, weight.shape

@@ -284,3 +284,73 @@ def test_rows_with_labels_name_this_trainer(folder, tokenizer, tmp_path):
             processing_class=tokenizer,
             loss={"dpo": 1.0},
         )
+
+
+@pytest.mark.parametrize("labels", [[-1, 1], [0.5, 0.5], ["yes", "no"]], ids=str)
+def test_labels_are_true_or_false(folder, tokenizer, tmp_path, labels):
+    rows = [{**row, "label": labels[i % 2]} for i, row in enumerate(_rows(8))]
+    with pytest.raises(ValueError, match="train_dataset: expected labels of True or False, got"):
+        _trainer(
+            UnpairedRewardPenalizeTrainer,
+            folder,
+            tokenizer,
+            _settings(tmp_path),
+            train_dataset=datasets.Dataset.from_list(rows),
+            loss={"bco": 1.0},
+        )
+
+
+def test_labels_of_numbers_are_those_of_flags(folder, tokenizer, tmp_path):
+    ends = []
+    for kind in (bool, int, float):
+        rows = [{**row, "label": kind(row["label"])} for row in _rows(8)]
+        trainer = _trainer(
+            UnpairedRewardPenalizeTrainer,
+            folder,
+            tokenizer,
+            _settings(tmp_path, max_steps=1),
+            train_dataset=datasets.Dataset.from_list(rows),
+            loss={"exmate": 1.0},
+        )
+        trainer.train()
+        ends.append(trainer.state.log_history[0]["loss"])
+    assert ends[0] == ends[1] == ends[2]
+
+
+def test_a_row_alone_is_no_reference_point(folder, tokenizer, tmp_path):
+    """trl pairs the last of five rows with itself; here its batch has z = 0."""
+    trainer = _trainer(
+        UnpairedRewardPenalizeTrainer,
+        folder,
+        tokenizer,
+        _settings(tmp_path, max_steps=2, learning_rate=1.0),
+        train_dataset=_rows(5),
+        loss={"kto": 1.0},
+    )
+    trainer.train()
+    logs = trainer.state.log_history
+    rewards = [logs[1].get(f"rewards/{side}", 0.0) for side in ("chosen", "rejected")]
+    assert logs[1]["kl"] == 0 and any(rewards)
+
+
+@pytest.mark.parametrize("kind", [RewardPenalizeTrainer, UnpairedRewardPenalizeTrainer])
+def test_a_loss_that_is_not_finite_stops_the_run(folder, tokenizer, tmp_path, kind):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.model.layers[0].mlp.down_proj.weight.data[0, 0] = float("nan")
+    rows = _rows(8)
+    config = KTOConfig
+    if kind is RewardPenalizeTrainer:
+        pairs = [{"prompt": r["prompt"], "chosen": r["completion"], "rejected": " a"} for r in rows]
+        rows, config = datasets.Dataset.from_list(pairs), DPOConfig
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    trainer = kind(
+        model,
+        args=config(**_settings(tmp_path, max_steps=1)),
+        train_dataset=rows,
+        processing_class=tokenizer,
+        loss={"exmate": 1.0},
+    )
+    with pytest.raises(FloatingPointError, match="loss: expected a finite number in step 1"):
+        trainer.train()
+    after = trainer.model.state_dict()
+    assert all(torch.equal(after[k].isnan(), v.isnan()) for k, v in before.items())

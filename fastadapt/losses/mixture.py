@@ -210,6 +210,9 @@ class RewardPenalizeLoss(nn.Module):
 
     def weights_at(self, progress: float) -> dict[str, float]:
         """Returns the weights when a share of the run, in [0, 1], is done."""
+        progress = number("progress", progress)
+        if progress > 1:
+            raise ValueError(f"progress: expected a value in [0, 1], got {progress}")
         return {
             name: number(f"weights[{name!r}]", weight(progress) if callable(weight) else weight)
             for name, weight in self.weights.items()

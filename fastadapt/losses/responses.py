@@ -16,7 +16,9 @@ class Responses(NamedTuple):
     count; from log-probabilities by `Responses.from_logps`. By hand in two layouts:
     `Responses(log_odds, mask)`, padded, and `Responses(log_odds, segments=ids)`, packed. A token
     that does not count (mask False, segment id negative) changes no loss and gets a zero gradient,
-    whatever its log-odds are, NaN included. A response without tokens counts in no mean.
+    whatever its log-odds are, NaN included. A response without tokens counts in no mean over
+    responses; a pair counts if one of its responses has some, in losses without a reference if both
+    have.
 
     Log-odds are not log-probabilities, but no check can tell the two apart: both are
     negative for a token of p < 1/2. A mask made by hand has to be False where a label was ignored:

@@ -73,7 +73,7 @@ class Rows(NamedTuple):
         else:
             top = x.new_full((self.size,), float("-inf"))
             top = top.scatter_reduce(0, self.segments, x.detach(), "amax")
-        some = top > float("-inf")
+        some = top != float("-inf")  # NaN stays NaN
         top = torch.where(some, top, 0)
         # log 0 would be right where there is nothing, but its gradient is NaN
         total = torch.where(some, self.sum(torch.exp(x - self.spread(top))), 1)
@@ -257,6 +257,9 @@ def pairs_of(chosen: Labelled, rejected: Labelled, *, both: bool = False) -> Pai
     given = chosen.total_sequences is not None
     if given != (rejected.total_sequences is not None):
         raise ValueError("total_sequences: expected it for both sides or for none, got one")
+    totals = chosen.total_sequences, rejected.total_sequences
+    if isinstance(totals[0], int) and isinstance(totals[1], int) and totals[0] != totals[1]:
+        raise ValueError(f"total_sequences: expected the same of both sides, got {totals}")
     if g.size != b.size:
         raise ValueError(f"rejected: expected {g.size} responses, as many as chosen, got {b.size}")
     return paired(g, b, given=given, both=both)

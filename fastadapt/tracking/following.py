@@ -35,6 +35,11 @@ class Following(TrackerCallback):
 
     def __init__(self, tracker: Any, trainer: Any) -> None:
         super().__init__(tracker)
+        if not hasattr(trainer, "callback_handler"):
+            got = type(trainer).__name__
+            raise TypeError(f"trainer: expected one of transformers' kind, got {got}")
+        if any(isinstance(x, Following) for x in trainer.callback_handler.callbacks):
+            raise ValueError("trainer: expected one without a tracker, got one that is followed")
         objective = getattr(trainer, "mixture", None)
         if objective is None and not hasattr(trainer, "loss_types"):
             raise TypeError(

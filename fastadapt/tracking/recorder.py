@@ -134,7 +134,8 @@ class Recorder:
         """
         if self.objective is not None and self.objective is not objective:
             raise ValueError(
-                "tracker: expected one without an objective, or with that of the trainer, got "
+                "tracker: expected one that has recorded no other run, or with this run's "
+                "objective, got "
                 f"one with {self.objective}"
             )
         self.objective = objective

@@ -13,8 +13,10 @@ from transformers.trainer_callback import ExportableState
 
 def after_other_prompts(
     inputs: Mapping[str, Tensor], sides: int, max_length: int | None
-) -> dict[str, Tensor]:
+) -> dict[str, Tensor] | None:
     """Returns the rows of a batch with each completion behind the prompt of the next row.
+
+    None if there is one row a side, which has no other prompt.
 
     As trl's `KTOTrainer` makes them: the mean of log P - log P_ref of such rows estimates the
     divergence from the reference.
@@ -24,17 +26,11 @@ def after_other_prompts(
             on the left, prompts first.
         sides: how many parts of the rows, all with the same prompts, are rotated by themselves.
         max_length: where rows are cut.
-
-    Raises:
-        ValueError: one row a side, which has no other prompt.
     """
     completion = inputs["completion_mask"].bool()
     rows = len(completion) // sides
     if rows < 2:
-        raise ValueError(
-            "reference_point: expected at least two prompts in a batch, got one; take larger "
-            "batches, and dataloader_drop_last=True where the last one is smaller"
-        )
+        return None
     own = torch.arange(len(completion), device=completion.device)
     others = own.view(sides, rows).roll(1, 1).flatten()
     prompts = (inputs["attention_mask"].bool() & ~completion).sum(-1)[:, None]
@@ -81,6 +77,7 @@ class RewardShift(TrainerCallback, ExportableState):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
         """Continues the mean of a run that is resumed, begins anew otherwise."""
-        kept = state.stateful_callbacks.get(type(self).__name__, self.state())["attributes"]
+        # a checkpoint of another loss has none
+        kept = state.stateful_callbacks.setdefault(type(self).__name__, self.state())["attributes"]
         resumed = state.global_step > 0
         self.total, self.count = (kept[k] if resumed else 0.0 for k in ("total", "count"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -14,8 +15,6 @@ from trl.trainer.utils import use_adapter
 from fastadapt.losses.mixture import RewardPenalizeLoss
 from fastadapt.losses.responses import Responses
 from fastadapt.losses.rows import sequence_logps
-from fastadapt.training.head import causal_of
-from fastadapt.training.lora import has_adapter
 from fastadapt.training.pairs import IGNORED
 from fastadapt.trl._inputs import RewardShift
 from fastadapt.trl._log_probs import LogOdds, Scorer
@@ -220,7 +219,7 @@ class MixtureTrainer:
             loss = loss + self.router_aux_loss_coef * scored.aux_loss / parts
             metrics["aux_loss"] = scored.aux_loss.detach()
         scaled = {k: v * parts for k, v in metrics.items() if k.startswith("loss/")}
-        self._note(inputs, scored, {**metrics, **scaled})
+        self._note(inputs, scored, {**metrics, **scaled, "loss": loss.detach()})
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * (self.accelerator.num_processes // self._tp_size)
         if not return_outputs:
@@ -327,6 +326,8 @@ class MixtureTrainer:
     ) -> None:
         """Stores the metrics of a batch for the log, over all processes, in one transfer.
 
+        Raises before the backward of a loss that is not finite.
+
         A mean over the responses of a side weighs by their number; what is of none is left out.
         """
         mode = "train" if self.model.training else "eval"
@@ -348,6 +349,10 @@ class MixtureTrainer:
                 table = self.accelerator.gather(table[None])
             sums = table.view(-1, 2, len(names)).sum(0).tolist()
         seen = {k: v / w for k, v, w in zip(names, *sums, strict=True) if w}
+        value = seen.pop("loss")
+        if mode == "train" and not math.isfinite(value):
+            step = self.state.global_step + 1
+            raise FloatingPointError(f"loss: expected a finite number in step {step}, got {value}")
         tokens = seen.pop("tokens") * sums[1][names.index("tokens")]
         if mode == "train":
             self._total_train_tokens += round(tokens) // self._tp_size
@@ -373,27 +378,3 @@ class MixtureTrainer:
             chosen, tokens = (self._on_sides(inputs, x)[0].sum() for x in (hits, mask.sum(-1)))
             found["mean_token_accuracy"] = chosen, tokens
         return found
-
-
-@contextlib.contextmanager
-def without_adapter_on_its_head(model: Any) -> Iterator[None]:
-    """Makes a model name the layer below an adapter as its head, within the block.
-
-    trl's trainers look for an adapter there when they are made and refuse it: their own scoring
-    would leave it out.
-    """
-    causal: Any = causal_of(model) if isinstance(model, torch.nn.Module) else None
-    if not hasattr(causal, "get_output_embeddings"):
-        yield
-        return
-    own = causal.get_output_embeddings
-
-    def below() -> Any:
-        layer = own()
-        return layer.base_layer if has_adapter(layer) else layer
-
-    object.__setattr__(causal, "get_output_embeddings", below)
-    try:
-        yield
-    finally:
-        object.__delattr__(causal, "get_output_embeddings")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from fastadapt.training.compiled import head_outside_graphs
 from fastadapt.training.head import HeadError, causal_of, evaluating
+from fastadapt.training.lora import has_adapter
 from fastadapt.training.pairs import IGNORED
 from fastadapt.trl._log_probs import LogOdds, Scorer
 from fastadapt.trl._served import served
@@ -156,3 +158,27 @@ def _packed(
         return x.new_zeros(kept.shape).masked_scatter(kept, row)[:, 1:]
 
     return given, labels[kept][None], unpacked
+
+
+@contextlib.contextmanager
+def without_adapter_on_its_head(model: Any) -> Iterator[None]:
+    """Makes a model name the layer below an adapter as its head, within the block.
+
+    trl's trainers look for an adapter there when they are made and refuse it: their own scoring
+    would leave it out.
+    """
+    causal: Any = causal_of(model) if isinstance(model, torch.nn.Module) else None
+    if not hasattr(causal, "get_output_embeddings"):
+        yield
+        return
+    own = causal.get_output_embeddings
+
+    def below() -> Any:
+        layer = own()
+        return layer.base_layer if has_adapter(layer) else layer
+
+    object.__setattr__(causal, "get_output_embeddings", below)
+    try:
+        yield
+    finally:
+        object.__delattr__(causal, "get_output_embeddings")

@@ -26,8 +26,8 @@ from fastadapt.training.pairs import IGNORED
 from fastadapt.trl._arguments import KINDS_OF_DPO, OF_DPO, ld_alpha_of, options_of, refuse
 from fastadapt.trl._inputs import after_other_prompts
 from fastadapt.trl._log_probs import LogProbs
-from fastadapt.trl._mixtures import ROWS, MixtureTrainer, without_adapter_on_its_head
-from fastadapt.trl._scoring import Scored
+from fastadapt.trl._mixtures import ROWS, MixtureTrainer
+from fastadapt.trl._scoring import Scored, without_adapter_on_its_head
 from fastadapt.trl._served import check_hook, served
 
 _REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
@@ -81,7 +81,8 @@ class RewardPenalizeTrainer(MixtureTrainer, DPOTrainer):
     loss is that of all pairs it takes, however they are split over micro-batches and, with
     `average_tokens_across_devices`, processes: token means divide by all the tokens and sequence
     means by all the pairs of the step. What looks at the batch is that of a micro-batch, as in trl:
-    the sorting of "aot", the mean reward of "bco_pair" and the reference point of "kto". A
+    the sorting of "aot", the mean reward of "bco" and the reference point of "kto", which
+    is 0 for a batch of one prompt, such as the last of an epoch. A
     reference is there for losses that look at one. Weights that are functions see the share of the
     run's steps that are done. Steps of a mixture of the chosen responses alone (`{"mle": 1.0}`)
     leave the rejected ones out, and so do their metrics; evaluation looks at both. With
@@ -316,12 +317,15 @@ class RewardPenalizeTrainer(MixtureTrainer, DPOTrainer):
     def _reference_point(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         """Returns KTO's z: the mean log-ratio of completions of other prompts, at least 0."""
         tokens = {k: v for k, v in inputs.items() if k in ROWS or k == "mm_token_type_ids"}
-        moved = {**inputs, **after_other_prompts(tokens, 2, self.args.max_length)}
-        own = self._row_logps(model, moved)
-        with self._as_reference() as reference:
-            ratios = own - self._row_logps(reference, moved)
+        rows = after_other_prompts(tokens, 2, self.args.max_length)
+        ratios = torch.zeros(0, dtype=torch.float64, device=inputs["input_ids"].device)
+        if rows is not None:
+            moved = {**inputs, **rows}
+            own = self._row_logps(model, moved)
+            with self._as_reference() as reference:
+                ratios = own - self._row_logps(reference, moved)
         total, count = self._over_ranks(ratios.sum(), ratios.new_tensor(len(ratios)))
-        return (total / count).clamp(min=0)
+        return (total / count.clamp(min=1)).clamp(min=0)
 
 
 def _check_rows(dataset: Any) -> None:

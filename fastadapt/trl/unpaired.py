@@ -16,8 +16,8 @@ from fastadapt._ops.checks import instance
 from fastadapt.losses.catalogue.listing import CATALOGUE
 from fastadapt.losses.responses import Responses
 from fastadapt.trl._arguments import KINDS_OF_KTO, OF_KTO, options_of, refuse
-from fastadapt.trl._mixtures import MixtureTrainer, without_adapter_on_its_head
-from fastadapt.trl._scoring import Scored
+from fastadapt.trl._mixtures import MixtureTrainer
+from fastadapt.trl._scoring import Scored, without_adapter_on_its_head
 from fastadapt.trl._served import check_hook
 
 _REPLACED = {"loss_type": "loss="}
@@ -116,6 +116,8 @@ class UnpairedRewardPenalizeTrainer(MixtureTrainer, KTOTrainer):
             )
         if not self.mixture.takes("reference_point"):
             args.loss_type = "apo_zero_unpaired"  # trl then makes no rows for it
+        for name in ("train_dataset", "eval_dataset"):
+            _check_labels(name, rest.get(name))
         with contextlib.ExitStack() as self._until_checked:
             self._until_checked.enter_context(without_adapter_on_its_head(model))
             super().__init__(model, ref_model, args, **rest)
@@ -139,6 +141,9 @@ class UnpairedRewardPenalizeTrainer(MixtureTrainer, KTOTrainer):
 
     def _counts(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Returns (4,): tokens and responses labelled True, those labelled False."""
+        label = inputs["label"]
+        if label.dtype != torch.bool and not bool(((label == 0) | (label == 1)).all()):
+            raise ValueError(f"label: expected True or False, got {label.tolist()}")
         lengths = inputs["completion_mask"][:, 1:].sum(-1)
         sides = self._on_sides(inputs, lengths)
         return torch.stack([n for side in sides for n in (side.sum(), (side > 0).sum())])
@@ -191,8 +196,9 @@ class UnpairedRewardPenalizeTrainer(MixtureTrainer, KTOTrainer):
         else:
             with self._as_reference() as reference:
                 ratios = own - self._row_logps(reference, moved)
-        total, count = self._over_ranks(ratios.sum(), ratios.new_tensor(len(ratios)))
-        return {"reference_point": (total / count).clamp(min=0)}
+        others = ~_same_rows(inputs)  # a batch of one, or the last of an epoch, has its own again
+        total, count = self._over_ranks(ratios[others].sum(), others.sum())
+        return {"reference_point": (total / count.clamp(min=1)).clamp(min=0)}
 
     def _note(
         self, inputs: Mapping[str, Any], scored: Scored, metrics: Mapping[str, Tensor]
@@ -212,3 +218,26 @@ def _of_other_prompts(inputs: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the batch with trl's rows of other prompts in place of its own."""
     own = {k: v for k, v in inputs.items() if not k.startswith("KL_")}
     return own | {k.removeprefix("KL_"): v for k, v in inputs.items() if k.startswith("KL_")}
+
+
+def _same_rows(inputs: Mapping[str, Any]) -> Tensor:
+    """Which of trl's rows of other prompts are the batch's own rows, (R,) bool."""
+    own, other = (
+        (inputs[f"{k}input_ids"], inputs[f"{k}attention_mask"].bool()) for k in ("", "KL_")
+    )
+    width = min(own[0].shape[1], other[0].shape[1])
+    alike = (own[0][:, :width] == other[0][:, :width]) | ~own[1][:, :width]
+    same: Tensor = alike.all(-1) & (own[1].sum(-1) == other[1].sum(-1))
+    return same
+
+
+def _check_labels(name: str, dataset: Any) -> None:
+    """Raises if rows of a data set have labels that are neither True nor False."""
+    sets = dataset.items() if isinstance(dataset, Mapping) else [(name, dataset)]
+    for each, rows in sets:
+        columns = getattr(rows, "column_names", None) or ()
+        if "label" not in columns or not hasattr(rows, "unique"):
+            continue  # pairs, or a stream, whose batches are looked at
+        wrong = [x for x in rows.unique("label") if x not in (0, 1)]
+        if wrong:
+            raise ValueError(f"{each}: expected labels of True or False, got {wrong[:5]}")

@@ -2,16 +2,17 @@
 
 import inspect
 
-from fastadapt._ops.checks import nearest
+from fastadapt._ops.checks import instance, nearest
 from fastadapt.losses.catalogue.listing import CATALOGUE
 from fastadapt.losses.catalogue.symbols import SYMBOLS, symbols_in
 from fastadapt.losses.mixture import FORMULAS
-from fastadapt.losses.named import ALIASES, name_of
+from fastadapt.losses.named import ALIASES, inputs_of, name_of
 
 NEEDS_IN_WORDS = {
     "pairs": "the i-th chosen against the i-th rejected response",
     "unpaired": "any numbers of responses of each side",
-    "reference": "log P of both sides under a reference (ref_chosen_logps, ref_rejected_logps)",
+    "reference": "log P of both sides under a reference (ref_chosen_logps, ref_rejected_logps); "
+    "without one as if both were equal",
     "lengths": "divides by the responses' lengths",
     "batch": "depends on which responses share a call",
     "gold": "a third response (gold)",
@@ -39,6 +40,7 @@ def describe(name: str) -> str:
     Raises:
         ValueError: a loss that there is not.
     """
+    instance("name", name, str, "a name")
     known = name_of(name)
     if known not in CATALOGUE:
         names, hint = ", ".join(CATALOGUE), nearest([name], [*CATALOGUE, *ALIASES])
@@ -55,6 +57,8 @@ def describe(name: str) -> str:
         f"Take it: {entry.when}",
         f"Options: {', '.join(options) or 'none'}",
     ]
+    must = [k for k, needed in inputs_of(FORMULAS[known]).items() if needed]
+    lines.append(f"Takes: {', '.join(must)}")
     for need in sorted(entry.needs):
         lines.append(f"Needs {need}: {NEEDS_IN_WORDS[need]}")
     for row in entry.gradients:
