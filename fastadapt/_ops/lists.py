@@ -11,6 +11,12 @@ def ends_of(counts: Tensor) -> Tensor:
     return torch.nn.functional.pad(counts.cumsum(0), (1, 0))
 
 
+def rows_of(counts: Tensor, total: int) -> Tensor:
+    """Returns the list (total,) int64 that each entry is of; total, the sum of the counts (n,)."""
+    rows = torch.arange(counts.shape[0], device=counts.device)
+    return rows.repeat_interleave(counts, output_size=total)
+
+
 def joined(lists: "_C.IdLists | None", n: int) -> list[Tensor]:
     """Returns ids (count,) int32 and offsets (n + 1,) int64 of lists; nothing of None."""
     if lists is None:

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastadapt._ops.checks import instance, integer, one_of
+from fastadapt._ops.checks import integer, one_of
 from fastadapt.losses.formulas import check_candidates
 from fastadapt.losses.responses import Responses
 from fastadapt.losses.rows import REDUCTIONS, checked, per_token
-from fastadapt.losses.shapes import accumulated, beside
+from fastadapt.losses.shapes import accumulated, beside, labels_in_rows
 
 DIVERGENCES = ("kl", "reverse_kl")
 
@@ -52,11 +52,7 @@ def previous_tokens(
         TypeError: labels that are no int64, a window that is no integer.
         ValueError: another shape, a window below 1.
     """
-    instance("labels", labels, Tensor, "a Tensor")
-    if labels.dtype != torch.int64:
-        raise TypeError(f"labels: expected a tensor of torch.int64, got {labels.dtype}")
-    if labels.dim() != 2:
-        raise ValueError(f"labels: expected shape (B, T), got {tuple(labels.shape)}")
+    labels_in_rows(labels)
     ignore_index = integer("ignore_index", ignore_index)
     t = labels.shape[1]
     k = t if window is None else min(integer("window", window, 1), t)

@@ -1,6 +1,5 @@
 """Weighted sums of losses, with metrics to watch during training."""
 
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -208,6 +207,12 @@ class RewardPenalizeLoss(nn.Module):
         """Returns the names of the inputs that a loss of the mixture takes."""
         return frozenset(self._inputs[name])
 
+    @property
+    def splits(self) -> bool:
+        """Whether micro-batches can share a step's divisors: not one mean of it, then one power."""
+        norms = [self.options_of(name).get("norm") for name in self.weights]
+        return "batch_token_mean" not in norms
+
     def weights_at(self, progress: float) -> dict[str, float]:
         """Returns the weights when a share of the run, in [0, 1], is done."""
         progress = number("progress", progress)
@@ -335,8 +340,7 @@ class RewardPenalizeLoss(nn.Module):
         """Returns β of the first loss with a reference, None without one."""
         for name, wanted in self._inputs.items():
             if "ref_chosen_logps" in wanted:
-                usual = inspect.signature(FORMULAS[name]).parameters["beta"].default
-                return float(self._options[name].get("beta", usual))
+                return float(self.options_of(name)["beta"])
         return None
 
     def _gradient_shares(

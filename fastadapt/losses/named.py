@@ -56,16 +56,11 @@ def defaults_of(formula: Formula) -> dict[str, Any]:
     return {p.name: p.default for p in own if p.kind is p.KEYWORD_ONLY}
 
 
-def _options_known(formula: Formula) -> set[str]:
-    """Returns the names of a loss's options."""
-    return set(defaults_of(formula))
-
-
 def options_of(
     options: Mapping[str, Any], losses: Iterable[str], formulas: Mapping[str, Formula]
 ) -> dict[str, dict[str, Any]]:
     """Returns the options of each loss named: those that all share, and before them its own."""
-    known = {name: _options_known(formulas[name]) for name in losses}
+    known = {name: set(defaults_of(formulas[name])) for name in losses}
     alone = {name_of(k): v for k, v in options.items() if name_of(k) in formulas}
     shared = {k: v for k, v in options.items() if name_of(k) not in formulas}
     for name, own in alone.items():
@@ -87,7 +82,7 @@ def _check_known(
     having = set().union(*known.values())
     left = sorted(set(options) - having)
     if left:
-        others = [name for name, own in formulas.items() if left[0] in _options_known(own)]
+        others = [name for name, own in formulas.items() if left[0] in defaults_of(own)]
         elsewhere = f"; {left[0]} is an option of {', '.join(others)}" if others else ""
         names = ", ".join(sorted(having)) or "none"
         raise ValueError(

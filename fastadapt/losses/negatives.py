@@ -16,6 +16,7 @@ from fastadapt._ops.checks import (
     per_row,
 )
 from fastadapt._ops.linear.vocab_parallel import is_distributed
+from fastadapt.losses.shapes import labels_in_rows
 
 _TILE = 4096  # ids whose logits are held at once
 _NUMBERS = 1 << 22  # of logits that are held at once: 16 MiB
@@ -55,11 +56,7 @@ def repeated_ngrams(
         TypeError: labels that are no int64, an n that is no integer.
         ValueError: another shape, an n below 1.
     """
-    instance("labels", labels, Tensor, "a Tensor")
-    if labels.dtype != torch.int64:
-        raise TypeError(f"labels: expected a tensor of torch.int64, got {labels.dtype}")
-    if labels.dim() != 2:
-        raise ValueError(f"labels: expected shape (B, T), got {tuple(labels.shape)}")
+    labels_in_rows(labels)
     n, ignore_index = integer("n", n, 1), integer("ignore_index", ignore_index)
     t = labels.shape[1]
     known = labels != ignore_index

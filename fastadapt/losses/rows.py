@@ -130,12 +130,7 @@ class Pairs(NamedTuple):
         self, ref_chosen_logps: Tensor | None, ref_rejected_logps: Tensor | None
     ) -> Sides:
         """Returns S_ref of both sides, held constant; 0 without a reference."""
-        if (ref_chosen_logps is None) != (ref_rejected_logps is None):
-            raise ValueError("ref_chosen_logps, ref_rejected_logps: expected both or none, got one")
-        return Sides(
-            reference("ref_chosen_logps", self.chosen, ref_chosen_logps),
-            reference("ref_rejected_logps", self.rejected, ref_rejected_logps),
-        )
+        return references(self.chosen, self.rejected, ref_chosen_logps, ref_rejected_logps)
 
     def mean(self, losses: Tensor, weights: Tensor | None = None) -> Tensor:
         """Returns the mean of the pairs' losses, each times its weight."""
@@ -254,9 +249,7 @@ def pairs_of(chosen: Labelled, rejected: Labelled, *, both: bool = False) -> Pai
     if both have.
     """
     g, b = checked("chosen", chosen), checked("rejected", rejected)
-    given = chosen.total_sequences is not None
-    if given != (rejected.total_sequences is not None):
-        raise ValueError("total_sequences: expected it for both sides or for none, got one")
+    given = total_is_given(chosen, rejected)
     totals = chosen.total_sequences, rejected.total_sequences
     if isinstance(totals[0], int) and isinstance(totals[1], int) and totals[0] != totals[1]:
         raise ValueError(f"total_sequences: expected the same of both sides, got {totals}")
@@ -265,12 +258,35 @@ def pairs_of(chosen: Labelled, rejected: Labelled, *, both: bool = False) -> Pai
     return paired(g, b, given=given, both=both)
 
 
+def total_is_given(chosen: Labelled, rejected: Labelled) -> bool:
+    """Whether the numbers of responses are given, of both sides; raises for one alone."""
+    given = chosen.total_sequences is not None
+    if given != (rejected.total_sequences is not None):
+        raise ValueError("total_sequences: expected it for both sides or for none, got one")
+    return given
+
+
 def paired(chosen: Rows, rejected: Rows, *, given: bool, both: bool) -> Pairs:
     """Returns the pairs of two checked sides, whose number of responses is `given` or counted."""
     of_each = chosen.lengths > 0, rejected.lengths > 0
     counted = of_each[0] & of_each[1] if both else of_each[0] | of_each[1]
     return Pairs(
         chosen, rejected, counted, chosen.sequences if given else counted.sum().clamp(min=1)
+    )
+
+
+def references(
+    chosen: Rows,
+    rejected: Rows,
+    ref_chosen_logps: Tensor | None,
+    ref_rejected_logps: Tensor | None,
+) -> Sides:
+    """Returns S_ref of two sides, held constant; 0 without a reference."""
+    if (ref_chosen_logps is None) != (ref_rejected_logps is None):
+        raise ValueError("ref_chosen_logps, ref_rejected_logps: expected both or none, got one")
+    return Sides(
+        reference("ref_chosen_logps", chosen, ref_chosen_logps),
+        reference("ref_rejected_logps", rejected, ref_rejected_logps),
     )
 
 

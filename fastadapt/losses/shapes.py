@@ -77,3 +77,12 @@ def like_log_odds(name: str, value: Tensor, dtype: torch.dtype, log_odds: Tensor
         )
     if value.device != log_odds.device:
         raise ValueError(f"{name}: expected device {log_odds.device}, got {value.device}")
+
+
+def labels_in_rows(labels: Tensor) -> None:
+    """Raises unless labels are (B, T), int64."""
+    instance("labels", labels, Tensor, "a Tensor")
+    if labels.dtype != torch.int64:
+        raise TypeError(f"labels: expected a tensor of torch.int64, got {labels.dtype}")
+    if labels.dim() != 2:
+        raise ValueError(f"labels: expected shape (B, T), got {tuple(labels.shape)}")

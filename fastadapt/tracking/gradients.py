@@ -17,7 +17,6 @@ are derived, not taken from there.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from inspect import signature
 from typing import Any
 
 import torch
@@ -113,8 +112,7 @@ def loss_value(objective: RewardPenalizeLoss, inputs: Mapping[str, Any]) -> Tens
     """
     terms = []
     for name, weight in objective.weights_at(0.0).items():
-        own = signature(FORMULAS[name]).parameters
-        taken = {k: v for k, v in inputs.items() if k in own}
+        taken = {k: v for k, v in inputs.items() if k in objective.inputs_of(name)}
         terms.append(weight * FORMULAS[name](**taken, **objective.options_of(name)))
     return torch.stack(terms).sum()
 

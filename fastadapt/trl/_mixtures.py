@@ -69,8 +69,6 @@ class MixtureTrainer:
         if args.sync_ref_model and not self._uses_reference:
             names = ", ".join(self.mixture.weights)
             raise ValueError(f"args.sync_ref_model: expected False without a reference: {names}")
-        norms = {self.mixture.options_of(name).get("norm") for name in self.mixture.weights}
-        self._splits = "batch_token_mean" not in norms
         smooths, diverges = (self.mixture.takes(x) for x in ("logsumexp", "chosen_divergences"))
         self._rows = LogOddsAnd(smooths=smooths) if smooths or diverges else None
         self._of_reference = LogOddsAnd(keeps=True) if diverges else None
@@ -97,7 +95,7 @@ class MixtureTrainer:
         if self.mixture.takes("reward_shift"):
             self.add_callback(RewardShift())
         parts = self.args.gradient_accumulation_steps * self.accelerator.num_processes
-        if not self._splits and parts > 1:
+        if not self.mixture.splits and parts > 1:
             raise ValueError(
                 f"norm: expected one that splits over {parts} micro-batches, got batch_token_mean"
             )
@@ -196,7 +194,7 @@ class MixtureTrainer:
                 teacher = None if keeper is None else keeper.known
                 stack.enter_context(self._rows.reading(teacher, self._candidates))
             scored = self._score(model, inputs, labels, **extra)
-        split = isinstance(num_items_in_batch, Tensor) and self._splits
+        split = isinstance(num_items_in_batch, Tensor) and self.mixture.splits
         counts = num_items_in_batch if split else None
         sides = self._sides(inputs, scored, counts)  # type: ignore[arg-type]
         given = dict(zip(("ref_chosen_logps", "ref_rejected_logps"), reference, strict=True))

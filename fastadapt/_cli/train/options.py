@@ -214,8 +214,7 @@ def check_losses(stages: Stages, options: Mapping[str, Any], micro_batches: int)
         }
         needed = {name: value for name, value in more.items() if objective.needs(name)}
         objective(toy, toy, reference, reference, **needed)
-        norms = [objective.options_of(name).get("norm") for name in stage]
-        if "batch_token_mean" in norms and micro_batches > 1:
+        if not objective.splits and micro_batches > 1:
             raise ValueError(
                 f"norm: expected one that splits over {micro_batches} micro-batches, "
                 "got 'batch_token_mean'"

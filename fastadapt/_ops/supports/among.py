@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastadapt import _C
 from fastadapt._ops.common import no_double_backward
-from fastadapt._ops.lists import ends_of
+from fastadapt._ops.lists import ends_of, rows_of
 
 _library = torch.library.Library("fastadapt", "FRAGMENT")
 _library.define(
@@ -41,8 +41,7 @@ class Pairs(NamedTuple):
     @property
     def rows(self) -> Tensor:
         """The row of each pair, (count,) int64."""
-        of_rows = torch.arange(self.own.shape[0], device=self.ids.device)
-        return of_rows.repeat_interleave(self.ends.diff(), output_size=self.ids.shape[0])
+        return rows_of(self.ends.diff(), self.ids.shape[0])
 
 
 def pairs_of(labels: Tensor, used: Tensor, full: Tensor, ids: Tensor, offsets: Tensor) -> Pairs:
@@ -94,8 +93,8 @@ def _pairs_of_torch(
     labels: Tensor, used: Tensor, full: Tensor, ids: Tensor, offsets: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """By operators of torch."""
-    n, counts = labels.shape[0], offsets.diff()
-    rows = torch.arange(n, device=ids.device).repeat_interleave(counts, output_size=ids.shape[0])
+    counts = offsets.diff()
+    rows = rows_of(counts, ids.shape[0])
     hit = ids == labels[rows]
     holds = torch.zeros_like(used)
     holds[rows[hit]] = True
@@ -139,8 +138,7 @@ def _others(z: Tensor, ends: Tensor, own: Tensor) -> _Others:
     takes = own >= 0
     rows = takes.nonzero()[:, 0]
     n = rows.shape[0]
-    of_rows = torch.arange(n, device=z.device)
-    place = of_rows.repeat_interleave(ends.diff()[rows], output_size=z.shape[0])
+    place = rows_of(ends.diff()[rows], z.shape[0])
     is_own = torch.zeros_like(z, dtype=torch.bool).index_fill(0, own[rows], True)
     at = (~is_own).nonzero()[:, 0]
     others, place = z.index_select(0, at), place.index_select(0, at)

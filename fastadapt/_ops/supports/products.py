@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastadapt._ops.common import device_of, no_double_backward
 from fastadapt._ops.linear.cpu import CpuWork, dot, mix
-from fastadapt._ops.lists import ends_of
+from fastadapt._ops.lists import ends_of, rows_of
 
 BLOCK_NUMBERS = 1 << 18  # of the wide sums of ids' gradients that are made at once
 
@@ -32,7 +32,7 @@ def _products(
     out = hidden.new_empty(ids.shape[0], dtype=torch.float64)
     if hidden.is_cuda:
         with device_of(hidden):
-            _launches().dot(hidden, weight, _rows(offsets, ids), ids, out)
+            _launches().dot(hidden, weight, rows_of(offsets.diff(), ids.shape[0]), ids, out)
     else:
         dot(hidden, weight, ids, out, offsets=offsets)
     return out
@@ -52,7 +52,7 @@ def _backward(
 
     Pairs without an upstream gradient are dropped: those of tokens without a reward.
     """
-    rows = _rows(offsets, ids)
+    rows = rows_of(offsets.diff(), ids.shape[0])
     some = dproducts.nonzero()[:, 0]
     gain, ids, rows = dproducts[some], ids[some], rows[some]
     offsets = ends_of(rows.bincount(minlength=hidden.shape[0]))
@@ -96,12 +96,6 @@ def _launches() -> ModuleType:
     from fastadapt._ops.triton.supports import launch
 
     return launch
-
-
-def _rows(offsets: Tensor, ids: Tensor) -> Tensor:
-    """Returns the row of each pair."""
-    of_rows = torch.arange(offsets.shape[0] - 1, device=ids.device)
-    return of_rows.repeat_interleave(offsets.diff(), output_size=ids.shape[0])
 
 
 def _zeros(

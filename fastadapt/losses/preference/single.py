@@ -9,7 +9,14 @@ from torch import Tensor
 
 from fastadapt._ops.checks import number
 from fastadapt.losses.responses import Responses
-from fastadapt.losses.rows import Rows, checked, reference, scalar
+from fastadapt.losses.rows import (
+    Rows,
+    checked,
+    reference,
+    references,
+    scalar,
+    total_is_given,
+)
 from fastadapt.losses.scores import Sides, logistic, probability
 
 
@@ -178,24 +185,18 @@ class _Singles:
 
     def __init__(self, chosen: Responses, rejected: Responses) -> None:
         self.chosen, self.rejected = checked("chosen", chosen), checked("rejected", rejected)
-        given = chosen.total_sequences, rejected.total_sequences
-        if (given[0] is None) != (given[1] is None):
-            raise ValueError("total_sequences: expected it for both sides or for none, got one")
-        if given[0] is None or given[1] is None:
-            both = _there(self.chosen).sum() + _there(self.rejected).sum()
+        if total_is_given(chosen, rejected):
+            good, bad = (torch.as_tensor(side.total_sequences) for side in (chosen, rejected))
+            both = good + bad
         else:
-            both = torch.as_tensor(given[0]) + torch.as_tensor(given[1])
+            both = _there(self.chosen).sum() + _there(self.rejected).sum()
         self._count = both.to(self.chosen.log_odds.device).clamp(min=1)
 
     def ratios(self, ref_chosen_logps: Tensor | None, ref_rejected_logps: Tensor | None) -> Sides:
         """Returns r of both sides, S without a reference."""
-        if (ref_chosen_logps is None) != (ref_rejected_logps is None):
-            raise ValueError("ref_chosen_logps, ref_rejected_logps: expected both or none, got one")
         good, bad = self.chosen, self.rejected
-        return Sides(
-            good.logps() - reference("ref_chosen_logps", good, ref_chosen_logps),
-            bad.logps() - reference("ref_rejected_logps", bad, ref_rejected_logps),
-        )
+        constant = references(good, bad, ref_chosen_logps, ref_rejected_logps)
+        return Sides(good.logps() - constant.chosen, bad.logps() - constant.rejected)
 
     def mean(self, of_chosen: Tensor, of_rejected: Tensor) -> Tensor:
         """Returns the mean of the losses of all responses."""
